@@ -1,0 +1,1 @@
+"""A pipeline from a language model, demonstrations and human rankings to an aligned model."""

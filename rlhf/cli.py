@@ -1,0 +1,389 @@
+"""The program ``rlhf``: it reads the command line, calls the library, and turns errors into messages and exit status.
+
+Nothing heavy is imported here: ``--help`` and ``plan`` answer in well under a second.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from rlhf.config.fields import describe
+from rlhf.config.loading import load_pipeline
+from rlhf.config.nearest import suggestion
+from rlhf.config.pipeline import ClusterSettings, PipelineConfig, StoreSettings, TrackingSettings, resolved
+from rlhf.config.tree import to_yaml
+from rlhf.errors import InterruptedRunError, RequestError, RlhfError
+from rlhf.pipeline import documents
+from rlhf.pipeline.plan import Planned, needed, plan
+from rlhf.pipeline.stage import stages
+from rlhf.store import Store
+from rlhf.terminal import Display, key_values, plan_table, print_error, samples_table
+
+DEFAULT_CONFIG = Path("configs/quickstart.yaml")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our errors and exit status."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise RequestError(message, "command line", f"{self.prog} --help")
+
+
+class Request:
+    """A parsed command line with its pipeline and store, loaded when first asked for."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out = Console(highlight=False)
+        words: Sequence[str] = getattr(arguments, "words", ())
+        self.overrides = [word for word in words if "=" in word]
+        self.names = [word for word in words if "=" not in word]
+        self.known = stages()
+        self._config: PipelineConfig | None = None
+        self._store: Store | None = None
+
+    @property
+    def config(self) -> PipelineConfig:
+        """The pipeline file with its overrides."""
+        if self._config is None:
+            types = {name: stage.settings for name, stage in self.known.items()}
+            self._config = load_pipeline(self.arguments.config, self.overrides, types)
+        return self._config
+
+    def store(self, *, create: bool = False) -> Store:
+        """The pipeline's store."""
+        if self._store is None or create:
+            self._store = Store.open(self.config.store.uri, create=create)
+        return self._store
+
+    def planned(self) -> dict[str, Planned]:
+        """The pipeline's plan."""
+        return plan(self.config, self.known, self.store())
+
+    def one(self, planned: dict[str, Planned], name: str) -> Planned:
+        """A stage of the plan by name."""
+        return needed(planned, [name])[name]
+
+    def answer(self, document: Any, show: Callable[[], None]) -> None:
+        """Print one JSON document under ``--json``, or what ``show`` prints."""
+        for notice in self.store().notices if self._store else []:
+            print(notice, file=sys.stderr)
+        if self.arguments.json:
+            print(json.dumps(document, indent=2, ensure_ascii=False))
+        else:
+            show()
+
+
+def run(request: Request) -> None:
+    """Bring stages up to date."""
+    from rlhf.cluster.session import Session
+    from rlhf.pipeline.runner import Runner
+
+    targets = request.names
+    names = list(needed(request.planned(), targets))
+    store = request.store(create=True)
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    try:
+        with Session(request.config.cluster) as session, Display(request.out, names) as display:
+            planned = Runner(request.config, request.known, store, session, display).run(targets)
+    except KeyboardInterrupt as error:
+        command = " ".join(["rlhf run", *targets, *request.overrides, *_config_option(request)])
+        raise InterruptedRunError(
+            "interrupted; what was committed and the checkpoints stay", str(store.root), command
+        ) from error
+    _summary(request, planned, store)
+
+
+def _interrupt() -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _config_option(request: Request) -> list[str]:
+    path = request.arguments.config
+    return [] if path == DEFAULT_CONFIG else ["--config", str(path)]
+
+
+def _summary(request: Request, planned: dict[str, Planned], store: Store) -> None:
+    """Show samples where there are some, and say where everything is."""
+    option = " ".join(["", *_config_option(request)])
+    for one in planned.values():
+        assert one.record is not None
+        if one.stage.kind == "report":
+            samples = _samples(store, one.record.artifact)
+            request.out.print()
+            request.out.print(samples_table(samples[:5]))
+            request.out.print(key_values(one.record.metrics))
+    last = next(reversed(planned.values()))
+    assert last.record is not None
+    logs = store.root / "work" / last.record.key / last.record.attempt
+    request.out.print(key_values({"metrics and logs": str(logs), "artifact": last.record.artifact}))
+    policies = [one.name for one in planned.values() if one.stage.kind == "policy"]
+    if policies:
+        request.out.print(
+            f"next: rlhf generate {policies[-1]}{option} --prompt '…'   rlhf export {policies[-1]} DIR{option}"
+        )
+
+
+def _samples(store: Store, artifact: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in store.read_file(artifact, "samples.jsonl").decode().splitlines()]
+
+
+def plan_(request: Request) -> None:
+    """Show what would run, and why."""
+    document = documents.plan_document(request.config, needed(request.planned(), request.names), request.store())
+    request.answer(document, lambda: request.out.print(plan_table(document["stages"])))
+
+
+def status(request: Request) -> None:
+    """Show what is done, running and failed."""
+    document = documents.status_document(request.config, needed(request.planned(), request.names), request.store())
+    request.answer(document, lambda: request.out.print(plan_table(document["stages"])))
+
+
+def explain(request: Request) -> None:
+    """Say why a stage is cached or would run again."""
+    planned = request.planned()
+    one = request.one(planned, _single(request, "STAGE"))
+    document = documents.explain_document(one, request.store(), request.config.name)
+
+    def show() -> None:
+        request.out.print(f"{one.name}: {one.state}, {one.why}", highlight=False)
+        for change in document["changes"]:
+            request.out.print(f"  {change}", highlight=False)
+
+    request.answer(document, show)
+
+
+def lineage(request: Request) -> None:
+    """Show everything a result came from."""
+    target = request.names[0] if request.names else None
+    record = documents.find_record(target, request.planned(), request.store())
+    document = documents.lineage_document(record, request.store())
+    request.answer(document, lambda: request.out.print(_lineage_tree(document)))
+
+
+def _lineage_tree(document: dict[str, Any]) -> Any:
+    from rich.tree import Tree
+
+    def grow(branch: Any, node: dict[str, Any], role: str) -> Any:
+        made = node.get("provenance", {})
+        text = f"{role}{node['stage']} {node['artifact'][:12]}  {made.get('finished', '')} {made.get('host', '')}"
+        grown = branch.add(text) if branch is not None else Tree(text, highlight=False)
+        for name, inner in node.get("inputs", {}).items():
+            grow(grown, inner, f"{name}: ")
+        return grown
+
+    return grow(None, document, "")
+
+
+def verify(request: Request) -> int:
+    """Check every file of the store against its digest."""
+    report = request.store().verify(repair=request.arguments.repair)
+    damaged = [{"artifact": one.artifact, "file": one.file, "why": one.why} for one in report.damaged]
+
+    def show() -> None:
+        for one in report.damaged:
+            request.out.print(f"{one.artifact[:12]} {one.file}: {one.why}", highlight=False)
+        request.out.print(f"{report.checked} files checked, {len(damaged)} damaged")
+        if damaged and not request.arguments.repair:
+            request.out.print("next: rlhf verify --repair moves them to quarantine; rlhf run makes them again")
+
+    request.answer({"checked": report.checked, "damaged": damaged}, show)
+    return 1 if damaged else 0
+
+
+def import_(request: Request) -> None:
+    """Make a model's folder the result of a stage."""
+    from rlhf.pipeline.transfer import import_folder
+
+    instance = request.arguments.as_
+    one = request.one(request.planned(), instance)
+    store = request.store(create=True)
+    if request.arguments.forget:
+        store.delete_ref(request.config.name, instance)
+        request.out.print(f"{instance} is made by its stage again")
+        return
+    record = import_folder(Path(_single(request, "DIR")), request.config, instance, one.stage, store)
+    request.out.print(f"{instance} is artifact {record.artifact[:12]} until: rlhf import --forget --as {instance}")
+
+
+def export(request: Request) -> None:
+    """Write a stage's result to a folder."""
+    from rlhf.pipeline.transfer import export_artifact
+
+    if len(request.names) != 2:
+        raise RequestError("export takes a stage and a folder", "command line", "rlhf export STAGE DIR")
+    one = request.one(request.planned(), request.names[0])
+    request.out.print(f"wrote {export_artifact(one, Path(request.names[1]), request.store())}")
+
+
+def generate(request: Request) -> None:
+    """Let a policy answer prompts."""
+    one = request.one(request.planned(), _single(request, "STAGE"))
+    if one.stage.kind != "policy":
+        raise RequestError(
+            f"{one.name} makes a {one.stage.kind}, which answers nothing", "command line", "name sft or ppo"
+        )
+    if one.record is None:
+        raise RequestError(f"{one.name} has no result yet", one.why, f"rlhf run {one.name}")
+    prompts = request.arguments.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not prompts:
+        raise RequestError("there is no prompt", "command line and standard input", "--prompt 'Write …'")
+    import tempfile
+
+    from rlhf.rollout.speak import answers
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = request.store().checkout(one.record.artifact, Path(scratch) / "policy")
+        given = request.arguments
+        for answer in answers(folder, prompts, given.temperature, given.max_new_tokens, given.seed):
+            print(answer)
+
+
+def config(request: Request) -> None:
+    """Print the settings with every default filled in, or what each of them means."""
+    if not request.arguments.fields:
+        print(to_yaml(resolved(request.config)), end="")
+        return
+    sections = {"store": StoreSettings, "cluster": ClusterSettings, "tracking": TrackingSettings}
+    for name, model in (sections | {name: stage.settings for name, stage in request.known.items()}).items():
+        if request.names and name not in request.names:
+            continue
+        for field in describe(model):
+            request.out.print(f"{name}.{field.path}: {field.type}; default {field.default}; {field.role}", markup=False)
+            request.out.print(f"    {field.help}", markup=False)
+
+
+def doctor(request: Request) -> int:
+    """Say whether this machine can run the pipeline."""
+    from rlhf.cluster.doctor import diagnose
+    from rlhf.cluster.session import Session
+
+    entries = diagnose(Path(request.config.store.uri), Session(request.config.cluster).address)
+
+    def show() -> None:
+        for entry in entries:
+            mark = "[green]ok [/]" if entry["ok"] else "[red]bad[/]"
+            request.out.print(f"{mark} {entry['name']}: {entry['found']}  {entry['next']}")
+
+    request.answer({"checks": entries}, show)
+    return 0 if all(entry["ok"] for entry in entries) else 1
+
+
+def validate(request: Request) -> None:
+    """Check a file of records without running anything."""
+    from rlhf.data.validation import validate_file
+
+    counts = validate_file(Path(_single(request, "FILE")), request.arguments.kind)
+    request.out.print(f"{counts} rows, all well")
+
+
+def _single(request: Request, what: str) -> str:
+    if len(request.names) != 1:
+        raise RequestError(f"exactly one {what} is needed", "command line", f"rlhf {request.arguments.command} --help")
+    return request.names[0]
+
+
+COMMANDS: dict[str, Callable[[Request], int | None]] = {
+    "run": run,
+    "plan": plan_,
+    "status": status,
+    "explain": explain,
+    "lineage": lineage,
+    "verify": verify,
+    "import": import_,
+    "export": export,
+    "generate": generate,
+    "config": config,
+    "doctor": doctor,
+    "data": validate,
+}
+WITH_JSON = ("plan", "status", "explain", "lineage", "verify", "doctor")
+
+
+def parser_of(command: str) -> Parser:
+    """The parser of one command."""
+    parser = Parser(prog=f"rlhf {command}", description=COMMANDS[command].__doc__)
+    words = "stages or folders, and settings as section.field=value"
+    parser.add_argument("words", nargs="*", metavar="WORD", help=words)
+    parser.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, help=f"the pipeline file (default: {DEFAULT_CONFIG})"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if command in WITH_JSON:
+        parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    match command:
+        case "verify":
+            parser.add_argument("--repair", action="store_true", help="move what is damaged to quarantine")
+        case "import":
+            parser.add_argument("--as", dest="as_", metavar="STAGE", default="sft", help="the stage whose result it is")
+            parser.add_argument("--forget", action="store_true", help="undo the import of a stage")
+        case "generate":
+            parser.add_argument(
+                "--prompt", action="append", help="a prompt; may be given again; else lines of standard input"
+            )
+            parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+            parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer (default: 48)")
+            parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+        case "config":
+            parser.add_argument("--fields", action="store_true", help="explain every setting instead")
+        case "data":
+            kinds = ("demonstrations", "comparisons", "prompts")
+            parser.add_argument("--kind", choices=kinds, help="what the rows are (default: told by their fields)")
+        case _:
+            pass
+    parser.set_defaults(command=command, json=False)
+    return parser
+
+
+def usage() -> str:
+    """What ``rlhf --help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rlhf COMMAND [STAGE ...] [section.field=value ...] [--config FILE]",
+            "",
+            "From a language model, demonstrations and human rankings to an aligned model.",
+            "",
+            *lines,
+            "",
+            "rlhf COMMAND --help explains a command; rlhf config --fields every setting.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(usage())
+            return 0
+        if words[0] not in COMMANDS:
+            raise RequestError(
+                f"there is no command {words[0]!r}", "command line", suggestion(words[0], COMMANDS) or "rlhf --help"
+            )
+        return COMMANDS[words[0]](Request(parser_of(words[0]).parse_intermixed_args(words[1:]))) or 0
+    except RlhfError as error:
+        return _report(error, words)
+    except KeyboardInterrupt:
+        return _report(InterruptedRunError("interrupted"), words)
+
+
+def _report(error: RlhfError, words: Sequence[str]) -> int:
+    if "--debug" in words:
+        traceback.print_exc()
+    if "--json" in words:
+        print(json.dumps({"error": {"what": error.what, "where": error.where, "next": error.next_step}}))
+    else:
+        print_error(Console(stderr=True, highlight=False), error)
+    return error.exit_status

@@ -1,0 +1,1 @@
+"""Ray: starting or attaching, preflight, tasks, worker groups, and what their failures mean."""

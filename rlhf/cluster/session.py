@@ -1,0 +1,137 @@
+"""One Ray session for a whole command: attached to a cluster, or started on this machine and stopped at the end."""
+
+import os
+import warnings
+from types import TracebackType
+from typing import Any, Self
+
+from rlhf.config.pipeline import ClusterSettings
+from rlhf.errors import PreflightError, TryAgainError
+
+# What a worker needs in its environment before it imports anything.
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # Stages are given absolute paths; a changed working folder would only break relative imports of a checkout.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+START_TIMEOUT_SECONDS = 120
+
+
+class Session:
+    """A context manager that starts Ray when it is first needed."""
+
+    def __init__(self, settings: ClusterSettings) -> None:
+        self._settings = settings
+        self._started = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._started:
+            import ray
+
+            ray.shutdown()
+
+    @property
+    def address(self) -> str | None:
+        """The cluster to attach to; None starts one here."""
+        return self._settings.address or os.environ.get("RAY_ADDRESS")
+
+    def start(self) -> None:
+        """Start Ray or attach to it, once.
+
+        Raises:
+            TryAgainError: the cluster cannot be reached, or Ray does not start.
+        """
+        if self._started:
+            return
+        os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+        import ray
+
+        common: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": "ERROR",
+            "namespace": "rlhf",
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                if self.address:
+                    ray.init(address=self.address, runtime_env={"env_vars": ENVIRONMENT}, **common)
+                else:
+                    ray.init(
+                        address="local",
+                        num_cpus=self._settings.cpus,
+                        num_gpus=self._settings.gpus,
+                        include_dashboard=False,
+                        object_store_memory=256 * 2**20,
+                        **common,
+                    )
+            except (ConnectionError, RuntimeError, TimeoutError) as error:
+                raise TryAgainError(
+                    f"Ray {'did not answer' if self.address else 'did not start'}: {str(error).splitlines()[0]}",
+                    self.address or "this machine",
+                    "check `ray status` there" if self.address else "rlhf doctor",
+                ) from error
+        self._started = True
+
+    def resources(self) -> "Resources":
+        """What the cluster has."""
+        import ray
+
+        self.start()
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return Resources(
+            cpus=[int(node.get("CPU", 0)) for node in nodes], gpus=[int(node.get("GPU", 0)) for node in nodes]
+        )
+
+
+class Resources:
+    """CPU cores and GPUs of each node."""
+
+    def __init__(self, cpus: list[int], gpus: list[int]) -> None:
+        self.cpus, self.gpus = cpus, gpus
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether any node has a GPU."""
+        return sum(self.gpus) > 0
+
+    def per_rank(self, stage: str, count: int, cpus: int | None, gpu: bool | None) -> "RankResources":
+        """What each of ``count`` ranks gets.
+
+        Raises:
+            PreflightError: the cluster does not have that much, so that Ray would wait for ever.
+        """
+        use_gpu = self.has_gpu if gpu is None else gpu
+        if use_gpu and count > sum(self.gpus):
+            raise PreflightError(
+                f"{stage} asks for {count} GPUs, one for each rank, and the cluster has {sum(self.gpus)}",
+                f"{stage}.workers.count",
+                f"{stage}.workers.count={max(1, sum(self.gpus))}"
+                + ("" if self.has_gpu else f" {stage}.workers.gpu=false"),
+            )
+        share = cpus or (1 if use_gpu else max(1, sum(self.cpus) // count))
+        fits = sum(node // share for node in self.cpus)
+        if fits < count:
+            raise PreflightError(
+                f"{stage} asks for {count} ranks of {share} CPU cores, and the cluster has "
+                f"{sum(self.cpus)} cores on {len(self.cpus)} node(s)",
+                f"{stage}.workers",
+                f"{stage}.workers.count={max(1, fits)}",
+            )
+        return RankResources(count, share, use_gpu)
+
+
+class RankResources:
+    """How many ranks, and what each gets."""
+
+    def __init__(self, count: int, cpus: int, gpu: bool) -> None:
+        self.count, self.cpus, self.gpu = count, cpus, gpu

@@ -1,0 +1,118 @@
+"""Settings of the stages that hold no model: data and rank."""
+
+from pathlib import Path
+
+from pydantic import field_validator, model_validator
+
+from rlhf.config.base import Settings, runtime, semantic, source
+from rlhf.config.sources import KNOWN_WORDS, MOVIE_SNIPPETS, is_local, parse_hub_dataset
+from rlhf.errors import SettingsError
+
+__all__ = ["DataSettings", "RankSettings", "SnippetSettings", "is_local", "sources"]
+
+SNIPPET_BLOCKS = 353
+"""Blocks of 30 snippets in the movie-snippets data, each rated throughout by the same people."""
+
+
+class SnippetSettings(Settings):
+    """How the movie snippets are dealt out: in whole blocks of 30, so that no rater and no snippet is in two parts."""
+
+    demonstrations: int = semantic(32, ge=1)
+    """Blocks whose snippets the SFT model learns to write."""
+    demonstrations_heldout: int = semantic(3, ge=1)
+    """Blocks behind the SFT model's ``eval/loss``."""
+    comparisons: int = semantic(110, ge=1)
+    """Blocks whose ratings the reward model learns from."""
+    comparisons_heldout: int = semantic(40, ge=1)
+    """Blocks behind the reward model's ``eval/accuracy``."""
+    prompts: int = semantic(24, ge=1)
+    """Blocks whose openings PPO continues."""
+    prompts_heldout: int = semantic(8, ge=1)
+    """Blocks whose openings the evaluation continues."""
+    judge: int = semantic(135, ge=1)
+    """Blocks whose mean ratings the judge of the evaluation is fitted on."""
+    set_size: int = semantic(5, ge=2, le=30)
+    """Snippets in a comparison set; one that divides 30 leaves no smaller set over."""
+
+    @model_validator(mode="after")
+    def _blocks_suffice(self) -> "SnippetSettings":
+        total = (
+            self.demonstrations
+            + self.demonstrations_heldout
+            + self.comparisons
+            + self.comparisons_heldout
+            + self.prompts
+            + self.prompts_heldout
+            + self.judge
+        )
+        if total > SNIPPET_BLOCKS:
+            raise ValueError(f"{total} blocks are asked for, and the movie snippets have {SNIPPET_BLOCKS}")
+        return self
+
+
+class DataSettings(Settings):
+    """Where the records come from. Each source is a JSONL, JSON or Parquet file, a folder of those, a hub dataset
+    ``name@revision`` or ``name@revision#split``, or the word ``movie-snippets``.
+    """
+
+    seed: int = semantic(0, ge=0)
+    """Seeds what is held out."""
+    demonstrations: str = source(MOVIE_SNIPPETS)
+    """Prompts with completions, for sft."""
+    comparisons: str = source(MOVIE_SNIPPETS)
+    """Prompts with responses and what annotators said of them, for rank and rm."""
+    prompts: str = source(MOVIE_SNIPPETS)
+    """Prompts alone, for ppo and evaluate."""
+    judge: str | None = source(MOVIE_SNIPPETS)
+    """Texts with ratings, ``{"text", "rating"}``, that a judge independent of the reward model is fitted on; null for
+    none. Set it to null or to ratings of your own when the other sources are yours."""
+    heldout_fraction: float = semantic(0.05, ge=0, lt=1)
+    """Share of the distinct prompts of each source of your own that is held out; at least one unless 0."""
+    max_bad_fraction: float = semantic(0.0, ge=0, lt=1)
+    """Share of malformed rows of a source above which the stage stops; those below it are left out."""
+    snippets: SnippetSettings = semantic(SnippetSettings())
+    """How ``movie-snippets`` is dealt out."""
+    downloads: Path | None = runtime(None)
+    """A folder that is looked into before any package index."""
+
+    @field_validator("demonstrations", "comparisons", "prompts", "judge")
+    @classmethod
+    def _source_is_readable(cls, value: str | None) -> str | None:
+        if value is not None and value != MOVIE_SNIPPETS and not is_local(value):
+            if value in KNOWN_WORDS:
+                raise ValueError(f"{value!r} names a model, not data")
+            parse_hub_dataset(value)
+        return value
+
+
+class RankSettings(Settings):
+    """Bradley-Terry strengths from the annotators' comparisons."""
+
+    prior_elo: float = semantic(200.0, gt=0)
+    """Standard deviation, in Elo points, of the Gaussian prior on a strength within its set; larger is weaker. It keeps
+    the strength of a response that never lost finite. On sets of five movie snippets, strengths from 3, 7 or all but 3
+    of the raters predict the other raters' comparisons best with 100 to 150, and within 0.003 nats of that with 200."""
+    bridges: int = semantic(4, ge=0)
+    """Rounds in which each rated response is compared, by ratings alone, with two of other sets that share its prompt.
+    0 keeps sets apart, for ratings that mean something only within a set."""
+    seed: int = semantic(0, ge=0)
+    """Seeds which responses of different sets are compared."""
+
+
+def sources(settings: DataSettings) -> dict[str, Path]:
+    """Return the local files and folders that the settings name, by field: their content belongs in the stage's key.
+
+    Raises:
+        SettingsError: one of them is not there.
+
+    """
+    local: dict[str, Path] = {}
+    for field in ("demonstrations", "comparisons", "prompts", "judge"):
+        value: str | None = getattr(settings, field)
+        if value is None or not is_local(value):
+            continue
+        path = Path(value).expanduser()
+        if not path.exists():
+            raise SettingsError(f"there is no file or folder {value}", f"data.{field}", f"correct data.{field}")
+        local[field] = path
+    return local

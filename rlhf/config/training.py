@@ -1,0 +1,33 @@
+"""Settings that the training stages share: adapters, workers, precision."""
+
+from typing import Literal
+
+from rlhf.config.base import Settings, runtime, semantic
+
+Precision = Literal["fp32", "bf16"]
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on every linear layer of the body."""
+
+    rank: int = semantic(16, ge=1)
+    """Rank r of the update; 8 to 64 are usual."""
+    alpha: float = semantic(32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = semantic(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input while the SFT and reward models train. PPO switches all dropout off."""
+    merge: bool = semantic(False)
+    """Fold the adapter into the weights of the result. Otherwise the result is a PEFT adapter beside its base."""
+
+
+class WorkerSettings(Settings):
+    """The worker group of a stage: one Ray actor per ZeRO-3 rank."""
+
+    count: int = runtime(1, ge=1)
+    """Ranks. On a CPU one rank with all threads is the fastest; on a cluster one rank per GPU."""
+    cpus: int | None = runtime(None, ge=1)
+    """CPU cores of each rank; null shares the cores of the smallest node among its ranks."""
+    gpu: bool | None = runtime(None)
+    """True gives each rank one GPU, false none; null uses GPUs when the cluster has any."""
+    timeout_minutes: float = runtime(30.0, gt=0)
+    """How long a rank waits in a collective for the others before the group fails and is restarted."""

@@ -1,0 +1,234 @@
+"""Settings as they were written, each with its place: a YAML file, and overrides on top of it.
+
+YAML is read by the core schema of YAML 1.2: ``1e-4`` is a number, ``no`` and ``2024-01-31`` are text. Keys are text, a
+key stands once, numbers are finite. Anchors, aliases and merge keys (``<<: *name``) work.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.config.nearest import nearest
+from rlhf.config.problems import Problem
+from rlhf.errors import SettingsError
+
+KeyPath = tuple[str | int, ...]
+# Where a node was written, in words.
+Place = Callable[[yaml.Node], str]
+
+_TAG = "tag:yaml.org,2002:"
+# Tag, text that means it, and the signs such text starts with. Integers come before floats: the first match counts.
+_RESOLVERS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
+    ("float", r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", "-+.0123456789"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+)
+_SCALARS: Mapping[str, Callable[[str], Any]] = {
+    f"{_TAG}bool": lambda text: text.lower() == "true",
+    f"{_TAG}int": lambda text: int(text, 0),
+    f"{_TAG}float": float,
+    f"{_TAG}null": lambda _: None,
+    f"{_TAG}str": str,
+}
+
+
+class _CoreLoader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own attribute, filled below
+
+
+class _CoreDumper(yaml.SafeDumper):
+    # A dumper quotes the text that a loader with the same resolvers would take for something else.
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own attribute, filled below
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
+        return True
+
+
+for _resolved_by in (_CoreLoader, _CoreDumper):
+    for _name, _pattern, _first in _RESOLVERS:
+        _resolved_by.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Write JSON values as YAML that :func:`read_tree` reads back to the same values."""
+    return yaml.dump(dict(values), Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+def dotted(path: KeyPath) -> str:
+    """Write a key path as an override names it: ``ppo.kl.coef``."""
+    return ".".join(map(str, path))
+
+
+@dataclass
+class Tree:
+    """Raw settings, where each was written, and what is wrong with the writing."""
+
+    file: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    _places: dict[KeyPath, str] = field(default_factory=dict, init=False)
+
+    def place(self, path: KeyPath) -> str:
+        """Return where a setting was written: ``file:line`` or the override; where it was not, its section's place."""
+        while path and path not in self._places:
+            path = path[:-1]
+        return self._places.get(path, str(self.file))
+
+    def override(self, text: str) -> None:
+        """Apply ``section.field=value``, the value in YAML, on top of what there is; mistakes go to ``problems``."""
+        where = f"override {text}"
+        name, equals, written = text.partition("=")
+        path = tuple(name.strip().split("."))
+        if not equals or not all(path):
+            self.problems.append(Problem(f"{text!r} is not an override", where, "write section.field=value"))
+            return
+        try:
+            node = _compose(written)
+        except yaml.YAMLError as error:
+            self.problems.append(Problem(f"{written!r} is not valid YAML: {_reason(error)}", where, "quote the value"))
+            return
+        section = self.values
+        for depth, key in enumerate(path[:-1], start=1):
+            if section.get(key) is None:
+                section[key] = {}
+            if not isinstance(section[key], dict):
+                what = f"{dotted(path[:depth])} is a single value; it holds no {dotted(path[depth:])}"
+                self.problems.append(Problem(what, where, f"it was set at {self.place(path[:depth])}"))
+                return
+            section = section[key]
+        self._places = {old: place for old, place in self._places.items() if old[: len(path)] != path}
+        self._places[path] = where
+        section[path[-1]] = self._read(node, path, lambda _: where, ())
+
+    def read(self, node: yaml.Node) -> None:
+        """Take over a file's document."""
+
+        def line(node: yaml.Node) -> str:
+            return f"{self.file}:{node.start_mark.line + 1}"
+
+        self.values = self._read(node, (), line, ())
+
+    def _read(self, node: yaml.Node | None, path: KeyPath, place: Place, around: tuple[yaml.Node, ...]) -> Any:
+        """Turn a node into plain values; ``around`` are the nodes it lies in, to notice one that holds itself."""
+        if node is None:
+            return None
+        if node in around:
+            self.problems.append(Problem(f"{dotted(path)} contains itself", place(node)))
+            return None
+        if isinstance(node, yaml.MappingNode):
+            values: dict[str, Any] = {}
+            for key, value in self._pairs(node, path, place, around):
+                self._places[(*path, key.value)] = place(key)
+                values[key.value] = self._read(value, (*path, key.value), place, (*around, node))
+            return values
+        if isinstance(node, yaml.SequenceNode):
+            items: list[Any] = []
+            for index, item in enumerate(node.value):
+                self._places[(*path, index)] = place(item)
+                items.append(self._read(item, (*path, index), place, (*around, node)))
+            return items
+        return self._scalar(node, path, place)
+
+    def _pairs(
+        self, node: yaml.MappingNode, path: KeyPath, place: Place, around: tuple[yaml.Node, ...]
+    ) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+        """Return the keys and values of a mapping, what it merges first, so that its own come later and win."""
+        merged: list[tuple[yaml.ScalarNode, yaml.Node]] = []
+        own: list[tuple[yaml.ScalarNode, yaml.Node]] = []
+        first: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            if key.tag == f"{_TAG}merge":
+                sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for source in reversed(sources):
+                    if isinstance(source, yaml.MappingNode) and source not in (*around, node):
+                        merged += self._pairs(source, path, place, (*around, node))
+                    else:
+                        self.problems.append(Problem("<< takes another section, or a list of them", place(key)))
+            elif not isinstance(key, yaml.ScalarNode) or key.tag != f"{_TAG}str":
+                shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or section"
+                what = f"a setting's name is text, and this one is {shown}"
+                self.problems.append(Problem(what, place(key), "put it in quotes"))
+            elif key.value in first:
+                what = f"{dotted((*path, key.value))} is set twice"
+                hint = f"delete one of the two; the first is at {place(first[key.value])}"
+                self.problems.append(Problem(what, place(key), hint))
+            else:
+                first[key.value] = key
+                own.append((key, value))
+        return merged + own
+
+    def _scalar(self, node: yaml.Node, path: KeyPath, place: Place) -> Any:
+        convert = _SCALARS.get(node.tag)
+        try:
+            value = convert(node.value) if convert else None
+        except ValueError:
+            convert, value = None, None
+        if convert is None:
+            tag = node.tag.replace(_TAG, "!!")
+            self.problems.append(Problem(f"{dotted(path)} is {node.value!r} and cannot be read as {tag}", place(node)))
+        elif isinstance(value, float) and not math.isfinite(value):
+            self.problems.append(Problem(f"{dotted(path)} is {node.value}, which is too large a number", place(node)))
+        return value
+
+
+def read_tree(file: Path) -> Tree:
+    """Read a pipeline file.
+
+    Raises:
+        SettingsError: the file is missing, unreadable or not YAML. Mistakes inside valid YAML, such as a key that
+            stands twice, go to the tree's ``problems`` instead, to be reported together.
+
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise _missing(file) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} cannot be read as text: {error}", str(file)) from error
+    try:
+        node = _compose(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
+        raise SettingsError(f"{file} is not valid YAML: {_reason(error)}", where, "correct that line") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file} is not valid YAML: {error}", str(file)) from error
+    if not isinstance(node, yaml.MappingNode):
+        holds = "is empty" if node is None else "holds no settings"
+        raise SettingsError(f"{file} {holds}", str(file), "a pipeline file holds sections of `name: value` lines")
+    tree = Tree(file)
+    tree.read(node)
+    return tree
+
+
+def _compose(text: str) -> yaml.Node | None:
+    loader = _CoreLoader(text)
+    try:
+        return loader.get_single_node()
+    finally:
+        loader.dispose()
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error)
+    return ", ".join(part for part in (error.problem, error.context) if part)
+
+
+def _missing(file: Path) -> SettingsError:
+    others = sorted(str(other) for other in file.parent.glob("*.yaml"))
+    close = nearest(str(file), others)
+    if close:
+        next_step = f"--config {close}" + (f" (beside it: {', '.join(others)})" if len(others) > 1 else "")
+    elif others:
+        next_step = f"--config with one of {', '.join(others)}"
+    else:
+        next_step = f"no pipeline file lies in {file.parent}; name one with --config"
+    return SettingsError(f"there is no pipeline file {file}", str(file), next_step)

@@ -1,0 +1,1 @@
+"""Reading, validating, fetching and splitting records."""

@@ -1,0 +1,295 @@
+"""What a record may be, and why a row is none."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from rlhf.config.nearest import suggestion
+
+
+class _Record(BaseModel):
+    # Strict: a number written as text, or true for 1, is a mistake of whoever wrote the file.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds bytes that are not UTF-8, or half a surrogate pair") from None
+    return text
+
+
+String = Annotated[str, AfterValidator(_encodable)]
+"""A text that can be written as UTF-8, which JSON's escapes do not promise."""
+
+
+class Message(_Record):
+    """One message of a conversation."""
+
+    role: Annotated[String, Field(min_length=1)]
+    content: String
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+def _last_not_blank(messages: list[Message]) -> list[Message]:
+    if not messages or not messages[-1].content.strip():
+        raise ValueError("is empty")
+    return messages
+
+
+def _shape_of_text(value: Any) -> str | None:
+    return "text" if isinstance(value, str) else "messages" if isinstance(value, list) else None
+
+
+def _reply_text(value: Any) -> Any:
+    # A reply written as a conversation of one assistant's message is its content; anything else is left to be refused.
+    match value:
+        case [{"role": "assistant", "content": str() as content, **rest}] if not rest:
+            return content
+        case _:
+            return value
+
+
+Text = Annotated[
+    Annotated[String, AfterValidator(_not_blank), Tag("text")]
+    | Annotated[list[Message], AfterValidator(_last_not_blank), Tag("messages")],
+    Discriminator(
+        _shape_of_text,
+        custom_error_type="text_or_messages",
+        custom_error_message="must be a text or a list of messages",
+    ),
+]
+"""A text, or a conversation as messages; never blank."""
+
+Response = Annotated[String, BeforeValidator(_reply_text)]
+"""A response's text; a list of one assistant's message is read as its content. It may be empty, as a policy's may."""
+
+
+class Demonstration(_Record):
+    """A prompt and the completion to be imitated."""
+
+    prompt: Text
+    completion: Text
+
+
+class Prompt(_Record):
+    """A prompt alone."""
+
+    prompt: Text
+
+
+class JudgeRating(_Record):
+    """A text and the rating people gave it."""
+
+    text: Annotated[String, AfterValidator(_not_blank)]
+    rating: float
+
+
+class ComparisonSet(_Record):
+    """One prompt, its responses, and what annotators said of them: ratings, rankings, winners, or several of these."""
+
+    prompt: Text
+    responses: list[Response] = Field(min_length=2)
+    ratings: list[list[float | None]] | None = None
+    """``[responses, annotators]``: the rating of each response by each annotator; null where there is none."""
+    rankings: list[list[int | list[int]]] | None = None
+    """Per annotator, indices of responses from best to worst; a list of indices is a tie. Responses may be left out."""
+    winners: list[list[float]] | None = None
+    """Entries ``[i, j, outcome]``: 1 where response i beat j, 0 where it lost, 0.5 for a tie."""
+    models: list[String] | None = None
+    """The model that wrote each response."""
+    margin: float | None = None
+    """By how much the first of two responses is better, where the data says so; in units of its own."""
+
+    @field_validator("ratings")
+    @classmethod
+    def _ratings_match_responses(
+        cls, ratings: list[list[float | None]] | None, info: ValidationInfo
+    ) -> list[list[float | None]] | None:
+        count = _number_of_responses(info)
+        if ratings is None or count is None:
+            return ratings
+        if len(ratings) != count:
+            raise ValueError(f"has {len(ratings)} rows for {count} responses")
+        widths = [len(row) for row in ratings]
+        if len(set(widths)) > 1:
+            raise ValueError(
+                f"has rows of different lengths, {widths}: write null where an annotator gave a response no rating"
+            )
+        return ratings
+
+    @field_validator("rankings")
+    @classmethod
+    def _rankings_name_responses(
+        cls, rankings: list[list[int | list[int]]] | None, info: ValidationInfo
+    ) -> list[list[int | list[int]]] | None:
+        count = _number_of_responses(info)
+        for annotator, ranking in enumerate(rankings or []):
+            seen: set[int] = set()
+            for place in ranking:
+                for index in place if isinstance(place, list) else [place]:
+                    if count is not None and not 0 <= index < count:
+                        raise ValueError(f"ranking {annotator} names response {index}, and there are 0 to {count - 1}")
+                    if index in seen:
+                        raise ValueError(f"ranking {annotator} names response {index} twice")
+                    seen.add(index)
+        return rankings
+
+    @field_validator("winners")
+    @classmethod
+    def _winners_name_responses(
+        cls, winners: list[list[float]] | None, info: ValidationInfo
+    ) -> list[list[float]] | None:
+        count = _number_of_responses(info)
+        for number, entry in enumerate(winners or []):
+            if len(entry) != 3 or entry[2] not in (0, 0.5, 1):
+                shown = ", ".join(f"{part:g}" for part in entry)
+                raise ValueError(f"entry {number} is [{shown}]; it must be [i, j, 1, 0 or 0.5]")
+            for index in entry[:2]:
+                if index != int(index) or (count is not None and not 0 <= index < count):
+                    known = "" if count is None else f", and there are 0 to {count - 1}"
+                    raise ValueError(f"entry {number} names response {index:g}{known}")
+            if entry[0] == entry[1]:
+                raise ValueError(f"entry {number} compares response {entry[0]:g} with itself")
+        return winners
+
+    @field_validator("models")
+    @classmethod
+    def _models_match_responses(cls, models: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        count = _number_of_responses(info)
+        if models is not None and count is not None and len(models) != count:
+            raise ValueError(f"has {len(models)} names for {count} responses")
+        return models
+
+    @field_validator("margin")
+    @classmethod
+    def _margin_is_of_a_pair(cls, margin: float | None, info: ValidationInfo) -> float | None:
+        count = _number_of_responses(info)
+        if margin is not None and count is not None and count != 2:
+            raise ValueError(f"is for two responses, and there are {count}")
+        return margin
+
+    @model_validator(mode="after")
+    def _something_is_compared(self) -> "ComparisonSet":
+        if self.ratings is self.rankings is self.winners is None:
+            raise ValueError("has none of ratings, rankings and winners")
+        columns = zip(*(self.ratings or []), strict=True)
+        rated = any(sum(rating is not None for rating in column) > 1 for column in columns)
+        ranked = any(
+            sum(len(place) if isinstance(place, list) else 1 for place in ranking) > 1
+            for ranking in self.rankings or []
+        )
+        if not (rated or ranked or self.winners):
+            raise ValueError("compares nothing: no annotator rated or ranked two of the responses")
+        return self
+
+
+def _number_of_responses(info: ValidationInfo) -> int | None:
+    """Count the responses of the set; None where they are themselves malformed."""
+    responses = info.data.get("responses")
+    return None if responses is None else len(responses)
+
+
+class PreferencePair(_Record):
+    """TRL's form of a comparison: the better and the worse of two responses, and perhaps by how much."""
+
+    prompt: Text
+    chosen: Response
+    rejected: Response
+    margin: float | None = None
+
+    def as_comparison_set(self) -> ComparisonSet:
+        """Return the same comparison as a set of two responses with one winner."""
+        return ComparisonSet(
+            prompt=self.prompt,
+            responses=[self.chosen, self.rejected],
+            winners=[[0, 1, 1]],
+            margin=self.margin,
+        )
+
+
+class Reason(NamedTuple):
+    """Why a row is refused: the field, empty where the row as a whole is meant, and what is wrong with it."""
+
+    field: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}" if self.field else self.problem
+
+
+R = TypeVar("R", bound=Demonstration | ComparisonSet | Prompt | JudgeRating)
+
+
+def model_of(value: Any) -> type[Demonstration] | type[ComparisonSet] | type[Prompt] | type[JudgeRating]:
+    """Return the kind of record that a row's fields tell of; a prompt where they tell of none."""
+    fields = set(value) if isinstance(value, Mapping) else set[str]()
+    if fields & {"responses", "ratings", "rankings", "winners", "chosen", "rejected"}:
+        return ComparisonSet
+    if "completion" in fields:
+        return Demonstration
+    return JudgeRating if fields & {"text", "rating"} else Prompt
+
+
+def parse_record(value: Any, model: type[R]) -> R | list[Reason]:
+    """Make a record of a row's value, or give the reasons why it is none."""
+    if not isinstance(value, Mapping):
+        return [Reason("", f"a row must be an object with fields, not {type(value).__name__}")]
+    is_pair = issubclass(model, ComparisonSet) and not value.keys().isdisjoint({"chosen", "rejected"})
+    form = PreferencePair if is_pair else model
+    try:
+        record = form.model_validate(dict(value))
+    except ValidationError as error:
+        return _reasons(error, form)
+    return record.as_comparison_set() if isinstance(record, PreferencePair) else record  # type: ignore[return-value]
+
+
+def _reasons(error: ValidationError, form: type[BaseModel]) -> list[Reason]:
+    problems: dict[str, str] = {}
+    for detail in error.errors(include_url=False, include_input=False):
+        path = list(detail["loc"])
+        match detail["type"]:
+            case "missing":
+                problem = "is missing"
+            case "extra_forbidden":
+                known = (Message if len(path) > 1 else form).model_fields
+                problem = f"is unknown; {suggestion(str(path[-1]), known)}"
+            case "value_error":
+                problem = str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"]
+            case _:
+                problem = detail["msg"][0].lower() + detail["msg"][1:]
+        # A union reports once per member: one reason a field is enough.
+        problems.setdefault(_field(path, unknown=detail["type"] == "extra_forbidden"), problem)
+    return [Reason(field, problem) for field, problem in problems.items()]
+
+
+def _field(path: list[int | str], *, unknown: bool) -> str:
+    """Write a field's path as a reader would: ``prompt[0].content``; the names of a union's members are left out."""
+    text = ""
+    for depth, part in enumerate(path):
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif depth == 0:
+            text = part
+        elif part in Message.model_fields or (unknown and depth == len(path) - 1):
+            text += f".{part}"
+    return text

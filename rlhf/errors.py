@@ -1,0 +1,112 @@
+"""The one family of errors that a user meets.
+
+    RlhfError                       exit status 1
+    ├── RequestError                2    what was asked for cannot be done as it is written
+    │   ├── SettingsError           2    a setting is unknown, of the wrong type, or impossible beside another
+    │   ├── RecordError             2    a row of the data is malformed
+    │   └── PreflightError          2    the machine, model and data do not fit the settings
+    ├── StageError                  1    a stage failed while it ran
+    │   └── DivergedError           1    training left the finite numbers, or the policy collapsed
+    ├── DamageError                 1    the store holds something that fails its digest
+    ├── TryAgainError               75   nothing is wrong with the request; the world was not ready for it
+    │   ├── DiskFullError           75
+    │   ├── StoreUnreachableError   75
+    │   ├── IndexUnreachableError   75
+    │   └── LeaseHeldError          75
+    └── InterruptedRunError         130  somebody pressed Ctrl-C
+
+Every error says what is wrong, where, and what to do next. The raw values stay in ``args``, so that an error raised on a
+worker pickles back to the driver unchanged.
+"""
+
+from typing import ClassVar
+
+
+class RlhfError(Exception):
+    """Something the reader can act on: what is wrong, where it is, and what to do next."""
+
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, what: str, where: str = "", next_step: str = "") -> None:
+        super().__init__(what, where, next_step)
+
+    @property
+    def what(self) -> str:
+        """What is wrong, in one sentence."""
+        return self.args[0]
+
+    @property
+    def where(self) -> str:
+        """File and line, row and field, or rank and host; empty where there is no place to name."""
+        return self.args[1]
+
+    @property
+    def next_step(self) -> str:
+        """The command to run or the thing to change; empty where ``what`` already says it."""
+        return self.args[2]
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.next_step:
+            lines.append(f"  next:  {self.next_step}")
+        return "\n".join(lines)
+
+
+class RequestError(RlhfError):
+    """What was asked for cannot be done as it is written."""
+
+    exit_status = 2
+
+
+class SettingsError(RequestError):
+    """A setting is unknown, has the wrong type, or cannot stand beside another."""
+
+
+class RecordError(RequestError):
+    """A row of the data is malformed."""
+
+
+class PreflightError(RequestError):
+    """The machine, the model and the data do not fit the settings."""
+
+
+class StageError(RlhfError):
+    """A stage failed while it ran."""
+
+
+class DivergedError(StageError):
+    """Training left the finite numbers or the policy collapsed; never retried, never cached as done."""
+
+
+class DamageError(RlhfError):
+    """The store holds something that fails its digest."""
+
+
+class TryAgainError(RlhfError):
+    """Nothing is wrong with the request; the world was not ready for it."""
+
+    exit_status = 75
+
+
+class DiskFullError(TryAgainError):
+    """A file system has no room for what must be written."""
+
+
+class StoreUnreachableError(TryAgainError):
+    """The artifact store cannot be read or written."""
+
+
+class IndexUnreachableError(TryAgainError):
+    """A package index or model hub did not answer."""
+
+
+class LeaseHeldError(TryAgainError):
+    """Somebody else is producing the same result."""
+
+
+class InterruptedRunError(RlhfError):
+    """The run was interrupted from the keyboard."""
+
+    exit_status = 130

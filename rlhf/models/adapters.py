@@ -1,0 +1,99 @@
+"""LoRA through PEFT: attaching, and writing results that are whole by themselves."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.config.training import LoraSettings
+from rlhf.models import folders
+from rlhf.models.adapter_folders import ADAPTER_CONFIG, BASE
+
+
+def lora_config(lora: LoraSettings, *, scores: bool) -> LoraConfig:
+    """Adapters on every linear layer of the body; a score head is trained whole."""
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - PEFT takes fractions, its annotation does not
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
+        modules_to_save=["score"] if scores else None,
+    )
+
+
+def with_lora(model: PreTrainedModel, lora: LoraSettings | None, *, scores: bool, seed: int) -> Any:
+    """The model with fresh adapters, or as it is."""
+    if lora is None:
+        return model
+    torch.manual_seed(seed)
+    # ZeRO-3 gathers small weights together and takes the type of the first for all: adapters must have the base's.
+    return get_peft_model(model, lora_config(lora, scores=scores), autocast_adapter_dtype=False)
+
+
+def save(
+    model: Any,
+    weights: dict[str, Tensor],
+    source: Path,
+    target: Path,
+    lora: LoraSettings | None,
+    *,
+    scores: bool,
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Write a trained model's folder, tokenizer included.
+
+    weights  the trained weights by name, whole, as ``rlhf.zero.engine.whole_weights`` gives them
+    source   the plain folder that the model was loaded from
+    config   entries to add to ``config.json``
+    """
+    if lora is None:
+        model.save_pretrained(target, state_dict=weights)
+        folders.copy_tokenizer(source, target)
+        _add_to_config(target / "config.json", target / "config.json", config or {})
+        return
+    if lora.merge:
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            adapter = Path(scratch)
+            _save_adapter(model, weights, source, adapter, config or {})
+            folders.write_plain(adapter, target, scores=scores, dtype=next(iter(weights.values())).dtype)
+        return
+    _save_adapter(model, weights, source, target, config or {})
+
+
+def _save_adapter(
+    model: PeftModel, weights: dict[str, Tensor], source: Path, target: Path, config: dict[str, Any]
+) -> None:
+    model.save_pretrained(str(target), state_dict=weights)
+    (target / "README.md").unlink(missing_ok=True)  # PEFT's model card names the folder that the base was loaded from
+    folders.copy_tokenizer(source, target)
+    base = target / BASE
+    base.mkdir()
+    for path in source.rglob("*"):
+        if path.is_file():
+            _link_or_copy(path, base / path.relative_to(source))
+    adapter = json.loads((target / ADAPTER_CONFIG).read_text())
+    adapter["base_model_name_or_path"] = BASE
+    (target / ADAPTER_CONFIG).write_text(json.dumps(adapter, indent=2))
+    if config:
+        _add_to_config(source / "config.json", target / "config.json", config)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _add_to_config(source: Path, target: Path, entries: dict[str, Any]) -> None:
+    config = json.loads(source.read_text()) | entries
+    target.write_text(json.dumps(config, indent=2))

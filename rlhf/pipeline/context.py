@@ -1,0 +1,52 @@
+"""What a stage's code is given, on whatever worker it runs."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from rlhf.config.base import Settings
+
+S = TypeVar("S", bound=Settings)
+
+PROGRESS = "progress.json"
+NOTES = "notes.jsonl"
+
+
+@dataclass(frozen=True)
+class Context(Generic[S]):
+    """A stage's settings, its inputs, and where its result goes.
+
+    Driver and workers share the attempt's folder; what a stage tells the user passes through files there.
+    """
+
+    stage: str
+    """The instance's name in the pipeline."""
+    key: str
+    settings: S
+    inputs: Mapping[str, Path]
+    """Role to folder. A role whose artifact is not there yet is missing, which only a preflight sees."""
+    output: Path
+    """An empty folder: the artifact's payload."""
+    attempt: Path
+    """For files beside the result: logs, metrics, checkpoints, the quarantine of bad rows."""
+    cache: Path
+    """Kept from run to run: files that were fetched."""
+    attempts: tuple[Path, ...] = ()
+    """All attempts at this key, oldest first, this one included."""
+    tracking: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    """Weights & Biases: mode, project, entity and group."""
+
+    def progress(self, message: str, done: int = 0, total: int = 0) -> None:
+        """Tell the user how far the stage is."""
+        path = self.attempt / PROGRESS
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"message": message, "done": done, "total": total, "at": time.time()}))
+        temporary.replace(path)
+
+    def note(self, line: str) -> None:
+        """Show the user one line and keep it."""
+        with (self.attempt / NOTES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"note": line}) + "\n")

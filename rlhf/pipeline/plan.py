@@ -1,0 +1,187 @@
+"""What would run, and why: keys out of the pipeline file and the store alone. Pure: no Ray, no torch."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, Literal
+
+from rlhf.config.base import semantic_values
+from rlhf.config.nearest import nearest
+from rlhf.config.pipeline import PipelineConfig, StageInstance
+from rlhf.errors import RequestError, SettingsError
+from rlhf.pipeline.sources import digest_source
+from rlhf.pipeline.stage import Stage
+from rlhf.store import ActionRecord, Store, key_of
+
+State = Literal["cached", "missing", "blocked"]
+IMPORT = "import"
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Where an input comes from: an instance, and a top-level folder of its artifact ("" for all of it)."""
+
+    instance: str
+    part: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Wire":
+        """Read ``instance`` or ``instance/part``."""
+        instance, _, part = text.partition("/")
+        return cls(instance, part)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage instance as the store and the settings have it."""
+
+    instance: StageInstance
+    stage: Stage
+    wires: Mapping[str, Wire]
+    state: State
+    why: str
+    needs: tuple[str, ...]
+    """Instances whose results are not committed yet; empty unless blocked."""
+    key: str | None
+    settings: Mapping[str, Any]
+    """What of the settings enters the key."""
+    inputs: Mapping[str, Mapping[str, str | None]]
+    """As :class:`rlhf.store.ActionRecord` keeps them; only complete where there is a key."""
+    record: ActionRecord | None
+
+    @property
+    def name(self) -> str:
+        """The instance's name."""
+        return self.instance.name
+
+
+def plan(config: PipelineConfig, known: Mapping[str, Stage], store: Store) -> dict[str, Planned]:
+    """Every instance of the pipeline by name, producers before consumers.
+
+    Raises:
+        SettingsError: an input names no instance, or instances need each other in a circle.
+    """
+    wires = {name: _wires(config, instance, known[instance.uses]) for name, instance in config.instances.items()}
+    refs = store.refs(config.name)
+    planned: dict[str, Planned] = {}
+    for name in _order(config, wires):
+        instance = config.instances[name]
+        planned[name] = _plan_one(instance, known[instance.uses], wires[name], planned, store, refs.get(name))
+    return planned
+
+
+def needed(planned: Mapping[str, Planned], targets: Sequence[str]) -> dict[str, Planned]:
+    """The targets and what they are made from, in order; all instances where no target is named.
+
+    Raises:
+        RequestError: a target is no instance of the pipeline.
+    """
+    for target in targets:
+        if target not in planned:
+            raise RequestError(
+                f"the pipeline has no stage {target!r}", f"it has {', '.join(planned)}", nearest(target, planned) or ""
+            )
+    wanted = set(targets or planned)
+    for name in reversed(list(planned)):
+        if name in wanted:
+            wanted.update(wire.instance for wire in planned[name].wires.values())
+    return {name: one for name, one in planned.items() if name in wanted}
+
+
+def _wires(config: PipelineConfig, instance: StageInstance, stage: Stage) -> dict[str, Wire]:
+    roles = dict(stage.inputs(instance.settings))
+    unknown = [role for role in instance.inputs if role not in roles]
+    if unknown:
+        raise SettingsError(
+            f"stage {stage.name!r} takes no input {unknown[0]!r}",
+            f"{config.path}, {instance.name}.inputs",
+            f"it takes {', '.join(roles) or 'none'}",
+        )
+    wires = {role: Wire.parse(instance.inputs.get(role, default)) for role, default in roles.items()}
+    for role, wire in wires.items():
+        if wire.instance not in config.instances:
+            raise SettingsError(
+                f"{instance.name} needs {wire.instance!r} as its {role}, and the pipeline has no such stage",
+                f"{config.path}, {instance.name}",
+                f"add a section {wire.instance!r}, or name another with {instance.name}.inputs.{role}",
+            )
+    return wires
+
+
+def _order(config: PipelineConfig, wires: Mapping[str, Mapping[str, Wire]]) -> Iterable[str]:
+    graph = {name: {wire.instance for wire in wires[name].values()} for name in config.instances}
+    try:
+        return tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise SettingsError(
+            f"stages need each other in a circle: {' → '.join(error.args[1])}", str(config.path), "rewire their inputs"
+        ) from error
+
+
+def _plan_one(
+    instance: StageInstance,
+    stage: Stage,
+    wires: Mapping[str, Wire],
+    planned: Mapping[str, Planned],
+    store: Store,
+    ref: str | None,
+) -> Planned:
+    def build(state: State, why: str, **found: Any) -> Planned:
+        empty: dict[str, Any] = {"needs": (), "key": None, "settings": {}, "inputs": {}, "record": None}
+        return Planned(instance, stage, wires, state, why, **(empty | found))
+
+    latest = store.lookup(ref) if ref else None
+    if latest is not None and latest.stage == IMPORT:
+        return build("cached", "imported", key=latest.key, record=latest)
+
+    settings = semantic_values(instance.settings)
+    contents = {name: digest_source(path, store) for name, path in stage.sources(instance.settings).items()}
+    if contents:
+        settings["sources"] = contents
+    needs = tuple(dict.fromkeys(wire.instance for wire in wires.values() if planned[wire.instance].record is None))
+    if needs:
+        return build("blocked", f"waits for {', '.join(needs)}", needs=needs, settings=settings)
+    inputs = {role: _input(wire, planned, store) for role, wire in wires.items()}
+    key = key_of(stage.name, stage.version, settings, {role: str(entry["digest"]) for role, entry in inputs.items()})
+    record = store.lookup(key)
+    if record is not None:
+        return build("cached", "unchanged", key=key, settings=settings, inputs=inputs, record=record)
+    before = latest or (store.action(ref) if ref else None)
+    why = "new" if before is None else "; ".join(changes(before, stage, settings, inputs)) or "its result was damaged"
+    return build("missing", why, key=key, settings=settings, inputs=inputs)
+
+
+def _input(wire: Wire, planned: Mapping[str, Planned], store: Store) -> dict[str, str | None]:
+    record = planned[wire.instance].record
+    assert record is not None
+    digest = store.manifest(record.artifact).part_digest(wire.part)
+    return {"artifact": record.artifact, "part": wire.part, "digest": digest, "key": record.key}
+
+
+def changes(
+    before: ActionRecord, stage: Stage, settings: Mapping[str, Any], inputs: Mapping[str, Mapping[str, str | None]]
+) -> list[str]:
+    """What differs between a committed result and what is asked for now, one phrase each: old value → new value."""
+    found: list[str] = []
+    if before.stage != stage.name or before.version != stage.version:
+        found.append(f"stage {before.stage} version {before.version} → {stage.name} version {stage.version}")
+    old, new = flatten(before.settings), flatten(settings)
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field):
+            found.append(f"{field} {old.get(field)} → {new.get(field)}")
+    for role in sorted(before.inputs.keys() | inputs.keys()):
+        was, now = before.inputs.get(role, {}).get("digest"), inputs.get(role, {}).get("digest")
+        if was != now:
+            found.append(f"input {role} changed")
+    return found
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping of dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,246 @@
+"""Running a pipeline: one stage after the other, each from its lease to its commit.
+
+Driver state is nothing: whatever this process knew is in the store, and a second driver takes over where it died.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.cluster import launch
+from rlhf.cluster.session import RankResources, Session
+from rlhf.cluster.worker import Call
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.training import WorkerSettings
+from rlhf.errors import DiskFullError
+from rlhf.pipeline.context import NOTES, PROGRESS, Context
+from rlhf.pipeline.plan import Planned, needed, plan
+from rlhf.pipeline.provenance import provenance
+from rlhf.pipeline.stage import Stage
+from rlhf.store import ActionRecord, Store, digest_of
+from rlhf.terminal import Display
+
+# What a commit makes superfluous in an attempt; logs and metrics stay.
+SCRATCH = ("inputs", "output", "checkpoints", "policy", "reward", "ray")
+
+
+@dataclass
+class Runner:
+    """Brings stages of a pipeline up to date."""
+
+    config: PipelineConfig
+    known: Mapping[str, Stage]
+    store: Store
+    session: Session
+    display: Display
+
+    def run(self, targets: Sequence[str]) -> dict[str, Planned]:
+        """Run what the targets need and the store does not have; the plan as it is then.
+
+        Raises:
+            RlhfError: the first error; what was committed before it stays.
+        """
+        planned = needed(plan(self.config, self.known, self.store), targets)
+        self._tell_notices()
+        for one in planned.values():
+            if one.record is not None:
+                self._adopt(one)
+        missing = [name for name, one in planned.items() if one.record is None]
+        if missing:
+            ranks = self._check_resources([planned[name] for name in missing])
+            # Data and models first: what they are decides whether the rest can run at all.
+            missing.sort(key=lambda name: planned[name].stage.runs == "workers")
+            checked = False
+            while missing:
+                current = plan(self.config, self.known, self.store)
+                name = next(name for name in missing if current[name].state != "blocked")
+                if current[name].stage.runs == "workers" and not checked:
+                    self._preflight([current[name] for name in missing], current)
+                    checked = True
+                self._bring_up(current[name], ranks.get(name))
+                missing.remove(name)
+        return needed(plan(self.config, self.known, self.store), targets)
+
+    def _bring_up(self, one: Planned, ranks: RankResources | None) -> None:
+        assert one.key is not None
+        waiting = f"{one.name}: waiting for "
+        with self.store.lease(one.key, timeout=None, on_wait=lambda holder: self._wait(one, waiting + holder)):
+            # Somebody may have committed it while we waited for the lease.
+            if (record := self.store.lookup(one.key)) is not None:
+                self.store.set_ref(self.config.name, one.name, record.key)
+                self.display.update(one.name, state="cached", key=record.key, why="made by another run")
+                return
+            self._produce(one, ranks)
+
+    def _produce(self, one: Planned, ranks: RankResources | None) -> None:
+        assert one.key is not None
+        attempt = self.store.new_attempt(one.key)
+        self.display.update(one.name, state="running", key=one.key, why=one.why)
+        context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
+        context.output.mkdir()
+        watch = Watch(self.display, one.name, attempt)
+        start = time.monotonic()
+        try:
+            if one.stage.runs == "task":
+                cpus = min(self.session.resources().cpus)
+                metrics = launch.run_task(Call(one.stage.code, context), cpus, watch)
+            else:
+                assert ranks is not None
+                workers: WorkerSettings = getattr(one.instance.settings, "workers")  # noqa: B009 - every stage of workers has it
+                call = Call(one.stage.code, context, ranks.gpu, workers.timeout_minutes)
+                failures = self.config.cluster.max_failures
+                metrics = launch.run_group(call, ranks, failures, watch, self.display.line)
+        except BaseException:
+            self.display.update(one.name, state="failed")
+            shutil.rmtree(attempt / "inputs", ignore_errors=True)
+            raise
+        self._commit(one, attempt, metrics, time.monotonic() - start)
+
+    def _commit(self, one: Planned, attempt: Path, metrics: dict[str, float], seconds: float) -> None:
+        assert one.key is not None
+        manifest = self.store.put_artifact(attempt / "output", one.stage.kind)
+        record = self.store.commit(
+            ActionRecord(
+                key=one.key,
+                stage=one.stage.name,
+                version=one.stage.version,
+                settings=dict(one.settings),
+                inputs={role: dict(entry) for role, entry in one.inputs.items()},
+                artifact=manifest.digest,
+                metrics=metrics,
+                provenance=provenance(),
+                seconds=round(seconds, 3),
+                attempt=attempt.name,
+            )
+        )
+        self.store.set_ref(self.config.name, one.name, record.key)
+        for name in SCRATCH:
+            for folder in self.store.attempts(one.key):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items()) if len(metrics) <= 3 else ""
+        self.display.update(one.name, state="done", message=shown, seconds=seconds)
+
+    def _context(self, one: Planned, attempt: Path, inputs: Mapping[str, Path]) -> Context[Any]:
+        assert one.key is not None
+        tracking = self.config.tracking
+        return Context(
+            stage=one.name,
+            key=one.key,
+            settings=one.instance.settings,
+            inputs=inputs,
+            output=attempt / "output",
+            attempt=attempt,
+            attempts=tuple(self.store.attempts(one.key)),
+            cache=self._cache,
+            tracking={
+                "mode": tracking.wandb,
+                "project": tracking.project,
+                "entity": tracking.entity,
+                "group": self.config.name,
+            },
+        )
+
+    def _checkout(self, one: Planned, folder: Path) -> dict[str, Path]:
+        return {
+            role: self.store.checkout(str(entry["artifact"]), folder / role, str(entry["part"]))
+            for role, entry in one.inputs.items()
+        }
+
+    def _check_resources(self, missing: Sequence[Planned]) -> dict[str, RankResources]:
+        """What each worker group gets, before anything runs: Ray would wait for ever for what does not exist."""
+        self.display.line(
+            "starting Ray" if self.session.address is None else f"attaching to Ray at {self.session.address}"
+        )
+        resources = self.session.resources()
+        ranks: dict[str, RankResources] = {}
+        for one in missing:
+            if one.stage.runs == "workers":
+                workers: WorkerSettings = getattr(one.instance.settings, "workers")  # noqa: B009 - every stage of workers has it
+                ranks[one.name] = resources.per_rank(one.name, workers.count, workers.cpus, workers.gpu)
+        return ranks
+
+    def _preflight(self, missing: Sequence[Planned], planned: Mapping[str, Planned]) -> None:
+        """Run the checks of the worker stages that need models and data, all before the first of them starts."""
+        for one in missing:
+            if one.stage.preflight is None:
+                continue
+            attempt = self.store.new_attempt(digest_of({"preflight": one.name}))
+            try:
+                inputs = {
+                    role: self.store.checkout(artifact, attempt / "inputs" / role, wire.part)
+                    for role, wire in one.wires.items()
+                    if (artifact := _standing_in(planned, wire.instance)) is not None
+                }
+                self._check_disk(one, attempt / "inputs")
+                context: Context[Any] = Context(
+                    one.name, "preflight", one.instance.settings, inputs, attempt / "output", attempt, self._cache
+                )
+                watch = Watch(self.display, one.name, attempt)
+                launch.run_task(Call(one.stage.preflight, context), 1, watch)
+            finally:
+                shutil.rmtree(attempt, ignore_errors=True)
+
+    def _check_disk(self, one: Planned, inputs: Path) -> None:
+        models = sum(path.stat().st_size for path in inputs.rglob("*.safetensors"))
+        # Full fine-tuning writes fp32 weights and two moments twice over, then the result; adapters hardly anything.
+        factor = 3 if getattr(one.instance.settings, "lora", None) is not None else 16
+        free = self.store.free_bytes()
+        if free < factor * models:
+            raise DiskFullError(
+                f"{one.name} may write {factor * models / 1e9:.1f} GB of checkpoints, and {free / 1e9:.1f} GB are free",
+                str(self.store.root),
+                "free some space, or put store.uri elsewhere",
+            )
+
+    @property
+    def _cache(self) -> Path:
+        return self.store.root / "cache"
+
+    def _adopt(self, one: Planned) -> None:
+        assert one.record is not None
+        if self.store.refs(self.config.name).get(one.name) != one.record.key:
+            self.store.set_ref(self.config.name, one.name, one.record.key)
+        self.display.update(one.name, state="cached", key=one.record.key, why=one.why)
+
+    def _wait(self, one: Planned, message: str) -> None:
+        self.display.update(one.name, state="waiting", message=message)
+
+    def _tell_notices(self) -> None:
+        for notice in self.store.notices:
+            self.display.line(notice)
+        self.store.notices.clear()
+
+
+def _standing_in(planned: Mapping[str, Planned], name: str) -> str | None:
+    """An instance's artifact, or of the nearest committed model that it will be a trained version of."""
+    one = planned[name]
+    if one.record is not None:
+        return one.record.artifact
+    return _standing_in(planned, one.wires[one.stage.continues].instance) if one.stage.continues else None
+
+
+class Watch:
+    """Carries an attempt's progress and notes from its folder to the display, a few times a second."""
+
+    def __init__(self, display: Display, stage: str, attempt: Path) -> None:
+        self._display, self._stage, self._attempt = display, stage, attempt
+        self._notes_shown = 0
+        self._shown = ""
+
+    def __call__(self) -> None:
+        """Look once."""
+        notes = self._attempt / NOTES
+        if notes.exists():
+            lines = notes.read_text(encoding="utf-8").splitlines()
+            for line in lines[self._notes_shown :]:
+                self._display.line(f"{self._stage}: {json.loads(line)['note']}")
+            self._notes_shown = len(lines)
+        progress = self._attempt / PROGRESS
+        if progress.exists() and (text := progress.read_text()) != self._shown:
+            self._shown = text
+            values = json.loads(text)
+            self._display.update(self._stage, message=values["message"], done=values["done"], total=values["total"])

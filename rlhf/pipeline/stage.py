@@ -1,0 +1,143 @@
+"""The stage contract, and the stages that are ours.
+
+A stage is described here without its code: the code is named by a string and imported on the workers only, so that
+planning needs neither torch nor Ray. Another package adds stages through the entry-point group ``rlhf.stages``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from rlhf.config.base import Settings
+from rlhf.config.data import DataSettings, RankSettings
+from rlhf.config.stages import EvaluateSettings, ModelSettings, PpoSettings, RmSettings, SftSettings
+
+Inputs = Callable[[Any], Mapping[str, str]]
+
+
+def taking(**roles: str) -> Inputs:
+    """Inputs that are the same whatever the settings."""
+    return lambda _: roles
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the pipeline must know of a stage.
+
+    Its code is ``run(context: Context) -> dict[str, float]``: it fills ``context.output`` and returns final metrics.
+    """
+
+    name: str
+    version: int
+    """Raised when the code's results change, so that no result of an older version is a hit."""
+    settings: type[Settings]
+    code: str
+    """``module:function``"""
+    kind: str
+    """The kind of artifact made: ``model``, ``policy``, ``reward-model``, ``data``, ``comparisons`` or ``report``."""
+    inputs: Inputs
+    """Of the settings: role to the default ``instance`` or ``instance/part`` that fills it."""
+    runs: Literal["task", "workers"] = "task"
+    """One Ray task, or a worker group of ZeRO-3 ranks (the settings then have ``workers``)."""
+    continues: str | None = None
+    """The role whose model the result is a trained version of."""
+    preflight: str | None = None
+    """``module:function`` of a check that needs data and models; run before any worker group starts."""
+    sources: Callable[[Any], Mapping[str, Any]] = field(default=lambda _: {})
+    """Of the settings: setting to local path whose content, not place, is part of the key."""
+
+
+def _data_sources(settings: DataSettings) -> Mapping[str, Any]:
+    from rlhf.config.data import sources
+
+    return sources(settings)
+
+
+def _model_sources(settings: ModelSettings) -> Mapping[str, Any]:
+    from rlhf.config.sources import is_local
+
+    return (
+        {"base": settings.base} if settings.base not in ("smollm2-135m", "scratch") and is_local(settings.base) else {}
+    )
+
+
+OURS = (
+    Stage("data", 1, DataSettings, "stages.data:run", "data", inputs=taking(), sources=_data_sources),
+    Stage(
+        "model",
+        1,
+        ModelSettings,
+        "stages.model:run",
+        "model",
+        inputs=lambda settings: {"demonstrations": "data/demonstrations"} if settings.base == "scratch" else {},
+        sources=_model_sources,
+    ),
+    Stage(
+        "rank",
+        1,
+        RankSettings,
+        "stages.rank:run",
+        "comparisons",
+        inputs=taking(comparisons="data/comparisons"),
+    ),
+    Stage(
+        "sft",
+        1,
+        SftSettings,
+        "stages.sft:run",
+        "policy",
+        inputs=taking(base="model", demonstrations="data/demonstrations"),
+        runs="workers",
+        continues="base",
+        preflight="stages.checks:sft",
+    ),
+    Stage(
+        "rm",
+        1,
+        RmSettings,
+        "stages.rm:run",
+        "reward-model",
+        inputs=taking(base="model", comparisons="rank", demonstrations="data/demonstrations"),
+        runs="workers",
+        continues="base",
+        preflight="stages.checks:rm",
+    ),
+    Stage(
+        "ppo",
+        1,
+        PpoSettings,
+        "stages.ppo:run",
+        "policy",
+        inputs=taking(policy="sft", reward="rm", prompts="data/prompts"),
+        runs="workers",
+        continues="policy",
+        preflight="stages.checks:ppo",
+    ),
+    Stage(
+        "evaluate",
+        1,
+        EvaluateSettings,
+        "stages.evaluate:run",
+        "report",
+        inputs=lambda settings: (
+            {
+                "before": "sft",
+                "after": "ppo",
+                "reward": "rm",
+                "prompts": "data/prompts",
+            }
+            | ({"judge": "data/judge"} if settings.judge else {})
+        ),
+        runs="workers",
+    ),
+)
+
+
+def stages() -> dict[str, Stage]:
+    """Every known stage by name: ours, and those that other packages register."""
+    found = {stage.name: stage for stage in OURS}
+    for point in entry_points(group="rlhf.stages"):
+        stage: Stage = point.load()
+        found[stage.name] = stage
+    return found

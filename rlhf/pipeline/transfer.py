@@ -1,0 +1,93 @@
+"""Models in from elsewhere, and results out as folders that need no code of ours."""
+
+import json
+import shutil
+from pathlib import Path
+
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.errors import RequestError
+from rlhf.pipeline.plan import IMPORT, Planned
+from rlhf.pipeline.provenance import provenance
+from rlhf.pipeline.stage import Stage
+from rlhf.store import ActionRecord, Store, key_of
+
+KINDS = {"sft": "policy", "rm": "reward-model"}
+
+
+def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: Stage, store: Store) -> ActionRecord:
+    """Make a model's folder the result of a stage; it stays so until :func:`forget_import`.
+
+    Raises:
+        RequestError: the stage makes no model, or the folder holds none that fits.
+    """
+    if stage.kind not in KINDS.values():
+        raise RequestError(
+            f"{instance} cannot be imported: it makes a {stage.kind}", "--as", f"--as {' or '.join(KINDS)}"
+        )
+    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise RequestError(
+            "the folder holds no model: it has no config.json", str(folder), "save one there with save_pretrained"
+        )
+    if stage.kind == "reward-model":
+        _check_reward_model(folder)
+    staged = store.new_attempt(key_of(IMPORT, 1, {"as": instance}, {})) / "output"
+    try:
+        shutil.copytree(
+            folder, staged, ignore=shutil.ignore_patterns(".*", "README.md", "*.bin", "*.pt", "*.pth", "training_args*")
+        )
+        manifest = store.put_artifact(staged, stage.kind)
+    finally:
+        shutil.rmtree(staged.parent, ignore_errors=True)
+    record = store.commit(
+        ActionRecord(
+            key=key_of(IMPORT, 1, {"as": stage.name}, {"folder": manifest.digest}),
+            stage=IMPORT,
+            version=1,
+            settings={"as": stage.name},
+            inputs={"folder": {"artifact": manifest.digest, "part": "", "digest": manifest.digest, "key": None}},
+            artifact=manifest.digest,
+            metrics={},
+            provenance=provenance(),
+            seconds=0.0,
+            attempt="import",
+        )
+    )
+    store.set_ref(config.name, instance, record.key)
+    return record
+
+
+def _check_reward_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    missing = [name for name in ("score_mean", "score_std", "sees", "score_max_length") if name not in config]
+    if missing:
+        raise RequestError(
+            f"the reward model's config.json lacks {', '.join(missing)}: PPO could not tell what its scores mean",
+            str(folder / "config.json"),
+            'add them, for example "score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512',
+        )
+
+
+def export_artifact(one: Planned, target: Path, store: Store) -> Path:
+    """Write a stage's result to a folder of the user's.
+
+    Raises:
+        RequestError: there is no result yet, or the folder is not empty.
+    """
+    from rlhf.models.adapter_folders import is_adapter, relocate_adapter
+
+    if one.record is None:
+        raise RequestError(f"{one.name} has no result yet", one.why, f"rlhf run {one.name}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RequestError("the folder to export to is not empty", str(target), "name a folder that does not exist")
+    with_links = store.new_attempt(one.record.key) / "export"
+    try:
+        store.checkout(one.record.artifact, with_links)
+        # Copies, not links: what the user does with an exported file must not reach the store.
+        shutil.copytree(with_links, target, dirs_exist_ok=True)
+    finally:
+        shutil.rmtree(with_links.parent, ignore_errors=True)
+    for path in target.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    if is_adapter(target):
+        relocate_adapter(target)
+    return target

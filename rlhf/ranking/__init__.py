@@ -1,0 +1,1 @@
+"""Strengths out of what annotators said of responses: pairwise comparisons and the Bradley-Terry model."""

@@ -1,0 +1,68 @@
+"""How well scores order held-out responses, measured on pairs as people see them."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rlhf.textstats import confident_pairs, pair_accuracy, seeded_pairs
+
+Floats = npt.NDArray[np.float64]
+
+
+def heldout_accuracy(
+    sets: Sequence[Mapping[str, Any]], scores: npt.ArrayLike, n_pairs: int, seed: int
+) -> dict[str, float]:
+    """``eval/accuracy`` and ``eval/accuracy_confident``: how often two responses to one prompt are ordered as people do.
+
+    sets     ranked comparison sets; where annotators gave ratings their mean decides the order, else the strengths
+    scores   one a response, in the order of the sets
+    n_pairs  drawn by the seed among responses to the same prompt, of one set or of several
+
+    A pair without ties in the annotators' means counts. It is *confident* where the means lie at least 1 apart, or where
+    3 of 4 annotators who rated both agree, which only responses of one set can show.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    means: Floats = np.concatenate([_means(one) for one in sets])
+    set_of = np.repeat(np.arange(len(sets)), [len(one["responses"]) for one in sets])
+    pairs = _pairs([str(sets[index]["prompt"]) for index in set_of], n_pairs, seed)
+    confident = confident_pairs(means, pairs)
+    same = np.flatnonzero((set_of[pairs[:, 0]] == set_of[pairs[:, 1]]) & ~confident)
+    starts = np.searchsorted(set_of, np.arange(len(sets)))
+    for number in same:
+        index = int(set_of[pairs[number, 0]])
+        if sets[index].get("ratings") is not None:
+            local = (pairs[number] - starts[index])[None]
+            confident[number] = confident_pairs(_means(sets[index]), local, ratings=_ratings(sets[index]))[0]
+    found = {"eval/accuracy": pair_accuracy(scores, means, pairs)}
+    if (means[pairs[confident, 0]] != means[pairs[confident, 1]]).any():
+        found["eval/accuracy_confident"] = pair_accuracy(scores, means, pairs[confident])
+    return found
+
+
+def _ratings(one: Mapping[str, Any]) -> Floats:
+    return np.array([[np.nan if value is None else value for value in row] for row in one["ratings"]], dtype=np.float64)
+
+
+def _means(one: Mapping[str, Any]) -> Floats:
+    if one.get("ratings") is None:
+        return np.asarray(one["strengths"], dtype=np.float64)
+    return np.nanmean(_ratings(one), axis=1)
+
+
+def _pairs(prompts: Sequence[str], n_pairs: int, seed: int) -> npt.NDArray[np.int64]:
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        groups[prompt].append(index)
+    possible = sum(len(group) * (len(group) - 1) // 2 for group in groups.values())
+    share = n_pairs / max(possible, 1)
+    drawn = [
+        np.asarray(group)[
+            seeded_pairs(len(group), int(np.ceil(share * len(group) * (len(group) - 1) / 2)), seed + number)
+        ]
+        for number, group in enumerate(groups.values())
+        if len(group) > 1
+    ]
+    return np.concatenate(drawn) if drawn else np.empty((0, 2), np.int64)

@@ -1,0 +1,75 @@
+"""Advantages and returns, and whitening over the global batch.
+
+Shapes: ``[batch, time]``, right-padded response tokens; the mask is True on real ones (see :mod:`rlhf.rl.masks`).
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf.rl.masks import masked
+
+# Keeps the division finite where all values are equal; lm-human-preferences and TRL add the same.
+VARIANCE_FLOOR = 1e-8
+
+
+@torch.no_grad()
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, discount: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: Schulman et al. 2015 (arXiv:1506.02438), Eqs. 11, 12 and 16.
+
+        delta_t = r_t + discount * V_{t+1} - V_t
+        A_t     = delta_t + discount * gae_lambda * A_{t+1}
+        R_t     = A_t + V_t
+
+    A response is a whole episode: V and A are 0 beyond its last real token, whether it ended in EOS or at the limit.
+
+    rewards     ``[batch, time]``, the reward for emitting each token
+    values      ``[batch, time]``, V_t, the value model's estimate before that token is emitted
+    mask        ``[batch, time]``, True on real tokens
+    discount    in [0, 1]; 1 is usual for responses
+    gae_lambda  in [0, 1]; 0.95 is usual. 1 gives returns without the value model's bias, 0 the one-step error
+    returns     advantages and returns, each ``[batch, time]``, 0 on padding; constants, so no gradient flows
+    """
+    rewards, values = masked(rewards, mask), masked(values, mask)
+    advantages = torch.zeros_like(rewards + values)
+    advantage = next_value = torch.zeros_like(advantages[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        # Padding comes first in this direction and is all zeros, so it starts no advantage of its own.
+        advantage = delta + discount * gae_lambda * advantage
+        advantages[:, t] = advantage
+        next_value = values[:, t]
+    return advantages, masked(advantages + values, mask)
+
+
+@torch.no_grad()
+def masked_moments(values: Tensor, mask: Tensor) -> Tensor:
+    """``[count, sum, sum of squares]`` over real tokens, in float64.
+
+    The moments of a batch are the sum of the moments of its parts: ranks all-reduce them by addition.
+    """
+    real = masked(values, mask).double()
+    return torch.stack([mask.sum().double(), real.sum(), real.square().sum()])
+
+
+@torch.no_grad()
+def whiten(values: Tensor, mask: Tensor, moments: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Shift and scale ``values`` to mean 0 and variance 1 over the tokens that ``moments`` counted.
+
+        (x - mean) / sqrt(variance + 1e-8), plus the mean again unless ``shift_mean``
+
+    The variance is the population's: its denominator counts the real tokens of the global batch, as in
+    Ziegler et al. 2019 (arXiv:1909.08593; Huang et al. 2024, arXiv:2403.17031, on whitening). Rewards keep their mean.
+
+    values   ``[batch, time]``
+    mask     ``[batch, time]``, True on real tokens
+    moments  :func:`masked_moments`, added up over all ranks
+    returns  ``[batch, time]`` in the type of ``values``, 0 on padding; a constant, so no gradient flows
+    """
+    count, total, total_of_squares = moments.unbind()
+    count = count.clamp(min=1)
+    mean = total / count
+    variance = (total_of_squares / count - mean.square()).clamp(min=0)
+    whitened = (values - mean) * (variance + VARIANCE_FLOOR).rsqrt()
+    return masked(whitened if shift_mean else whitened + mean, mask)

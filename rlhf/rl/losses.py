@@ -1,0 +1,145 @@
+"""PPO's two losses and what they measured.
+
+Shapes: ``[batch, time]``, right-padded response tokens; the mask is True on real ones (see :mod:`rlhf.rl.masks`).
+Log-probabilities are in nats.
+
+Each loss is a sum over the real tokens at hand divided by the number of real tokens in the whole global minibatch, so
+the losses of micro batches and ranks, and their gradients, *add* to those of the minibatch: neither padding, micro
+batches nor the number of ranks changes them. Where gradients are averaged over ranks or micro batches, as DeepSpeed
+does, multiply by how many are averaged.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from rlhf.rl.masks import masked, masked_sum
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """Sums over real tokens, float64 scalars: those of micro batches and ranks add to those of the whole."""
+
+    tokens: Tensor
+    """How many real tokens were summed over."""
+
+    loss: Tensor
+    """The loss, not divided by anything."""
+
+    clipped: Tensor
+    """Tokens whose loss is the clipped one, the larger of the two."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self).from_tensor(self.to_tensor() + other.to_tensor())
+
+    def to_tensor(self) -> Tensor:
+        """All sums as one float64 vector, for a single all-reduce by addition."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)])
+
+    @classmethod
+    def from_tensor(cls, sums: Tensor) -> Self:
+        """Read back the vector of :meth:`to_tensor`."""
+        return cls(*sums.unbind())
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """The loss per real token."""
+        return self.loss / self.tokens
+
+    @property
+    def clip_fraction(self) -> Tensor:
+        """The fraction of real tokens whose loss is the clipped one, in [0, 1]."""
+        return self.clipped / self.tokens
+
+
+@dataclass(frozen=True)
+class PolicySums(TokenSums):
+    """What the policy's loss measured; ``ratio`` is exp(logprob - old logprob)."""
+
+    squared_log_ratio: Tensor
+    ratio: Tensor
+    squared_ratio: Tensor
+
+    @property
+    def approximate_kl(self) -> Tensor:
+        """Half the mean squared log-ratio, nats per token: TRL's ``policy/approxkl_avg`` (Schulman 2020's k2)."""
+        return self.squared_log_ratio / self.tokens / 2
+
+    @property
+    def mean_ratio(self) -> Tensor:
+        """The mean ratio over real tokens; 1 before the first update of an iteration."""
+        return self.ratio / self.tokens
+
+    @property
+    def ratio_variance(self) -> Tensor:
+        """The population variance of the ratio over real tokens; 0 before the first update of an iteration."""
+        return (self.squared_ratio / self.tokens - self.mean_ratio.square()).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class ValueSums(TokenSums):
+    """What the value model's loss measured."""
+
+
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float, num_tokens: int | Tensor
+) -> tuple[Tensor, PolicySums]:
+    """Compute the negative of Schulman et al. 2017 (arXiv:1707.06347), Eq. 7, with r = exp(logprob - old logprob):
+
+        -sum over real tokens of min(r * A, clamp(r, 1 - clip, 1 + clip) * A) / num_tokens
+
+    logprobs      ``[batch, time]``, of the sampled tokens now; the only input that takes a gradient
+    old_logprobs  ``[batch, time]``, of the same tokens under the policy that sampled them
+    advantages    ``[batch, time]``
+    mask          ``[batch, time]``, True on real tokens
+    clip          at least 0; 0.2 is usual
+    num_tokens    real tokens in the global minibatch
+    returns       the loss, a scalar, and this part's sums
+    """
+    advantages = masked(advantages.detach(), mask)
+    # Masked before exp, so that padding's ratio is 1 and its gradient 0 rather than 0 * inf.
+    log_ratio = masked(logprobs - old_logprobs.detach(), mask)
+    ratio = log_ratio.exp()
+    unclipped_losses = -ratio * advantages
+    clipped_losses = -ratio.clamp(1 - clip, 1 + clip) * advantages
+    loss = masked_sum(torch.maximum(unclipped_losses, clipped_losses), mask)
+    with torch.no_grad():
+        sums = PolicySums(
+            tokens=mask.sum().double(),
+            loss=loss.detach().double(),
+            clipped=(clipped_losses > unclipped_losses).sum().double(),
+            squared_log_ratio=log_ratio.double().square().sum(),
+            ratio=masked_sum(ratio.double(), mask),
+            squared_ratio=masked_sum(ratio.double().square(), mask),
+        )
+    return loss / num_tokens, sums
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float, num_tokens: int | Tensor
+) -> tuple[Tensor, ValueSums]:
+    """Half the larger of two squared errors (Huang et al. 2022, "The 37 implementation details of PPO", no. 9):
+
+        sum over real tokens of max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 / num_tokens
+
+    values      ``[batch, time]``, the value model's estimates now; the only input that takes a gradient
+    old_values  ``[batch, time]``, its estimates when the responses were sampled
+    returns     ``[batch, time]``, R of :func:`rlhf.rl.advantages.generalised_advantages`
+    mask        ``[batch, time]``, True on real tokens
+    clip        at least 0, in units of the score; 0.2 is usual
+    num_tokens  real tokens in the global minibatch
+    returns     the loss, a scalar, and this part's sums
+    """
+    values, old_values, returns = (masked(x, mask) for x in (values, old_values.detach(), returns.detach()))
+    unclipped_losses = (values - returns).square() / 2
+    clipped_losses = (values.clamp(old_values - clip, old_values + clip) - returns).square() / 2
+    loss = masked_sum(torch.maximum(unclipped_losses, clipped_losses), mask)
+    with torch.no_grad():
+        sums = ValueSums(
+            tokens=mask.sum().double(),
+            loss=loss.detach().double(),
+            clipped=(clipped_losses > unclipped_losses).sum().double(),
+        )
+    return loss / num_tokens, sums

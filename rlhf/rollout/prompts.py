@@ -1,0 +1,68 @@
+"""Which prompts an iteration samples responses to: a function of the seed and the iteration alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rlhf.data.jsonl import read_rows
+from rlhf.errors import PreflightError
+from rlhf.models import text
+from rlhf.models.text import Prompt, Tokenizer
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts with their ids and their samples' global indices, which name the randomness of each response."""
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    samples: list[int]
+
+
+class PromptStream:
+    """Prompts in shuffled passes over a JSONL file, a new order each pass."""
+
+    def __init__(self, file: Path, tokenizer: Tokenizer, max_length: int, seed: int = 0) -> None:
+        self._prompts = read_prompts(file)
+        self._ids = [text.prompt_ids(tokenizer, prompt) for prompt in self._prompts]
+        self._seed = seed
+        check_lengths(self._ids, file, max_length)
+
+    def batch(self, iteration: int, size: int) -> PromptBatch:
+        """The ``size`` prompts of an iteration."""
+        samples = list(range(iteration * size, (iteration + 1) * size))
+        count = len(self._prompts)
+        orders = {
+            turn: np.random.default_rng([self._seed, turn]).permutation(count) for turn in {s // count for s in samples}
+        }
+        rows = [int(orders[sample // count][sample % count]) for sample in samples]
+        return PromptBatch([self._prompts[row] for row in rows], [self._ids[row] for row in rows], samples)
+
+    def first(self, size: int) -> PromptBatch:
+        """The first ``size`` prompts of the file, or all of them where there are fewer."""
+        rows = list(range(min(size, len(self._prompts))))
+        return PromptBatch(self._prompts[:size], self._ids[:size], rows)
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """The prompts of a JSONL file that the data stage wrote."""
+    return [row["prompt"] for row in read_rows(file)]
+
+
+def check_lengths(ids: Sequence[list[int]], file: Path, max_length: int) -> None:
+    """Refuse prompts longer than ``max_length`` tokens.
+
+    Raises:
+        PreflightError: naming the longest prompt and how many are too long.
+    """
+    lengths = [len(row) for row in ids]
+    over = sum(length > max_length for length in lengths)
+    if over:
+        longest = int(np.argmax(lengths))
+        raise PreflightError(
+            f"{over} of {len(lengths)} prompts are longer than {max_length} tokens; the longest has {lengths[longest]}",
+            f"{file.parent.name}/{file.name}, row {longest + 1}",
+            "raise ppo.max_prompt_length (and check the model's context), or shorten the prompts",
+        )

@@ -1,0 +1,59 @@
+"""Rollouts: responses sampled from the policy, laid out for the models that read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf.models import text
+from rlhf.models.text import Prompt
+from rlhf.rl.masks import ended, response_mask
+from rlhf.rollout.prompts import PromptBatch
+from rlhf.rollout.sampling import uniforms
+
+if TYPE_CHECKING:
+    from rlhf.models.policy import FrozenPolicy
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The samples of all ranks, in the order of their global index.
+
+    Prompts are padded on the left and responses on the right, so that a response's tokens are the last ``time`` columns.
+    """
+
+    prompts: Sequence[Prompt]
+    texts: list[str]
+    """The responses, decoded, without special tokens."""
+    ids: Tensor
+    """``[sample, prompt + time]``"""
+    attention_mask: Tensor
+    """``[sample, prompt + time]``, 1 on real tokens."""
+    mask: Tensor
+    """``[sample, time]``, True on real response tokens, EOS included."""
+    ended: Tensor
+    """``[sample]``, True where the response ended in EOS within the limit."""
+
+    @property
+    def time(self) -> int:
+        """The responses' padded length."""
+        return self.mask.shape[1]
+
+
+def roll_out(policy: "FrozenPolicy", batch: PromptBatch, seed: int, max_new_tokens: int) -> Rollout:
+    """Sample a response to each prompt. A collective."""
+    tokenizer = policy.tokenizer
+    responses = policy.sample(batch.ids, uniforms(seed, batch.samples, max_new_tokens))
+    mask = response_mask(responses, tokenizer.eos_token_id)
+    responses = torch.where(mask, responses, tokenizer.pad_token_id)
+    prompt_ids, prompt_mask = text.pad(batch.ids, tokenizer.pad_token_id, "left")
+    return Rollout(
+        prompts=batch.prompts,
+        texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
+        ids=torch.cat([prompt_ids, responses], dim=1),
+        attention_mask=torch.cat([prompt_mask, mask.long()], dim=1),
+        mask=mask,
+        ended=ended(responses, tokenizer.eos_token_id),
+    )

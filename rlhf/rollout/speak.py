@@ -1,0 +1,32 @@
+"""``rlhf generate``: what a policy answers, without Ray or ZeRO."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from rlhf.models import folders, text
+from rlhf.rollout.sampling import InverseTransformSampling, uniforms
+
+
+def answers(folder: Path, prompts: list[str], temperature: float, max_new_tokens: int, seed: int) -> list[str]:
+    """One response to each prompt by the policy in a folder, sampled as in training; temperature 0 is greedy."""
+    tokenizer = text.load_tokenizer(folder)
+    model: Any = folders.load_whole(folder, scores=False, dtype=torch.float32).eval()
+    ids, mask = text.pad([text.prompt_ids(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id, "left")
+    noise = uniforms(seed, range(len(prompts)), max_new_tokens)
+    sampling = [InverseTransformSampling(noise, ids.shape[1], temperature)] if temperature > 0 else []
+    with torch.no_grad():
+        generated = model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            ),
+            logits_processor=LogitsProcessorList(sampling),
+        )
+    return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)

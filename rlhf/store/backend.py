@@ -1,0 +1,302 @@
+"""Where the store's files lie: the few operations the store needs, and the local file system's way to do them.
+
+Names are relative POSIX paths such as ``actions/<key>.json``.
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from rlhf.errors import DiskFullError, StoreUnreachableError
+
+# The answers where a hard link cannot be made: another device, no such feature, too many links, not permitted.
+_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+# EFBIG is the answer to a process whose file-size limit (ulimit -f) is reached.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class FileState(NamedTuple):
+    """What can be known of a stored file without reading it."""
+
+    size: int
+    """Bytes."""
+    version: str
+    """Differs after the file was written or replaced: modification time and inode, or an object store's ETag."""
+
+
+class Backend(Protocol):
+    """Storage for immutable files, and for a few small mutable ones (refs and leases).
+
+    Every method raises DiskFullError or StoreUnreachableError where the storage does not serve it.
+    """
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's bytes, or None where there is none."""
+        ...
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that does not exist yet, whole or not at all; False, and nothing changed, where it does."""
+        ...
+
+    def create_from(self, name: str, source: Path, *, link: bool) -> bool:
+        """Like ``create``, with a local file's contents; ``link`` permits to share them with ``source``."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write or replace a file; readers see the old bytes or the new ones."""
+        ...
+
+    def state(self, name: str) -> FileState | None:
+        """Return size and version of a file, or None where there is none."""
+        ...
+
+    def digest(self, name: str) -> str | None:
+        """Take the SHA-256 of a file's bytes as they lie in the storage, or None where there is none."""
+        ...
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Make the file appear, read-only, as the local ``target``, which does not exist yet."""
+        ...
+
+    def names(self, folder: str) -> list[str]:
+        """List all files under a folder, at any depth, sorted; unfinished writes are left out."""
+        ...
+
+    def move(self, name: str, new: str) -> bool:
+        """Rename a file; False where there is none."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove a file if it is there."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Return how many bytes can still be written."""
+        ...
+
+
+class LocalBackend:
+    """A folder of a file system with hard links and atomic renames, such as ext4, XFS, tmpfs or NFS."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def probe(self) -> None:
+        """Make the folder, and show that files can be created in it."""
+        name = f".probe-{secrets.token_hex(8)}"
+        self.create(name, b"")
+        self.delete(name)
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's bytes, or None where there is none."""
+        path = self.root / name
+        with translated(path):
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file under a temporary name and link it to its own, which fails where that is taken."""
+        path = self.root / name
+        with translated(path, needed=len(data)):
+            if path.exists():
+                return False
+            make_folder(path.parent)
+            with _temporary_beside(path) as temporary:
+                _write(temporary, data)
+                return _publish(temporary, path)
+
+    def create_from(self, name: str, source: Path, *, link: bool) -> bool:
+        """Link to ``source``, making it read-only, where that is permitted and possible; else copy it."""
+        path = self.root / name
+        with translated(path, needed=source.stat().st_size):
+            make_folder(path.parent)
+            if path.exists():
+                return False
+            if link and _link_durably(source, path):
+                return True
+            with _temporary_beside(path) as temporary:
+                shutil.copyfile(source, temporary)
+                _seal(temporary)
+                return _publish(temporary, path)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file under a temporary name and rename it."""
+        path = self.root / name
+        with translated(path, needed=len(data)):
+            make_folder(path.parent)
+            with _temporary_beside(path) as temporary:
+                _write(temporary, data)
+                temporary.replace(path)
+                _sync(path.parent)
+
+    def state(self, name: str) -> FileState | None:
+        """Return a file's size, and its modification time and inode as the version."""
+        path = self.root / name
+        with translated(path):
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                return None
+        # Not the change time: making or removing a hard link to a blob moves it.
+        return FileState(found.st_size, f"{found.st_mtime_ns}-{found.st_ino}")
+
+    def digest(self, name: str) -> str | None:
+        """Read a file and take its SHA-256; None where there is none."""
+        path = self.root / name
+        with translated(path):
+            try:
+                with path.open("rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            except FileNotFoundError:
+                return None
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Link ``target`` to the file, or copy the file where no link can be made."""
+        path = self.root / name
+        with translated(path):
+            size = path.stat().st_size
+        with translated(target, needed=size):
+            try:
+                os.link(path, target)
+            except OSError as error:
+                if error.errno not in _CANNOT_LINK:
+                    raise
+                shutil.copyfile(path, target)
+                target.chmod(0o444)
+
+    def names(self, folder: str) -> list[str]:
+        """List all files under a folder, sorted; names with a leading dot are unfinished writes and left out."""
+
+        def raise_unless_absent(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        found: list[str] = []
+        with translated(self.root / folder):
+            for here, _, files in os.walk(self.root / folder, onerror=raise_unless_absent):
+                found.extend((Path(here) / file).relative_to(self.root).as_posix() for file in files if file[0] != ".")
+        return sorted(found)
+
+    def move(self, name: str, new: str) -> bool:
+        """Rename a file; False where there is none."""
+        source, target = self.root / name, self.root / new
+        with translated(source):
+            if not source.exists():
+                return False
+            make_folder(target.parent)
+            try:
+                source.rename(target)
+            except FileNotFoundError:  # somebody else moved it first
+                return False
+            _sync(target.parent)
+            _sync(source.parent)
+        return True
+
+    def delete(self, name: str) -> None:
+        """Remove a file if it is there."""
+        path = self.root / name
+        with translated(path):
+            path.unlink(missing_ok=True)
+
+    def free_bytes(self) -> int:
+        """Return how many bytes an ordinary user can still write."""
+        with translated(self.root):
+            return free_bytes_at(self.root)
+
+
+@contextmanager
+def translated(path: Path, needed: int = 0) -> Generator[None, None, None]:
+    """Turn an operating-system error into DiskFullError (``needed`` bytes did not fit) or StoreUnreachableError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise DiskFullError(
+                f"No room for a file: {needed} bytes needed, {free_bytes_at(path)} bytes free ({error.strerror}).",
+                where=str(path),
+                next_step="Free some space, or set store.uri to a larger file system; then run the same command again.",
+            ) from error
+        raise StoreUnreachableError(
+            f"The store cannot be read or written: {error.strerror or error}.",
+            where=str(path),
+            next_step="Check that the file system is mounted, writable for you and able to make hard links, "
+            "or set store.uri to another one; then run the same command again.",
+        ) from error
+
+
+def free_bytes_at(path: Path) -> int:
+    """Return how many bytes an ordinary user can still write where a path lies or would lie."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents so that they survive a power cut."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync(folder.parent)
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Generator[Path, None, None]:
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _seal(path)
+
+
+def _seal(path: Path) -> None:
+    path.chmod(0o444)
+    _sync(path)
+
+
+def _publish(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name unless the name is taken: a link, unlike a rename, refuses an existing name."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # NFS may repeat a request whose answer was lost and then refuse the name it has just given: two links tell.
+        if temporary.stat().st_nlink != 2:
+            return False
+    _sync(path.parent)
+    return True
+
+
+def _link_durably(source: Path, path: Path) -> bool:
+    """Name ``source``'s contents ``path`` too; False where a link cannot be made."""
+    try:
+        _seal(source)
+        os.link(source, path)
+    except FileExistsError:
+        return True
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        return False
+    _sync(path.parent)
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

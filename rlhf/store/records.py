@@ -1,0 +1,141 @@
+"""What the store writes down: manifests, which say what an artifact is, and action records, which say what made it."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any, Self, cast
+
+from rlhf.errors import DamageError, RequestError, RlhfError
+from rlhf.store.keys import canonical_json, digest_of
+
+
+@dataclass(frozen=True)
+class PayloadFile:
+    """One file of an artifact."""
+
+    path: str
+    """Relative POSIX path within the artifact."""
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An artifact: its kind and its files. The digest is over both, and over nothing else."""
+
+    digest: str
+    kind: str
+    files: tuple[PayloadFile, ...]
+    """Sorted by path."""
+
+    @classmethod
+    def of(cls, kind: str, files: Iterable[PayloadFile]) -> Self:
+        """Make the manifest of a payload."""
+        ordered = tuple(sorted(files, key=lambda file: file.path))
+        return cls(digest_of(_content(kind, ordered)), kind, ordered)
+
+    def part(self, part: str) -> tuple[PayloadFile, ...]:
+        """Pick the files of one top-level folder, their paths relative to it; all files for "".
+
+        Raises RequestError where the artifact has no such folder.
+        """
+        if part == "":
+            return self.files
+        inside = [file for file in self.files if file.path.startswith(f"{part}/")]
+        if not inside or "/" in part:
+            folders = sorted({file.path.split("/")[0] for file in self.files if "/" in file.path})
+            raise RequestError(
+                f"The artifact has no folder {part!r}; it has {', '.join(folders) or 'no folder'}.",
+                where=f"artifact {self.digest} ({self.kind})",
+                next_step="Ask for one of its top-level folders, or for the whole artifact.",
+            )
+        return tuple(PayloadFile(file.path[len(part) + 1 :], file.size, file.sha256) for file in inside)
+
+    def part_digest(self, part: str) -> str:
+        """Return the digest that the artifact would have if it were this one folder; for "" its own.
+
+        A stage that reads one folder is keyed by it alone. Raises RequestError where there is no such folder.
+        """
+        return digest_of(_content(self.kind, self.part(part)))
+
+    def to_json(self) -> bytes:
+        """Write the manifest's file."""
+        return seal(_content(self.kind, self.files))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Read a manifest's file. Raises DamageError unless every byte is as it was written."""
+        content = unseal(data)
+        try:
+            manifest = cls.of(content["kind"], [PayloadFile(**file) for file in content["files"]])
+        except (KeyError, TypeError) as error:
+            raise DamageError(f"does not have a manifest's fields ({error})") from error
+        for file in manifest.files:
+            refuse_escape(file.path)
+        return manifest
+
+
+@dataclass(frozen=True)
+class ActionRecord:
+    """The commit of a key: which artifact it is, and what made it."""
+
+    key: str
+    stage: str
+    version: int
+    settings: dict[str, Any]
+    """The semantic ones: those in the key."""
+    inputs: dict[str, dict[str, str | None]]
+    """Role -> ``artifact`` (digest), ``part`` (folder, "" for all of it), ``digest`` (of the part), ``key`` (the action
+    that made it, or None)."""
+    artifact: str
+    metrics: dict[str, float]
+    """Final metrics."""
+    provenance: dict[str, Any]
+    seconds: float
+    """Duration of the attempt that made it."""
+    attempt: str
+    """Name of that attempt."""
+
+    def to_json(self) -> bytes:
+        """Write the record's file. Raises RequestError for a value of no stable form, such as a NaN metric."""
+        return seal(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Read a record's file. Raises DamageError unless every byte is as it was written."""
+        try:
+            return cls(**unseal(data))
+        except TypeError as error:
+            raise DamageError(f"does not have an action record's fields ({error})") from error
+
+
+def refuse_escape(path: str) -> None:
+    """Raise DamageError unless a payload path stays within its folder."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "/".join(parts) != path:
+        raise DamageError(f"names a file that would lie outside the artifact: {path!r}")
+
+
+def _content(kind: str, files: Iterable[PayloadFile]) -> dict[str, Any]:
+    return {"kind": kind, "files": [asdict(file) for file in files]}
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """Write content as canonical JSON with its own digest in it."""
+    return canonical_json({"digest": digest_of(content), **content}) + b"\n"
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """Read a sealed file: sealing it again must give the same bytes, so no flipped bit is missed; else DamageError."""
+    try:
+        document: object = json.loads(data)
+        if isinstance(document, dict):
+            content = cast("dict[str, Any]", document)
+            content.pop("digest", None)
+            if seal(content) == data:
+                return content
+    except (ValueError, RecursionError, RlhfError):
+        pass  # not JSON, or JSON that is never written here
+    raise DamageError("fails its own digest")

@@ -1,0 +1,403 @@
+"""The artifact store: immutable results under keys that say what made them.
+
+    blobs/sha256/ab/<digest>    payload files, named by their contents
+    manifests/<digest>.json     an artifact: its kind, and path, size and SHA-256 of each file
+    actions/<key>.json          the commit: which artifact a key is, and what made it
+    work/<key>/<attempt>/       attempts: logs, checkpoints
+    leases/<key>                who is working on a key
+    refs/<pipeline>/<stage>     the key that a pipeline's stage had last
+    quarantine/                 what was found damaged
+    cache/                      what may be lost: each node's memory of the blobs it has hashed
+
+Blobs are written first, then the manifest, then the action record, which is created only if there is none: so a reader
+sees a whole result or none, whoever is killed whenever.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Self
+from urllib.parse import unquote, urlsplit
+
+from rlhf.errors import DamageError, RequestError, SettingsError, TryAgainError
+from rlhf.store.backend import Backend, LocalBackend, make_folder, translated
+from rlhf.store.blobs import Blobs, blob_name, in_parallel
+from rlhf.store.keys import digest_file, key_of
+from rlhf.store.lease import Holder, hold, holder_of
+from rlhf.store.payload import payload_paths
+from rlhf.store.records import ActionRecord, Manifest, PayloadFile
+from rlhf.store.verify import (
+    Damage,
+    VerifyReport,
+    action_name,
+    artifact_damage,
+    manifest_name,
+    read_action,
+    read_manifest,
+    verify_all,
+)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_ATTEMPT = re.compile(r"[0-9]{6}-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}")
+_COMMIT_TRIES = 5
+
+
+class Store:
+    """A store in a local folder. Every method may raise StoreUnreachableError, and every writing one DiskFullError."""
+
+    def __init__(self, root: Path, backend: Backend) -> None:
+        self.root = root
+        self.notices: list[str] = []
+        """What the user should be told: damage that was found, and where it was moved."""
+        self._backend = backend
+        self._blobs = Blobs(backend, root / "cache")
+
+    @classmethod
+    def open(cls, uri: str | Path, *, create: bool = True) -> Self:
+        """Open the store at a folder or file:// address; a relative path is relative to the working folder.
+
+        With ``create`` the folder is made, and must be writable (StoreUnreachableError). Without, a store that does not
+        exist reads as empty and stays away. Raises SettingsError for an address of another kind.
+        """
+        root = _local_root(uri)
+        backend = LocalBackend(root)
+        if create:
+            backend.probe()
+        return cls(root, backend)
+
+    # ---- artifacts
+
+    def put_artifact(self, folder: Path, kind: str) -> Manifest:
+        """Store a folder's files as an artifact; storing the same files again writes nothing.
+
+        Files under the store's own ``work/`` become the blobs by hard link: after this call they are read-only and must
+        not be written again. Files from elsewhere are copied. Raises RequestError for what must not be in an artifact,
+        and for a file that changes meanwhile.
+        """
+        paths = payload_paths(folder)
+        with translated(folder):
+            before = {name: path.stat() for name, path in paths.items()}
+            digests = in_parallel(digest_file, paths.values())
+            files = [
+                PayloadFile(name, before[name].st_size, sha256) for name, sha256 in zip(paths, digests, strict=True)
+            ]
+            manifest = Manifest.of(kind, files)
+            link = folder.resolve().is_relative_to((self.root / "work").resolve())
+            for file in files:
+                self._put_blob(file, paths[file.path], before[file.path], link=link)
+        name = manifest_name(manifest.digest)
+        try:
+            read_manifest(self._backend, manifest.digest)
+        except DamageError as error:
+            self.notices.append(f"{name} {error.what}; {self._quarantine(name)}.")
+        self._backend.create(name, manifest.to_json())
+        return manifest
+
+    def manifest(self, digest: str) -> Manifest:
+        """Read an artifact's manifest. Raises RequestError if there is none, DamageError if it fails its digest."""
+        _refuse_malformed(digest, "artifact digest")
+        where = str(self.root / manifest_name(digest))
+        try:
+            manifest = read_manifest(self._backend, digest)
+        except DamageError as error:
+            raise DamageError(
+                f"The manifest of artifact {digest} {error.what}.", where, "rlhf verify --repair, then rlhf run."
+            ) from error
+        if manifest is None:
+            raise RequestError(
+                f"The store holds no artifact {digest}.", where, "rlhf status shows the artifacts of the pipeline."
+            )
+        return manifest
+
+    def read_file(self, digest: str, path: str) -> bytes:
+        """Return the bytes of one file of an artifact.
+
+        Raises RequestError where the artifact has no such file, DamageError where the file fails its digest.
+        """
+        for file in self.manifest(digest).files:
+            if file.path == path:
+                data = self._backend.read(blob_name(file.sha256)) or b""
+                if hashlib.sha256(data).hexdigest() != file.sha256:
+                    raise DamageError("a file of the artifact fails its digest", f"{digest}, {path}", "rlhf verify")
+                return data
+        raise RequestError(f"the artifact has no file {path!r}", f"artifact {digest}", "rlhf lineage")
+
+    def checkout(self, digest: str, target: Path, part: str = "") -> Path:
+        """Make an artifact, or one top-level folder of it, appear as the folder ``target``, whole or not at all.
+
+        Its files are hard links to the blobs, or copies where links cannot be made, and read-only (its folders are not,
+        so that it can be removed); they are verified if this node never read them. A target that already is that very
+        tree is left as it is, so several processes may ask for one. Raises RequestError where the target is something
+        else, DamageError where a blob fails its digest.
+        """
+        target = target.absolute()
+        files = self.manifest(digest).part(part)
+        self._refuse_damaged(digest, files)
+        scratch = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
+        with translated(target):
+            try:
+                for file in files:
+                    path = scratch / file.path
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._backend.fetch(blob_name(file.sha256), path)
+                try:
+                    scratch.rename(target)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise
+                    self._refuse_other_tree(target, files)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+        return target
+
+    # ---- actions
+
+    def commit(self, record: ActionRecord) -> ActionRecord:
+        """Make a result the result of its key; return the record that holds, the other's if somebody was first.
+
+        Raises RequestError where the key is not that of the record's contents, or a value has no stable form;
+        DamageError where the artifact is not in the store.
+        """
+        key = key_of(record.stage, record.version, record.settings, _input_digests(record))
+        if record.key != key:
+            raise RequestError(
+                f"The record's key is {record.key}, and its stage, settings and inputs make {key}.",
+                where=f"stage {record.stage}",
+                next_step="Make the key with key_of from what the record says.",
+            )
+        data = record.to_json()
+        if self._backend.state(manifest_name(record.artifact)) is None:
+            raise DamageError(
+                f"Stage {record.stage} cannot be committed: artifact {record.artifact} is not in the store.",
+                where=str(self.root / manifest_name(record.artifact)),
+                next_step="Run the same command again.",
+            )
+        for _ in range(_COMMIT_TRIES):
+            if self._backend.create(action_name(key), data):
+                return ActionRecord.from_json(data)
+            winner = self.lookup(key)  # a damaged winner is moved away, and the name is free again
+            if winner is not None:
+                return winner
+        raise DamageError(
+            f"Stage {record.stage} cannot be committed: a damaged record holds its place and cannot be moved.",
+            where=str(self.root / action_name(key)),
+            next_step="rlhf verify --repair, as a user who may write there.",
+        )
+
+    def action(self, key: str) -> ActionRecord | None:
+        """Read the action record of a key, or None. A damaged one goes to quarantine, with a notice, and is None."""
+        _refuse_malformed(key, "key")
+        try:
+            return read_action(self._backend, key)
+        except DamageError as error:
+            self.notices.append(f"{action_name(key)} {error.what}; {self._quarantine(action_name(key))}.")
+            return None
+
+    def lookup(self, key: str) -> ActionRecord | None:
+        """Find the action record of a key whose artifact is whole, or None: a hit or a miss.
+
+        Sizes of all blobs are compared; digests are, unless this node did so before and the file's state is the same
+        since. What fails goes to quarantine together with the manifest and the record that rest on it, with a notice.
+        """
+        record = self.action(key)
+        if record is None:
+            return None
+        damage = artifact_damage(self._backend, self._blobs, record.artifact)
+        if not damage:
+            return record
+        fates = {item.file: self._quarantine(item.file) for item in damage}
+        self._quarantine(manifest_name(record.artifact))
+        self._quarantine(action_name(key))
+        told = "; ".join(f"{item.why} ({item.file} {fates[item.file]})" for item in damage)
+        self.notices.append(f"Stage {record.stage}, key {key}: {told}. It counts as a miss.")
+        return None
+
+    def keys(self) -> list[str]:
+        """List the keys of all action records, sorted."""
+        return [key for name in self._backend.names("actions") if _DIGEST.fullmatch(key := PurePosixPath(name).stem)]
+
+    # ---- refs
+
+    def set_ref(self, pipeline: str, stage: str, key: str) -> None:
+        """Note the key that a pipeline's stage has now."""
+        _refuse_malformed(key, "key")
+        self._backend.put(f"refs/{_one_name(pipeline)}/{_one_name(stage)}", f"{key}\n".encode())
+
+    def delete_ref(self, pipeline: str, stage: str) -> None:
+        """Forget the key of a pipeline's stage; what it names stays."""
+        self._backend.delete(f"refs/{_one_name(pipeline)}/{_one_name(stage)}")
+
+    def refs(self, pipeline: str) -> dict[str, str]:
+        """Map stage to key, for a pipeline; empty where it is unknown."""
+        found: dict[str, str] = {}
+        for name in self._backend.names(f"refs/{_one_name(pipeline)}"):
+            key = (self._backend.read(name) or b"").decode(errors="replace").strip()
+            if _DIGEST.fullmatch(key):
+                found[PurePosixPath(name).name] = key
+            else:
+                self.notices.append(f"{name} does not hold a key; {self._quarantine(name)}.")
+        return found
+
+    def pipelines(self) -> list[str]:
+        """List the pipelines that have refs, sorted."""
+        return sorted({PurePosixPath(name).parts[1] for name in self._backend.names("refs")})
+
+    # ---- attempts and leases
+
+    def new_attempt(self, key: str) -> Path:
+        """Make the folder of a new attempt. Its name sorts after those of all earlier attempts at the key.
+
+        The order comes from a number, not from a clock; attempts made at one moment are told apart by 32 random bits.
+        """
+        _refuse_malformed(key, "key")
+        earlier = [int(path.name.split("-")[0]) for path in self.attempts(key)]
+        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        path = self.root / "work" / key / f"{max(earlier, default=0) + 1:06d}-{moment}-{secrets.token_hex(4)}"
+        with translated(path):
+            make_folder(path.parent)
+            path.mkdir()
+        return path
+
+    def attempts(self, key: str) -> list[Path]:
+        """List the folders of the attempts at a key, oldest first."""
+        _refuse_malformed(key, "key")
+        folder = self.root / "work" / key
+        with translated(folder):
+            names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208  names are what is matched
+        return [folder / name for name in sorted(names) if _ATTEMPT.fullmatch(name)]
+
+    @contextmanager
+    def lease(
+        self, key: str, *, timeout: float | None = 0, on_wait: Callable[[str], None] | None = None
+    ) -> Generator[Holder, None, None]:
+        """Be the one who works on a key while the body runs.
+
+        ``timeout`` is in seconds: 0 raises LeaseHeldError at once, None waits for ever; ``on_wait`` is told for whom.
+        A holder of this machine that is dead is succeeded at once, one elsewhere after LEASE_SECONDS of waiting.
+        """
+        _refuse_malformed(key, "key")
+        with hold(self._backend, f"leases/{key}", timeout=timeout, on_wait=on_wait) as holder:
+            yield holder
+
+    def holder(self, key: str) -> Holder | None:
+        """Find who works on a key; None where nobody does or the process is known to have ended."""
+        _refuse_malformed(key, "key")
+        return holder_of(self._backend, f"leases/{key}")
+
+    # ---- care
+
+    def verify(self, repair: bool = False) -> VerifyReport:
+        """Read everything, whatever was verified before, and report what is damaged.
+
+        With ``repair``, the damaged files go to quarantine together with the manifests and action records that rest on
+        them, so that the stages concerned are missing and run again.
+        """
+        report = verify_all(self._backend, self._blobs)
+        if repair:
+            self._repair(report.damaged)
+        return report
+
+    def free_bytes(self) -> int:
+        """Return how many bytes can still be written where the store lies."""
+        return self._backend.free_bytes()
+
+    def _repair(self, damaged: list[Damage]) -> None:
+        for item in damaged:
+            self.notices.append(f"{item.file} ({item.why}): {self._quarantine(item.file)}.")
+        broken = {item.artifact for item in damaged} - {""}
+        for digest in broken:
+            self._quarantine(manifest_name(digest))
+        for key in self.keys():
+            record = self.action(key)
+            if record is not None and record.artifact in broken:
+                self._quarantine(action_name(key))
+
+    def _quarantine(self, name: str) -> str:
+        """Move a file out of the way; say what became of it."""
+        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        aside = f"quarantine/{name}.{moment}-{secrets.token_hex(4)}"
+        try:
+            moved = self._backend.move(name, aside)
+        except TryAgainError as error:  # a read-only store: it is a miss all the same, and the user is told
+            return f"could not be moved: {error.what}"
+        return f"moved to {aside}" if moved else "there is nothing to move"
+
+    def _put_blob(self, file: PayloadFile, source: Path, before: os.stat_result, *, link: bool) -> None:
+        name = blob_name(file.sha256)
+        # A blob that lies there already is only as good as its digest: never build a new artifact on a damaged one.
+        if self._backend.state(name) is not None and self._blobs.damaged([file]):
+            self.notices.append(f"{file.path} was stored before and is damaged: {name} {self._quarantine(name)}.")
+        if self._backend.create_from(name, source, link=link):
+            after = source.stat()
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                self._quarantine(name)
+                raise RequestError(
+                    f"{file.path} changed while it was being stored.",
+                    where=str(source),
+                    next_step="Let the program that writes it finish, then run the same command again.",
+                )
+            if (state := self._backend.state(name)) is not None:
+                self._blobs.remember({file.sha256: state})
+
+    def _refuse_damaged(self, digest: str, files: tuple[PayloadFile, ...]) -> None:
+        bad = self._blobs.damaged(files)
+        if not bad:
+            return
+        # Moved at once, and not only reported: another node may remember it as verified and would call it a hit again.
+        told = [f"{f.path} {bad[f.sha256]} ({self._quarantine(blob_name(f.sha256))})" for f in files if f.sha256 in bad]
+        raise DamageError(
+            f"Artifact {digest} is damaged: {'; '.join(told)}.",
+            where=str(self.root),
+            next_step="Run the same command again: the stage that made it will run again.",
+        )
+
+    def _refuse_other_tree(self, target: Path, files: tuple[PayloadFile, ...]) -> None:
+        wanted = {file.path: file.sha256 for file in files}
+        found = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if not path.is_dir()}
+        if wanted.keys() == found.keys() and all(digest_file(found[name]) == wanted[name] for name in wanted):
+            return
+        raise RequestError(
+            "The folder to check an artifact out to already holds something else.",
+            where=str(target),
+            next_step="Remove it or name another folder.",
+        )
+
+
+def _local_root(uri: str | Path) -> Path:
+    text = str(uri)
+    if "://" in text:
+        address = urlsplit(text)
+        if address.scheme != "file" or address.netloc not in ("", "localhost") or not address.path:
+            raise SettingsError(
+                f"The store cannot lie at {text}: only local and mounted folders are supported.",
+                where="store.uri",
+                next_step="Use a folder's path, or file:///absolute/path.",
+            )
+        text = unquote(address.path)
+    return Path.cwd() / Path(text).expanduser()
+
+
+def _refuse_malformed(digest: str, what: str) -> None:
+    if not _DIGEST.fullmatch(digest):
+        raise RequestError(
+            f"{digest!r} is no {what}.", next_step="Give all of its 64 hexadecimal digits, as rlhf status --json does."
+        )
+
+
+def _one_name(name: str) -> str:
+    if not name or name.startswith(".") or "/" in name or "\0" in name:
+        raise RequestError(
+            f"{name!r} cannot name a pipeline or stage.", next_step="Use a name without '/' and without a leading dot."
+        )
+    return name
+
+
+def _input_digests(record: ActionRecord) -> dict[str, str]:
+    return {role: digest for role, source in record.inputs.items() if (digest := source["digest"]) is not None}

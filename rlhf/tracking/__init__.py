@@ -1,0 +1,1 @@
+"""Where a stage's metrics go: a JSON lines file always, Weights & Biases on request."""

@@ -1,0 +1,158 @@
+"""A model sharded by ZeRO-3 (Rajbhandari et al. 2020, arXiv:1910.02054, §5), trained or frozen."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from rlhf.config.training import Precision
+from rlhf.errors import DivergedError
+from rlhf.zero import group
+
+DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Adam's denominator keeps early, tiny second moments from making huge steps: Huang et al. 2024 (arXiv:2403.17031).
+ADAM_EPSILON = 1e-5
+
+
+def zero3_config(precision: Precision, **overrides: Any) -> dict[str, Any]:
+    """DeepSpeed's configuration for ZeRO-3; ``overrides`` are top-level fields."""
+    config: dict[str, Any] = {
+        "zero_optimization": {
+            "stage": 3,
+            # Gloo has no asynchronous reduction to overlap with.
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+        },
+        "bf16": {"enabled": precision == "bf16"},
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 2**31,
+    }
+    return config | overrides
+
+
+@contextmanager
+def sharded_loading(precision: Precision) -> Generator[None]:
+    """Inside, ``from_pretrained`` shards each weight as it reads it, so that no rank ever holds the whole model."""
+    # transformers keeps only a weak reference: the configuration acts as long as this variable lives.
+    config = HfDeepSpeedConfig(zero3_config(precision))
+    try:
+        yield
+    finally:
+        del config
+
+
+def mark_leaves(model: nn.Module) -> None:
+    """Gather each decoder layer as a whole: hooks on every linear layer cost more than the mathematics."""
+    names = {
+        name
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+        for name in (getattr(part, "_no_split_modules", None) or ())
+    }
+    present = {type(part).__name__ for part in model.modules()}
+    if names & present:
+        set_z3_leaf_modules(model, sorted(names & present))
+    for part in model.modules():
+        # A leaf gathers its weights again for the backward pass when a gradient reaches its input: below frozen
+        # embeddings that never happens in the first layer, whose weights would be missing.
+        if isinstance(part, PreTrainedModel) and hasattr(part, "get_input_embeddings"):
+            part.enable_input_require_grads()
+            break
+
+
+class Engine:
+    """A module under ZeRO-3. Frozen unless a learning rate is given; then AdamW trains what requires a gradient."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        precision: Precision,
+        *,
+        learning_rate: float | None = None,
+        accumulation: int = 1,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        mark_leaves(module)
+        config = zero3_config(precision, gradient_accumulation_steps=accumulation, gradient_clipping=max_grad_norm)
+        optimizer = None
+        if learning_rate is not None:
+            trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trainable, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
+        self._accumulation = accumulation
+        self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+        self._engine.train(learning_rate is not None)
+
+    @property
+    def module(self) -> Any:
+        """The module inside; its weights are sharded."""
+        return self._engine.module
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The module's forward pass."""
+        return self._engine(*arguments, **named)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro batch's gradients.
+
+        ``loss`` is this rank's and micro batch's *part of a sum*: DeepSpeed averages over ranks and accumulation steps,
+        which is undone here.
+
+        Raises:
+            DivergedError: on every rank, when the loss of any rank is not finite.
+        """
+        if not group.all_true(bool(torch.isfinite(loss.detach()))):
+            raise DivergedError("the loss is not a finite number; the optimiser step was not taken")
+        self._engine.backward(loss * (group.world_size() * self._accumulation))
+
+    def step(self, learning_rate: float) -> float | None:
+        """End a micro batch; the last one of a minibatch takes the optimiser step and returns the gradients' norm.
+
+        Raises:
+            DivergedError: on every rank, when the gradients' norm is not finite.
+        """
+        boundary = bool(self._engine.is_gradient_accumulation_boundary())
+        for parameters in self._engine.optimizer.param_groups:
+            parameters["lr"] = learning_rate
+        self._engine.step()
+        if not boundary:
+            return None
+        norm = float(self._engine.get_global_grad_norm())
+        if not group.all_true(norm == norm and abs(norm) != float("inf")):
+            raise DivergedError("the gradients are not finite numbers")
+        return norm
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write this rank's shards of the weights that train and of the optimiser's state."""
+        self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path, name: str) -> None:
+        """Read what :meth:`save` wrote; the weights that do not train stay as they are."""
+        self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> Generator[None]:
+    """Inside, the parameters are whole on every rank; with ``modify`` rank 0's changes are kept on all."""
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
+        yield
+
+
+def whole_weights(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
+    """The module's weights by name, whole and on the CPU, on rank 0; empty on the other ranks."""
+    weights: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
+        with gathered([parameter]):
+            if group.is_main():
+                weights[name] = parameter.detach().cpu().clone()
+    return weights

@@ -1,0 +1,73 @@
+"""The ranks of a worker group and the few collectives that the stages need.
+
+Every function here is a collective: all ranks must call it, in the same order.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's rank in its worker group."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """How many ranks the worker group has."""
+    return dist.get_world_size()
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which writes what is written once."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def device() -> torch.device:
+    """The device this rank computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum of ``value`` over ranks, on every rank."""
+    total = value.detach().clone().to(device())
+    dist.all_reduce(total)
+    return total
+
+
+def all_true(condition: bool) -> bool:
+    """Whether the condition holds on every rank."""
+    flag = torch.tensor(float(condition), device=device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def spread(count: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute ``count`` rows together: each rank its share, the result whole on every rank, on the CPU.
+
+    compute  of row indices: the rows at these indices, ``[len(indices), ...]``, of one shape on all ranks. Every rank
+             computes equally many rows (some twice where the world size does not divide ``count``), so that
+             collectives inside meet
+    """
+    world = world_size()
+    padded = -(-count // world) * world
+    mine = torch.arange(padded).clamp(max=count - 1)[rank() :: world]
+    rows = compute(mine).to(device()).contiguous()
+    parts = [torch.empty_like(rows) for _ in range(world)]
+    dist.all_gather(parts, rows)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:count].cpu()
+
+
+def share_of(items: list[T]) -> list[T]:
+    """This rank's items: every W-th, from its rank on. The length must be a multiple of the world size."""
+    return items[rank() :: world_size()]

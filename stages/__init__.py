@@ -1,0 +1,1 @@
+"""The stages of the pipeline; each file reads as its algorithm."""

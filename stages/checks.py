@@ -1,0 +1,91 @@
+"""Checks that need data and models, run before any worker group starts: what they find, no stage has to.
+
+Each takes the context that its stage will have, with the inputs that exist by now: of a model that is yet to be trained,
+the one that it will be trained from.
+"""
+
+from rlhf.config.stages import PpoSettings, RmSettings, SftSettings
+from rlhf.data.jsonl import read_rows
+from rlhf.errors import PreflightError
+from rlhf.models.text import context_length, load_tokenizer, plain_text, prompt_ids
+from rlhf.pipeline.context import Context
+from rlhf.rollout.prompts import PromptStream
+
+
+def sft(context: Context[SftSettings]) -> dict[str, float]:
+    """Does ``max_length`` fit the model's context, and how many demonstrations are cut?"""
+    settings = context.settings
+    tokenizer = load_tokenizer(context.inputs["base"])
+    _fits(context, settings.max_length, "max_length")
+    rows = read_rows(context.inputs["demonstrations"] / "train.jsonl")
+    lengths = [
+        len(prompt_ids(tokenizer, row["prompt"])) + len(tokenizer(plain_text(row["completion"]))["input_ids"])
+        for row in rows
+    ]
+    prompts_only = sum(len(prompt_ids(tokenizer, row["prompt"])) >= settings.max_length for row in rows)
+    if prompts_only:
+        raise PreflightError(
+            f"{prompts_only} demonstrations have prompts of {settings.max_length} tokens or more: nothing of them would be learned",
+            f"{context.stage}.max_length",
+            f"raise {context.stage}.max_length above {max(lengths)}, or shorten those prompts",
+        )
+    over = sum(length > settings.max_length for length in lengths)
+    if over:
+        context.note(
+            f"{over} of {len(rows)} demonstrations are longer than {settings.max_length} tokens and are cut at the end"
+        )
+    return {"demonstrations/too_long": float(over)}
+
+
+def rm(context: Context[RmSettings]) -> dict[str, float]:
+    """Does ``max_length`` fit the model's context, and how many responses are cut?"""
+    settings = context.settings
+    tokenizer = load_tokenizer(context.inputs["base"])
+    _fits(context, settings.max_length, "max_length")
+    if "comparisons" not in context.inputs:
+        return {}
+    over = total = 0
+    for row in read_rows(context.inputs["comparisons"] / "train.jsonl"):
+        prompt = len(prompt_ids(tokenizer, row["prompt"])) if settings.sees == "conversation" else 0
+        lengths = [prompt + len(tokenizer(response)["input_ids"]) + 1 for response in row["responses"]]
+        total += len(lengths)
+        over += sum(length > settings.max_length for length in lengths)
+    if over:
+        context.note(
+            f"{over} of {total} responses are longer than {settings.max_length} tokens and are cut at the start"
+        )
+    return {"responses/too_long": float(over)}
+
+
+def ppo(context: Context[PpoSettings]) -> dict[str, float]:
+    """Do prompts and responses together fit the policy's context, and does the batch divide among the ranks?"""
+    settings = context.settings
+    ranks = settings.workers.count
+    if settings.rollouts // settings.minibatches % ranks:
+        raise PreflightError(
+            f"a minibatch of {settings.rollouts // settings.minibatches} rollouts cannot be shared among {ranks} ranks",
+            f"{context.stage}.rollouts",
+            f"{context.stage}.rollouts={-(-settings.rollouts // (ranks * settings.minibatches)) * ranks * settings.minibatches}",
+        )
+    tokenizer = load_tokenizer(context.inputs["policy"])
+    PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
+    limit = context_length(context.inputs["policy"])
+    wanted = settings.max_prompt_length + settings.sampling.max_new_tokens
+    if wanted > limit:
+        raise PreflightError(
+            f"prompts of {settings.max_prompt_length} and responses of {settings.sampling.max_new_tokens} tokens "
+            f"do not fit the policy's context of {limit}",
+            f"{context.stage}.max_prompt_length, {context.stage}.sampling.max_new_tokens",
+            f"{context.stage}.max_prompt_length={max(1, limit - settings.sampling.max_new_tokens)}",
+        )
+    return {}
+
+
+def _fits(context: Context[SftSettings] | Context[RmSettings], length: int, field: str) -> None:
+    limit = context_length(context.inputs["base"])
+    if length > limit:
+        raise PreflightError(
+            f"{field} is {length}, and the model's context is {limit} tokens",
+            f"{context.stage}.{field}",
+            f"{context.stage}.{field}={limit}",
+        )

@@ -1,0 +1,54 @@
+"""The policy before and after PPO on held-out prompts: what the reward model says, and what a judge says that it never met.
+
+In: both policies, the reward model, held-out prompts, ratings for the judge.  Out: every sample with its scores.
+Both policies answer the same prompts with the same random numbers. KL is the mean over responses of the tuned policy of
+log π_after(y | x) - log π_before(y | x), an unbiased estimate of KL(after ‖ before) in nats a response.
+"""
+
+from rlhf.config.stages import EvaluateSettings
+from rlhf.models import evaluation
+from rlhf.models.four import load_frozen
+from rlhf.pipeline.context import Context
+from rlhf.rl.rewards import kl_estimates
+from rlhf.rollout.prompts import PromptStream
+from rlhf.rollout.rollout import roll_out
+
+
+def run(context: Context[EvaluateSettings]) -> dict[str, float]:
+    """Compare the policies; the final metrics are those of docs/evaluate.md."""
+    settings = context.settings
+    before, after, reward_model = load_frozen(context)
+    prompts = PromptStream(context.inputs["prompts"] / "heldout.jsonl", before.tokenizer, settings.max_prompt_length)
+    batch = prompts.first(settings.prompts)
+
+    context.progress("the policy before", 0, 2)
+    old = roll_out(before, batch, settings.seed, settings.sampling.max_new_tokens)
+    context.progress("the policy after", 1, 2)
+    new = roll_out(after, batch, settings.seed, settings.sampling.max_new_tokens)
+    old_scores, new_scores = (reward_model.score(rollout.prompts, rollout.texts) for rollout in (old, new))
+    kl = kl_estimates(after.logprobs(new)[0], before.logprobs(new)[0], new.mask).sum(-1)
+
+    metrics = {
+        "score/before": old_scores.mean().item(),
+        "score/after": new_scores.mean().item(),
+        "kl/response": kl.mean().item(),
+        "length/before": old.mask.sum(-1).float().mean().item(),
+        "length/after": new.mask.sum(-1).float().mean().item(),
+    } | evaluation.diversity(old.texts, new.texts)
+    if settings.judge:
+        metrics |= evaluation.judged(evaluation.judge_of(context.inputs["judge"]), old.texts, new.texts)
+    evaluation.write_samples(
+        context.output / "samples.jsonl",
+        [
+            {
+                "prompt": prompt,
+                "before": old.texts[index],
+                "after": new.texts[index],
+                "score_before": old_scores[index].item(),
+                "score_after": new_scores[index].item(),
+                "kl": kl[index].item(),
+            }
+            for index, prompt in enumerate(batch.prompts)
+        ],
+    )
+    return metrics

@@ -1,0 +1,27 @@
+"""The base model: fetched, read or made once, as one plain folder of safetensors with its tokenizer.
+
+In: for a model from scratch, demonstrations.  Out: a folder that ``from_pretrained`` loads.
+"""
+
+from rlhf.config.stages import ModelSettings
+from rlhf.models import base
+from rlhf.pipeline.context import Context
+
+
+def run(context: Context[ModelSettings]) -> dict[str, float]:
+    """Put the model into the output folder; the final metric is ``parameters``."""
+    settings = context.settings
+    match settings.base:
+        case "smollm2-135m":
+            context.progress("fetching and converting SmolLM2-135M")
+            base.fetch_smollm2(settings.downloads, context.cache, context.attempt, context.output)
+        case "scratch":
+            context.progress("training a tokenizer")
+            texts = base.texts_of(context.inputs["demonstrations"] / "train.jsonl")
+            base.make_from_scratch(settings.scratch, texts, settings.seed, context.output)
+        case name if settings.is_hub:
+            context.progress(f"downloading {name}")
+            base.fetch_from_hub(name, settings.revision, context.output)
+        case folder:
+            base.copy_local(folder, context.output)
+    return {"parameters": base.check(context.output)}

@@ -1,0 +1,31 @@
+"""Supervised fine-tuning on demonstrations: Ouyang et al. 2022 (arXiv:2203.02155), §3.5, step 1.
+
+In: a base model, demonstrations.  Out: a policy.
+The loss is the mean negative log-likelihood of the completions' tokens, EOS included; prompts are read, not learned.
+"""
+
+from transformers import AutoModelForCausalLM
+
+from rlhf.config.stages import SftSettings
+from rlhf.data.demonstrations import as_dataset
+from rlhf.models.text import load_tokenizer
+from rlhf.pipeline.context import Context
+from rlhf.zero import trainers
+from rlhf.zero.engine import DTYPES
+
+
+def run(context: Context[SftSettings]) -> dict[str, float]:
+    """Fine-tune the base model; the final metric is ``eval/loss``, nats per held-out completion token."""
+    base, demonstrations = context.inputs["base"], context.inputs["demonstrations"]
+    tokenizer = load_tokenizer(base)
+    trainer = trainers.sft_trainer(
+        context,
+        lambda: AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[context.settings.precision]),
+        tokenizer,
+        as_dataset(demonstrations / "train.jsonl", tokenizer),
+        as_dataset(demonstrations / "heldout.jsonl", tokenizer),
+    )
+    trainers.train(trainer, context)
+    heldout = trainer.evaluate()
+    trainers.export(trainer, base, context, scores=False)
+    return {"eval/loss": heldout["eval_loss"]}

@@ -1,0 +1,92 @@
+import importlib
+import pkgutil
+
+import pytest
+
+import rlhf.config
+from rlhf.config.base import Settings, role_of, semantic
+from rlhf.config.fields import describe, section_type
+from tests.config.example import KlExample, TrainExample
+
+
+def all_settings() -> list[type[Settings]]:
+    """Every settings model of the package."""
+    for module in pkgutil.iter_modules(rlhf.config.__path__, "rlhf.config."):
+        importlib.import_module(module.name)
+    found: list[type[Settings]] = []
+    waiting: list[type[Settings]] = [Settings]
+    while waiting:
+        children = waiting.pop().__subclasses__()
+        found += [child for child in children if child.__module__.startswith("rlhf.config.")]
+        waiting += children
+    return sorted(found, key=lambda model: model.__name__)
+
+
+@pytest.mark.parametrize("model", all_settings())
+def test_every_setting_is_marked_and_documented(model: type[Settings]) -> None:
+    """Without a mark nobody knows whether a setting enters the key; without a text nobody knows what it does."""
+    assert model.__doc__
+    for name, info in model.model_fields.items():
+        assert role_of(model, name) in ("semantic", "runtime", "source"), f"{model.__name__}.{name} has no mark"
+        assert info.description, f"{model.__name__}.{name} has no text under it"
+
+
+@pytest.mark.parametrize("model", all_settings())
+def test_no_semantic_setting_hides_in_a_runtime_section(model: type[Settings]) -> None:
+    """A runtime section is left out of the key whole, and with it whatever it holds."""
+    for name, info in model.model_fields.items():
+        section = section_type(info.annotation)
+        if section is not None and role_of(model, name) == "runtime":
+            assert {help_.role for help_ in describe(section)} == {"runtime"}, f"{model.__name__}.{name}"
+
+
+@pytest.mark.parametrize("model", all_settings())
+def test_every_setting_can_be_said_in_words(model: type[Settings]) -> None:
+    """Errors and ``--fields`` both rest on it."""
+    for help_ in describe(model):
+        assert help_.type
+        assert "any value" not in help_.type, help_.path
+
+
+def test_a_setting_is_described_by_its_path_type_default_and_mark() -> None:
+    """Nested sections follow their own row, with dotted paths; the words are those that errors use."""
+    described = {help_.path: help_ for help_ in describe(TrainExample)}
+    shown = {path: (help_.type, help_.default) for path, help_ in described.items()}
+    assert shown == {
+        "seed": ("a whole number of at least 0", "0"),
+        "learning_rate": ("a number above 0", "0.0001"),
+        "discount": ("a number from 0 to 1", "1.0"),
+        "precision": ("one of fp32, bf16", '"fp32"'),
+        "packing": ("true or false", "true"),
+        "kl": ("a section with coef, target", "{…}"),
+        "kl.coef": ("a number of at least 0", "0.05"),
+        "kl.target": ("a number above 0, or null", "null"),
+        "adapter": ("a section with rank, or null", "null"),
+        "adapter.rank": ("a whole number of at least 1", "8"),
+        "layers": ("a list, each a whole number", "[]"),
+        "weights": ("a section of names, each a number", "{}"),
+        "prefix": ("text", '""'),
+        "steps": ("a whole number, or all", '"all"'),
+        "downloads": ("a path, or null", "null"),
+        "rollouts": ("a whole number of at least 1", "64"),
+        "minibatches": ("a whole number of at least 1", "1"),
+    }
+    assert described["downloads"].role == "runtime"
+    assert described["kl.coef"].role == "semantic"
+    assert described["kl.coef"].help == "β."
+
+
+def test_a_section_s_default_is_what_its_owner_gives_it() -> None:
+    """A model may set a nested field otherwise than the nested model's own default."""
+
+    class Owner(Settings):
+        kl: KlExample = semantic(KlExample(coef=0.5))
+
+    assert {help_.path: help_.default for help_ in describe(Owner)}["kl.coef"] == "0.5"
+
+
+@pytest.mark.parametrize("model", all_settings())
+def test_defaults_are_what_a_pipeline_file_could_say(model: type[Settings]) -> None:
+    """The loader is strict about types: a default of the wrong type could be shown, and not be read back."""
+    defaults = model()
+    assert model.model_validate_json(defaults.model_dump_json(), strict=True) == defaults

@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rlhf.config.base import Settings, role_of, semantic_values
+from rlhf.config.data import DataSettings, RankSettings, SnippetSettings, is_local, sources
+from rlhf.errors import SettingsError
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a file, a folder, and a folder named like a built-in word."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    (tmp_path / "team" / "set").mkdir(parents=True)
+    (tmp_path / "movie-snippets").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("mine.jsonl", True),
+        ("team/set", True),
+        ("missing.parquet", True),
+        ("./missing", True),
+        ("~/missing", True),
+        ("/missing", True),
+        ("movie-snippets", False),
+        ("./movie-snippets", True),
+        ("scratch", False),
+        (f"team/other@{REVISION}", False),
+    ],
+)
+def test_a_source_is_a_path_when_it_is_there_or_can_be_nothing_else(folder: Path, name: str, local: bool) -> None:
+    """A folder that happens to be named like a built-in word must not change what the word means."""
+    assert is_local(name) is local
+
+
+def test_moving_a_file_changes_no_semantic_value_and_repinning_a_dataset_does(folder: Path) -> None:
+    """Paths stay out of keys; the words and pinned names go in."""
+    (folder / "moved.jsonl").write_text("{}\n")
+
+    def values(name: str) -> dict[str, object]:
+        return semantic_values(DataSettings(prompts=name))
+
+    assert values("mine.jsonl") == values(str(folder / "moved.jsonl"))
+    assert values("mine.jsonl")["prompts"] == "file"
+    assert values("movie-snippets")["prompts"] == "movie-snippets"
+    assert values(f"a/b@{REVISION}")["prompts"] == f"a/b@{REVISION}"
+    assert semantic_values(DataSettings(judge=None))["judge"] is None
+    assert "downloads" not in values("movie-snippets")
+
+
+def test_the_local_sources_are_those_whose_content_a_key_needs(folder: Path) -> None:
+    """Every path is listed by field, and nothing else; one that is not there is named by its setting."""
+    settings = DataSettings(demonstrations="mine.jsonl", comparisons="team/set", prompts=f"a/b@{REVISION}", judge=None)
+    assert sources(settings) == {"demonstrations": Path("mine.jsonl"), "comparisons": Path("team/set")}
+    with pytest.raises(SettingsError) as caught:
+        sources(DataSettings(prompts="missing.jsonl"))
+    assert caught.value.where == "data.prompts"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a/b", "40 hexadecimal digits"),
+        ("a/b@main", "Files and versions"),
+        (f"a/b@{REVISION[:-1]}", "40 hexadecimal digits"),
+        ("scratch", "names a model, not data"),
+    ],
+)
+def test_a_dataset_that_could_change_is_refused_with_how_to_pin_it(folder: Path, name: str, reason: str) -> None:
+    """A hub name without a full commit would make a key that means something else tomorrow."""
+    with pytest.raises(ValidationError, match=reason):
+        DataSettings(comparisons=name)
+
+
+def test_more_blocks_than_there_are_are_refused() -> None:
+    """The default deal fits, and one block too many is told with both numbers."""
+    assert SnippetSettings()
+    with pytest.raises(ValidationError, match=r"552 blocks are asked for, and the movie snippets have 353"):
+        SnippetSettings(comparisons=300)
+
+
+@pytest.mark.parametrize("model", [DataSettings, SnippetSettings, RankSettings])
+def test_every_field_is_marked_and_explained(model: type[Settings]) -> None:
+    """An unmarked field would be left out of keys in silence."""
+    for name, field in model.model_fields.items():
+        assert role_of(model, name) is not None, name
+        assert field.description, name

@@ -1,0 +1,107 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config.data import DataSettings
+from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST
+from rlhf.data.jsonl import read_jsonl
+from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt
+from rlhf.errors import RecordError
+from rlhf.pipeline.context import Context
+from stages.data import run
+
+
+def context_for(folder: Path, **settings: Any) -> Context[DataSettings]:
+    for name in ("output", "attempt"):
+        (folder / name).mkdir(parents=True)
+    return Context(
+        stage="data",
+        key="0" * 64,
+        settings=DataSettings(**settings),
+        inputs={},
+        output=folder / "output",
+        attempt=folder / "attempt",
+        cache=folder / "cache",
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def own_sources(folder: Path) -> dict[str, str]:
+    rows: dict[str, list[Any]] = {
+        "demonstrations": [{"prompt": f"p{n}", "completion": "c"} for n in range(20)],
+        "comparisons": [{"prompt": f"p{n % 10}", "chosen": "a", "rejected": "b"} for n in range(20)],
+        "prompts": [{"prompt": [{"role": "user", "content": f"p{n}"}]} for n in range(20)],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, values in rows.items():
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    return {kind: str(folder / f"{kind}.jsonl") for kind in rows}
+
+
+def test_the_movie_snippets_become_every_folder_that_later_stages_read(tmp_path: Path, sdist: Path) -> None:
+    """The metrics count the rows of each file, every row is a valid record, and the origin is on record."""
+    context = context_for(tmp_path, downloads=sdist.parent)
+    metrics = run(context)
+    models = {"demonstrations": Demonstration, "comparisons": ComparisonSet, "prompts": Prompt, "judge": JudgeRating}
+    for name, count in metrics.items():
+        records = list(read_jsonl(context.output / f"{name}.jsonl", models[name.split("/")[0]]))
+        assert len(records) == count > 0, name
+    assert set(files_of(context.output)) == {*(f"{name}.jsonl" for name in metrics), "sources/sources.json"}
+    origins = json.loads((context.output / "sources" / "sources.json").read_text())
+    assert origins["judge"]["source"] == "movie-snippets"
+    assert origins["judge"]["rows"] == {"judge/ratings": metrics["judge/ratings"]}
+    assert origins["comparisons"]["file"]["sha256"] == MOVIE_SNIPPETS_SDIST.sha256
+    assert origins["comparisons"]["file"]["licence"] == "MIT"
+    assert "Hutto" in origins["comparisons"]["file"]["citation"]
+
+
+def test_the_same_settings_write_the_same_bytes(tmp_path: Path, sdist: Path) -> None:
+    """A stage's result is a function of what it was given, wherever it runs."""
+    for name in ("a", "b"):
+        run(context_for(tmp_path / name, downloads=sdist.parent))
+    assert files_of(tmp_path / "a" / "output") == files_of(tmp_path / "b" / "output")
+
+
+def test_own_sources_need_no_network_and_leave_no_path_in_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of the user's own are split by prompt; the same content elsewhere gives the same artifact."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for name in ("a", "b"):
+        context = context_for(
+            tmp_path / name, judge=None, heldout_fraction=0.1, **own_sources(tmp_path / f"own-{name}")
+        )
+        assert run(context) == {
+            "demonstrations/train": 18,
+            "demonstrations/heldout": 2,
+            "comparisons/train": 18,
+            "comparisons/heldout": 2,
+            "prompts/train": 18,
+            "prompts/heldout": 2,
+        }
+    assert files_of(tmp_path / "a" / "output") == files_of(tmp_path / "b" / "output")
+    assert not (tmp_path / "a" / "output" / "judge").exists()
+
+
+def test_malformed_rows_stop_the_stage_or_are_noted(tmp_path: Path) -> None:
+    """None are allowed by default; those that are allowed are left out, counted for the user, and quarantined."""
+    own = own_sources(tmp_path / "own")
+    with Path(own["prompts"]).open("a") as file:
+        file.write('{"prompt": ""}\n')
+    context = context_for(tmp_path / "strict", judge=None, **own)
+    with pytest.raises(RecordError, match="1 of 21 rows are malformed") as caught:
+        run(context)
+    assert f"{own['prompts']}:21: prompt: is empty" in caught.value.where
+
+    context = context_for(tmp_path / "lenient", judge=None, max_bad_fraction=0.05, **own)
+    metrics = run(context)
+    assert metrics["prompts/train"] + metrics["prompts/heldout"] == 20
+    notes = (context.attempt / "notes.jsonl").read_text()
+    assert "prompts: 1 of 21 rows are malformed" in notes
+    assert str(context.attempt / "quarantine-prompts.jsonl") in notes
+    assert (context.attempt / "quarantine-prompts.jsonl").exists()

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+
+from rlhf.errors import RecordError
+from rlhf.models.judge import Judge
+from rlhf.textstats import pair_accuracy, seeded_pairs
+
+WORTH = {"wonderful": 2.0, "moving": 1.0, "funny": 1.5, "dull": -1.5, "awful": -2.0, "tedious": -1.0}
+FILLERS = ["film", "story", "actor", "scene", "camera", "evening", "script", "picture", "audience", "director"]
+
+
+def rated_texts(n_texts: int, seed: int, noise: float = 0.3) -> tuple[list[str], np.ndarray]:
+    """Texts of eight words, rated by the worth of their words and the noise of a few annotators."""
+    rng = np.random.default_rng(seed)
+    words = [[*rng.choice(list(WORTH), 2), *rng.choice(FILLERS, 6)] for _ in range(n_texts)]
+    ratings = np.array([sum(WORTH.get(word, 0.0) for word in text) for text in words])
+    return [" ".join(text) for text in words], ratings + rng.normal(0, noise, n_texts)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge.fit(*rated_texts(300, seed=0))
+
+
+def test_the_judge_orders_texts_that_it_has_not_seen_as_people_do(judge: Judge):
+    """Where ratings follow from words, almost every pair of new texts comes out in the right order."""
+    texts, ratings = rated_texts(200, seed=1, noise=0.0)
+    assert pair_accuracy(judge.rate(texts), ratings, seeded_pairs(200, 2000, seed=0)) > 0.9
+
+
+def test_ratings_come_out_on_the_scale_that_they_went_in(judge: Judge):
+    """A judge's mean difference reads in the annotators' units: new ratings differ by less than half a deviation."""
+    texts, ratings = rated_texts(200, seed=1, noise=0.0)
+    assert np.sqrt(np.mean((judge.rate(texts) - ratings) ** 2)) < 0.5 * ratings.std()
+
+
+def test_the_same_ratings_make_the_same_judge(judge: Judge):
+    """Nothing in the fit is left to chance, so a rerun of an evaluation gives the same numbers to the last bit."""
+    texts, _ = rated_texts(50, seed=2)
+    np.testing.assert_array_equal(Judge.fit(*rated_texts(300, seed=0)).rate(texts), judge.rate(texts))
+
+
+def test_another_scale_of_ratings_changes_only_the_scale(judge: Judge):
+    """Whether annotators rate from -4 to 4 or from 0 to 100 changes no order of texts."""
+    texts, ratings = rated_texts(300, seed=0)
+    rescaled = Judge.fit(texts, 12.5 * ratings + 50)
+    new, _ = rated_texts(50, seed=2)
+    np.testing.assert_allclose(rescaled.rate(new), 12.5 * judge.rate(new) + 50, atol=0.1)
+    assert rescaled.alpha == judge.alpha
+
+
+def test_a_form_of_a_word_never_seen_is_known_by_its_letters(judge: Judge):
+    """The characters carry what whole words cannot: an unseen form lands on its relatives' side."""
+    good, bad = judge.rate(["wonderfully", "awfully"])
+    assert good > bad + 0.5
+
+
+def test_noisier_ratings_are_trusted_less():
+    """Cross-validation looks at the data: the penalty grows with the noise."""
+    clean = Judge.fit(*rated_texts(200, seed=0, noise=0.1))
+    noisy = Judge.fit(*rated_texts(200, seed=0, noise=10.0))
+    assert noisy.alpha > clean.alpha
+
+
+def test_texts_that_say_nothing_are_rated_alike(judge: Judge):
+    """An empty answer is rated, not refused; and no text at all gives no rating."""
+    empty, unknown = judge.rate(["", "¿¡…"])
+    assert empty == unknown
+    assert np.isfinite(empty)
+    assert judge.rate([]).shape == (0,)
+
+
+def test_too_few_ratings_to_fit_on_are_the_users_to_fix():
+    """Four texts cannot be split into five folds, which is said in the user's words."""
+    with pytest.raises(RecordError, match="at least 5 rated texts, and there are 4"):
+        Judge.fit(["a film"] * 4, [1.0, 2.0, 3.0, 4.0])

@@ -1,0 +1,107 @@
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.ranking.comparisons import compare, pool_by_model
+
+Table = list[list[float | None]]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> Table:
+    responses, annotators = draw(st.integers(2, 5)), draw(st.integers(1, 4))
+    rating = st.none() | st.integers(-2, 2).map(float)
+    return draw(
+        st.lists(st.lists(rating, min_size=annotators, max_size=annotators), min_size=responses, max_size=responses)
+    )
+
+
+def slow_wins(ratings: Table) -> tuple[np.ndarray[Any, Any], int]:
+    """Pair by pair and annotator by annotator, as the definition reads."""
+    wins, ties = np.zeros((len(ratings), len(ratings))), 0
+    for i, j in combinations(range(len(ratings)), 2):
+        for first, second in zip(ratings[i], ratings[j], strict=True):
+            if first is None or second is None:
+                continue
+            if first == second:
+                wins[i, j] += 0.5
+                wins[j, i] += 0.5
+                ties += 1
+            elif first > second:
+                wins[i, j] += 1
+            else:
+                wins[j, i] += 1
+    return wins, ties
+
+
+@given(tables())
+def test_ratings_count_as_the_slow_definition_says(ratings: Table) -> None:
+    """One comparison a pair and annotator; an absent rating compares with nothing."""
+    wins, ties = compare(len(ratings), ratings=ratings)
+    expected_wins, expected_ties = slow_wins(ratings)
+    np.testing.assert_array_equal(wins, expected_wins)
+    assert ties == expected_ties
+
+
+@given(tables(), st.sampled_from([lambda x: 3 * x + 7, lambda x: x**3, lambda x: np.exp(x)]))
+def test_only_the_order_of_an_annotator_s_ratings_counts(ratings: Table, stretch: Any) -> None:
+    """Shifting or stretching one's scale must not change what one said."""
+    stretched = [[None if rating is None else float(stretch(rating)) for rating in row] for row in ratings]
+    original, other = compare(len(ratings), ratings=ratings), compare(len(ratings), ratings=stretched)
+    np.testing.assert_array_equal(original.wins, other.wins)
+    assert original.ties == other.ties
+
+
+@given(tables())
+def test_a_ranking_says_what_the_ratings_it_was_made_of_say(ratings: Table) -> None:
+    """Ratings, rankings with ties, and winners of the same judgements are the same comparisons."""
+    count = len(ratings)
+    rankings: list[list[list[int]]] = []
+    winners: list[list[float]] = []
+    for column in zip(*ratings, strict=True):
+        levels = sorted({rating for rating in column if rating is not None}, reverse=True)
+        rankings.append([[index for index in range(count) if column[index] == level] for level in levels])
+        for i, j in combinations(range(count), 2):
+            first, second = column[i], column[j]
+            if first is not None and second is not None:
+                winners.append([i, j, 0.5 + 0.5 * np.sign(first - second)])
+    expected = compare(count, ratings=ratings)
+    for other in (compare(count, rankings=rankings), compare(count, winners=winners)):
+        np.testing.assert_array_equal(other.wins, expected.wins)
+        assert other.ties == expected.ties
+
+
+def test_the_kinds_add_up() -> None:
+    """A set may hold ratings of some annotators and rankings of others."""
+    wins, ties = compare(2, ratings=[[1], [0]], rankings=[[1, 0]], winners=[[0, 1, 0.5]])
+    np.testing.assert_array_equal(wins, [[0, 1.5], [1.5, 0]])
+    assert ties == 1
+
+
+def test_a_tie_written_as_a_list_of_one_is_no_tie() -> None:
+    """Parquet needs lists everywhere; [[0], [1]] is the ranking [0, 1]."""
+    np.testing.assert_array_equal(compare(2, rankings=[[[0], [1]]]).wins, compare(2, rankings=[[0, 1]]).wins)
+
+
+def test_wins_are_pooled_by_model() -> None:
+    """Responses of one model are no match for each other; the others' wins add up over sets."""
+    names, pooled = pool_by_model(
+        [
+            (["x", "y", "x"], np.array([[0, 2, 5], [1, 0, 3], [5, 4, 0]], dtype=float)),
+            (["z", "y"], np.array([[0, 1], [0, 0]], dtype=float)),
+        ]
+    )
+    assert names == ["x", "y", "z"]
+    np.testing.assert_array_equal(pooled, [[0, 6, 0], [4, 0, 0], [0, 1, 0]])
+
+
+@pytest.mark.parametrize("outcome", [0, 0.5, 1])
+def test_every_comparison_shares_out_one_win(outcome: float) -> None:
+    """So that i and j were compared wins[i, j] + wins[j, i] times."""
+    wins = compare(3, winners=[[2, 0, outcome]]).wins
+    assert wins[2, 0] == outcome
+    assert wins.sum() == 1

@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf.config.data import RankSettings
+from rlhf.errors import RecordError
+from rlhf.pipeline.context import Context
+from stages.rank import run
+
+TRAIN: list[dict[str, Any]] = [
+    {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [[3, 2, None], [1, 2, 0], [0, -1, 1]]},
+    {"prompt": "q", "responses": ["d", "e"], "winners": [[0, 1, 1]], "margin": 2.0},
+]
+HELDOUT: list[dict[str, Any]] = [{"prompt": "r", "responses": ["f", "g"], "rankings": [[1, 0], [[0, 1]]]}]
+
+
+def ranked(folder: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> Context[RankSettings]:
+    for name in ("input", "output", "attempt"):
+        (folder / name).mkdir(parents=True)
+    for part, rows in (("train", train), ("heldout", heldout)):
+        (folder / "input" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Context(
+        stage="rank",
+        key="0" * 64,
+        settings=RankSettings(),
+        inputs={"comparisons": folder / "input"},
+        output=folder / "output",
+        attempt=folder / "attempt",
+        cache=folder / "cache",
+    )
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_set_is_kept_and_gains_normalised_strengths(tmp_path: Path) -> None:
+    """Better rated responses are stronger; training strengths have mean 0 and deviation 1; the metrics count."""
+    context = ranked(tmp_path, TRAIN, HELDOUT)
+    metrics = run(context)
+    train, heldout = rows(context.output / "train.jsonl"), rows(context.output / "heldout.jsonl")
+    for before, after in zip(TRAIN + HELDOUT, train + heldout, strict=True):
+        assert {name: after[name] for name in before} == before
+        assert set(after) - set(before) == {"strengths", "standard_errors"}
+        assert len(after["strengths"]) == len(after["standard_errors"]) == len(before["responses"])
+        assert min(after["standard_errors"]) > 0
+    strengths = np.concatenate([row["strengths"] for row in train])
+    assert strengths.mean() == pytest.approx(0)
+    assert strengths.std() == pytest.approx(1)
+    assert train[0]["strengths"][0] > train[0]["strengths"][1] > train[0]["strengths"][2]
+    assert heldout[0]["strengths"][1] > heldout[0]["strengths"][0]
+    scale = json.loads((context.output / "scale.json").read_text())
+    assert metrics == {
+        "sets": 2,
+        "responses": 5,
+        "comparisons": 2 * 3 + 1 + 1,
+        "tie_share": 1 / 8,
+        "deviation_elo": scale["deviation_elo"],
+    }
+    assert not (context.output / "leaderboard.json").exists()
+
+
+def test_held_out_sets_do_not_change_the_training_strengths(tmp_path: Path) -> None:
+    """Nothing leaks from what is held out, which may also be empty."""
+    one, other = ranked(tmp_path / "one", TRAIN, HELDOUT), ranked(tmp_path / "other", TRAIN, [])
+    run(one)
+    run(other)
+    assert (one.output / "train.jsonl").read_bytes() == (other.output / "train.jsonl").read_bytes()
+    assert (other.output / "heldout.jsonl").read_bytes() == b""
+
+
+def test_the_order_of_sets_and_annotators_changes_no_strength(tmp_path: Path) -> None:
+    """Bradley-Terry, unlike Elo's running update, has no order."""
+    permuted = TRAIN[0] | {"ratings": [row[::-1] for row in TRAIN[0]["ratings"]]}
+    one, other = ranked(tmp_path / "one", TRAIN, []), ranked(tmp_path / "other", [TRAIN[1], permuted], [])
+    run(one)
+    run(other)
+    first, second = rows(one.output / "train.jsonl"), rows(other.output / "train.jsonl")[::-1]
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(a["strengths"], b["strengths"], atol=1e-9)
+
+
+def test_models_give_a_leaderboard_in_order_of_strength(tmp_path: Path) -> None:
+    """Wins are pooled over sets, so that a model that won everywhere comes first."""
+    models = [["x", "y", "z"], ["x", "z"]]
+    context = ranked(tmp_path, [row | {"models": names} for row, names in zip(TRAIN, models, strict=True)], [])
+    run(context)
+    board = json.loads((context.output / "leaderboard.json").read_text())
+    assert [row["model"] for row in board] == ["x", "y", "z"]
+    assert [row["comparisons"] for row in board] == [5, 5, 6]
+    assert board[0]["elo"] > board[1]["elo"] > board[2]["elo"]
+
+
+def test_annotators_who_prefer_nothing_are_an_error(tmp_path: Path) -> None:
+    """Dividing by a deviation of 0 must not reach the reward model as NaN."""
+    tied = {"prompt": "p", "responses": ["a", "b"], "ratings": [[1, 1], [1, 1]]}
+    with pytest.raises(RecordError, match="nothing to learn"):
+        run(ranked(tmp_path, [tied], []))

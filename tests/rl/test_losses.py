@@ -1,0 +1,129 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlhf.rl.losses import PolicySums, clipped_policy_loss, clipped_value_loss
+from tests.rl.batches import JUNK, Batch, batches
+
+clips = st.floats(0.01, 0.5)
+
+
+def near(batch: Batch, values: Tensor, spread: float = 0.3) -> Tensor:
+    """Old values close enough to the new for some tokens to be clipped and some not."""
+    return values + spread * torch.randn(values.shape, generator=batch.generator, dtype=torch.float64)
+
+
+@given(batch=batches(min_length=1), junk=st.sampled_from(JUNK), clip=clips)
+def test_the_policy_loss_and_its_sums_are_those_of_the_definition(batch: Batch, junk: float, clip: float) -> None:
+    """Against a loop over tokens in plain Python."""
+    logprobs, advantages = batch.tensor(junk=junk), batch.tensor(junk=junk)
+    old = near(batch, logprobs)
+    loss, sums = clipped_policy_loss(logprobs, old, advantages, batch.mask, clip=clip, num_tokens=10)
+    losses, ratios, clipped = [], [], 0
+    for i, length in enumerate(batch.lengths):
+        for t in range(length):
+            ratio, advantage = math.exp(logprobs[i, t] - old[i, t]), advantages[i, t].item()
+            limited = min(max(ratio, 1 - clip), 1 + clip)
+            losses.append(-min(ratio * advantage, limited * advantage))
+            clipped += limited * advantage < ratio * advantage
+            ratios.append(ratio)
+    n, mean = len(ratios), sum(ratios) / len(ratios)
+    torch.testing.assert_close(loss.item(), sum(losses) / 10)
+    torch.testing.assert_close(sums.mean_loss.item(), sum(losses) / n)
+    torch.testing.assert_close(sums.clip_fraction.item(), clipped / n)
+    torch.testing.assert_close(sums.approximate_kl.item(), sum(math.log(r) ** 2 for r in ratios) / n / 2)
+    torch.testing.assert_close(sums.mean_ratio.item(), mean)
+    torch.testing.assert_close(sums.ratio_variance.item(), sum((r - mean) ** 2 for r in ratios) / n)
+
+
+@given(batch=batches(min_length=1), junk=st.sampled_from(JUNK), clip=clips)
+def test_the_value_loss_and_its_sums_are_those_of_the_definition(batch: Batch, junk: float, clip: float) -> None:
+    """Against a loop over tokens in plain Python."""
+    values, returns = batch.tensor(junk=junk), batch.tensor(junk=junk)
+    old = near(batch, values)
+    loss, sums = clipped_value_loss(values, old, returns, batch.mask, clip=clip, num_tokens=10)
+    losses, clipped = [], 0
+    for i, length in enumerate(batch.lengths):
+        for t in range(length):
+            value, before, target = values[i, t].item(), old[i, t].item(), returns[i, t].item()
+            limited = min(max(value, before - clip), before + clip)
+            losses.append(max((value - target) ** 2, (limited - target) ** 2) / 2)
+            clipped += (limited - target) ** 2 > (value - target) ** 2
+    torch.testing.assert_close(loss.item(), sum(losses) / 10)
+    torch.testing.assert_close(sums.mean_loss.item(), sum(losses) / len(losses))
+    torch.testing.assert_close(sums.clip_fraction.item(), clipped / len(losses))
+
+
+@given(batch=batches(min_length=1), clip=clips)
+def test_gradients_are_those_of_finite_differences(batch: Batch, clip: float) -> None:
+    """Random values lie off the kinks, where the losses have no derivative."""
+    logprobs, other = batch.tensor(), batch.tensor()
+    old, mask = near(batch, logprobs), batch.mask
+    policy = partial(clipped_policy_loss, old_logprobs=old, advantages=other, mask=mask, clip=clip, num_tokens=3)
+    value = partial(clipped_value_loss, old_values=old, returns=other, mask=mask, clip=clip, num_tokens=3)
+    assert torch.autograd.gradcheck(lambda x: policy(x)[0], logprobs.clone().requires_grad_(), eps=1e-8, atol=1e-4)
+    assert torch.autograd.gradcheck(lambda x: value(x)[0], logprobs.clone().requires_grad_(), eps=1e-8, atol=1e-4)
+
+
+@given(batch=batches(), clip=st.floats(0, 10))
+def test_the_first_update_is_the_plain_policy_gradient_for_any_clip(batch: Batch, clip: float) -> None:
+    """Where old and new policy are the same the ratio is 1: the gradient is -A / tokens, and nothing is clipped."""
+    logprobs, advantages = batch.tensor().requires_grad_(), batch.tensor()
+    loss, sums = clipped_policy_loss(logprobs, logprobs, advantages, batch.mask, clip=clip, num_tokens=5)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.where(batch.mask, -advantages / 5, 0.0))
+    assert sums.clipped == 0
+    assert sums.squared_log_ratio == 0
+    assert sums.ratio == sums.squared_ratio == sums.tokens
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@given(batch=batches(), clip=clips)
+def test_what_lies_under_padding_never_matters(junk: float, batch: Batch, clip: float) -> None:
+    """Losses, sums and gradients are the same bits with NaN or infinity in the padding of any input."""
+    new, old, target = batch.tensor(), batch.tensor(), batch.tensor()
+    for loss_of in (clipped_policy_loss, clipped_value_loss):
+        outcomes = []
+        for filler in (0.0, junk):
+            x = batch.with_padding(new, filler).requires_grad_()
+            others = batch.with_padding(old, filler), batch.with_padding(target, filler)
+            loss, sums = loss_of(x, *others, batch.mask, clip=clip, num_tokens=4)
+            loss.backward()
+            assert x.grad is not None
+            outcomes.append((loss, sums.to_tensor(), x.grad))
+        for clean, dirty in zip(*outcomes, strict=True):
+            assert torch.equal(clean, dirty)
+
+
+@given(batch=batches(), clip=clips, split=st.integers(0, 5))
+def test_parts_add_up_to_the_whole_however_the_batch_is_split(batch: Batch, clip: float, split: int) -> None:
+    """Micro batches and ranks must not change the objective, its gradient or what is reported."""
+    tensors = batch.tensor(), batch.tensor(), batch.tensor(), batch.mask
+    for loss_of in (clipped_policy_loss, clipped_value_loss):
+        whole, whole_sums = loss_of(*tensors, clip=clip, num_tokens=7)
+        first, first_sums = loss_of(*(x[:split] for x in tensors), clip=clip, num_tokens=7)
+        second, second_sums = loss_of(*(x[split:] for x in tensors), clip=clip, num_tokens=7)
+        torch.testing.assert_close(first + second, whole)
+        torch.testing.assert_close(first_sums.to_tensor() + second_sums.to_tensor(), whole_sums.to_tensor())
+
+
+def test_sums_survive_the_vector_that_ranks_add() -> None:
+    """Field by field, in order; adding sums adds their vectors."""
+    sums = PolicySums(*(torch.tensor(float(i), dtype=torch.float64) for i in range(6)))
+    assert PolicySums.from_tensor(sums.to_tensor()) == sums
+    assert (sums + sums).squared_ratio == 10
+
+
+def test_only_the_first_input_is_trained() -> None:
+    """Old values, advantages and returns are constants even where they still carry a graph."""
+    new, old, target = (torch.randn(2, 3, requires_grad=True) for _ in range(3))
+    for loss_of in (clipped_policy_loss, clipped_value_loss):
+        loss_of(new, old, target, torch.ones(2, 3, dtype=torch.bool), clip=0.2, num_tokens=6)[0].backward()
+    assert new.grad is not None
+    assert old.grad is None
+    assert target.grad is None

@@ -1,0 +1,55 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.rl.rewards import kl_estimates, kl_penalised_rewards, scores_with_eos_penalty
+from tests.rl.batches import JUNK, Batch, batches
+
+
+@given(batch=batches(), junk=st.sampled_from(JUNK), kl_coef=st.floats(0, 2))
+def test_rewards_are_the_penalty_everywhere_and_the_score_at_the_end(batch: Batch, junk: float, kl_coef: float) -> None:
+    """Against a loop over each response's tokens; padding and empty rows get nothing."""
+    logprobs, reference = batch.tensor(junk=junk), batch.tensor(junk=junk)
+    scores = torch.randn(len(batch.lengths), generator=batch.generator, dtype=torch.float64)
+    expected = torch.zeros_like(logprobs)
+    for i, length in enumerate(batch.lengths):
+        for t in range(length):
+            expected[i, t] = -kl_coef * (logprobs[i, t] - reference[i, t])
+        if length:
+            expected[i, length - 1] += scores[i]
+    torch.testing.assert_close(kl_penalised_rewards(scores, logprobs, reference, batch.mask, kl_coef), expected)
+
+
+@given(batch=batches(min_length=1), kl_coef=st.floats(0, 2))
+def test_a_response_s_rewards_sum_to_the_penalised_score(batch: Batch, kl_coef: float) -> None:
+    """The objective of the paper is a reward per response; spreading it over tokens must not change its sum."""
+    logprobs, reference = batch.tensor(), batch.tensor()
+    scores = torch.randn(len(batch.lengths), generator=batch.generator, dtype=torch.float64)
+    kl = kl_estimates(logprobs, reference, batch.mask).sum(1)
+    rewards = kl_penalised_rewards(scores, logprobs, reference, batch.mask, kl_coef)
+    torch.testing.assert_close(rewards.sum(1), scores - kl_coef * kl)
+
+
+@given(batch=batches(), junk=st.sampled_from(JUNK))
+def test_a_policy_that_is_its_reference_has_no_kl(batch: Batch, junk: float) -> None:
+    """Every per-token estimate is then exactly 0, and the padding's too."""
+    logprobs = batch.tensor(junk=junk)
+    assert not kl_estimates(logprobs, logprobs.clone(), batch.mask).any()
+
+
+def test_the_mean_estimate_is_the_kl_divergence() -> None:
+    """k1 weighted by the policy's own probabilities is the exact KL of two distributions."""
+    policy = torch.log_softmax(torch.tensor([[1.0, 0.0, -2.0, 0.5]], dtype=torch.float64), -1)
+    reference = torch.log_softmax(torch.tensor([[0.0, 0.3, 1.0, -1.0]], dtype=torch.float64), -1)
+    estimate = (policy.exp() * kl_estimates(policy, reference, torch.ones_like(policy, dtype=torch.bool))).sum()
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=policy), torch.distributions.Categorical(logits=reference)
+    )
+    torch.testing.assert_close(estimate, exact[0])
+
+
+def test_only_responses_that_were_cut_off_pay_the_eos_penalty() -> None:
+    """The penalty is subtracted from their score and leaves the others alone."""
+    scores = torch.tensor([1.0, 2.0, -1.0])
+    penalised = scores_with_eos_penalty(scores, torch.tensor([True, False, False]), 0.5)
+    assert penalised.tolist() == [1.0, 1.5, -1.5]
