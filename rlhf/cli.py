@@ -5,6 +5,8 @@ Nothing heavy is imported here: ``--help`` and ``plan`` answer in well under a s
 
 import argparse
 import json
+import os
+import shlex
 import signal
 import sys
 import traceback
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.text import Text
 
 from rlhf.config.fields import describe
 from rlhf.config.loading import load_pipeline
@@ -61,8 +64,17 @@ class Request:
     def store(self, *, create: bool = False) -> Store:
         """The pipeline's store."""
         if self._store is None or create:
+            notices = self._store.notices if self._store else []
             self._store = Store.open(self.config.store.uri, create=create)
+            self._store.notices.extend(notices)
         return self._store
+
+    def tell_notices(self) -> None:
+        """Say on standard error what the store found damaged, once."""
+        if self._store is not None:
+            for notice in self._store.notices:
+                print(notice, file=sys.stderr)
+            self._store.notices.clear()
 
     def planned(self) -> dict[str, Planned]:
         """The pipeline's plan."""
@@ -74,8 +86,6 @@ class Request:
 
     def answer(self, document: Any, show: Callable[[], None]) -> None:
         """Print one JSON document under ``--json``, or what ``show`` prints."""
-        for notice in self.store().notices if self._store else []:
-            print(notice, file=sys.stderr)
         if self.arguments.json:
             print(json.dumps(document, indent=2, ensure_ascii=False))
         else:
@@ -95,7 +105,7 @@ def run(request: Request) -> None:
         with Session(request.config.cluster) as session, Display(request.out, names) as display:
             planned = Runner(request.config, request.known, store, session, display).run(targets)
     except KeyboardInterrupt as error:
-        command = " ".join(["rlhf run", *targets, *request.overrides, *_config_option(request)])
+        command = shlex.join(["rlhf", "run", *targets, *request.overrides, *_config_option(request)])
         raise InterruptedRunError(
             "interrupted; what was committed and the checkpoints stay", str(store.root), command
         ) from error
@@ -113,7 +123,7 @@ def _config_option(request: Request) -> list[str]:
 
 def _summary(request: Request, planned: dict[str, Planned], store: Store) -> None:
     """Show samples where there are some, and say where everything is."""
-    option = " ".join(["", *_config_option(request)])
+    option = " ".join(["", *map(shlex.quote, _config_option(request))])
     for one in planned.values():
         assert one.record is not None
         if one.stage.kind == "report":
@@ -124,7 +134,8 @@ def _summary(request: Request, planned: dict[str, Planned], store: Store) -> Non
     last = next(reversed(planned.values()))
     assert last.record is not None
     logs = store.root / "work" / last.record.key / last.record.attempt
-    request.out.print(key_values({"metrics and logs": str(logs), "artifact": last.record.artifact}))
+    made_here = {"metrics and logs": str(logs)} if logs.is_dir() else {}
+    request.out.print(key_values(made_here | {"artifact": last.record.artifact}))
     policies = [one.name for one in planned.values() if one.stage.kind == "policy"]
     if policies:
         request.out.print(
@@ -175,7 +186,8 @@ def _lineage_tree(document: dict[str, Any]) -> Any:
 
     def grow(branch: Any, node: dict[str, Any], role: str) -> Any:
         made = node.get("provenance", {})
-        text = f"{role}{node['stage']} {node['artifact'][:12]}  {made.get('finished', '')} {made.get('host', '')}"
+        stage = node["stage"] or "from outside"
+        text = f"{role}{stage} {node['artifact'][:12]}  {made.get('finished', '')} {made.get('host', '')}"
         grown = branch.add(text) if branch is not None else Tree(text, highlight=False)
         for name, inner in node.get("inputs", {}).items():
             grow(grown, inner, f"{name}: ")
@@ -233,7 +245,8 @@ def generate(request: Request) -> None:
             f"{one.name} makes a {one.stage.kind}, which answers nothing", "command line", "name sft or ppo"
         )
     if one.record is None:
-        raise RequestError(f"{one.name} has no result yet", one.why, f"rlhf run {one.name}")
+        command = shlex.join(["rlhf", "run", one.name, *_config_option(request)])
+        raise RequestError(f"{one.name} has no result yet", one.why, command)
     prompts = request.arguments.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise RequestError("there is no prompt", "command line and standard input", "--prompt 'Write …'")
@@ -267,23 +280,30 @@ def doctor(request: Request) -> int:
     from rlhf.cluster.doctor import diagnose
     from rlhf.cluster.session import Session
 
-    entries = diagnose(Path(request.config.store.uri), Session(request.config.cluster).address)
+    entries = diagnose(request.store().root, Session(request.config.cluster).address)
 
     def show() -> None:
         for entry in entries:
-            mark = "[green]ok [/]" if entry["ok"] else "[red]bad[/]"
-            request.out.print(f"{mark} {entry['name']}: {entry['found']}  {entry['next']}")
+            mark = Text("ok ", "green") if entry["ok"] else Text("bad", "red")
+            request.out.print(mark.append(f" {entry['name']}: {entry['found']}  {entry['next']}", "default"))
 
     request.answer({"checks": entries}, show)
     return 0 if all(entry["ok"] for entry in entries) else 1
 
 
-def validate(request: Request) -> None:
-    """Check a file of records without running anything."""
-    from rlhf.data.validation import validate_file
+def data(request: Request) -> None:
+    """Check a file of records without running anything: rlhf data validate FILE."""
+    from rlhf.data.validation import KINDS, validate_file
 
-    counts = validate_file(Path(_single(request, "FILE")), request.arguments.kind)
-    request.out.print(f"{counts} rows, all well")
+    kind: str | None = request.arguments.kind
+    if kind is not None and kind not in KINDS:
+        raise RequestError(f"there is no kind of record {kind!r}", "--kind", suggestion(kind, KINDS))
+    match request.names:
+        case ["validate", source]:
+            found = validate_file(source, kind)
+            print(f"{source}: {found.rows} rows of {found.kind}, all well")
+        case _:
+            raise RequestError("data takes the word validate and one file", "command line", "rlhf data validate FILE")
 
 
 def _single(request: Request, what: str) -> str:
@@ -304,7 +324,7 @@ COMMANDS: dict[str, Callable[[Request], int | None]] = {
     "generate": generate,
     "config": config,
     "doctor": doctor,
-    "data": validate,
+    "data": data,
 }
 WITH_JSON = ("plan", "status", "explain", "lineage", "verify", "doctor")
 
@@ -336,8 +356,8 @@ def parser_of(command: str) -> Parser:
         case "config":
             parser.add_argument("--fields", action="store_true", help="explain every setting instead")
         case "data":
-            kinds = ("demonstrations", "comparisons", "prompts")
-            parser.add_argument("--kind", choices=kinds, help="what the rows are (default: told by their fields)")
+            kinds = "demonstrations, comparisons, prompts or judge"
+            parser.add_argument("--kind", help=f"what the rows are: {kinds} (default: told by the first row's fields)")
         case _:
             pass
     parser.set_defaults(command=command, json=False)
@@ -365,18 +385,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
-            print(usage())
-            return 0
-        if words[0] not in COMMANDS:
-            raise RequestError(
-                f"there is no command {words[0]!r}", "command line", suggestion(words[0], COMMANDS) or "rlhf --help"
-            )
-        return COMMANDS[words[0]](Request(parser_of(words[0]).parse_intermixed_args(words[1:]))) or 0
+        status = _dispatch(words)
+        sys.stdout.flush()
     except RlhfError as error:
         return _report(error, words)
     except KeyboardInterrupt:
         return _report(InterruptedRunError("interrupted"), words)
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has what it wanted. Python would try once more to flush at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:  # noqa: BLE001 - the traceback is one option away
+        what = f"unforeseen {type(error).__name__}: {error}"
+        return _report(RlhfError(what, "rlhf itself", shlex.join(["rlhf", *words, "--debug"])), words)
+    return status
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] not in COMMANDS:
+        raise RequestError(
+            f"there is no command {words[0]!r}", "command line", suggestion(words[0], COMMANDS) or "rlhf --help"
+        )
+    request = Request(parser_of(words[0]).parse_intermixed_args(words[1:]))
+    try:
+        return COMMANDS[words[0]](request) or 0
+    finally:
+        request.tell_notices()
 
 
 def _report(error: RlhfError, words: Sequence[str]) -> int:

@@ -15,8 +15,8 @@
     │   └── LeaseHeldError          75
     └── InterruptedRunError         130  somebody pressed Ctrl-C
 
-Every error says what is wrong, where, and what to do next. The raw values stay in ``args``, so that an error raised on a
-worker pickles back to the driver unchanged.
+Every error says what is wrong, where, and what to do next. The raw values stay in ``args``, so that an error raised on
+a worker pickles back to the driver unchanged.
 """
 
 from typing import ClassVar

@@ -1,7 +1,7 @@
 """Checks that need data and models, run before any worker group starts: what they find, no stage has to.
 
-Each takes the context that its stage will have, with the inputs that exist by now: of a model that is yet to be trained,
-the one that it will be trained from.
+Each takes the context that its stage will have, with the inputs that exist by now: of a model that is yet to be
+trained, the one that it will be trained from.
 """
 
 from rlhf.config.stages import PpoSettings, RmSettings, SftSettings
@@ -25,7 +25,8 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
     prompts_only = sum(len(prompt_ids(tokenizer, row["prompt"])) >= settings.max_length for row in rows)
     if prompts_only:
         raise PreflightError(
-            f"{prompts_only} demonstrations have prompts of {settings.max_length} tokens or more: nothing of them would be learned",
+            f"{prompts_only} demonstrations have prompts of {settings.max_length} tokens or more: "
+            "nothing of them would be learned",
             f"{context.stage}.max_length",
             f"raise {context.stage}.max_length above {max(lengths)}, or shorten those prompts",
         )
@@ -62,10 +63,11 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     settings = context.settings
     ranks = settings.workers.count
     if settings.rollouts // settings.minibatches % ranks:
+        multiple = settings.minibatches * ranks
         raise PreflightError(
             f"a minibatch of {settings.rollouts // settings.minibatches} rollouts cannot be shared among {ranks} ranks",
             f"{context.stage}.rollouts",
-            f"{context.stage}.rollouts={-(-settings.rollouts // (ranks * settings.minibatches)) * ranks * settings.minibatches}",
+            f"{context.stage}.rollouts={-(-settings.rollouts // multiple) * multiple}",
         )
     tokenizer = load_tokenizer(context.inputs["policy"])
     PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)

@@ -1,4 +1,4 @@
-"""The policy before and after PPO on held-out prompts: what the reward model says, and what a judge says that it never met.
+"""The policy before and after PPO on held-out prompts, by the reward model and by a judge that no training has met.
 
 In: both policies, the reward model, held-out prompts, ratings for the judge.  Out: every sample with its scores.
 Both policies answer the same prompts with the same random numbers. KL is the mean over responses of the tuned policy of

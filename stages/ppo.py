@@ -1,7 +1,8 @@
-"""PPO with a KL penalty to the policy it began with: Ouyang et al. 2022 (arXiv:2203.02155), eq. 2 without its second term.
+"""PPO with a KL penalty to the policy it began with: Ouyang et al. 2022 (arXiv:2203.02155), eq. 2 less its last term.
 
 In: a policy, a reward model, prompts.  Out: the tuned policy.
-Shapes: every tensor holds an iteration's whole global batch, ``[sample]`` or ``[sample, time]`` (padded response tokens).
+Shapes: every tensor holds an iteration's whole global batch, ``[sample]`` or ``[sample, time]``, time being padded
+response tokens.
 Log-probabilities and KL are in nats. docs/ppo.md has every equation, default and metric.
 Left out: the pre-training term, adaptive KL coefficients, and reward models of another family.
 """

@@ -1,14 +1,14 @@
 """Rank: what annotators said of responses, turned into a strength for each response.
 
 In: comparison sets (``comparisons``: ``train.jsonl``, ``heldout.jsonl``).
-Out: the same sets with ``strengths`` and ``standard_errors``, one number a response, and their ``pool``; ``scale.json``, with the Elo
-points that a strength of 1 stands for; ``leaderboard.json`` where training sets name the models that wrote the
-responses.
+Out: the same sets with ``strengths`` and ``standard_errors``, one number a response, and their ``pool``;
+``scale.json``, with the Elo points that a strength of 1 stands for; ``leaderboard.json`` where training sets name the
+models that wrote the responses.
 
 Every annotator's view of two responses is one comparison. Sets with the same prompt and ratings are one pool: their
 responses are also compared across sets, by ratings alone, so that a set of good responses is told from a set of bad
-ones. A pool's Bradley-Terry strengths have mean 0; all are divided by the deviation over the training sets, held-out ones
-too. Left out: how reliable each annotator is, and strengths across prompts.
+ones. A pool's Bradley-Terry strengths have mean 0; all are divided by the deviation over the training sets, held-out
+ones too. Left out: how reliable each annotator is, and strengths across prompts.
 """
 
 import json

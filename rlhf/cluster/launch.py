@@ -28,10 +28,10 @@ def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, floa
     try:
         while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
             watch()
+        watch()
         ray.get(reference)
     except RayError as error:
         raise cause_of(call, error) from error
-    watch()
     return _result(call.context.attempt)
 
 
@@ -56,9 +56,8 @@ def run_group(
         error = cause_of(call, failed)
         if isinstance(error, RequestError | DivergedError | errors.TryAgainError) or attempt == max_failures:
             raise error from failed
-        say(
-            f"{call.context.stage}: {error.what}; starting again from the newest checkpoint ({attempt + 1} of {max_failures})"
-        )
+        again = f"starting again from the newest checkpoint ({attempt + 1} of {max_failures})"
+        say(f"{call.context.stage}: {error.what}; {again}")
     raise AssertionError("the loop returns or raises")
 
 
@@ -103,6 +102,11 @@ def cause_of(call: Call, error: Exception) -> RlhfError:
     """What a failed call means to the user: the ranks' own account first, Ray's otherwise."""
     failures = read_failures(call.context.attempt)
     if not failures:
+        # A worker that could not even open the attempt's folder has only Ray to tell us through.
+        causes = [error, *getattr(error, "worker_failures", {}).values()]
+        for cause in (getattr(one, "cause", None) for one in causes):
+            if isinstance(cause, RlhfError):
+                return cause
         return StageError(
             f"a rank of {call.context.stage} died without a word: killed, or out of memory",
             f"{_first_line(error)}; log: {call.context.attempt / 'log-0.txt'}",

@@ -15,10 +15,12 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Each would start an actor of its own. Restarts are ours, whatever ended a group.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-START_TIMEOUT_SECONDS = 120
 
 
 class Session:
@@ -99,6 +101,21 @@ class Resources:
     def __init__(self, cpus: list[int], gpus: list[int]) -> None:
         self.cpus, self.gpus = cpus, gpus
 
+    def for_task(self) -> int:
+        """How many cores a task takes: all of the smallest node that has any.
+
+        Raises:
+            PreflightError: no node has a core, so that Ray would wait for ever.
+        """
+        with_cores = [node for node in self.cpus if node]
+        if not with_cores:
+            raise PreflightError(
+                f"the cluster has no CPU core on any of its {len(self.cpus)} node(s)",
+                "the Ray cluster",
+                "add a node, or start one with cores (`ray start --num-cpus`)",
+            )
+        return min(with_cores)
+
     @property
     def has_gpu(self) -> bool:
         """Whether any node has a GPU."""
@@ -118,16 +135,25 @@ class Resources:
                 f"{stage}.workers.count={max(1, sum(self.gpus))}"
                 + ("" if self.has_gpu else f" {stage}.workers.gpu=false"),
             )
-        share = cpus or (1 if use_gpu else max(1, sum(self.cpus) // count))
-        fits = sum(node // share for node in self.cpus)
+        share = cpus or (1 if use_gpu else self._share(count))
+        fits = self._fitting(share, use_gpu)
         if fits < count:
             raise PreflightError(
                 f"{stage} asks for {count} ranks of {share} CPU cores, and the cluster has "
-                f"{sum(self.cpus)} cores on {len(self.cpus)} node(s)",
+                f"{sum(self.cpus)} cores on {len(self.cpus)} node(s)" + (", not all beside a GPU" if use_gpu else ""),
                 f"{stage}.workers",
                 f"{stage}.workers.count={max(1, fits)}",
             )
         return RankResources(count, share, use_gpu)
+
+    def _fitting(self, share: int, gpu: bool) -> int:
+        """How many ranks of ``share`` cores, and one GPU where they need it, find a place."""
+        places = [node // share for node in self.cpus]
+        return sum(map(min, places, self.gpus) if gpu else places)
+
+    def _share(self, count: int) -> int:
+        """The most cores that each of ``count`` ranks can have; 1 where not even that is there."""
+        return next((cores for cores in range(max(self.cpus), 1, -1) if self._fitting(cores, False) >= count), 1)
 
 
 class RankResources:

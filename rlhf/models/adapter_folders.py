@@ -16,6 +16,13 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).exists()
 
 
+def config_file(folder: Path) -> Path:
+    """The model's ``config.json``: an adapter's is its base's, since transformers takes one beside an adapter to mean
+    that the whole weights are there too.
+    """
+    return (folder / BASE if is_adapter(folder) else folder) / "config.json"
+
+
 def relocate_adapter(folder: Path) -> None:
     """Point an adapter at its ``base/`` by absolute path, so that ``from_pretrained(folder)`` finds it."""
     path = folder / ADAPTER_CONFIG

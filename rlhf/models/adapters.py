@@ -83,7 +83,8 @@ def _save_adapter(
     adapter["base_model_name_or_path"] = BASE
     (target / ADAPTER_CONFIG).write_text(json.dumps(adapter, indent=2))
     if config:
-        _add_to_config(source / "config.json", target / "config.json", config)
+        (base / "config.json").unlink()  # a link, and the source's own must stay as it is
+        _add_to_config(source / "config.json", base / "config.json", config)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -9,15 +9,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf.models.adapter_folders import ADAPTER_CONFIG, BASE, is_adapter
+from rlhf.models.adapter_folders import ADAPTER_CONFIG, BASE, config_file, is_adapter
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The model's ``config.json``, of the base for an adapter, with the adapter's own score normaliser on top."""
-    config = json.loads((folder / BASE / "config.json" if is_adapter(folder) else folder / "config.json").read_text())
-    return config | (json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {})
+    """The model's configuration, a reward model's score normaliser included."""
+    return json.loads(config_file(folder).read_text())
 
 
 def load_whole(folder: Path, *, scores: bool, dtype: torch.dtype) -> PreTrainedModel:

@@ -42,7 +42,8 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     reward_model = FrozenReward(reward_folder, settings.precision, size)
     if reward_model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise PreflightError(
-            "the reward model and the policy have different tokenizers, so the value model cannot start from the reward model",
+            "the reward model and the policy have different tokenizers, "
+            "so the value model cannot start from the reward model",
             context.stage,
             "train the reward model from the policy's base model",
         )

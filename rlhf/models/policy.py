@@ -50,14 +50,7 @@ class FrozenPolicy:
 
         noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
         """
-        if self._replica is None:
-            self._replica = Replica(
-                self.folder,
-                self._precision,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        replica = self._replica
+        replica = self._generator()
         # Nothing is kept for a backward pass, so that more fits at once than in training.
         size = 4 * self._micro_batch_size
         return group.spread(
@@ -69,6 +62,16 @@ class FrozenPolicy:
                 ]
             ),
         )
+
+    def _generator(self) -> Replica:
+        if self._replica is None:
+            self._replica = Replica(
+                self.folder,
+                self._precision,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        return self._replica
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -115,10 +118,11 @@ class TrainedPolicy(FrozenPolicy):
     def _start(self) -> Engine:
         return self._training.start(TokenLogprobs(self._model), self._precision)
 
-    def refresh(self) -> None:
-        """Give the copy that samples the policy's present weights. A collective."""
-        if self._replica is not None:
-            self._replica.refresh(self._model)
+    def _generator(self) -> Replica:
+        # At the first call too: after a resume the folder's weights are not the present ones.
+        replica = super()._generator()
+        replica.refresh(self._model)
+        return replica
 
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
@@ -127,12 +131,6 @@ class TrainedPolicy(FrozenPolicy):
             return self._reference.logprobs(rollout)[0]
         with self._model.disable_adapter():
             return self.logprobs(rollout)[0]
-
-    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Tensor:
-        """Sample from the present weights, see :meth:`FrozenPolicy.sample`. A collective."""
-        if self._replica is not None:
-            self._replica.refresh(self._model)
-        return super().sample(prompts, noise)
 
     def update(self, minibatch: Minibatch, loss: PolicyLoss, learning_rate: float) -> PolicySums:
         """Take one optimiser step on a minibatch; the sums over it. A collective.

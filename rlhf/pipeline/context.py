@@ -13,6 +13,8 @@ S = TypeVar("S", bound=Settings)
 
 PROGRESS = "progress.json"
 NOTES = "notes.jsonl"
+FAILURE = "failure.json"
+"""In an attempt: what, where and next of the error that ended it, for ``rlhf status``."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """What ``plan``, ``status``, ``explain`` and ``lineage`` answer, as JSON values (their shapes are a contract)."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.cluster.worker import read_failures
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError
-from rlhf.pipeline.plan import Planned, changes
+from rlhf.pipeline.context import FAILURE
+from rlhf.pipeline.plan import IMPORT, Planned, changes
 from rlhf.store import ActionRecord, Store
 
 Document = dict[str, Any]
@@ -50,9 +51,9 @@ def _status(one: Planned, store: Store) -> tuple[str, str]:
     if (holder := store.holder(one.key)) is not None:
         return "running", f"held by {holder}"
     attempts = store.attempts(one.key)
-    failures = read_failures(attempts[-1]) if attempts else []
-    if failures:
-        return "failed", f"{failures[0].args[0]} (log: {failures[0].log})"
+    if attempts and (attempts[-1] / FAILURE).exists():
+        failure = json.loads((attempts[-1] / FAILURE).read_text(encoding="utf-8"))
+        return "failed", f"{failure['what']} ({failure['where']})" if failure["where"] else failure["what"]
     return one.state, f"{one.why}; {len(attempts)} unfinished attempt(s)" if attempts else one.why
 
 
@@ -60,7 +61,10 @@ def explain_document(one: Planned, store: Store, pipeline: str) -> Document:
     """Why a stage is cached or would run: the fields that changed since its latest result, old and new."""
     ref = store.refs(pipeline).get(one.name)
     before = store.action(ref) if ref else None
-    found = changes(before, one.stage, one.settings, one.inputs) if before and not one.needs else []
+    found: list[str] = []
+    if before is not None and before.stage != IMPORT:
+        # Of a blocked stage the settings are known, and not yet what its inputs will be.
+        found = changes(before, one.stage, one.settings, before.inputs if one.needs else one.inputs)
     return _stage(one, one.state, one.why) | {"changes": found, "settings": dict(one.settings)}
 
 
@@ -69,7 +73,7 @@ def lineage_document(record: ActionRecord, store: Store) -> Document:
     inputs: Document = {}
     for role, entry in record.inputs.items():
         producer = store.action(entry["key"]) if entry["key"] else None
-        inputs[role] = lineage_document(producer, store) if producer else {"artifact": entry["artifact"], "stage": None}
+        inputs[role] = lineage_document(producer, store) if producer else _unknown_origin(entry)
     return {
         "artifact": record.artifact,
         "stage": record.stage,
@@ -78,6 +82,12 @@ def lineage_document(record: ActionRecord, store: Store) -> Document:
         "inputs": inputs,
         "provenance": record.provenance | {"seconds": record.seconds, "attempt": record.attempt},
     }
+
+
+def _unknown_origin(entry: Mapping[str, str | None]) -> Document:
+    """What is known of an input that came from outside, or whose record is gone."""
+    artifact, key = entry["artifact"], entry["key"]
+    return {"artifact": artifact, "stage": None, "key": key, "settings": {}, "inputs": {}, "provenance": {}}
 
 
 def find_record(target: str | None, planned: Mapping[str, Planned], store: Store) -> ActionRecord:

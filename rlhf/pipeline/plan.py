@@ -6,7 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal
 
 from rlhf.config.base import semantic_values
-from rlhf.config.nearest import nearest
+from rlhf.config.nearest import suggestion
 from rlhf.config.pipeline import PipelineConfig, StageInstance
 from rlhf.errors import RequestError, SettingsError
 from rlhf.pipeline.sources import digest_source
@@ -78,9 +78,7 @@ def needed(planned: Mapping[str, Planned], targets: Sequence[str]) -> dict[str, 
     """
     for target in targets:
         if target not in planned:
-            raise RequestError(
-                f"the pipeline has no stage {target!r}", f"it has {', '.join(planned)}", nearest(target, planned) or ""
-            )
+            raise RequestError(f"the pipeline has no stage {target!r}", "command line", suggestion(target, planned))
     wanted = set(targets or planned)
     for name in reversed(list(planned)):
         if name in wanted:
@@ -95,7 +93,7 @@ def _wires(config: PipelineConfig, instance: StageInstance, stage: Stage) -> dic
         raise SettingsError(
             f"stage {stage.name!r} takes no input {unknown[0]!r}",
             f"{config.path}, {instance.name}.inputs",
-            f"it takes {', '.join(roles) or 'none'}",
+            suggestion(unknown[0], roles) or "it takes none",
         )
     wires = {role: Wire.parse(instance.inputs.get(role, default)) for role, default in roles.items()}
     for role, wire in wires.items():
@@ -109,7 +107,8 @@ def _wires(config: PipelineConfig, instance: StageInstance, stage: Stage) -> dic
 
 
 def _order(config: PipelineConfig, wires: Mapping[str, Mapping[str, Wire]]) -> Iterable[str]:
-    graph = {name: {wire.instance for wire in wires[name].values()} for name in config.instances}
+    # Lists, not sets: the order of a plan is the same in every process.
+    graph = {name: [wire.instance for wire in wires[name].values()] for name in config.instances}
     try:
         return tuple(TopologicalSorter(graph).static_order())
     except CycleError as error:
@@ -130,6 +129,8 @@ def _plan_one(
         empty: dict[str, Any] = {"needs": (), "key": None, "settings": {}, "inputs": {}, "record": None}
         return Planned(instance, stage, wires, state, why, **(empty | found))
 
+    # Read before the lookup, which moves the record of a damaged result away.
+    before = store.action(ref) if ref else None
     latest = store.lookup(ref) if ref else None
     if latest is not None and latest.stage == IMPORT:
         return build("cached", "imported", key=latest.key, record=latest)
@@ -141,20 +142,26 @@ def _plan_one(
     needs = tuple(dict.fromkeys(wire.instance for wire in wires.values() if planned[wire.instance].record is None))
     if needs:
         return build("blocked", f"waits for {', '.join(needs)}", needs=needs, settings=settings)
-    inputs = {role: _input(wire, planned, store) for role, wire in wires.items()}
+    inputs = {role: _input(f"{instance.name}.inputs.{role}", wire, planned, store) for role, wire in wires.items()}
     key = key_of(stage.name, stage.version, settings, {role: str(entry["digest"]) for role, entry in inputs.items()})
     record = store.lookup(key)
     if record is not None:
         return build("cached", "unchanged", key=key, settings=settings, inputs=inputs, record=record)
-    before = latest or (store.action(ref) if ref else None)
-    why = "new" if before is None else "; ".join(changes(before, stage, settings, inputs)) or "its result was damaged"
+    if before is None:
+        why = "its latest result is gone" if ref else "new"
+    else:
+        why = "; ".join(changes(before, stage, settings, inputs)) or "its result was damaged"
     return build("missing", why, key=key, settings=settings, inputs=inputs)
 
 
-def _input(wire: Wire, planned: Mapping[str, Planned], store: Store) -> dict[str, str | None]:
+def _input(place: str, wire: Wire, planned: Mapping[str, Planned], store: Store) -> dict[str, str | None]:
     record = planned[wire.instance].record
     assert record is not None
-    digest = store.manifest(record.artifact).part_digest(wire.part)
+    manifest = store.manifest(record.artifact)
+    try:
+        digest = manifest.part_digest(wire.part)
+    except RequestError as error:
+        raise SettingsError(f"{wire.instance} has no folder {wire.part!r}", place, error.what) from error
     return {"artifact": record.artifact, "part": wire.part, "digest": digest, "key": record.key}
 
 

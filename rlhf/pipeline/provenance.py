@@ -1,6 +1,7 @@
 """Where, when and with what an artifact was made. It explains a result and enters no key."""
 
 import getpass
+import os
 import platform
 import socket
 import subprocess
@@ -17,12 +18,19 @@ def provenance() -> dict[str, Any]:
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
-        "user": getpass.getuser(),
+        "user": _user(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": _commit(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return str(os.getuid())
 
 
 def _version(name: str) -> str | None:

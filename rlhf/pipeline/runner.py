@@ -7,17 +7,19 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from rlhf.cluster import launch
 from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.training import WorkerSettings
-from rlhf.errors import DiskFullError
-from rlhf.pipeline.context import NOTES, PROGRESS, Context
+from rlhf.errors import DiskFullError, RequestError, RlhfError, StageError
+from rlhf.pipeline.context import FAILURE, NOTES, PROGRESS, Context
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
@@ -44,79 +46,86 @@ class Runner:
         Raises:
             RlhfError: the first error; what was committed before it stays.
         """
-        planned = needed(plan(self.config, self.known, self.store), targets)
-        self._tell_notices()
-        for one in planned.values():
-            if one.record is not None:
-                self._adopt(one)
-        missing = [name for name, one in planned.items() if one.record is None]
-        if missing:
-            ranks = self._check_resources([planned[name] for name in missing])
+        told: set[str] = set()
+        started = checked = False
+        while True:
+            planned = needed(plan(self.config, self.known, self.store), targets)
+            self._tell_notices()
+            for one in planned.values():
+                if one.record is not None and one.name not in told:
+                    self._adopt(one)
+                    told.add(one.name)
+            missing = [one for one in planned.values() if one.record is None]
+            if not missing:
+                return planned
+            if not started:
+                self._check_resources(missing)
+                started = True
             # Data and models first: what they are decides whether the rest can run at all.
-            missing.sort(key=lambda name: planned[name].stage.runs == "workers")
-            checked = False
-            while missing:
-                current = plan(self.config, self.known, self.store)
-                name = next(name for name in missing if current[name].state != "blocked")
-                if current[name].stage.runs == "workers" and not checked:
-                    self._preflight([current[name] for name in missing], current)
-                    checked = True
-                self._bring_up(current[name], ranks.get(name))
-                missing.remove(name)
-        return needed(plan(self.config, self.known, self.store), targets)
+            missing.sort(key=lambda one: one.stage.runs == "workers")
+            ready = next(one for one in missing if one.state != "blocked")
+            if ready.stage.runs == "workers" and not checked:
+                self._preflight(missing, planned)
+                checked = True
+            self._bring_up(ready)
+            told.add(ready.name)
 
-    def _bring_up(self, one: Planned, ranks: RankResources | None) -> None:
+    def _bring_up(self, one: Planned) -> None:
         assert one.key is not None
-        waiting = f"{one.name}: waiting for "
-        with self.store.lease(one.key, timeout=None, on_wait=lambda holder: self._wait(one, waiting + holder)):
+        with self.store.lease(one.key, timeout=None, on_wait=lambda message: self._wait(one, message)):
             # Somebody may have committed it while we waited for the lease.
             if (record := self.store.lookup(one.key)) is not None:
                 self.store.set_ref(self.config.name, one.name, record.key)
                 self.display.update(one.name, state="cached", key=record.key, why="made by another run")
                 return
-            self._produce(one, ranks)
+            self._produce(one)
 
-    def _produce(self, one: Planned, ranks: RankResources | None) -> None:
+    def _produce(self, one: Planned) -> None:
         assert one.key is not None
         attempt = self.store.new_attempt(one.key)
         self.display.update(one.name, state="running", key=one.key, why=one.why)
-        context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
-        context.output.mkdir()
-        watch = Watch(self.display, one.name, attempt)
-        start = time.monotonic()
         try:
-            if one.stage.runs == "task":
-                cpus = min(self.session.resources().cpus)
-                metrics = launch.run_task(Call(one.stage.code, context), cpus, watch)
-            else:
-                assert ranks is not None
-                workers: WorkerSettings = getattr(one.instance.settings, "workers")  # noqa: B009 - every stage of workers has it
-                call = Call(one.stage.code, context, ranks.gpu, workers.timeout_minutes)
-                failures = self.config.cluster.max_failures
-                metrics = launch.run_group(call, ranks, failures, watch, self.display.line)
-        except BaseException:
+            context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
+            context.output.mkdir()
+            start = time.monotonic()
+            metrics = self._execute(one, context)
+            self._commit(one, attempt, metrics, time.monotonic() - start)
+        except RlhfError as error:
             self.display.update(one.name, state="failed")
-            shutil.rmtree(attempt / "inputs", ignore_errors=True)
+            _write_failure(attempt, error)
             raise
-        self._commit(one, attempt, metrics, time.monotonic() - start)
+        finally:
+            shutil.rmtree(attempt / "inputs", ignore_errors=True)
+
+    def _execute(self, one: Planned, context: Context[Any]) -> dict[str, float]:
+        watch = Watch(self.display, one.name, context.attempt)
+        if one.stage.runs == "task":
+            return launch.run_task(Call(one.stage.code, context), self.session.resources().for_task(), watch)
+        ranks = self._ranks(one)
+        call = Call(one.stage.code, context, ranks.gpu, _workers(one).timeout_minutes)
+        return launch.run_group(call, ranks, self.config.cluster.max_failures, watch, self.display.line)
 
     def _commit(self, one: Planned, attempt: Path, metrics: dict[str, float], seconds: float) -> None:
         assert one.key is not None
-        manifest = self.store.put_artifact(attempt / "output", one.stage.kind)
-        record = self.store.commit(
-            ActionRecord(
-                key=one.key,
-                stage=one.stage.name,
-                version=one.stage.version,
-                settings=dict(one.settings),
-                inputs={role: dict(entry) for role, entry in one.inputs.items()},
-                artifact=manifest.digest,
-                metrics=metrics,
-                provenance=provenance(),
-                seconds=round(seconds, 3),
-                attempt=attempt.name,
+        try:
+            manifest = self.store.put_artifact(attempt / "output", one.stage.kind)
+            record = self.store.commit(
+                ActionRecord(
+                    key=one.key,
+                    stage=one.stage.name,
+                    version=one.stage.version,
+                    settings=dict(one.settings),
+                    inputs={role: dict(entry) for role, entry in one.inputs.items()},
+                    artifact=manifest.digest,
+                    metrics=metrics,
+                    provenance=provenance(),
+                    seconds=round(seconds, 3),
+                    attempt=attempt.name,
+                )
             )
-        )
+        except RequestError as error:
+            # What the stage wrote is at fault, and not what the user asked for.
+            raise StageError(f"{one.name} made no valid result: {error.what}", error.where, error.next_step) from error
         self.store.set_ref(self.config.name, one.name, record.key)
         for name in SCRATCH:
             for folder in self.store.attempts(one.key):
@@ -150,39 +159,48 @@ class Runner:
             for role, entry in one.inputs.items()
         }
 
-    def _check_resources(self, missing: Sequence[Planned]) -> dict[str, RankResources]:
-        """What each worker group gets, before anything runs: Ray would wait for ever for what does not exist."""
+    def _check_resources(self, missing: Sequence[Planned]) -> None:
+        """Refuse what the cluster does not have before anything runs: Ray would wait for it for ever."""
         self.display.line(
             "starting Ray" if self.session.address is None else f"attaching to Ray at {self.session.address}"
         )
-        resources = self.session.resources()
-        ranks: dict[str, RankResources] = {}
+        self.session.resources().for_task()
         for one in missing:
             if one.stage.runs == "workers":
-                workers: WorkerSettings = getattr(one.instance.settings, "workers")  # noqa: B009 - every stage of workers has it
-                ranks[one.name] = resources.per_rank(one.name, workers.count, workers.cpus, workers.gpu)
-        return ranks
+                self._ranks(one)
+
+    def _ranks(self, one: Planned) -> RankResources:
+        workers = _workers(one)
+        return self.session.resources().per_rank(one.name, workers.count, workers.cpus, workers.gpu)
 
     def _preflight(self, missing: Sequence[Planned], planned: Mapping[str, Planned]) -> None:
         """Run the checks of the worker stages that need models and data, all before the first of them starts."""
         for one in missing:
             if one.stage.preflight is None:
                 continue
-            attempt = self.store.new_attempt(digest_of({"preflight": one.name}))
+            # A folder of this process alone, so that it can be removed whole.
+            attempt = self.store.new_attempt(digest_of({"preflight": one.name, "by": uuid4().hex}))
             try:
-                inputs = {
-                    role: self.store.checkout(artifact, attempt / "inputs" / role, wire.part)
-                    for role, wire in one.wires.items()
-                    if (artifact := _standing_in(planned, wire.instance)) is not None
-                }
-                self._check_disk(one, attempt / "inputs")
-                context: Context[Any] = Context(
-                    one.name, "preflight", one.instance.settings, inputs, attempt / "output", attempt, self._cache
-                )
-                watch = Watch(self.display, one.name, attempt)
-                launch.run_task(Call(one.stage.preflight, context), 1, watch)
-            finally:
-                shutil.rmtree(attempt, ignore_errors=True)
+                self._check_one(one, one.stage.preflight, planned, attempt)
+            except StageError:
+                shutil.rmtree(attempt / "inputs", ignore_errors=True)  # its message names the log
+                raise
+            except BaseException:
+                shutil.rmtree(attempt.parent, ignore_errors=True)
+                raise
+            shutil.rmtree(attempt.parent, ignore_errors=True)
+
+    def _check_one(self, one: Planned, code: str, planned: Mapping[str, Planned], attempt: Path) -> None:
+        inputs = {
+            role: self.store.checkout(artifact, attempt / "inputs" / role, wire.part)
+            for role, wire in one.wires.items()
+            if (artifact := _standing_in(planned, wire.instance)) is not None
+        }
+        self._check_disk(one, attempt / "inputs")
+        context: Context[Any] = Context(
+            one.name, "preflight", one.instance.settings, inputs, attempt / "output", attempt, self._cache
+        )
+        launch.run_task(Call(code, context), 1, Watch(self.display, one.name, attempt))
 
     def _check_disk(self, one: Planned, inputs: Path) -> None:
         models = sum(path.stat().st_size for path in inputs.rglob("*.safetensors"))
@@ -208,11 +226,22 @@ class Runner:
 
     def _wait(self, one: Planned, message: str) -> None:
         self.display.update(one.name, state="waiting", message=message)
+        self.display.line(f"{one.name}: {message}")
 
     def _tell_notices(self) -> None:
         for notice in self.store.notices:
             self.display.line(notice)
         self.store.notices.clear()
+
+
+def _workers(one: Planned) -> WorkerSettings:
+    return getattr(one.instance.settings, "workers")  # noqa: B009 - every stage of workers has it
+
+
+def _write_failure(attempt: Path, error: RlhfError) -> None:
+    values = {"what": error.what, "where": error.where, "next": error.next_step}
+    with suppress(OSError):  # on a full disk the error itself must be seen
+        (attempt / FAILURE).write_text(json.dumps(values), encoding="utf-8")
 
 
 def _standing_in(planned: Mapping[str, Planned], name: str) -> str | None:
@@ -235,7 +264,8 @@ class Watch:
         """Look once."""
         notes = self._attempt / NOTES
         if notes.exists():
-            lines = notes.read_text(encoding="utf-8").splitlines()
+            # A line that is not ended yet is still being written.
+            lines = notes.read_text(encoding="utf-8").split("\n")[:-1]
             for line in lines[self._notes_shown :]:
                 self._display.line(f"{self._stage}: {json.loads(line)['note']}")
             self._notes_shown = len(lines)

@@ -1,7 +1,9 @@
 """Digests of the user's own files and folders, which enter keys in place of their paths."""
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rlhf.errors import SettingsError
@@ -11,28 +13,48 @@ from rlhf.store import Store, digest_file, digest_of
 def digest_source(path: str | Path, store: Store) -> str:
     """The digest of a file's content, or of a folder's files and their names.
 
-    A file is read again only when its size or modification time changed; the store remembers.
+    A file is read again only when its size or times changed; the store remembers.
 
     Raises:
-        SettingsError: there is nothing at the path.
+        SettingsError: there is nothing at the path, or it cannot be read.
     """
     root = Path(path).expanduser()
     if not root.exists():
         raise SettingsError(f"there is no file or folder {path}", str(root), "correct the path")
     memory = store.root / "cache" / "sources.json"
-    known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
+    known = _recall(memory)
+    before = len(known)
     digests: dict[str, str] = {}
     for file in sorted(_files(root)):
-        stat = file.stat()
-        identity = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        if identity not in known:
-            known[identity] = digest_file(file)
-            if memory.parent.is_dir():
-                temporary = memory.with_suffix(".tmp")
-                temporary.write_text(json.dumps(known))
-                temporary.replace(memory)
+        try:
+            stat = file.stat()
+            # The time of the inode's change moves with every write, also where a copying program sets the other back.
+            identity = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+            if identity not in known:
+                known[identity] = digest_file(file)
+        except OSError as error:
+            raise SettingsError(f"{file} cannot be read: {error.strerror}", str(root), "make it readable") from error
         digests[str(file.relative_to(root)) if root.is_dir() else ""] = known[identity]
+    if len(known) > before:
+        _remember(memory, known)
     return digest_of(digests)
+
+
+def _recall(memory: Path) -> dict[str, str]:
+    try:
+        return json.loads(memory.read_text())
+    except (OSError, ValueError):
+        return {}  # never written, or cut short: losing it costs reading the files again
+
+
+def _remember(memory: Path, known: dict[str, str]) -> None:
+    if not memory.parent.is_dir():
+        return  # planning makes no store
+    # A read-only store must stay readable.
+    with suppress(OSError):
+        temporary = memory.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(known))
+        temporary.replace(memory)
 
 
 def _files(root: Path) -> Iterator[Path]:

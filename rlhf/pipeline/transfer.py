@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError
+from rlhf.models.adapter_folders import config_file
 from rlhf.pipeline.plan import IMPORT, Planned
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
@@ -38,6 +41,8 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
         manifest = store.put_artifact(staged, stage.kind)
     finally:
         shutil.rmtree(staged.parent, ignore_errors=True)
+        with suppress(OSError):  # another import of the stage may be under way
+            staged.parent.parent.rmdir()
     record = store.commit(
         ActionRecord(
             key=key_of(IMPORT, 1, {"as": stage.name}, {"folder": manifest.digest}),
@@ -57,13 +62,14 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
 
 
 def _check_reward_model(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    path = config_file(folder)
+    config = json.loads(path.read_text()) if path.exists() else {}
     missing = [name for name in ("score_mean", "score_std", "sees", "score_max_length") if name not in config]
     if missing:
         raise RequestError(
             f"the reward model's config.json lacks {', '.join(missing)}: PPO could not tell what its scores mean",
-            str(folder / "config.json"),
-            'add them, for example "score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512',
+            str(path),
+            'add, for example, "score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512',
         )
 
 
@@ -71,7 +77,7 @@ def export_artifact(one: Planned, target: Path, store: Store) -> Path:
     """Write a stage's result to a folder of the user's.
 
     Raises:
-        RequestError: there is no result yet, or the folder is not empty.
+        RequestError: there is no result yet, or the folder is not empty or cannot be written.
     """
     from rlhf.models.adapter_folders import is_adapter, relocate_adapter
 
@@ -79,15 +85,19 @@ def export_artifact(one: Planned, target: Path, store: Store) -> Path:
         raise RequestError(f"{one.name} has no result yet", one.why, f"rlhf run {one.name}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RequestError("the folder to export to is not empty", str(target), "name a folder that does not exist")
-    with_links = store.new_attempt(one.record.key) / "export"
     try:
-        store.checkout(one.record.artifact, with_links)
-        # Copies, not links: what the user does with an exported file must not reach the store.
-        shutil.copytree(with_links, target, dirs_exist_ok=True)
-    finally:
-        shutil.rmtree(with_links.parent, ignore_errors=True)
-    for path in target.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target and not in the store, which may be read-only to whoever exports.
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            linked = store.checkout(one.record.artifact, Path(scratch) / "linked")
+            # Copies, not links: what the user does with an exported file must not reach the store.
+            shutil.copytree(linked, target, dirs_exist_ok=True)
+        for path in target.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    except OSError as error:
+        raise RequestError(
+            f"the folder to export to cannot be written: {error.strerror or error}", str(target), "name another folder"
+        ) from error
     if is_adapter(target):
         relocate_adapter(target)
     return target

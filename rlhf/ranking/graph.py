@@ -45,18 +45,18 @@ def bridges(ratings: list[FloatArray], set_of: IntArray, per_response: int, seed
 
     ratings       one array a response, of its raters' scores
     set_of        ``[N]``, each response's set; responses of one set are not bridged
-    per_response  rounds, in each of which every response meets up to two others
+    per_response  rounds, in each of which every response meets up to two others; one without ratings meets none
     """
     rng = np.random.default_rng([seed, len(ratings)])
     parts: list[tuple[int, int, float, float]] = []
     for _ in range(per_response):
         circle = rng.permutation(len(ratings))
         for first, second in zip(circle, np.roll(circle, -1), strict=True):
-            if set_of[first] == set_of[second]:
-                continue
             a, b = ratings[first], ratings[second]
-            share = float((a[:, None] > b).mean() + 0.5 * (a[:, None] == b).mean())
             count = min(len(a), len(b))
+            if set_of[first] == set_of[second] or count == 0:
+                continue
+            share = float((a[:, None] > b).mean() + 0.5 * (a[:, None] == b).mean())
             parts.append((first, second, count * share, count * (1 - share)))
     columns = np.array(parts, dtype=np.float64).reshape(-1, 4)
     return Edges(columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64), columns[:, 2], columns[:, 3])
@@ -88,7 +88,8 @@ def fit_graph(count: int, edges: Edges, prior_elo: float) -> tuple[FloatArray, F
     probability = _probability(theta[first] - theta[second])
     weight = (wins + losses) * probability * (1 - probability)
     information = precision + np.bincount(first, weight, count) + np.bincount(second, weight, count)
-    return theta / ELO_SCALE, information**-0.5 / ELO_SCALE
+    errors: FloatArray = 1.0 / (ELO_SCALE * np.sqrt(information, dtype=np.float64))
+    return theta / ELO_SCALE, errors
 
 
 def _probability(gap: FloatArray) -> FloatArray:

@@ -15,19 +15,20 @@ Floats = npt.NDArray[np.float64]
 def heldout_accuracy(
     sets: Sequence[Mapping[str, Any]], scores: npt.ArrayLike, n_pairs: int, seed: int
 ) -> dict[str, float]:
-    """``eval/accuracy`` and ``eval/accuracy_confident``: how often two responses to one prompt are ordered as people do.
+    """``eval/accuracy`` and ``eval/accuracy_confident``: how often two responses are ordered as people do.
 
     sets     ranked comparison sets; where annotators gave ratings their mean decides the order, else the strengths
     scores   one a response, in the order of the sets
-    n_pairs  drawn by the seed among responses to the same prompt, of one set or of several
+    n_pairs  drawn by the seed among responses of one pool: to the same prompt, of one set or of several
 
-    A pair without ties in the annotators' means counts. It is *confident* where the means lie at least 1 apart, or where
-    3 of 4 annotators who rated both agree, which only responses of one set can show.
+    A pair counts where both were rated and the annotators' means are not equal. It is *confident* where the means lie
+    at least 1 apart, or where 3 of 4 annotators who rated both agree, which only responses of one set can show.
     """
     scores = np.asarray(scores, dtype=np.float64)
     means: Floats = np.concatenate([_means(one) for one in sets])
     set_of = np.repeat(np.arange(len(sets)), [len(one["responses"]) for one in sets])
-    pairs = _pairs([str(sets[index]["prompt"]) for index in set_of], n_pairs, seed)
+    pairs = _pairs([one["pool"] for one in sets for _ in one["responses"]], n_pairs, seed)
+    pairs = pairs[~np.isnan(means[pairs]).any(axis=1)]
     confident = confident_pairs(means, pairs)
     same = np.flatnonzero((set_of[pairs[:, 0]] == set_of[pairs[:, 1]]) & ~confident)
     starts = np.searchsorted(set_of, np.arange(len(sets)))
@@ -49,13 +50,15 @@ def _ratings(one: Mapping[str, Any]) -> Floats:
 def _means(one: Mapping[str, Any]) -> Floats:
     if one.get("ratings") is None:
         return np.asarray(one["strengths"], dtype=np.float64)
-    return np.nanmean(_ratings(one), axis=1)
+    ratings = _ratings(one)
+    with np.errstate(invalid="ignore"):  # nan is the mean of a response that nobody rated
+        return np.nansum(ratings, axis=1) / (~np.isnan(ratings)).sum(axis=1)
 
 
-def _pairs(prompts: Sequence[str], n_pairs: int, seed: int) -> npt.NDArray[np.int64]:
-    groups: defaultdict[str, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        groups[prompt].append(index)
+def _pairs(pools: Sequence[int], n_pairs: int, seed: int) -> npt.NDArray[np.int64]:
+    groups: defaultdict[int, list[int]] = defaultdict(list)
+    for index, pool in enumerate(pools):
+        groups[pool].append(index)
     possible = sum(len(group) * (len(group) - 1) // 2 for group in groups.values())
     share = n_pairs / max(possible, 1)
     drawn = [

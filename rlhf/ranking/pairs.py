@@ -18,7 +18,7 @@ class Pair(NamedTuple):
 
 
 def draw_pairs(sets: Sequence[Mapping[str, Any]], pairs_per_response: float, seed: int) -> list[Pair]:
-    """Draw about ``pairs_per_response`` · N / 2 pairs from the N responses to a prompt, each response in about equally many.
+    """Draw about ``pairs_per_response`` · N / 2 pairs of each pool's N responses, each response in about equally many.
 
     Responses of sets that share a prompt are drawn together where ``rank`` has put them on one scale, which it says in
     each set's ``pool``. Equal strengths make no pair.

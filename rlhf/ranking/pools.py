@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,10 +37,10 @@ def strengths_of(sets: Sequence[RatedSet], prior_elo: float, bridges_per_respons
 
     Sets with ratings and the same prompt are one pool; any other set is a pool of its own.
     """
-    pools: defaultdict[str, list[int]] = defaultdict(list)
+    pools: defaultdict[str | int, list[int]] = defaultdict(list)
     for index, one in enumerate(sets):
         bridged = bridges_per_response > 0 and one.ratings is not None
-        pools[str(one.prompt) if bridged else f"alone {index}"].append(index)
+        pools[str(one.prompt) if bridged else index].append(index)
     alone = [members[0] for members in pools.values() if len(members) == 1]
     found = dict(zip(alone, fit_each([sets[index].wins for index in alone], prior_elo), strict=True))
     for members in pools.values():
@@ -66,4 +67,4 @@ def _fit_pool(
     across = bridges(ratings, np.repeat(np.arange(len(sets)), sizes), bridges_per_response, seed)
     elo, errors = fit_graph(int(starts[-1]), join([*within, across]), prior_elo)
     elo -= elo.mean()
-    return [(elo[start:end], errors[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+    return [(elo[start:end], errors[start:end]) for start, end in pairwise(starts)]

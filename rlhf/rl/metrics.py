@@ -73,7 +73,8 @@ def check_health(metrics: dict[str, float], kl_limit: float) -> None:
     """
     if not metrics["objective/kl"] <= kl_limit:
         raise DivergedError(
-            f"the policy drifted {metrics['objective/kl']:.1f} nats a response from its reference; the limit is {kl_limit:g}",
+            f"the policy drifted {metrics['objective/kl']:.1f} nats a response from its reference; "
+            f"the limit is {kl_limit:g}",
             "objective/kl",
             "raise ppo.kl.coef or lower ppo.policy_learning_rate; ppo.kl.limit is the limit",
         )

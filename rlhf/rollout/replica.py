@@ -1,6 +1,7 @@
 """Generation from an unsharded copy of the policy.
 
-Generating through ZeRO-3 gathers every layer for every token; a copy, refreshed once an iteration, is many times faster.
+Generating through ZeRO-3 gathers every layer for every token; a copy, refreshed once an iteration, is many times
+faster.
 """
 
 from pathlib import Path

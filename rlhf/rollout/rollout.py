@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Rollout:
     """The samples of all ranks, in the order of their global index.
 
-    Prompts are padded on the left and responses on the right, so that a response's tokens are the last ``time`` columns.
+    Prompts are padded on the left and responses on the right, so that a response's tokens are the last ``time``
+    columns.
     """
 
     prompts: Sequence[Prompt]

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 
 
 def uniforms(seed: int, samples: Sequence[int], length: int) -> Tensor:
-    """Numbers in [0, 1) ``[sample, length]``, float64, from a counter-based generator keyed by seed and sample index."""
+    """Float64 in [0, 1), ``[sample, length]``, of a counter-based generator keyed by seed and sample index."""
     rows = [np.random.Generator(np.random.Philox(key=[seed, sample])).random(length) for sample in samples]
     return torch.from_numpy(np.stack(rows))
 

@@ -1,8 +1,8 @@
 """In-stage checkpoints: complete or ignored.
 
 A checkpoint is a folder ``checkpoint-<step>`` in an attempt's ``checkpoints/``. All ranks write into it; when all have,
-rank 0 writes ``complete.json``, which lists every file with its size. A folder without it, or with a file that is missing
-or of another size, was cut off and is never read.
+rank 0 writes ``complete.json``, which lists every file with its size. A folder without it, or with a file that is
+missing or of another size, was cut off and is never read.
 """
 
 import json

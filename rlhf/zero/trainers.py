@@ -91,11 +91,11 @@ class Reports(TrainerCallback):
         self._context, self._shown = context, shown
         self.journal: Journal | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002 - positional
         """Open the journal, now that the number of steps is known."""
         self.journal = Journal(self._context, state.max_steps, unit="step", shown=self._shown)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:  # noqa: ARG002 - positional
         """Write the trainer's metrics under our names, and stop where the loss is no number."""
         if not logs or "loss" not in logs or self.journal is None:
             return
@@ -108,7 +108,7 @@ class Reports(TrainerCallback):
                 f"lower {self._context.stage}.optimizer.learning_rate",
             )
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Let the checkpoint count, once every rank has written its part."""
         checkpoints.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

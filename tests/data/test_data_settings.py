@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf.config.base import Settings, role_of, semantic_values
-from rlhf.config.data import DataSettings, RankSettings, SnippetSettings, is_local, sources
+from rlhf.config.data import SNIPPET_BLOCKS, DataSettings, RankSettings, SnippetSettings, is_local, sources
 from rlhf.errors import SettingsError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -80,10 +80,13 @@ def test_a_dataset_that_could_change_is_refused_with_how_to_pin_it(folder: Path,
 
 
 def test_more_blocks_than_there_are_are_refused() -> None:
-    """The default deal fits, and one block too many is told with both numbers."""
-    assert SnippetSettings()
-    with pytest.raises(ValidationError, match=r"552 blocks are asked for, and the movie snippets have 353"):
-        SnippetSettings(comparisons=300)
+    """The default deal fits, all blocks may be dealt out, and one too many is told with both numbers."""
+    defaults = SnippetSettings()
+    deal = [name for name in SnippetSettings.model_fields if name != "set_size"]
+    spare = SNIPPET_BLOCKS - sum(getattr(defaults, name) for name in deal)
+    assert SnippetSettings(comparisons=defaults.comparisons + spare)
+    with pytest.raises(ValidationError, match=r"354 blocks are asked for, and the movie snippets have 353"):
+        SnippetSettings(comparisons=defaults.comparisons + spare + 1)
 
 
 @pytest.mark.parametrize("model", [DataSettings, SnippetSettings, RankSettings])

@@ -44,7 +44,7 @@ def test_every_set_is_kept_and_gains_normalised_strengths(tmp_path: Path) -> Non
     train, heldout = rows(context.output / "train.jsonl"), rows(context.output / "heldout.jsonl")
     for before, after in zip(TRAIN + HELDOUT, train + heldout, strict=True):
         assert {name: after[name] for name in before} == before
-        assert set(after) - set(before) == {"strengths", "standard_errors"}
+        assert set(after) - set(before) == {"strengths", "standard_errors", "pool"}
         assert len(after["strengths"]) == len(after["standard_errors"]) == len(before["responses"])
         assert min(after["standard_errors"]) > 0
     strengths = np.concatenate([row["strengths"] for row in train])
@@ -81,6 +81,20 @@ def test_the_order_of_sets_and_annotators_changes_no_strength(tmp_path: Path) ->
     first, second = rows(one.output / "train.jsonl"), rows(other.output / "train.jsonl")[::-1]
     for a, b in zip(first, second, strict=True):
         np.testing.assert_allclose(a["strengths"], b["strengths"], atol=1e-9)
+
+
+def test_rated_sets_with_one_prompt_share_a_pool_and_a_scale(tmp_path: Path) -> None:
+    """Sets of good and of bad responses come out above and below 0; a ranked one beside them keeps to itself."""
+    good = {"prompt": "p", "responses": ["a", "b"], "ratings": [[4, 3, 4], [3, 3, 2]]}
+    bad = {"prompt": "p", "responses": ["c", "d"], "ratings": [[-4, -3, -3], [-2, -3, -4]]}
+    alone = {"prompt": "p", "responses": ["e", "f"], "rankings": [[0, 1]]}
+    context = ranked(tmp_path, [good, bad, alone], [])
+    run(context)
+    first, second, third = rows(context.output / "train.jsonl")
+    assert first["pool"] == second["pool"] != third["pool"]
+    assert min(first["strengths"]) > 0 > max(second["strengths"])
+    assert sum(first["strengths"] + second["strengths"]) == pytest.approx(0, abs=1e-9)
+    assert sum(third["strengths"]) == pytest.approx(0, abs=1e-9)
 
 
 def test_models_give_a_leaderboard_in_order_of_strength(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""A source of records checked on its own, before any pipeline reads it."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from rlhf.data.readers import Row, read_rows
+from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, Reason, model_of, parse_record
+from rlhf.errors import RecordError
+
+KINDS = {"demonstrations": Demonstration, "comparisons": ComparisonSet, "prompts": Prompt, "judge": JudgeRating}
+"""What the rows of a source may be, by the data stage's name for it."""
+
+NAMED_BAD_ROWS = 20
+"""Bad rows that the error names: there is no quarantine file to look into."""
+
+
+class Checked(NamedTuple):
+    """What a well-formed source holds."""
+
+    kind: str
+    rows: int
+
+
+def validate_file(source: str, kind: str | None) -> Checked:
+    """Check every row of a file, of a folder's files or of a hub dataset.
+
+    ``kind`` is one of ``KINDS``; None has the fields of the first readable row tell it, for all rows.
+
+    Raises:
+        RecordError: a row is malformed, or there are none.
+        SettingsError, IndexUnreachableError: the source cannot be read at all.
+    """
+    told, total = kind, 0
+    bad: list[str] = []
+    for row in read_rows(source):
+        total += 1
+        if told is None and not row.problem and isinstance(row.value, Mapping):
+            told = next(name for name, model in KINDS.items() if model is model_of(row.value))
+        if reasons := _reasons(row, told):
+            bad.append(f"{row.place}: {'; '.join(map(str, reasons))}")
+    if bad:
+        more = f"\n  and {len(bad) - NAMED_BAD_ROWS} more" if len(bad) > NAMED_BAD_ROWS else ""
+        raise RecordError(
+            f"{len(bad)} of {total} rows are malformed" + (f" as {told}" if told else ""),
+            "\n  ".join(bad[:NAMED_BAD_ROWS]) + more,
+            "correct them" if kind else f"correct them, or say with --kind what they are: {', '.join(KINDS)}",
+        )
+    if told is None:
+        raise RecordError("there are no rows", source, "name a file that has some")
+    return Checked(told, total)
+
+
+def _reasons(row: Row, kind: str | None) -> list[Reason]:
+    if row.problem:
+        return [Reason("", row.problem)]
+    found = parse_record(row.value, KINDS[kind or "prompts"])
+    return found if isinstance(found, list) else []

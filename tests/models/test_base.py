@@ -1,0 +1,91 @@
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.errors import PreflightError
+from rlhf.models import base
+from tests.models.tiny import SHAPE, TEXTS
+
+
+def made(folder: Path, seed: int) -> dict[str, bytes]:
+    base.make_from_scratch(SHAPE, TEXTS, seed, folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_model_from_scratch_is_a_function_of_texts_and_seed(tmp_path: Path) -> None:
+    """The same bytes again; another seed changes the weights and not the tokenizer."""
+    first, again, other = (made(tmp_path / str(index), seed) for index, seed in enumerate((0, 0, 1)))
+    assert first == again
+    assert first["tokenizer.json"] == other["tokenizer.json"]
+    assert first["model.safetensors"] != other["model.safetensors"]
+
+
+def test_a_model_from_scratch_finds_all_tokens_about_equally_likely(tmp_path: Path) -> None:
+    """Its loss is ln(vocabulary); a missed initialisation would start far above."""
+    made(tmp_path, seed=0)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(0, SHAPE.vocabulary, (8, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    assert loss == pytest.approx(math.log(SHAPE.vocabulary), abs=0.1)
+
+
+def test_the_tokenizer_says_any_text_and_knows_the_chat(tmp_path: Path) -> None:
+    """Byte-level: what was never seen survives; roles and the end are one token each."""
+    made(tmp_path, seed=0)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the film", "naïve – 映画 🎬", " two  spaces\n"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert len(ids) == 4
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert len(tokenizer) <= SHAPE.vocabulary
+
+
+def test_parameters_are_counted_once(tiny: Path) -> None:
+    """Tied embeddings are stored and counted once."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny)
+    assert base.check(tiny) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_folder_that_is_no_model_is_told_by_what_is_wrong(tmp_path: Path, tiny: Path) -> None:
+    """Before any worker starts: missing weights, an unknown model, a tokenizer too large for the embeddings."""
+
+    def broken(name: str) -> Path:
+        shutil.copytree(tiny, tmp_path / name)
+        return tmp_path / name
+
+    without_weights = broken("weights")
+    (without_weights / "model.safetensors").unlink()
+    with pytest.raises(PreflightError, match=r"no \.safetensors"):
+        base.check(without_weights)
+
+    def change_config(folder: Path, **entries: Any) -> Path:
+        config = json.loads((folder / "config.json").read_text()) | entries
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    with pytest.raises(PreflightError, match="unheard_of"):
+        base.check(change_config(broken("unknown"), model_type="unheard_of"))
+    with pytest.raises(PreflightError, match=r"the tokenizer has \d+ tokens and the model embeds 200"):
+        base.check(change_config(broken("small"), vocab_size=200))
+
+
+def test_a_copied_folder_has_no_pickles_and_nothing_hidden(tmp_path: Path, tiny: Path) -> None:
+    """Weights of other kinds than safetensors could run code when they are read."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+    for name in ("pytorch_model.bin", "model.gguf", ".cache", "README.md"):
+        (source / name).write_text("x")
+    (tmp_path / "target").mkdir()
+    base.copy_local(str(source), tmp_path / "target")
+    assert {path.name for path in (tmp_path / "target").iterdir()} == {path.name for path in tiny.iterdir()}
+    assert base.check(tmp_path / "target") == base.check(tiny)

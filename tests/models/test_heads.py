@@ -1,0 +1,95 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.models import text
+from rlhf.models.heads import SequenceScores, TokenLogprobs, TokenValues, initialise_head
+
+PROMPTS = [[5, 17, 40, 41, 99], [7], [12, 13, 200]]
+RESPONSES = [[60, 61, 62, 4], [70, 4], [80, 81, 82, 83]]
+TIME = 4
+
+
+@pytest.fixture(scope="module")
+def language_model(tiny: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny).eval()
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny: Path) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).eval()
+
+
+def batch(extra_padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask, and which response tokens are real."""
+    prompts, prompt_mask = text.pad([[0] * (5 + extra_padding), *PROMPTS], 0, "left")
+    responses, mask = text.pad(RESPONSES, 0, "right")
+    ids = torch.cat([prompts[1:], responses], dim=1)
+    return ids, torch.cat([prompt_mask[1:], mask], dim=1), mask.bool()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probabilities_are_those_of_each_row_alone_in_float64(language_model: Any, temperature: float) -> None:
+    """Plain log_softmax, row by row, without padding."""
+    ids, attention_mask, mask = batch()
+    logprobs, entropies = TokenLogprobs(language_model)(ids, attention_mask, TIME, temperature)
+    exact = copy.deepcopy(language_model).double()
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        logits = exact(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits / temperature, dim=-1)
+        picked = expected.gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
+        torch.testing.assert_close(logprobs[row][mask[row]].double(), picked, atol=1e-4, rtol=0)
+        entropy = -(expected.exp() * expected).sum(-1)
+        torch.testing.assert_close(entropies[row][mask[row]].double(), entropy, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_left_padding_moves_no_log_probability_and_no_value(language_model: Any, classifier: Any) -> None:
+    """Longer prompts elsewhere in a batch must not change what is said of this one."""
+    narrow, wide = batch(), batch(extra_padding=9)
+    one, other = (TokenLogprobs(language_model)(ids, mask, TIME, 1.0)[0] for ids, mask, _ in (narrow, wide))
+    torch.testing.assert_close(one[narrow[2]], other[narrow[2]], atol=1e-5, rtol=0)
+    one, other = (TokenValues(classifier)(ids, mask, TIME) for ids, mask, _ in (narrow, wide))
+    torch.testing.assert_close(one[narrow[2]], other[narrow[2]], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_value_is_read_one_position_before_its_token(classifier: Any) -> None:
+    """It is the estimate before the token is emitted: of the first, after the prompt alone."""
+    ids, attention_mask, _ = batch()
+    values = TokenValues(classifier)(ids, attention_mask, TIME)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        for index in range(len(response)):
+            before = torch.tensor([prompt + response[:index]])
+            expected = classifier.score(classifier.model(before).last_hidden_state[0, -1])
+            torch.testing.assert_close(values[row, index, None], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_scores_are_the_logits_of_the_plain_classifier(tiny: Path, classifier: Any) -> None:
+    """On right-padded batches, where the text ends in EOS: what users of the exported folder will see."""
+    tokenizer = text.load_tokenizer(tiny)
+    texts = [text.scored_ids(tokenizer, "say so", words, 64) for words in ("a joy", "dull , dull , dull", "")]
+    ids, mask = text.pad(texts, tokenizer.pad_token_id, "right")
+    scores = SequenceScores(classifier)(ids, mask)
+    torch.testing.assert_close(scores, classifier(input_ids=ids, attention_mask=mask).logits.squeeze(-1))
+    assert scores.std() > 0.01
+
+
+def test_a_head_is_drawn_with_the_deviation_asked_for_and_by_its_seed() -> None:
+    """N(0, 1/√(d + 1)): small beside what the layers below give it."""
+    width = 100_000
+    first, again, other = (torch.empty(1, width) for _ in range(3))
+    for head, seed in ((first, 0), (again, 0), (other, 1)):
+        initialise_head(head, seed)
+    assert first.std().item() == pytest.approx((width + 1) ** -0.5, rel=0.02)
+    assert abs(first.mean().item()) < 5 / width
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -1,0 +1,272 @@
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import RequestError, SettingsError
+from rlhf.pipeline.plan import changes, needed, plan
+from rlhf.pipeline.stage import taking
+from rlhf.store import Store
+from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline
+from tests.pipeline.toys import KNOWN
+
+CACHED = {"words": "cached", "count": "cached", "total": "cached"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A pipeline whose three stages have results."""
+    path = write_pipeline(tmp_path)
+    make(path)
+    return path
+
+
+def keys(path: Path, *overrides: str) -> dict[str, str | None]:
+    return {name: one.key for name, one in planned(path, *overrides).items()}
+
+
+def test_in_an_empty_store_the_first_stage_is_missing_and_the_rest_is_blocked(tmp_path: Path):
+    """A blocked stage has no key, and names the stages whose results it waits for."""
+    found = planned(write_pipeline(tmp_path))
+    assert states(found) == {"words": "missing", "count": "blocked", "total": "blocked"}
+    assert found["words"].key is not None
+    assert found["words"].why == "new"
+    assert (found["count"].key, found["count"].needs) == (None, ("words",))
+    assert (found["total"].key, found["total"].needs) == (None, ("count",))
+    assert "words" in found["count"].why
+    assert not (tmp_path / "store").exists(), "planning made a store"
+
+
+def test_what_was_made_is_cached(path: Path):
+    """The same request again is nothing but hits."""
+    assert states(planned(path)) == CACHED
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "words.label=other",
+        "words.style.verbose=true",
+        "total.behaviour=raises",
+        "total.gate=/somewhere",
+        "cluster.cpus=1",
+        "cluster.max_failures=0",
+        "tracking.wandb=disabled",
+        "pipeline=renamed",
+    ],
+)
+def test_a_runtime_setting_changes_no_key(path: Path, override: str):
+    """Where and how a stage runs is no part of what it makes."""
+    assert keys(path, override) == keys(path)
+    assert states(planned(path, override)) == CACHED
+
+
+def test_moving_the_store_or_renaming_the_file_changes_no_key(path: Path, tmp_path: Path):
+    """A hit stays a hit wherever the store lies and whatever the pipeline file is called."""
+    before = keys(path)
+    shutil.move(tmp_path / "store", tmp_path / "elsewhere")
+    renamed = path.rename(tmp_path / "other.yaml")
+    override = f"store.uri={tmp_path / 'elsewhere'}"
+    assert keys(renamed, override) == before
+    assert states(planned(renamed, override)) == CACHED
+
+
+@pytest.mark.parametrize(
+    ("override", "expected", "why"),
+    [
+        ("words.left=one two three", ("missing", "blocked", "blocked"), "left one two → one two three"),
+        ("words.style.upper=true", ("missing", "blocked", "blocked"), "style.upper False → True"),
+        ("words.seed=5", ("missing", "blocked", "blocked"), "seed 0 → 5"),
+        ("seed=5", ("missing", "blocked", "blocked"), "seed 0 → 5"),
+        ("count.step=2", ("cached", "missing", "blocked"), "step 1 → 2"),
+        ("total.factor=2.5", ("cached", "cached", "missing"), "factor 1.0 → 2.5"),
+    ],
+)
+def test_a_semantic_setting_changes_its_stage_and_what_is_downstream_of_it(
+    path: Path, override: str, expected: tuple[str, ...], why: str
+):
+    """Nothing upstream is touched, and ``why`` names the changed setting, old → new."""
+    found = planned(path, override)
+    assert tuple(states(found).values()) == expected
+    changed = next(one for one in found.values() if one.state == "missing")
+    assert changed.why == why
+    assert changed.key not in keys(path).values()
+    assert states(planned(path)) == CACHED, "going back is a hit again"
+
+
+def test_a_stage_of_a_new_version_runs_again(path: Path):
+    """A result of an older version of the code is no hit."""
+    known = KNOWN | {"count": replace(KNOWN["count"], version=2)}
+    found = planned(path, known=known)
+    assert states(found) == {"words": "cached", "count": "missing", "total": "blocked"}
+    assert found["count"].why == "stage count version 1 → count version 2"
+
+
+def test_a_source_enters_the_key_by_its_content_and_not_by_its_place(tmp_path: Path):
+    """Moving or renaming a file is a hit; one changed byte is a miss, also with the file's size and time unchanged."""
+    path, source = write_pipeline(tmp_path), tmp_path / "a.txt"
+    source.write_text("alpha")
+    make(path, f"words.file={source}")
+    (tmp_path / "sub").mkdir()
+    moved = source.rename(tmp_path / "sub" / "b.jsonl")
+    assert states(planned(path, f"words.file={moved}")) == CACHED
+
+    shutil.copyfile(moved, source)
+    assert states(planned(path, f"words.file={source}")) == CACHED
+    times = source.stat()
+    source.write_text("alphA")
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    found = planned(path, f"words.file={source}")
+    assert found["words"].state == "missing"
+    assert found["words"].why.startswith("sources.file ")
+
+
+def test_a_source_folder_is_known_by_its_files_and_their_names(tmp_path: Path):
+    """Hidden files do not count; a renamed, added or changed file does."""
+    path, folder = write_pipeline(tmp_path), tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("alpha")
+
+    def key() -> str | None:
+        return planned(path, f"words.file={folder}")["words"].key
+
+    before = key()
+    (folder / ".hidden").write_text("x")
+    assert key() == before
+    (folder / "b.txt").write_text("beta")
+    added = key()
+    assert added != before
+    (folder / "b.txt").rename(folder / "c.txt")
+    assert key() not in (before, added)
+
+
+def test_a_damaged_memory_of_sources_costs_reading_and_nothing_else(tmp_path: Path):
+    """The digests that the store remembers are a cache: cut short, they are made again."""
+    path, source = write_pipeline(tmp_path), tmp_path / "a.txt"
+    source.write_text("alpha")
+    make(path, f"words.file={source}")
+    before = keys(path, f"words.file={source}")
+    memory = tmp_path / "store" / "cache" / "sources.json"
+    if not memory.exists():
+        memory.parent.mkdir(exist_ok=True)
+    memory.write_text('{"half')
+    assert keys(path, f"words.file={source}") == before
+
+
+def test_an_equal_result_of_a_changed_stage_stops_the_change_there(path: Path):
+    """Early cut-off: count runs on other words, finds as many, and total stays cached."""
+    override = "words.left=five six"
+    make(path, override, only="words")
+    assert states(planned(path, override)) == {"words": "cached", "count": "missing", "total": "blocked"}
+    assert planned(path, override)["count"].why == "input words changed"
+    make(path, override, only="count")
+    assert states(planned(path, override)) == CACHED
+
+
+def test_a_stage_that_reads_one_folder_is_not_rerun_for_another(path: Path):
+    """count reads words/left alone: another words/right leaves it cached."""
+    override = "words.right=other"
+    make(path, override, only="words")
+    assert states(planned(path, override)) == CACHED
+
+
+def test_a_stage_may_be_used_twice(tmp_path: Path):
+    """Instances are told apart by name; equal ones share a result, and each reads what it is wired to."""
+    more = "more: {uses: words, left: a b c}\nagain: {uses: words}\ntally: {uses: count, inputs: {words: more/left}}\n"
+    path = write_pipeline(tmp_path, "words: {}\ncount: {}\n" + more)
+    make(path)
+    found = planned(path)
+    assert set(states(found).values()) == {"cached"}
+    assert found["again"].key == found["words"].key
+    assert found["more"].key != found["words"].key
+    records = {name: one.record for name, one in found.items()}
+    assert records["count"] is not None
+    assert records["tally"] is not None
+    assert records["count"].metrics == {"count/words": 2.0}
+    assert records["tally"].metrics == {"count/words": 3.0}
+
+
+def test_targets_bring_what_they_need_and_no_more(path: Path):
+    """The needed stages come producers first; without a target all of them."""
+    found = planned(path)
+    assert list(needed(found, ["count"])) == ["words", "count"]
+    assert list(needed(found, [])) == ["words", "count", "total"]
+
+
+def test_the_plan_has_producers_first_whatever_the_files_order(tmp_path: Path):
+    """A section may stand before what it needs."""
+    found = planned(write_pipeline(tmp_path, "total: {}\ncount: {}\nwords: {}\n"))
+    assert list(found) == ["words", "count", "total"]
+
+
+def test_an_unknown_target_is_answered_with_the_nearest(path: Path):
+    """A misspelt stage is no request for nothing."""
+    with pytest.raises(RequestError, match="no stage 'totl'") as caught:
+        needed(planned(path), ["totl"])
+    assert "did you mean total?" in caught.value.next_step
+
+
+def test_wires_that_lead_nowhere_are_refused(tmp_path: Path):
+    """An unknown role, an unknown instance and a producer that is not there are errors with a place and a way out."""
+    path = write_pipeline(tmp_path, "words: {}\ncount: {inputs: {wrds: words}}\n")
+    with pytest.raises(SettingsError, match="takes no input 'wrds'") as caught:
+        planned(path)
+    assert "did you mean words?" in caught.value.next_step
+
+    path = write_pipeline(tmp_path, "words: {}\ncount: {inputs: {words: wodrs/left}}\n")
+    with pytest.raises(SettingsError, match="'wodrs'") as caught:
+        planned(path)
+    assert f"{path}:3" in str(caught.value)
+    assert "did you mean words?" in str(caught.value)
+
+    path = write_pipeline(tmp_path, "count: {}\n")
+    with pytest.raises(SettingsError, match="needs 'words' as its words") as caught:
+        planned(path)
+    assert "count.inputs.words" in caught.value.next_step
+
+
+def test_a_circle_of_stages_is_refused_and_shown(tmp_path: Path):
+    """Stages that need each other are named in their circle."""
+    known = KNOWN | {"words": replace(KNOWN["words"], inputs=taking(seed="total"))}
+    with pytest.raises(SettingsError, match="circle") as caught:
+        planned(write_pipeline(tmp_path), known=known)
+    assert {"words", "count", "total"} <= set(caught.value.what.replace("→", " ").split())
+
+
+def test_a_folder_that_an_artifact_does_not_have_is_refused(tmp_path: Path):
+    """What folders there are is known once the artifact is there; then they are listed."""
+    make(write_pipeline(tmp_path, "words: {}\n"))
+    path = write_pipeline(tmp_path, "words: {}\ncount: {inputs: {words: words/middle}}\n")
+    with pytest.raises(SettingsError, match="no folder 'middle'") as caught:
+        planned(path)
+    assert caught.value.where == "count.inputs.words"
+    assert "left, right" in caught.value.next_step
+
+
+def test_a_damaged_result_is_missing_and_the_user_is_told(path: Path, tmp_path: Path):
+    """A result whose file was changed by hand is no hit: it is moved away, and named."""
+    record = planned(path)["count"].record
+    assert record is not None
+    store = Store.open(tmp_path / "store")
+    sha256 = store.manifest(record.artifact).files[0].sha256
+    blob = tmp_path / "store" / "blobs" / "sha256" / sha256[:2] / sha256
+    blob.chmod(0o644)
+    blob.write_text("9")
+    found = plan(load_toy(path), KNOWN, store)
+    assert states(found) == {"words": "cached", "count": "missing", "total": "blocked"}
+    assert found["count"].why == "its result was damaged"
+    assert len(store.notices) == 1
+    assert "quarantine" in store.notices[0]
+    assert planned(path)["count"].why == "its latest result is gone"
+    make(path)
+    assert states(planned(path)) == CACHED
+
+
+def test_changes_name_settings_that_came_and_went(path: Path):
+    """A setting that the older code did not have is a change too."""
+    one = planned(path)["count"]
+    assert one.record is not None
+    assert changes(one.record, one.stage, {"base": 3}, one.inputs) == ["base None → 3", "step 1 → None"]
+    assert changes(one.record, one.stage, one.settings, {}) == ["input words changed"]

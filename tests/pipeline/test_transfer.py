@@ -1,0 +1,106 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import RequestError
+from rlhf.pipeline.plan import Planned
+from rlhf.pipeline.transfer import export_artifact, import_folder
+from rlhf.store import ActionRecord, Store
+from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline
+from tests.pipeline.toys import KNOWN
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_pipeline(tmp_path)
+
+
+def model_folder(folder: Path, **config: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text("mine")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    return folder
+
+
+def imported(path: Path, folder: Path) -> ActionRecord:
+    config = load_toy(path)
+    return import_folder(folder, config, "total", KNOWN["total"], Store.open(config.store.uri))
+
+
+def one(path: Path, name: str) -> Planned:
+    return planned(path)[name]
+
+
+def test_an_import_is_the_stages_result_whatever_its_settings_and_inputs(path: Path, tmp_path: Path):
+    """It stays so until it is forgotten, and nothing upstream of it is needed."""
+    record = imported(path, model_folder(tmp_path / "model"))
+    for override in ("total.factor=3.0", "words.left=other"):
+        found = planned(path, override)
+        assert states(found) == {"words": "missing", "count": "blocked", "total": "cached"}
+        assert (found["total"].key, found["total"].why) == (record.key, "imported")
+
+    store = Store.open(tmp_path / "store")
+    store.delete_ref("toy", "total")
+    assert one(path, "total").state == "blocked"
+    make(path)
+    assert one(path, "total").why == "unchanged"
+
+
+def test_an_import_takes_what_an_artifact_may_hold_and_leaves_no_folder_behind(path: Path, tmp_path: Path):
+    """Pickles and the model's README stay out, and no attempt is left in the store."""
+    record = imported(path, model_folder(tmp_path / "model"))
+    store = Store.open(tmp_path / "store")
+    assert [file.path for file in store.manifest(record.artifact).files] == ["config.json"]
+    assert list((tmp_path / "store" / "work").iterdir()) == []
+
+
+def test_the_same_folder_imported_again_is_the_same_result(path: Path, tmp_path: Path):
+    """Its name and place are no part of it; its content is."""
+    first = imported(path, model_folder(tmp_path / "a"))
+    assert imported(path, model_folder(tmp_path / "b")) == first
+    assert imported(path, model_folder(tmp_path / "c", size=2)).key != first.key
+
+
+def test_an_import_that_cannot_be_a_result_is_refused(path: Path, tmp_path: Path):
+    """A stage that makes no model, and a folder that holds none."""
+    config, store = load_toy(path), Store.open(tmp_path / "store")
+    with pytest.raises(RequestError, match="it makes a data"):
+        import_folder(model_folder(tmp_path / "a"), config, "words", KNOWN["words"], store)
+    with pytest.raises(RequestError, match="holds no model"):
+        import_folder(tmp_path / "nothing", config, "total", KNOWN["total"], store)
+
+
+def test_an_export_is_a_copy_that_may_be_changed(path: Path, tmp_path: Path):
+    """What its owner does with an exported file never reaches the store, and nothing else is left beside it."""
+    make(path)
+    target = tmp_path / "deep" / "out"
+    work = sorted((tmp_path / "store" / "work").rglob("*"))
+    export_artifact(one(path, "words"), target, Store.open(tmp_path / "store", create=False))
+    assert sorted(file.relative_to(target).as_posix() for file in target.rglob("*.txt")) == [
+        "left/text.txt",
+        "right/text.txt",
+    ]
+    (target / "left" / "text.txt").write_text("changed")
+    assert list(target.parent.iterdir()) == [target]
+    assert sorted((tmp_path / "store" / "work").rglob("*")) == work
+    assert Store.open(tmp_path / "store").verify().damaged == []
+
+
+def test_an_export_never_mixes_with_what_is_there(path: Path, tmp_path: Path):
+    """A folder that holds something, and a file in the way, are refused; an empty folder is filled."""
+    store = Store.open(tmp_path / "store")
+    with pytest.raises(RequestError, match="no result yet"):
+        export_artifact(one(path, "words"), tmp_path / "out", store)
+    make(path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    for target in (tmp_path / "full", path):
+        with pytest.raises(RequestError, match="not empty"):
+            export_artifact(one(path, "words"), target, store)
+    with pytest.raises(RequestError, match="cannot be written"):
+        export_artifact(one(path, "words"), path / "below", store)
+    (tmp_path / "empty").mkdir()
+    export_artifact(one(path, "words"), tmp_path / "empty", store)
+    assert (tmp_path / "empty" / "left" / "text.txt").read_text() == "one two"

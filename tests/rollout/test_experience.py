@@ -1,0 +1,76 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.rollout.experience import Experience
+
+Lengths = list[tuple[int, int]]
+lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def experience_of(lengths: Lengths, extra: int = 0) -> Experience:
+    """Samples of so many prompt and response tokens, no value twice; ``extra`` columns of padding on both sides."""
+    prompt, time = (max(column) + extra for column in zip(*lengths, strict=True))
+    attention_mask = torch.zeros((len(lengths), prompt + time), dtype=torch.long)
+    for row, (before, after) in zip(attention_mask, lengths, strict=True):
+        row[prompt - before : prompt + after] = 1
+    mask = attention_mask[:, prompt:].bool()
+    numbers = [torch.arange(mask.numel()).reshape(mask.shape) + 1000.0 * field for field in range(1, 5)]
+    ids = torch.arange(attention_mask.numel()).reshape(attention_mask.shape) * attention_mask
+    return Experience(ids, attention_mask, mask, *numbers)
+
+
+def real_tokens(experience: Experience) -> list[list[int]]:
+    return [ids[mask.bool()].tolist() for ids, mask in zip(experience.ids, experience.attention_mask, strict=True)]
+
+
+@given(lengths, st.integers(0, 3), st.data())
+def test_trimming_loses_padding_only(lengths: Lengths, extra: int, data: st.DataObject) -> None:
+    """Every real token and what belongs to it is kept in its place; no column is padding throughout."""
+    experience = experience_of(lengths, extra)
+    indices = torch.tensor(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, unique=True)))
+    rows = experience.rows(indices)
+    assert real_tokens(rows) == [real_tokens(experience)[index] for index in indices]
+    for name in ("logprobs", "values", "advantages", "returns"):
+        kept, whole = getattr(rows, name), getattr(experience, name)[indices]
+        assert torch.equal(kept[rows.mask], whole[experience.mask[indices]]), name
+    assert torch.equal(rows.attention_mask[:, -rows.time :].bool(), rows.mask)
+    assert rows.attention_mask.any(0).all()
+
+
+@given(lengths, st.integers(1, 3), st.integers(1, 4), st.integers(0, 9))
+def test_minibatches_cover_every_sample_once(lengths: Lengths, count: int, micro: int, seed: int) -> None:
+    """In micro batches of at most the size asked for; each minibatch knows how many response tokens it has."""
+    experience = experience_of(lengths * count)
+    minibatches = list(experience.minibatches(count, micro, seed))
+    assert len(minibatches) == count
+    assert all(len(part.ids) <= micro for minibatch in minibatches for part in minibatch.parts)
+    seen = [row for minibatch in minibatches for part in minibatch.parts for row in real_tokens(part)]
+    assert sorted(seen) == sorted(real_tokens(experience))
+    for minibatch in minibatches:
+        assert len(minibatch.parts[0].ids) <= len(lengths)
+        assert minibatch.num_tokens == sum(int(part.mask.sum()) for part in minibatch.parts)
+
+
+def test_the_order_follows_from_the_seeds_alone() -> None:
+    """The same for the same seed, iteration and epoch, whatever the micro batches; other for any other."""
+    experience = experience_of([(2, 3)] * 32)
+
+    def order(micro: int, *seed: int) -> list[list[int]]:
+        minibatches = experience.minibatches(4, micro, *seed)
+        return [row for minibatch in minibatches for part in minibatch.parts for row in real_tokens(part)]
+
+    assert order(2, 0, 5, 1) == order(8, 0, 5, 1)
+    assert len({str(order(8, *seed)) for seed in ((0, 5, 1), (1, 5, 1), (0, 6, 1), (0, 5, 2))}) == 4

@@ -1,0 +1,68 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.errors import PreflightError
+from rlhf.models import text
+from rlhf.rollout.prompts import PromptStream
+
+PROMPTS = ["one", "two", "three", "four", "five"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Any:
+    return text.load_tokenizer(tiny)
+
+
+def write(folder: Path, prompts: list[str]) -> Path:
+    (folder / "prompts").mkdir()
+    file = folder / "prompts" / "train.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return file
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 7])
+def test_each_pass_covers_every_prompt_in_an_order_of_its_own(tmp_path: Path, tokenizer: Any, size: int) -> None:
+    """Whatever the batch size: batches run on over the end of a pass."""
+    stream = PromptStream(write(tmp_path, PROMPTS), tokenizer, 64, seed=3)
+    batches = [stream.batch(iteration, size) for iteration in range(-(-35 // size))]
+    drawn = [str(prompt) for batch in batches for prompt in batch.prompts][:35]
+    passes = [tuple(drawn[start : start + 5]) for start in range(0, 35, 5)]
+    assert all(sorted(one) == sorted(PROMPTS) for one in passes)
+    assert len(set(passes)) > 1
+    assert [sample for batch in batches for sample in batch.samples][:35] == list(range(35))
+    for batch in batches:
+        assert batch.ids == [text.prompt_ids(tokenizer, prompt) for prompt in batch.prompts]
+
+
+def test_an_iteration_s_prompts_depend_on_the_seed_and_its_number_alone(tmp_path: Path, tokenizer: Any) -> None:
+    """So a resumed run goes on where it was, without the batches before."""
+    file = write(tmp_path, [f"prompt {number}" for number in range(40)])
+    whole, resumed, other = (PromptStream(file, tokenizer, 64, seed) for seed in (3, 3, 4))
+    before = [whole.batch(iteration, 6) for iteration in range(9)]
+    assert resumed.batch(8, 6) == before[8]
+    assert other.batch(8, 6) != before[8]
+
+
+def test_the_first_prompts_are_those_of_the_file(tmp_path: Path, tokenizer: Any) -> None:
+    """In their order, and fewer where there are fewer."""
+    stream = PromptStream(write(tmp_path, PROMPTS), tokenizer, 64)
+    assert stream.first(2).prompts == PROMPTS[:2]
+    everything = stream.first(100)
+    assert everything.prompts == PROMPTS
+    assert everything.samples == [0, 1, 2, 3, 4]
+    assert len(everything.ids) == 5
+
+
+def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    """By file and row, with how many there are and how long it is; one of just the limit passes."""
+    prompts = ["short", "a much longer prompt than all others, by far", "the second longest of them"]
+    file = write(tmp_path, prompts)
+    lengths = [len(text.prompt_ids(tokenizer, prompt)) for prompt in prompts]
+    assert PromptStream(file, tokenizer, max(lengths))
+    with pytest.raises(PreflightError, match=rf"2 of 3 prompts .* the longest has {max(lengths)}") as caught:
+        PromptStream(file, tokenizer, sorted(lengths)[0])
+    assert caught.value.where == "prompts/train.jsonl, row 2"
+    assert "max_prompt_length" in caught.value.next_step

@@ -1,0 +1,77 @@
+"""A pipeline of a few steps a stage, run for real: one Ray session and one store for all tests of this folder."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rlhf.cluster.session import Session
+from rlhf.config.loading import load_pipeline
+from rlhf.pipeline.plan import Planned
+from rlhf.pipeline.runner import Runner
+from rlhf.pipeline.stage import stages
+from rlhf.store import Store
+from rlhf.terminal import Display
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+# Little data, a very small model, and checkpoints often enough that a kill finds one.
+SMALL = (
+    "tracking.wandb=disabled",
+    "cluster.cpus=2",
+    "data.snippets={demonstrations: 3, demonstrations_heldout: 1, comparisons: 4, comparisons_heldout: 3, prompts: 2, "
+    "prompts_heldout: 1, judge: 6, set_size: 5}",
+    "model.scratch={vocabulary: 512, hidden_size: 32, layers: 2, heads: 2, context: 192}",
+    "sft={epochs: 1, batch_size: 4, max_length: 128, checkpoint_every: 2, optimizer: {learning_rate: 1e-2}}",
+    "rm={sees: response, epochs: 1, batch_size: 16, micro_batch_size: 8, max_length: 128, pairs_per_response: 2, "
+    "checkpoint_every: 2, optimizer: {learning_rate: 1e-2}}",
+    "ppo={iterations: 4, rollouts: 16, minibatches: 2, epochs: 2, sampling: {max_new_tokens: 12}, max_prompt_length: 128, "
+    "policy_learning_rate: 3e-4, value_learning_rate: 1e-3, micro_batch_size: 4, checkpoint_every: 1}",
+    "evaluate={prompts: 8, sampling: {max_new_tokens: 12}, max_prompt_length: 128, micro_batch_size: 4}",
+)
+
+
+@dataclass
+class Pipeline:
+    """Runs the small pipeline in the shared session."""
+
+    session: Session
+    store: Store
+    sdist: Path
+
+    def overrides(self, *more: str) -> list[str]:
+        return [*SMALL, f"store.uri={self.store.root}", f"data.downloads={self.sdist.parent}", *more]
+
+    def run(self, *targets: str, settings: tuple[str, ...] = (), store: Store | None = None) -> dict[str, Planned]:
+        known = stages()
+        config = load_pipeline(TINY, self.overrides(*settings), {name: stage.settings for name, stage in known.items()})
+        self.output = io.StringIO()
+        display = Display(Console(file=self.output, width=160), list(config.instances))
+        return Runner(config, known, store or self.store, self.session, display).run(targets)
+
+    def fresh_store(self, folder: Path, *without: str) -> Store:
+        """A store that has what the shared one has, but for the results of some stages."""
+        copy = Store.open(folder)
+        for name, key in self.store.refs("tiny").items():
+            record = self.store.action(key)
+            assert record is not None
+            if name not in without:
+                copy.put_artifact(self.store.checkout(record.artifact, folder / "copies" / name), _kind(record.stage))
+                copy.commit(record)
+        return copy
+
+
+def _kind(stage: str) -> str:
+    return stages()[stage].kind
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory, sdist: Path) -> Iterator[Pipeline]:
+    store = Store.open(tmp_path_factory.mktemp("store"))
+    known = stages()
+    config = load_pipeline(TINY, list(SMALL), {name: stage.settings for name, stage in known.items()})
+    with Session(config.cluster) as session:
+        yield Pipeline(session, store, sdist)

@@ -1,0 +1,286 @@
+"""What one rank of a group does for the tests: ``python -m tests.zero.checks RANK WORLD_SIZE FOLDER``.
+
+Starting a group costs more than all checks together, so one start runs them all. What each check returns is kept in
+``FOLDER/result-<rank>.pt`` for the tests to judge.
+"""
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Before DeepSpeed is imported by whatever comes below.
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops import __compatible_ops__
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rlhf.config.training import LoraSettings
+from rlhf.errors import DamageError, DivergedError
+from rlhf.models import adapters
+from rlhf.models.heads import TokenLogprobs
+from rlhf.models.policy import TrainedPolicy
+from rlhf.models.training import Training
+from rlhf.rl.losses import clipped_policy_loss
+from rlhf.rollout.experience import Experience
+from rlhf.rollout.prompts import PromptBatch
+from rlhf.rollout.replica import Replica
+from rlhf.rollout.rollout import Rollout, roll_out
+from rlhf.rollout.sampling import uniforms
+from rlhf.zero import checkpoints, group
+from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
+
+LORA = LoraSettings(rank=4)
+FORMS: dict[str, LoraSettings | None] = {"full": None, "lora": LORA}
+COUNTS = (1, 2, 3, 5, 8)
+BATCH, PROMPT, TIME = 4, 3, 5
+PROMPTS = PromptBatch(prompts=["a", "b", "c"], ids=[[5, 6, 7], [8], [9, 10]], samples=[0, 1, 2])
+EOS, PAD = 3, 0
+
+
+def rows_of(indices: Tensor) -> Tensor:
+    """Something to spread: ``[len(indices), 2]``."""
+    return torch.stack([indices.float(), indices.float().square()], dim=1)
+
+
+def spread(_: Path) -> dict[int, Tensor]:
+    """What every rank gets, of counts that the ranks cannot share evenly too."""
+    return {count: group.spread(count, rows_of) for count in COUNTS}
+
+
+def share(_: Path) -> list[int]:
+    """This rank's items of eight."""
+    return group.share_of(list(range(8)))
+
+
+def sharded(tiny: Path, lora: LoraSettings | None) -> Any:
+    """The tiny model, sharded as it is read."""
+    with sharded_loading("fp32"):
+        model = AutoModelForCausalLM.from_pretrained(tiny)
+    return adapters.with_lora(model, lora, scores=False, seed=0)
+
+
+class Learner:
+    """An engine that learns a fixed batch by heart, each rank its share of it, one sequence a micro batch."""
+
+    def __init__(self, tiny: Path, lora: LoraSettings | None) -> None:
+        self.model = sharded(tiny, lora)
+        accumulation = BATCH // group.world_size()
+        self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2, accumulation=accumulation)
+        self._ids = torch.randint(5, 300, (BATCH, PROMPT + TIME), generator=torch.Generator().manual_seed(0))
+
+    def step(self, learning_rate: float = 1e-2) -> float:
+        """One optimiser step on the mean of all tokens' negative log-probabilities; the gradients' norm."""
+        norm = None
+        for row in group.share_of(list(range(BATCH))):
+            ids = self._ids[row, None]
+            logprobs, _ = self.engine(ids, torch.ones_like(ids), TIME, 1.0)
+            self.engine.backward(-logprobs.sum() / (BATCH * TIME))
+            norm = self.engine.step(learning_rate)
+        assert norm is not None
+        return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights, on rank 0."""
+        return whole_weights(self.model, trained_only=True)
+
+
+def whole(tiny: Path) -> dict[str, Tensor]:
+    """All weights of a model that nothing has changed."""
+    model = sharded(tiny, None)
+    Engine(TokenLogprobs(model), "fp32")
+    return whole_weights(model, trained_only=False)
+
+
+def steps(tiny: Path) -> dict[str, Any]:
+    """Three optimiser steps: weights and gradient norms."""
+    found: dict[str, Any] = {}
+    for form, lora in FORMS.items():
+        learner = Learner(tiny, lora)
+        norms = [learner.step() for _ in range(3)]
+        found[form] = {"norms": norms, "weights": learner.weights()}
+    return found
+
+
+def resume(tiny: Path, folder: Path) -> dict[str, Any]:
+    """Weights after four steps: in one go, and by a second engine from a save after two."""
+    found: dict[str, Any] = {}
+    for form, lora in FORMS.items():
+        first = Learner(tiny, lora)
+        for _ in range(2):
+            first.step()
+        first.engine.save(folder / form, "policy")
+        halfway = first.weights()
+        second = Learner(tiny, lora)
+        second.engine.load(folder / form, "policy")
+        loaded = second.weights()
+        for learner in (first, second):
+            for _ in range(2):
+                learner.step(5e-3)
+        found[form] = {
+            "halfway": halfway,
+            "loaded": loaded,
+            "unbroken": first.weights(),
+            "resumed": second.weights(),
+        }
+    return found
+
+
+def not_a_number(tiny: Path) -> dict[str, Any]:
+    """The error of a step in which the last rank alone has a loss that is no number; and the weights after it."""
+    learner = Learner(tiny, None)
+    before = learner.weights()
+    ids = torch.full((1, PROMPT + TIME), 9)
+    loss = learner.engine(ids, torch.ones_like(ids), TIME, 1.0)[0].sum()
+    if group.rank() == group.world_size() - 1:
+        loss = loss * float("nan")
+    error = ""
+    try:
+        learner.engine.backward(loss)
+    except DivergedError as diverged:
+        error = diverged.what
+    return {"error": error, "before": before, "after": learner.weights()}
+
+
+def checkpointing(folder: Path) -> list[str]:
+    """Names of the checkpoints that are left after four, the second of which was cut off."""
+    for step in (1, 2, 3, 4):
+        checkpoint = checkpoints.path_of(folder, step)
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / f"shard-{group.rank()}").write_bytes(b"x" * step)
+        if step != 2:
+            checkpoints.mark_complete(checkpoint)
+        else:
+            group.barrier()
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def replica(tiny: Path, folder: Path) -> dict[str, Any]:
+    """Responses of an unsharded copy before and after a refresh, and of the exported model, adapter folded in."""
+    found: dict[str, Any] = {}
+    noise = uniforms(0, range(6), 12)
+    prompts = [[5 + row, 40, 41 + row] for row in range(6)]
+
+    def generate(one: Replica) -> Tensor:
+        return one.generate(prompts, noise, 1.0)
+
+    for form, lora in FORMS.items():
+        learner = Learner(tiny, lora)
+        for _ in range(3):
+            learner.step(0.05)
+        copied = Replica(tiny, "fp32", eos_token_id=EOS, pad_token_id=PAD)
+        before = generate(copied)
+        copied.refresh(learner.model)
+        exported, weights = folder / f"replica-{form}", learner.weights()
+        if group.is_main():
+            merged = lora.model_copy(update={"merge": True}) if lora else None
+            adapters.save(learner.model, weights, tiny, exported, merged, scores=False)
+        group.barrier()
+        plain = Replica(exported, "fp32", eos_token_id=EOS, pad_token_id=PAD)
+        found[form] = {"before": before, "refreshed": generate(copied), "exported": generate(plain)}
+    return found
+
+
+def experience_of(rollout: Rollout, logprobs: Tensor) -> Experience:
+    """The rollout with advantages that ask for something else: odd tokens are good, even ones bad."""
+    advantages = torch.where(rollout.ids[:, -rollout.time :] % 2 == 1, 1.0, -1.0)
+    zeros = torch.zeros_like(logprobs)
+    return Experience(rollout.ids, rollout.attention_mask, rollout.mask, logprobs, zeros, advantages, zeros)
+
+
+def policies(tiny: Path, folder: Path) -> dict[str, Any]:
+    """Samples of a policy under PPO: fresh, after an update, and by another one resumed from its checkpoint."""
+    found: dict[str, Any] = {}
+    for form, lora in FORMS.items():
+
+        def fresh(lora: LoraSettings | None = lora) -> TrainedPolicy:
+            training = Training(learning_rate=0.03, max_grad_norm=1.0, accumulation=1)
+            return TrainedPolicy(tiny, "fp32", 1.0, 4, lora=lora, seed=0, training=training)
+
+        policy = fresh()
+        batch = copy.deepcopy(PROMPTS)
+        # As many samples as two ranks can share evenly.
+        batch = PromptBatch([*batch.prompts, "d"], [*batch.ids, [11, 12]], [*batch.samples, 3])
+        rollout = roll_out(policy, batch, 0, 12)
+        reference = policy.reference_logprobs(rollout)
+        logprobs, entropies = policy.logprobs(rollout)
+        experience = experience_of(rollout, logprobs)
+        sums = [
+            policy.update(minibatch, partial(clipped_policy_loss, clip=0.2), 0.03)
+            for minibatch in [*experience.minibatches(1, 4, 0), *experience.minibatches(1, 4, 1)]
+        ]
+        policy.save(folder / f"policy-{form}")
+        resumed = fresh()
+        resumed.load(folder / f"policy-{form}")
+        found[form] = {
+            "ids": rollout.ids,
+            "mask": rollout.mask,
+            "logprobs": logprobs,
+            "entropies": entropies,
+            "reference": reference,
+            "reference_after": policy.reference_logprobs(rollout),
+            "logprobs_after": policy.logprobs(rollout)[0],
+            "first_ratio": sums[0].mean_ratio,
+            "tokens": sums[0].tokens,
+            "updated": roll_out(policy, batch, 0, 12).ids,
+            "resumed": roll_out(resumed, batch, 0, 12).ids,
+        }
+    return found
+
+
+def nothing_saved(tiny: Path, folder: Path) -> str:
+    """The error of loading what was never saved."""
+    try:
+        Learner(tiny, None).engine.load(folder, "nothing")
+    except DamageError as damage:
+        return damage.what
+    return ""
+
+
+def gathering(tiny: Path) -> Tensor:
+    """A weight that rank 0 alone has changed while it was whole, as every rank then sees it."""
+    model = sharded(tiny, None)
+    weight = model.model.norm.weight
+    with gathered([weight], modify=True):
+        if group.is_main():
+            weight.data.fill_(7.0)
+    with gathered([weight]):
+        return weight.detach().clone()
+
+
+def main(rank: int, world_size: int, folder: Path) -> None:
+    """Run all checks in turn, together with the other ranks."""
+    torch.set_num_threads(1)
+    # DeepSpeed would compile its shared-memory collectives, which takes half a minute.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    meeting = f"file://{folder / 'meeting'}"
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=meeting, rank=rank, world_size=world_size)
+    tiny = folder.parent / "tiny"
+    checks: dict[str, Callable[[], Any]] = {
+        "spread": partial(spread, folder),
+        "share": partial(share, folder),
+        "gathering": partial(gathering, tiny),
+        "whole": partial(whole, tiny),
+        "steps": partial(steps, tiny),
+        "resume": partial(resume, tiny, folder),
+        "nothing_saved": partial(nothing_saved, tiny, folder),
+        "not_a_number": partial(not_a_number, tiny),
+        "checkpointing": partial(checkpointing, folder),
+        "replica": partial(replica, tiny, folder),
+        "policies": partial(policies, tiny, folder),
+    }
+    results = {name: check() for name, check in checks.items()}
+    torch.save(results, folder / f"result-{group.rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": sys.argv[2]}
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,43 @@
+import json
+from pathlib import Path
+
+from rlhf.zero.checkpoints import MARKER, is_complete, newest_complete, path_of, step_of
+
+
+def written(attempt: Path, step: int, *, marked: bool = True) -> Path:
+    """A checkpoint of two files, as all ranks and rank 0 leave it."""
+    checkpoint = path_of(attempt, step)
+    (checkpoint / "policy").mkdir(parents=True)
+    for name in ("policy/shard-0", "policy/shard-1"):
+        (checkpoint / name).write_bytes(b"weights")
+    if marked:
+        (checkpoint / MARKER).write_text(json.dumps({"policy/shard-0": 7, "policy/shard-1": 7}))
+    return checkpoint
+
+
+def test_the_highest_step_of_all_attempts_is_the_newest(tmp_path: Path) -> None:
+    """By number and not by name or attempt: 100 is more than 20, and an older attempt may have come further."""
+    first, second = tmp_path / "1", tmp_path / "2"
+    for attempt, step in ((first, 20), (first, 100), (second, 30)):
+        written(attempt, step)
+    newest = newest_complete([first, second])
+    assert newest == path_of(first, 100)
+    assert step_of(path_of(first, 100)) == 100
+
+
+def test_a_checkpoint_that_was_cut_off_is_never_read(tmp_path: Path) -> None:
+    """Without its marker, with half a marker, with a file missing or of another size, or by a name of no step."""
+    whole = written(tmp_path, 1)
+    written(tmp_path, 2, marked=False)
+    (written(tmp_path, 3) / MARKER).write_text('{"policy/shard-0": 7, "poli')
+    (written(tmp_path, 4) / "policy" / "shard-1").unlink()
+    (written(tmp_path, 5) / "policy" / "shard-0").write_bytes(b"weig")
+    written(tmp_path, 6).rename(tmp_path / "checkpoints" / "checkpoint-6.partial")
+    assert is_complete(whole)
+    assert newest_complete([tmp_path]) == whole
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    """A fresh key starts from the beginning."""
+    assert newest_complete([]) is None
+    assert newest_complete([tmp_path / "missing"]) is None

@@ -1,0 +1,155 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.zero.checks import COUNTS, FORMS, TIME, rows_of
+from tests.zero.conftest import Results
+
+pytestmark = pytest.mark.slow
+
+Weights = dict[str, Tensor]
+
+
+def assert_same_weights(one: Weights, other: Weights, tolerance: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    assert one
+    for name, weight in one.items():
+        torch.testing.assert_close(
+            weight, other[name], atol=tolerance, rtol=0, msg=lambda told, name=name: f"{name}: {told}"
+        )
+
+
+def largest_difference(one: Weights, other: Weights) -> float:
+    return max((weight - other[name]).abs().max().item() for name, weight in one.items())
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_what_ranks_compute_together_is_what_one_would_alone(results: Results, count: int) -> None:
+    """Whole and in order on every rank, whether or not the ranks share the rows evenly."""
+    for ranks in results.values():
+        for found in ranks:
+            assert torch.equal(found["spread"][count], rows_of(torch.arange(count)))
+
+
+def test_ranks_share_items_out(results: Results) -> None:
+    """Each item goes to one rank."""
+    assert [found["share"] for found in results[2]] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_what_rank_0_changes_in_a_whole_weight_all_ranks_see(results: Results) -> None:
+    """A score head is drawn so."""
+    for found in results[2]:
+        assert torch.equal(found["gathering"], torch.full((32,), 7.0))
+
+
+def test_whole_weights_are_those_of_the_file_on_rank_0_alone(results: Results, tiny_weights: Weights) -> None:
+    """Gathered from the shards; every other rank holds none, since the model may not fit there."""
+    for ranks in results.values():
+        assert_same_weights(ranks[0]["whole"], tiny_weights)
+    assert results[2][1]["whole"] == {}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_ranks_take_the_steps_of_one(results: Results, form: str) -> None:
+    """Weights and gradient norms after three steps differ by rounding only; and the steps did something."""
+    one, two = (results[size][0]["steps"][form] for size in (1, 2))
+    assert_same_weights(one["weights"], two["weights"], tolerance=1e-5)
+    assert one["norms"] == pytest.approx(two["norms"], rel=1e-4)
+    assert all(norm > 0 for norm in one["norms"])
+    if form == "full":
+        start = results[1][0]["whole"]
+        assert largest_difference(one["weights"], start) > 1e-3
+    else:
+        assert all("lora_" in name for name in one["weights"])
+        assert any(weight.abs().max() > 1e-3 for name, weight in one["weights"].items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_resumed_engine_goes_on_bit_for_bit(results: Results, form: str, size: int) -> None:
+    """Weights and Adam's moments are in what it saves: the next steps are those of the engine that never stopped."""
+    found = results[size][0]["resume"][form]
+    assert_same_weights(found["loaded"], found["halfway"])
+    assert_same_weights(found["resumed"], found["unbroken"])
+    assert largest_difference(found["resumed"], found["halfway"]) > 1e-4
+
+
+def test_a_checkpoint_without_the_engine_s_part_is_damage(results: Results) -> None:
+    """Going on with fresh weights instead would be silent and wrong."""
+    for ranks in results.values():
+        for found in ranks:
+            assert found["nothing_saved"] == "the checkpoint holds no nothing"
+
+
+def test_one_rank_s_nan_stops_every_rank_before_the_step(results: Results) -> None:
+    """A rank that went on alone would wait for the others for ever."""
+    for ranks in results.values():
+        for found in ranks:
+            assert "not a finite number" in found["not_a_number"]["error"]
+        assert_same_weights(ranks[0]["not_a_number"]["before"], ranks[0]["not_a_number"]["after"])
+
+
+def test_the_two_newest_checkpoints_are_kept_and_what_was_cut_off_is_swept(results: Results) -> None:
+    """Of four, the second without its marker."""
+    for ranks in results.values():
+        for found in ranks:
+            assert found["checkpointing"] == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_refreshed_replica_samples_as_the_exported_model_does(results: Results, form: str, size: int) -> None:
+    """With the trained weights, any adapter folded in, and no longer as the model that training began with."""
+    for found in results[size]:
+        tokens = found["replica"][form]
+        assert torch.equal(tokens["refreshed"], tokens["exported"])
+        assert not torch.equal(tokens["refreshed"], tokens["before"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_policy_s_samples_and_probabilities_do_not_depend_on_the_ranks(results: Results, form: str) -> None:
+    """The same rollout, whole on every rank; one update, and the next rollout is the same again."""
+    first: dict[str, Any] = results[1][0]["policies"][form]
+    for found in (rank["policies"][form] for rank in results[2]):
+        assert torch.equal(found["ids"], first["ids"])
+        assert torch.equal(found["updated"], first["updated"])
+        assert found["tokens"] == first["tokens"] == first["mask"].sum()
+        for name in ("logprobs", "entropies", "reference", "logprobs_after"):
+            torch.testing.assert_close(
+                found[name][first["mask"]],
+                first[name][first["mask"]],
+                atol=1e-4,
+                rtol=0,
+                msg=lambda t, n=name: f"{n}: {t}",
+            )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_reference_stays_while_the_policy_moves(results: Results, form: str, size: int) -> None:
+    """Before training they are one, and the first ratio is 1; afterwards only the policy's probabilities have moved."""
+    found = results[size][0]["policies"][form]
+    mask = found["mask"]
+    torch.testing.assert_close(found["reference"][mask], found["logprobs"][mask], atol=1e-5, rtol=0)
+    assert found["first_ratio"].item() == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(found["reference_after"][mask], found["reference"][mask], atol=1e-6, rtol=0)
+    assert (found["logprobs_after"] - found["logprobs"])[mask].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_resumed_policy_samples_from_the_weights_it_was_saved_with(results: Results, form: str, size: int) -> None:
+    """From its very first rollout: not from the folder that training began with."""
+    found = results[size][0]["policies"][form]
+    assert not torch.equal(found["updated"], found["ids"])
+    assert torch.equal(found["resumed"], found["updated"])
+
+
+def test_entropies_are_of_the_whole_vocabulary(results: Results) -> None:
+    """Between 0 and ln(vocabulary), one a token."""
+    entropies = results[1][0]["policies"]["full"]["entropies"]
+    assert entropies.shape[1] == 12 > TIME
+    assert 0 <= entropies.min() <= entropies.max() <= math.log(300) + 1e-4
