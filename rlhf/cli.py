@@ -24,7 +24,7 @@ from rlhf.config.pipeline import ClusterSettings, PipelineConfig, StoreSettings,
 from rlhf.config.tree import to_yaml
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
 from rlhf.pipeline import documents
-from rlhf.pipeline.plan import Planned, needed, plan
+from rlhf.pipeline.plan import IMPORT, Planned, needed, plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store
 from rlhf.terminal import Display, key_values, plan_table, print_error, samples_table
@@ -105,7 +105,7 @@ def run(request: Request) -> None:
         with Session(request.config.cluster) as session, Display(request.out, names) as display:
             planned = Runner(request.config, request.known, store, session, display).run(targets)
     except KeyboardInterrupt as error:
-        command = shlex.join(["rlhf", "run", *targets, *request.overrides, *_config_option(request)])
+        command = command_line(request, "run", *targets)
         raise InterruptedRunError(
             "interrupted; what was committed and the checkpoints stay", str(store.root), command
         ) from error
@@ -116,14 +116,18 @@ def _interrupt() -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _config_option(request: Request) -> list[str]:
-    path = request.arguments.config
-    return [] if path == DEFAULT_CONFIG else ["--config", str(path)]
+def command_line(request: Request, *words: str) -> str:
+    """A command to type next: this program, these words, and the pipeline and settings of this call."""
+    program = Path(sys.argv[0])
+    here = Path.cwd()
+    shown = str(program.relative_to(here)) if program.name == "rlhf" and program.is_relative_to(here) else "rlhf"
+    path: Path = request.arguments.config
+    option = [] if path == DEFAULT_CONFIG else ["--config", str(path)]
+    return shlex.join([shown, *words, *request.overrides, *option])
 
 
 def _summary(request: Request, planned: dict[str, Planned], store: Store) -> None:
     """Show samples where there are some, and say where everything is."""
-    option = " ".join(["", *map(shlex.quote, _config_option(request))])
     for one in planned.values():
         assert one.record is not None
         if one.stage.kind == "report":
@@ -134,13 +138,18 @@ def _summary(request: Request, planned: dict[str, Planned], store: Store) -> Non
     last = next(reversed(planned.values()))
     assert last.record is not None
     logs = store.root / "work" / last.record.key / last.record.attempt
-    made_here = {"metrics and logs": str(logs)} if logs.is_dir() else {}
-    request.out.print(key_values(made_here | {"artifact": last.record.artifact}))
+    where = {"metrics and logs": str(logs)} if logs.is_dir() else {}
+    if (logs / "wandb").is_dir():
+        where["W&B files"] = str(logs / "wandb")
+    for name, value in (where | {"artifact": last.record.artifact}).items():
+        # Not broken into lines, so that it can be copied whole.
+        request.out.print(f"{name}: {value}", soft_wrap=True, markup=False)
     policies = [one.name for one in planned.values() if one.stage.kind == "policy"]
     if policies:
-        request.out.print(
-            f"next: rlhf generate {policies[-1]}{option} --prompt '…'   rlhf export {policies[-1]} DIR{option}"
-        )
+        generate_command = command_line(request, "generate", policies[-1])
+        export_command = command_line(request, "export", policies[-1], "DIR")
+        request.out.print(f"next: {generate_command} --prompt '…'", soft_wrap=True, markup=False)
+        request.out.print(f"      {export_command}", soft_wrap=True, markup=False)
 
 
 def _samples(store: Store, artifact: str) -> list[dict[str, Any]]:
@@ -166,9 +175,10 @@ def explain(request: Request) -> None:
     document = documents.explain_document(one, request.store(), request.config.name)
 
     def show() -> None:
-        request.out.print(f"{one.name}: {one.state}, {one.why}", highlight=False)
-        for change in document["changes"]:
-            request.out.print(f"  {change}", highlight=False)
+        found = document["changes"]
+        request.out.print(f"{one.name}: {one.state}, {one.why if len(found) < 2 else 'changed:'}", markup=False)
+        for change in found if len(found) > 1 else []:
+            request.out.print(f"  {change}", markup=False)
 
     request.answer(document, show)
 
@@ -220,6 +230,8 @@ def import_(request: Request) -> None:
     one = request.one(request.planned(), instance)
     store = request.store(create=True)
     if request.arguments.forget:
+        if one.record is None or one.record.stage != IMPORT:
+            raise RequestError(f"{instance} is not imported", one.why, command_line(request, "status"))
         store.delete_ref(request.config.name, instance)
         request.out.print(f"{instance} is made by its stage again")
         return
@@ -245,7 +257,7 @@ def generate(request: Request) -> None:
             f"{one.name} makes a {one.stage.kind}, which answers nothing", "command line", "name sft or ppo"
         )
     if one.record is None:
-        command = shlex.join(["rlhf", "run", one.name, *_config_option(request)])
+        command = command_line(request, "run", one.name)
         raise RequestError(f"{one.name} has no result yet", one.why, command)
     prompts = request.arguments.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:

@@ -34,6 +34,7 @@ _STYLES: dict[str, str] = {
 _GAP = 2
 _WHY_STUB = 10
 _LINE_EVERY_S = 15.0
+_METRICS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def plan_table(stages: Sequence[Mapping[str, Any]]) -> Table:
             "why": _printable(stage["why"]),
             "needs": ", ".join(stage["needs"] or ()),
             "time": "" if stage["seconds"] is None else duration(stage["seconds"]),
-            "metrics": "\n".join(f"{name} {_value(value)}" for name, value in (stage["metrics"] or {}).items()),
+            "metrics": _metrics(stage["metrics"] or {}),
         }
         for stage in stages
     ]
@@ -169,6 +170,14 @@ def plan_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         table.add_row(*(_cell(name, row[name]) for name in shown))
     return table
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    """The first few metrics, one a line: what a table has room for. ``--json`` has all."""
+    lines = [f"{name} {_value(value)}" for name, value in metrics.items()]
+    return "\n".join(
+        lines[:_METRICS_SHOWN] + ([f"… {len(lines) - _METRICS_SHOWN} more"] if len(lines) > _METRICS_SHOWN else [])
+    )
 
 
 def samples_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -15,7 +15,7 @@ from rlhf.models.training import linear_decay
 from rlhf.pipeline.context import Context
 from rlhf.rl.advantages import generalised_advantages, masked_moments, whiten
 from rlhf.rl.losses import clipped_policy_loss, clipped_value_loss
-from rlhf.rl.metrics import check_health, rollout_metrics, update_metrics
+from rlhf.rl.metrics import check_health, first_ratio_alarm, rollout_metrics, update_metrics
 from rlhf.rl.rewards import kl_penalised_rewards, scores_with_eos_penalty
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.prompts import PromptStream
@@ -70,10 +70,13 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
                     policy_sums.append(policy.update(minibatch, policy_loss, settings.policy_learning_rate * decay))
                     value_sums.append(value.update(minibatch, value_loss, settings.value_learning_rate * decay))
 
-        decay = linear_decay((iteration + 1) * updates_per_iteration, settings.iterations * updates_per_iteration)
-        progress = {"lr": settings.policy_learning_rate * decay, "episode": (iteration + 1) * settings.rollouts}
-        journal.log(iteration + 1, metrics | update_metrics(policy_sums, value_sums) | progress, int(mask.sum()))
+        rate = settings.policy_learning_rate * linear_decay(iteration, settings.iterations)
+        metrics |= update_metrics(policy_sums, value_sums)
+        metrics |= {"lr": rate, "episode": (iteration + 1) * settings.rollouts}
+        journal.log(iteration + 1, metrics, int(mask.sum()))
+        journal.alarm(first_ratio_alarm(metrics, settings.precision))
 
+    journal.finish()
     policy.export(context.output)
     return {"objective/scores_first": journal.first("objective/scores")} | journal.last(
         "objective/scores", "objective/kl"

@@ -1,6 +1,7 @@
 """One Ray session for a whole command: attached to a cluster, or started on this machine and stopped at the end."""
 
 import os
+import socket
 import warnings
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+KNOCK_SECONDS = 10.0
 
 
 class Session:
@@ -66,6 +68,7 @@ class Session:
             warnings.simplefilter("ignore")
             try:
                 if self.address:
+                    _knock(self.address)
                     ray.init(address=self.address, runtime_env={"env_vars": ENVIRONMENT}, **common)
                 else:
                     ray.init(
@@ -76,7 +79,7 @@ class Session:
                         object_store_memory=256 * 2**20,
                         **common,
                     )
-            except (ConnectionError, RuntimeError, TimeoutError) as error:
+            except (OSError, RuntimeError) as error:
                 raise TryAgainError(
                     f"Ray {'did not answer' if self.address else 'did not start'}: {str(error).splitlines()[0]}",
                     self.address or "this machine",
@@ -93,6 +96,13 @@ class Session:
         return Resources(
             cpus=[int(node.get("CPU", 0)) for node in nodes], gpus=[int(node.get("GPU", 0)) for node in nodes]
         )
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at ``host:port``: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
 
 
 class Resources:

@@ -175,12 +175,17 @@ def changes(
     old, new = flatten(before.settings), flatten(settings)
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field):
-            found.append(f"{field} {old.get(field)} → {new.get(field)}")
+            found.append(f"{field} {_short(old.get(field))} → {_short(new.get(field))}")
     for role in sorted(before.inputs.keys() | inputs.keys()):
         was, now = before.inputs.get(role, {}).get("digest"), inputs.get(role, {}).get("digest")
         if was != now:
             found.append(f"input {role} changed")
     return found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:8]}…" if isinstance(value, str) and len(text) == 64 else text
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -131,7 +131,7 @@ class Runner:
             for folder in self.store.attempts(one.key):
                 shutil.rmtree(folder / name, ignore_errors=True)
         shown = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items()) if len(metrics) <= 3 else ""
-        self.display.update(one.name, state="done", message=shown, seconds=seconds)
+        self.display.update(one.name, state="done", message=shown, done=0, total=0, seconds=seconds)
 
     def _context(self, one: Planned, attempt: Path, inputs: Mapping[str, Path]) -> Context[Any]:
         assert one.key is not None

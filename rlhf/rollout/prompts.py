@@ -64,5 +64,5 @@ def check_lengths(ids: Sequence[list[int]], file: Path, max_length: int) -> None
         raise PreflightError(
             f"{over} of {len(lengths)} prompts are longer than {max_length} tokens; the longest has {lengths[longest]}",
             f"{file.parent.name}/{file.name}, row {longest + 1}",
-            "raise ppo.max_prompt_length (and check the model's context), or shorten the prompts",
+            "raise max_prompt_length of the stage (within the model's context), or shorten the prompts",
         )

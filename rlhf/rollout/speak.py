@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf.models import folders, text
 from rlhf.rollout.sampling import InverseTransformSampling, uniforms
@@ -12,6 +13,7 @@ from rlhf.rollout.sampling import InverseTransformSampling, uniforms
 
 def answers(folder: Path, prompts: list[str], temperature: float, max_new_tokens: int, seed: int) -> list[str]:
     """One response to each prompt by the policy in a folder, sampled as in training; temperature 0 is greedy."""
+    disable_progress_bar()
     tokenizer = text.load_tokenizer(folder)
     model: Any = folders.load_whole(folder, scores=False, dtype=torch.float32).eval()
     ids, mask = text.pad([text.prompt_ids(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id, "left")

@@ -1,15 +1,18 @@
 """In-stage checkpoints: complete or ignored.
 
 A checkpoint is a folder ``checkpoint-<step>`` in an attempt's ``checkpoints/``. All ranks write into it; when all have,
-rank 0 writes ``complete.json``, which lists every file with its size. A folder without it, or with a file that is
-missing or of another size, was cut off and is never read.
+rank 0 writes ``complete.json``, which has their number and lists every file with its size. A folder without it, or with
+a file that is missing or of another size, was cut off and is never read.
 """
 
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from rlhf.errors import PreflightError
+from rlhf.pipeline.context import Context
 from rlhf.zero import group
 
 MARKER = "complete.json"
@@ -40,10 +43,31 @@ def newest_complete(attempts: list[Path]) -> Path | None:
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file that the marker lists is there, whole."""
     try:
-        sizes: dict[str, int] = json.loads((checkpoint / MARKER).read_text())
+        sizes = _marker(checkpoint)["sizes"]
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def checkpoint_to_resume(context: Context[Any]) -> Path | None:
+    """The checkpoint that a stage goes on from, or None.
+
+    Raises:
+        PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew.
+    """
+    newest = newest_complete(list(context.attempts))
+    if newest is None or (ranks := _marker(newest)["ranks"]) == group.world_size():
+        return newest
+    raise PreflightError(
+        f"{context.stage} has a checkpoint of {ranks} rank(s) at step {step_of(newest)}, which {group.world_size()} "
+        "cannot go on from",
+        str(newest),
+        f"{context.stage}.workers.count={ranks}, or remove that folder to start the stage anew",
+    )
+
+
+def _marker(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / MARKER).read_text())
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -59,7 +83,7 @@ def mark_complete(checkpoint: Path) -> None:
                 _sync(path)
                 sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
         temporary = checkpoint / f".{MARKER}"
-        temporary.write_text(json.dumps(sizes))
+        temporary.write_text(json.dumps({"ranks": group.world_size(), "sizes": sizes}))
         _sync(temporary)
         temporary.replace(checkpoint / MARKER)
         _sync(checkpoint)

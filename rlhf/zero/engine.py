@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from rlhf.config.training import Precision
-from rlhf.errors import DamageError, DivergedError
+from rlhf.errors import DivergedError
 from rlhf.zero import group
 
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -135,13 +135,8 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, name: str) -> None:
-        """Read what :meth:`save` wrote; the weights that do not train stay as they are.
-
-        Raises:
-            DamageError: the folder holds nothing of that name.
-        """
-        if self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)[0] is None:
-            raise DamageError(f"the checkpoint holds no {name}", str(folder), f"remove {folder} and run again")
+        """Read what :meth:`save` wrote; the weights that do not train stay as they are."""
+        self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
 
 
 @contextmanager

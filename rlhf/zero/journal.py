@@ -26,6 +26,7 @@ class Journal:
     def __init__(self, context: Context[Any], total: int, unit: str, shown: tuple[str, ...]) -> None:
         self._context, self._total, self._unit, self._shown = context, total, unit, shown
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._alarms: set[str] = set()
         self._rows: list[dict[str, Any]] = []
         self._tracker = self._open() if group.is_main() else None
 
@@ -50,6 +51,12 @@ class Journal:
             self._tracker.log(step, row)
             shown = "  ".join(f"{name.split('/')[-1]} {row[name]:.3g}" for name in self._shown if name in row)
             self._context.progress(f"{self._unit} {step}/{self._total}  {shown}", step, self._total)
+
+    def alarm(self, line: str | None) -> None:
+        """Show the user a line, unless it is None; each kind of alarm once."""
+        if line is not None and self._tracker is not None and (kind := line.split(":")[0]) not in self._alarms:
+            self._alarms.add(kind)
+            self._context.note(line)
 
     def first(self, name: str) -> float:
         """A metric's first value, from before a resume too; on ranks other than 0, the first since the resume."""

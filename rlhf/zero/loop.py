@@ -24,7 +24,7 @@ def resumable_steps(
     context: Context, total: int, checkpoint_every: int, state: Sequence[Checkpointed]
 ) -> Iterator[int]:
     """Count 0 … total - 1, from the newest complete checkpoint on, and write one after every ``checkpoint_every``."""
-    newest = checkpoints.newest_complete(list(context.attempts))
+    newest = checkpoints.checkpoint_to_resume(context)
     if newest is not None:
         for part in state:
             part.load(newest)

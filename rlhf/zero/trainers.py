@@ -108,6 +108,11 @@ class Reports(TrainerCallback):
                 f"lower {self._context.stage}.optimizer.learning_rate",
             )
 
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Close the journal."""
+        if self.journal is not None:
+            self.journal.finish()
+
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Let the checkpoint count, once every rank has written its part."""
         checkpoints.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -119,7 +124,7 @@ def _renamed(name: str) -> str:
 
 def train(trainer: Any, context: Context[Any]) -> None:
     """Train from the newest complete checkpoint, or from the start."""
-    newest = checkpoints.newest_complete(list(context.attempts))
+    newest = checkpoints.checkpoint_to_resume(context)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 

@@ -115,15 +115,15 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> No
         time.sleep(0.05)
 
 
-def marked(mark: str) -> list[int]:
-    """The processes whose environment holds the mark."""
+def marked(mark: str) -> dict[int, str]:
+    """The processes whose environment holds the mark, and their names."""
     wanted = f"{MARK}={mark}".encode()
-    found: list[int] = []
+    found: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
+                    found[int(entry.name)] = (entry / "cmdline").read_text().split("\0")[0]
             except OSError:
                 continue  # ended meanwhile, or somebody else's
     return found

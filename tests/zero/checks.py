@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.training import LoraSettings
-from rlhf.errors import DamageError, DivergedError
+from rlhf.errors import DivergedError
 from rlhf.models import adapters
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.policy import TrainedPolicy
@@ -235,15 +235,6 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def nothing_saved(tiny: Path, folder: Path) -> str:
-    """The error of loading what was never saved."""
-    try:
-        Learner(tiny, None).engine.load(folder, "nothing")
-    except DamageError as damage:
-        return damage.what
-    return ""
-
-
 def gathering(tiny: Path) -> Tensor:
     """A weight that rank 0 alone has changed while it was whole, as every rank then sees it."""
     model = sharded(tiny, None)
@@ -270,7 +261,6 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "whole": partial(whole, tiny),
         "steps": partial(steps, tiny),
         "resume": partial(resume, tiny, folder),
-        "nothing_saved": partial(nothing_saved, tiny, folder),
         "not_a_number": partial(not_a_number, tiny),
         "checkpointing": partial(checkpointing, folder),
         "replica": partial(replica, tiny, folder),

@@ -11,7 +11,8 @@ def written(attempt: Path, step: int, *, marked: bool = True) -> Path:
     for name in ("policy/shard-0", "policy/shard-1"):
         (checkpoint / name).write_bytes(b"weights")
     if marked:
-        (checkpoint / MARKER).write_text(json.dumps({"policy/shard-0": 7, "policy/shard-1": 7}))
+        sizes = {"policy/shard-0": 7, "policy/shard-1": 7}
+        (checkpoint / MARKER).write_text(json.dumps({"ranks": 2, "sizes": sizes}))
     return checkpoint
 
 
@@ -29,7 +30,7 @@ def test_a_checkpoint_that_was_cut_off_is_never_read(tmp_path: Path) -> None:
     """Without its marker, with half a marker, with a file missing or of another size, or by a name of no step."""
     whole = written(tmp_path, 1)
     written(tmp_path, 2, marked=False)
-    (written(tmp_path, 3) / MARKER).write_text('{"policy/shard-0": 7, "poli')
+    (written(tmp_path, 3) / MARKER).write_text('{"ranks": 2, "sizes": {"policy/shard-0": 7, "poli')
     (written(tmp_path, 4) / "policy" / "shard-1").unlink()
     (written(tmp_path, 5) / "policy" / "shard-0").write_bytes(b"weig")
     written(tmp_path, 6).rename(tmp_path / "checkpoints" / "checkpoint-6.partial")

@@ -1,0 +1,145 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf import errors
+from rlhf.cluster.launch import cause_of
+from rlhf.cluster.worker import RESULT, Call, load, perform_task, read_failures
+from rlhf.errors import DiskFullError, DivergedError, PreflightError, RlhfError, StageError
+from rlhf.pipeline.context import Context
+from tests.pipeline.toys import TotalSettings
+
+
+def loud(context: Context[Any]) -> dict[str, float]:
+    print("from python", flush=True)
+    os.write(1, b"from below\n")
+    subprocess.run([sys.executable, "-c", "import sys; print('from a child', file=sys.stderr)"], check=True)
+    return {"value": 1}
+
+
+def full(context: Context[Any]) -> dict[str, float]:
+    raise OSError(errno.ENOSPC, "No space left on device", str(context.attempt / "model.safetensors"))
+
+
+def diverged(context: Context[Any]) -> dict[str, float]:
+    raise DivergedError("the loss is nan")
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> Path:
+    folder = tmp_path / "attempt"
+    (folder / "output").mkdir(parents=True)
+    return folder
+
+
+def call(attempt: Path, function: str) -> Call:
+    context = Context("total", "key", TotalSettings(), {}, attempt / "output", attempt, attempt / "cache")
+    return Call(f"{__name__}:{function}", context)
+
+
+def failed(attempt: Path, *failures: tuple[int, float, str, tuple[str, ...]]) -> RlhfError:
+    """What the driver makes of failures (rank, time, class, arguments)."""
+    for rank, at, error, args in failures:
+        values = {"at": at, "rank": rank, "host": "node", "pid": 7, "error": error, "args": args, "log": f"log-{rank}"}
+        (attempt / f"failure-{rank}.json").write_text(json.dumps(values))
+    return cause_of(call(attempt, "loud"), RuntimeError("first\n  the actor died\n"))
+
+
+def test_whatever_a_stage_prints_is_in_its_log_and_nowhere_else(attempt: Path, capfd: pytest.CaptureFixture[str]):
+    """Also what libraries below Python and child processes print; afterwards printing is as before."""
+    perform_task(call(attempt, "loud"))
+    print("after")
+    assert capfd.readouterr() == ("after\n", "")
+    assert (attempt / "log-0.txt").read_text() == "from python\nfrom below\nfrom a child\n"
+    assert json.loads((attempt / RESULT).read_text()) == {"value": 1.0}
+
+
+def test_a_failure_is_kept_for_the_driver_with_its_place(attempt: Path):
+    """Class and arguments as they were raised, and where: the driver needs no pickle of the error."""
+    with pytest.raises(DivergedError):
+        perform_task(call(attempt, "diverged"))
+    (failure,) = read_failures(attempt)
+    assert (failure.error, failure.args, failure.rank) == ("DivergedError", ("the loss is nan", "", ""), 0)
+    assert failure.pid == os.getpid()
+    error = cause_of(call(attempt, "diverged"), RuntimeError())
+    assert type(error) is DivergedError
+    assert str(attempt / "log-0.txt") in error.where
+    assert not (attempt / RESULT).exists()
+
+
+def test_a_full_disk_is_a_reason_to_try_again(attempt: Path):
+    """Status 75, and the file that could not be written."""
+    with pytest.raises(OSError, match="No space left"):
+        perform_task(call(attempt, "full"))
+    error = cause_of(call(attempt, "full"), RuntimeError())
+    assert type(error) is DiskFullError
+    assert error.exit_status == 75
+    assert "model.safetensors" in error.where
+
+
+def test_a_worker_without_the_attempts_folder_names_the_store(tmp_path: Path):
+    """It makes no folder of its own, which the driver would never see."""
+    gone = tmp_path / "gone"
+    with pytest.raises(PreflightError, match="does not see the store") as caught:
+        perform_task(call(gone, "loud"))
+    assert "store.uri" in caught.value.next_step
+    assert not gone.exists()
+
+
+def test_of_several_ranks_failures_the_informative_one_is_told(attempt: Path):
+    """A rank that fails takes its peers down in their next collective, and theirs may be written first."""
+    error = failed(
+        attempt,
+        (1, 1.0, "RuntimeError", ("connection closed by peer",)),
+        (0, 2.0, "DivergedError", ("the loss is nan", "step 7", "lower the learning rate")),
+    )
+    assert type(error) is DivergedError
+    assert error.args == ("the loss is nan", "step 7", "lower the learning rate")
+
+
+def test_of_failures_that_are_not_ours_the_earliest_is_told(attempt: Path):
+    """With its rank, host, process and log."""
+    error = failed(attempt, (0, 2.0, "RuntimeError", ("peer",)), (1, 1.0, "ValueError", ("bad\nshape " + "x" * 999,)))
+    assert type(error) is StageError
+    assert error.what.startswith("total failed: ValueError: bad shape xxx")
+    assert len(error.what) < 400
+    assert error.where == "rank 1 on node (pid 7); log: log-1"
+    assert error.next_step == "less +G log-1"
+
+
+def test_without_any_account_the_worker_died(attempt: Path):
+    """What Ray says is told in one line."""
+    error = failed(attempt)
+    assert type(error) is StageError
+    assert "died without a word" in error.what
+    assert error.where.startswith("the actor died; log: ")
+    assert "\n" not in error.where
+
+
+@pytest.mark.parametrize(
+    "kind", [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, RlhfError)]
+)
+def test_every_error_of_ours_comes_back_from_a_worker_as_itself(attempt: Path, kind: type[RlhfError]):
+    """Class, status and words survive the way through the attempt's folder."""
+    error = failed(attempt, (0, 1.0, kind.__name__, ("what", "where", "next")))
+    assert type(error) is kind
+    assert error.args == ("what", "where", "next")
+
+
+def test_code_is_named_by_module_and_function():
+    """A stage's code is imported where it runs, and by its name alone."""
+    assert load("json:dumps") is json.dumps
+    with pytest.raises(ModuleNotFoundError):
+        load("nowhere:run")
+
+
+def test_a_half_written_failure_is_never_read(attempt: Path):
+    """Failures come to their names by a rename; a temporary file is none."""
+    (attempt / "failure-0.tmp").write_text('{"at": ')
+    assert read_failures(attempt) == []
