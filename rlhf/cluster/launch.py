@@ -62,8 +62,10 @@ def run_group(
 
 
 def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], None]) -> Exception | None:
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     trainer = TorchTrainer(
         perform_rank,
@@ -91,7 +93,10 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         watch()
-    return outcome[0]
+    error = outcome[0]
+    if error is not None and not isinstance(error, TrainingFailedError | RayError):
+        raise error  # our own mistake or Ray's, and no failure of a rank
+    return error
 
 
 def _per_worker(resources: RankResources) -> dict[str, float]:

@@ -13,6 +13,7 @@ from rlhf.cluster.launch import cause_of
 from rlhf.cluster.worker import RESULT, Call, load, perform_task, read_failures
 from rlhf.errors import DiskFullError, DivergedError, PreflightError, RlhfError, StageError
 from rlhf.pipeline.context import Context
+from tests.pipeline.helpers import REPOSITORY
 from tests.pipeline.toys import TotalSettings
 
 
@@ -40,7 +41,7 @@ def attempt(tmp_path: Path) -> Path:
 
 def call(attempt: Path, function: str) -> Call:
     context = Context("total", "key", TotalSettings(), {}, attempt / "output", attempt, attempt / "cache")
-    return Call(f"{__name__}:{function}", context)
+    return Call(f"tests.cluster.test_worker:{function}", context)
 
 
 def failed(attempt: Path, *failures: tuple[int, float, str, tuple[str, ...]]) -> RlhfError:
@@ -51,11 +52,17 @@ def failed(attempt: Path, *failures: tuple[int, float, str, tuple[str, ...]]) ->
     return cause_of(call(attempt, "loud"), RuntimeError("first\n  the actor died\n"))
 
 
-def test_whatever_a_stage_prints_is_in_its_log_and_nowhere_else(attempt: Path, capfd: pytest.CaptureFixture[str]):
+def test_whatever_a_stage_prints_is_in_its_log_and_nowhere_else(attempt: Path):
     """Also what libraries below Python and child processes print; afterwards printing is as before."""
-    perform_task(call(attempt, "loud"))
-    print("after")
-    assert capfd.readouterr() == ("after\n", "")
+    # In a process of its own: pytest's capture gives this one a standard output that is no file descriptor.
+    code = f"""from pathlib import Path
+from tests.cluster.test_worker import call, perform_task
+print("before")
+perform_task(call(Path({str(attempt)!r}), "loud"))
+print("after")
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert (answer.stdout, answer.stderr) == ("before\nafter\n", "")
     assert (attempt / "log-0.txt").read_text() == "from python\nfrom below\nfrom a child\n"
     assert json.loads((attempt / RESULT).read_text()) == {"value": 1.0}
 
