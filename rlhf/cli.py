@@ -70,11 +70,10 @@ class Request:
         return self._store
 
     def tell_notices(self) -> None:
-        """Say on standard error what the store found damaged, once."""
+        """Say on standard error what the store found damaged."""
         if self._store is not None:
             for notice in self._store.notices:
                 print(notice, file=sys.stderr)
-            self._store.notices.clear()
 
     def planned(self) -> dict[str, Planned]:
         """The pipeline's plan."""

@@ -254,9 +254,10 @@ def test_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixtur
     assert Path("configs/quickstart.yaml") == DEFAULT_CONFIG
 
 
-def test_a_reader_that_has_enough_is_no_error(path: Path, tmp_path: Path):
-    """`rlhf config | head -1` ends without a complaint."""
-    process = start(install_toys(tmp_path / "site"), "config", "--fields", "--config", path)
+@pytest.mark.parametrize("words", [["--help"], ["config"], ["config", "--fields"]])
+def test_a_reader_that_has_enough_is_no_error(words: list[str], path: Path, tmp_path: Path):
+    """`rlhf config | head -1` ends without a complaint, whichever way a command prints."""
+    process = start(install_toys(tmp_path / "site"), *words, "--config", path)
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None
