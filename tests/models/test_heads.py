@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
 
 from rlhf.models import text
 from rlhf.models.heads import SequenceScores, TokenLogprobs, TokenValues, initialise_head
@@ -51,8 +57,16 @@ def test_log_probabilities_are_those_of_each_row_alone_in_float64(language_model
 
 
 @torch.no_grad()
-def test_left_padding_moves_no_log_probability_and_no_value(language_model: Any, classifier: Any) -> None:
-    """Longer prompts elsewhere in a batch must not change what is said of this one."""
+@pytest.mark.parametrize("positions", ["relative", "absolute"])
+def test_left_padding_moves_no_log_probability_and_no_value(
+    language_model: Any, classifier: Any, positions: str
+) -> None:
+    """Longer prompts elsewhere in a batch must not change what is said of this one, for GPT-2 as for Llama."""
+    if positions == "absolute":
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2, num_labels=1)
+        config.initializer_range = 0.2
+        language_model, classifier = GPT2LMHeadModel(config).eval(), GPT2ForSequenceClassification(config).eval()
     narrow, wide = batch(), batch(extra_padding=9)
     one, other = (TokenLogprobs(language_model)(ids, mask, TIME, 1.0)[0] for ids, mask, _ in (narrow, wide))
     torch.testing.assert_close(one[narrow[2]], other[narrow[2]], atol=1e-5, rtol=0)
