@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -115,11 +116,16 @@ def _interrupt() -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _near(path: Path) -> Path:
+    """The path as one would type it here."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def command_line(request: Request, *words: str) -> str:
     """A command to type next: this program, these words, and the pipeline and settings of this call."""
-    program = Path(sys.argv[0])
-    here = Path.cwd()
-    shown = str(program.relative_to(here)) if program.name == "rlhf" and program.is_relative_to(here) else "rlhf"
+    program = Path(sys.argv[0]).absolute()
+    shown = str(_near(program)) if program.name == "rlhf" and shutil.which("rlhf") is None else "rlhf"
     path: Path = request.arguments.config
     option = [] if path == DEFAULT_CONFIG else ["--config", str(path)]
     return shlex.join([shown, *words, *request.overrides, *option])
@@ -134,15 +140,13 @@ def _summary(request: Request, planned: dict[str, Planned], store: Store) -> Non
             request.out.print()
             request.out.print(samples_table(samples[:5]))
             request.out.print(key_values(one.record.metrics))
-    last = next(reversed(planned.values()))
-    assert last.record is not None
-    logs = store.root / "work" / last.record.key / last.record.attempt
-    where = {"metrics and logs": str(logs)} if logs.is_dir() else {}
-    if (logs / "wandb").is_dir():
-        where["W&B files"] = str(logs / "wandb")
-    for name, value in (where | {"artifact": last.record.artifact}).items():
-        # Not broken into lines, so that it can be copied whole.
-        request.out.print(f"{name}: {value}", soft_wrap=True, markup=False)
+    request.out.print("metrics, logs and W&B files:")
+    for one in planned.values():
+        assert one.record is not None
+        attempt = store.root / "work" / one.record.key / one.record.attempt
+        if one.stage.runs == "workers" and attempt.is_dir():
+            # Not broken into lines, so that it can be copied whole.
+            request.out.print(f"  {one.name}: {_near(attempt)}", soft_wrap=True, markup=False)
     policies = [one.name for one in planned.values() if one.stage.kind == "policy"]
     if policies:
         generate_command = command_line(request, "generate", policies[-1])

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -180,24 +180,33 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def samples_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return prompts with the answers before and after training, and their scores, side by side.
+def samples_table(rows: Sequence[Mapping[str, Any]]) -> Group:
+    """Return prompts with the answers before and after training, and their scores, side by side below each prompt.
 
-    Each row has "prompt", "before", "after", "score_before" and "score_after".
+    Each row has "prompt" (a text or messages), "before", "after", "score_before" and "score_after".
     """
-    table = Table(box=None, padding=(0, _GAP, 1, 0), pad_edge=False, header_style="bold", expand=True)
-    table.add_column("prompt", ratio=2, overflow="fold", style="dim")
-    table.add_column("before", ratio=3, overflow="fold")
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("after", ratio=3, overflow="fold")
-    table.add_column("score", justify="right", no_wrap=True)
+    parts: list[RenderableType] = [_sample(Text("score"), Text("before"), Text("score"), Text("after"), "bold")]
     for row in rows:
         before, after = float(row["score_before"]), float(row["score_after"])
         style = "green" if after > before else "red" if after < before else ""
-        texts = {name: Text(" ".join(_printable(row[name]).split())) for name in ("prompt", "before", "after")}
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        parts += [Text(""), Text(_one_line(prompt), "dim")]
         scores = Text(f"{before:+.2f}"), Text(f"{after:+.2f}", style)
-        table.add_row(texts["prompt"], texts["before"], scores[0], texts["after"], scores[1])
+        parts.append(_sample(scores[0], Text(_one_line(row["before"])), scores[1], Text(_one_line(row["after"])), ""))
+    return Group(*parts)
+
+
+def _sample(score_before: Text, before: Text, score_after: Text, after: Text, style: str) -> Table:
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=False, expand=True, style=style)
+    for name in ("before", "after"):
+        table.add_column(f"{name}'s score", width=5, justify="right", no_wrap=True)
+        table.add_column(name, ratio=1, overflow="fold")
+    table.add_row(score_before, before, score_after, after)
     return table
+
+
+def _one_line(text: str) -> str:
+    return " ".join(_printable(text).split())
 
 
 def key_values(values: Mapping[str, Any]) -> Table:

@@ -260,9 +260,11 @@ def test_samples_stand_side_by_side_and_cannot_repaint_the_terminal():
     rows = [dict(zip(fields, sample, strict=True)) for sample in samples]
     lines = [line for line in render(samples_table(rows), 100) if line]
     assert [line.split() for line in lines] == [
-        ["prompt", "before", "score", "after", "score"],
-        ["A", "dull", "film", "-0.04", "a", "[bold]fine[/bold]", "film", "+0.92"],
-        ["B", "�[31mred", "+0.50", "-1.00"],
+        ["score", "before", "score", "after"],
+        ["A"],
+        ["-0.04", "dull", "film", "+0.92", "a", "[bold]fine[/bold]", "film"],
+        ["B"],
+        ["+0.50", "�[31mred", "-1.00"],
     ]
 
 

@@ -26,7 +26,7 @@ class WorkerSettings(Settings):
     count: int = runtime(1, ge=1)
     """Ranks. On a CPU one rank with all threads is the fastest; on a cluster one rank per GPU."""
     cpus: int | None = runtime(None, ge=1)
-    """CPU cores of each rank; null shares the cores of the smallest node among its ranks."""
+    """CPU cores of each rank; null gives each rank as many as all can have alike."""
     gpu: bool | None = runtime(None)
     """True gives each rank one GPU, false none; null uses GPUs when the cluster has any."""
     timeout_minutes: float = runtime(30.0, gt=0)

@@ -64,8 +64,8 @@ def test_left_padding_moves_no_log_probability_and_no_value(
     """Longer prompts elsewhere in a batch must not change what is said of this one, for GPT-2 as for Llama."""
     if positions == "absolute":
         torch.manual_seed(0)
-        config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2, num_labels=1)
-        config.initializer_range = 0.2
+        config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+        config.num_labels, config.initializer_range = 1, 0.2
         language_model, classifier = GPT2LMHeadModel(config).eval(), GPT2ForSequenceClassification(config).eval()
     narrow, wide = batch(), batch(extra_padding=9)
     one, other = (TokenLogprobs(language_model)(ids, mask, TIME, 1.0)[0] for ids, mask, _ in (narrow, wide))

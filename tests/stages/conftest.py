@@ -28,8 +28,9 @@ SMALL = (
     "sft={epochs: 1, batch_size: 4, max_length: 128, checkpoint_every: 2, optimizer: {learning_rate: 1e-2}}",
     "rm={sees: response, epochs: 1, batch_size: 16, micro_batch_size: 8, max_length: 128, pairs_per_response: 2, "
     "checkpoint_every: 2, optimizer: {learning_rate: 1e-2}}",
-    "ppo={iterations: 4, rollouts: 16, minibatches: 2, epochs: 2, sampling: {max_new_tokens: 12}, max_prompt_length: 128, "
-    "policy_learning_rate: 3e-4, value_learning_rate: 1e-3, micro_batch_size: 4, checkpoint_every: 1}",
+    "ppo={iterations: 4, rollouts: 16, minibatches: 2, epochs: 2, sampling: {max_new_tokens: 12}, "
+    "max_prompt_length: 128, policy_learning_rate: 3e-4, value_learning_rate: 1e-3, micro_batch_size: 4, "
+    "checkpoint_every: 1}",
     "evaluate={prompts: 8, sampling: {max_new_tokens: 12}, max_prompt_length: 128, micro_batch_size: 4}",
 )
 

@@ -1,4 +1,4 @@
-"""The whole pipeline with real parts: Ray, Ray Train, DeepSpeed ZeRO-3, TRL, PPO; first with one rank, then with two."""
+"""The whole pipeline with real parts, Ray, Ray Train, DeepSpeed ZeRO-3, TRL and PPO, with one rank and with two."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_two_ranks_equal_one(pipeline: Pipeline, unbroken: dict[str, Planned], t
 def test_a_killed_rank_costs_nothing_but_time(
     stage: str, pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path
 ) -> None:
-    """kill -9 of a rank in mid-stage: the group starts again from its checkpoint and the result is equal, bit for bit."""
+    """kill -9 of a rank in mid-stage: the group starts again from its checkpoint; the result is equal, bit for bit."""
     store = pipeline.fresh_store(tmp_path / "store", stage)
     key = unbroken[stage].key
     assert key is not None

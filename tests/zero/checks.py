@@ -5,6 +5,7 @@ Starting a group costs more than all checks together, so one start runs them all
 """
 
 import copy
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,12 +23,14 @@ from deepspeed.ops import __compatible_ops__
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rlhf.config.stages import PpoSettings
 from rlhf.config.training import LoraSettings
-from rlhf.errors import DivergedError
+from rlhf.errors import DivergedError, PreflightError
 from rlhf.models import adapters
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.policy import TrainedPolicy
 from rlhf.models.training import Training
+from rlhf.pipeline.context import Context
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.prompts import PromptBatch
@@ -162,6 +165,32 @@ def checkpointing(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+def other_ranks(folder: Path) -> dict[str, str]:
+    """Which checkpoint a stage goes on from; and the error when the newest is of one rank more."""
+    context = Context(
+        stage="ppo",
+        key="0" * 64,
+        settings=PpoSettings(),
+        inputs={},
+        output=folder,
+        attempt=folder,
+        cache=folder,
+        attempts=(folder,),
+    )
+    newest = checkpoints.checkpoint_to_resume(context)
+    assert newest is not None
+    group.barrier()
+    if group.is_main():
+        marker = json.loads((newest / checkpoints.MARKER).read_text())
+        (newest / checkpoints.MARKER).write_text(json.dumps(marker | {"ranks": marker["ranks"] + 1}))
+    group.barrier()
+    try:
+        checkpoints.checkpoint_to_resume(context)
+    except PreflightError as error:
+        return {"newest": newest.name, "next_step": error.next_step}
+    return {"newest": newest.name, "next_step": ""}
+
+
 def replica(tiny: Path, folder: Path) -> dict[str, Any]:
     """Responses of an unsharded copy before and after a refresh, and of the exported model, adapter folded in."""
     found: dict[str, Any] = {}
@@ -263,6 +292,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "resume": partial(resume, tiny, folder),
         "not_a_number": partial(not_a_number, tiny),
         "checkpointing": partial(checkpointing, folder),
+        "other_ranks": partial(other_ranks, folder),
         "replica": partial(replica, tiny, folder),
         "policies": partial(policies, tiny, folder),
     }

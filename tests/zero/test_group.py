@@ -93,6 +93,14 @@ def test_the_two_newest_checkpoints_are_kept_and_what_was_cut_off_is_swept(resul
 
 
 @pytest.mark.parametrize("size", [1, 2])
+def test_a_checkpoint_of_another_number_of_ranks_is_refused_with_that_number(results: Results, size: int) -> None:
+    """DeepSpeed cannot deal its shards out anew; one of as many ranks is what the stage goes on from."""
+    for found in results[size]:
+        assert found["other_ranks"]["newest"] == "checkpoint-4"
+        assert f"ppo.workers.count={size + 1}" in found["other_ranks"]["next_step"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_refreshed_replica_samples_as_the_exported_model_does(results: Results, form: str, size: int) -> None:
     """With the trained weights, any adapter folded in, and no longer as the model that training began with."""
