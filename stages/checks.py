@@ -17,6 +17,7 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
     settings = context.settings
     tokenizer = load_tokenizer(context.inputs["base"])
     _fits(context, settings.max_length, "max_length")
+    _has_heldout(context, "demonstrations")
     rows = read_rows(context.inputs["demonstrations"] / "train.jsonl")
     lengths = [
         len(prompt_ids(tokenizer, row["prompt"])) + len(tokenizer(plain_text(row["completion"]))["input_ids"])
@@ -45,6 +46,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
     _fits(context, settings.max_length, "max_length")
     if "comparisons" not in context.inputs:
         return {}
+    _has_heldout(context, "comparisons")
     over = total = 0
     for row in read_rows(context.inputs["comparisons"] / "train.jsonl"):
         prompt = len(prompt_ids(tokenizer, row["prompt"])) if settings.sees == "conversation" else 0
@@ -81,6 +83,15 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
             f"{context.stage}.max_prompt_length={max(1, limit - settings.sampling.max_new_tokens)}",
         )
     return {}
+
+
+def _has_heldout(context: Context[SftSettings] | Context[RmSettings], role: str) -> None:
+    if not read_rows(context.inputs[role] / "heldout.jsonl"):
+        raise PreflightError(
+            f"no {role} are held out, so {context.stage} could not tell how good its result is",
+            f"data.{role}",
+            "raise data.heldout_fraction, or give it more than one distinct prompt",
+        )
 
 
 def _fits(context: Context[SftSettings] | Context[RmSettings], length: int, field: str) -> None:

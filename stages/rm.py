@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from rlhf.config.stages import RmSettings
 from rlhf.data.jsonl import read_rows
+from rlhf.errors import DivergedError
 from rlhf.models.reward import load_scorer
 from rlhf.models.text import load_tokenizer, plain_text, scored_ids
 from rlhf.pipeline.context import Context
@@ -52,6 +53,10 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
         trainer, context, [ids(one["prompt"], text) for one in heldout for text in one["responses"]]
     )
 
+    if not normal.std() > 0:
+        raise DivergedError(
+            "the reward model gives all demonstrations one score", context.stage, "lower its learning rate"
+        )
     normaliser = {"score_mean": normal.mean().item(), "score_std": normal.std().item()}
     view = {"sees": settings.sees, "score_max_length": settings.max_length}
     trainers.export(trainer, base, context, scores=True, config=normaliser | view)
