@@ -1,19 +1,9 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rlhf.cluster.session import Session
-from rlhf.config.pipeline import ClusterSettings
 from tests.pipeline.helpers import install_toys
-
-
-@pytest.fixture(scope="session")
-def session() -> Iterator[Session]:
-    """One Ray session of two cores for all tests here: to start one takes seconds."""
-    with Session(ClusterSettings(cpus=2, gpus=0)) as session:
-        session.start()
-        yield session
 
 
 @pytest.fixture(scope="session")

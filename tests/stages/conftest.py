@@ -1,7 +1,6 @@
-"""A pipeline of a few steps a stage, run for real: one Ray session and one store for all tests of this folder."""
+"""A pipeline of a few steps a stage, run for real, with one store for all tests of this folder."""
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SMALL = (
     "tracking.wandb=disabled",
     "cluster.cpus=2",
+    "cluster.gpus=0",
     "data.snippets={demonstrations: 3, demonstrations_heldout: 1, comparisons: 4, comparisons_heldout: 3, prompts: 2, "
     "prompts_heldout: 1, judge: 6, set_size: 5}",
     "model.scratch={vocabulary: 512, hidden_size: 32, layers: 2, heads: 2, context: 192}",
@@ -70,9 +70,5 @@ def _kind(stage: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def pipeline(tmp_path_factory: pytest.TempPathFactory, sdist: Path) -> Iterator[Pipeline]:
-    store = Store.open(tmp_path_factory.mktemp("store"))
-    known = stages()
-    config = load_pipeline(TINY, list(SMALL), {name: stage.settings for name, stage in known.items()})
-    with Session(config.cluster) as session:
-        yield Pipeline(session, store, sdist)
+def pipeline(session: Session, tmp_path_factory: pytest.TempPathFactory, sdist: Path) -> Pipeline:
+    return Pipeline(session, Store.open(tmp_path_factory.mktemp("store")), sdist)
