@@ -52,30 +52,27 @@ def perform_task(call: Call) -> None:
 
 def perform_rank(arguments: dict[str, Call]) -> None:
     """Run a stage on one rank of a worker group: Ray Train calls this on every rank."""
-    import torch.distributed as dist
-
-    _prepare_deepspeed(arguments["call"])
-    _perform(arguments["call"], rank=dist.get_rank())
+    call = arguments["call"]
+    _perform(call, rank=int(os.environ["RANK"]), prepare=lambda: _prepare_deepspeed(call))
 
 
 def _prepare_deepspeed(call: Call) -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if not call.gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    with _log(call.context.attempt, rank=int(os.environ.get("RANK", "0"))):
-        import deepspeed
-        from deepspeed.ops import __compatible_ops__
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
 
-        # DeepSpeed would compile its shared-memory collectives here, which takes a compiler and half a minute.
-        __compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(
-            "nccl" if call.gpu else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timedelta(minutes=call.timeout_minutes),
-        )
+    # DeepSpeed would compile its shared-memory collectives here, which takes a compiler and half a minute.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        "nccl" if call.gpu else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(minutes=call.timeout_minutes),
+    )
 
 
-def _perform(call: Call, rank: int) -> None:
+def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) -> None:
     context = call.context
     if not context.attempt.is_dir():
         raise PreflightError(
@@ -85,6 +82,7 @@ def _perform(call: Call, rank: int) -> None:
         )
     with _log(context.attempt, rank):
         try:
+            prepare()
             metrics = load(call.code)(context)
             if rank == 0:
                 _write(context.attempt / RESULT, {name: float(value) for name, value in metrics.items()})

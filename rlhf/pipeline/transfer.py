@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError
-from rlhf.models.adapter_folders import config_file
+from rlhf.models.adapter_folders import BASE, config_file, is_adapter
 from rlhf.pipeline.plan import IMPORT, Planned
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
@@ -30,6 +30,12 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         raise RequestError(
             "the folder holds no model: it has no config.json", str(folder), "save one there with save_pretrained"
+        )
+    if is_adapter(folder) and not config_file(folder).exists():
+        raise RequestError(
+            "the folder holds an adapter without the model that it was trained on",
+            str(folder / BASE),
+            f"save that model there, in {BASE}/, or merge the adapter into it (PEFT's merge_and_unload) and save that",
         )
     if stage.kind == "reward-model":
         _check_reward_model(folder)

@@ -70,6 +70,10 @@ def test_an_import_that_cannot_be_a_result_is_refused(path: Path, tmp_path: Path
         import_folder(model_folder(tmp_path / "a"), config, "words", KNOWN["words"], store)
     with pytest.raises(RequestError, match="holds no model"):
         import_folder(tmp_path / "nothing", config, "total", KNOWN["total"], store)
+    (adapter := tmp_path / "adapter").mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(RequestError, match="an adapter without the model"):
+        import_folder(adapter, config, "total", KNOWN["total"], store)
 
 
 def test_an_export_is_a_copy_that_may_be_changed(path: Path, tmp_path: Path):

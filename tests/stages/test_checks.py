@@ -1,0 +1,59 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.errors import PreflightError
+from rlhf.pipeline.context import Context
+from stages import checks
+from tests.models.tiny import make_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+def context(settings: Any, base: Path, folder: Path, role: str, train: list[Any], heldout: list[Any]) -> Context[Any]:
+    data = folder / role
+    data.mkdir()
+    for name, rows in {"train": train, "heldout": heldout}.items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Context("stage", "key", settings, {"base": base, role: data}, folder, folder, folder)
+
+
+DEMONSTRATION = {"prompt": "a film", "completion": "of two halves"}
+SET = {"prompt": "a film", "responses": ["a joy", "dull"], "strengths": [1.0, -1.0]}
+
+
+def test_data_without_a_held_out_part_is_refused(base: Path, tmp_path: Path) -> None:
+    """What sft and rm report is measured there: without it nobody would know how good the result is."""
+    for check, settings, role, row in (
+        (checks.sft, SftSettings(max_length=32), "demonstrations", DEMONSTRATION),
+        (checks.rm, RmSettings(max_length=32), "comparisons", SET),
+    ):
+        with pytest.raises(PreflightError, match=f"no {role} are held out"):
+            check(context(settings, base, tmp_path, role, [row], []))
+
+
+def test_what_is_too_long_is_counted_and_told(base: Path, tmp_path: Path) -> None:
+    """Rows that are cut are never cut silently; a prompt that leaves no room for its completion is refused."""
+    long = {"prompt": "a film", "completion": "dull , " * 12}
+    told = context(SftSettings(max_length=32), base, tmp_path, "demonstrations", [DEMONSTRATION, long], [DEMONSTRATION])
+    assert checks.sft(told) == {"demonstrations/too_long": 1.0}
+    assert "1 of 2 demonstrations are longer than 32 tokens" in (tmp_path / "notes.jsonl").read_text()
+
+    (folder := tmp_path / "other").mkdir()
+    endless = {"prompt": "dull , " * 12, "completion": "dull"}
+    refused = context(SftSettings(max_length=32), base, folder, "demonstrations", [endless], [DEMONSTRATION])
+    with pytest.raises(PreflightError, match="1 demonstrations have prompts of 32 tokens or more"):
+        checks.sft(refused)
+
+
+def test_a_length_beyond_the_models_context_is_refused(base: Path, tmp_path: Path) -> None:
+    """The message names the longest that fits."""
+    with pytest.raises(PreflightError, match="context is 64 tokens") as error:
+        checks.sft(context(SftSettings(max_length=65), base, tmp_path, "demonstrations", [DEMONSTRATION], []))
+    assert error.value.next_step == "stage.max_length=64"
