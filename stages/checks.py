@@ -4,7 +4,8 @@ Each takes the context that its stage will have, with the inputs that exist by n
 trained, the one that it will be trained from.
 """
 
-from rlhf.config.stages import PpoSettings, RmSettings, SftSettings
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import PreflightError
 from rlhf.models.text import context_length, load_tokenizer, plain_text, prompt_ids

@@ -9,7 +9,7 @@ from rlhf.config.stages import EvaluateSettings
 from rlhf.models import evaluation
 from rlhf.models.four import load_frozen
 from rlhf.pipeline.context import Context
-from rlhf.rl.rewards import kl_estimates
+from rlhf.rl.kl import kl_estimates
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import roll_out
 
@@ -17,7 +17,7 @@ from rlhf.rollout.rollout import roll_out
 def run(context: Context[EvaluateSettings]) -> dict[str, float]:
     """Compare the policies; the final metrics are those of docs/evaluate.md."""
     settings = context.settings
-    before, after, reward_model = load_frozen(context)
+    before, after, reward = load_frozen(context)
     prompts = PromptStream(context.inputs["prompts"] / "heldout.jsonl", before.tokenizer, settings.max_prompt_length)
     batch = prompts.first(settings.prompts)
 
@@ -25,8 +25,8 @@ def run(context: Context[EvaluateSettings]) -> dict[str, float]:
     old = roll_out(before, batch, settings.seed, settings.sampling.max_new_tokens)
     context.progress("the policy after", 1, 2)
     new = roll_out(after, batch, settings.seed, settings.sampling.max_new_tokens)
-    old_scores, new_scores = (reward_model.score(rollout.prompts, rollout.texts) for rollout in (old, new))
-    kl = kl_estimates(after.logprobs(new)[0], before.logprobs(new)[0], new.mask).sum(-1)
+    old_scores, new_scores = (reward.score(rollout.prompts, rollout.texts) for rollout in (old, new))
+    kl = kl_estimates(after.logprobs(new.sequences), before.logprobs(new.sequences), new.mask).sum(-1)
 
     metrics = {
         "score/before": old_scores.mean().item(),

@@ -1,25 +1,28 @@
-"""PPO with a KL penalty to the policy it began with: Ouyang et al. 2022 (arXiv:2203.02155), eq. 2 less its last term.
+"""PPO with a KL penalty to the policy it began with: Ouyang et al. 2022 (arXiv:2203.02155), eq. 2.
 
-In: a policy, a reward model, prompts.  Out: the tuned policy.
+In: a policy, a reward, prompts; demonstrations where they are mixed in.  Out: the tuned policy.
 Shapes: every tensor holds an iteration's whole global batch, ``[sample]`` or ``[sample, time]``, time being padded
 response tokens.
-Log-probabilities and KL are in nats. docs/ppo.md has every equation, default and metric.
-Left out: the pre-training term, adaptive KL coefficients, and reward models of another family.
+Log-probabilities and KL are in nats. docs/ppo.md has every equation, source, default and metric.
+A2C (Menick et al. 2022, arXiv:2203.11147) is this loop with one update on each rollout and no clipping.
 """
 
 from functools import partial
 
-from rlhf.config.stages import PpoSettings
+from rlhf.config.ppo import PpoSettings
 from rlhf.models.four import load_models
-from rlhf.models.training import linear_decay
 from rlhf.pipeline.context import Context
 from rlhf.rl.advantages import generalised_advantages, masked_moments, whiten
-from rlhf.rl.losses import clipped_policy_loss, clipped_value_loss
-from rlhf.rl.metrics import check_health, first_ratio_alarm, rollout_metrics, update_metrics
-from rlhf.rl.rewards import kl_penalised_rewards, scores_with_eos_penalty
+from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_health
+from rlhf.rl.losses import Penalties, PolicySums, ValueSums, clipped_policy_loss, clipped_value_loss
+from rlhf.rl.metrics import rollout_metrics, update_metrics
+from rlhf.rl.rewards import kl_penalised_rewards, shaped_scores
+from rlhf.rl.schedules import learning_rate_share
+from rlhf.rollout.demonstrations import DemonstrationStream
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import roll_out
+from rlhf.zero.coefficient import KlCoefficient
 from rlhf.zero.journal import Journal
 from rlhf.zero.loop import resumable_steps
 
@@ -27,54 +30,78 @@ from rlhf.zero.loop import resumable_steps
 def run(context: Context[PpoSettings]) -> dict[str, float]:
     """Tune the policy; final metrics: ``objective/scores_first``, ``objective/scores`` and ``objective/kl``."""
     settings = context.settings
-    policy, value, reward_model = load_models(context)
+    policy, value, reward = load_models(context)
     prompts = PromptStream(
         context.inputs["prompts"] / "train.jsonl", policy.tokenizer, settings.max_prompt_length, settings.seed
     )
-    policy_loss = partial(clipped_policy_loss, clip=settings.policy_clip)
+    demonstrations = DemonstrationStream.of(context, policy.tokenizer)
+    kl = KlCoefficient(settings.kl)
+    updates = settings.epochs * settings.minibatches
+    rate = partial(
+        learning_rate_share,
+        total=settings.iterations * updates,
+        schedule=settings.schedule,
+        warmup_fraction=settings.warmup_fraction,
+    )
+    shaping = {name: getattr(settings, name) for name in ("missing_eos_penalty", "missing_eos_score")}
     value_loss = partial(clipped_value_loss, clip=settings.value_clip)
-    updates_per_iteration = settings.epochs * settings.minibatches
     journal = Journal(context, settings.iterations, unit="iteration", shown=("objective/scores", "objective/kl"))
 
-    for iteration in resumable_steps(context, settings.iterations, settings.checkpoint_every, [policy, value]):
+    for iteration in resumable_steps(context, settings.iterations, settings.checkpoint_every, [policy, value, kl]):
         with journal.timed("rollout"):
             batch = prompts.batch(iteration, settings.rollouts)
             rollout = roll_out(policy, batch, settings.seed, settings.sampling.max_new_tokens)
 
         with journal.timed("score"):
-            scores = reward_model.score(rollout.prompts, rollout.texts)
-            logprobs, entropies = policy.logprobs(rollout)
-            reference_logprobs = policy.reference_logprobs(rollout)
-            values = value.values(rollout)
+            scores = reward.score(rollout.prompts, rollout.texts)
+            logprobs, entropies = policy.logprobs_and_entropies(rollout.sequences)
+            reference_logprobs = policy.reference_logprobs(rollout.sequences)
+            values = value.values(rollout.sequences)
 
         mask = rollout.mask
-        penalised = scores_with_eos_penalty(scores, rollout.ended, settings.missing_eos_penalty)
-        rewards = kl_penalised_rewards(penalised, logprobs, reference_logprobs, mask, settings.kl.coef)
+        check_finite(mask, scores=scores, logprobs=logprobs, reference_logprobs=reference_logprobs, values=values)
+        shaped = shaped_scores(scores, rollout.ended, clip=settings.score_clip, **shaping)
+        rewards = kl_penalised_rewards(shaped, logprobs, reference_logprobs, mask, kl.in_reward, settings.kl.estimator)
+        if settings.whiten_rewards:
+            rewards = whiten(rewards, mask, masked_moments(rewards, mask), shift_mean=False)
         advantages, returns = generalised_advantages(rewards, values, mask, settings.discount, settings.gae_lambda)
-        advantages = whiten(advantages, mask, masked_moments(advantages, mask))
-        experience = Experience(
-            rollout.ids, rollout.attention_mask, mask, logprobs, values, advantages=advantages, returns=returns
-        )
+        if settings.whiten_advantages:
+            advantages = whiten(advantages, mask, masked_moments(advantages, mask))
+        experience = Experience.of(rollout.sequences, logprobs, reference_logprobs, values, advantages, returns)
+
         metrics = rollout_metrics(
-            scores, rollout.ended, logprobs, reference_logprobs, entropies, mask, settings.kl.coef
+            scores, rollout.ended, logprobs, reference_logprobs, entropies, mask, kl.in_reward, settings.kl.estimator
         )
-        check_health(metrics, settings.kl.limit)
+        metrics |= {"kl/coef": kl.value} | reward.out_of_range(scores)
+        check_health(metrics, settings.kl.limit, settings.sampling.max_new_tokens)
 
+        penalties = Penalties(kl.in_loss, settings.kl.estimator, settings.entropy_bonus)
+        policy_loss = partial(clipped_policy_loss, clip=settings.policy_clip, penalties=penalties)
+        policy_sums: list[PolicySums] = []
+        value_sums: list[ValueSums] = []
         with journal.timed("train"):
-            policy_sums, value_sums = [], []
-            for epoch in range(settings.epochs):
-                order = (settings.seed, iteration, epoch)
-                for minibatch in experience.minibatches(settings.minibatches, settings.micro_batch_size, *order):
-                    update = iteration * updates_per_iteration + len(policy_sums)
-                    decay = linear_decay(update, settings.iterations * updates_per_iteration)
-                    policy_sums.append(policy.update(minibatch, policy_loss, settings.policy_learning_rate * decay))
-                    value_sums.append(value.update(minibatch, value_loss, settings.value_learning_rate * decay))
+            for number, minibatch in experience.shuffled(settings, iteration):
+                update = iteration * updates + number
+                value_sums.append(value.update(minibatch, value_loss, settings.value_learning_rate * rate(update)))
+                if iteration < settings.value_warmup:
+                    continue
+                examples = demonstrations.minibatch(update, settings.micro_batch_size) if demonstrations else None
+                policy_sums.append(
+                    policy.update(minibatch, policy_loss, settings.policy_learning_rate * rate(update), examples)
+                )
+                if settings.early_stop_kl and policy_sums[-1].approximate_kl > settings.early_stop_kl:
+                    break
 
-        rate = settings.policy_learning_rate * linear_decay(iteration, settings.iterations)
+        kl.adapt(metrics["objective/kl"], settings.rollouts)
         metrics |= update_metrics(policy_sums, value_sums)
-        metrics |= {"lr": rate, "episode": (iteration + 1) * settings.rollouts}
-        journal.log(iteration + 1, metrics, int(mask.sum()))
-        journal.alarm(first_ratio_alarm(metrics, settings.precision))
+        metrics |= {
+            "lr": settings.policy_learning_rate * rate(iteration * updates),
+            "episode": (iteration + 1) * settings.rollouts,
+        }
+        raised = alarms(metrics, Watched.of(settings, first=journal.first_row(metrics)))
+        journal.log(iteration + 1, metrics | alarm_metrics(raised), int(mask.sum()))
+        journal.alarm(raised)
+        journal.keep_samples(iteration + 1, rollout.samples(settings.samples_kept, scores))
 
     journal.finish()
     policy.export(context.output)

@@ -11,6 +11,7 @@ Scores are then shifted and scaled so that demonstrations have mean 0 and deviat
 
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from rlhf.config.stages import RmSettings
@@ -57,7 +58,15 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
         raise DivergedError(
             "the reward model gives all demonstrations one score", context.stage, "lower its learning rate"
         )
-    normaliser = {"score_mean": normal.mean().item(), "score_std": normal.std().item()}
+    mean, deviation = normal.mean(), normal.std()
+    # Beyond what it says of good and bad responses that it learned from, the model is guessing.
+    known = (torch.cat([scores, normal]) - mean) / deviation
+    normaliser = {
+        "score_mean": mean.item(),
+        "score_std": deviation.item(),
+        "score_low": known.min().item(),
+        "score_high": known.max().item(),
+    }
     view = {"sees": settings.sees, "score_max_length": settings.max_length}
     trainers.export(trainer, base, context, scores=True, config=normaliser | view)
     return heldout_accuracy(heldout, scores.numpy(), settings.eval_pairs, settings.seed) | {"pairs": float(len(pairs))}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlhf.config.sources import is_local
+from rlhf.config.sources import word_in_key
 
 Role = Literal["semantic", "runtime", "source"]
 
@@ -53,9 +53,17 @@ def semantic_values(settings: Settings) -> dict[str, Any]:
         value = getattr(settings, name)
         match role_of(type(settings), name):
             case "semantic":
-                values[name] = semantic_values(value) if isinstance(value, Settings) else dumped[name]
+                values[name] = _semantic_value(value, dumped[name])
             case "source":
-                values[name] = "file" if isinstance(value, str) and is_local(value) else dumped[name]
+                values[name] = word_in_key(value) if isinstance(value, str) else dumped[name]
             case _:
                 pass
     return values
+
+
+def _semantic_value(value: Any, dumped: Any) -> Any:
+    if isinstance(value, Settings):
+        return semantic_values(value)
+    if isinstance(value, list):
+        return [_semantic_value(item, other) for item, other in zip(value, dumped, strict=True)]
+    return dumped

@@ -39,7 +39,7 @@ def _describe(model: type[Settings], prefix: str, defaults: Settings | None) -> 
         value = getattr(defaults, name) if defaults is not None else info.get_default(call_default_factory=True)
         required = defaults is None and info.is_required()
         section = section_type(info.annotation)
-        shown = "{…}" if isinstance(value, Settings) else _as_json(value)
+        shown = _shown(value)
         described.append(
             FieldHelp(
                 path=prefix + name,
@@ -52,6 +52,14 @@ def _describe(model: type[Settings], prefix: str, defaults: Settings | None) -> 
         if section is not None:
             described += _describe(section, f"{prefix}{name}.", value if isinstance(value, section) else None)
     return described
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Settings):
+        return "{…}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return _as_json(value)
 
 
 def section_type(annotation: Any) -> type[Settings] | None:

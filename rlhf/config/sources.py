@@ -1,4 +1,4 @@
-"""The grammar of a source: a known word, a local file or folder, or a pinned name on a hub."""
+"""The grammar of a source: a known word, a local file or folder, a function in a file, or a pinned name on a hub."""
 
 import re
 from pathlib import Path
@@ -28,6 +28,14 @@ def is_local(source: str) -> bool:
         return False
     looks_like_path = source.startswith((".", "/", "~")) or source.endswith(FILE_SUFFIXES)
     return looks_like_path or Path(source).expanduser().exists()
+
+
+def word_in_key(source: str) -> str:
+    """What stands for a source in a key: local content enters by its digest, so a path does not."""
+    file, colon, name = source.rpartition(":")
+    if colon and file.endswith(".py"):
+        return f"file:{name}"
+    return "file" if is_local(source) else source
 
 
 def parse_hub_dataset(source: str) -> HubDataset:

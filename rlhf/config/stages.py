@@ -1,4 +1,4 @@
-"""Settings of the stages that hold models: model, sft, rm, ppo, evaluate. Those of data and rank are in ``data``."""
+"""Settings of the stages model, sft, rm and evaluate. Those of data and rank are in ``data``, of ppo in ``ppo``."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf.config.base import Settings, runtime, semantic, source
-from rlhf.config.training import LoraSettings, Precision, WorkerSettings
+from rlhf.config.rewards import RewardSettings, rewards_are_sound
+from rlhf.config.training import LoraSettings, Precision, SamplingSettings, WorkerSettings
 
 
 class ScratchSettings(Settings):
@@ -141,77 +142,6 @@ class RmSettings(Settings):
     """The worker group."""
 
 
-class KlSettings(Settings):
-    """The penalty for drifting from the policy that PPO began with."""
-
-    coef: float = semantic(0.05, ge=0)
-    """β, reward per nat: the coefficient of the penalty (Ouyang et al. 2022, eq. 2)."""
-    limit: float = semantic(200.0, gt=0)
-    """Mean KL in nats a response beyond which the run stops as diverged."""
-
-
-class SamplingSettings(Settings):
-    """How responses are sampled: from the whole vocabulary, at one temperature, here and in every log-probability."""
-
-    temperature: float = semantic(1.0, gt=0)
-    """Divides the logits wherever a probability is computed."""
-    max_new_tokens: int = semantic(64, ge=1)
-    """Longest response, in tokens."""
-
-
-class PpoSettings(Settings):
-    """PPO with a KL penalty: docs/ppo.md has every equation."""
-
-    seed: int = semantic(0, ge=0)
-    """Seeds the prompts, the sampling and the minibatches."""
-    precision: Precision = semantic("fp32")
-    """``bf16`` keeps fp32 master weights of what is trained."""
-    lora: LoraSettings | None = semantic(None)
-    """Adapters for policy and value model; the reference is then the policy's weights with the adapter off."""
-    iterations: int = semantic(100, ge=1)
-    """Rollouts, each followed by updates."""
-    rollouts: int = semantic(64, ge=2)
-    """Responses sampled per iteration, over all ranks."""
-    epochs: int = semantic(1, ge=1)
-    """Passes over each iteration's rollouts."""
-    minibatches: int = semantic(1, ge=1)
-    """Optimiser steps per epoch; divides ``rollouts``."""
-    sampling: SamplingSettings = semantic(SamplingSettings())
-    """How responses are sampled."""
-    kl: KlSettings = semantic(KlSettings())
-    """The KL penalty."""
-    missing_eos_penalty: float = semantic(1.0, ge=0)
-    """Subtracted from the score of a response that did not end within ``max_new_tokens``."""
-    discount: float = semantic(1.0, ge=0, le=1)
-    """γ of GAE (Schulman et al. 2015, arXiv:1506.02438, eq. 16)."""
-    gae_lambda: float = semantic(0.95, ge=0, le=1)
-    """λ of GAE."""
-    policy_clip: float = semantic(0.2, gt=0)
-    """ε of the clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7)."""
-    value_clip: float = semantic(0.2, gt=0)
-    """How far a value may move from its old value before its loss is clipped."""
-    policy_learning_rate: float = semantic(1e-5, gt=0)
-    """Peak learning rate of the policy; decays linearly to zero."""
-    value_learning_rate: float = semantic(1e-5, gt=0)
-    """Peak learning rate of the value model; decays linearly to zero."""
-    max_grad_norm: float = semantic(1.0, gt=0)
-    """Gradients of either model are scaled down to this norm."""
-    max_prompt_length: int = semantic(256, ge=1)
-    """Longest prompt in tokens; one longer stops the run before it starts."""
-    micro_batch_size: int = runtime(16, ge=1)
-    """Sequences of one forward pass of one rank."""
-    checkpoint_every: int = runtime(10, ge=1)
-    """Iterations between in-stage checkpoints."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
-
-    @model_validator(mode="after")
-    def _minibatches_divide_rollouts(self) -> "PpoSettings":
-        if self.rollouts % self.minibatches:
-            raise ValueError(f"rollouts {self.rollouts} is not a multiple of minibatches {self.minibatches}")
-        return self
-
-
 class EvaluateSettings(Settings):
     """The policy before and after PPO, side by side on held-out prompts."""
 
@@ -219,6 +149,8 @@ class EvaluateSettings(Settings):
     """Seeds the sampling and the intervals."""
     precision: Precision = semantic("fp32")
     """Precision of the models while they generate and score."""
+    rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
+    """What scores responses: what PPO was given."""
     prompts: int = semantic(256, ge=2)
     """Held-out prompts, the first so many; fewer where there are fewer."""
     max_prompt_length: int = semantic(256, ge=1)
@@ -231,3 +163,8 @@ class EvaluateSettings(Settings):
     """Sequences of one forward pass of one rank."""
     workers: WorkerSettings = runtime(WorkerSettings())
     """The worker group."""
+
+    @model_validator(mode="after")
+    def _rewards_are_sound(self) -> "EvaluateSettings":
+        rewards_are_sound(self.rewards)
+        return self

@@ -31,3 +31,12 @@ class WorkerSettings(Settings):
     """True gives each rank one GPU, false none; null uses GPUs when the cluster has any."""
     timeout_minutes: float = runtime(30.0, gt=0)
     """How long a rank waits in a collective for the others before the group fails and is restarted."""
+
+
+class SamplingSettings(Settings):
+    """How responses are sampled: from the whole vocabulary, at one temperature, here and in every log-probability."""
+
+    temperature: float = semantic(1.0, gt=0)
+    """Divides the logits wherever a probability is computed."""
+    max_new_tokens: int = semantic(64, ge=1)
+    """Longest response, in tokens."""

@@ -32,7 +32,7 @@ def load_whole(folder: Path, *, scores: bool, dtype: torch.dtype) -> PreTrainedM
 def write_plain(folder: Path, target: Path, *, scores: bool, dtype: torch.dtype) -> Path:
     """Write an adapter folder as a plain one at ``target``, tokenizer included."""
     model = load_whole(folder, scores=scores, dtype=dtype)
-    for name in ("score_mean", "score_std", "score_max_length", "sees"):
+    for name in ("score_mean", "score_std", "score_low", "score_high", "score_max_length", "sees"):
         if name in (config := config_of(folder)):
             setattr(model.config, name, config[name])
     model.save_pretrained(target)

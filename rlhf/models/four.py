@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from rlhf.config.stages import EvaluateSettings, PpoSettings
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.stages import EvaluateSettings
 from rlhf.errors import PreflightError
 from rlhf.models import folders
 from rlhf.models.adapter_folders import is_adapter
 from rlhf.models.policy import FrozenPolicy, TrainedPolicy
-from rlhf.models.reward import FrozenReward
+from rlhf.models.rewards import Rewards
+from rlhf.models.text import load_tokenizer
 from rlhf.models.training import Training
 from rlhf.models.value import TrainedValue
 from rlhf.pipeline.context import Context
@@ -15,7 +17,7 @@ from rlhf.zero import group
 from rlhf.zero.engine import DTYPES
 
 
-def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, FrozenReward]:
+def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
     """Load and shard the models of PPO. A collective.
 
     Raises:
@@ -24,50 +26,71 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     settings = context.settings
     share = settings.rollouts // settings.minibatches // group.world_size()
     size = min(settings.micro_batch_size, share)
-    accumulation = -(-share // size)
-
-    def training(learning_rate: float) -> Training:
-        return Training(learning_rate, settings.max_grad_norm, accumulation)
-
+    policy_folder = plain_folder(context.inputs["policy"], context.attempt / "policy", settings, scores=False)
     policy = TrainedPolicy(
-        plain_folder(context.inputs["policy"], context.attempt / "policy", settings, scores=False),
+        policy_folder,
         settings.precision,
         settings.sampling.temperature,
         size,
         lora=settings.lora,
         seed=settings.seed,
-        training=training(settings.policy_learning_rate),
+        training=Training(settings.policy_learning_rate, settings.max_grad_norm),
+        learns_entropy=settings.entropy_bonus > 0,
+        ptx_coef=settings.ptx.coef,
+        average_decay=settings.average_decay,
     )
-    reward_folder = plain_folder(context.inputs["reward"], context.attempt / "reward", settings, scores=True)
-    reward_model = FrozenReward(reward_folder, settings.precision, size)
-    if reward_model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise PreflightError(
-            "the reward model and the policy have different tokenizers, "
-            "so the value model cannot start from the reward model",
-            context.stage,
-            "train the reward model from the policy's base model",
-        )
+    rewards = load_rewards(context, size)
+    if settings.value_init == "reward":
+        value_folder = plain_folder(context.inputs["reward"], context.attempt / "reward", settings, scores=True)
+        check_same_tokens(context.inputs["reward"], policy_folder, context.stage)
+    else:
+        value_folder = policy_folder
     value = TrainedValue(
-        reward_folder,
+        value_folder,
         settings.precision,
         size,
         lora=settings.lora,
         seed=settings.seed,
-        training=training(settings.value_learning_rate),
+        training=Training(settings.value_learning_rate, settings.max_grad_norm),
     )
-    return policy, value, reward_model
+    return policy, value, rewards
 
 
-def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, FrozenReward]:
-    """Load and shard the two policies to compare, and the reward model. A collective."""
+def check_same_tokens(reward: Path, policy: Path, stage: str) -> None:
+    """Refuse to make a value model of a reward model that has another vocabulary than the policy.
+
+    Raises:
+        PreflightError: they have different tokenizers.
+    """
+    if load_tokenizer(reward).get_vocab() != load_tokenizer(policy).get_vocab():
+        raise PreflightError(
+            "the reward model and the policy have different tokenizers, "
+            "so the value model cannot start from the reward model",
+            f"{stage}.value_init",
+            f"{stage}.value_init=policy",
+        )
+
+
+def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, Rewards]:
+    """Load and shard the two policies to compare, and what scores them. A collective."""
     settings = context.settings
 
     def policy(role: str) -> FrozenPolicy:
         folder = plain_folder(context.inputs[role], context.attempt / "policy" / role, settings, scores=False)
         return FrozenPolicy(folder, settings.precision, settings.sampling.temperature, settings.micro_batch_size)
 
-    reward = plain_folder(context.inputs["reward"], context.attempt / "reward", settings, scores=True)
-    return policy("before"), policy("after"), FrozenReward(reward, settings.precision, settings.micro_batch_size)
+    return policy("before"), policy("after"), load_rewards(context, settings.micro_batch_size)
+
+
+def load_rewards(context: Context[PpoSettings] | Context[EvaluateSettings], micro_batch_size: int) -> Rewards:
+    """Load what scores responses. A collective."""
+    settings = context.settings
+    folders_of_models = {
+        role: plain_folder(folder, context.attempt / role, settings, scores=True)
+        for role, folder in context.inputs.items()
+        if role.startswith("reward")
+    }
+    return Rewards(settings.rewards, folders_of_models, settings.precision, micro_batch_size)
 
 
 def plain_folder(folder: Path, target: Path, settings: PpoSettings | EvaluateSettings, *, scores: bool) -> Path:

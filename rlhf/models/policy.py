@@ -1,6 +1,7 @@
 """The policy that PPO trains, and the frozen reference that it must not drift far from."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from rlhf.config.training import LoraSettings, Precision
 from rlhf.models import adapters, text
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.training import Training
-from rlhf.rl.losses import PolicySums
+from rlhf.rl.losses import PolicySums, demonstration_loss
 from rlhf.rollout.experience import Experience, Minibatch
 from rlhf.rollout.replica import Replica
-from rlhf.rollout.rollout import Rollout
+from rlhf.rollout.sequences import Sequences
 from rlhf.zero import group
+from rlhf.zero.average import MovingAverage
 from rlhf.zero.engine import DTYPES, Engine, sharded_loading, whole_weights
 
 PolicyLoss = Callable[..., tuple[Tensor, PolicySums]]
@@ -74,22 +76,26 @@ class FrozenPolicy:
         return self._replica
 
     @torch.no_grad()
-    def logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of the responses' tokens, each ``[sample, time]``, nats. A collective."""
-        both = group.spread(
-            len(rollout.ids),
-            lambda rows: torch.cat(
-                [
-                    torch.stack(self._forward(rollout.ids[part], rollout.attention_mask[part], rollout.time), dim=1)
-                    for part in rows.split(self._micro_batch_size)
-                ]
-            ),
+    def logprobs(self, sequences: Sequences) -> Tensor:
+        """Log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
+        return sequences.compute(self._micro_batch_size, lambda part: self._forward(part)[0])
+
+    @torch.no_grad()
+    def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Also the entropies of the distributions that the tokens were drawn from, nats. A collective."""
+        both = sequences.compute(
+            self._micro_batch_size, lambda part: torch.stack(self._forward(part, entropies=True), dim=1)
         )
         return both[:, 0], both[:, 1]
 
-    def _forward(self, ids: Tensor, attention_mask: Tensor, time: int) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, part: Sequences, *, entropies: bool = False, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         on = group.device()
-        return self._engine(ids.to(on), attention_mask.to(on), time, self._temperature)
+        logprobs, entropy = self._engine(
+            part.ids.to(on), part.attention_mask.to(on), part.time, temperature or self._temperature, entropies
+        )
+        return logprobs.cpu(), entropy.cpu()
 
 
 class TrainedPolicy(FrozenPolicy):
@@ -105,9 +111,14 @@ class TrainedPolicy(FrozenPolicy):
         lora: LoraSettings | None,
         seed: int,
         training: Training,
+        learns_entropy: bool = False,
+        ptx_coef: float = 0.0,
+        average_decay: float | None = None,
     ) -> None:
         self._lora, self._seed, self._training = lora, seed, training
+        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
         super().__init__(folder, precision, temperature, micro_batch_size)
+        self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
         self._reference = None if lora else FrozenPolicy(folder, precision, temperature, micro_batch_size)
 
     def _build(self) -> Any:
@@ -125,38 +136,64 @@ class TrainedPolicy(FrozenPolicy):
         return replica
 
     @torch.no_grad()
-    def reference_logprobs(self, rollout: Rollout) -> Tensor:
+    def reference_logprobs(self, sequences: Sequences) -> Tensor:
         """Log-probabilities under the policy that PPO began with, ``[sample, time]``, nats. A collective."""
         if self._reference is not None:
-            return self._reference.logprobs(rollout)[0]
+            return self._reference.logprobs(sequences)
         with self._model.disable_adapter():
-            return self.logprobs(rollout)[0]
+            return self.logprobs(sequences)
 
-    def update(self, minibatch: Minibatch, loss: PolicyLoss, learning_rate: float) -> PolicySums:
-        """Take one optimiser step on a minibatch; the sums over it. A collective.
+    def update(
+        self,
+        minibatch: Minibatch[Experience],
+        loss: PolicyLoss,
+        learning_rate: float,
+        demonstrations: Minibatch[Sequences] | None = None,
+    ) -> PolicySums:
+        """Take one optimiser step on a minibatch, and on demonstrations if given; the sums over both. A collective.
 
-        loss  of (log-probabilities now, old ones, advantages, mask, num_tokens=…), as
-              :func:`rlhf.rl.losses.clipped_policy_loss`
+        loss  of (log-probabilities and entropies now, old log-probabilities, the reference's, advantages, mask,
+              num_tokens=…), as :func:`rlhf.rl.losses.clipped_policy_loss`
         """
 
-        def measure(part: Experience) -> tuple[Tensor, Tensor]:
-            now = self._forward(part.ids, part.attention_mask, part.time)[0].cpu()
-            value, sums = loss(now, part.logprobs, part.advantages, part.mask, num_tokens=minibatch.num_tokens)
+        def rollouts(part: Experience) -> tuple[Tensor, Tensor]:
+            now, entropies = self._forward(part, entropies=self._learns_entropy)
+            constants = part.logprobs, part.reference_logprobs, part.advantages, part.mask
+            value, sums = loss(now, entropies, *constants, num_tokens=minibatch.num_tokens)
             return value, sums.to_tensor()
 
-        return PolicySums.from_tensor(self._training.update(self._engine, minibatch, measure, learning_rate))
+        def imitation(part: Sequences, num_tokens: int) -> tuple[Tensor, Tensor]:
+            # At temperature 1: the likelihood that SFT maximised, and not that of the sampler.
+            now, _ = self._forward(part, temperature=1.0)
+            value, sums = demonstration_loss(now, part.mask, coef=self._ptx_coef, num_tokens=num_tokens)
+            return value, sums.to_tensor()
+
+        measures = [partial(rollouts, part) for part in minibatch.parts]
+        if demonstrations is not None:
+            measures += [partial(imitation, part, demonstrations.num_tokens) for part in demonstrations.parts]
+        sums = PolicySums.from_tensor(self._training.update(self._engine, measures, learning_rate))
+        if self._average is not None:
+            self._average.update()
+        return sums
 
     def save(self, checkpoint: Path) -> None:
-        """Write the trained weights and the optimiser's state. A collective."""
+        """Write the trained weights, the optimiser's state and the moving average. A collective."""
         self._engine.save(checkpoint, "policy")
+        if self._average is not None:
+            self._average.save(checkpoint)
 
     def load(self, checkpoint: Path) -> None:
         """Go on from what :meth:`save` wrote. A collective."""
         self._engine.load(checkpoint, "policy")
+        if self._average is not None:
+            self._average.load(checkpoint)
 
     def export(self, target: Path) -> None:
-        """Write the policy's folder. A collective."""
-        weights = whole_weights(self._model, trained_only=self._lora is not None)
+        """Write the policy's folder: the moving average where there is one. A collective."""
+        if self._average is not None:
+            weights = self._average.weights()
+        else:
+            weights = whole_weights(self._model, trained_only=self._lora is not None)
         if group.is_main():
             adapters.save(self._model, weights, self.folder, target, self._lora, scores=False)
         group.barrier()

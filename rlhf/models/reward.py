@@ -42,12 +42,15 @@ def raw_scores(
 class FrozenReward:
     """A reward model's folder, scoring text: the policy may have another tokenizer.
 
-    folder  a plain reward-model folder whose ``config.json`` has ``score_mean``, ``score_std`` and ``sees``
+    folder  a plain reward-model folder whose ``config.json`` has ``score_mean``, ``score_std`` and ``sees``, and may
+            have ``score_low`` and ``score_high``: the range of the normalised scores that it gave people's responses
     """
 
     def __init__(self, folder: Path, precision: Precision, micro_batch_size: int) -> None:
         config = folders.config_of(folder)
         self._mean, self._deviation = float(config["score_mean"]), float(config["score_std"])
+        low, high = config.get("score_low"), config.get("score_high")
+        self.range: tuple[float, float] | None = None if low is None or high is None else (low, high)
         self._alone = config["sees"] == "response"
         self._max_length = int(config["score_max_length"])
         self.tokenizer = text.load_tokenizer(folder)

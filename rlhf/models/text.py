@@ -71,6 +71,21 @@ def plain_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
 
 
+def demonstration_ids(tokenizer: Tokenizer, prompt: Prompt, completion: Prompt) -> tuple[list[int], list[int]]:
+    """The ids of a demonstration's prompt, and of its completion, EOS included."""
+    before = prompt_ids(tokenizer, prompt)
+    if isinstance(completion, str) or tokenizer.chat_template is None:
+        ids = list(tokenizer(plain_text(completion), add_special_tokens=False)["input_ids"])
+    else:
+        whole = tokenizer.apply_chat_template(
+            [*as_messages(prompt), *as_messages(completion)], tokenize=True, return_dict=True
+        )["input_ids"]
+        ids = list(whole[len(before) :])
+    if tokenizer.eos_token_id in ids:
+        return before, ids[: ids.index(tokenizer.eos_token_id) + 1]
+    return before, [*ids, tokenizer.eos_token_id]
+
+
 def scored_ids(tokenizer: Tokenizer, prompt: Prompt | None, response: str, max_length: int) -> list[int]:
     """What a reward model reads: the response, after its prompt unless that is None, and EOS; cut at the start."""
     before = [] if prompt is None else prompt_ids(tokenizer, prompt)

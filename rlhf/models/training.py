@@ -1,14 +1,16 @@
 """How PPO's two trained models take an optimiser step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from rlhf.config.training import Precision
-from rlhf.rollout.experience import Experience, Minibatch
 from rlhf.zero import group
 from rlhf.zero.engine import Engine
+
+Measure = Callable[[], tuple[Tensor, Tensor]]
+"""The loss of a micro batch, its part of a sum over all of an update's, and whatever else is summed."""
 
 
 @dataclass(frozen=True)
@@ -18,40 +20,24 @@ class Training:
     learning_rate: float
     """Peak learning rate."""
     max_grad_norm: float
-    accumulation: int
-    """Micro batches of a minibatch on one rank."""
 
     def start(self, module: nn.Module, precision: Precision) -> Engine:
         """Put the module under ZeRO-3 with its optimiser."""
         for part in module.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
-        return Engine(
-            module,
-            precision,
-            learning_rate=self.learning_rate,
-            accumulation=self.accumulation,
-            max_grad_norm=self.max_grad_norm,
-        )
+        return Engine(module, precision, learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
 
     @staticmethod
-    def update(
-        engine: Engine,
-        minibatch: Minibatch,
-        measure: Callable[[Experience], tuple[Tensor, Tensor]],
-        learning_rate: float,
-    ) -> Tensor:
-        """Accumulate the micro batches' gradients and take one step; the sums that ``measure`` adds, over all ranks."""
-        total: Tensor | None = None
-        for part in minibatch.parts:
-            loss, sums = measure(part)
-            engine.backward(loss)
-            engine.step(learning_rate)
-            total = sums if total is None else total + sums
-        assert total is not None
-        return group.all_sum(total).cpu()
+    def update(engine: Engine, measures: Sequence[Measure], learning_rate: float) -> Tensor:
+        """Add up the gradients of micro batches and take one step; what they measured, summed over all ranks.
 
-
-def linear_decay(done: int, total: int) -> float:
-    """The share of the peak learning rate after ``done`` of ``total`` updates: 1 at first, falling towards 0."""
-    return 1 - done / total
+        Every rank must have equally many.
+        """
+        sums: list[Tensor] = []
+        for number, measure in enumerate(measures, start=1):
+            loss, measured = measure()
+            engine.backward(loss, last=number == len(measures))
+            sums.append(measured)
+        engine.step(learning_rate)
+        return group.all_sum(sum(sums[1:], start=sums[0])).cpu()

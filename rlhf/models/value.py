@@ -1,6 +1,7 @@
 """The value model that PPO trains."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from rlhf.models.heads import TokenValues, classifier_of, initialise_head
 from rlhf.models.training import Training
 from rlhf.rl.losses import ValueSums
 from rlhf.rollout.experience import Experience, Minibatch
-from rlhf.rollout.rollout import Rollout
+from rlhf.rollout.sequences import Sequences
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, gathered, sharded_loading
 
@@ -21,9 +22,9 @@ ValueLoss = Callable[..., tuple[Tensor, ValueSums]]
 
 
 class TrainedValue:
-    """A value for every response token: the reward model's weights with a fresh head (Stiennon et al. 2020).
+    """A value for every response token: another model's weights with a fresh head (Stiennon et al. 2020).
 
-    folder  a plain reward-model folder
+    folder  a plain folder of a reward model or a policy; of a policy the language head is left out
     """
 
     def __init__(
@@ -50,34 +51,27 @@ class TrainedValue:
         self._micro_batch_size = micro_batch_size
 
     @torch.no_grad()
-    def values(self, rollout: Rollout) -> Tensor:
+    def values(self, sequences: Sequences) -> Tensor:
         """Values before each of the responses' tokens, ``[sample, time]``. A collective."""
-        return group.spread(
-            len(rollout.ids),
-            lambda rows: torch.cat(
-                [
-                    self._forward(rollout.ids[part], rollout.attention_mask[part], rollout.time)
-                    for part in rows.split(self._micro_batch_size)
-                ]
-            ),
-        )
+        return sequences.compute(self._micro_batch_size, self._forward)
 
-    def _forward(self, ids: Tensor, attention_mask: Tensor, time: int) -> Tensor:
+    def _forward(self, part: Sequences) -> Tensor:
         on = group.device()
-        return self._engine(ids.to(on), attention_mask.to(on), time).cpu()
+        return self._engine(part.ids.to(on), part.attention_mask.to(on), part.time).cpu()
 
-    def update(self, minibatch: Minibatch, loss: ValueLoss, learning_rate: float) -> ValueSums:
+    def update(self, minibatch: Minibatch[Experience], loss: ValueLoss, learning_rate: float) -> ValueSums:
         """Take one optimiser step on a minibatch; the sums over it. A collective.
 
         loss  of (values now, old ones, returns, mask, num_tokens=…), as :func:`rlhf.rl.losses.clipped_value_loss`
         """
 
         def measure(part: Experience) -> tuple[Tensor, Tensor]:
-            now = self._forward(part.ids, part.attention_mask, part.time)
+            now = self._forward(part)
             value, sums = loss(now, part.values, part.returns, part.mask, num_tokens=minibatch.num_tokens)
             return value, sums.to_tensor()
 
-        return ValueSums.from_tensor(self._training.update(self._engine, minibatch, measure, learning_rate))
+        measures = [partial(measure, part) for part in minibatch.parts]
+        return ValueSums.from_tensor(self._training.update(self._engine, measures, learning_rate))
 
     def save(self, checkpoint: Path) -> None:
         """Write the trained weights and the optimiser's state. A collective."""

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from rlhf.config.base import Settings
 from rlhf.config.data import DataSettings, RankSettings
-from rlhf.config.stages import EvaluateSettings, ModelSettings, PpoSettings, RmSettings, SftSettings
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.rewards import reward_inputs, reward_sources
+from rlhf.config.stages import EvaluateSettings, ModelSettings, RmSettings, SftSettings
 
 Inputs = Callable[[Any], Mapping[str, str]]
 
@@ -62,6 +64,11 @@ def _model_sources(settings: ModelSettings) -> Mapping[str, Any]:
     )
 
 
+def _ppo_inputs(settings: PpoSettings) -> Mapping[str, str]:
+    roles = {"policy": "sft", "prompts": "data/prompts"} | reward_inputs(settings.rewards)
+    return roles | ({"demonstrations": "data/demonstrations"} if settings.ptx.coef else {})
+
+
 OURS = (
     Stage("data", 1, DataSettings, "stages.data:run", "data", inputs=taking(), sources=_data_sources),
     Stage(
@@ -94,7 +101,7 @@ OURS = (
     ),
     Stage(
         "rm",
-        1,
+        2,
         RmSettings,
         "stages.rm:run",
         "reward-model",
@@ -105,18 +112,19 @@ OURS = (
     ),
     Stage(
         "ppo",
-        1,
+        2,
         PpoSettings,
         "stages.ppo:run",
         "policy",
-        inputs=taking(policy="sft", reward="rm", prompts="data/prompts"),
+        inputs=_ppo_inputs,
         runs="workers",
         continues="policy",
         preflight="stages.checks:ppo",
+        sources=lambda settings: reward_sources(settings.rewards),
     ),
     Stage(
         "evaluate",
-        1,
+        2,
         EvaluateSettings,
         "stages.evaluate:run",
         "report",
@@ -124,12 +132,13 @@ OURS = (
             {
                 "before": "sft",
                 "after": "ppo",
-                "reward": "rm",
                 "prompts": "data/prompts",
             }
+            | reward_inputs(settings.rewards)
             | ({"judge": "data/judge"} if settings.judge else {})
         ),
         runs="workers",
+        sources=lambda settings: reward_sources(settings.rewards),
     ),
 )
 

@@ -25,21 +25,15 @@ def logprobs_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Ten
     return _LogprobsOf.apply(logits, tokens, temperature)
 
 
-@torch.no_grad()
 def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the entropy of softmax(logits / temperature), -sum_v p[v] log p[v], in nats.
 
-    A measure and no term of a loss: no gradient flows.
-
-    logits       ``[..., vocabulary]`` in any floating type; -inf stands for probability 0
+    logits       ``[..., vocabulary]`` in any floating type; -inf stands for probability 0. Differentiable, and as in
+                 :func:`logprobs_of` a gradient of 0 passes on exactly 0
     temperature  above 0
     returns      ``[...]`` in float32 (float64 for float64 logits), in [0, log(vocabulary)]
     """
-    work = _scaled_copy(logits, temperature)
-    work -= work.amax(dim=-1, keepdim=True)
-    work.exp_()
-    work /= work.sum(dim=-1, keepdim=True)
-    return torch.special.entr(work, out=work).sum(dim=-1)
+    return _EntropyOf.apply(logits, temperature)
 
 
 class _LogprobsOf(torch.autograd.Function):
@@ -68,6 +62,34 @@ class _LogprobsOf(torch.autograd.Function):
         work = _scaled_copy(logits, ctx.temperature).sub_(largest).exp_().mul_(-scale / total)
         work.scatter_add_(-1, tokens[..., None], scale)
         return work.masked_fill_(scale == 0, 0.0).to(logits.dtype), None, None
+
+
+class _EntropyOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, temperature: float) -> Tensor:
+        entropy = torch.special.entr(_probabilities(logits, temperature)).sum(dim=-1)
+        ctx.save_for_backward(logits, entropy)
+        ctx.temperature = temperature
+        return entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch passes gradients by position
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None]:
+        logits, entropy = ctx.saved_tensors
+        scale = grad[..., None] / ctx.temperature
+        # d H / d logits[v] = -p[v] (log p[v] + H) / temperature, and p log p is -entr(p), which is 0 where p is 0
+        work = _probabilities(logits, ctx.temperature)
+        gradient = (torch.special.entr(work) - work * entropy[..., None]).mul_(scale)
+        return gradient.masked_fill_(scale == 0, 0.0).to(logits.dtype), None
+
+
+def _probabilities(logits: Tensor, temperature: float) -> Tensor:
+    work = _scaled_copy(logits, temperature)
+    work -= work.amax(dim=-1, keepdim=True)
+    work.exp_()
+    return work.div_(work.sum(dim=-1, keepdim=True))
 
 
 def _scaled_copy(logits: Tensor, temperature: float) -> Tensor:

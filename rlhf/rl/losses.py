@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from rlhf.rl.kl import Estimator, kl_estimates
 from rlhf.rl.masks import masked, masked_sum
 
 
@@ -62,6 +63,13 @@ class PolicySums(TokenSums):
     ratio: Tensor
     squared_ratio: Tensor
 
+    kl_term: Tensor
+    """The KL term of the loss, coefficient included; 0 where the penalty stands in the reward."""
+    entropy_term: Tensor
+    """The entropy bonus in the loss, coefficient and sign included."""
+    demonstrations: Tensor
+    """The mean negative log-likelihood of an update's demonstrations, nats a token; 0 without."""
+
     @property
     def approximate_kl(self) -> Tensor:
         """Half the mean squared log-ratio, nats per token: TRL's ``policy/approxkl_avg`` (Schulman 2020's k2)."""
@@ -83,28 +91,57 @@ class ValueSums(TokenSums):
     """What the value model's loss measured."""
 
 
+@dataclass(frozen=True)
+class Penalties:
+    """What stands in the policy's loss beside the surrogate: KL to the reference, and entropy."""
+
+    kl_coef: float = 0.0
+    """β, where the KL penalty is a term of the loss."""
+    kl_estimator: Estimator = "k2"
+    entropy_bonus: float = 0.0
+    """Weight of the mean entropy a token."""
+
+
 def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float, num_tokens: int | Tensor
+    logprobs: Tensor,
+    entropies: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None,
+    num_tokens: int | Tensor,
+    penalties: Penalties = Penalties(),
 ) -> tuple[Tensor, PolicySums]:
-    """Compute the negative of Schulman et al. 2017 (arXiv:1707.06347), Eq. 7, with r = exp(logprob - old logprob):
+    """The negative of Schulman et al. 2017 (arXiv:1707.06347), Eqs. 7 and 9, with r = exp(logprob - old logprob):
 
-        -sum over real tokens of min(r * A, clamp(r, 1 - clip, 1 + clip) * A) / num_tokens
+        -sum over real tokens of [ min(r * A, clamp(r, 1 - clip, 1 + clip) * A) - kl_coef * k + entropy_bonus * H ]
+            / num_tokens
 
-    logprobs      ``[batch, time]``, of the sampled tokens now; the only input that takes a gradient
-    old_logprobs  ``[batch, time]``, of the same tokens under the policy that sampled them
-    advantages    ``[batch, time]``
-    mask          ``[batch, time]``, True on real tokens
-    clip          at least 0; 0.2 is usual
-    num_tokens    real tokens in the global minibatch
-    returns       the loss, a scalar, and this part's sums
+    logprobs            ``[batch, time]``, of the sampled tokens now; takes a gradient
+    entropies           ``[batch, time]``, H, of the distributions they were drawn from, now; takes a gradient
+    old_logprobs        ``[batch, time]``, of the same tokens under the policy that sampled them
+    reference_logprobs  ``[batch, time]``, under the reference; k is :func:`rlhf.rl.kl.kl_estimates` of it
+    advantages          ``[batch, time]``
+    mask                ``[batch, time]``, True on real tokens
+    clip                at least 0; 0.2 is usual; None leaves the ratio as it is
+    num_tokens          real tokens in the global minibatch
+    returns             the loss, a scalar, and this part's sums
     """
     advantages = masked(advantages.detach(), mask)
     # Masked before exp, so that padding's ratio is 1 and its gradient 0 rather than 0 * inf.
     log_ratio = masked(logprobs - old_logprobs.detach(), mask)
     ratio = log_ratio.exp()
     unclipped_losses = -ratio * advantages
-    clipped_losses = -ratio.clamp(1 - clip, 1 + clip) * advantages
+    clipped_losses = unclipped_losses if clip is None else -ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = masked_sum(torch.maximum(unclipped_losses, clipped_losses), mask)
+    kl_term = entropy_term = torch.zeros_like(loss)
+    if penalties.kl_coef:
+        estimates = kl_estimates(logprobs, reference_logprobs.detach(), mask, penalties.kl_estimator)
+        kl_term = penalties.kl_coef * estimates.sum()
+    if penalties.entropy_bonus:
+        entropy_term = -penalties.entropy_bonus * masked_sum(entropies, mask)
     with torch.no_grad():
         sums = PolicySums(
             tokens=mask.sum().double(),
@@ -113,12 +150,30 @@ def clipped_policy_loss(
             squared_log_ratio=log_ratio.double().square().sum(),
             ratio=masked_sum(ratio.double(), mask),
             squared_ratio=masked_sum(ratio.double().square(), mask),
+            kl_term=kl_term.double(),
+            entropy_term=entropy_term.double(),
+            demonstrations=torch.zeros((), dtype=torch.float64, device=loss.device),
         )
-    return loss / num_tokens, sums
+    return (loss + kl_term + entropy_term) / num_tokens, sums
+
+
+def demonstration_loss(logprobs: Tensor, mask: Tensor, *, coef: float, num_tokens: int) -> tuple[Tensor, PolicySums]:
+    """The last term of Ouyang et al. 2022 (arXiv:2203.02155), eq. 2, negative, over demonstrations: "ptx".
+
+        -coef * sum over real tokens of log policy(y_t | x, y_<t) / num_tokens
+
+    logprobs    ``[batch, time]``, of the demonstrations' completions now, at temperature 1; takes a gradient
+    num_tokens  real tokens of all the update's demonstrations, over all ranks
+    returns     the loss, a scalar, and sums that are 0 but for ``demonstrations``
+    """
+    likelihood = masked_sum(logprobs, mask) / num_tokens
+    zeros = {field.name: torch.zeros_like(likelihood, dtype=torch.float64) for field in fields(PolicySums)}
+    sums = PolicySums(**(zeros | {"demonstrations": -likelihood.detach().double()}))
+    return -coef * likelihood, sums
 
 
 def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float, num_tokens: int | Tensor
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None, num_tokens: int | Tensor
 ) -> tuple[Tensor, ValueSums]:
     """Half the larger of two squared errors (Huang et al. 2022, "The 37 implementation details of PPO", no. 9):
 
@@ -128,13 +183,14 @@ def clipped_value_loss(
     old_values  ``[batch, time]``, its estimates when the responses were sampled
     returns     ``[batch, time]``, R of :func:`rlhf.rl.advantages.generalised_advantages`
     mask        ``[batch, time]``, True on real tokens
-    clip        at least 0, in units of the score; 0.2 is usual
+    clip        at least 0, in units of the score; 0.2 is usual; None leaves the error as it is
     num_tokens  real tokens in the global minibatch
     returns     the loss, a scalar, and this part's sums
     """
     values, old_values, returns = (masked(x, mask) for x in (values, old_values.detach(), returns.detach()))
     unclipped_losses = (values - returns).square() / 2
-    clipped_losses = (values.clamp(old_values - clip, old_values + clip) - returns).square() / 2
+    limited = values if clip is None else values.clamp(old_values - clip, old_values + clip)
+    clipped_losses = (limited - returns).square() / 2
     loss = masked_sum(torch.maximum(unclipped_losses, clipped_losses), mask)
     with torch.no_grad():
         sums = ValueSums(

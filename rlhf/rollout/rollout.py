@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from rlhf.models.text import Prompt
 from rlhf.rl.masks import ended, response_mask
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.sampling import uniforms
+from rlhf.rollout.sequences import Sequences
 
 if TYPE_CHECKING:
     from rlhf.models.policy import FrozenPolicy
@@ -19,28 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rollout:
-    """The samples of all ranks, in the order of their global index.
-
-    Prompts are padded on the left and responses on the right, so that a response's tokens are the last ``time``
-    columns.
-    """
+    """The samples of all ranks, in the order of their global index."""
 
     prompts: Sequence[Prompt]
     texts: list[str]
     """The responses, decoded, without special tokens."""
-    ids: Tensor
-    """``[sample, prompt + time]``"""
-    attention_mask: Tensor
-    """``[sample, prompt + time]``, 1 on real tokens."""
-    mask: Tensor
-    """``[sample, time]``, True on real response tokens, EOS included."""
+    sequences: Sequences
     ended: Tensor
     """``[sample]``, True where the response ended in EOS within the limit."""
 
     @property
-    def time(self) -> int:
-        """The responses' padded length."""
-        return self.mask.shape[1]
+    def mask(self) -> Tensor:
+        """``[sample, time]``, True on real response tokens, EOS included."""
+        return self.sequences.mask
+
+    def samples(self, count: int, scores: Tensor) -> list[dict[str, Any]]:
+        """The first ``count`` prompts and responses with their scores, for people to read."""
+        rows = zip(self.prompts[:count], self.texts, scores.tolist(), self.ended.tolist(), strict=False)
+        names = ("prompt", "response", "score", "ended")
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def roll_out(policy: "FrozenPolicy", batch: PromptBatch, seed: int, max_new_tokens: int) -> Rollout:
@@ -53,8 +51,10 @@ def roll_out(policy: "FrozenPolicy", batch: PromptBatch, seed: int, max_new_toke
     return Rollout(
         prompts=batch.prompts,
         texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
-        ids=torch.cat([prompt_ids, responses], dim=1),
-        attention_mask=torch.cat([prompt_mask, mask.long()], dim=1),
-        mask=mask,
+        sequences=Sequences(
+            ids=torch.cat([prompt_ids, responses], dim=1),
+            attention_mask=torch.cat([prompt_mask, mask.long()], dim=1),
+            mask=mask,
+        ),
         ended=ended(responses, tokenizer.eos_token_id),
     )

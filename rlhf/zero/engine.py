@@ -1,13 +1,14 @@
 """A model sharded by ZeRO-3 (Rajbhandari et al. 2020, arXiv:1910.02054, §5), trained or frozen."""
 
-from collections.abc import Generator, Mapping
+import math
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import safe_get_local_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -78,16 +79,14 @@ class Engine:
         precision: Precision,
         *,
         learning_rate: float | None = None,
-        accumulation: int = 1,
         max_grad_norm: float = 1.0,
     ) -> None:
         mark_leaves(module)
-        config = zero3_config(precision, gradient_accumulation_steps=accumulation, gradient_clipping=max_grad_norm)
+        config = zero3_config(precision, gradient_clipping=max_grad_norm)
         optimizer = None
         if learning_rate is not None:
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
             optimizer = torch.optim.AdamW(trainable, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
-        self._accumulation = accumulation
         self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
         self._engine.train(learning_rate is not None)
 
@@ -100,34 +99,38 @@ class Engine:
         """The module's forward pass."""
         return self._engine(*arguments, **named)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add a micro batch's gradients.
 
-        ``loss`` is this rank's and micro batch's *part of a sum*: DeepSpeed averages over ranks and accumulation steps,
-        which is undone here.
+        loss  this rank's and micro batch's *part of a sum*: DeepSpeed averages over ranks, which is undone here
+        last  whether :meth:`step` comes next
 
         Raises:
             DivergedError: on every rank, when the loss of any rank is not finite.
         """
         if not group.all_true(bool(torch.isfinite(loss.detach()))):
-            raise DivergedError("the loss is not a finite number; the optimiser step was not taken")
-        self._engine.backward(loss * (group.world_size() * self._accumulation))
+            raise DivergedError(
+                "the loss is not a finite number; the optimiser step was not taken", "", "lower the learning rates"
+            )
+        # The boundary is set by hand: how many micro batches an update has is for the caller to decide each time.
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * group.world_size())
 
-    def step(self, learning_rate: float) -> float | None:
-        """End a micro batch; the last one of a minibatch takes the optimiser step and returns the gradients' norm.
+    def step(self, learning_rate: float) -> float:
+        """Take the optimiser step on what :meth:`backward` added up; the gradients' norm before clipping.
 
         Raises:
-            DivergedError: on every rank, when the gradients' norm is not finite.
+            DivergedError: on every rank, when the gradients' norm is not finite; the step was then not taken.
         """
-        boundary = bool(self._engine.is_gradient_accumulation_boundary())
         for parameters in self._engine.optimizer.param_groups:
             parameters["lr"] = learning_rate
+        # DeepSpeed takes no step where the norm, which it adds up over all ranks, is not finite.
         self._engine.step()
-        if not boundary:
-            return None
         norm = float(self._engine.get_global_grad_norm())
-        if not group.all_true(norm == norm and abs(norm) != float("inf")):
-            raise DivergedError("the gradients are not finite numbers")
+        if not math.isfinite(norm):
+            raise DivergedError(
+                "the gradients are not finite numbers; the optimiser step was not taken", "", "lower the learning rates"
+            )
         return norm
 
     def save(self, folder: Path, name: str) -> None:
@@ -155,4 +158,27 @@ def whole_weights(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]
         with gathered([parameter]):
             if group.is_main():
                 weights[name] = parameter.detach().cpu().clone()
+    return weights
+
+
+def trained_shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """This rank's fp32 shard of every weight that trains, flat, by the weight's name."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield name, safe_get_local_fp32_param(parameter)
+
+
+def whole_from_shards(module: nn.Module, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in the model's type, whole and on the CPU, on rank 0, out of all ranks' shards. A collective.
+
+    shards  laid out as :func:`trained_shards` gives them
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if name not in shards:
+            continue
+        whole = group.all_concatenated(shards[name])
+        if group.is_main():
+            sharded: Any = parameter
+            weights[name] = whole[: sharded.ds_numel].view(sharded.ds_shape).to(parameter.dtype)
     return weights

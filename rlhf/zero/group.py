@@ -4,7 +4,7 @@ Every function here is a collective: all ranks must call it, in the same order.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,28 @@ def all_sum(value: Tensor) -> Tensor:
     total = value.detach().clone().to(device())
     dist.all_reduce(total)
     return total
+
+
+def all_concatenated(shard: Tensor) -> Tensor:
+    """The ranks' flat tensors, all of one length, one after the other, on every rank, on the CPU."""
+    mine = shard.detach().to(device()).contiguous()
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts).cpu()
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What ``compute`` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+    answer: list[Any] = [None, None]
+    if is_main():
+        try:
+            answer[0] = compute()
+        except Exception as error:  # noqa: BLE001 - raised again below, on all ranks alike
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0, device=device())
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def all_true(condition: bool) -> bool:

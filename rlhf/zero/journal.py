@@ -1,9 +1,10 @@
 """What a training stage reports as it goes: metrics to every sink, progress to the user. Only rank 0 writes."""
 
+import json
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,8 @@ from rlhf.tracking.metrics import MetricsLog, read_metrics
 from rlhf.tracking.tracker import Tracker
 from rlhf.tracking.wandb_run import WandbMode, WandbRun
 from rlhf.zero import checkpoints, group
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 class Journal:
@@ -52,11 +55,24 @@ class Journal:
             shown = "  ".join(f"{name.split('/')[-1]} {row[name]:.3g}" for name in self._shown if name in row)
             self._context.progress(f"{self._unit} {step}/{self._total}  {shown}", step, self._total)
 
-    def alarm(self, line: str | None) -> None:
-        """Show the user a line, unless it is None; each kind of alarm once."""
-        if line is not None and self._tracker is not None and (kind := line.split(":")[0]) not in self._alarms:
-            self._alarms.add(kind)
-            self._context.note(line)
+    def alarm(self, raised: Mapping[str, str]) -> None:
+        """Show the user alarms by their names, each only the first time."""
+        for name, line in raised.items():
+            if self._tracker is not None and name not in self._alarms:
+                self._alarms.add(name)
+                self._context.note(line)
+
+    def keep_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the model said in a step beside the metrics."""
+        if self._tracker is not None and samples:
+            with (self._context.attempt / SAMPLES).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step} | dict(one), ensure_ascii=False) + "\n" for one in samples)
+
+    def first_row(self, default: Mapping[str, float]) -> Mapping[str, float]:
+        """The first step's metrics, or the given ones where this is the first; on ranks other than 0, the first since
+        the resume.
+        """
+        return self._rows[0] if self._rows else default
 
     def first(self, name: str) -> float:
         """A metric's first value, from before a resume too; on ranks other than 0, the first since the resume."""
@@ -72,14 +88,16 @@ class Journal:
             self._tracker.finish()
 
     def _open(self) -> Tracker:
-        path = self._context.attempt / "metrics.jsonl"
+        path = self._context.attempt / METRICS
         newest = checkpoints.newest_complete(list(self._context.attempts))
-        if newest is not None:
-            earlier = newest.parents[1] / "metrics.jsonl"
-            if earlier != path and earlier.exists():
-                shutil.copyfile(earlier, path)
+        for name in (METRICS, SAMPLES):
+            earlier = newest.parents[1] / name if newest else None
+            if earlier is not None and earlier != self._context.attempt / name and earlier.exists():
+                shutil.copyfile(earlier, self._context.attempt / name)
+        step = checkpoints.step_of(newest) if newest else 0
         log = MetricsLog(path)
-        log.rewind(checkpoints.step_of(newest) if newest else 0)
+        log.rewind(step)
+        _rewind_samples(self._context.attempt / SAMPLES, step)
         self._rows = [] if not path.exists() else list(read_metrics(path))
         return Tracker(log, self._wandb(self._context.attempt))
 
@@ -98,3 +116,13 @@ class Journal:
             config=semantic_values(self._context.settings),
             warn=self._context.note,
         )
+
+
+def _rewind_samples(path: Path, step: int) -> None:
+    if path.exists():
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # What a kill left half-written belongs to a step that is repeated.
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)

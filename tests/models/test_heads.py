@@ -45,7 +45,7 @@ def batch(extra_padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def test_log_probabilities_are_those_of_each_row_alone_in_float64(language_model: Any, temperature: float) -> None:
     """Plain log_softmax, row by row, without padding."""
     ids, attention_mask, mask = batch()
-    logprobs, entropies = TokenLogprobs(language_model)(ids, attention_mask, TIME, temperature)
+    logprobs, entropies = TokenLogprobs(language_model)(ids, attention_mask, TIME, temperature, True)
     exact = copy.deepcopy(language_model).double()
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         logits = exact(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
@@ -68,7 +68,7 @@ def test_left_padding_moves_no_log_probability_and_no_value(
         config.num_labels, config.initializer_range = 1, 0.2
         language_model, classifier = GPT2LMHeadModel(config).eval(), GPT2ForSequenceClassification(config).eval()
     narrow, wide = batch(), batch(extra_padding=9)
-    one, other = (TokenLogprobs(language_model)(ids, mask, TIME, 1.0)[0] for ids, mask, _ in (narrow, wide))
+    one, other = (TokenLogprobs(language_model)(ids, mask, TIME, 1.0, False)[0] for ids, mask, _ in (narrow, wide))
     torch.testing.assert_close(one[narrow[2]], other[narrow[2]], atol=1e-5, rtol=0)
     one, other = (TokenValues(classifier)(ids, mask, TIME) for ids, mask, _ in (narrow, wide))
     torch.testing.assert_close(one[narrow[2]], other[narrow[2]], atol=1e-5, rtol=0)

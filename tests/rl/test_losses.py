@@ -7,10 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf.rl.losses import PolicySums, clipped_policy_loss, clipped_value_loss
+from rlhf.rl.losses import PolicySums, clipped_value_loss
+from rlhf.rl.losses import clipped_policy_loss as whole_policy_loss
 from tests.rl.batches import JUNK, Batch, batches
 
 clips = st.floats(0.01, 0.5)
+
+
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float | None, num_tokens: int
+) -> tuple[Tensor, PolicySums]:
+    """The surrogate alone: with no penalty beside it, entropies and the reference must not matter."""
+    nothing = torch.full_like(advantages, float("nan"))
+    return whole_policy_loss(
+        logprobs, nothing, old_logprobs, nothing, advantages, mask, clip=clip, num_tokens=num_tokens
+    )
 
 
 def near(batch: Batch, values: Tensor, spread: float = 0.3) -> Tensor:
@@ -114,7 +125,7 @@ def test_parts_add_up_to_the_whole_however_the_batch_is_split(batch: Batch, clip
 
 def test_sums_survive_the_vector_that_ranks_add() -> None:
     """Field by field, in order; adding sums adds their vectors."""
-    sums = PolicySums(*(torch.tensor(float(i), dtype=torch.float64) for i in range(6)))
+    sums = PolicySums(*(torch.tensor(float(i), dtype=torch.float64) for i in range(9)))
     assert PolicySums.from_tensor(sums.to_tensor()) == sums
     assert (sums + sums).squared_ratio == 10
 

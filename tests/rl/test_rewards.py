@@ -2,7 +2,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.rl.rewards import kl_estimates, kl_penalised_rewards, scores_with_eos_penalty
+from rlhf.rl.kl import kl_estimates
+from rlhf.rl.rewards import kl_penalised_rewards, shaped_scores
 from tests.rl.batches import JUNK, Batch, batches
 
 
@@ -48,8 +49,19 @@ def test_the_mean_estimate_is_the_kl_divergence() -> None:
     torch.testing.assert_close(estimate, exact[0])
 
 
-def test_only_responses_that_were_cut_off_pay_the_eos_penalty() -> None:
-    """The penalty is subtracted from their score and leaves the others alone."""
-    scores = torch.tensor([1.0, 2.0, -1.0])
-    penalised = scores_with_eos_penalty(scores, torch.tensor([True, False, False]), 0.5)
+def test_only_responses_that_were_cut_off_pay_for_it() -> None:
+    """The penalty is subtracted from their score, or another score replaces it; the others are left alone."""
+    scores, ended = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([True, False, False])
+    penalised = shaped_scores(scores, ended, clip=None, missing_eos_penalty=0.5, missing_eos_score=None)
     assert penalised.tolist() == [1.0, 1.5, -1.5]
+    replaced = shaped_scores(scores, ended, clip=None, missing_eos_penalty=0.5, missing_eos_score=-3.0)
+    assert replaced.tolist() == [1.0, -3.0, -3.0]
+
+
+def test_clipping_never_hides_that_a_response_did_not_end() -> None:
+    """It comes before the penalty: a huge score without EOS is worth less than one with it."""
+    scores = torch.tensor([9.0, 9.0, -9.0])
+    shaped = shaped_scores(
+        scores, torch.tensor([True, False, True]), clip=2.0, missing_eos_penalty=1.0, missing_eos_score=None
+    )
+    assert shaped.tolist() == [2.0, 1.0, -2.0]

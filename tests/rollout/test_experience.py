@@ -27,7 +27,7 @@ def experience_of(lengths: Lengths, extra: int = 0) -> Experience:
     for row, (before, after) in zip(attention_mask, lengths, strict=True):
         row[prompt - before : prompt + after] = 1
     mask = attention_mask[:, prompt:].bool()
-    numbers = [torch.arange(mask.numel()).reshape(mask.shape) + 1000.0 * field for field in range(1, 5)]
+    numbers = [torch.arange(mask.numel()).reshape(mask.shape) + 1000.0 * field for field in range(1, 6)]
     ids = torch.arange(attention_mask.numel()).reshape(attention_mask.shape) * attention_mask
     return Experience(ids, attention_mask, mask, *numbers)
 
@@ -43,7 +43,7 @@ def test_trimming_loses_padding_only(lengths: Lengths, extra: int, data: st.Data
     indices = torch.tensor(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, unique=True)))
     rows = experience.rows(indices)
     assert real_tokens(rows) == [real_tokens(experience)[index] for index in indices]
-    for name in ("logprobs", "values", "advantages", "returns"):
+    for name in ("logprobs", "reference_logprobs", "values", "advantages", "returns"):
         kept, whole = getattr(rows, name), getattr(experience, name)[indices]
         assert torch.equal(kept[rows.mask], whole[experience.mask[indices]]), name
     assert torch.equal(rows.attention_mask[:, -rows.time :].bool(), rows.mask)

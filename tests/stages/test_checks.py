@@ -40,13 +40,13 @@ def test_data_without_a_held_out_part_is_refused(base: Path, tmp_path: Path) -> 
 
 def test_what_is_too_long_is_counted_and_told(base: Path, tmp_path: Path) -> None:
     """Rows that are cut are never cut silently; a prompt that leaves no room for its completion is refused."""
-    long = {"prompt": "a film", "completion": "dull , " * 12}
+    long = {"prompt": "a film", "completion": "dull , " * 24}
     told = context(SftSettings(max_length=32), base, tmp_path, "demonstrations", [DEMONSTRATION, long], [DEMONSTRATION])
     assert checks.sft(told) == {"demonstrations/too_long": 1.0}
     assert "1 of 2 demonstrations are longer than 32 tokens" in (tmp_path / "notes.jsonl").read_text()
 
     (folder := tmp_path / "other").mkdir()
-    endless = {"prompt": "dull , " * 12, "completion": "dull"}
+    endless = {"prompt": "dull , " * 24, "completion": "dull"}
     refused = context(SftSettings(max_length=32), base, folder, "demonstrations", [endless], [DEMONSTRATION])
     with pytest.raises(PreflightError, match="1 demonstrations have prompts of 32 tokens or more"):
         checks.sft(refused)

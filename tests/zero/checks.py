@@ -23,7 +23,7 @@ from deepspeed.ops import __compatible_ops__
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf.config.stages import PpoSettings
+from rlhf.config.ppo import PpoSettings
 from rlhf.config.training import LoraSettings
 from rlhf.errors import DivergedError, PreflightError
 from rlhf.models import adapters
@@ -35,8 +35,9 @@ from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.replica import Replica
-from rlhf.rollout.rollout import Rollout, roll_out
+from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sampling import uniforms
+from rlhf.rollout.sequences import Sequences
 from rlhf.zero import checkpoints, group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
 
@@ -75,20 +76,17 @@ class Learner:
 
     def __init__(self, tiny: Path, lora: LoraSettings | None) -> None:
         self.model = sharded(tiny, lora)
-        accumulation = BATCH // group.world_size()
-        self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2, accumulation=accumulation)
+        self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2)
         self._ids = torch.randint(5, 300, (BATCH, PROMPT + TIME), generator=torch.Generator().manual_seed(0))
 
     def step(self, learning_rate: float = 1e-2) -> float:
         """One optimiser step on the mean of all tokens' negative log-probabilities; the gradients' norm."""
-        norm = None
-        for row in group.share_of(list(range(BATCH))):
+        rows = group.share_of(list(range(BATCH)))
+        for row in rows:
             ids = self._ids[row, None]
-            logprobs, _ = self.engine(ids, torch.ones_like(ids), TIME, 1.0)
-            self.engine.backward(-logprobs.sum() / (BATCH * TIME))
-            norm = self.engine.step(learning_rate)
-        assert norm is not None
-        return norm
+            logprobs, _ = self.engine(ids, torch.ones_like(ids), TIME, 1.0, False)
+            self.engine.backward(-logprobs.sum() / (BATCH * TIME), last=row == rows[-1])
+        return self.engine.step(learning_rate)
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights, on rank 0."""
@@ -141,12 +139,12 @@ def not_a_number(tiny: Path) -> dict[str, Any]:
     learner = Learner(tiny, None)
     before = learner.weights()
     ids = torch.full((1, PROMPT + TIME), 9)
-    loss = learner.engine(ids, torch.ones_like(ids), TIME, 1.0)[0].sum()
+    loss = learner.engine(ids, torch.ones_like(ids), TIME, 1.0, False)[0].sum()
     if group.rank() == group.world_size() - 1:
         loss = loss * float("nan")
     error = ""
     try:
-        learner.engine.backward(loss)
+        learner.engine.backward(loss, last=True)
     except DivergedError as diverged:
         error = diverged.what
     return {"error": error, "before": before, "after": learner.weights()}
@@ -217,11 +215,11 @@ def replica(tiny: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def experience_of(rollout: Rollout, logprobs: Tensor) -> Experience:
+def experience_of(sequences: Sequences, logprobs: Tensor) -> Experience:
     """The rollout with advantages that ask for something else: odd tokens are good, even ones bad."""
-    advantages = torch.where(rollout.ids[:, -rollout.time :] % 2 == 1, 1.0, -1.0)
+    advantages = torch.where(sequences.ids[:, -sequences.time :] % 2 == 1, 1.0, -1.0)
     zeros = torch.zeros_like(logprobs)
-    return Experience(rollout.ids, rollout.attention_mask, rollout.mask, logprobs, zeros, advantages, zeros)
+    return Experience.of(sequences, logprobs, zeros, zeros, advantages, zeros)
 
 
 def policies(tiny: Path, folder: Path) -> dict[str, Any]:
@@ -230,7 +228,7 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
     for form, lora in FORMS.items():
 
         def fresh(lora: LoraSettings | None = lora) -> TrainedPolicy:
-            training = Training(learning_rate=0.03, max_grad_norm=1.0, accumulation=1)
+            training = Training(learning_rate=0.03, max_grad_norm=1.0)
             return TrainedPolicy(tiny, "fp32", 1.0, 4, lora=lora, seed=0, training=training)
 
         policy = fresh()
@@ -238,9 +236,10 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
         # As many samples as two ranks can share evenly.
         batch = PromptBatch([*batch.prompts, "d"], [*batch.ids, [11, 12]], [*batch.samples, 3])
         rollout = roll_out(policy, batch, 0, 12)
-        reference = policy.reference_logprobs(rollout)
-        logprobs, entropies = policy.logprobs(rollout)
-        experience = experience_of(rollout, logprobs)
+        sequences = rollout.sequences
+        reference = policy.reference_logprobs(sequences)
+        logprobs, entropies = policy.logprobs_and_entropies(sequences)
+        experience = experience_of(sequences, logprobs)
         sums = [
             policy.update(minibatch, partial(clipped_policy_loss, clip=0.2), 0.03)
             for minibatch in [*experience.minibatches(1, 4, 0), *experience.minibatches(1, 4, 1)]
@@ -249,17 +248,17 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
         resumed = fresh()
         resumed.load(folder / f"policy-{form}")
         found[form] = {
-            "ids": rollout.ids,
+            "ids": sequences.ids,
             "mask": rollout.mask,
             "logprobs": logprobs,
             "entropies": entropies,
             "reference": reference,
-            "reference_after": policy.reference_logprobs(rollout),
-            "logprobs_after": policy.logprobs(rollout)[0],
+            "reference_after": policy.reference_logprobs(sequences),
+            "logprobs_after": policy.logprobs(sequences),
             "first_ratio": sums[0].mean_ratio,
             "tokens": sums[0].tokens,
-            "updated": roll_out(policy, batch, 0, 12).ids,
-            "resumed": roll_out(resumed, batch, 0, 12).ids,
+            "updated": roll_out(policy, batch, 0, 12).sequences.ids,
+            "resumed": roll_out(resumed, batch, 0, 12).sequences.ids,
         }
     return found
 

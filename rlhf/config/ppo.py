@@ -1,0 +1,166 @@
+"""Settings of PPO: docs/ppo.md has every equation, and the source of every default."""
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from rlhf.config.base import Settings, runtime, semantic
+from rlhf.config.rewards import RewardSettings, rewards_are_sound
+from rlhf.config.training import LoraSettings, Precision, SamplingSettings, WorkerSettings
+
+KlEstimator = Literal["k1", "k2", "k3"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+# What A2C is (Mnih et al. 2016, arXiv:1602.01783, without asynchrony), in the words of PPO: one update on each rollout,
+# at which the ratio is 1, so that there is nothing to clip.
+A2C = {"epochs": 1, "minibatches": 1, "policy_clip": None, "value_clip": None}
+
+
+class KlSettings(Settings):
+    """The penalty for drifting from the policy that PPO began with."""
+
+    coef: float = semantic(0.05, ge=0)
+    """β, reward per nat: the coefficient of the penalty (Ouyang et al. 2022, eq. 2); with ``target``, its first
+    value."""
+    estimator: KlEstimator = semantic("k1")
+    """Of a token's KL (Schulman 2020, "Approximating KL Divergence"): k1 the log-ratio, k2 half its square, k3 the one
+    that is unbiased and never negative."""
+    place: Literal["reward", "loss"] = semantic("reward")
+    """Where the penalty stands: in each token's reward, or as a term of the policy's loss (k2 or k3 only: the expected
+    gradient of k1 is 0 there)."""
+    target: float | None = semantic(None, gt=0)
+    """Mean KL in nats a response that β is adapted to (Ziegler et al. 2019, §2.2); null keeps β fixed. 6 is usual."""
+    horizon: int = semantic(10_000, ge=1)
+    """Responses over which β changes by up to a fifth towards the target."""
+    limit: float = semantic(200.0, gt=0)
+    """Mean KL in nats a response beyond which the run stops as diverged."""
+
+    @model_validator(mode="after")
+    def _loss_has_a_gradient(self) -> "KlSettings":
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "estimator k1 in the loss does nothing: its expected gradient is 0; "
+                "write estimator k2 or k3, or place reward"
+            )
+        if self.target is not None and self.coef == 0:
+            raise ValueError("coef 0 stays 0 however it is adapted to target; give coef a first value, such as 0.05")
+        return self
+
+
+class PtxSettings(Settings):
+    """Mixing the demonstrations' likelihood into the policy's loss (Ouyang et al. 2022, eq. 2, last term)."""
+
+    coef: float = semantic(0.0, ge=0)
+    """γ of Ouyang et al. 2022: weight of the mean negative log-likelihood of demonstrations; 0 for none."""
+    batch_size: int = semantic(16, ge=1)
+    """Demonstrations of an update, over all ranks."""
+    max_length: int = semantic(512, ge=8)
+    """Longest demonstration in tokens, prompt and completion together; what is longer is cut at the end and counted."""
+
+
+class PpoSettings(Settings):
+    """PPO with a KL penalty: docs/ppo.md has every equation."""
+
+    algorithm: Literal["ppo", "a2c"] = semantic("ppo")
+    """``a2c`` is the same loop with one update on each rollout and no clipping (Menick et al. 2022, arXiv:2203.11147;
+    Glaese et al. 2022, arXiv:2209.14375): it sets ``epochs`` and ``minibatches`` to 1, both clips to null."""
+    seed: int = semantic(0, ge=0)
+    """Seeds the prompts, the sampling and the minibatches."""
+    precision: Precision = semantic("fp32")
+    """``bf16`` keeps fp32 master weights of what is trained."""
+    lora: LoraSettings | None = semantic(None)
+    """Adapters for policy and value model; the reference is then the policy's weights with the adapter off."""
+    rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
+    """What scores responses; several are added up, each times its weight."""
+    iterations: int = semantic(100, ge=1)
+    """Rollouts, each followed by updates."""
+    rollouts: int = semantic(64, ge=2)
+    """Responses sampled per iteration, over all ranks."""
+    epochs: int = semantic(1, ge=1)
+    """Passes over each iteration's rollouts."""
+    minibatches: int = semantic(1, ge=1)
+    """Optimiser steps per epoch; divides ``rollouts``."""
+    sampling: SamplingSettings = semantic(SamplingSettings())
+    """How responses are sampled."""
+    kl: KlSettings = semantic(KlSettings())
+    """The KL penalty."""
+    score_clip: float | None = semantic(None, gt=0)
+    """Scores are clipped to this distance from 0, before any EOS penalty; null for none."""
+    missing_eos_penalty: float = semantic(1.0, ge=0)
+    """Subtracted from the score of a response that did not end within ``max_new_tokens``."""
+    missing_eos_score: float | None = semantic(None)
+    """Replaces the score of such a response instead (Ziegler et al. 2019; Huang et al. 2024 use -1); null subtracts
+    ``missing_eos_penalty``."""
+    whiten_rewards: bool = semantic(False)
+    """Scale the rewards of all tokens to variance 1, their mean kept (Ziegler et al. 2019)."""
+    discount: float = semantic(1.0, ge=0, le=1)
+    """γ of GAE (Schulman et al. 2015, arXiv:1506.02438, eq. 16)."""
+    gae_lambda: float = semantic(0.95, ge=0, le=1)
+    """λ of GAE."""
+    whiten_advantages: bool = semantic(True)
+    """Shift and scale advantages to mean 0 and variance 1 over the real tokens of all ranks."""
+    policy_clip: float | None = semantic(0.2, gt=0)
+    """ε of the clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7); null leaves the ratio as it is."""
+    value_clip: float | None = semantic(0.2, gt=0)
+    """How far a value may move from its old value before its loss is clipped; null leaves it unclipped."""
+    entropy_bonus: float = semantic(0.0, ge=0)
+    """Weight of the mean entropy a token, in nats, that is subtracted from the policy's loss (Schulman et al. 2017, eq.
+    9); 0 for none."""
+    early_stop_kl: float | None = semantic(None, gt=0)
+    """Approximate KL in nats a token: an update that finds more is the iteration's last (OpenAI's Spinning Up stops so
+    at 0.015); null for none."""
+    ptx: PtxSettings = semantic(PtxSettings())
+    """Mixing in the demonstrations."""
+    average_decay: float | None = semantic(None, gt=0, lt=1)
+    """Decay per update of an exponential moving average of the policy's weights; the result is then the average. 0.99
+    is usual; null exports the last weights."""
+    value_init: Literal["reward", "policy"] = semantic("reward")
+    """Whose weights the value model starts from, with a fresh head: the first reward model's, whose vocabulary must
+    then be the policy's, or the policy's."""
+    value_warmup: int = semantic(0, ge=0)
+    """First iterations in which the value model alone is trained."""
+    policy_learning_rate: float = semantic(1e-5, gt=0)
+    """Peak learning rate of the policy."""
+    value_learning_rate: float = semantic(1e-5, gt=0)
+    """Peak learning rate of the value model."""
+    schedule: Schedule = semantic("linear")
+    """How learning rates fall from their peaks: to 0 along a line or a half cosine, or not at all."""
+    warmup_fraction: float = semantic(0.0, ge=0, lt=1)
+    """Share of the updates over which learning rates first rise from 0 along a line."""
+    max_grad_norm: float = semantic(1.0, gt=0)
+    """Gradients of either model are scaled down to this norm."""
+    max_prompt_length: int = semantic(256, ge=1)
+    """Longest prompt in tokens; one longer stops the run before it starts."""
+    micro_batch_size: int = runtime(16, ge=1)
+    """Sequences of one forward pass of one rank."""
+    samples_kept: int = runtime(8, ge=0)
+    """Responses of each iteration that are written, with their scores, to ``samples.jsonl`` in the attempt."""
+    checkpoint_every: int = runtime(10, ge=1)
+    """Iterations between in-stage checkpoints."""
+    workers: WorkerSettings = runtime(WorkerSettings())
+    """The worker group."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _algorithm_fills_in(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("algorithm") == "a2c":
+            return A2C | values
+        return values
+
+    @model_validator(mode="after")
+    def _settings_fit_each_other(self) -> "PpoSettings":
+        if self.algorithm == "a2c":
+            for name, value in A2C.items():
+                if (found := getattr(self, name)) != value:
+                    wanted = "null" if value is None else value
+                    raise ValueError(f"algorithm a2c needs {name} {wanted}, and it is {found}; leave it out")
+        if self.rollouts % self.minibatches:
+            raise ValueError(f"rollouts {self.rollouts} is not a multiple of minibatches {self.minibatches}")
+        if self.value_warmup >= self.iterations:
+            raise ValueError(
+                f"value_warmup {self.value_warmup} leaves none of {self.iterations} iterations to the policy"
+            )
+        if self.value_init == "reward" and not any(reward.model for reward in self.rewards):
+            raise ValueError("value_init reward needs a reward model among rewards; write value_init: policy")
+        rewards_are_sound(self.rewards)
+        return self

@@ -1,0 +1,48 @@
+"""Demonstrations that are mixed into PPO's updates: which, is a function of the seed and the update alone."""
+
+from pathlib import Path
+
+import numpy as np
+
+from rlhf.config.ppo import PpoSettings, PtxSettings
+from rlhf.data.jsonl import read_rows
+from rlhf.models import text
+from rlhf.models.text import Tokenizer
+from rlhf.pipeline.context import Context
+from rlhf.rollout.experience import Minibatch, minibatch_of
+from rlhf.rollout.sequences import Sequences, lay_out
+
+
+class DemonstrationStream:
+    """Demonstrations in shuffled passes over a JSONL file."""
+
+    def __init__(self, file: Path, tokenizer: Tokenizer, settings: PtxSettings, seed: int) -> None:
+        rows = [text.demonstration_ids(tokenizer, row["prompt"], row["completion"]) for row in read_rows(file)]
+        # Cut at the end, prompts included: a prompt that fills the length leaves nothing to learn.
+        room = [(prompt, completion[: settings.max_length - len(prompt)]) for prompt, completion in rows]
+        kept = [(prompt, completion) for prompt, completion in room if completion]
+        self.cut = sum(len(prompt) + len(completion) > settings.max_length for prompt, completion in rows)
+        self._sequences: Sequences = lay_out(
+            [prompt for prompt, _ in kept], [completion for _, completion in kept], tokenizer.pad_token_id
+        )
+        self._settings, self._seed = settings, seed
+
+    @classmethod
+    def of(cls, context: Context[PpoSettings], tokenizer: Tokenizer) -> "DemonstrationStream | None":
+        """The stream that a run of PPO asks for, or None where it mixes nothing in."""
+        settings = context.settings
+        if not settings.ptx.coef:
+            return None
+        return cls(context.inputs["demonstrations"] / "train.jsonl", tokenizer, settings.ptx, settings.seed)
+
+    def minibatch(self, update: int, micro_batch_size: int) -> Minibatch[Sequences]:
+        """The demonstrations of an update, counted from 0."""
+        count, size = len(self._sequences.ids), self._settings.batch_size
+        places = range(update * size, (update + 1) * size)
+        # A stream of its own: prompts are drawn by [seed, pass].
+        orders = {
+            turn: np.random.default_rng([self._seed, turn, 1]).permutation(count)
+            for turn in {place // count for place in places}
+        }
+        rows = [int(orders[place // count][place % count]) for place in places]
+        return minibatch_of(self._sequences, rows, micro_batch_size)
