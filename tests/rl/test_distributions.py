@@ -36,6 +36,13 @@ def test_the_gradient_of_logprobs_is_that_of_finite_differences(seed: int, tempe
     assert torch.autograd.gradcheck(lambda z: logprobs_of(z, tokens, temperature), logits.requires_grad_())
 
 
+@given(seed=st.integers(0, 2**32), temperature=temperatures)
+def test_the_gradient_of_entropies_is_that_of_finite_differences(seed: int, temperature: float) -> None:
+    """It is what an entropy bonus follows."""
+    logits, _ = random_logits(seed)
+    assert torch.autograd.gradcheck(lambda z: entropy_from_logits(z, temperature), logits.requires_grad_())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_logprobs_are_as_exact_as_float32_whatever_the_model_s_precision(dtype: torch.dtype) -> None:
     """Only the logits are rounded, never the log-probability; the gradient comes back in the logits' type."""
@@ -75,8 +82,8 @@ def test_logits_under_padding_pass_no_gradient(junk: float) -> None:
     logits, tokens = random_logits(0)
     logits[:, 2] = junk
     logits.requires_grad_()
-    logprobs = logprobs_of(logits, tokens)
-    torch.where(torch.tensor([True, True, False]), logprobs, 0.0).sum().backward()
+    said = logprobs_of(logits, tokens) + entropy_from_logits(logits)
+    torch.where(torch.tensor([True, True, False]), said, 0.0).sum().backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
     assert not logits.grad[:, 2].any()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf.rl.losses import PolicySums, clipped_value_loss
+from rlhf.rl.losses import Penalties, PolicySums, clipped_value_loss, demonstration_loss
 from rlhf.rl.losses import clipped_policy_loss as whole_policy_loss
 from tests.rl.batches import JUNK, Batch, batches
 
@@ -138,3 +138,51 @@ def test_only_the_first_input_is_trained() -> None:
     assert new.grad is not None
     assert old.grad is None
     assert target.grad is None
+
+
+@given(batch=batches(min_length=1), junk=st.sampled_from(JUNK), kl=st.floats(0.01, 2), bonus=st.floats(0.01, 2))
+def test_penalties_add_kl_and_subtract_entropy(batch: Batch, junk: float, kl: float, bonus: float) -> None:
+    """Against sums over the real tokens; value and gradient do not see what lies under padding."""
+    tensors = [batch.tensor(junk=junk) for _ in range(4)]
+    logprobs, entropies = tensors[0].requires_grad_(), tensors[1].requires_grad_()
+    old, reference = tensors[0].detach().clone(), tensors[2]
+    none = torch.zeros_like(old)
+    penalties = Penalties(kl, "k2", bonus)
+    loss, sums = whole_policy_loss(
+        logprobs, entropies, old, reference, none, batch.mask, clip=0.2, num_tokens=5, penalties=penalties
+    )
+    loss.backward()
+    real = batch.mask
+    distance = torch.where(real, old - reference, 0.0)
+    kl_term, entropy_term = kl * distance.square().sum() / 2, -bonus * torch.where(real, entropies, 0.0).sum()
+    torch.testing.assert_close(loss, (kl_term + entropy_term) / 5)
+    torch.testing.assert_close(sums.kl_term, kl_term)
+    torch.testing.assert_close(sums.entropy_term, entropy_term.detach())
+    torch.testing.assert_close(logprobs.grad, kl * distance / 5)
+    torch.testing.assert_close(entropies.grad, torch.where(real, -bonus / 5, 0.0).double())
+
+
+@given(batch=batches(min_length=1), junk=st.sampled_from(JUNK))
+def test_without_clipping_the_losses_are_the_plain_ones(batch: Batch, junk: float) -> None:
+    """-r A and half the squared error, whatever the distance from the old ones; nothing counts as clipped."""
+    new, old, target = (batch.tensor(junk=junk) for _ in range(3))
+    loss, sums = clipped_policy_loss(new, old, target, batch.mask, clip=None, num_tokens=3)
+    real = batch.mask
+    torch.testing.assert_close(loss, -((new - old).exp() * target)[real].sum() / 3)
+    assert sums.clipped == 0
+    loss, sums = clipped_value_loss(new, old, target, batch.mask, clip=None, num_tokens=3)
+    torch.testing.assert_close(loss, (new - target)[real].square().sum() / 6)
+    assert sums.clipped == 0
+
+
+@given(batch=batches(min_length=1), junk=st.sampled_from(JUNK), coef=st.floats(0.01, 30))
+def test_demonstrations_add_their_negative_log_likelihood(batch: Batch, junk: float, coef: float) -> None:
+    """Weighted in the loss and its gradient, unweighted in what is reported; all other sums stay as they were."""
+    logprobs = batch.tensor(junk=junk).requires_grad_()
+    loss, sums = demonstration_loss(logprobs, batch.mask, coef=coef, num_tokens=6)
+    loss.backward()
+    mean = -logprobs.detach()[batch.mask].sum() / 6
+    torch.testing.assert_close(loss.detach(), coef * mean)
+    torch.testing.assert_close(sums.demonstrations, mean)
+    torch.testing.assert_close(logprobs.grad, torch.where(batch.mask, -coef / 6, 0.0).double())
+    assert not sums.to_tensor()[:-1].any()

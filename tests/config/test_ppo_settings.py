@@ -1,0 +1,62 @@
+"""What PPO's settings refuse, and what one of them fills in for the others."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.base import semantic_values
+from rlhf.config.loading import load_pipeline
+from rlhf.config.ppo import PpoSettings
+from rlhf.errors import SettingsError
+from rlhf.pipeline.stage import stages
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+def ppo(*overrides: str) -> PpoSettings:
+    config = load_pipeline(TINY, list(overrides), {name: stage.settings for name, stage in stages().items()})
+    settings = config.instances["ppo"].settings
+    assert isinstance(settings, PpoSettings)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ppo.kl.coef=-0.1", "ppo.kl.coef is -0.1 and must be a number of at least 0"),
+        ("ppo.gae_lambda=1.5", "ppo.gae_lambda is 1.5 and must be a number from 0 to 1"),
+        ("ppo.discount=-1", "ppo.discount is -1 and must be a number from 0 to 1"),
+        ("ppo.kl.estimator=k4", "one of k1, k2, k3"),
+        ("ppo.kl={place: loss}", "its expected gradient is 0"),
+        ("ppo.kl={coef: 0, target: 6}", "coef 0 stays 0"),
+        ("ppo.minibatches=3", "rollouts 64 is not a multiple of minibatches 3"),
+        ("ppo.value_warmup=30", "leaves none of 30 iterations"),
+        ("ppo.average_decay=1", "must be a number above 0 and below 1"),
+        ("ppo.algorithm=a2c", "algorithm a2c needs epochs 1, and it is 2"),
+        ("ppo.algorithm=a3c", "one of ppo, a2c"),
+        ("ppo.score_clip=0", "ppo.score_clip is 0 and must be a number above 0"),
+        ("ppo.entropy_bonu=0.1", "entropy_bonus"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_reason(override: str, words: str) -> None:
+    """Before anything runs, by the setting's name."""
+    with pytest.raises(SettingsError) as error:
+        ppo(override)
+    assert words in str(error.value)
+
+
+def test_a2c_fills_in_what_it_is() -> None:
+    """One update on each rollout and no clipping; all else as it is written."""
+    settings = PpoSettings.model_validate({"algorithm": "a2c", "rollouts": 32})
+    assert (settings.epochs, settings.minibatches) == (1, 1)
+    assert settings.policy_clip is None
+    assert settings.value_clip is None
+    assert settings.rollouts == 32
+
+
+def test_workers_and_micro_batches_are_in_no_key() -> None:
+    """Where and in which portions it runs changes no result, and which responses are kept to be read neither."""
+    plain = semantic_values(ppo())
+    same = ppo("ppo.workers.count=2", "ppo.micro_batch_size=7", "ppo.samples_kept=0", "ppo.checkpoint_every=3")
+    assert semantic_values(same) == plain
+    assert semantic_values(ppo("ppo.kl.target=6")) != plain

@@ -1,0 +1,82 @@
+import math
+
+import pytest
+import torch
+
+from rlhf.errors import DivergedError
+from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_health
+
+FIRST = {
+    "policy/approxkl_first": 0.0,
+    "objective/kl": 0.0,
+    "objective/kl_stderr": 0.1,
+    "val/num_eos_tokens": 60.0,
+    "length/mean": 20.0,
+    "length/max": 40.0,
+    "policy/entropy_avg": 2.0,
+}
+WATCHED = Watched(FIRST, "fp32", max_new_tokens=64, rollouts=64)
+HEALTHY = FIRST | {"objective/kl": 3.0, "policy/entropy_avg": 1.5, "length/mean": 30.0, "val/num_eos_tokens": 55.0}
+
+
+def test_a_healthy_run_raises_no_alarm() -> None:
+    """Neither in its first iteration nor in a later one; every alarm's metric is there, and 0."""
+    for now in (FIRST, HEALTHY):
+        assert alarms(now, WATCHED) == {}
+    assert set(alarm_metrics({}).values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("ratio", {"policy/approxkl_first": 1e-4}, "ratio was not 1"),
+        ("negative_kl", {"objective/kl": -0.5}, "negative beyond noise"),
+        ("eos", {"val/num_eos_tokens": 2.0}, "no longer end"),
+        ("length", {"length/mean": 63.0}, "grown to the limit"),
+        ("entropy", {"policy/entropy_avg": 0.1}, "entropy collapsed"),
+        ("score_range", {"score/out_of_range": 0.4}, "outside the range"),
+    ],
+)
+def test_each_symptom_raises_its_own_alarm(name: str, wrong: dict[str, float], words: str) -> None:
+    """One line that says what was seen, and a metric of 1."""
+    raised = alarms(HEALTHY | wrong, WATCHED)
+    assert list(raised) == [name]
+    assert words in raised[name]
+    assert alarm_metrics(raised)[f"alarm/{name}"] == 1.0
+
+
+def test_noise_is_no_alarm() -> None:
+    """A mean KL a little below 0, and bf16's rounding of the first ratio."""
+    assert not alarms(HEALTHY | {"objective/kl": -0.3}, WATCHED)
+    bf16 = Watched(FIRST, "bf16", max_new_tokens=64, rollouts=64)
+    assert not alarms(HEALTHY | {"policy/approxkl_first": 1.5e-4}, bf16)
+
+
+def test_what_was_so_from_the_start_is_no_alarm() -> None:
+    """A policy that never ended its responses, or always filled the limit, has not got worse."""
+    first = FIRST | {"val/num_eos_tokens": 0.0, "length/mean": 64.0}
+    assert not alarms(first, Watched(first, "fp32", max_new_tokens=64, rollouts=64))
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_stops_before_the_update_and_names_the_row(junk: float) -> None:
+    """On real tokens; under padding anything may lie."""
+    mask = torch.tensor([[True, True], [True, False]])
+    fine = torch.tensor([[0.0, 1.0], [2.0, junk]])
+    check_finite(mask, scores=torch.zeros(2), logprobs=fine)
+    with pytest.raises(DivergedError, match="values of 1 of 2 responses") as error:
+        check_finite(mask, values=torch.tensor([[0.0, 1.0], [junk, 0.0]]))
+    assert error.value.where == "response 1 of the iteration"
+    with pytest.raises(DivergedError, match="scores of 1 of 2"):
+        check_finite(mask, scores=torch.tensor([junk, 0.0]))
+
+
+def test_a_run_that_cannot_be_saved_stops() -> None:
+    """A mean KL beyond its limit, or one that is no number, and responses that are a lone EOS."""
+    check_health(HEALTHY, 200.0, 64)
+    for kl in (201.0, math.nan):
+        with pytest.raises(DivergedError, match="drifted"):
+            check_health(HEALTHY | {"objective/kl": kl}, 200.0, 64)
+    with pytest.raises(DivergedError, match="lone EOS"):
+        check_health(HEALTHY | {"length/mean": 1.0, "length/max": 1.0}, 200.0, 64)
+    check_health(HEALTHY | {"length/mean": 1.0, "length/max": 1.0}, 200.0, 1)
