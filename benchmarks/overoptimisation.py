@@ -1,0 +1,130 @@
+"""How far a reward model can be trusted: its score and an uninvolved judge's rating against KL, for three β.
+
+    python -m benchmarks.overoptimisation run [section.field=value ...]     hours on two cores, minutes on a GPU
+    python -m benchmarks.overoptimisation draw                              the picture; needs matplotlib
+
+Gao et al. 2022 (arXiv:2210.10760) found that the true reward rises with KL, turns, and falls, while the one that is
+optimised goes on rising. Here the optimised one is the quickstart's reward model, and the true one a judge fitted on
+ratings of other snippets by other people. Every iteration's rollouts give one point.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.config.loading import load_pipeline
+from rlhf.models.evaluation import judge_of
+from rlhf.pipeline.plan import plan
+from rlhf.pipeline.stage import stages
+from rlhf.store import Store
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+PIPELINE = Path("overoptimisation.yaml")
+RESULTS = Path("overoptimisation.json")
+PICTURE = Path(__file__).parents[1] / "docs" / "overoptimisation.svg"
+BETAS = (0.0, 0.05, 0.2)
+ROLLOUTS = 128
+PPO: dict[str, Any] = {
+    "uses": "ppo",
+    "precision": "bf16",
+    "lora": {"rank": 16, "alpha": 32},
+    "iterations": 100,
+    "rollouts": ROLLOUTS,
+    "minibatches": 2,
+    "sampling": {"temperature": 0.8, "max_new_tokens": 24},
+    "policy_learning_rate": 1.0e-3,
+    "value_learning_rate": 1.0e-3,
+    "max_prompt_length": 96,
+    "micro_batch_size": 64,
+    "samples_kept": ROLLOUTS,
+    "checkpoint_every": 20,
+}
+
+
+def name_of(beta: float) -> str:
+    """The instance of PPO with this β."""
+    return f"ppo-{beta:g}".replace(".", "_")
+
+
+def run(overrides: list[str]) -> None:
+    """Run PPO with each β on one SFT and one reward model, and write what every iteration's rollouts were worth."""
+    upstream = QUICKSTART.read_text().split("\nppo:")[0].replace("pipeline: quickstart", "pipeline: overoptimisation")
+    instances = {name_of(beta): PPO | {"kl": {"coef": beta, "limit": 1000.0}} for beta in BETAS}
+    PIPELINE.write_text(upstream + "\n" + "".join(f"{name}: {json.dumps(one)}\n" for name, one in instances.items()))
+    command = [sys.executable, "-m", "rlhf", "run", *instances, "--config", str(PIPELINE), *overrides]
+    subprocess.run(command, check=True)
+    write_results(overrides)
+
+
+def write_results(overrides: list[str]) -> None:
+    """Rate the rollouts of the committed runs."""
+    known = stages()
+    config = load_pipeline(PIPELINE, overrides, {name: stage.settings for name, stage in known.items()})
+    store = Store.open(config.store.uri)
+    planned = plan(config, known, store)
+    record = planned["data"].record
+    assert record is not None
+    folder = Path("overoptimisation-judge")
+    judge = judge_of(store.checkout(record.artifact, folder, "judge"))
+    curves: dict[str, list[dict[str, float]]] = {}
+    for beta in BETAS:
+        if (record := planned[name_of(beta)].record) is None:
+            continue
+        attempt = store.root / "work" / record.key / record.attempt
+        rows = [json.loads(line) for line in (attempt / "metrics.jsonl").read_text().splitlines()]
+        samples = [json.loads(line) for line in (attempt / "samples.jsonl").read_text().splitlines()]
+        texts: dict[int, list[str]] = {}
+        for one in samples:
+            texts.setdefault(one["step"], []).append(one["response"])
+        curves[f"{beta:g}"] = [
+            {
+                "kl": row["objective/kl"],
+                "score": row["objective/scores"],
+                "judge": float(np.mean(judge.rate(texts[row["step"]]))),
+                "seconds": row["time/rollout_s"] + row["time/score_s"] + row["time/train_s"],
+                "first_kl": row["policy/approxkl_first"],
+            }
+            for row in rows
+        ]
+    RESULTS.write_text(json.dumps(curves))
+
+
+def draw() -> None:
+    """Draw both curves of every β, smoothed over nine iterations, against the square root of KL."""
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports] - only this picture needs it
+
+    curves: dict[str, list[dict[str, float]]] = json.loads(RESULTS.read_text())
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+    kernel = np.ones(9) / 9
+    for beta, rows in curves.items():
+        distance = np.sqrt(np.maximum(np.convolve([row["kl"] for row in rows], kernel, "valid"), 0))
+        for axis, name in zip(axes, ("score", "judge"), strict=True):
+            axis.plot(distance, np.convolve([row[name] for row in rows], kernel, "valid"), label=f"β = {beta}")
+    axes[0].set(title="reward model, which is optimised", xlabel="√KL, √nats a response", ylabel="score, deviations")
+    axes[1].set(title="judge, which is not", xlabel="√KL, √nats a response", ylabel="rating, -4 to 4")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(PICTURE)
+
+
+def main() -> None:
+    """Run or draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("run", "draw"))
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    if arguments.what == "run":
+        run(arguments.overrides)
+    else:
+        draw()
+
+
+if __name__ == "__main__":
+    main()
