@@ -8,7 +8,14 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import PreflightError
-from rlhf.models.text import context_length, load_tokenizer, plain_text, prompt_ids
+from rlhf.models.text import (
+    check_same_tokens,
+    check_scored_length,
+    context_length,
+    load_tokenizer,
+    plain_text,
+    prompt_ids,
+)
 from rlhf.pipeline.context import Context
 from rlhf.rewards.endpoint import EndpointReward
 from rlhf.rewards.function import load_function
@@ -77,6 +84,8 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
             f"{context.stage}.rollouts",
             f"{context.stage}.rollouts={-(-settings.rollouts // multiple) * multiple}",
         )
+    if settings.value_init == "reward" and "reward" in context.inputs:
+        check_same_tokens(context.inputs["reward"], context.inputs["policy"], context.stage)
     tokenizer = load_tokenizer(context.inputs["policy"])
     PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     limit = context_length(context.inputs["policy"])
@@ -103,6 +112,9 @@ def _rewards_are_there(context: Context[PpoSettings] | Context[EvaluateSettings]
             load_function(reward.function)
         elif reward.endpoint is not None:
             EndpointReward(reward.endpoint).close()
+    for role, folder in context.inputs.items():
+        if role.startswith("reward"):
+            check_scored_length(folder)
 
 
 def _has_heldout(context: Context[SftSettings] | Context[RmSettings], role: str) -> None:
