@@ -6,7 +6,8 @@
     │   ├── RecordError             2    a row of the data is malformed
     │   └── PreflightError          2    the machine, model and data do not fit the settings
     ├── StageError                  1    a stage failed while it ran
-    │   └── DivergedError           1    training left the finite numbers, or the policy collapsed
+    │   ├── DivergedError           1    training left the finite numbers, or the policy collapsed
+    │   └── RewardError             1    a reward raised, was refused, or answered no scores
     ├── DamageError                 1    the store holds something that fails its digest
     ├── TryAgainError               75   nothing is wrong with the request; the world was not ready for it
     │   ├── DiskFullError           75
@@ -78,6 +79,10 @@ class StageError(RlhfError):
 
 class DivergedError(StageError):
     """Training left the finite numbers or the policy collapsed; never retried, never cached as done."""
+
+
+class RewardError(StageError):
+    """A reward raised, was refused, or answered no scores; never retried, since it would do so again."""
 
 
 class DamageError(RlhfError):

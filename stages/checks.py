@@ -5,11 +5,20 @@ trained, the one that it will be trained from.
 """
 
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import PreflightError
-from rlhf.models.text import context_length, load_tokenizer, plain_text, prompt_ids
+from rlhf.models.text import (
+    check_same_tokens,
+    check_scored_length,
+    context_length,
+    load_tokenizer,
+    plain_text,
+    prompt_ids,
+)
 from rlhf.pipeline.context import Context
+from rlhf.rewards.endpoint import EndpointReward
+from rlhf.rewards.function import load_function
 from rlhf.rollout.prompts import PromptStream
 
 
@@ -62,8 +71,11 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
 
 
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
-    """Do prompts and responses together fit the policy's context, and does the batch divide among the ranks?"""
+    """Do prompts and responses together fit the policy's context, does the batch divide among the ranks, and are the
+    rewards there?
+    """
     settings = context.settings
+    _rewards_are_there(context)
     ranks = settings.workers.count
     if settings.rollouts // settings.minibatches % ranks:
         multiple = settings.minibatches * ranks
@@ -72,6 +84,8 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
             f"{context.stage}.rollouts",
             f"{context.stage}.rollouts={-(-settings.rollouts // multiple) * multiple}",
         )
+    if settings.value_init == "reward" and "reward" in context.inputs:
+        check_same_tokens(context.inputs["reward"], context.inputs["policy"], context.stage)
     tokenizer = load_tokenizer(context.inputs["policy"])
     PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     limit = context_length(context.inputs["policy"])
@@ -84,6 +98,23 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
             f"{context.stage}.max_prompt_length={max(1, limit - settings.sampling.max_new_tokens)}",
         )
     return {}
+
+
+def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
+    """Are the rewards there?"""
+    _rewards_are_there(context)
+    return {}
+
+
+def _rewards_are_there(context: Context[PpoSettings] | Context[EvaluateSettings]) -> None:
+    for reward in context.settings.rewards:
+        if reward.function is not None:
+            load_function(reward.function)
+        elif reward.endpoint is not None:
+            EndpointReward(reward.endpoint).close()
+    for role, folder in context.inputs.items():
+        if role.startswith("reward"):
+            check_scored_length(folder)
 
 
 def _has_heldout(context: Context[SftSettings] | Context[RmSettings], role: str) -> None:

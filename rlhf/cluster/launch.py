@@ -10,9 +10,12 @@ from typing import Any
 from rlhf import errors
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.worker import RESULT, Call, Failure, perform_rank, perform_task, read_failures
-from rlhf.errors import DivergedError, RequestError, RlhfError, StageError
+from rlhf.errors import DivergedError, RequestError, RewardError, RlhfError, StageError
 
 POLL_SECONDS = 0.25
+
+# What would go wrong again from the same checkpoint, or has been tried often enough already.
+FINAL = (RequestError, DivergedError, RewardError, errors.TryAgainError)
 
 
 def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, float]:
@@ -54,7 +57,7 @@ def run_group(
         if failed is None:
             return _result(call.context.attempt)
         error = cause_of(call, failed)
-        if isinstance(error, RequestError | DivergedError | errors.TryAgainError) or attempt == max_failures:
+        if isinstance(error, FINAL) or attempt == max_failures:
             raise error from failed
         again = f"starting again from the newest checkpoint ({attempt + 1} of {max_failures})"
         say(f"{call.context.stage}: {error.what}; {again}")

@@ -4,12 +4,11 @@ from pathlib import Path
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings
-from rlhf.errors import PreflightError
 from rlhf.models import folders
 from rlhf.models.adapter_folders import is_adapter
 from rlhf.models.policy import FrozenPolicy, TrainedPolicy
 from rlhf.models.rewards import Rewards
-from rlhf.models.text import load_tokenizer
+from rlhf.models.text import check_same_tokens
 from rlhf.models.training import Training
 from rlhf.models.value import TrainedValue
 from rlhf.pipeline.context import Context
@@ -54,21 +53,6 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
         training=Training(settings.value_learning_rate, settings.max_grad_norm),
     )
     return policy, value, rewards
-
-
-def check_same_tokens(reward: Path, policy: Path, stage: str) -> None:
-    """Refuse to make a value model of a reward model that has another vocabulary than the policy.
-
-    Raises:
-        PreflightError: they have different tokenizers.
-    """
-    if load_tokenizer(reward).get_vocab() != load_tokenizer(policy).get_vocab():
-        raise PreflightError(
-            "the reward model and the policy have different tokenizers, "
-            "so the value model cannot start from the reward model",
-            f"{stage}.value_init",
-            f"{stage}.value_init=policy",
-        )
 
 
 def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, Rewards]:

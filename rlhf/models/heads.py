@@ -4,6 +4,7 @@ Shapes: ids and attention masks ``[batch, prompt + time]``, prompts padded on th
 ``[batch, time]``, float32.
 """
 
+import inspect
 import math
 from typing import Any
 
@@ -76,6 +77,30 @@ class SequenceScores(nn.Module):
         hidden = body(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         last = attention_mask.sum(-1) - 1
         return classifier.score(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()
+
+
+class OwnScores(nn.Module):
+    """A reward model that answers one score a text by its own forward pass: an encoder, whose head reads what it likes.
+
+    Texts are padded on the right.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        # Tokenizers give types to models that have none, or a single one for both texts.
+        takes = "token_type_ids" in inspect.signature(model.forward).parameters
+        self._typed = takes and (getattr(model.config, "type_vocab_size", None) or 0) > 1
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, types: Tensor) -> Tensor:
+        """Raw scores ``[batch]``; ``types`` ``[batch, time]`` are 0 in the first text and 1 in the second."""
+        named = {"token_type_ids": types} if self._typed else {}
+        return self.model(input_ids=ids, attention_mask=attention_mask, **named).logits.squeeze(-1).float()
+
+
+def scores_at_last_token(model: Any) -> bool:
+    """Whether a sequence classifier is a decoder's: a linear head ``score`` on the last token's state."""
+    return hasattr(classifier_of(model), "score")
 
 
 def classifier_of(model: Any) -> Any:

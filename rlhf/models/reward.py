@@ -10,27 +10,34 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.config.training import Precision
 from rlhf.models import folders, text
-from rlhf.models.heads import SequenceScores, initialise_head
+from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, scores_at_last_token
 from rlhf.models.text import Prompt, Tokenizer
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, Engine, gathered, sharded_loading
 
 
 def raw_scores(
-    model: Callable[[Tensor, Tensor], Tensor],
+    model: Callable[..., Tensor],
     tokenizer: Tokenizer,
     texts: Sequence[list[int]],
     micro_batch_size: int,
+    types: Sequence[list[int]] | None = None,
 ) -> Tensor:
-    """Raw scores ``[text]`` of rows of token ids, by a sharded :class:`SequenceScores`. A collective."""
+    """Raw scores ``[text]`` of rows of token ids. A collective.
+
+    model  a sharded :class:`SequenceScores`, or an :class:`OwnScores` where there are ``types``
+    types  each token's type, in rows as long as those of ``texts``
+    """
     # Longest first, so that little is padding and a lack of memory shows at once.
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
 
     def compute(rows: Tensor) -> Tensor:
         parts: list[Tensor] = []
         for part in rows.split(micro_batch_size):
-            ids, mask = text.pad([texts[order[row]] for row in part.tolist()], tokenizer.pad_token_id, "right")
-            parts.append(model(ids.to(group.device()), mask.to(group.device())))
+            which = [order[row] for row in part.tolist()]
+            ids, mask = text.pad([texts[index] for index in which], tokenizer.pad_token_id, "right")
+            given = [ids, mask] if types is None else [ids, mask, text.pad([types[i] for i in which], 0, "right")[0]]
+            parts.append(model(*(tensor.to(group.device()) for tensor in given)))
         return torch.cat(parts)
 
     scores = torch.empty(len(texts))
@@ -40,10 +47,14 @@ def raw_scores(
 
 
 class FrozenReward:
-    """A reward model's folder, scoring text: the policy may have another tokenizer.
+    """A reward model's folder, scoring text: the policy may have another tokenizer, and the reward model may be an
+    encoder.
 
     folder  a plain reward-model folder whose ``config.json`` has ``score_mean``, ``score_std`` and ``sees``, and may
             have ``score_low`` and ``score_high``: the range of the normalised scores that it gave people's responses
+
+    Raises:
+        PreflightError: it says that it scores longer texts than it takes, or its tokenizer lacks what it needs.
     """
 
     def __init__(self, folder: Path, precision: Precision, micro_batch_size: int) -> None:
@@ -53,19 +64,26 @@ class FrozenReward:
         self.range: tuple[float, float] | None = None if low is None or high is None else (low, high)
         self._alone = config["sees"] == "response"
         self._max_length = int(config["score_max_length"])
-        self.tokenizer = text.load_tokenizer(folder)
+        text.check_scored_length(folder)
         with sharded_loading(precision):
             model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPES[precision], num_labels=1)
-        self._engine = Engine(SequenceScores(model), precision)
+        self._decodes = scores_at_last_token(model)
+        self.tokenizer = text.load_tokenizer(folder) if self._decodes else text.load_encoder_tokenizer(folder)
+        self._engine = Engine(SequenceScores(model) if self._decodes else OwnScores(model), precision)
         self._micro_batch_size = micro_batch_size
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
         """Scores ``[sample]``: 0 is the demonstrations' mean, 1 their deviation. A collective."""
-        texts = [
-            text.scored_ids(self.tokenizer, None if self._alone else prompt, response, self._max_length)
-            for prompt, response in zip(prompts, responses, strict=True)
+        rows = [
+            (None if self._alone else prompt, response) for prompt, response in zip(prompts, responses, strict=True)
         ]
-        raw = raw_scores(self._engine, self.tokenizer, texts, self._micro_batch_size)
+        if self._decodes:
+            texts = [text.scored_ids(self.tokenizer, *row, self._max_length) for row in rows]
+            types = None
+        else:
+            both = [text.encoded(self.tokenizer, *row, self._max_length) for row in rows]
+            texts, types = [ids for ids, _ in both], [kinds for _, kinds in both]
+        raw = raw_scores(self._engine, self.tokenizer, texts, self._micro_batch_size, types)
         return (raw - self._mean) / self._deviation
 
 

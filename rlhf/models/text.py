@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf.errors import PreflightError
-from rlhf.models import folders
+from rlhf.models import folders, lengths
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -18,7 +18,7 @@ Tokenizer = Any
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model's folder, with an EOS token and a pad token distinct from it.
+    """The tokenizer of a decoder's folder, with an EOS token and a pad token distinct from it.
 
     Raises:
         PreflightError: there is no EOS token, or no special token that could serve as padding.
@@ -33,6 +33,47 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _spare_special_token(tokenizer, folder)
     return tokenizer
+
+
+def load_encoder_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of an encoder's folder, which need not have an EOS token: nothing is generated.
+
+    Raises:
+        PreflightError: there is no pad token, or the tokenizer is not one of the ``tokenizers`` package.
+    """
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token_id is None:
+        raise PreflightError(
+            "the tokenizer has no pad token",
+            str(folder / "tokenizer_config.json"),
+            "set pad_token in tokenizer_config.json",
+        )
+    if not tokenizer.is_fast:
+        raise PreflightError(
+            f"the tokenizer, a {type(tokenizer).__name__}, has no tokenizer.json, by which texts are cut",
+            str(folder),
+            "save it as a fast tokenizer",
+        )
+    # What tokenizer.json says of lengths is not asked for: texts are cut and padded here.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def check_same_tokens(reward: Path, policy: Path, stage: str) -> None:
+    """Refuse to make a value model of a reward model that has another vocabulary than the policy.
+
+    Raises:
+        PreflightError: they have different tokenizers.
+    """
+    one, other = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (reward, policy))
+    if one != other:
+        raise PreflightError(
+            "the reward model and the policy have different tokenizers, "
+            "so the value model cannot start from the reward model",
+            f"{stage}.value_init",
+            f"{stage}.value_init=policy",
+        )
 
 
 def _spare_special_token(tokenizer: Tokenizer, folder: Path) -> str:
@@ -95,6 +136,26 @@ def scored_ids(tokenizer: Tokenizer, prompt: Prompt | None, response: str, max_l
     return ids[-max_length:]
 
 
+def encoded(tokenizer: Tokenizer, prompt: Prompt | None, response: str, max_length: int) -> tuple[list[int], list[int]]:
+    """What an encoder reads, in the form that its tokenizer gives to one text or to two: ids and token types.
+
+    prompt  None for the response alone; messages are read as plain text, since encoders have no roles
+
+    Special tokens stay. What is too long is cut at its start, the prompt before the response.
+    """
+    backend = tokenizer.backend_tokenizer
+    after = backend.encode(response, add_special_tokens=False)
+    room = max(0, max_length - backend.num_special_tokens_to_add(prompt is not None))
+    after.truncate(room, direction="left")
+    if prompt is None:
+        whole = backend.post_process(after)
+    else:
+        before = backend.encode(plain_text(prompt), add_special_tokens=False)
+        before.truncate(room - len(after.ids), direction="left")
+        whole = backend.post_process(before, after)
+    return list(whole.ids), list(whole.type_ids)
+
+
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
     """Rows of ids as ``[batch, time]`` with their attention mask, padded on the ``left`` or ``right``."""
     width = max(1, *(len(row) for row in rows))
@@ -114,4 +175,19 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def context_length(folder: Path) -> int:
     """The longest sequence that a model's folder says it takes, in tokens."""
-    return int(folders.config_of(folder)["max_position_embeddings"])
+    return lengths.context_length(folders.config_of(folder))
+
+
+def check_scored_length(folder: Path) -> None:
+    """Refuse a reward model that would be given longer texts than it takes.
+
+    Raises:
+        PreflightError: its ``score_max_length`` is beyond its context.
+    """
+    wanted, limit = folders.config_of(folder).get("score_max_length", 0), context_length(folder)
+    if wanted > limit:
+        raise PreflightError(
+            f"the reward model's score_max_length is {wanted}, and its context is {limit} tokens",
+            str(folder / "config.json"),
+            f'set "score_max_length": {limit} there',
+        )

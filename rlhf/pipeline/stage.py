@@ -138,6 +138,7 @@ OURS = (
             | ({"judge": "data/judge"} if settings.judge else {})
         ),
         runs="workers",
+        preflight="stages.checks:evaluate",
         sources=lambda settings: reward_sources(settings.rewards),
     ),
 )

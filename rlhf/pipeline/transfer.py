@@ -1,14 +1,17 @@
 """Models in from elsewhere, and results out as folders that need no code of ours."""
 
 import json
+import math
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError
 from rlhf.models.adapter_folders import BASE, config_file, is_adapter
+from rlhf.models.lengths import UNBOUNDED, context_length
 from rlhf.pipeline.plan import IMPORT, Planned
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
@@ -69,14 +72,48 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
 
 def _check_reward_model(folder: Path) -> None:
     path = config_file(folder)
-    config = json.loads(path.read_text()) if path.exists() else {}
+    config: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    example = '"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512'
     missing = [name for name in ("score_mean", "score_std", "sees", "score_max_length") if name not in config]
     if missing:
         raise RequestError(
             f"the reward model's config.json lacks {', '.join(missing)}: PPO could not tell what its scores mean",
             str(path),
-            'add, for example, "score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512',
+            f"add, for example, {example}",
         )
+    limit = context_length(config)
+    right = {
+        "score_mean": _is_number(config["score_mean"]),
+        "score_std": _is_number(config["score_std"]) and config["score_std"] > 0,
+        "sees": config["sees"] in ("conversation", "response"),
+        "score_max_length": _is_number(config["score_max_length"]) and 8 <= config["score_max_length"] <= limit,
+    }
+    for name in (name for name, is_right in right.items() if not is_right):
+        longest = f"; its context is {limit} tokens" if name == "score_max_length" and limit < UNBOUNDED else ""
+        raise RequestError(
+            f"the reward model's {name} cannot be {config[name]!r}{longest}",
+            str(path),
+            f"set it as in this example: {example}",
+        )
+    # transformers would make a head of random numbers, and say so only in a log.
+    names = config.get("architectures") or []
+    if not is_adapter(folder) and not any("ForSequenceClassification" in name for name in names):
+        raise RequestError(
+            f"the folder holds no reward model but a {' and '.join(names) or 'model of unknown architecture'}",
+            str(path),
+            "import a model that AutoModelForSequenceClassification saved, with num_labels=1",
+        )
+    # Two labels are transformers' default, which its config.json leaves out.
+    if not is_adapter(folder) and (labels := len(config.get("id2label", "01"))) != 1:
+        raise RequestError(
+            f"the model answers {labels} numbers a text, and a reward model answers one",
+            str(path),
+            "import a model with num_labels=1",
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def export_artifact(one: Planned, target: Path, store: Store) -> Path:

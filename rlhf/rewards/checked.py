@@ -1,42 +1,58 @@
 """What a reward answered, believed only once it is one finite number a response."""
 
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
-from rlhf.errors import StageError
+from rlhf.errors import RewardError
+
+# Scores are added up in single precision, in which a larger number is infinite.
+LARGEST = 3.4e38
 
 
-def checked_scores(answer: Callable[[], Any], source: str, count: int) -> list[float]:
+def checked_scores(answer: Callable[[], Any], source: str, count: int, first: int = 0) -> list[float]:
     """Call ``answer`` and take its scores.
 
     source  the reward's name, for messages
     count   how many responses it was asked about
+    first   the row, in the whole batch, of the first of them
 
     Raises:
-        StageError: it raised, or did not answer ``count`` finite numbers; the message names the first bad row.
+        RewardError: it raised, or did not answer ``count`` finite numbers; the message names the first bad row.
     """
+    rows = f"{source}, rows {first} to {first + count - 1}"
     try:
         answered = answer()
-    except Exception as error:
-        raise StageError(
-            f"the reward raised {type(error).__name__}: {error}", source, "correct it; the run then goes on"
+        # A generator runs the reward's code only here. Text is refused as a whole: its letters are no scores.
+        scores = list(answered) if hasattr(answered, "__iter__") and not isinstance(answered, str | bytes) else None
+    except (Exception, SystemExit) as error:
+        raise RewardError(
+            f"the reward raised {type(error).__name__}: {_shortened(str(error))}", rows, "correct the reward"
         ) from error
-    try:
-        scores = list(answered)
-    except TypeError:
+    if scores is None:
         kind = type(answered).__name__
-        raise StageError(f"the reward answered {kind}, and no list of scores", source, "return a list") from None
+        raise RewardError(f"the reward answered {kind}, and no list of scores", rows, "return a list of numbers")
     if len(scores) != count:
-        raise StageError(
-            f"the reward answered {len(scores)} scores for {count} responses", source, "return one score a response"
+        raise RewardError(
+            f"the reward answered {len(scores)} scores for {count} responses", rows, "return one score a response"
         )
-    for row, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
-            raise StageError(
-                f"the reward's score of response {row} is {score!r}, and no finite number",
+    for row, score in enumerate(scores, start=first):
+        if not _is_finite(score):
+            raise RewardError(
+                f"the reward's score of response {row} is {_shortened(repr(score))}, and no finite number",
                 f"{source}, row {row}",
                 "return finite numbers only",
             )
     return [float(score) for score in scores]
+
+
+def _is_finite(score: Any) -> bool:
+    # Real takes in numpy's numbers, and also Python's truth values, which are no scores.
+    if isinstance(score, bool) or not isinstance(score, Real):
+        return False
+    size: Any = abs(score)
+    return bool(size <= LARGEST)
+
+
+def _shortened(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

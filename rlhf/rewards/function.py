@@ -1,6 +1,9 @@
 """A reward that is a Python function of the user's: ``reward(prompts, responses) -> list[float]``."""
 
+import hashlib
 import importlib.util
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ class FunctionReward:
         """One score a response.
 
         Raises:
-            StageError: the function raised, or answered something else than one finite number a response.
+            RewardError: the function raised, or answered something else than one finite number a response.
         """
         return checked_scores(lambda: self._function(list(prompts), list(responses)), self._named, len(responses))
 
@@ -29,17 +32,23 @@ def load_function(named: str) -> Callable[..., Any]:
     """Import the file, under a name of its own, and pick the function.
 
     Raises:
-        PreflightError: there is no such file or function, or the file cannot be imported.
+        PreflightError: there is no such file or function, the file cannot be imported, or the function does not take
+            prompts and responses.
     """
     file, _, name = named.rpartition(":")
     path = Path(file).expanduser().absolute()
-    spec = importlib.util.spec_from_file_location(f"rlhf_reward_{path.stem}", path)
+    # Its place is part of the name: files of two folders may be called alike.
+    module_name = f"rlhf_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise PreflightError(f"there is no file {file} with a reward function", str(path), "correct its path")
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickle look their module up there.
+    sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        del sys.modules[module_name]
         raise PreflightError(
             f"the file with the reward function cannot be imported: {type(error).__name__}: {error}",
             str(path),
@@ -48,4 +57,18 @@ def load_function(named: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise PreflightError(f"{file} has no function {name}", str(path), f"define {name}(prompts, responses) there")
+    if not _takes_two(function):
+        raise PreflightError(
+            f"{name} cannot be called with prompts and responses", str(path), f"define {name}(prompts, responses)"
+        )
     return function
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind([], [])
+    except TypeError:
+        return False
+    except ValueError:  # written in C without a signature: the first call tells
+        return True
+    return True

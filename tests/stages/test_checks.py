@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.rewards import EndpointSettings, RewardSettings
+from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
 from rlhf.errors import PreflightError
 from rlhf.pipeline.context import Context
 from stages import checks
@@ -57,3 +59,25 @@ def test_a_length_beyond_the_models_context_is_refused(base: Path, tmp_path: Pat
     with pytest.raises(PreflightError, match="context is 64 tokens") as error:
         checks.sft(context(SftSettings(max_length=65), base, tmp_path, "demonstrations", [DEMONSTRATION], []))
     assert error.value.next_step == "stage.max_length=64"
+
+
+def test_a_reward_that_is_not_there_is_refused_before_any_rank_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By both stages that score: a function without its file, and a service without its token."""
+    monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
+    endpoint = EndpointSettings(url="http://localhost:1/", token_variable="NO_SUCH_TOKEN")
+    for said, reward in {
+        "there is no file": RewardSettings(function=f"{tmp_path / 'gone.py'}:reward"),
+        "NO_SUCH_TOKEN": RewardSettings(endpoint=endpoint),
+    }.items():
+        ppo: Context[Any] = Context(
+            "ppo", "key", PpoSettings(rewards=[reward], value_init="policy"), {}, tmp_path, tmp_path, tmp_path
+        )
+        with pytest.raises(PreflightError, match=said):
+            checks.ppo(ppo)
+        evaluate: Context[Any] = Context(
+            "evaluate", "key", EvaluateSettings(rewards=[reward]), {}, tmp_path, tmp_path, tmp_path
+        )
+        with pytest.raises(PreflightError, match=said):
+            checks.evaluate(evaluate)

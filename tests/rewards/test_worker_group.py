@@ -1,0 +1,63 @@
+"""Rewards in a worker group of two ranks, which Ray Train supervises."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.cluster.launch import run_group
+from rlhf.cluster.session import Session
+from rlhf.cluster.worker import Call
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.rewards import RewardSettings
+from rlhf.errors import RewardError
+from rlhf.models.rewards import Rewards
+from rlhf.pipeline.context import Context
+from rlhf.zero import checkpoints, group
+
+pytestmark = [
+    pytest.mark.slow,
+    # Ray Train's own use of what Ray Data deprecates.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets of dead actors to the collector
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+FILE = Path(__file__).parent / "functions.py"
+
+
+def score_after_a_checkpoint(context: Context[PpoSettings]) -> dict[str, float]:
+    """What PPO does, in short: a good iteration, its checkpoint, and one in which the second reward fails."""
+    good, bad = (Rewards([one], {}, "fp32", 4) for one in context.settings.rewards)
+    assert good.score(["a", "b"], ["x", "yy"]).tolist() == [1.0, 2.0]
+    checkpoint = checkpoints.path_of(context.attempt, 1)
+    if group.is_main():
+        checkpoint.mkdir(parents=True)
+    group.barrier()
+    (checkpoint / f"shard-{group.rank()}").write_text("kept")
+    checkpoints.mark_complete(checkpoint)
+    bad.score(["a", "b"], ["x", "yy"])
+    raise AssertionError("a reward of NaN was taken")
+
+
+def test_a_failed_reward_ends_all_ranks_at_once_and_is_not_tried_again(session: Session, tmp_path: Path) -> None:
+    """Every rank hears of it, so that none waits for another; the checkpoint before it can be gone on from."""
+    (tmp_path / "output").mkdir()
+    rewards = [RewardSettings(function=f"{FILE}:{name}") for name in ("lengths", "nan_second")]
+    settings = PpoSettings(rewards=rewards, value_init="policy")
+    context: Context[Any] = Context("ppo", "key", settings, {}, tmp_path / "output", tmp_path, tmp_path, (tmp_path,))
+    said: list[str] = []
+    with pytest.raises(RewardError, match="response 1 is nan") as caught:
+        run_group(
+            Call("tests.rewards.test_worker_group:score_after_a_checkpoint", context, timeout_minutes=2),
+            session.resources().per_rank("ppo", 2, 1, None),
+            3,
+            lambda: None,
+            said.append,
+        )
+    assert caught.value.where == f"{FILE}:nan_second, row 1"
+    assert said == []
+    assert [file.name for file in sorted(tmp_path.glob("failure-*.json"))] == ["failure-0.json", "failure-1.json"]
+    newest = checkpoints.newest_complete([tmp_path])
+    assert newest is not None
+    assert newest.name == "checkpoint-1"
