@@ -62,8 +62,13 @@ class Comparison:
 
     def worst(self, other: "Comparison") -> "Comparison":
         """Both recordings in one row."""
-        adjusted = None if self.adjusted is None or other.adjusted is None else max(self.adjusted, other.adjusted)
-        return Comparison(self.quantity, max(self.defined, other.defined), adjusted, self.why)
+        adjusted = None if self.adjusted is None or other.adjusted is None else larger(self.adjusted, other.adjusted)
+        return Comparison(self.quantity, larger(self.defined, other.defined), adjusted, self.why)
+
+
+def larger(one: float, other: float) -> float:
+    """The larger of two, NaN if either is: Python's max drops a NaN that comes second."""
+    return torch.tensor([one, other], dtype=torch.float64).max().item()
 
 
 def same(quantity: str, ours: Tensor, theirs: Tensor) -> Comparison:
