@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from rlhf.errors import PreflightError
-from rlhf.models import folders
+from rlhf.models.adapter_folders import config_file
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -114,4 +114,6 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def context_length(folder: Path) -> int:
     """The longest sequence that a model's folder says it takes, in tokens."""
-    return int(folders.config_of(folder)["max_position_embeddings"])
+    # Read by transformers, because architectures have names of their own for it: GPT-2's is n_positions.
+    config = AutoConfig.from_pretrained(config_file(folder).parent)
+    return int(config.get_text_config().max_position_embeddings)
