@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from rlhf.errors import PreflightError
 from rlhf.models import text
@@ -101,6 +101,12 @@ def test_a_string_is_one_message_of_the_user(tiny: Path) -> None:
 def test_the_context_is_what_the_folder_says(tiny: Path) -> None:
     """The length that preflights compare with."""
     assert text.context_length(tiny) == json.loads((tiny / "config.json").read_text())["max_position_embeddings"] == 64
+
+
+def test_the_context_is_known_by_every_name(tmp_path: Path) -> None:
+    """GPT-2 calls it n_positions."""
+    GPT2Config(n_positions=48).save_pretrained(tmp_path)
+    assert text.context_length(tmp_path) == 48
 
 
 def test_an_empty_prompt_pads_to_one_column() -> None:

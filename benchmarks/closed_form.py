@@ -1,0 +1,99 @@
+"""PPO where the optimum is known: ``python -m benchmarks.closed_form [--folder FOLDER]``.
+
+A tiny GPT-2 with five tokens answers with one token (a bandit) or with three (a chain), so that all its responses can
+be listed, and with them the optimal policy (:mod:`benchmarks.exact`). For each case and β: the total variation distance
+to it of the policy that ppo exports. The exit status is 1 if one is more than 0.02.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import arms
+from benchmarks.exact import Reward, distance_to_optimum
+from benchmarks.pipelines import Pipeline, function, opened, write_rows
+from benchmarks.tiny_models import save_gpt2
+
+BETAS = (0.3, 0.5, 1.0)
+LARGEST_DISTANCE = 0.02
+PROMPT = "x"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to learn, and how the penalty enters."""
+
+    name: str
+    reward: Reward
+    limit: int
+    """Longest response, in tokens."""
+    overrides: tuple[str, ...]
+
+
+CASES = (
+    Case("bandit, k1 in the reward", arms.bandit, 1, ()),
+    # The gradient of k2 is that of the KL for responses of the present policy only: one update on each rollout.
+    Case("bandit, k2 in the loss", arms.bandit, 1, ("ppo.kl.place=loss", "ppo.kl.estimator=k2")),
+    Case(
+        "chain, k1 in the reward",
+        arms.chain,
+        3,
+        ("ppo.epochs=4", "ppo.iterations=200", "ppo.rollouts=512", "ppo.policy_learning_rate=5e-3"),
+    ),
+)
+
+
+def save_reference(folder: Path) -> None:
+    """A model of a prompt and two arms that prefers some of its five tokens to others, and knows what came before."""
+    save_gpt2(f"{PROMPT}ab", folder, layers=1, width=32, heads=2, context=16, spread=0.3, seed=6)
+
+
+def inputs(folder: Path) -> list[str]:
+    """Write the reference and the sources; the overrides that name them."""
+    sources = {
+        "prompts": {"prompt": PROMPT},
+        # The data stage wants some; nothing here reads them.
+        "demonstrations": {"prompt": PROMPT, "completion": "a"},
+        "comparisons": {"prompt": PROMPT, "chosen": "a", "rejected": "b"},
+    }
+    files = {kind: write_rows(folder / f"{kind}.jsonl", [row]) for kind, row in sources.items()}
+    save_reference(folder / "reference")
+    return [*(f"data.{kind}={file}" for kind, file in files.items()), f"model.base={folder / 'reference'}"]
+
+
+def distance(pipeline: Pipeline, case: Case, beta: float, sources: list[str]) -> float:
+    """Train, and measure how far from the optimum."""
+    overrides = [
+        *sources,
+        f"ppo.rewards={function('arms.py', case.reward.__name__)}",
+        f"ppo.sampling.max_new_tokens={case.limit}",
+        f"ppo.kl.coef={beta}",
+        *case.overrides,
+    ]
+    reference, policy = pipeline.run(overrides, "model", "ppo")
+    return distance_to_optimum(policy, reference, PROMPT, case.limit, case.reward, beta)
+
+
+def main() -> int:
+    """Run all cases and print what was measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, help="where results are kept; nowhere if not given")
+    arguments = parser.parse_args()
+    missed = 0
+    with opened(Path(__file__).with_suffix(".yaml"), arguments.folder) as pipeline:
+        sources = inputs(pipeline.folder / "inputs")
+        for case in CASES:
+            for beta in BETAS:
+                start = time.monotonic()
+                found = distance(pipeline, case, beta, sources)
+                missed += found > LARGEST_DISTANCE
+                verdict = "" if found <= LARGEST_DISTANCE else f"  missed: at most {LARGEST_DISTANCE}"
+                seconds = time.monotonic() - start
+                print(f"{case.name}  β {beta}  total variation {found:.4f}  ({seconds:.0f} s){verdict}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

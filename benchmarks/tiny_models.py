@@ -1,0 +1,48 @@
+"""Small models made from nothing, with a token for each letter."""
+
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import decoders, models
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from rlhf.models.text import Tokenizer
+
+PAD, EOS = "<pad>", "<eos>"
+
+
+def save_letter_tokenizer(letters: str, folder: Path) -> Tokenizer:
+    """A tokenizer that knows the letters, padding (id 0) and EOS (id 1), and no chat template."""
+    # Byte-pair encoding with no pair to merge is a token for each letter.
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *letters])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    wrapped: Tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def save_gpt2(
+    letters: str, folder: Path, *, layers: int, width: int, heads: int, context: int, spread: float, seed: int = 0
+) -> None:
+    """A GPT-2 with random weights and its letter tokenizer, as a folder for ``model.base``.
+
+    spread  standard deviation of the weights; GPT-2's is 0.02. A large one makes a model with opinions
+    """
+    tokenizer = save_letter_tokenizer(letters, folder)
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=context,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            initializer_range=spread,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.save_pretrained(folder)
