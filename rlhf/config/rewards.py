@@ -59,11 +59,11 @@ class RewardSettings(Settings):
     of the key."""
     endpoint: EndpointSettings | None = semantic(None)
     """A service that scores."""
-    weight: float = semantic(1.0)
+    weight: float = semantic(1.0, allow_inf_nan=False)
     """What the score is multiplied by before it is added to the others'."""
-    mean: float = semantic(0.0)
+    mean: float = semantic(0.0, allow_inf_nan=False)
     """Subtracted from a function's or endpoint's scores; a reward model has a normaliser of its own."""
-    std: float = semantic(1.0, gt=0)
+    std: float = semantic(1.0, gt=0, allow_inf_nan=False)
     """What they are then divided by."""
 
     @model_validator(mode="before")

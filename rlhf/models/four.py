@@ -40,7 +40,9 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     )
     rewards = load_rewards(context, size)
     if settings.value_init == "reward":
-        value_folder = plain_folder(context.inputs["reward"], context.attempt / "reward", settings, scores=True)
+        value_folder = plain_folder(
+            context.inputs["reward"], context.attempt / "reward" / "reward", settings, scores=True
+        )
         check_same_tokens(context.inputs["reward"], policy_folder, context.stage)
     else:
         value_folder = policy_folder
@@ -70,7 +72,7 @@ def load_rewards(context: Context[PpoSettings] | Context[EvaluateSettings], micr
     """Load what scores responses. A collective."""
     settings = context.settings
     folders_of_models = {
-        role: plain_folder(folder, context.attempt / role, settings, scores=True)
+        role: plain_folder(folder, context.attempt / "reward" / role, settings, scores=True)
         for role, folder in context.inputs.items()
         if role.startswith("reward")
     }
