@@ -176,6 +176,10 @@ class TrainedPolicy(FrozenPolicy):
             self._average.update()
         return sums
 
+    def checkpoint_bytes(self) -> int:
+        """About what all ranks write in :meth:`save`."""
+        return self._engine.checkpoint_bytes() + (self._average.checkpoint_bytes() if self._average else 0)
+
     def save(self, checkpoint: Path) -> None:
         """Write the trained weights, the optimiser's state and the moving average. A collective."""
         self._engine.save(checkpoint, "policy")

@@ -73,6 +73,10 @@ class TrainedValue:
         measures = [partial(measure, part) for part in minibatch.parts]
         return ValueSums.from_tensor(self._training.update(self._engine, measures, learning_rate))
 
+    def checkpoint_bytes(self) -> int:
+        """About what all ranks write in :meth:`save`."""
+        return self._engine.checkpoint_bytes()
+
     def save(self, checkpoint: Path) -> None:
         """Write the trained weights and the optimiser's state. A collective."""
         self._engine.save(checkpoint, "value")

@@ -33,6 +33,10 @@ class MovingAverage:
         """The averaged weights by name, whole and on the CPU, on rank 0; empty on the other ranks. A collective."""
         return whole_from_shards(self._module, self._shards)
 
+    def checkpoint_bytes(self) -> int:
+        """About what all ranks write in :meth:`save`."""
+        return group.world_size() * sum(shard.nbytes for shard in self._shards.values())
+
     def save(self, checkpoint: Path) -> None:
         """Write this rank's shards."""
         save_file({name: shard.cpu() for name, shard in self._shards.items()}, self._file(checkpoint))

@@ -5,18 +5,23 @@ rank 0 writes ``complete.json``, which has their number and lists every file wit
 a file that is missing or of another size, was cut off and is never read.
 """
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import PreflightError
+from rlhf.errors import DiskFullError, PreflightError
 from rlhf.pipeline.context import Context
 from rlhf.zero import group
 
 MARKER = "complete.json"
 KEPT = 2
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def path_of(attempt: Path, step: int) -> Path:
@@ -70,25 +75,88 @@ def _marker(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MARKER).read_text())
 
 
+@contextmanager
+def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
+    """Inside, every rank writes its part of a step's checkpoint into the folder it is given; afterwards that counts.
+
+    A collective, to enter and to leave.
+
+    estimate  bytes that all ranks will write, believed only while no checkpoint of this key tells better
+
+    Raises:
+        DiskFullError: on every rank, before anything is written, where there is not that much room; on the rank that
+            found none, where the room ran out in the middle. What was complete stays, and what was begun is removed.
+    """
+    checkpoint = path_of(context.attempt, step)
+    needed = group.from_main(lambda: _make_room(checkpoint, context.attempts, estimate))
+    try:
+        yield checkpoint
+        mark_complete(checkpoint)
+    except Exception as error:
+        written, free = _size(checkpoint), shutil.disk_usage(context.attempt).free
+        if not (_says_no_room(error) or free < needed - written):
+            raise
+        # Its room is needed to tell of the failure, and for the next try.
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise _disk_full(checkpoint, needed, free + written) from error
+
+
+def _make_room(checkpoint: Path, attempts: Sequence[Path], estimate: int) -> int:
+    """Empty the checkpoint's folder; the bytes that are needed, which there are."""
+    # What a killed group left half-written must not pass for a part of what is written now.
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    earlier = newest_complete([*attempts, checkpoint.parents[1]])
+    needed = estimate if earlier is None else _size(earlier)
+    free = shutil.disk_usage(checkpoint.parents[1]).free
+    if free < needed:
+        raise _disk_full(checkpoint, needed, free)
+    checkpoint.mkdir(parents=True)
+    return needed
+
+
+def _disk_full(checkpoint: Path, needed: int, free: int) -> DiskFullError:
+    return DiskFullError(
+        f"no room for the checkpoint of step {step_of(checkpoint)}: {needed / 1e6:,.1f} MB needed, "
+        f"{free / 1e6:,.1f} MB free",
+        str(checkpoint.parent),
+        "free some space and run the same command again: it goes on from the newest complete checkpoint",
+    )
+
+
+def _says_no_room(error: BaseException | None) -> bool:
+    while error is not None:
+        # safetensors tells in words only.
+        if getattr(error, "errno", None) in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _size(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+
+
 def mark_complete(checkpoint: Path) -> None:
     """Make a checkpoint that all ranks have written count, then sweep older and half-written ones of its attempt.
 
     A collective: every rank must call it after its own writes.
     """
     group.barrier()
-    if group.is_main():
-        sizes: dict[str, int] = {}
-        for path in sorted(checkpoint.rglob("*")):
-            if path.is_file():
-                _sync(path)
-                sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
-        temporary = checkpoint / f".{MARKER}"
-        temporary.write_text(json.dumps({"ranks": group.world_size(), "sizes": sizes}))
-        _sync(temporary)
-        temporary.replace(checkpoint / MARKER)
-        _sync(checkpoint)
-        _sweep(checkpoint)
-    group.barrier()
+    group.from_main(lambda: _mark_complete(checkpoint))
+
+
+def _mark_complete(checkpoint: Path) -> None:
+    sizes: dict[str, int] = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file():
+            _sync(path)
+            sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
+    temporary = checkpoint / f".{MARKER}"
+    temporary.write_text(json.dumps({"ranks": group.world_size(), "sizes": sizes}))
+    _sync(temporary)
+    temporary.replace(checkpoint / MARKER)
+    _sync(checkpoint)
+    _sweep(checkpoint)
 
 
 def _sweep(newest: Path) -> None:

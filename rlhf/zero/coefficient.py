@@ -30,6 +30,10 @@ class KlCoefficient:
         if self._settings.target is not None:
             self.value = adapted_coefficient(self.value, kl, self._settings.target, self._settings.horizon, responses)
 
+    def checkpoint_bytes(self) -> int:
+        """About what :meth:`save` writes."""
+        return 64
+
     def save(self, checkpoint: Path) -> None:
         """Write the coefficient."""
         if group.is_main():

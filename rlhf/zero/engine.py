@@ -133,6 +133,10 @@ class Engine:
             )
         return norm
 
+    def checkpoint_bytes(self) -> int:
+        """About what all ranks write in :meth:`save`."""
+        return checkpoint_bytes(self.module)
+
     def save(self, folder: Path, name: str) -> None:
         """Write this rank's shards of the weights that train and of the optimiser's state."""
         self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
@@ -140,6 +144,15 @@ class Engine:
     def load(self, folder: Path, name: str) -> None:
         """Read what :meth:`save` wrote; the weights that do not train stay as they are."""
         self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+
+
+def checkpoint_bytes(module: nn.Module) -> int:
+    """About how many bytes all ranks write of a module that trains: its weights, in fp32 too, and Adam's two moments.
+
+    module  under ZeRO-3 already
+    """
+    trained: list[Any] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return sum(parameter.ds_numel * (parameter.element_size() + 3 * 4) for parameter in trained)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ They bring the loss, the data order and exact resumption; we bring the process g
 ignored, and metrics that go where all others go.
 """
 
+import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +28,12 @@ from rlhf.models.reward import raw_scores
 from rlhf.models.text import Tokenizer
 from rlhf.pipeline.context import Context
 from rlhf.zero import checkpoints, group
-from rlhf.zero.engine import mark_leaves, whole_weights, zero3_config
+from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3_config
 from rlhf.zero.journal import Journal
 
 TrainingSettings = SftSettings | RmSettings
+
+TOKENS = "tokens.json"
 
 
 def common_arguments(context: Context[Any], settings: TrainingSettings) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def _bf16_anywhere() -> Generator[None]:
 
 
 class Reports(TrainerCallback):
-    """Marks checkpoints complete, and carries the trainer's logs to the journal."""
+    """Carries the trainer's logs to the journal."""
 
     def __init__(self, context: Context[Any], shown: tuple[str, ...]) -> None:
         self._context, self._shown = context, shown
@@ -113,19 +116,56 @@ class Reports(TrainerCallback):
         if self.journal is not None:
             self.journal.finish()
 
-    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Let the checkpoint count, once every rank has written its part."""
-        checkpoints.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
 
 def _renamed(name: str) -> str:
     return {"learning_rate": "lr"}.get(name, name)
 
 
 def train(trainer: Any, context: Context[Any]) -> None:
-    """Train from the newest complete checkpoint, or from the start."""
+    """Train from the newest complete checkpoint, or from the start.
+
+    Raises:
+        DiskFullError: there is no room for a checkpoint; those before it stay.
+    """
     newest = checkpoints.checkpoint_to_resume(context)
+    if newest is not None:
+        trainer.go_on_counting(newest)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+
+
+class _Checkpointed:
+    """What TRL's trainers are told of checkpoints: they need room, are complete or ignored, and hold all that counts.
+
+    It stands before the trainer among a class's bases.
+    """
+
+    state: Any
+    model: Any
+    _total_train_tokens: int
+
+    def __init__(self, context: Context[Any], **trainer: Any) -> None:
+        self._context = context
+        super().__init__(**trainer)
+
+    def go_on_counting(self, checkpoint: Path) -> None:
+        """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
+        self._total_train_tokens = json.loads((checkpoint / TOKENS).read_text())["tokens"]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        above: Any = super()
+        estimate = checkpoint_bytes(self.model)
+        with checkpoints.writing(self._context, self.state.global_step, estimate) as checkpoint:
+            above._save_checkpoint(model, trial)
+            if group.is_main():
+                (checkpoint / TOKENS).write_text(json.dumps({"tokens": self._total_train_tokens}))
+
+
+class _SftTrainer(_Checkpointed, SFTTrainer):
+    pass
+
+
+class _RewardTrainer(_Checkpointed, RewardTrainer):
+    pass
 
 
 def sft_trainer(
@@ -147,7 +187,8 @@ def sft_trainer(
             packing=settings.packing,
             completion_only_loss=True,
         )
-    return SFTTrainer(
+    return _SftTrainer(
+        context,
         model=_prepared(load()),
         args=arguments,
         train_dataset=demonstrations,
@@ -172,7 +213,8 @@ def reward_trainer(context: Context[RmSettings], load: Any, tokenizer: Tokenizer
             max_length=None,
             center_rewards_coefficient=settings.centering or None,
         )
-    return RewardTrainer(
+    return _RewardTrainer(
+        context,
         model=_prepared(load()),
         args=arguments,
         train_dataset=pairs,
