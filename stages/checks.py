@@ -9,6 +9,7 @@ from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import PreflightError
 from rlhf.models.text import (
+    Tokenizer,
     check_same_tokens,
     check_scored_length,
     context_length,
@@ -19,6 +20,7 @@ from rlhf.models.text import (
 from rlhf.pipeline.context import Context
 from rlhf.rewards.endpoint import EndpointReward
 from rlhf.rewards.function import load_function
+from rlhf.rollout.demonstrations import DemonstrationStream
 from rlhf.rollout.prompts import PromptStream
 
 
@@ -87,6 +89,7 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     if settings.value_init == "reward" and "reward" in context.inputs:
         check_same_tokens(context.inputs["reward"], context.inputs["policy"], context.stage)
     tokenizer = load_tokenizer(context.inputs["policy"])
+    _demonstrations_fit(context, tokenizer)
     PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     limit = context_length(context.inputs["policy"])
     wanted = settings.max_prompt_length + settings.sampling.max_new_tokens
@@ -98,6 +101,22 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
             f"{context.stage}.max_prompt_length={max(1, limit - settings.sampling.max_new_tokens)}",
         )
     return {}
+
+
+def _demonstrations_fit(context: Context[PpoSettings], tokenizer: Tokenizer) -> None:
+    settings, ranks = context.settings, context.settings.workers.count
+    if settings.ptx.coef and settings.ptx.batch_size % ranks:
+        raise PreflightError(
+            f"ptx.batch_size {settings.ptx.batch_size} cannot be shared among {ranks} ranks",
+            f"{context.stage}.ptx.batch_size",
+            f"{context.stage}.ptx.batch_size={-(-settings.ptx.batch_size // ranks) * ranks}",
+        )
+    stream = DemonstrationStream.of(context, tokenizer)
+    if stream is not None and stream.cut:
+        context.note(
+            f"{stream.cut} demonstrations are longer than {settings.ptx.max_length} tokens and are cut at the end, "
+            f"{stream.left_out} of them left out because nothing of their completion would remain"
+        )
 
 
 def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:

@@ -40,7 +40,7 @@ class KlSettings(Settings):
         if self.place == "loss" and self.estimator == "k1":
             raise ValueError(
                 "estimator k1 in the loss does nothing: its expected gradient is 0; "
-                "write estimator k2 or k3, or place reward"
+                "write estimator k2, whose gradient is the right one there, or k3, or place reward"
             )
         if self.target is not None and self.coef == 0:
             raise ValueError("coef 0 stays 0 however it is adapted to target; give coef a first value, such as 0.05")

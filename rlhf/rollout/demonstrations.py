@@ -6,6 +6,7 @@ import numpy as np
 
 from rlhf.config.ppo import PpoSettings, PtxSettings
 from rlhf.data.jsonl import read_rows
+from rlhf.errors import PreflightError
 from rlhf.models import text
 from rlhf.models.text import Tokenizer
 from rlhf.pipeline.context import Context
@@ -19,9 +20,16 @@ class DemonstrationStream:
     def __init__(self, file: Path, tokenizer: Tokenizer, settings: PtxSettings, seed: int) -> None:
         rows = [text.demonstration_ids(tokenizer, row["prompt"], row["completion"]) for row in read_rows(file)]
         # Cut at the end, prompts included: a prompt that fills the length leaves nothing to learn.
-        room = [(prompt, completion[: settings.max_length - len(prompt)]) for prompt, completion in rows]
+        room = [(prompt, completion[: max(0, settings.max_length - len(prompt))]) for prompt, completion in rows]
         kept = [(prompt, completion) for prompt, completion in room if completion]
         self.cut = sum(len(prompt) + len(completion) > settings.max_length for prompt, completion in rows)
+        self.left_out = len(rows) - len(kept)
+        if not kept:
+            raise PreflightError(
+                f"all {len(rows)} demonstrations have prompts of {settings.max_length} tokens or more",
+                f"{file.parent.name}/{file.name}",
+                "raise ptx.max_length",
+            )
         self._sequences: Sequences = lay_out(
             [prompt for prompt, _ in kept], [completion for _, completion in kept], tokenizer.pad_token_id
         )

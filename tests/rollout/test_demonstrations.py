@@ -1,0 +1,78 @@
+"""The demonstrations that ptx mixes into PPO's updates."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rlhf.config.ppo import PtxSettings
+from rlhf.errors import PreflightError
+from rlhf.models import text
+from rlhf.rollout.demonstrations import DemonstrationStream
+
+ROWS = [{"prompt": f"film {number}", "completion": "a joy " * number} for number in range(1, 6)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Any:
+    return text.load_tokenizer(tiny)
+
+
+def stream(folder: Path, tokenizer: Any, **settings: Any) -> DemonstrationStream:
+    file = folder / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return DemonstrationStream(file, tokenizer, PtxSettings(coef=1.0, **settings), seed=0)
+
+
+def completions(demonstrations: DemonstrationStream, update: int, micro: int) -> list[str]:
+    minibatch = demonstrations.minibatch(update, micro)
+    assert minibatch.num_tokens == sum(int(part.mask.sum()) for part in minibatch.parts)
+    return [
+        str(ids[-part.time :][mask].tolist())
+        for part in minibatch.parts
+        for ids, mask in zip(part.ids, part.mask, strict=True)
+    ]
+
+
+def test_a_pass_has_every_completion_once_and_ends_in_eos(tmp_path: Path, tokenizer: Any) -> None:
+    """Prompts are masked; each pass has an order of its own; micro batches change nothing but the portions."""
+    demonstrations = stream(tmp_path, tokenizer, batch_size=5)
+    expected = sorted(
+        str([*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+        for row in ROWS
+    )
+    passes = [completions(demonstrations, update, 2) for update in range(6)]
+    assert all(sorted(one) == expected for one in passes)
+    assert len({str(one) for one in passes}) > 1
+    assert passes[3] == completions(demonstrations, 3, 5)
+
+
+def test_what_is_too_long_is_cut_at_the_end_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    """A prompt that fills the length leaves nothing to learn; where all do, that is an error and no empty batch."""
+    lengths = [sum(map(len, text.demonstration_ids(tokenizer, row["prompt"], row["completion"]))) for row in ROWS]
+    limit = sorted(lengths)[-2]
+    assert stream(tmp_path, tokenizer, batch_size=5, max_length=limit).cut == 1
+    longest = stream(tmp_path, tokenizer, batch_size=5, max_length=limit).minibatch(0, 5).parts[0]
+    assert torch.ones_like(longest.mask).shape[1] < max(lengths)
+    ROWS.append({"prompt": "long " * 60, "completion": "gone"})
+    try:
+        kept = stream(tmp_path, tokenizer, batch_size=5, max_length=max(lengths))
+    finally:
+        ROWS.pop()
+    assert (kept.cut, kept.left_out) == (1, 1)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "long " * 60, "completion": "gone"}) + "\n")
+    with pytest.raises(PreflightError, match="all 1 demonstrations have prompts of 8 tokens"):
+        DemonstrationStream(file, tokenizer, PtxSettings(coef=1.0, max_length=8), seed=0)
