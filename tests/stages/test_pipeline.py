@@ -146,11 +146,8 @@ def test_a_killed_driver_is_taken_over(pipeline: Pipeline, unbroken: dict[str, P
     assert len(store.attempts(key)) == 2
 
 
-def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(
-    pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path
-) -> None:
+def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(pipeline: Pipeline, tmp_path: Path) -> None:
     """It is told as what it is, with what to change, and not tried again: it would diverge again."""
-    assert unbroken
     reward = tmp_path / "reward.py"
     reward.write_text("def reward(prompts, responses):\n    return [float(len(one)) for one in responses]\n")
     settings = (
