@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -87,9 +87,11 @@ def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) 
             if rank == 0:
                 _write(context.attempt / RESULT, {name: float(value) for name, value in metrics.items()})
         except BaseException as error:
-            traceback.print_exc()
-            failure = _failure(error, rank, context.attempt)
-            _write(context.attempt / f"failure-{rank}.json", asdict(failure))
+            with suppress(OSError):  # on a full disk the error itself must reach the driver
+                traceback.print_exc()
+            with suppress(OSError):
+                failure = _failure(error, rank, context.attempt)
+                _write(context.attempt / f"failure-{rank}.json", asdict(failure))
             raise
 
 

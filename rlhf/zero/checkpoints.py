@@ -81,7 +81,7 @@ def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
 
     A collective, to enter and to leave.
 
-    estimate  bytes that all ranks will write, believed only while no checkpoint of this key tells better
+    estimate  bytes that all ranks will write; where the newest checkpoint of this key is larger, its size counts
 
     Raises:
         DiskFullError: on every rank, before anything is written, where there is not that much room; on the rank that
@@ -106,7 +106,8 @@ def _make_room(checkpoint: Path, attempts: Sequence[Path], estimate: int) -> int
     # What a killed group left half-written must not pass for a part of what is written now.
     shutil.rmtree(checkpoint, ignore_errors=True)
     earlier = newest_complete([*attempts, checkpoint.parents[1]])
-    needed = estimate if earlier is None else _size(earlier)
+    # The newest may be the smaller: a model that has not taken a step yet has no moments.
+    needed = estimate if earlier is None else max(estimate, _size(earlier))
     free = shutil.disk_usage(checkpoint.parents[1]).free
     if free < needed:
         raise _disk_full(checkpoint, needed, free)

@@ -151,6 +151,15 @@ class _Checkpointed:
         """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
         self._total_train_tokens = json.loads((checkpoint / TOKENS).read_text())["tokens"]
 
+    def get_train_dataloader(self) -> Any:
+        """The trainer's, whose last batch's metrics are the sums of all ranks, resumed or not."""
+        above: Any = super()
+        loader = above.get_train_dataloader()
+        # accelerate takes TRL's sums, one a rank, for rows, and cuts the last batch's to the rows that are left over,
+        # but not after a resume inside an epoch. So it never cuts: then the metrics of both are the same.
+        loader._drop_last = True
+        return loader
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         above: Any = super()
         estimate = checkpoint_bytes(self.model)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from rlhf.cluster.session import Session
 from rlhf.config.loading import load_pipeline
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.runner import Runner
 from rlhf.pipeline.stage import stages
@@ -46,9 +47,13 @@ class Pipeline:
     def overrides(self, *more: str) -> list[str]:
         return [*SMALL, f"store.uri={self.store.root}", f"data.downloads={self.sdist.parent}", *more]
 
+    def config(self, *settings: str) -> PipelineConfig:
+        return load_pipeline(
+            TINY, self.overrides(*settings), {name: stage.settings for name, stage in stages().items()}
+        )
+
     def run(self, *targets: str, settings: tuple[str, ...] = (), store: Store | None = None) -> dict[str, Planned]:
-        known = stages()
-        config = load_pipeline(TINY, self.overrides(*settings), {name: stage.settings for name, stage in known.items()})
+        known, config = stages(), self.config(*settings)
         self.output = io.StringIO()
         display = Display(Console(file=self.output, width=160), list(config.instances))
         return Runner(config, known, store or self.store, self.session, display).run(targets)

@@ -14,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.pipeline.plan import Planned
+from rlhf.errors import DivergedError
+from rlhf.pipeline.plan import Planned, plan
+from rlhf.pipeline.stage import stages
 from rlhf.store import ActionRecord, Store
+from rlhf.zero.checkpoints import newest_complete, path_of
 from tests.stages.conftest import TINY, Pipeline
 
 # Two launches of a worker group and their imports on two slow cores.
@@ -141,6 +144,32 @@ def test_a_killed_driver_is_taken_over(pipeline: Pipeline, unbroken: dict[str, P
     first_step = json.loads((attempt / "metrics.jsonl").read_text().splitlines()[0])["step"]
     assert first_step == 1, "the earlier attempt's metrics are kept"
     assert len(store.attempts(key)) == 2
+
+
+def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(pipeline: Pipeline, tmp_path: Path) -> None:
+    """It is told as what it is, with what to change, and not tried again: it would diverge again."""
+    reward = tmp_path / "reward.py"
+    reward.write_text("def reward(prompts, responses):\n    return [float(len(one)) for one in responses]\n")
+    settings = (
+        f"ppo.rewards=[{{function: '{reward}:reward'}}]",
+        "ppo.value_init=policy",
+        "ppo.policy_learning_rate=0.05",
+        "ppo.kl.limit=0.5",
+    )
+    with pytest.raises(DivergedError) as caught:
+        pipeline.run("ppo", settings=settings)
+    assert type(caught.value) is DivergedError
+    assert caught.value.exit_status == 1
+    assert "nats a response from its reference; the limit is 0.5" in caught.value.what
+    assert "raise ppo.kl.coef or lower ppo.policy_learning_rate" in caught.value.next_step
+    assert "starting again" not in pipeline.output.getvalue()
+
+    planned = plan(pipeline.config(*settings), stages(), pipeline.store)["ppo"]
+    assert (planned.state, planned.record) == ("missing", None)
+    assert planned.key is not None
+    attempts = pipeline.store.attempts(planned.key)
+    assert len(attempts) == 1
+    assert newest_complete(attempts) == path_of(attempts[0], 1)
 
 
 def is_rank(process: psutil.Process) -> bool:

@@ -7,25 +7,31 @@ Starting a group costs more than all checks together, so one start runs them all
 import copy
 import json
 import os
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Before DeepSpeed is imported by whatever comes below.
+# Before DeepSpeed and accelerate are imported by whatever comes below.
 os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.training import LoraSettings
-from rlhf.errors import DivergedError, PreflightError
+from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import adapters
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.policy import TrainedPolicy
@@ -40,6 +46,7 @@ from rlhf.rollout.sampling import uniforms
 from rlhf.rollout.sequences import Sequences
 from rlhf.zero import checkpoints, group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
+from tests.zero.resuming import STAGES, KilledError, unbroken_and_resumed
 
 LORA = LoraSettings(rank=4)
 FORMS: dict[str, LoraSettings | None] = {"full": None, "lora": LORA}
@@ -150,31 +157,120 @@ def not_a_number(tiny: Path) -> dict[str, Any]:
     return {"error": error, "before": before, "after": learner.weights()}
 
 
-def checkpointing(folder: Path) -> list[str]:
-    """Names of the checkpoints that are left after four, the second of which was cut off."""
-    for step in (1, 2, 3, 4):
-        checkpoint = checkpoints.path_of(folder, step)
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / f"shard-{group.rank()}").write_bytes(b"x" * step)
-        if step != 2:
-            checkpoints.mark_complete(checkpoint)
-        else:
-            group.barrier()
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
-
-def other_ranks(folder: Path) -> dict[str, str]:
-    """Which checkpoint a stage goes on from; and the error when the newest is of one rank more."""
-    context = Context(
+def context_of(attempt: Path, *earlier: Path) -> Context[PpoSettings]:
+    """An attempt of a stage that takes nothing."""
+    return Context(
         stage="ppo",
         key="0" * 64,
         settings=PpoSettings(),
         inputs={},
-        output=folder,
-        attempt=folder,
-        cache=folder,
-        attempts=(folder,),
+        output=attempt,
+        attempt=attempt,
+        cache=attempt,
+        attempts=(*earlier, attempt),
     )
+
+
+def checkpointing(folder: Path) -> dict[str, Any]:
+    """What is left of four checkpoints and of an earlier attempt's, and which was the newest after each.
+
+    The second is cut off; where the third will lie there is what a killed group left of it, with a marker that fits.
+    """
+    earlier, newest = folder / "earlier", list[str]()
+    context = context_of(folder, earlier)
+
+    def write(context: Context[Any], step: int) -> None:
+        with suppress(KilledError), checkpoints.writing(context, step, 0) as checkpoint:
+            (checkpoint / f"shard-{group.rank()}").write_bytes(b"x" * (step + 1))
+            group.barrier()
+            if context.attempt == folder and step == 2:
+                raise KilledError
+        group.barrier()
+        found = checkpoints.newest_complete([earlier, folder])
+        newest.append(str(found and found.relative_to(folder)))
+        group.barrier()
+
+    if group.is_main():
+        earlier.mkdir()
+        left = checkpoints.path_of(folder, 3)
+        left.mkdir(parents=True)
+        (left / "shard-7").write_bytes(b"half")
+        (left / checkpoints.MARKER).write_text(json.dumps({"ranks": 8, "sizes": {"shard-0": 4, "shard-7": 4}}))
+    group.barrier()
+    write(context_of(earlier), 1)
+    for step in (2, 3, 4):
+        write(context, step)
+    return {
+        "newest": newest,
+        "left": sorted(str(path.relative_to(folder)) for path in folder.glob("**/checkpoint-*")),
+        "third": json.loads((checkpoints.path_of(folder, 3) / checkpoints.MARKER).read_text()),
+    }
+
+
+def full_disk(tiny: Path, folder: Path) -> dict[str, Any]:
+    """What a disk that is full before and in the middle of a write does to checkpoints; ``why_not`` without one."""
+    if group.world_size() > 1:
+        return {"why_not": "one rank shows it"}
+    small = folder / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)]
+    if (mounted := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        return {"why_not": mounted.stderr.strip()}
+    try:
+        return _filled(Learner(tiny, None).engine, context_of(small))
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+def _filled(engine: Engine, context: Context[Any]) -> dict[str, Any]:
+    filler = context.attempt / "filler"
+    found: dict[str, Any] = {}
+
+    def fill(but: int) -> None:
+        filler.write_bytes(bytes(shutil.disk_usage(context.attempt).free - but))
+
+    def write(name: str, step: int, save: Callable[[Path], None]) -> None:
+        error: DiskFullError | None = None
+        try:
+            with checkpoints.writing(context, step, engine.checkpoint_bytes()) as checkpoint:
+                save(checkpoint)
+        except DiskFullError as full:
+            error = full
+        newest = checkpoints.newest_complete(list(context.attempts))
+        left = sorted(path.name for path in context.attempt.glob("checkpoints/*"))
+        found[name] = {"error": error, "newest": newest and newest.name, "left": left}
+        filler.unlink(missing_ok=True)
+
+    def save_torch(checkpoint: Path) -> None:
+        engine.save(checkpoint, "policy")
+
+    def save_torch_without_room(checkpoint: Path) -> None:
+        fill(100_000)
+        save_torch(checkpoint)
+
+    def save_safetensors_without_room(checkpoint: Path) -> None:
+        fill(100_000)
+        save_file({"shard": torch.zeros(100_000)}, checkpoint / "average.safetensors")
+
+    def save_text_without_room(checkpoint: Path) -> None:
+        fill(0)
+        (checkpoint / "kl.json").write_text(" " * 100_000)
+
+    fill(1_000)
+    write("first, no room", 1, save_torch)
+    write("first", 1, save_torch)
+    fill(100_000)
+    write("second, no room", 2, save_torch)
+    write("torch", 2, save_torch_without_room)
+    write("safetensors", 2, save_safetensors_without_room)
+    write("text", 2, save_text_without_room)
+    write("second", 2, save_torch)
+    return found
+
+
+def other_ranks(folder: Path) -> dict[str, str]:
+    """Which checkpoint a stage goes on from; and the error when the newest is of one rank more."""
+    context = context_of(folder)
     newest = checkpoints.checkpoint_to_resume(context)
     assert newest is not None
     group.barrier()
@@ -283,6 +379,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=meeting, rank=rank, world_size=world_size)
     tiny = folder.parent / "tiny"
     checks: dict[str, Callable[[], Any]] = {
+        "full_disk": partial(full_disk, tiny, folder),
         "spread": partial(spread, folder),
         "share": partial(share, folder),
         "gathering": partial(gathering, tiny),
@@ -295,7 +392,14 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "replica": partial(replica, tiny, folder),
         "policies": partial(policies, tiny, folder),
     }
-    results = {name: check() for name, check in checks.items()}
+    for name in STAGES:
+        checks[name] = partial(unbroken_and_resumed, name, folder.parent, folder / name.replace(" ", "-"))
+    results: dict[str, Any] = {}
+    for name, check in checks.items():
+        start = time.process_time()
+        results[name] = check()
+        # The machine may be busy with other things.
+        print(f"{name}: {time.process_time() - start:.1f} s of this process", flush=True)
     torch.save(results, folder / f"result-{group.rank()}.pt")
     dist.destroy_process_group()
 

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.tiny import make_tiny_llama
+from tests.zero.inputs import write_inputs
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 240
+# An idle machine takes a fifth of it.
+TIMEOUT_S = 600
 
 Results = dict[int, list[dict[str, Any]]]
 
@@ -20,6 +22,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What the checks of ``tests.zero.checks`` found: by world size, by rank. Both groups run once, side by side."""
     folder = tmp_path_factory.mktemp("groups")
     make_tiny_llama(folder / "tiny")
+    write_inputs(folder)
     processes: list[tuple[Path, subprocess.Popen[bytes]]] = []
     for world_size in (1, 2):
         (folder / str(world_size)).mkdir()

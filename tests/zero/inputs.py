@@ -1,0 +1,40 @@
+"""What the stages take that the tests run in a group."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+STAGE_NAMES = ("sft", "rm", "ppo", "ppo with adapters")
+WORDS = ("a", "film", "of", "two", "halves", "joy", "dull", "the", "is", ",")
+REWARD = """
+def reward(prompts, responses):
+    return [response.count("a") - 0.1 * len(response) for response in responses]
+"""
+
+
+def write_inputs(folder: Path) -> None:
+    """Write what the stages take, beside the model in ``tiny``."""
+    rng = random.Random(0)
+
+    def text(words: int) -> str:
+        return " ".join(rng.choices(WORDS, k=words))
+
+    def write(path: str, rows: list[dict[str, Any]]) -> None:
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for part, count in (("train", 11), ("heldout", 3)):
+        write(f"demonstrations/{part}.jsonl", [{"prompt": text(2), "completion": text(5)} for _ in range(count)])
+        sets = [
+            {
+                "prompt": text(2),
+                "responses": [text(4), text(4)],
+                "strengths": [1.0, -0.5],
+                "pool": number,
+            }
+            for number in range(count)
+        ]
+        write(f"comparisons/{part}.jsonl", sets)
+        write(f"prompts/{part}.jsonl", [{"prompt": text(2)} for _ in range(5)])
+    (folder / "reward.py").write_text(REWARD)

@@ -1,0 +1,199 @@
+"""Whole stages in a group of the tests: in one go, and stopped over and over and gone on with.
+
+Every stop is an attempt of its own, as after a kill of the driver. What stops a stage is an exception right after a
+checkpoint counts, or a disk that is full when the next one is due.
+"""
+
+import gc
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.errors import DiskFullError
+from rlhf.pipeline.context import Context
+from rlhf.tracking.metrics import read_metrics
+from rlhf.zero import checkpoints, group
+from stages import ppo, rm, sft
+from tests.zero.inputs import STAGE_NAMES
+
+
+class KilledError(Exception):
+    """Stands for ``kill -9``."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage under test, and where it is stopped."""
+
+    run: Callable[[Any], dict[str, float]]
+    settings: Callable[[Path], Any]
+    roles: Mapping[str, str]
+    """Role to folder beside the data."""
+    killed_after: tuple[int, ...]
+    """Steps after whose checkpoints it is killed, one attempt after the other."""
+    full_at: int
+    """The step for whose checkpoint there is no room, in an attempt of its own."""
+
+
+def _sft(_: Path) -> SftSettings:
+    # Eleven demonstrations: three steps an epoch, the last of them with fewer rows.
+    values = {"epochs": 2, "batch_size": 4, "max_length": 64, "packing": False, "checkpoint_every": 1}
+    return SftSettings.model_validate(
+        values | {"lora": {"rank": 4, "dropout": 0.2}, "optimizer": {"learning_rate": 1e-2}}
+    )
+
+
+def _rm(_: Path) -> RmSettings:
+    # Eleven pairs again, every weight trained.
+    values = {"epochs": 2, "batch_size": 4, "micro_batch_size": 2, "max_length": 64, "checkpoint_every": 1}
+    return RmSettings.model_validate(values | {"pairs_per_response": 1, "optimizer": {"learning_rate": 1e-3}})
+
+
+def _ppo(data: Path, **more: Any) -> PpoSettings:
+    values: dict[str, Any] = {
+        "rewards": [{"function": f"{data / 'reward.py'}:reward"}],
+        "value_init": "policy",
+        "iterations": 5,
+        "rollouts": 8,
+        "minibatches": 2,
+        "epochs": 2,
+        "sampling": {"max_new_tokens": 8},
+        "kl": {"coef": 0.05, "target": 0.5, "horizon": 20},
+        "ptx": {"coef": 0.5, "batch_size": 4, "max_length": 64},
+        "average_decay": 0.8,
+        "value_warmup": 1,
+        "warmup_fraction": 0.2,
+        "policy_learning_rate": 1e-3,
+        "value_learning_rate": 1e-3,
+        "max_prompt_length": 32,
+        "micro_batch_size": 2,
+        "checkpoint_every": 1,
+    }
+    return PpoSettings.model_validate(values | more)
+
+
+_PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
+
+STAGES = {
+    # Inside the first epoch, at its end, inside the second; and at the very end, before the result is written.
+    "sft": Stage(sft.run, _sft, {"base": "tiny", "demonstrations": "demonstrations"}, (2, 3, 6), 5),
+    "rm": Stage(
+        rm.run,
+        _rm,
+        {"base": "tiny", "demonstrations": "demonstrations", "comparisons": "comparisons"},
+        (3,),
+        6,
+    ),
+    # While the value model alone is trained; then with everything.
+    "ppo": Stage(ppo.run, _ppo, _PPO_ROLES, (1,), 4),
+    "ppo with adapters": Stage(ppo.run, lambda data: _ppo(data, lora={"rank": 4}), _PPO_ROLES, (), 3),
+}
+assert tuple(STAGES) == STAGE_NAMES
+
+
+def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
+    """What a stage makes in one go, and what it makes after all its stops; and what the full disk was told."""
+    stage = STAGES[name]
+    context = Context(
+        stage=name.split(" ")[0],
+        key="0" * 64,
+        settings=stage.settings(data),
+        inputs={role: data / part for role, part in stage.roles.items()},
+        output=folder,
+        attempt=folder,
+        cache=folder,
+        tracking={"mode": "disabled"},
+    )
+    found: dict[str, Any] = {"unbroken": _outcome(stage, _attempt(context, folder / "unbroken", ()))}
+
+    attempts: tuple[Path, ...] = ()
+    stops = sorted([*((step, False) for step in stage.killed_after), (stage.full_at, True)])
+    for number, (step, full) in enumerate(stops):
+        one = _attempt(context, folder / str(number), attempts)
+        attempts = one.attempts
+        try:
+            with _full_disk_at(step) if full else _killed_after(step):
+                stage.run(one)
+        except KilledError:
+            pass
+        except DiskFullError as error:
+            newest = checkpoints.newest_complete(list(attempts))
+            found["full"] = {"error": error, "newest": newest and newest.name, "begun": _has(one, step)}
+        else:
+            raise AssertionError(f"{name} was not stopped at step {step}")
+        _forget()
+    found["resumed"] = _outcome(stage, _attempt(context, folder / "last", attempts))
+    return found
+
+
+def _has(context: Context[Any], step: int) -> bool:
+    return checkpoints.path_of(context.attempt, step).exists()
+
+
+def _attempt(context: Context[Any], folder: Path, earlier: tuple[Path, ...]) -> Context[Any]:
+    if group.is_main():
+        (folder / "output").mkdir(parents=True)
+    group.barrier()
+    return replace(context, attempt=folder, output=folder / "output", attempts=(*earlier, folder))
+
+
+def _outcome(stage: Stage, context: Context[Any]) -> dict[str, Any]:
+    metrics = stage.run(context)
+    _forget()
+    rows = read_metrics(context.attempt / "metrics.jsonl")
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(context.output.rglob("*.safetensors")):
+        weights |= {f"{file.name} {name}": tensor for name, tensor in load_file(file).items()}
+    return {
+        "metrics": metrics,
+        "rows": [{name: value for name, value in row.items() if not name.startswith(("time", "perf"))} for row in rows],
+        "weights": weights,
+    }
+
+
+def _forget() -> None:
+    """Begin the next attempt as a new process would."""
+    group.barrier()
+    # Private, but what accelerate's own tests use.
+    states: list[Any] = [AcceleratorState, GradientState, PartialState]
+    for state in states:
+        state._reset_state()
+    gc.collect()
+
+
+@contextmanager
+def _killed_after(step: int) -> Generator[None]:
+    mark_complete = checkpoints.mark_complete
+
+    def then_die(checkpoint: Path) -> None:
+        mark_complete(checkpoint)
+        if checkpoints.step_of(checkpoint) == step:
+            raise KilledError
+
+    with patch.object(checkpoints, "mark_complete", then_die):
+        yield
+
+
+@contextmanager
+def _full_disk_at(step: int) -> Generator[None]:
+    writing, usage = checkpoints.writing, shutil.disk_usage
+
+    @contextmanager
+    def with_little_room(context: Context[Any], at: int, estimate: int) -> Generator[Path]:
+        free = 1_000 if at == step else usage(context.attempt).free
+        little = usage(context.attempt)._replace(free=free)
+        with patch.object(shutil, "disk_usage", return_value=little), writing(context, at, estimate) as checkpoint:
+            yield checkpoint
+
+    with patch.object(checkpoints, "writing", with_little_room):
+        yield
