@@ -33,7 +33,7 @@ PPO: dict[str, Any] = {
     "uses": "ppo",
     "precision": "bf16",
     "lora": {"rank": 16, "alpha": 32},
-    "iterations": 100,
+    "iterations": 32,
     "rollouts": ROLLOUTS,
     "minibatches": 2,
     "sampling": {"temperature": 0.8, "max_new_tokens": 24},
@@ -42,7 +42,7 @@ PPO: dict[str, Any] = {
     "max_prompt_length": 96,
     "micro_batch_size": 64,
     "samples_kept": ROLLOUTS,
-    "checkpoint_every": 20,
+    "checkpoint_every": 8,
 }
 
 
@@ -95,12 +95,12 @@ def write_results(overrides: list[str]) -> None:
 
 
 def draw() -> None:
-    """Draw both curves of every β, smoothed over nine iterations, against the square root of KL."""
+    """Draw both curves of every β, smoothed over five iterations, against the square root of KL."""
     import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports] - only this picture needs it
 
     curves: dict[str, list[dict[str, float]]] = json.loads(RESULTS.read_text())
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
-    kernel = np.ones(9) / 9
+    kernel = np.ones(5) / 5
     for beta, rows in curves.items():
         distance = np.sqrt(np.maximum(np.convolve([row["kl"] for row in rows], kernel, "valid"), 0))
         for axis, name in zip(axes, ("score", "judge"), strict=True):

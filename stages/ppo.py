@@ -73,7 +73,7 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
             scores, rollout.ended, logprobs, reference_logprobs, entropies, mask, kl.in_reward, settings.kl.estimator
         )
         metrics |= {"kl/coef": kl.value} | reward.out_of_range(scores)
-        check_health(metrics, settings.kl.limit, settings.sampling.max_new_tokens)
+        check_health(metrics, journal.first_row(metrics), settings.kl.limit)
 
         penalties = Penalties(kl.in_loss, settings.kl.estimator, settings.entropy_bonus)
         policy_loss = partial(clipped_policy_loss, clip=settings.policy_clip, penalties=penalties)

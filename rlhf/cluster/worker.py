@@ -53,16 +53,21 @@ def perform_task(call: Call) -> None:
 def perform_rank(arguments: dict[str, Call]) -> None:
     """Run a stage on one rank of a worker group: Ray Train calls this on every rank."""
     call = arguments["call"]
-    _perform(call, rank=int(os.environ["RANK"]), prepare=lambda: _prepare_deepspeed(call))
+    _perform(call, rank=int(os.environ["RANK"]), prepare=lambda: prepare_deepspeed(call))
 
 
-def _prepare_deepspeed(call: Call) -> None:
+def prepare_deepspeed(call: Call) -> None:
+    """Join the process group, on kernels and collectives that can be relied on."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if not call.gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
+    import torch
     from deepspeed.ops import __compatible_ops__
 
+    # cuDNN's attention gives queries that may see no key, as padding on the left has, a gradient that is not a number
+    # when the batch is 64 wide (torch 2.11, H200): one such batch ends a run. The other kernels give 0.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # DeepSpeed would compile its shared-memory collectives here, which takes a compiler and half a minute.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(

@@ -33,7 +33,7 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
         size,
         lora=settings.lora,
         seed=settings.seed,
-        training=Training(settings.policy_learning_rate, settings.max_grad_norm),
+        training=Training("policy", settings.policy_learning_rate, settings.max_grad_norm),
         learns_entropy=settings.entropy_bonus > 0,
         ptx_coef=settings.ptx.coef,
         average_decay=settings.average_decay,
@@ -52,7 +52,7 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
         size,
         lora=settings.lora,
         seed=settings.seed,
-        training=Training(settings.value_learning_rate, settings.max_grad_norm),
+        training=Training("value model", settings.value_learning_rate, settings.max_grad_norm),
     )
     return policy, value, rewards
 

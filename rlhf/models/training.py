@@ -17,6 +17,8 @@ Measure = Callable[[], tuple[Tensor, Tensor]]
 class Training:
     """Optimiser settings of a model under PPO."""
 
+    name: str
+    """What errors call the model."""
     learning_rate: float
     """Peak learning rate."""
     max_grad_norm: float
@@ -26,7 +28,9 @@ class Training:
         for part in module.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
-        return Engine(module, precision, learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
+        return Engine(
+            module, precision, name=self.name, learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm
+        )
 
     @staticmethod
     def update(engine: Engine, measures: Sequence[Measure], learning_rate: float) -> Tensor:

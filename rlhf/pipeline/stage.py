@@ -90,7 +90,7 @@ OURS = (
     ),
     Stage(
         "sft",
-        1,
+        2,
         SftSettings,
         "stages.sft:run",
         "policy",
@@ -101,7 +101,7 @@ OURS = (
     ),
     Stage(
         "rm",
-        2,
+        3,
         RmSettings,
         "stages.rm:run",
         "reward-model",

@@ -143,8 +143,10 @@ def check_finite(mask: Tensor, **tensors: Tensor) -> None:
             )
 
 
-def check_health(metrics: Metrics, kl_limit: float, max_new_tokens: int) -> None:
+def check_health(metrics: Metrics, first: Metrics, kl_limit: float) -> None:
     """Stop a run that can no longer be saved.
+
+    first  the first iteration's metrics: where responses were short from the start, short ones are no collapse
 
     Raises:
         DivergedError: the mean KL left ``kl_limit`` nats a response, or responses collapsed to a lone EOS.
@@ -156,8 +158,7 @@ def check_health(metrics: Metrics, kl_limit: float, max_new_tokens: int) -> None
             "objective/kl",
             "raise ppo.kl.coef or lower ppo.policy_learning_rate; ppo.kl.limit is the limit",
         )
-    # Where more fits, a response of one token is a lone EOS.
-    if max_new_tokens > 1 and metrics["length/mean"] < 1.5:
+    if metrics["length/mean"] < min(1.5, first["length/mean"] / 2):
         raise DivergedError(
             "the policy collapsed: most responses are a lone EOS",
             "length/mean",

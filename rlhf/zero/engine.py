@@ -71,16 +71,21 @@ def mark_leaves(model: nn.Module) -> None:
 
 
 class Engine:
-    """A module under ZeRO-3. Frozen unless a learning rate is given; then AdamW trains what requires a gradient."""
+    """A module under ZeRO-3. Frozen unless a learning rate is given; then AdamW trains what requires a gradient.
+
+    name  what errors call it
+    """
 
     def __init__(
         self,
         module: nn.Module,
         precision: Precision,
         *,
+        name: str = "model",
         learning_rate: float | None = None,
         max_grad_norm: float = 1.0,
     ) -> None:
+        self._name = name
         mark_leaves(module)
         config = zero3_config(precision, gradient_clipping=max_grad_norm)
         optimizer = None
@@ -110,7 +115,9 @@ class Engine:
         """
         if not group.all_true(bool(torch.isfinite(loss.detach()))):
             raise DivergedError(
-                "the loss is not a finite number; the optimiser step was not taken", "", "lower the learning rates"
+                f"the {self._name}'s loss is not a finite number; the optimiser step was not taken",
+                "",
+                "lower the learning rates",
             )
         # The boundary is set by hand: how many micro batches an update has is for the caller to decide each time.
         self._engine.set_gradient_accumulation_boundary(last)
@@ -129,7 +136,9 @@ class Engine:
         norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise DivergedError(
-                "the gradients are not finite numbers; the optimiser step was not taken", "", "lower the learning rates"
+                f"the {self._name}'s gradients are not finite numbers; the optimiser step was not taken",
+                "",
+                "lower the learning rates",
             )
         return norm
 

@@ -30,8 +30,10 @@ class Journal:
         self._context, self._total, self._unit, self._shown = context, total, unit, shown
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._alarms: set[str] = set()
-        self._rows: list[dict[str, Any]] = []
         self._tracker = self._open() if group.is_main() else None
+        # Every rank judges a step by those before it, so that all must know them.
+        path = context.attempt / METRICS
+        self._rows: list[dict[str, Any]] = group.from_main(lambda: read_metrics(path) if path.exists() else [])
 
     @contextmanager
     def timed(self, part: str) -> Generator[None]:
@@ -69,13 +71,11 @@ class Journal:
                 file.writelines(json.dumps({"step": step} | dict(one), ensure_ascii=False) + "\n" for one in samples)
 
     def first_row(self, default: Mapping[str, float]) -> Mapping[str, float]:
-        """The first step's metrics, or the given ones where this is the first; on ranks other than 0, the first since
-        the resume.
-        """
+        """The first step's metrics, or the given ones where this is the first."""
         return self._rows[0] if self._rows else default
 
     def first(self, name: str) -> float:
-        """A metric's first value, from before a resume too; on ranks other than 0, the first since the resume."""
+        """A metric's first value, from before a resume too."""
         return next(row[name] for row in self._rows if name in row)
 
     def last(self, *names: str) -> dict[str, float]:
@@ -98,7 +98,6 @@ class Journal:
         log = MetricsLog(path)
         log.rewind(step)
         _rewind_samples(self._context.attempt / SAMPLES, step)
-        self._rows = [] if not path.exists() else list(read_metrics(path))
         return Tracker(log, self._wandb(self._context.attempt))
 
     def _wandb(self, attempt: Path) -> WandbRun | None:

@@ -141,24 +141,17 @@ class _Checkpointed:
 
     state: Any
     model: Any
+    train_dataset: Dataset
     _total_train_tokens: int
 
     def __init__(self, context: Context[Any], **trainer: Any) -> None:
         self._context = context
         super().__init__(**trainer)
+        self.train_dataset = in_whole_batches(self.train_dataset, context.settings.batch_size)
 
     def go_on_counting(self, checkpoint: Path) -> None:
         """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
         self._total_train_tokens = json.loads((checkpoint / TOKENS).read_text())["tokens"]
-
-    def get_train_dataloader(self) -> Any:
-        """The trainer's, whose last batch's metrics are the sums of all ranks, resumed or not."""
-        above: Any = super()
-        loader = above.get_train_dataloader()
-        # accelerate takes TRL's sums, one a rank, for rows, and cuts the last batch's to the rows that are left over,
-        # but not after a resume inside an epoch. So it never cuts: then the metrics of both are the same.
-        loader._drop_last = True
-        return loader
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         above: Any = super()
@@ -167,6 +160,14 @@ class _Checkpointed:
             above._save_checkpoint(model, trial)
             if group.is_main():
                 (checkpoint / TOKENS).write_text(json.dumps({"tokens": self._total_train_tokens}))
+
+
+def in_whole_batches(rows: Dataset, batch_size: int) -> Dataset:
+    """The rows, and the first ones once more, so that the last batch of an epoch is as large as the others.
+
+    Otherwise accelerate fills it up to the ranks' micro batches, and another number of ranks learns other rows.
+    """
+    return rows.select(number % len(rows) for number in range(-(-len(rows) // batch_size) * batch_size))
 
 
 class _SftTrainer(_Checkpointed, SFTTrainer):

@@ -73,10 +73,12 @@ def test_what_is_no_number_stops_before_the_update_and_names_the_row(junk: float
 
 def test_a_run_that_cannot_be_saved_stops() -> None:
     """A mean KL beyond its limit, or one that is no number, and responses that are a lone EOS."""
-    check_health(HEALTHY, 200.0, 64)
+    check_health(HEALTHY, FIRST, 200.0)
     for kl in (201.0, math.nan):
         with pytest.raises(DivergedError, match="drifted"):
-            check_health(HEALTHY | {"objective/kl": kl}, 200.0, 64)
+            check_health(HEALTHY | {"objective/kl": kl}, FIRST, 200.0)
+    collapsed = HEALTHY | {"length/mean": 1.0, "length/max": 1.0}
     with pytest.raises(DivergedError, match="lone EOS"):
-        check_health(HEALTHY | {"length/mean": 1.0, "length/max": 1.0}, 200.0, 64)
-    check_health(HEALTHY | {"length/mean": 1.0, "length/max": 1.0}, 200.0, 1)
+        check_health(collapsed, FIRST, 200.0)
+    check_health(collapsed, FIRST | {"length/mean": 1.4}, 200.0)
+    check_health(collapsed, collapsed, 200.0)

@@ -46,7 +46,7 @@ from rlhf.rollout.sampling import uniforms
 from rlhf.rollout.sequences import Sequences
 from rlhf.zero import checkpoints, group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
-from tests.zero.resuming import STAGES, KilledError, unbroken_and_resumed
+from tests.zero.resuming import STAGES, KilledError, first_iterations, unbroken_and_resumed
 
 LORA = LoraSettings(rank=4)
 FORMS: dict[str, LoraSettings | None] = {"full": None, "lora": LORA}
@@ -324,7 +324,7 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
     for form, lora in FORMS.items():
 
         def fresh(lora: LoraSettings | None = lora) -> TrainedPolicy:
-            training = Training(learning_rate=0.03, max_grad_norm=1.0)
+            training = Training("policy", learning_rate=0.03, max_grad_norm=1.0)
             return TrainedPolicy(tiny, "fp32", 1.0, 4, lora=lora, seed=0, training=training)
 
         policy = fresh()
@@ -392,6 +392,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "replica": partial(replica, tiny, folder),
         "policies": partial(policies, tiny, folder),
     }
+    checks["first_iterations"] = partial(first_iterations, folder.parent, folder / "first")
     for name in STAGES:
         checks[name] = partial(unbroken_and_resumed, name, folder.parent, folder / name.replace(" ", "-"))
     results: dict[str, Any] = {}

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +25,7 @@ from rlhf.pipeline.context import Context
 from rlhf.tracking.metrics import read_metrics
 from rlhf.zero import checkpoints, group
 from stages import ppo, rm, sft
-from tests.zero.inputs import STAGE_NAMES
+from tests.zero.inputs import MICRO_BATCH_SIZES, STAGE_NAMES
 
 
 class KilledError(Exception):
@@ -46,7 +47,7 @@ class Stage:
 
 
 def _sft(_: Path) -> SftSettings:
-    # Eleven demonstrations: three steps an epoch, the last of them with fewer rows.
+    # Eleven demonstrations: three steps an epoch, the last of them filled up with rows of the first.
     values = {"epochs": 2, "batch_size": 4, "max_length": 64, "packing": False, "checkpoint_every": 1}
     return SftSettings.model_validate(
         values | {"lora": {"rank": 4, "dropout": 0.2}, "optimizer": {"learning_rate": 1e-2}}
@@ -101,11 +102,19 @@ STAGES = {
 assert tuple(STAGES) == STAGE_NAMES
 
 
-def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
-    """What a stage makes in one go, and what it makes after all its stops; and what the full disk was told."""
-    stage = STAGES[name]
-    context = Context(
-        stage=name.split(" ")[0],
+def first_iterations(data: Path, folder: Path) -> dict[int, Any]:
+    """What PPO makes in its first iteration, by the micro batch size."""
+    found: dict[int, Any] = {}
+    for size in MICRO_BATCH_SIZES:
+        once = {"iterations": 1, "value_warmup": 0, "warmup_fraction": 0.0, "micro_batch_size": size}
+        stage = replace(STAGES["ppo"], settings=partial(_ppo, **once))
+        found[size] = _outcome(stage, _attempt(_context("ppo", stage, data, folder), folder / str(size), ()))
+    return found
+
+
+def _context(name: str, stage: Stage, data: Path, folder: Path) -> Context[Any]:
+    return Context(
+        stage=name,
         key="0" * 64,
         settings=stage.settings(data),
         inputs={role: data / part for role, part in stage.roles.items()},
@@ -114,6 +123,12 @@ def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
         cache=folder,
         tracking={"mode": "disabled"},
     )
+
+
+def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
+    """What a stage makes in one go, and what it makes after all its stops; and what the full disk was told."""
+    stage = STAGES[name]
+    context = _context(name.split(" ")[0], stage, data, folder)
     found: dict[str, Any] = {"unbroken": _outcome(stage, _attempt(context, folder / "unbroken", ()))}
 
     attempts: tuple[Path, ...] = ()
@@ -158,6 +173,7 @@ def _outcome(stage: Stage, context: Context[Any]) -> dict[str, Any]:
         "metrics": metrics,
         "rows": [{name: value for name, value in row.items() if not name.startswith(("time", "perf"))} for row in rows],
         "weights": weights,
+        "samples": samples.read_text() if (samples := context.attempt / "samples.jsonl").exists() else None,
     }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.zero.checks import COUNTS, FORMS, TIME, rows_of
 from tests.zero.conftest import Results
-from tests.zero.inputs import STAGE_NAMES
+from tests.zero.inputs import MICRO_BATCH_SIZES, STAGE_NAMES
 
 # The groups run while the first of these tests waits.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(660)]
@@ -128,6 +128,32 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(results
         assert found[when]["error"].exit_status == 75
         assert re.search(r"[\d.]+ MB needed, [\d.]+ MB free", found[when]["error"].what), when
     assert found["second"] == {"error": None, "newest": "checkpoint-2", "left": ["checkpoint-1", "checkpoint-2"]}
+
+
+@pytest.mark.parametrize("stage", ["rm", "ppo", "ppo with adapters"])
+def test_two_ranks_learn_from_the_rows_that_one_learns_from(results: Results, stage: str) -> None:
+    """To the end of a run, where an epoch does not fill its last batch too; sft draws its dropout on each rank."""
+    one, two = (results[size][0][stage]["unbroken"] for size in (1, 2))
+    assert_same_weights(one["weights"], two["weights"], tolerance=1e-3)
+    for ours, other in zip(one["rows"], two["rows"], strict=True):
+        assert ours["step"] == other["step"]
+        for name in ("loss", "objective/scores", "objective/kl"):
+            assert ours.get(name, 0.0) == pytest.approx(other.get(name, 0.0), abs=1e-3), (ours["step"], name)
+
+
+def test_ppo_s_first_iteration_is_the_same_however_it_is_split(results: Results) -> None:
+    """The same rollouts to the last token, and updates within 1e-4, for any micro batch, on one rank and two.
+
+    Where a micro batch is one response, it is as wide before the update as in it: the first ratio is exactly 1.
+    """
+    found = [results[size][0]["first_iterations"][micro] for size in (1, 2) for micro in MICRO_BATCH_SIZES]
+    assert found[0]["samples"]
+    for one in found:
+        assert one["samples"] == found[0]["samples"]
+        assert_same_weights(found[0]["weights"], one["weights"], tolerance=1e-4)
+        assert one["rows"][0]["policy/approxkl_first"] < 1e-12
+    for size in (1, 2):
+        assert results[size][0]["first_iterations"][1]["rows"][0]["policy/approxkl_first"] == 0
 
 
 @pytest.mark.parametrize("size", [1, 2])
