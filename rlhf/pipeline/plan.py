@@ -188,12 +188,12 @@ def _short(value: Any) -> str:
     return f"{text[:8]}…" if isinstance(value, str) and len(text) == 64 else text
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one mapping of dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping of names: ``rewards[0].weight``. Lists of plain values stay whole."""
+    if isinstance(value, Mapping):
+        parts = {f"{name}.{key}" if name else key: inner for key, inner in value.items()}
+    elif isinstance(value, list) and value and all(isinstance(inner, Mapping) for inner in value):
+        parts = {f"{name}[{number}]": inner for number, inner in enumerate(value)}
+    else:
+        return {name: value}
+    return {key: leaf for part, inner in parts.items() for key, leaf in flatten(inner, part).items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import RequestError, SettingsError
-from rlhf.pipeline.plan import changes, needed, plan
+from rlhf.pipeline.plan import changes, flatten, needed, plan
 from rlhf.pipeline.stage import taking
 from rlhf.store import Store
 from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline
@@ -94,6 +94,20 @@ def test_a_semantic_setting_changes_its_stage_and_what_is_downstream_of_it(
     assert changed.why == why
     assert changed.key not in keys(path).values()
     assert states(planned(path)) == CACHED, "going back is a hit again"
+
+
+def test_a_changed_field_is_named_wherever_it_is_nested():
+    """In sections, and in lists of sections; a list of plain values is one value."""
+    settings = {"kl": {"coef": 0.1}, "rewards": [{"model": "rm", "weight": 1.0}, {"model": "b"}], "names": ["a"]}
+    assert flatten(settings | {"seed": 0, "none": []}) == {
+        "kl.coef": 0.1,
+        "rewards[0].model": "rm",
+        "rewards[0].weight": 1.0,
+        "rewards[1].model": "b",
+        "names": ["a"],
+        "seed": 0,
+        "none": [],
+    }
 
 
 def test_a_stage_of_a_new_version_runs_again(path: Path):
