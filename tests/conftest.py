@@ -12,6 +12,8 @@ from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST, fetch
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
+GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+
 DOWNLOADS = Path(__file__).parents[1] / "downloads"
 
 
@@ -27,3 +29,28 @@ def session() -> Iterator[Session]:
     with Session(ClusterSettings(cpus=2, gpus=0)) as session:
         session.start()
         yield session
+
+
+@pytest.fixture(scope="session")
+def _group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # One for all tests: DeepSpeed remembers the first that it saw.
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in GROUP_OF_ONE.items():
+            monkeypatch.setenv(name, value)
+        import deepspeed
+        import torch.distributed as dist
+        from deepspeed.ops import __compatible_ops__
+
+        # DeepSpeed would compile its shared-memory collectives, which takes half a minute.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        meeting = f"file://{tmp_path_factory.mktemp('group') / 'meeting'}"
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=meeting, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def group(_group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of this process alone, as DeepSpeed wants it."""
+    for name, value in GROUP_OF_ONE.items():
+        monkeypatch.setenv(name, value)

@@ -1,11 +1,9 @@
 """PPO finds the policy that mathematics says it should."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from benchmarks import arms
 from benchmarks.closed_form import PROMPT, save_reference
@@ -22,24 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-
-
-@pytest.fixture
-def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A group of this process alone, as DeepSpeed wants it."""
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__
-
-    # DeepSpeed would compile its shared-memory collectives, which takes half a minute.
-    monkeypatch.setitem(__compatible_ops__, "deepspeed_shm_comm", False)
-    deepspeed.init_distributed(
-        "gloo", auto_mpi_discovery=False, init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("group")

@@ -1,0 +1,321 @@
+"""The stage against PPO written out once more, slowly, in float64, with models whose answers are made up."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.config.ppo import PpoSettings
+from rlhf.models import text
+from rlhf.pipeline.context import Context
+from rlhf.rl.losses import PolicySums, ValueSums
+from rlhf.rollout.experience import Experience, Minibatch
+from rlhf.rollout.sequences import Sequences
+from tests.models.tiny import make_tiny_llama
+
+pytestmark = [
+    # DeepSpeed's and torch's own, as the stage imports them.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.usefixtures("group"),
+]
+
+ITERATIONS, ROLLOUTS, TIME = 3, 6, 5
+Row = list[float]
+
+
+def of_sequences(sequences: Sequences, kind: int) -> Tensor:
+    """A made-up number for every response token, a function of ids alone, so that oracle and stage agree on it."""
+    ids = sequences.ids[:, -sequences.time :].double()
+    return (torch.sin(ids * (kind + 1.7) + torch.arange(sequences.time) * 0.9 + kind) * 0.4 - 1.0).float()
+
+
+@dataclass
+class Update:
+    """What a model was given to learn from."""
+
+    iteration: int
+    minibatch: Minibatch[Any]
+    learning_rate: float
+    loss: Any
+
+
+class Model:
+    """What the loop asks of anything with state."""
+
+    updates: list[Update]
+    iteration = -1
+
+    def checkpoint_bytes(self) -> int:
+        return 0
+
+    def save(self, checkpoint: Path) -> None:
+        """Nothing to keep."""
+
+    def load(self, checkpoint: Path) -> None:
+        """Nothing was kept."""
+
+
+@dataclass
+class MadeUpPolicy(Model):
+    tokenizer: Any
+    drift: float
+    """How far each update moves the log-probabilities."""
+    updates: list[Update] = field(default_factory=list)
+    rollouts: list[Tensor] = field(default_factory=list)
+
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Tensor:
+        self.iteration += 1
+        generator = torch.Generator().manual_seed(self.iteration)
+        ids = torch.randint(20, 250, (len(prompts), TIME), generator=generator)
+        for row in range(1, len(prompts)):  # the first is cut off; the others end at their own place
+            ids[row, row % TIME] = self.tokenizer.eos_token_id
+        self.rollouts.append(ids)
+        return ids
+
+    def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        return of_sequences(sequences, 0), of_sequences(sequences, 3) + 2
+
+    def reference_logprobs(self, sequences: Sequences) -> Tensor:
+        return of_sequences(sequences, 1)
+
+    def update(self, minibatch: Minibatch[Experience], loss: Any, rate: float, examples: Any) -> PolicySums:
+        self.updates.append(Update(self.iteration, minibatch, rate, loss))
+        sums: list[PolicySums] = []
+        for part in minibatch.parts:
+            now = part.logprobs + self.drift
+            constants = part.logprobs, part.reference_logprobs, part.advantages, part.mask
+            sums.append(loss(now, torch.zeros_like(now), *constants, num_tokens=minibatch.num_tokens)[1])
+        return sum(sums[1:], start=sums[0])
+
+    def export(self, target: Path) -> None:
+        """Nothing was learned."""
+
+
+@dataclass
+class MadeUpValue(Model):
+    policy: MadeUpPolicy
+    updates: list[Update] = field(default_factory=list)
+
+    def values(self, sequences: Sequences) -> Tensor:
+        return of_sequences(sequences, 2)
+
+    def update(self, minibatch: Minibatch[Experience], loss: Any, rate: float) -> ValueSums:
+        self.updates.append(Update(self.policy.iteration, minibatch, rate, loss))
+        part = minibatch.parts[0]
+        return loss(part.values, part.values, part.returns, part.mask, num_tokens=minibatch.num_tokens)[1]
+
+
+class MadeUpReward:
+    def score(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
+        return torch.tensor([3 * math.sin(number + 1.0) for number in range(len(responses))])
+
+    def out_of_range(self, scores: Tensor) -> dict[str, float]:
+        return {}
+
+
+@dataclass
+class Written:
+    """An iteration as the oracle has it: a list of each response's real tokens."""
+
+    advantages: list[Row]
+    returns: list[Row]
+    kl: float
+
+
+def estimate(name: str, policy: float, reference: float) -> float:
+    gap = policy - reference
+    match name:
+        case "k1":
+            return gap
+        case "k2":
+            return gap * gap / 2
+        case _:
+            return math.exp(-gap) - 1 + gap
+
+
+def spread(rows: list[Row]) -> tuple[float, float]:
+    values = [value for row in rows for value in row]
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / len(values) + 1e-8)
+
+
+def written_out(ids: Tensor, eos: int, settings: PpoSettings, beta: float) -> Written:
+    """One iteration: the definition, token by token."""
+    sequences = Sequences(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
+    policy, reference, value = (of_sequences(sequences, kind).double().tolist() for kind in (0, 1, 2))
+    lengths = [row.index(eos) + 1 if eos in row else TIME for row in ids.tolist()]
+    rewards: list[Row] = []
+    kls: list[float] = []
+    for row, length in enumerate(lengths):
+        score = 3 * math.sin(row + 1.0)
+        if settings.score_clip is not None:
+            score = min(max(score, -settings.score_clip), settings.score_clip)
+        if eos not in ids[row].tolist():
+            replaced = settings.missing_eos_score
+            score = score - settings.missing_eos_penalty if replaced is None else replaced
+        pairs = list(zip(policy[row], reference[row], strict=True))[:length]
+        kls.append(sum(estimate("k1", *pair) for pair in pairs))
+        weight = beta if settings.kl.place == "reward" else 0.0
+        rewards.append([-weight * estimate(settings.kl.estimator, *pair) for pair in pairs])
+        rewards[-1][-1] += score
+    if settings.whiten_rewards:
+        mean, deviation = spread(rewards)
+        rewards = [[(one - mean) / deviation + mean for one in row] for row in rewards]
+    advantages: list[Row] = []
+    for row, length in enumerate(lengths):
+        following, after, found = 0.0, 0.0, [0.0] * length
+        for t in reversed(range(length)):
+            delta = rewards[row][t] + settings.discount * after - value[row][t]
+            following = found[t] = delta + settings.discount * settings.gae_lambda * following
+            after = value[row][t]
+        advantages.append(found)
+    returns = [[a + v for a, v in zip(row, value[number], strict=False)] for number, row in enumerate(advantages)]
+    if settings.whiten_advantages:
+        mean, deviation = spread(advantages)
+        advantages = [[(one - mean) / deviation for one in row] for row in advantages]
+    return Written(advantages, returns, sum(kls) / len(kls))
+
+
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: float = 0.0, **more: Any
+) -> tuple[PpoSettings, MadeUpPolicy, MadeUpValue]:
+    from stages import ppo
+
+    folder = make_tiny_llama(tmp_path / "tiny")
+    (tmp_path / "prompts").mkdir()
+    rows = [{"prompt": f"a film {number}"} for number in range(4)]
+    (tmp_path / "prompts" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    policy = MadeUpPolicy(text.load_tokenizer(folder), drift)
+    value = MadeUpValue(policy)
+    monkeypatch.setattr(ppo, "load_models", lambda _: (policy, value, MadeUpReward()))
+    values: dict[str, Any] = {
+        "rewards": [{"function": "unused.py:reward"}],
+        "value_init": "policy",
+        "iterations": ITERATIONS,
+        "rollouts": ROLLOUTS,
+        "epochs": 2,
+        "minibatches": 3,
+        "micro_batch_size": 1,
+        "sampling": {"max_new_tokens": TIME},
+        "policy_learning_rate": 0.5,
+        "value_learning_rate": 0.25,
+    }
+    settings = PpoSettings.model_validate(values | more)
+    attempt = tmp_path / "attempt"
+    attempt.mkdir()
+    ppo.run(
+        Context(
+            stage="ppo",
+            key="key",
+            settings=settings,
+            inputs={"policy": folder, "prompts": tmp_path / "prompts"},
+            output=tmp_path,
+            attempt=attempt,
+            cache=tmp_path,
+            attempts=(attempt,),
+            tracking={"mode": "disabled"},
+        )
+    )
+    return settings, policy, value
+
+
+def parts_of(updates: Sequence[Update], iteration: int) -> list[Experience]:
+    return [part for update in updates if update.iteration == iteration for part in update.minibatch.parts]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"kl": {"coef": 0.4, "estimator": "k2"}, "discount": 0.9, "gae_lambda": 0.7},
+        {"kl": {"coef": 0.4, "estimator": "k3"}, "score_clip": 1.5, "missing_eos_penalty": 0.7},
+        {"missing_eos_score": -2.0, "whiten_rewards": True},
+        {"whiten_rewards": True, "whiten_advantages": False, "gae_lambda": 1.0},
+        {"kl": {"coef": 0.4, "estimator": "k2", "place": "loss"}},
+        {"kl": {"coef": 0.4, "target": 0.3, "horizon": 20}},
+    ],
+)
+def test_both_models_learn_from_what_the_definition_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """Every response once an epoch, with its real tokens' advantages and returns under the β of its iteration."""
+    settings, policy, value = run(tmp_path, monkeypatch, **more)
+    beta = settings.kl.coef
+    for iteration, ids in enumerate(policy.rollouts):
+        expected = written_out(ids, policy.tokenizer.eos_token_id, settings, beta)
+        for updates in (policy.updates, value.updates):
+            seen: list[int] = []
+            for part in parts_of(updates, iteration):
+                length = int(part.mask.sum())
+                row = next(
+                    n for n, one in enumerate(ids) if torch.equal(one[:length], part.ids[0, -part.time :][:length])
+                )
+                seen.append(row)
+                for found, written in ((part.advantages, expected.advantages), (part.returns, expected.returns)):
+                    torch.testing.assert_close(
+                        found[0, :length].double(), torch.tensor(written[row]).double(), atol=1e-4, rtol=1e-4
+                    )
+            for epoch in range(settings.epochs):
+                assert sorted(seen[epoch * ROLLOUTS : (epoch + 1) * ROLLOUTS]) == list(range(ROLLOUTS))
+        for update in (one for one in policy.updates if one.iteration == iteration):
+            in_loss = update.loss.keywords["penalties"].kl_coef
+            assert in_loss == (beta if settings.kl.place == "loss" else 0.0)
+            assert update.minibatch.num_tokens == sum(int(part.mask.sum()) for part in update.minibatch.parts)
+        if settings.kl.target is not None:
+            error = min(max(expected.kl / settings.kl.target - 1, -0.2), 0.2)
+            beta *= 1 + error * ROLLOUTS / settings.kl.horizon
+    assert settings.kl.target is None or beta != settings.kl.coef
+
+
+def test_learning_rates_fall_along_one_line_over_all_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the peak to almost 0, epochs and minibatches counted, the value model's beside the policy's."""
+    settings, policy, value = run(tmp_path, monkeypatch)
+    total = ITERATIONS * settings.epochs * settings.minibatches
+    shares = [1 - number / total for number in range(total)]
+    assert [update.learning_rate for update in policy.updates] == pytest.approx([0.5 * share for share in shares])
+    assert [update.learning_rate for update in value.updates] == pytest.approx([0.25 * share for share in shares])
+
+
+def test_the_losses_are_clipped_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings reach the losses."""
+    _, policy, value = run(tmp_path, monkeypatch, policy_clip=0.3, value_clip=None, entropy_bonus=0.01)
+    assert policy.updates[0].loss.keywords["clip"] == 0.3
+    assert policy.updates[0].loss.keywords["penalties"].entropy_bonus == 0.01
+    assert value.updates[0].loss.keywords["clip"] is None
+
+
+def test_the_value_model_warms_up_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first iterations asked for, the policy stays as it is."""
+    _, policy, value = run(tmp_path, monkeypatch, value_warmup=2)
+    assert {update.iteration for update in policy.updates} == {2}
+    assert {update.iteration for update in value.updates} == {0, 1, 2}
+
+
+def test_an_update_that_went_too_far_is_the_iteration_s_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the square of a drift of 0.2 is 0.02 nats a token."""
+    _, policy, _ = run(tmp_path, monkeypatch, drift=0.2, early_stop_kl=0.019)
+    assert [update.iteration for update in policy.updates] == [0, 1, 2]
+
+
+def test_steps_that_stay_near_are_all_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is not reached."""
+    settings, policy, _ = run(tmp_path, monkeypatch, drift=0.2, early_stop_kl=0.021)
+    assert len(policy.updates) == ITERATIONS * settings.epochs * settings.minibatches
+
+
+def test_a2c_takes_one_unclipped_step_a_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all its responses at once."""
+    more: dict[str, Any] = {"algorithm": "a2c", "epochs": 1, "minibatches": 1}
+    _, policy, value = run(tmp_path, monkeypatch, **more)
+    for model in (policy, value):
+        assert [update.iteration for update in model.updates] == [0, 1, 2]
+        assert all(len(update.minibatch.parts) == ROLLOUTS for update in model.updates)
+        assert all(update.loss.keywords["clip"] is None for update in model.updates)
