@@ -22,6 +22,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.data.order import learning_order
 from rlhf.errors import DivergedError, PreflightError
 from rlhf.models import adapters
 from rlhf.models.reward import raw_scores
@@ -64,7 +65,9 @@ def common_arguments(context: Context[Any], settings: TrainingSettings) -> dict[
         "warmup_steps": settings.optimizer.warmup_fraction,
         "lr_scheduler_type": "linear",
         "max_grad_norm": settings.optimizer.max_grad_norm,
-        "num_train_epochs": settings.epochs,
+        # The rows come in the order in which they are learned from: all epochs', see in_order.
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
         "seed": settings.seed,
         "bf16": settings.precision == "bf16",
         "deepspeed": zero3_config(settings.precision, gradient_clipping="auto", **automatic),
@@ -142,12 +145,14 @@ class _Checkpointed:
     state: Any
     model: Any
     train_dataset: Dataset
+    _texts: tuple[str, ...]
+    """Columns with token ids that are padded to one length."""
     _total_train_tokens: int
 
     def __init__(self, context: Context[Any], **trainer: Any) -> None:
         self._context = context
         super().__init__(**trainer)
-        self.train_dataset = in_whole_batches(self.train_dataset, context.settings.batch_size)
+        self.train_dataset = in_order(self.train_dataset, self._texts, context.settings)
 
     def go_on_counting(self, checkpoint: Path) -> None:
         """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
@@ -162,20 +167,21 @@ class _Checkpointed:
                 (checkpoint / TOKENS).write_text(json.dumps({"tokens": self._total_train_tokens}))
 
 
-def in_whole_batches(rows: Dataset, batch_size: int) -> Dataset:
-    """The rows, and the first ones once more, so that the last batch of an epoch is as large as the others.
+def in_order(rows: Dataset, texts: Sequence[str], settings: TrainingSettings) -> Dataset:
+    """The rows as they are learned from, one batch after the other.
 
-    Otherwise accelerate fills it up to the ranks' micro batches, and another number of ranks learns other rows.
+    texts  columns with token ids, of which a row's longest counts
     """
-    return rows.select(number % len(rows) for number in range(-(-len(rows) // batch_size) * batch_size))
+    lengths = [max(map(len, ids)) for ids in zip(*(rows[column] for column in texts), strict=True)]
+    return rows.select(learning_order(lengths, settings.batch_size, settings.epochs, settings.seed))
 
 
 class _SftTrainer(_Checkpointed, SFTTrainer):
-    pass
+    _texts = ("input_ids",)
 
 
 class _RewardTrainer(_Checkpointed, RewardTrainer):
-    pass
+    _texts = ("chosen_ids", "rejected_ids")
 
 
 def sft_trainer(

@@ -50,7 +50,8 @@ def test_the_models_that_learn_have_no_dropout(head: Any, tmp_path: Path) -> Non
     """Theirs is switched off, wherever the architecture has it: two passes answer the same."""
     torch.manual_seed(0)
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 16, "pad_token_id": 0}
-    config = GPT2Config(**shape, attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5, num_labels=1)
+    config = GPT2Config(**shape, attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5)
+    config.num_labels = 1
     model = (GPT2LMHeadModel if head is TokenLogprobs else GPT2ForSequenceClassification)(config)
     engine = Training("policy", learning_rate=0.1, max_grad_norm=1.0).start(head(model), "fp32")
     assert engine.module.training
