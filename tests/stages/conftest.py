@@ -47,25 +47,27 @@ class Pipeline:
     def overrides(self, *more: str) -> list[str]:
         return [*SMALL, f"store.uri={self.store.root}", f"data.downloads={self.sdist.parent}", *more]
 
-    def config(self, *settings: str) -> PipelineConfig:
+    def config(self, *settings: str, file: Path = TINY) -> PipelineConfig:
         return load_pipeline(
-            TINY, self.overrides(*settings), {name: stage.settings for name, stage in stages().items()}
+            file, self.overrides(*settings), {name: stage.settings for name, stage in stages().items()}
         )
 
-    def run(self, *targets: str, settings: tuple[str, ...] = (), store: Store | None = None) -> dict[str, Planned]:
-        known, config = stages(), self.config(*settings)
+    def run(
+        self, *targets: str, settings: tuple[str, ...] = (), store: Store | None = None, file: Path = TINY
+    ) -> dict[str, Planned]:
+        known, config = stages(), self.config(*settings, file=file)
         self.output = io.StringIO()
         display = Display(Console(file=self.output, width=160), list(config.instances))
         return Runner(config, known, store or self.store, self.session, display).run(targets)
 
-    def fresh_store(self, folder: Path, *without: str) -> Store:
-        """A store that has what the shared one has, but for the results of some stages."""
-        copy = Store.open(folder)
-        for name, key in self.store.refs("tiny").items():
-            record = self.store.action(key)
+    def fresh_store(self, folder: Path, *without: str, source: Store | None = None) -> Store:
+        """A store that has what the shared one or another has, but for the results of some stages."""
+        copy, source = Store.open(folder), source or self.store
+        for name, key in source.refs("tiny").items():
+            record = source.action(key)
             assert record is not None
             if name not in without:
-                copy.put_artifact(self.store.checkout(record.artifact, folder / "copies" / name), _kind(record.stage))
+                copy.put_artifact(source.checkout(record.artifact, folder / "copies" / name), _kind(record.stage))
                 copy.commit(record)
         return copy
 

@@ -8,13 +8,17 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.data.jsonl import read_rows
 from rlhf.errors import DivergedError
+from rlhf.models.adapter_folders import relocate_adapter
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import ActionRecord, Store
@@ -30,6 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets of dead actors to the collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+TWO_RANKS = tuple(f"{stage}.workers.count=2" for stage in ("sft", "rm", "ppo"))
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +101,21 @@ def test_no_pickle_leaves_a_stage(pipeline: Pipeline, unbroken: dict[str, Planne
             assert Path(file.path).suffix in {".safetensors", ".json", ".jsonl", ".jinja", ".txt", ".md"}
 
 
-def test_two_ranks_equal_one(pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(
+    pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Store, dict[str, Planned]]:
+    """Sft, rm and ppo by two ranks each, in a store of their own."""
+    assert unbroken
+    store = pipeline.fresh_store(tmp_path_factory.mktemp("two") / "store", "sft", "rm", "ppo", "evaluate")
+    return store, pipeline.run("ppo", settings=TWO_RANKS, store=store)
+
+
+def test_two_ranks_equal_one(
+    pipeline: Pipeline, unbroken: dict[str, Planned], two_ranks: tuple[Store, dict[str, Planned]], tmp_path: Path
+) -> None:
     """Sharding is no part of a result: same keys, the same weights but for rounding, the same first rollouts."""
-    store = pipeline.fresh_store(tmp_path / "store", "sft", "rm", "ppo", "evaluate")
-    two = tuple(f"{stage}.workers.count=2" for stage in ("sft", "rm", "ppo"))
-    planned = pipeline.run("ppo", settings=two, store=store)
+    store, planned = two_ranks
     for name, limit in {"sft": 2e-3, "rm": 5e-3}.items():
         assert planned[name].key == unbroken[name].key
         ours = weights(store, record_of(planned, name), tmp_path / name)
@@ -125,6 +141,68 @@ def test_a_killed_rank_costs_nothing_but_time(
     killer.join(1)
     assert "starting again from the newest checkpoint" in pipeline.output.getvalue()
     assert record_of(planned, stage).artifact == record_of(unbroken, stage).artifact
+
+
+def test_one_killed_rank_of_two_costs_nothing_but_time(
+    pipeline: Pipeline, two_ranks: tuple[Store, dict[str, Planned]], tmp_path: Path
+) -> None:
+    """The other one, which waits for it in a collective, is started again too."""
+    whole, planned = two_ranks
+    store = pipeline.fresh_store(tmp_path / "store", "ppo", source=whole)
+    key = planned["ppo"].key
+    assert key is not None
+    killer = threading.Thread(target=kill_once, args=(store.root / "work" / key,), daemon=True)
+    killer.start()
+    again = pipeline.run("ppo", settings=TWO_RANKS, store=store)
+    killer.join(1)
+    assert "starting again from the newest checkpoint" in pipeline.output.getvalue()
+    assert record_of(again, "ppo").artifact == record_of(planned, "ppo").artifact
+
+
+def test_rewards_of_several_kinds_add_up(pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path) -> None:
+    """Two reward models, one of them an adapter that sees the conversation, and a function, in ppo and evaluate."""
+    file, function = tmp_path / "rewards.yaml", tmp_path / "reward.py"
+    other = "{uses: rm, lora: {rank: 4}, batch_size: 16, max_length: 128, optimizer: {learning_rate: 1.0e-2}}"
+    file.write_text(f"{TINY.read_text()}\nother: {other}\n")
+    function.write_text("def reward(prompts, responses):\n    return [float(len(one)) for one in responses]\n")
+    parts = f"[{{model: rm, weight: 0.5}}, {{model: other, weight: 2}}, {{function: '{function}:reward', std: 40}}]"
+    settings = (f"ppo.rewards={parts}", f"evaluate.rewards={parts}", "ppo.samples_kept=16")
+    planned = pipeline.run("evaluate", settings=settings, file=file)
+    assert planned["rm"].key == unbroken["rm"].key
+
+    models: dict[str, Path] = {}
+    for name in ("rm", "other"):
+        models[name] = pipeline.store.checkout(record_of(planned, name).artifact, tmp_path / "models" / name)
+    relocate_adapter(models["other"])
+
+    def expected(prompt: str, response: str) -> float:
+        scores = {name: score_alone(folder, prompt, response) for name, folder in models.items()}
+        return 0.5 * scores["rm"] + 2 * scores["other"] + len(response) / 40
+
+    ppo = record_of(planned, "ppo")
+    samples = read_rows(pipeline.store.root / "work" / ppo.key / ppo.attempt / "samples.jsonl")[-4:]
+    for row in samples:
+        assert row["score"] == pytest.approx(expected(row["prompt"], row["response"]), abs=1e-3)
+    report = pipeline.store.checkout(record_of(planned, "evaluate").artifact, tmp_path / "report")
+    for row in read_rows(report / "samples.jsonl")[:4]:
+        assert row["score_before"] == pytest.approx(expected(row["prompt"], row["before"]), abs=1e-3)
+    assert {row["score"] for row in samples} != {0.0}
+
+
+@torch.no_grad()
+def score_alone(folder: Path, prompt: str, response: str) -> float:
+    """The normalised score by transformers alone."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    before: list[int] = []
+    if model.config.sees == "conversation":
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        before = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    ids = [*before, *tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    raw = model(torch.tensor([ids])).logits.item()
+    return (raw - model.config.score_mean) / model.config.score_std
 
 
 def test_a_killed_driver_is_taken_over(pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path) -> None:

@@ -49,7 +49,14 @@ def test_a_step_is_adam_s_with_its_epsilon_after_clipping(slope: float, max_grad
 def test_the_models_that_learn_have_no_dropout(head: Any, tmp_path: Path) -> None:
     """Theirs is switched off, wherever the architecture has it: two passes answer the same."""
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 16, "pad_token_id": 0}
+    shape: dict[str, Any] = {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 16,
+        "vocab_size": 40,
+        "n_positions": 16,
+        "pad_token_id": 0,
+    }
     config = GPT2Config(**shape, attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5)
     config.num_labels = 1
     model = (GPT2LMHeadModel if head is TokenLogprobs else GPT2ForSequenceClassification)(config)
