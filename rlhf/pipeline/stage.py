@@ -82,7 +82,7 @@ OURS = (
     ),
     Stage(
         "rank",
-        1,
+        2,
         RankSettings,
         "stages.rank:run",
         "comparisons",

@@ -17,7 +17,9 @@ TRAIN: list[dict[str, Any]] = [
 HELDOUT: list[dict[str, Any]] = [{"prompt": "r", "responses": ["f", "g"], "rankings": [[1, 0], [[0, 1]]]}]
 
 
-def ranked(folder: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> Context[RankSettings]:
+def ranked(
+    folder: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]], **settings: Any
+) -> Context[RankSettings]:
     for name in ("input", "output", "attempt"):
         (folder / name).mkdir(parents=True)
     for part, rows in (("train", train), ("heldout", heldout)):
@@ -25,7 +27,7 @@ def ranked(folder: Path, train: list[dict[str, Any]], heldout: list[dict[str, An
     return Context(
         stage="rank",
         key="0" * 64,
-        settings=RankSettings(),
+        settings=RankSettings(**settings),
         inputs={"comparisons": folder / "input"},
         output=folder / "output",
         attempt=folder / "attempt",
@@ -53,6 +55,7 @@ def test_every_set_is_kept_and_gains_normalised_strengths(tmp_path: Path) -> Non
     assert train[0]["strengths"][0] > train[0]["strengths"][1] > train[0]["strengths"][2]
     assert heldout[0]["strengths"][1] > heldout[0]["strengths"][0]
     scale = json.loads((context.output / "scale.json").read_text())
+    assert scale == {"deviation_elo": metrics["deviation_elo"], "prior_elo": 200.0, "ties": "half"}
     assert metrics == {
         "sets": 2,
         "responses": 5,
@@ -106,6 +109,26 @@ def test_models_give_a_leaderboard_in_order_of_strength(tmp_path: Path) -> None:
     assert [row["model"] for row in board] == ["x", "y", "z"]
     assert [row["comparisons"] for row in board] == [5, 5, 6]
     assert board[0]["elo"] > board[1]["elo"] > board[2]["elo"]
+
+
+@pytest.mark.parametrize(("ties", "least"), [("rao-kupper", 1), ("davidson", 0)])
+def test_the_parameter_of_ties_is_the_training_part_s(tmp_path: Path, ties: str, least: float) -> None:
+    """It grows with the share of ties, and what is held out is seen with it and does not change it."""
+    tied = {"prompt": "p", "responses": ["a", "b"], "winners": [[0, 1, 0.5]] * 9 + [[0, 1, 1]] * 2}
+
+    def run_on(name: str, train: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> Context[RankSettings]:
+        context = ranked(tmp_path / name, train, heldout, ties=ties)
+        run(context)
+        return context
+
+    def parameter(context: Context[RankSettings]) -> float:
+        return json.loads((context.output / "scale.json").read_text())["tie_parameter"]
+
+    few, many = run_on("few", TRAIN, [tied]), run_on("many", [*TRAIN, tied], [tied])
+    assert least < parameter(few) < parameter(many)
+    assert parameter(run_on("alone", TRAIN, [])) == parameter(few)
+    one, other = (rows(context.output / "heldout.jsonl")[0]["strengths"] for context in (few, many))
+    assert one != other
 
 
 def test_annotators_who_prefer_nothing_are_an_error(tmp_path: Path) -> None:
