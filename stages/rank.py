@@ -3,13 +3,13 @@
 In: comparison sets (``comparisons``: ``train.jsonl``, ``heldout.jsonl``).
 Out: the same sets with ``strengths`` and ``standard_errors``, one number a response, and their ``pool``;
 ``scale.json``, with the Elo points that a strength of 1 stands for and the parameter of ties; ``leaderboard.json``
-where training sets name the models that wrote the responses.
+where training sets name the models that wrote the responses; ``annotators.json`` where annotators count by their
+reliability.
 
 Every annotator's view of two responses is one comparison. Sets with the same prompt and ratings are one pool: their
 responses are also compared across sets, by ratings alone, so that a set of good responses is told from a set of bad
 ones. One fit gives all Bradley-Terry strengths, which have mean 0 where comparisons join them; all are divided by the
-deviation over the training sets, held-out ones too. Left out: how reliable each annotator is, and strengths across
-prompts.
+deviation over the training sets, held-out ones too. Left out: strengths across prompts.
 """
 
 import json
@@ -24,7 +24,8 @@ from rlhf.data.records import ComparisonSet
 from rlhf.errors import RecordError
 from rlhf.pipeline.context import Context
 from rlhf.ranking.bradley_terry import Strengths, fit
-from rlhf.ranking.comparisons import add_up, compare, pool_by_model
+from rlhf.ranking.comparisons import NOBODY, Comparisons, add_up, compare, pool_by_model
+from rlhf.ranking.crowd import Crowd, fit_crowd
 from rlhf.ranking.normalise import overall_deviation
 from rlhf.ranking.pools import ComparedSet, Ranked, pool
 
@@ -32,9 +33,17 @@ from rlhf.ranking.pools import ComparedSet, Ranked, pool
 def run(context: Context[RankSettings]) -> dict[str, float]:
     """Rank every set; final metrics: ``sets``, ``responses``, ``comparisons``, ``tie_share`` and ``deviation_elo``."""
     settings = context.settings
-    train = _compared(context, "train")
+    names: dict[str, int] = {}
+    train = _compared(context, "train", names)
     pooled = pool(train, settings.bridges, settings.seed)
-    strengths = fit(pooled.responses, pooled.comparisons, settings.prior_elo, settings.ties)
+    if settings.annotators == "reliability" and not names:
+        raise RecordError(
+            "rank.annotators is reliability, and there is no annotator: no set has ratings or rankings",
+            str(context.inputs["comparisons"] / "train.jsonl"),
+            "write what annotators said as ratings or rankings, with their names in annotators, or set "
+            "rank.annotators=equal",
+        )
+    strengths, crowd = _fit(settings, pooled.responses, pooled.comparisons)
     deviation = overall_deviation([strengths.elo])
     if deviation == 0:
         raise RecordError(
@@ -49,6 +58,8 @@ def run(context: Context[RankSettings]) -> dict[str, float]:
     if strengths.tie_parameter is not None:
         scale["tie_parameter"] = strengths.tie_parameter
     _write_json(context, "scale.json", scale)
+    if crowd is not None:
+        _write_annotators(context, list(names), crowd)
     _write_leaderboard(context, train)
 
     total = sum(one.comparisons.total for one in train)
@@ -66,26 +77,44 @@ def _sets(context: Context[RankSettings], part: str) -> Iterator[ComparisonSet]:
     return read_jsonl(context.inputs["comparisons"] / f"{part}.jsonl", ComparisonSet)
 
 
-def _compared(context: Context[RankSettings], part: str) -> list[ComparedSet]:
-    return [
-        ComparedSet(
-            one.prompt,
-            len(one.responses),
-            compare(len(one.responses), one.ratings, one.rankings, one.winners),
-            one.ratings,
-        )
-        for one in _sets(context, part)
-    ]
+def _compared(context: Context[RankSettings], part: str, names: dict[str, int]) -> list[ComparedSet]:
+    """The comparisons of every set; annotators are numbered through in ``names``, which new ones are added to."""
+    found: list[ComparedSet] = []
+    for row, one in enumerate(_sets(context, part), start=1):
+        size = len(one.responses)
+        said = compare(size, one.ratings, one.rankings, one.winners)
+        numbers = [names.setdefault(name, len(names)) for name in _annotators(one, f"{part}.jsonl:{row}")]
+        # The last entry is that of NOBODY, which is -1.
+        said = said._replace(annotator=np.array([*numbers, NOBODY])[said.annotator])
+        found.append(ComparedSet(one.prompt, size, said, one.ratings))
+    return found
+
+
+def _annotators(one: ComparisonSet, where: str) -> list[str]:
+    """Whose the columns of ratings are, then the rankings; in a set that does not say, they are its own."""
+    columns, rankings = len(one.ratings[0]) if one.ratings else 0, len(one.rankings or [])
+    if one.annotators is None:
+        return [f"{where}, annotator {number}" for number in range(columns + rankings)]
+    return one.annotators[:columns] + one.annotators[:rankings]
+
+
+def _fit(
+    settings: RankSettings, count: int, comparisons: Comparisons, tie_parameter: float | None = None
+) -> tuple[Strengths, Crowd | None]:
+    if settings.annotators == "equal":
+        return fit(count, comparisons, settings.prior_elo, settings.ties, tie_parameter), None
+    crowd = fit_crowd(count, comparisons, settings.prior_elo, settings.ties, tie_parameter)
+    return crowd.strengths, crowd
 
 
 def _heldout(context: Context[RankSettings], train: Strengths) -> list[Ranked]:
     """The held-out sets' strengths: their own comparisons, seen with the training sets' parameter of ties."""
     settings = context.settings
-    compared = _compared(context, "heldout")
+    compared = _compared(context, "heldout", {})
     if not compared:
         return []
     pooled = pool(compared, settings.bridges, settings.seed)
-    strengths = fit(pooled.responses, pooled.comparisons, settings.prior_elo, settings.ties, train.tie_parameter)
+    strengths, _ = _fit(settings, pooled.responses, pooled.comparisons, train.tie_parameter)
     return pooled.share(strengths)
 
 
@@ -100,6 +129,16 @@ def _write(context: Context[RankSettings], part: str, strengths: list[Ranked], d
             file.write(to_line(record, **found))
 
 
+def _write_annotators(context: Context[RankSettings], names: Sequence[str], crowd: Crowd) -> None:
+    """The training part's, the least reliable first."""
+    rows = [
+        {"name": names[a], "reliability": crowd.reliability[a], "comparisons": crowd.comparisons[a]}
+        for a in np.argsort(crowd.reliability, kind="stable")
+        if crowd.comparisons[a] > 0
+    ]
+    _write_json(context, "annotators.json", rows)
+
+
 def _write_leaderboard(context: Context[RankSettings], train: Sequence[ComparedSet]) -> None:
     sets = [
         (one.models, compared.comparisons)
@@ -110,7 +149,7 @@ def _write_leaderboard(context: Context[RankSettings], train: Sequence[ComparedS
         return
     settings = context.settings
     names, pooled = pool_by_model(sets)
-    strengths = fit(len(names), pooled, settings.prior_elo, settings.ties)
+    strengths, _ = _fit(settings, len(names), pooled)
     each = pooled.wins + pooled.losses + pooled.ties
     compared = add_up(pooled.first, each, len(names)) + add_up(pooled.second, each, len(names))
     rows = [

@@ -96,6 +96,9 @@ class RankSettings(Settings):
     ties: Literal["half", "rao-kupper", "davidson"] = semantic("half")
     """How a tie is seen: as half a win for either response, or as an outcome with a probability of its own, by the
     model of Rao and Kupper (1967) or of Davidson (1970); their parameter is fitted to the training sets."""
+    annotators: Literal["equal", "reliability"] = semantic("equal")
+    """Whether all annotators count alike, or each by the reliability that is found together with the strengths
+    (Chen et al. 2013). For the latter name them in the comparison sets' ``annotators``."""
     bridges: int = semantic(4, ge=0)
     """Rounds in which each rated response is compared, by ratings alone, with two of other sets that share its prompt.
     0 keeps sets apart, for ratings that mean something only within a set."""

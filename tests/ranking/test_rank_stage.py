@@ -131,6 +131,45 @@ def test_the_parameter_of_ties_is_the_training_part_s(tmp_path: Path, ties: str,
     assert one != other
 
 
+def test_annotators_are_known_across_sets_by_their_names(tmp_path: Path) -> None:
+    """One who reverses every ranking and rating comes first in the list; without names each set has its own."""
+    rng = np.random.default_rng(0)
+    sets: list[dict[str, Any]] = []
+    for index in range(40):
+        quality = rng.normal(0, 2, 4)
+        ratings = quality[:, None] + rng.normal(0, 0.5, (4, 3))
+        ratings[:, 1] *= -1
+        one: dict[str, Any] = {"prompt": f"p{index}", "responses": ["a", "b", "c", "d"]}
+        if index % 2:
+            one["ratings"] = ratings.tolist()
+        else:
+            one["rankings"] = np.argsort(-ratings, axis=0).T.tolist()
+        sets.append(one)
+    names = ["honest", "reversed", "fair"]
+    named = ranked(tmp_path / "named", [one | {"annotators": names} for one in sets], [], annotators="reliability")
+    run(named)
+    listed = json.loads((named.output / "annotators.json").read_text())
+    assert listed[0]["name"] == "reversed"
+    assert listed[0]["reliability"] < 0.2 < 0.8 < listed[1]["reliability"] <= listed[2]["reliability"]
+    assert [row["comparisons"] for row in listed] == [240, 240, 240]
+
+    unnamed = ranked(tmp_path / "unnamed", sets, [], annotators="reliability")
+    run(unnamed)
+    listed = json.loads((unnamed.output / "annotators.json").read_text())
+    assert len(listed) == 40 * 3
+    assert "train.jsonl:1, annotator 0" in {row["name"] for row in listed}
+
+    equal = ranked(tmp_path / "equal", sets, [])
+    run(equal)
+    assert not (equal.output / "annotators.json").exists()
+
+
+def test_reliability_without_annotators_is_an_error(tmp_path: Path) -> None:
+    """Winners are nobody's: there is nobody whose reliability could be found."""
+    with pytest.raises(RecordError, match="no annotator"):
+        run(ranked(tmp_path, TRAIN[1:], [], annotators="reliability"))
+
+
 def test_annotators_who_prefer_nothing_are_an_error(tmp_path: Path) -> None:
     """Dividing by a deviation of 0 must not reach the reward model as NaN."""
     tied = {"prompt": "p", "responses": ["a", "b"], "ratings": [[1, 1], [1, 1]]}
