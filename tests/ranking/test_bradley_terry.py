@@ -248,7 +248,7 @@ def test_the_order_of_responses_does_not_matter(wins: FloatArray, random: Any) -
 
 @given(st.lists(matrices, min_size=1, max_size=6))
 def test_sets_fitted_together_do_not_influence_each_other(sets: list[FloatArray]) -> None:
-    """Many sets of many sizes at once equal each alone, in their order; given is a tie's weight."""
+    """Many sets of many sizes at once equal each alone, in their order, where no parameter of ties joins them."""
     starts = np.cumsum([0, *map(len, sets)])
     parts = [
         renumber(from_wins(wins), np.arange(start, start + len(wins)))
