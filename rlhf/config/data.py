@@ -1,6 +1,7 @@
 """Settings of the stages that hold no model: data and rank."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import field_validator, model_validator
 
@@ -92,6 +93,12 @@ class RankSettings(Settings):
     """Standard deviation, in Elo points, of the Gaussian prior on a strength within its set; larger is weaker. It keeps
     the strength of a response that never lost finite. On sets of five movie snippets, strengths from 3, 7 or all but 3
     of the raters predict the other raters' comparisons best with 100 to 150, and within 0.003 nats of that with 200."""
+    ties: Literal["half", "rao-kupper", "davidson"] = semantic("half")
+    """How a tie is seen: as half a win for either response, or as an outcome with a probability of its own, by the
+    model of Rao and Kupper (1967) or of Davidson (1970); their parameter is fitted to the training sets."""
+    annotators: Literal["equal", "reliability"] = semantic("equal")
+    """Whether all annotators count alike, or each by the reliability that is found together with the strengths
+    (Chen et al. 2013). For the latter name them in the comparison sets' ``annotators``."""
     bridges: int = semantic(4, ge=0)
     """Rounds in which each rated response is compared, by ratings alone, with two of other sets that share its prompt.
     0 keeps sets apart, for ratings that mean something only within a set."""

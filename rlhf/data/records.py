@@ -115,6 +115,8 @@ class ComparisonSet(_Record):
     """Per annotator, indices of responses from best to worst; a list of indices is a tie. Responses may be left out."""
     winners: list[list[float]] | None = None
     """Entries ``[i, j, outcome]``: 1 where response i beat j, 0 where it lost, 0.5 for a tie."""
+    annotators: list[Annotated[String, Field(min_length=1)]] | None = None
+    """Who they are: a name for each column of the ratings and for each entry of the rankings, the same in every set."""
     models: list[String] | None = None
     """The model that wrote each response."""
     margin: float | None = None
@@ -172,6 +174,24 @@ class ComparisonSet(_Record):
                 raise ValueError(f"entry {number} compares response {entry[0]:g} with itself")
         return winners
 
+    @field_validator("annotators")
+    @classmethod
+    def _annotators_match_columns(cls, annotators: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if annotators is None:
+            return None
+        if repeated := sorted({name for name in annotators if annotators.count(name) > 1}):
+            raise ValueError(f"names {repeated[0]!r} twice")
+        ratings, rankings = info.data.get("ratings"), info.data.get("rankings")
+        for kind, count in (
+            ("columns of ratings", len(ratings[0]) if ratings else None),
+            ("rankings", None if rankings is None else len(rankings)),
+        ):
+            if count is not None and count != len(annotators):
+                raise ValueError(
+                    f"has {len(annotators)} names for {count} {kind}: one list serves ratings and rankings"
+                )
+        return annotators
+
     @field_validator("models")
     @classmethod
     def _models_match_responses(cls, models: list[str] | None, info: ValidationInfo) -> list[str] | None:
@@ -192,6 +212,8 @@ class ComparisonSet(_Record):
     def _something_is_compared(self) -> "ComparisonSet":
         if self.ratings is self.rankings is self.winners is None:
             raise ValueError("has none of ratings, rankings and winners")
+        if self.annotators is not None and self.ratings is self.rankings is None:
+            raise ValueError("has annotators but neither ratings nor rankings, and winners are nobody's")
         columns = zip(*(self.ratings or []), strict=True)
         rated = any(sum(rating is not None for rating in column) > 1 for column in columns)
         ranked = any(

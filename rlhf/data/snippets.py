@@ -35,6 +35,8 @@ class Snippet(NamedTuple):
 
     text: str
     ratings: tuple[int, ...]
+    block: int
+    """The number of its block, whose raters no other has."""
 
     @property
     def mean(self) -> float:
@@ -63,7 +65,8 @@ def read_movie_snippets(sdist: Path) -> SnippetBlocks:
     with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
         texts = _member(inner, TEXTS_MEMBER).decode().splitlines()
         ratings = _member(inner, RATINGS_MEMBER).decode().splitlines()
-    snippets = [_snippet(text, rated) for text, rated in zip(texts, ratings, strict=True)]
+    rows = zip(texts, ratings, strict=True)
+    snippets = [_snippet(text, rated, row // BLOCK_ROWS) for row, (text, rated) in enumerate(rows)]
     blocks: list[Block] = []
     seen: set[str] = set()
     full = len(snippets) // BLOCK_ROWS * BLOCK_ROWS
@@ -83,11 +86,11 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
-def _snippet(text_row: str, ratings_row: str) -> Snippet:
+def _snippet(text_row: str, ratings_row: str, block: int) -> Snippet:
     identifier, _, text = text_row.split("\t")
     same_identifier, _, _, ratings = ratings_row.split("\t")
     assert identifier == same_identifier, "the two tables list the same snippets in the same order"
-    return Snippet(clean(text), tuple(json.loads(ratings)))
+    return Snippet(clean(text), tuple(json.loads(ratings)), block)
 
 
 def clean(text: str) -> str:
@@ -147,6 +150,8 @@ def demonstrations(blocks: list[Block]) -> Iterator[Demonstration]:
 def comparison_sets(blocks: list[Block], set_size: int) -> Iterator[ComparisonSet]:
     """Make sets of consecutive snippets of one block under one general prompt, with every rater's ratings.
 
+    Raters are named by block and column, which is all that is known of who they are.
+
     The last set of a block is smaller where ``set_size`` does not divide it; a single snippet left over is left out.
     """
     for block in blocks:
@@ -156,6 +161,7 @@ def comparison_sets(blocks: list[Block], set_size: int) -> Iterator[ComparisonSe
                 prompt=COMPARISON_PROMPT,
                 responses=[snippet.text for snippet in chosen],
                 ratings=[[float(rating) for rating in snippet.ratings] for snippet in chosen],
+                annotators=[f"block {chosen[0].block}, rater {rater}" for rater in range(len(chosen[0].ratings))],
             )
 
 

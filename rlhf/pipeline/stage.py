@@ -70,7 +70,7 @@ def _ppo_inputs(settings: PpoSettings) -> Mapping[str, str]:
 
 
 OURS = (
-    Stage("data", 1, DataSettings, "stages.data:run", "data", inputs=taking(), sources=_data_sources),
+    Stage("data", 2, DataSettings, "stages.data:run", "data", inputs=taking(), sources=_data_sources),
     Stage(
         "model",
         1,
@@ -82,7 +82,7 @@ OURS = (
     ),
     Stage(
         "rank",
-        1,
+        2,
         RankSettings,
         "stages.rank:run",
         "comparisons",

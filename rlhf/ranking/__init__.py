@@ -1,1 +1,1 @@
-"""Strengths out of what annotators said of responses: pairwise comparisons and the Bradley-Terry model."""
+"""Strengths out of what annotators said of responses, and how well they are known."""

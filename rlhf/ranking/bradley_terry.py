@@ -1,125 +1,207 @@
-"""Bradley-Terry strengths with a Gaussian prior, on the Elo scale.
+"""Bradley-Terry strengths with a Gaussian prior, on the Elo scale, and three ways to see a tie.
 
 The model (Bradley & Terry 1952, Biometrika 39:324, in logistic form): response i beats j with probability
 σ(c (θ_i - θ_j)), where θ are strengths in Elo points and c = ln(10) / 400, so that 400 points are odds of ten to one.
-The strengths maximise
+Two models give a tie a probability of its own, with one parameter for all pairs, whose logarithm is τ here:
 
-    Σ_{i,j} W_ij ln σ(c (θ_i - θ_j)) - Σ_i θ_i² / (2 s²)
+- ``rao-kupper`` (Rao & Kupper 1967, JASA 62:194): i is preferred where it is better by more than a threshold. With
+  d = c (θ_i - θ_j) and the paper's parameter e^τ ≥ 1: P(win) = σ(d - τ), P(loss) = σ(-d - τ), and a tie is the rest,
+  (e^{2τ} - 1) σ(d - τ) σ(-d - τ).
+- ``davidson`` (Davidson 1970, JASA 65:317): P(win) : P(loss) : P(tie) = e^{d/2} : e^{-d/2} : e^τ, with the paper's
+  parameter e^τ ≥ 0.
+- ``half`` has no such probability: a tie counts as half a win for either.
 
-W_ij is how often i beat j and s the prior's deviation. The likelihood alone has no maximum where a response never
-lost, and does not see a shift of all strengths; the prior makes the maximum exist, be unique, and have mean 0 (Caron &
-Doucet 2012, arXiv:1011.1761, use a prior for the same reason).
+All three log-likelihoods are concave in d and τ together.
 
-Shapes: B independent sets, K responses of each.
+Shapes: N responses, E pairs. Strengths are in nats of log-odds, but in Elo points where the name says so.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from rlhf.ranking.comparisons import Comparisons, FloatArray, IntArray, add_up, merge
+from rlhf.ranking.posterior import Terms, TieTerms, fit_posterior
 
 ELO_SCALE = math.log(10) / 400
 """Nats of log-odds per Elo point."""
 
-GRADIENT_TOLERANCE = 1e-10
-MAX_NEWTON_STEPS = 100
+TieModel = Literal["half", "rao-kupper", "davidson"]
+TIE_MODELS: tuple[TieModel, ...] = get_args(TieModel)
+
+FIRST_TIE = 0.5
+"""τ before anything is fitted."""
 
 
 class Strengths(NamedTuple):
     """Strengths and how well they are known."""
 
     elo: FloatArray
-    """``[B, K]``, Elo points; each set has mean 0."""
+    """``[N]``, Elo points; each connected component has mean 0."""
     standard_errors: FloatArray
-    """``[B, K]``, Elo points: of a strength relative to the mean of its set."""
+    """``[N]``, Elo points: of a strength relative to the mean of its component."""
+    tie_parameter: float | None
+    """Rao and Kupper's θ or Davidson's ν; None where ties count half."""
 
 
-def fit(wins: FloatArray, prior_elo: float) -> Strengths:
-    """Find the strengths of B independent sets at once, by Newton's method.
+class PairTerms(NamedTuple):
+    """The log-likelihood of each pair's comparisons, and its derivatives by the gap d and τ; ``[E]`` each."""
 
-    Standard errors are those of Laplace's approximation: the inverse of Fisher information and prior precision, with
-    the common shift projected out, which no comparison informs. They take comparisons as independent; one annotator's
-    comparisons of K responses are less than that, so the errors are lower bounds.
+    value: FloatArray
+    gap_gradient: FloatArray
+    gap_curvature: FloatArray
+    """-∂²/∂d²"""
+    tie_gradient: FloatArray
+    tie_curvature: FloatArray
+    """-∂²/∂τ²"""
+    mixed_curvature: FloatArray
+    """-∂²/∂d ∂τ"""
+
+
+def fit(
+    count: int,
+    comparisons: Comparisons,
+    prior_elo: float,
+    ties: TieModel = "half",
+    tie_parameter: float | None = None,
+) -> Strengths:
+    """Find the strengths of ``count`` responses, with their standard errors.
+
+    Standard errors take comparisons as independent, which those that one annotator made of K responses are not.
 
     Args:
-        wins: ``[B, K, K]``, how often i beat j; the diagonal is 0.
-        prior_elo: s, in Elo points; greater than 0.
+        count: N.
+        comparisons: who beat whom; whoever said so.
+        prior_elo: the prior's deviation, in Elo points; greater than 0.
+        ties: how a tie is seen.
+        tie_parameter: the model's parameter where it is known; otherwise it is fitted with the strengths.
 
     """
-    sets, size, _ = wins.shape
-    precision = 1.0 / (ELO_SCALE * prior_elo) ** 2
-    theta = np.zeros((sets, size))  # in nats throughout
-    value = _objective(theta, wins, precision)
-    for _ in range(MAX_NEWTON_STEPS):
-        gradient = _gradient(theta, wins, precision)
-        if np.abs(gradient).max(initial=0.0) < GRADIENT_TOLERANCE * max(1.0, wins.sum(axis=2).max(initial=0.0)):
-            break
-        information = _information(theta, wins, precision)
-        step = np.linalg.solve(information, gradient[..., None])[..., 0].astype(np.float64)
-        theta, value = _line_search(theta, step, value, gradient, wins, precision)
-    else:
-        raise AssertionError("Newton's method converges on a strictly concave objective")
-    covariance = np.linalg.inv(_information(theta, wins, precision))
-    # All-ones is an eigenvector of the covariance with value 1 / precision: projecting it out leaves the set's centre
-    # fixed.
-    variance = np.diagonal(covariance, axis1=1, axis2=2) - 1.0 / (precision * size)
-    theta -= theta.mean(axis=1, keepdims=True)
-    return Strengths(theta / ELO_SCALE, np.sqrt(np.maximum(variance, 0.0)) / ELO_SCALE)
+    likelihood = PairLikelihood(count, merge(count, comparisons), ties, fits_tie=tie_parameter is None)
+    tie = FIRST_TIE if tie_parameter is None else math.log(tie_parameter)
+    posterior = fit_posterior(likelihood, prior_precision(prior_elo), tie)
+    return Strengths(
+        posterior.theta / ELO_SCALE,
+        posterior.standard_errors / ELO_SCALE,
+        None if ties == "half" else math.exp(posterior.tie),
+    )
 
 
-def _line_search(
-    theta: FloatArray, step: FloatArray, value: FloatArray, gradient: FloatArray, wins: FloatArray, precision: float
-) -> tuple[FloatArray, FloatArray]:
-    """Halve each set's Newton step until its objective grows (Armijo's condition); a far start would overshoot."""
-    length = np.ones(len(theta))
-    promised = (gradient * step).sum(axis=1)
-    # Near the maximum the promised growth drowns in rounding, and the full step is right.
-    slack = 1e-12 * (1.0 + np.abs(value))
-    while True:
-        candidate = theta + length[:, None] * step
-        candidate_value = _objective(candidate, wins, precision)
-        short = candidate_value < value + 1e-4 * length * promised - slack
-        if not short.any():
-            return candidate, candidate_value
-        length[short] /= 2
+def prior_precision(prior_elo: float) -> float:
+    """The precision, in nats⁻², of a prior whose deviation is in Elo points."""
+    return 1.0 / (ELO_SCALE * prior_elo) ** 2
 
 
-def _objective(theta: FloatArray, wins: FloatArray, precision: float) -> FloatArray:
-    """``[B]``: log-posterior up to a constant, in nats."""
-    difference = theta[:, :, None] - theta[:, None, :]
-    likelihood = -(wins * np.logaddexp(0.0, -difference)).sum(axis=(1, 2))
-    return likelihood - 0.5 * precision * (theta**2).sum(axis=1)
+class PairLikelihood:
+    """The likelihood of comparisons, as :mod:`rlhf.ranking.posterior` wants it.
+
+    Where τ is fitted, its prior is one comparison of two equals that was tied, and one that was not. So it is finite
+    where nothing or everything is tied, and among thousands of comparisons the prior is not seen.
+    """
+
+    def __init__(self, count: int, comparisons: Comparisons, ties: TieModel, *, fits_tie: bool) -> None:
+        self.count = count
+        self.first: IntArray = comparisons.first
+        self.second: IntArray = comparisons.second
+        self._said = (comparisons.wins, comparisons.losses, comparisons.ties)
+        self._ties: TieModel = ties
+        self._fits_tie = fits_tie and ties != "half"
+
+    def terms(self, theta: FloatArray, tie: float) -> Terms:
+        """The likelihood at strengths θ ``[N]`` and τ."""
+        if self._ties == "rao-kupper" and tie <= 0:
+            return Terms(-math.inf, np.zeros(self.count), np.zeros(len(self.first)))
+        pairs = pair_terms(theta[self.first] - theta[self.second], tie, *self._said, self._ties)
+        value, gradient = float(pairs.value.sum()), self._per_response(pairs.gap_gradient)
+        if not self._fits_tie:
+            return Terms(value, gradient, pairs.gap_curvature)
+        prior = pair_terms(np.zeros(1), tie, np.full(1, 0.5), np.full(1, 0.5), np.ones(1), self._ties)
+        return Terms(
+            value + float(prior.value[0]),
+            gradient,
+            pairs.gap_curvature,
+            TieTerms(
+                float(pairs.tie_gradient.sum() + prior.tie_gradient[0]),
+                float(pairs.tie_curvature.sum() + prior.tie_curvature[0]),
+                self._per_response(pairs.mixed_curvature),
+            ),
+        )
+
+    def _per_response(self, of_gap: FloatArray) -> FloatArray:
+        """``[N]``: a derivative by each strength, from those by the gaps: first less second."""
+        return add_up(self.first, of_gap, self.count) - add_up(self.second, of_gap, self.count)
 
 
-def _gradient(theta: FloatArray, wins: FloatArray, precision: float) -> FloatArray:
-    """``[B, K]``: wins less expected wins, less the prior's pull."""
-    compared = wins + wins.transpose(0, 2, 1)
-    return (wins - compared * _win_probability(theta)).sum(axis=2) - precision * theta
+def pair_terms(
+    gap: FloatArray, tie: float, wins: FloatArray, losses: FloatArray, tied: FloatArray, model: TieModel
+) -> PairTerms:
+    """Evaluate pairs at their gaps d ``[E]``, of which so many comparisons were won, lost and tied.
+
+    Written without differences of nearly equal numbers: counts may be large, and probabilities next to 0 or 1.
+    """
+    match model:
+        case "half":
+            return _half(gap, wins + 0.5 * tied, losses + 0.5 * tied)
+        case "rao-kupper":
+            return _rao_kupper(gap, tie, wins, losses, tied)
+        case "davidson":
+            return _davidson(gap, tie, wins, losses, tied)
 
 
-def _information(theta: FloatArray, wins: FloatArray, precision: float) -> FloatArray:
-    """``[B, K, K]``: Fisher information (observed and expected are the same here) plus the prior's precision."""
-    probability = _win_probability(theta)
-    weight = (wins + wins.transpose(0, 2, 1)) * probability * (1.0 - probability)
-    information = -weight
-    diagonal = np.arange(theta.shape[1])
-    information[:, diagonal, diagonal] += weight.sum(axis=2) + precision
-    return information
+def _half(gap: FloatArray, wins: FloatArray, losses: FloatArray) -> PairTerms:
+    win, loss = sigmoid(gap), sigmoid(-gap)
+    nothing = np.zeros_like(gap)
+    # ln σ(x) = min(x, 0) - ln(1 + e^-|x|), whose second part is that of ln σ(-x) too.
+    shared = np.log1p(np.exp(-np.abs(gap)))
+    return PairTerms(
+        wins * (np.minimum(gap, 0.0) - shared) + losses * (np.minimum(-gap, 0.0) - shared),
+        wins * loss - losses * win,
+        (wins + losses) * win * loss,
+        nothing,
+        nothing,
+        nothing,
+    )
 
 
-def _win_probability(theta: FloatArray) -> FloatArray:
-    """``[B, K, K]``: σ(θ_i - θ_j), without overflow."""
-    return 0.5 * (1.0 + np.tanh(0.5 * (theta[:, :, None] - theta[:, None, :])))
+def _rao_kupper(gap: FloatArray, tie: float, wins: FloatArray, losses: FloatArray, tied: FloatArray) -> PairTerms:
+    # A tie has the factors of a win and of a loss, and one of its own.
+    not_won, not_lost = wins + tied, losses + tied
+    above, below = gap - tie, -gap - tie
+    pull_up, pull_down = not_won * sigmoid(-above), not_lost * sigmoid(-below)
+    curve_up, curve_down = pull_up * sigmoid(above), pull_down * sigmoid(below)
+    beyond = -math.expm1(-2 * tie)  # 1 - e^{-2τ}
+    return PairTerms(
+        not_won * _log_sigmoid(above) + not_lost * _log_sigmoid(below) + tied * (2 * tie + math.log(beyond)),
+        pull_up - pull_down,
+        curve_up + curve_down,
+        tied * (2 / beyond) - pull_up - pull_down,
+        curve_up + curve_down + tied * (4 * math.exp(-2 * tie) / beyond**2),
+        curve_down - curve_up,
+    )
 
 
-def fit_each(wins: list[FloatArray], prior_elo: float) -> list[tuple[FloatArray, FloatArray]]:
-    """Strengths and standard errors, ``[K]`` each and in Elo points, of sets of different sizes, in their order."""
-    fitted: dict[int, tuple[FloatArray, FloatArray]] = {}
-    for size in {len(matrix) for matrix in wins}:
-        indices = [index for index, matrix in enumerate(wins) if len(matrix) == size]
-        for index, elo, error in zip(indices, *fit(np.stack([wins[i] for i in indices]), prior_elo), strict=True):
-            fitted[index] = (elo, error)
-    return [fitted[index] for index in range(len(wins))]
+def _davidson(gap: FloatArray, tie: float, wins: FloatArray, losses: FloatArray, tied: FloatArray) -> PairTerms:
+    logits = np.stack([0.5 * gap, -0.5 * gap, np.full_like(gap, tie)])
+    highest = logits.max(axis=0)
+    log_win, log_loss, log_tie = logits - (highest + np.log(np.exp(logits - highest).sum(axis=0)))
+    win, loss, draw = np.exp(log_win), np.exp(log_loss), np.exp(log_tie)
+    compared, decided = wins + losses + tied, win + loss
+    return PairTerms(
+        wins * log_win + losses * log_loss + tied * log_tie,
+        0.5 * (wins * (draw + 2 * loss) - losses * (draw + 2 * win) - tied * (win - loss)),
+        0.25 * compared * (decided * draw + 4 * win * loss),
+        tied * decided - (wins + losses) * draw,
+        compared * draw * decided,
+        -0.5 * compared * draw * (win - loss),
+    )
+
+
+def sigmoid(x: FloatArray) -> FloatArray:
+    """σ(x), accurate next to 0 and without overflow."""
+    tail = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1.0, tail) / (1.0 + tail)
+
+
+def _log_sigmoid(x: FloatArray) -> FloatArray:
+    return np.minimum(x, 0.0) - np.log1p(np.exp(-np.abs(x)))

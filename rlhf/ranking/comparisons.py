@@ -1,6 +1,6 @@
 """From ratings, rankings and winners to who beat whom, and how often.
 
-Shapes: K responses of a set, A annotators, M models.
+Shapes: K responses of a set, A annotators, E rows of comparisons, N responses of all sets, M models.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+NOBODY = -1
+"""The annotator of comparisons that are nobody's alone."""
 
 
 class Comparisons(NamedTuple):
-    """The pairwise comparisons of a set's responses."""
+    """Comparisons of pairs of responses, ``[E]`` each; a pair may have several rows."""
 
+    first: IntArray
+    second: IntArray
     wins: FloatArray
-    """``[K, K]``: entry [i, j] is how often response i beat response j, a tie counting half to either. So i and j were
-    compared [i, j] + [j, i] times; the diagonal is 0."""
-    ties: int
-    """How many of the comparisons are ties."""
+    """How often first beat second."""
+    losses: FloatArray
+    """How often second beat first."""
+    ties: FloatArray
+    """How often neither was preferred."""
+    annotator: IntArray
+    """Whose view the row is, or :data:`NOBODY`."""
+
+    @property
+    def total(self) -> float:
+        """How many comparisons there are."""
+        return float(self.wins.sum() + self.losses.sum() + self.ties.sum())
+
+    def rows(self, which: NDArray[np.bool_] | IntArray | slice) -> "Comparisons":
+        """Some of the rows."""
+        return Comparisons(
+            self.first[which],
+            self.second[which],
+            self.wins[which],
+            self.losses[which],
+            self.ties[which],
+            self.annotator[which],
+        )
 
 
 def compare(
@@ -31,6 +56,7 @@ def compare(
     """Count the comparisons that the annotators made of ``count`` responses; the three kinds add up.
 
     Each annotator's view of a pair is one comparison; a pair of which an annotator rated or ranked one alone is none.
+    Annotators are numbered: first the columns of the ratings, then the rankings. Winners are nobody's.
 
     Args:
         count: K.
@@ -41,43 +67,82 @@ def compare(
         winners: entries (i, j, outcome), 1 where i beat j, 0 where it lost, 0.5 for a tie.
 
     """
-    wins = np.zeros((count, count))
-    ties = 0
-    tables = [_ranks_as_ratings(count, ranking) for ranking in rankings or []]
+    i, j = np.triu_indices(count, k=1)
+    table = rating_table(count, ratings, rankings)
+    # NaN is neither greater than, nor equal to, nor less than anything, which leaves its pairs out.
+    views = np.stack([table[i] > table[j], table[i] < table[j], table[i] == table[j]])
+    pair, annotator = np.nonzero(views.any(axis=0))
+    won, lost, tied = views[:, pair, annotator].astype(np.float64)
+    parts = [Comparisons(i[pair], j[pair], won, lost, tied, annotator)]
+    if winners:
+        first, second, outcome = np.array(winners, dtype=np.float64).T
+        won, lost, tied = np.stack([outcome == 1, outcome == 0, outcome == 0.5]).astype(np.float64)
+        nobody = np.full(len(winners), NOBODY)
+        parts.append(Comparisons(first.astype(np.int64), second.astype(np.int64), won, lost, tied, nobody))
+    return join(parts)
+
+
+def rating_table(
+    count: int,
+    ratings: Sequence[Sequence[float | None]] | None,
+    rankings: Sequence[Sequence[int | Sequence[int]]] | None,
+) -> FloatArray:
+    """``[K, A]``: ratings, then rankings as ratings by negative place; NaN where an annotator left a response out."""
+    tables = [np.empty((count, 0))]
     if ratings is not None:
         tables.append(np.array(ratings, dtype=np.float64).reshape(count, -1))
-    for table in tables:
-        first, second = table[:, None, :], table[None, :, :]
-        # NaN is neither greater than nor equal to anything, which leaves its pairs out.
-        equal = np.triu((first == second).sum(axis=2), k=1)
-        wins += (first > second).sum(axis=2) + 0.5 * (equal + equal.T)
-        ties += int(equal.sum())
-    for i, j, outcome in winners or []:
-        wins[int(i), int(j)] += outcome
-        wins[int(j), int(i)] += 1 - outcome
-        ties += outcome == 0.5
-    return Comparisons(wins, ties)
+    for ranking in rankings or []:
+        column = np.full((count, 1), np.nan)
+        for place, members in enumerate(ranking):
+            column[members] = -place
+        tables.append(column)
+    return np.concatenate(tables, axis=1)
 
 
-def _ranks_as_ratings(count: int, ranking: Sequence[int | Sequence[int]]) -> FloatArray:
-    """``[K, 1]``: the negative place of each response in a ranking, NaN where it is left out."""
-    ratings = np.full((count, 1), np.nan)
-    for place, members in enumerate(ranking):
-        ratings[members] = -place
-    return ratings
+def join(parts: Sequence[Comparisons]) -> Comparisons:
+    """All rows, in order; at least one part."""
+    return Comparisons(
+        np.concatenate([part.first for part in parts]),
+        np.concatenate([part.second for part in parts]),
+        np.concatenate([part.wins for part in parts]),
+        np.concatenate([part.losses for part in parts]),
+        np.concatenate([part.ties for part in parts]),
+        np.concatenate([part.annotator for part in parts]),
+    )
 
 
-def pool_by_model(sets: Sequence[tuple[Sequence[str], FloatArray]]) -> tuple[list[str], FloatArray]:
-    """Add up the wins of all sets' responses by the model that wrote each: names in order, and their ``[M, M]`` wins.
+def renumber(comparisons: Comparisons, indices: IntArray) -> Comparisons:
+    """The same comparisons of responses that are numbered by ``indices`` ``[K]``."""
+    return comparisons._replace(first=indices[comparisons.first], second=indices[comparisons.second])
+
+
+def merge(count: int, comparisons: Comparisons) -> Comparisons:
+    """One row for each pair of ``count`` responses, whoever compared them, the lower index first."""
+    first, second, wins, losses, ties, _ = comparisons
+    turned = first > second
+    pairs, row = np.unique(np.where(turned, second * count + first, first * count + second), return_inverse=True)
+    return Comparisons(
+        pairs // count,
+        pairs % count,
+        add_up(row, np.where(turned, losses, wins), len(pairs)),
+        add_up(row, np.where(turned, wins, losses), len(pairs)),
+        add_up(row, ties, len(pairs)),
+        np.full(len(pairs), NOBODY),
+    )
+
+
+def add_up(index: IntArray, values: FloatArray, count: int) -> FloatArray:
+    """``[count]``: the sum of the values ``[E]`` of each index ``[E]``."""
+    return np.bincount(index, values, count).astype(np.float64, copy=False)
+
+
+def pool_by_model(sets: Sequence[tuple[Sequence[str], Comparisons]]) -> tuple[list[str], Comparisons]:
+    """All sets' comparisons as ones of the models that wrote the responses: names in order, and the comparisons.
 
     Comparisons of two responses of one model say nothing of models and are left out.
     """
     names = sorted({name for models, _ in sets for name in models})
     number = {name: index for index, name in enumerate(names)}
-    pooled = np.zeros((len(names), len(names)))
-    for models, wins in sets:
-        indices = np.array([number[name] for name in models])
-        # Not ``+=``, which would count only one of a model's responses.
-        np.add.at(pooled, (indices[:, None], indices[None, :]), wins)
-    np.fill_diagonal(pooled, 0.0)
-    return names, pooled
+    pooled = join([renumber(compared, np.array([number[name] for name in models])) for models, compared in sets])
+    apart = pooled.first != pooled.second
+    return names, pooled.rows(apart)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf.ranking.bradley_terry import FloatArray, fit_each
-from rlhf.ranking.graph import bridges, edges_of, fit_graph, join
+from rlhf.ranking.bradley_terry import Strengths
+from rlhf.ranking.bridges import bridges
+from rlhf.ranking.comparisons import Comparisons, FloatArray, IntArray, join, renumber
 
 
 class Ranked(NamedTuple):
@@ -22,49 +23,69 @@ class Ranked(NamedTuple):
     """Which pool the set is of: only strengths of one pool can be compared."""
 
 
-class RatedSet(NamedTuple):
+class ComparedSet(NamedTuple):
     """What pooling needs of a comparison set."""
 
     prompt: Any
-    wins: FloatArray
-    """``[K, K]``, see :class:`rlhf.ranking.comparisons.Comparisons`."""
+    size: int
+    """K, how many responses."""
+    comparisons: Comparisons
+    """Of responses numbered from 0."""
     ratings: Sequence[Sequence[float | None]] | None
     """``[K, annotators]``, None where there are none."""
 
 
-def strengths_of(sets: Sequence[RatedSet], prior_elo: float, bridges_per_response: int, seed: int) -> list[Ranked]:
-    """The strengths of each set, in order.
+class Pooled(NamedTuple):
+    """All comparisons of many sets, their responses numbered through."""
 
-    Sets with ratings and the same prompt are one pool; any other set is a pool of its own.
+    starts: IntArray
+    """``[sets + 1]``: the number of each set's first response, and at the end the number of all responses."""
+    pools: list[int]
+    """The pool of each set."""
+    comparisons: Comparisons
+    """Within sets and across."""
+
+    @property
+    def responses(self) -> int:
+        """How many responses there are."""
+        return int(self.starts[-1])
+
+    def share(self, strengths: Strengths) -> list[Ranked]:
+        """Give each set its own strengths."""
+        return [
+            Ranked(strengths.elo[start:end], strengths.standard_errors[start:end], pool)
+            for (start, end), pool in zip(pairwise(self.starts), self.pools, strict=True)
+        ]
+
+
+def pool(sets: Sequence[ComparedSet], bridges_per_response: int, seed: int) -> Pooled:
+    """Join the comparisons of all sets, and bridge those with ratings and the same prompt, which are one pool.
+
+    Any other set is a pool of its own.
     """
-    pools: defaultdict[str | int, list[int]] = defaultdict(list)
+    members: defaultdict[str | int, list[int]] = defaultdict(list)
     for index, one in enumerate(sets):
         bridged = bridges_per_response > 0 and one.ratings is not None
-        pools[str(one.prompt) if bridged else index].append(index)
-    alone = [members[0] for members in pools.values() if len(members) == 1]
-    found = dict(zip(alone, fit_each([sets[index].wins for index in alone], prior_elo), strict=True))
-    for members in pools.values():
-        if len(members) > 1:
-            fitted = _fit_pool([sets[index] for index in members], prior_elo, bridges_per_response, seed)
-            found |= dict(zip(members, fitted, strict=True))
-    pool_of = {index: number for number, members in enumerate(pools.values()) for index in members}
-    return [Ranked(*found[index], pool_of[index]) for index in range(len(sets))]
-
-
-def _fit_pool(
-    sets: Sequence[RatedSet], prior_elo: float, bridges_per_response: int, seed: int
-) -> list[tuple[FloatArray, FloatArray]]:
-    sizes = [len(one.wins) for one in sets]
-    starts = np.cumsum([0, *sizes])
+        members[str(one.prompt) if bridged else index].append(index)
+    starts = np.cumsum([0, *(one.size for one in sets)])
     within = [
-        edges_of(one.wins, np.arange(start, start + len(one.wins))) for one, start in zip(sets, starts, strict=False)
+        renumber(one.comparisons, np.arange(start, start + one.size)) for one, start in zip(sets, starts, strict=False)
     ]
+    across = [_across(sets, indices, starts, bridges_per_response, seed) for indices in members.values()]
+    pool_of = {index: number for number, indices in enumerate(members.values()) for index in indices}
+    return Pooled(starts, [pool_of[index] for index in range(len(sets))], join([*within, *across]))
+
+
+def _across(
+    sets: Sequence[ComparedSet], indices: list[int], starts: IntArray, per_response: int, seed: int
+) -> Comparisons:
+    """The bridges of one pool's sets."""
     ratings = [
         np.array([value for value in row if value is not None], dtype=np.float64)
-        for one in sets
-        for row in one.ratings or ()
+        for index in indices
+        for row in (sets[index].ratings or [[]] * sets[index].size)
     ]
-    across = bridges(ratings, np.repeat(np.arange(len(sets)), sizes), bridges_per_response, seed)
-    elo, errors = fit_graph(int(starts[-1]), join([*within, across]), prior_elo)
-    elo -= elo.mean()
-    return [(elo[start:end], errors[start:end]) for start, end in pairwise(starts)]
+    set_of = np.repeat(indices, [sets[index].size for index in indices])
+    number = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in indices])
+    rounds = per_response if len(indices) > 1 else 0
+    return renumber(bridges(ratings, set_of, rounds, seed), number)

@@ -110,6 +110,26 @@ def test_a_trl_pair_becomes_a_set_of_two_with_its_winner_and_margin() -> None:
             ComparisonSet,
             "compares nothing: no annotator rated or ranked two of the responses",
         ),
+        (
+            SET | {"ratings": [[1, 2], [2, 2], [3, 4]], "annotators": ["a"]},
+            ComparisonSet,
+            "annotators: has 1 names for 2 columns of ratings: one list serves ratings and rankings",
+        ),
+        (
+            SET | {"ratings": [[1, 2], [2, 2], [3, 4]], "rankings": [[0, 1]], "annotators": ["a", "b"]},
+            ComparisonSet,
+            "annotators: has 2 names for 1 rankings: one list serves ratings and rankings",
+        ),
+        (
+            SET | {"rankings": [[0, 1], [1, 0]], "annotators": ["a", "a"]},
+            ComparisonSet,
+            "annotators: names 'a' twice",
+        ),
+        (
+            SET | {"winners": [[0, 1, 1]], "annotators": ["a"]},
+            ComparisonSet,
+            "has annotators but neither ratings nor rankings, and winners are nobody's",
+        ),
         (SET | {"rankings": [[0, 1], [2, 1, 2]]}, ComparisonSet, "rankings: ranking 1 names response 2 twice"),
         (SET | {"rankings": [[0, [1, 0]]]}, ComparisonSet, "rankings: ranking 0 names response 0 twice"),
         (

@@ -119,6 +119,15 @@ def test_a_set_has_one_prompt_five_snippets_and_everybody_s_ratings(
     assert all(record.rating == mean_of[record.text] for record in files["judge/ratings"])
 
 
+def test_raters_are_named_by_block_and_column(files: dict[str, list[Any]], snippets: SnippetBlocks) -> None:
+    """Sets of one block share their raters, sets of two blocks none."""
+    block_of = {snippet.text: number for number, block in enumerate(snippets.blocks) for snippet in block}
+    for kind in ("train", "heldout"):
+        for one in files[f"comparisons/{kind}"]:
+            block = block_of[one.responses[0]]
+            assert one.annotators == [f"block {block}, rater {rater}" for rater in range(len(one.ratings[0]))]
+
+
 def test_the_seed_decides_the_deal(snippets: SnippetBlocks) -> None:
     """The same seed deals the same files; another deals others."""
     again, other = (movie_datasets(snippets.blocks, SnippetSettings(), seed) for seed in (0, 1))
@@ -127,7 +136,7 @@ def test_the_seed_decides_the_deal(snippets: SnippetBlocks) -> None:
 
 def test_a_size_that_does_not_divide_a_block_leaves_out_at_most_one_snippet() -> None:
     """A smaller set still compares; a single snippet does not."""
-    blocks = [[Snippet(f"t{index}", (index % 3, 1)) for index in range(9)]]
+    blocks = [[Snippet(f"t{index}", (index % 3, 1), 0) for index in range(9)]]
     assert [len(record.responses) for record in comparison_sets(blocks, 4)] == [4, 4]
     assert [len(record.responses) for record in comparison_sets(blocks, 5)] == [5, 4]
     assert [len(record.responses) for record in comparison_sets(blocks, 9)] == [9]

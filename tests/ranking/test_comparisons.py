@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.ranking.comparisons import compare, pool_by_model
+from rlhf.ranking.comparisons import NOBODY, Comparisons, FloatArray, compare, merge, pool_by_model
+from tests.ranking.drawn import as_wins, from_wins
 
 Table = list[list[float | None]]
 
@@ -18,6 +19,11 @@ def tables(draw: st.DrawFn) -> Table:
     return draw(
         st.lists(st.lists(rating, min_size=annotators, max_size=annotators), min_size=responses, max_size=responses)
     )
+
+
+def counted(count: int, comparisons: Comparisons) -> tuple[FloatArray, int]:
+    """Who beat whom, a tie counting half to either, and the number of ties."""
+    return as_wins(count, comparisons), int(comparisons.ties.sum())
 
 
 def slow_wins(ratings: Table) -> tuple[np.ndarray[Any, Any], int]:
@@ -41,7 +47,7 @@ def slow_wins(ratings: Table) -> tuple[np.ndarray[Any, Any], int]:
 @given(tables())
 def test_ratings_count_as_the_slow_definition_says(ratings: Table) -> None:
     """One comparison a pair and annotator; an absent rating compares with nothing."""
-    wins, ties = compare(len(ratings), ratings=ratings)
+    wins, ties = counted(len(ratings), compare(len(ratings), ratings=ratings))
     expected_wins, expected_ties = slow_wins(ratings)
     np.testing.assert_array_equal(wins, expected_wins)
     assert ties == expected_ties
@@ -52,8 +58,8 @@ def test_only_the_order_of_an_annotator_s_ratings_counts(ratings: Table, stretch
     """Shifting or stretching one's scale must not change what one said."""
     stretched = [[None if rating is None else float(stretch(rating)) for rating in row] for row in ratings]
     original, other = compare(len(ratings), ratings=ratings), compare(len(ratings), ratings=stretched)
-    np.testing.assert_array_equal(original.wins, other.wins)
-    assert original.ties == other.ties
+    for one, same in zip(original, other, strict=True):
+        np.testing.assert_array_equal(one, same)
 
 
 @given(tables())
@@ -69,39 +75,60 @@ def test_a_ranking_says_what_the_ratings_it_was_made_of_say(ratings: Table) -> N
             first, second = column[i], column[j]
             if first is not None and second is not None:
                 winners.append([i, j, 0.5 + 0.5 * np.sign(first - second)])
-    expected = compare(count, ratings=ratings)
+    expected = merge(count, compare(count, ratings=ratings))
     for other in (compare(count, rankings=rankings), compare(count, winners=winners)):
-        np.testing.assert_array_equal(other.wins, expected.wins)
-        assert other.ties == expected.ties
+        for one, same in zip(expected, merge(count, other), strict=True):
+            np.testing.assert_array_equal(one, same)
 
 
 def test_the_kinds_add_up() -> None:
     """A set may hold ratings of some annotators and rankings of others."""
-    wins, ties = compare(2, ratings=[[1], [0]], rankings=[[1, 0]], winners=[[0, 1, 0.5]])
+    said = compare(2, ratings=[[1], [0]], rankings=[[1, 0]], winners=[[0, 1, 0.5]])
+    wins, ties = counted(2, said)
     np.testing.assert_array_equal(wins, [[0, 1.5], [1.5, 0]])
     assert ties == 1
+    np.testing.assert_array_equal(said.annotator, [0, 1, NOBODY])
+
+
+@given(tables(), st.randoms(use_true_random=False))
+def test_merged_rows_say_the_same(ratings: Table, random: Any) -> None:
+    """One row a pair, in order; which way round a pair was written is no matter."""
+    count = len(ratings)
+    said = compare(count, ratings=ratings)
+    turned = np.array([random.random() < 0.5 for _ in said.first], dtype=bool)
+    other = said._replace(
+        first=np.where(turned, said.second, said.first),
+        second=np.where(turned, said.first, said.second),
+        wins=np.where(turned, said.losses, said.wins),
+        losses=np.where(turned, said.wins, said.losses),
+    )
+    merged = merge(count, other)
+    assert (merged.first < merged.second).all()
+    assert len({*zip(merged.first, merged.second, strict=True)}) == len(merged.first)
+    np.testing.assert_array_equal(as_wins(count, merged), as_wins(count, said))
+    assert merged.total == said.total
 
 
 def test_a_tie_written_as_a_list_of_one_is_no_tie() -> None:
     """Parquet needs lists everywhere; [[0], [1]] is the ranking [0, 1]."""
-    np.testing.assert_array_equal(compare(2, rankings=[[[0], [1]]]).wins, compare(2, rankings=[[0, 1]]).wins)
+    np.testing.assert_array_equal(compare(2, rankings=[[[0], [1]]]), compare(2, rankings=[[0, 1]]))
 
 
 def test_wins_are_pooled_by_model() -> None:
     """Responses of one model are no match for each other; the others' wins add up over sets."""
     names, pooled = pool_by_model(
         [
-            (["x", "y", "x"], np.array([[0, 2, 5], [1, 0, 3], [5, 4, 0]], dtype=float)),
-            (["z", "y"], np.array([[0, 1], [0, 0]], dtype=float)),
+            (["x", "y", "x"], from_wins(np.array([[0, 2, 5], [1, 0, 3], [5, 4, 0]], dtype=float))),
+            (["z", "y"], from_wins(np.array([[0, 1], [0, 0]], dtype=float))),
         ]
     )
     assert names == ["x", "y", "z"]
-    np.testing.assert_array_equal(pooled, [[0, 6, 0], [4, 0, 0], [0, 1, 0]])
+    np.testing.assert_array_equal(as_wins(3, pooled), [[0, 6, 0], [4, 0, 0], [0, 1, 0]])
 
 
 @pytest.mark.parametrize("outcome", [0, 0.5, 1])
 def test_every_comparison_shares_out_one_win(outcome: float) -> None:
     """So that i and j were compared wins[i, j] + wins[j, i] times."""
-    wins = compare(3, winners=[[2, 0, outcome]]).wins
+    wins = as_wins(3, compare(3, winners=[[2, 0, outcome]]))
     assert wins[2, 0] == outcome
     assert wins.sum() == 1

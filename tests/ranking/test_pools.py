@@ -1,15 +1,20 @@
 import numpy as np
 import pytest
 
-from rlhf.ranking.bradley_terry import FloatArray, fit_each
-from rlhf.ranking.comparisons import compare
-from rlhf.ranking.pools import RatedSet, strengths_of
+from rlhf.ranking.bradley_terry import fit
+from rlhf.ranking.comparisons import FloatArray, compare
+from rlhf.ranking.pools import ComparedSet, Ranked, pool
 
 PRIOR = 200.0
 
 
-def rated_set(prompt: str, ratings: list[list[float | None]]) -> RatedSet:
-    return RatedSet(prompt, compare(len(ratings), ratings=ratings).wins, ratings)
+def rated_set(prompt: str, ratings: list[list[float | None]]) -> ComparedSet:
+    return ComparedSet(prompt, len(ratings), compare(len(ratings), ratings=ratings), ratings)
+
+
+def strengths_of(sets: list[ComparedSet], bridges: int) -> list[Ranked]:
+    pooled = pool(sets, bridges, seed=0)
+    return pooled.share(fit(pooled.responses, pooled.comparisons, PRIOR))
 
 
 def noisy(level: float, seed: int) -> list[list[float | None]]:
@@ -22,7 +27,7 @@ GOOD, BAD = rated_set("p", noisy(+2, 0)), rated_set("p", noisy(-2, 1))
 
 def test_a_set_of_good_and_a_set_of_bad_responses_end_apart() -> None:
     """With one prompt and ratings they share a pool about 0, whose every good response beats every bad one."""
-    good, bad = strengths_of([GOOD, BAD], PRIOR, bridges_per_response=4, seed=0)
+    good, bad = strengths_of([GOOD, BAD], bridges=4)
     assert good.pool == bad.pool
     assert good.elo.min() > bad.elo.max() + 100
     assert np.concatenate([good.elo, bad.elo]).mean() == pytest.approx(0, abs=1e-6)
@@ -30,31 +35,31 @@ def test_a_set_of_good_and_a_set_of_bad_responses_end_apart() -> None:
 
 def test_without_bridges_each_set_is_a_pool_of_its_own() -> None:
     """Then only the order within a set counts, and both end about 0: a good response looks like a bad one."""
-    good, bad = strengths_of([GOOD, BAD], PRIOR, bridges_per_response=0, seed=0)
+    good, bad = strengths_of([GOOD, BAD], bridges=0)
     assert good.pool != bad.pool
     for ranked, one in ((good, GOOD), (bad, BAD)):
         assert ranked.elo.mean() == pytest.approx(0, abs=1e-6)
-        np.testing.assert_allclose(ranked.elo, fit_each([one.wins], PRIOR)[0][0], atol=1e-9)
+        np.testing.assert_allclose(ranked.elo, fit(3, one.comparisons, PRIOR).elo, atol=1e-6)
 
 
 def test_sets_of_other_prompts_or_without_ratings_keep_to_themselves() -> None:
     """They come out as if alone, in their order, whatever their neighbours; a number as a prompt is only a text."""
-    ranking = RatedSet("p", compare(2, rankings=[[1, 0]]).wins, None)
+    ranking = ComparedSet("p", 2, compare(2, rankings=[[1, 0]]), None)
     elsewhere, odd = rated_set("q", noisy(3, 2)), rated_set("2", noisy(0, 3))
-    found = strengths_of([GOOD, elsewhere, ranking, BAD, odd], PRIOR, bridges_per_response=2, seed=0)
+    found = strengths_of([GOOD, elsewhere, ranking, BAD, odd], bridges=2)
     pools = [ranked.pool for ranked in found]
     assert pools[0] == pools[3]
     assert len(set(pools)) == 4
     for index, one in ((1, elsewhere), (2, ranking), (4, odd)):
-        elo, errors = fit_each([one.wins], PRIOR)[0]
-        np.testing.assert_allclose(found[index].elo, elo, atol=1e-9)
-        np.testing.assert_allclose(found[index].standard_errors, errors, atol=1e-9)
+        alone = fit(one.size, one.comparisons, PRIOR)
+        np.testing.assert_allclose(found[index].elo, alone.elo, atol=1e-6)
+        np.testing.assert_allclose(found[index].standard_errors, alone.standard_errors, atol=1e-6)
 
 
 def test_a_response_that_nobody_rated_spoils_no_pool() -> None:
     """It keeps the prior's strength, and all others stay finite."""
     unrated = rated_set("p", [[1.0, 2.0], [None, None], [0.0, 0.0]])
-    found = strengths_of([GOOD, unrated], PRIOR, bridges_per_response=4, seed=0)
+    found = strengths_of([GOOD, unrated], bridges=4)
     elo: FloatArray = np.concatenate([ranked.elo for ranked in found])
     assert np.isfinite(elo).all()
     assert np.isfinite(np.concatenate([ranked.standard_errors for ranked in found])).all()

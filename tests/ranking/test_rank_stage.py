@@ -17,7 +17,9 @@ TRAIN: list[dict[str, Any]] = [
 HELDOUT: list[dict[str, Any]] = [{"prompt": "r", "responses": ["f", "g"], "rankings": [[1, 0], [[0, 1]]]}]
 
 
-def ranked(folder: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> Context[RankSettings]:
+def ranked(
+    folder: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]], **settings: Any
+) -> Context[RankSettings]:
     for name in ("input", "output", "attempt"):
         (folder / name).mkdir(parents=True)
     for part, rows in (("train", train), ("heldout", heldout)):
@@ -25,7 +27,7 @@ def ranked(folder: Path, train: list[dict[str, Any]], heldout: list[dict[str, An
     return Context(
         stage="rank",
         key="0" * 64,
-        settings=RankSettings(),
+        settings=RankSettings(**settings),
         inputs={"comparisons": folder / "input"},
         output=folder / "output",
         attempt=folder / "attempt",
@@ -53,6 +55,7 @@ def test_every_set_is_kept_and_gains_normalised_strengths(tmp_path: Path) -> Non
     assert train[0]["strengths"][0] > train[0]["strengths"][1] > train[0]["strengths"][2]
     assert heldout[0]["strengths"][1] > heldout[0]["strengths"][0]
     scale = json.loads((context.output / "scale.json").read_text())
+    assert scale == {"deviation_elo": metrics["deviation_elo"], "prior_elo": 200.0, "ties": "half"}
     assert metrics == {
         "sets": 2,
         "responses": 5,
@@ -106,6 +109,65 @@ def test_models_give_a_leaderboard_in_order_of_strength(tmp_path: Path) -> None:
     assert [row["model"] for row in board] == ["x", "y", "z"]
     assert [row["comparisons"] for row in board] == [5, 5, 6]
     assert board[0]["elo"] > board[1]["elo"] > board[2]["elo"]
+
+
+@pytest.mark.parametrize(("ties", "least"), [("rao-kupper", 1), ("davidson", 0)])
+def test_the_parameter_of_ties_is_the_training_part_s(tmp_path: Path, ties: str, least: float) -> None:
+    """It grows with the share of ties, and what is held out is seen with it and does not change it."""
+    tied = {"prompt": "p", "responses": ["a", "b"], "winners": [[0, 1, 0.5]] * 9 + [[0, 1, 1]] * 2}
+
+    def run_on(name: str, train: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> Context[RankSettings]:
+        context = ranked(tmp_path / name, train, heldout, ties=ties)
+        run(context)
+        return context
+
+    def parameter(context: Context[RankSettings]) -> float:
+        return json.loads((context.output / "scale.json").read_text())["tie_parameter"]
+
+    few, many = run_on("few", TRAIN, [tied]), run_on("many", [*TRAIN, tied], [tied])
+    assert least < parameter(few) < parameter(many)
+    assert parameter(run_on("alone", TRAIN, [])) == parameter(few)
+    one, other = (rows(context.output / "heldout.jsonl")[0]["strengths"] for context in (few, many))
+    assert one != other
+
+
+def test_annotators_are_known_across_sets_by_their_names(tmp_path: Path) -> None:
+    """One who reverses every ranking and rating comes first in the list; without names each set has its own."""
+    rng = np.random.default_rng(0)
+    sets: list[dict[str, Any]] = []
+    for index in range(40):
+        quality = rng.normal(0, 2, 4)
+        ratings = quality[:, None] + rng.normal(0, 0.5, (4, 3))
+        ratings[:, 1] *= -1
+        one: dict[str, Any] = {"prompt": f"p{index}", "responses": ["a", "b", "c", "d"]}
+        if index % 2:
+            one["ratings"] = ratings.tolist()
+        else:
+            one["rankings"] = np.argsort(-ratings, axis=0).T.tolist()
+        sets.append(one)
+    names = ["honest", "reversed", "fair"]
+    named = ranked(tmp_path / "named", [one | {"annotators": names} for one in sets], [], annotators="reliability")
+    run(named)
+    listed = json.loads((named.output / "annotators.json").read_text())
+    assert listed[0]["name"] == "reversed"
+    assert listed[0]["reliability"] < 0.2 < 0.8 < listed[1]["reliability"] <= listed[2]["reliability"]
+    assert [row["comparisons"] for row in listed] == [240, 240, 240]
+
+    unnamed = ranked(tmp_path / "unnamed", sets, [], annotators="reliability")
+    run(unnamed)
+    listed = json.loads((unnamed.output / "annotators.json").read_text())
+    assert len(listed) == 40 * 3
+    assert "train.jsonl:1, annotator 0" in {row["name"] for row in listed}
+
+    equal = ranked(tmp_path / "equal", sets, [])
+    run(equal)
+    assert not (equal.output / "annotators.json").exists()
+
+
+def test_reliability_without_annotators_is_an_error(tmp_path: Path) -> None:
+    """Winners are nobody's: there is nobody whose reliability could be found."""
+    with pytest.raises(RecordError, match="no annotator"):
+        run(ranked(tmp_path, TRAIN[1:], [], annotators="reliability"))
 
 
 def test_annotators_who_prefer_nothing_are_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.ranking.bridges import bridges
+from rlhf.ranking.comparisons import FloatArray, IntArray
+
+
+def rated(sets: list[list[list[float]]]) -> tuple[list[FloatArray], IntArray]:
+    ratings = [np.array(row, dtype=float) for one in sets for row in one]
+    return ratings, np.repeat(np.arange(len(sets)), [len(one) for one in sets])
+
+
+def test_equal_ratings_bridge_as_ties() -> None:
+    """Two responses rated alike beat each other equally often; all adds up to the lesser number of raters."""
+    edges = bridges(*rated([[[1, 2, 3]], [[1, 2, 3, 1, 2, 3]]]), per_response=3, seed=0)
+    np.testing.assert_allclose(edges.wins, 1)
+    np.testing.assert_allclose(edges.losses, 1)
+    np.testing.assert_allclose(edges.ties, 1)
+
+
+@given(
+    st.lists(st.integers(-4, 4), min_size=1, max_size=6),
+    st.lists(st.integers(-4, 4), min_size=1, max_size=6),
+    st.integers(0, 5),
+    st.integers(1, 4),
+)
+def test_a_bridge_is_the_share_of_pairs_of_raters_and_rises_with_a_rating(
+    a: list[int], b: list[int], which: int, more: int
+) -> None:
+    """The definition, rater by rater; a better rating never lowers it."""
+
+    def share(first: list[int]) -> float:
+        # Two responses on a circle meet twice a round, in either order.
+        edges = bridges(*rated([[list(map(float, first))], [list(map(float, b))]]), per_response=1, seed=0)
+        won = np.where(edges.first == 0, edges.wins, edges.losses) + edges.ties / 2
+        compared = edges.wins + edges.losses + edges.ties
+        np.testing.assert_allclose(compared, min(len(first), len(b)))
+        np.testing.assert_allclose(won, won[0])
+        return float(won[0] / compared[0])
+
+    slow = np.mean([(x > y) + 0.5 * (x == y) for x in a for y in b])
+    assert share(a) == pytest.approx(slow)
+    better = [*a]
+    better[which % len(a)] += more
+    assert share(better) >= share(a) - 1e-12
+
+
+def test_bridges_join_other_sets_only_and_follow_the_seed() -> None:
+    """Within a set its own annotators decide; nobody rated means nobody met."""
+    rng = np.random.default_rng(0)
+    sets = [[list(rng.normal(size=3)) for _ in range(4)] for _ in range(6)]
+    sets[0][0] = []
+    ratings, set_of = rated(sets)
+    edges = bridges(ratings, set_of, per_response=5, seed=7)
+    assert (set_of[edges.first] != set_of[edges.second]).all()
+    assert 0 not in {*edges.first, *edges.second}
+    assert np.isfinite([edges.wins, edges.losses, edges.ties]).all()
+    again, other = bridges(ratings, set_of, 5, seed=7), bridges(ratings, set_of, 5, seed=8)
+    np.testing.assert_array_equal(edges.first, again.first)
+    assert not np.array_equal(edges.first, other.first)
