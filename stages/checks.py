@@ -29,6 +29,7 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
     settings = context.settings
     tokenizer = load_tokenizer(context.inputs["base"])
     _fits(context, settings.max_length, "max_length")
+    _batch_divides(context)
     _has_heldout(context, "demonstrations")
     rows = read_rows(context.inputs["demonstrations"] / "train.jsonl")
     lengths = [
@@ -56,6 +57,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
     settings = context.settings
     tokenizer = load_tokenizer(context.inputs["base"])
     _fits(context, settings.max_length, "max_length")
+    _batch_divides(context)
     if "comparisons" not in context.inputs:
         return {}
     _has_heldout(context, "comparisons")
@@ -91,16 +93,21 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     tokenizer = load_tokenizer(context.inputs["policy"])
     _demonstrations_fit(context, tokenizer)
     PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
-    limit = context_length(context.inputs["policy"])
-    wanted = settings.max_prompt_length + settings.sampling.max_new_tokens
-    if wanted > limit:
-        raise PreflightError(
-            f"prompts of {settings.max_prompt_length} and responses of {settings.sampling.max_new_tokens} tokens "
-            f"do not fit the policy's context of {limit}",
-            f"{context.stage}.max_prompt_length, {context.stage}.sampling.max_new_tokens",
-            f"{context.stage}.max_prompt_length={max(1, limit - settings.sampling.max_new_tokens)}",
-        )
+    _leaves_room(context, "policy")
     return {}
+
+
+def _leaves_room(context: Context[PpoSettings] | Context[EvaluateSettings], role: str) -> None:
+    settings, limit = context.settings, context_length(context.inputs[role])
+    longest, response = settings.max_prompt_length, settings.sampling.max_new_tokens
+    if longest + response > limit:
+        half = limit // 2
+        fits = f"max_prompt_length={limit - response}" if response < limit else f"sampling.max_new_tokens={half}"
+        raise PreflightError(
+            f"prompts of {longest} and responses of {response} tokens do not fit the policy's context of {limit}",
+            f"{context.stage}.max_prompt_length, {context.stage}.sampling.max_new_tokens",
+            f"{context.stage}.{fits}",
+        )
 
 
 def _demonstrations_fit(context: Context[PpoSettings], tokenizer: Tokenizer) -> None:
@@ -120,8 +127,13 @@ def _demonstrations_fit(context: Context[PpoSettings], tokenizer: Tokenizer) -> 
 
 
 def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
-    """Are the rewards there?"""
+    """Do held-out prompts and responses together fit the policy's context, and are the rewards there?"""
+    settings = context.settings
     _rewards_are_there(context)
+    if "before" in context.inputs and "prompts" in context.inputs:
+        tokenizer = load_tokenizer(context.inputs["before"])
+        PromptStream(context.inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
+        _leaves_room(context, "before")
     return {}
 
 
@@ -134,6 +146,16 @@ def _rewards_are_there(context: Context[PpoSettings] | Context[EvaluateSettings]
     for role, folder in context.inputs.items():
         if role.startswith("reward"):
             check_scored_length(folder)
+
+
+def _batch_divides(context: Context[SftSettings] | Context[RmSettings]) -> None:
+    size, ranks = context.settings.batch_size, context.settings.workers.count
+    if size % ranks:
+        raise PreflightError(
+            f"batch_size {size} is not a multiple of the {ranks} ranks",
+            f"{context.stage}.batch_size",
+            f"{context.stage}.batch_size={-(-size // ranks) * ranks}",
+        )
 
 
 def _has_heldout(context: Context[SftSettings] | Context[RmSettings], role: str) -> None:

@@ -1,7 +1,9 @@
 """One Ray session for a whole command: attached to a cluster, or started on this machine and stopped at the end."""
 
 import os
+import signal
 import socket
+import threading
 import warnings
 from types import TracebackType
 from typing import Any, Self
@@ -59,6 +61,7 @@ class Session:
         os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
         import ray
 
+        at_termination = signal.getsignal(signal.SIGTERM)
         common: dict[str, Any] = {
             "log_to_driver": False,
             "logging_level": "ERROR",
@@ -86,6 +89,9 @@ class Session:
                     "check `ray status` there" if self.address else "rlhf doctor",
                 ) from error
         self._started = True
+        # Ray puts a handler of its own in place of the program's, which aborts whoever cleans up for longer than 3 s.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, at_termination)
 
     def resources(self) -> "Resources":
         """What the cluster has."""

@@ -1,12 +1,16 @@
 """Models in from elsewhere, and results out as folders that need no code of ours."""
 
+import errno
 import json
 import math
+import os
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError
@@ -16,6 +20,7 @@ from rlhf.pipeline.plan import IMPORT, Planned
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
 from rlhf.store import ActionRecord, Store, key_of
+from rlhf.store.backend import translated
 
 KINDS = {"sft": "policy", "rm": "reward-model"}
 
@@ -40,13 +45,13 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
             str(folder / BASE),
             f"save that model there, in {BASE}/, or merge the adapter into it (PEFT's merge_and_unload) and save that",
         )
+    _check_files(folder)
     if stage.kind == "reward-model":
         _check_reward_model(folder)
     staged = store.new_attempt(key_of(IMPORT, 1, {"as": instance}, {})) / "output"
     try:
-        shutil.copytree(
-            folder, staged, ignore=shutil.ignore_patterns(".*", "README.md", "*.bin", "*.pt", "*.pth", "training_args*")
-        )
+        with translated(staged):
+            _copy(folder, staged)
         manifest = store.put_artifact(staged, stage.kind)
     finally:
         shutil.rmtree(staged.parent, ignore_errors=True)
@@ -70,9 +75,55 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
     return record
 
 
+def _copy(folder: Path, target: Path) -> None:
+    left_out = shutil.ignore_patterns(".*", "README.md", "*.bin", "*.pt", "*.pth", "training_args*")
+    try:
+        shutil.copytree(folder, target, ignore=left_out)
+    except shutil.Error as error:
+        # It collects what went wrong with every file, as texts; a disk that is full is full for the first one too.
+        source, _, reason = error.args[0][0]
+        full = os.strerror(errno.ENOSPC) in reason
+        raise OSError(errno.ENOSPC if full else errno.EIO, reason, source) from error
+
+
+def _check_files(folder: Path) -> None:
+    # A hub's cache is made of links, which stay inside the model's own part of it.
+    home = folder.resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(home)):
+            raise RequestError(
+                "the folder holds a link to nowhere or out of itself, and what it leads to would be imported",
+                str(path),
+                "remove it, or put a copy in its place",
+            )
+    config = config_file(folder)
+    try:
+        is_object = isinstance(json.loads(config.read_text(encoding="utf-8")), dict)
+    except (ValueError, OSError):
+        is_object = False
+    if not is_object:
+        raise RequestError("the model's config.json holds no JSON object", str(config), "save it with save_pretrained")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise RequestError(
+            "the folder holds no weights in safetensors files", str(folder), "save them with save_pretrained"
+        )
+    for path in weights:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise RequestError(
+                f"the weights cannot be read: {error}",
+                str(path),
+                "copy the model again, or save it with save_pretrained",
+            ) from error
+
+
 def _check_reward_model(folder: Path) -> None:
     path = config_file(folder)
-    config: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    config: dict[str, Any] = json.loads(path.read_text())
     example = '"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512'
     missing = [name for name in ("score_mean", "score_std", "sees", "score_max_length") if name not in config]
     if missing:

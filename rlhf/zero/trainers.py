@@ -23,7 +23,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.data.order import learning_order
-from rlhf.errors import DivergedError, PreflightError
+from rlhf.errors import DivergedError
 from rlhf.models import adapters
 from rlhf.models.reward import raw_scores
 from rlhf.models.text import Tokenizer
@@ -40,17 +40,9 @@ TOKENS = "tokens.json"
 def common_arguments(context: Context[Any], settings: TrainingSettings) -> dict[str, Any]:
     """What every trainer is told: batch arithmetic, optimiser, precision, ZeRO-3, checkpoints.
 
-    Raises:
-        PreflightError: the batch cannot be split evenly among the ranks.
+    The batch is a multiple of the ranks: the stages' checks see to it.
     """
-    world = group.world_size()
-    if settings.batch_size % world:
-        raise PreflightError(
-            f"batch_size {settings.batch_size} is not a multiple of the {world} ranks",
-            context.stage,
-            f"{context.stage}.batch_size={-(-settings.batch_size // world) * world}",
-        )
-    share = settings.batch_size // world
+    share = settings.batch_size // group.world_size()
     micro = max(size for size in range(1, min(settings.micro_batch_size, share) + 1) if share % size == 0)
     # accelerate would take a CPU group for a single process: it is told of the group that there is.
     PartialState(backend=torch.distributed.get_backend())

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.store import Store
 from tests.cli.conftest import Ask
-from tests.pipeline.helpers import planned
+from tests.pipeline.helpers import planned, write_weights
 
 STAGE = {
     "stage": str,
@@ -135,6 +135,7 @@ def test_lineage_ends_where_a_result_came_from_outside(ask: Ask, made: Path, tmp
     """An imported folder is named by its artifact, in the same form."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    write_weights(tmp_path / "model")
     assert ask("import", str(tmp_path / "model"), "--as", "total").status == 0
     document = ask("lineage", "--json").document
     assert document["stage"] == "import"

@@ -15,7 +15,7 @@ import pytest
 from rlhf.cli import COMMANDS, DEFAULT_CONFIG, main
 from rlhf.store import Store
 from tests.cli.conftest import Ask
-from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_pipeline
+from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_pipeline, write_weights
 
 HEAVY = ("torch", "ray", "transformers", "datasets", "pyarrow", "scipy", "sklearn")
 SECONDS = 1.0
@@ -136,6 +136,7 @@ def test_an_import_pins_a_stage_until_it_is_forgotten(ask: Ask, made: Path, tmp_
     """The program says how to undo it."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    write_weights(tmp_path / "model")
     answer = ask("import", str(tmp_path / "model"), "--as", "total")
     assert "rlhf import --forget --as total" in answer.out
     assert planned(made, "total.factor=9.0")["total"].why == "imported"

@@ -81,13 +81,19 @@ def test_a_driver_killed_in_mid_stage_is_succeeded_at_once(
     until(lambda: not [name for name in marked(mark).values() if "Agent" not in name], "the end of its processes", 15)
 
 
-def test_ctrl_c_stops_everything_and_says_how_to_go_on(path: Path, gate: Path, site: Path, tmp_path: Path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_stops_everything_and_says_how_to_go_on(
+    path: Path, gate: Path, site: Path, tmp_path: Path, stop: signal.Signals
+):
     """Status 130 and the command that continues; no traceback, no process, no lease, and what is done stays done."""
     mark = uuid4().hex
     driver = start(site, "run", "total", "--config", path, f"total.gate={gate}", "cluster.cpus=1", mark=mark)
     try:
         until(lambda: running(gate) or driver.poll() is not None, "the stage's start")
-        os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+        if stop == signal.SIGINT:
+            os.killpg(driver.pid, stop)  # as a terminal does: to the whole foreground group
+        else:
+            driver.send_signal(stop)
         out, err = driver.communicate(timeout=60)
     finally:
         end(driver)

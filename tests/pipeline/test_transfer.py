@@ -7,7 +7,7 @@ from rlhf.errors import RequestError
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.transfer import export_artifact, import_folder
 from rlhf.store import ActionRecord, Store
-from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline
+from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline, write_weights
 from tests.pipeline.toys import KNOWN
 
 
@@ -21,6 +21,7 @@ def model_folder(folder: Path, **config: object) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "README.md").write_text("mine")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    write_weights(folder)
     return folder
 
 
@@ -52,7 +53,7 @@ def test_an_import_takes_what_an_artifact_may_hold_and_leaves_no_folder_behind(p
     """Pickles and the model's README stay out, and no attempt is left in the store."""
     record = imported(path, model_folder(tmp_path / "model"))
     store = Store.open(tmp_path / "store")
-    assert [file.path for file in store.manifest(record.artifact).files] == ["config.json"]
+    assert [file.path for file in store.manifest(record.artifact).files] == ["config.json", "model.safetensors"]
     assert list((tmp_path / "store" / "work").iterdir()) == []
 
 
@@ -74,6 +75,31 @@ def test_an_import_that_cannot_be_a_result_is_refused(path: Path, tmp_path: Path
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(RequestError, match="an adapter without the model"):
         import_folder(adapter, config, "total", KNOWN["total"], store)
+
+
+def test_an_import_that_would_fail_later_or_carry_something_off_is_refused(path: Path, tmp_path: Path):
+    """Pickles alone, damaged weights, a configuration that is none, links out of the folder; a hub's own are fine."""
+    (secret := tmp_path / "secret.txt").write_text("mine")
+    for number, (said, harm) in enumerate(
+        {
+            "no weights in safetensors": lambda model: (model / "model.safetensors").unlink(),
+            "the weights cannot be read": lambda model: (model / "model.safetensors").write_bytes(b"garbage"),
+            "holds no JSON object": lambda model: (model / "config.json").write_text("[]"),
+            "a link to nowhere or out": lambda model: (model / "notes.txt").symlink_to(secret),
+        }.items()
+    ):
+        model = model_folder(tmp_path / f"bad-{number}")
+        harm(model)
+        with pytest.raises(RequestError, match=said):
+            imported(path, model)
+    assert not list((tmp_path / "store").rglob("*.json"))
+
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    (tmp_path / "hub" / "snapshots").mkdir()
+    model = model_folder(tmp_path / "hub" / "snapshots" / "0123")
+    (model / "config.json").rename(tmp_path / "hub" / "blobs" / "abc")
+    (model / "config.json").symlink_to("../../blobs/abc")
+    assert imported(path, model).stage == "import"
 
 
 def test_an_export_is_a_copy_that_may_be_changed(path: Path, tmp_path: Path):

@@ -9,6 +9,7 @@ from rlhf.errors import RequestError
 from rlhf.pipeline.stage import stages
 from rlhf.pipeline.transfer import import_folder
 from rlhf.store import ActionRecord, Store
+from tests.pipeline.helpers import write_weights
 
 SOUND: dict[str, Any] = {
     "architectures": ["BertForSequenceClassification"],
@@ -25,6 +26,7 @@ SOUND: dict[str, Any] = {
 def imported(folder: Path, config: dict[str, Any]) -> ActionRecord:
     (model := folder / "model").mkdir()
     (model / "config.json").write_text(json.dumps(config))
+    write_weights(model)
     (folder / "p.yaml").write_text("model: {}\ndata: {}\nrank: {}\nrm: {}\n")
     known = stages()
     pipeline = load_pipeline(folder / "p.yaml", [], {name: stage.settings for name, stage in known.items()})

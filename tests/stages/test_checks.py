@@ -54,6 +54,37 @@ def test_what_is_too_long_is_counted_and_told(base: Path, tmp_path: Path) -> Non
         checks.sft(refused)
 
 
+def test_a_batch_that_ranks_cannot_share_is_refused_before_they_start(base: Path, tmp_path: Path) -> None:
+    """With the next number that they can."""
+    for check, kind, role, row in (
+        (checks.sft, SftSettings, "demonstrations", DEMONSTRATION),
+        (checks.rm, RmSettings, "comparisons", SET),
+    ):
+        settings = kind.model_validate({"max_length": 32, "batch_size": 5, "workers": {"count": 2}})
+        with pytest.raises(PreflightError, match="batch_size 5 is not a multiple of the 2 ranks") as error:
+            check(context(settings, base, tmp_path, role, [row], [row]))
+        assert error.value.next_step == "stage.batch_size=6"
+
+
+def test_what_evaluate_could_not_answer_is_refused_before_ppo_is_trained(base: Path, tmp_path: Path) -> None:
+    """Held-out prompts that are too long, and responses that leave no room for any prompt."""
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"prompt": "a film of two halves"}) + "\n")
+    function = tmp_path / "reward.py"
+    function.write_text("def reward(prompts, responses):\n    return [0.0] * len(responses)\n")
+
+    def evaluate(**values: Any) -> None:
+        settings = EvaluateSettings.model_validate({"rewards": [{"function": f"{function}:reward"}], **values})
+        inputs = {"before": base, "prompts": tmp_path}
+        checks.evaluate(Context("evaluate", "key", settings, inputs, tmp_path, tmp_path, tmp_path))
+
+    evaluate(max_prompt_length=32, sampling={"max_new_tokens": 32})
+    with pytest.raises(PreflightError, match="1 of 1 prompts are longer than 3 tokens"):
+        evaluate(max_prompt_length=3, sampling={"max_new_tokens": 32})
+    with pytest.raises(PreflightError, match="do not fit the policy's context of 64") as error:
+        evaluate(max_prompt_length=32, sampling={"max_new_tokens": 1000})
+    assert error.value.next_step == "evaluate.sampling.max_new_tokens=32"
+
+
 def test_a_length_beyond_the_models_context_is_refused(base: Path, tmp_path: Path) -> None:
     """The message names the longest that fits."""
     with pytest.raises(PreflightError, match="context is 64 tokens") as error:
