@@ -1,0 +1,125 @@
+"""Policy and value model as PPO has them, in a group of one, against transformers alone."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.config.ppo import PpoSettings
+from rlhf.models.four import load_models
+from rlhf.models.policy import TrainedPolicy
+from rlhf.models.training import Training
+from rlhf.pipeline.context import Context
+from rlhf.rl.losses import clipped_policy_loss
+from rlhf.rollout.experience import Experience, minibatch_of
+from rlhf.rollout.sequences import Sequences, lay_out
+from rlhf.zero.engine import whole_weights
+
+pytestmark = [
+    # DeepSpeed's and torch's own.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.usefixtures("group"),
+]
+
+PROMPTS = [[5, 6, 7], [8], [9, 10]]
+RESPONSES = [[40, 41], [42, 43, 44, 3], [45]]
+LOSS = partial(clipped_policy_loss, clip=0.2)
+
+
+def policy_of(tiny: Path, temperature: float = 1.0, **more: Any) -> TrainedPolicy:
+    training = Training("policy", learning_rate=0.01, max_grad_norm=1.0)
+    return TrainedPolicy(tiny, "fp32", temperature, 2, lora=None, seed=0, training=training, **more)
+
+
+def sequences() -> Sequences:
+    return lay_out(PROMPTS, RESPONSES, pad=0)
+
+
+def weights_of(trained: Any) -> dict[str, Tensor]:
+    """By the names that its file has."""
+    weights = whole_weights(trained._engine.module, trained_only=False)
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def experience(policy: TrainedPolicy, advantage: float) -> Experience:
+    batch = sequences()
+    logprobs = policy.logprobs(batch)
+    zeros = torch.zeros_like(logprobs)
+    return Experience.of(batch, logprobs, logprobs, zeros, zeros + advantage, zeros)
+
+
+def test_every_log_probability_is_at_the_temperature_of_the_sampling(tiny: Path) -> None:
+    """The policy's and the reference's, each token's by transformers alone on its row alone."""
+    policy = policy_of(tiny, temperature=0.7)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    found = policy.logprobs(sequences())
+    torch.testing.assert_close(policy.reference_logprobs(sequences()), found)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].double() / 0.7
+        expected = logits.log_softmax(-1)[range(len(response)), response]
+        torch.testing.assert_close(found[row, : len(response)].double(), expected, atol=1e-4, rtol=0)
+
+
+def test_demonstrations_pull_the_policy_where_nothing_else_does(tiny: Path) -> None:
+    """Advantages of 0 leave it where it is; demonstrations grow likelier, and it says how likely they were."""
+    policy = policy_of(tiny, ptx_coef=0.5)
+    start = weights_of(policy)
+    still = minibatch_of(experience(policy, 0.0), [0, 1, 2], 2)
+    policy.update(still, LOSS, 0.01)
+    assert all(torch.equal(weight, start[name]) for name, weight in weights_of(policy).items())
+
+    def likelihood() -> float:
+        return float(policy.logprobs(sequences())[sequences().mask].mean())
+
+    before = likelihood()
+    sums = policy.update(still, LOSS, 0.01, minibatch_of(sequences(), [0, 1, 2], 2))
+    assert sums.demonstrations.item() == pytest.approx(-before, abs=1e-4)
+    assert likelihood() > before + 0.01
+
+
+def test_what_is_exported_is_the_average_of_what_was(tiny: Path, tmp_path: Path) -> None:
+    """decay · average + (1 - decay) · weights after every update, from the first weights on."""
+    policy = policy_of(tiny, average_decay=0.6)
+    average = weights_of(policy)
+    for _ in range(3):
+        policy.update(minibatch_of(experience(policy, 1.0), [0, 1, 2], 2), LOSS, 0.01)
+        average = {name: 0.6 * average[name] + 0.4 * weight for name, weight in weights_of(policy).items()}
+    policy.export(tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in exported.items():
+        torch.testing.assert_close(weight, average[name], atol=1e-6, rtol=1e-5)
+    last = weights_of(policy)
+    assert max(float((weight - last[name]).abs().max()) for name, weight in exported.items()) > 1e-4
+
+
+@pytest.mark.parametrize("value_init", ["reward", "policy"])
+def test_the_value_model_starts_from_the_weights_asked_for(tiny: Path, tmp_path: Path, value_init: str) -> None:
+    """Its body is the reward model's or the policy's; its head is neither's."""
+    reward = tmp_path / "reward"
+    shutil.copytree(tiny, reward)
+    torch.manual_seed(0)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn(weight.shape)
+    entries = {"score_mean": 0.0, "score_std": 1.0, "sees": "response", "score_max_length": 32}
+    for name, entry in entries.items():
+        setattr(model.config, name, entry)
+    model.save_pretrained(reward)
+    settings = PpoSettings.model_validate({"value_init": value_init, "rollouts": 2, "micro_batch_size": 2})
+    inputs = {"policy": tiny, "reward": reward}
+    _, value, _ = load_models(Context("ppo", "key", settings, inputs, tmp_path, tmp_path, tmp_path))
+    found = weights_of(value)
+    sources = load_file((reward if value_init == "reward" else tiny) / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
+        assert torch.equal(found[name], sources[name])
+    assert not torch.equal(found["score.weight"], load_file(reward / "model.safetensors")["score.weight"])
