@@ -61,7 +61,7 @@ def plan(config: PipelineConfig, known: Mapping[str, Stage], store: Store) -> di
     Raises:
         SettingsError: an input names no instance, or instances need each other in a circle.
     """
-    wires = {name: _wires(config, instance, known[instance.uses]) for name, instance in config.instances.items()}
+    wires = {name: _wires(config, instance, known) for name, instance in config.instances.items()}
     refs = store.refs(config.name)
     planned: dict[str, Planned] = {}
     for name in _order(config, wires):
@@ -86,7 +86,8 @@ def needed(planned: Mapping[str, Planned], targets: Sequence[str]) -> dict[str, 
     return {name: one for name, one in planned.items() if name in wanted}
 
 
-def _wires(config: PipelineConfig, instance: StageInstance, stage: Stage) -> dict[str, Wire]:
+def _wires(config: PipelineConfig, instance: StageInstance, known: Mapping[str, Stage]) -> dict[str, Wire]:
+    stage = known[instance.uses]
     roles = dict(stage.inputs(instance.settings))
     unknown = [role for role in instance.inputs if role not in roles]
     if unknown:
@@ -102,6 +103,14 @@ def _wires(config: PipelineConfig, instance: StageInstance, stage: Stage) -> dic
                 f"{instance.name} needs {wire.instance!r} as its {role}, and the pipeline has no such stage",
                 f"{config.path}, {instance.name}",
                 f"add a section {wire.instance!r}, or name another with {instance.name}.inputs.{role}",
+            )
+        made, taken = known[config.instances[wire.instance].uses].kind, stage.takes(role)
+        if taken is not None and (made not in taken or wire.part):
+            raise SettingsError(
+                f"{wire.instance if not wire.part else f'{wire.instance}/{wire.part}'} is a {made}, and "
+                f"{instance.name} takes a {' or '.join(taken)} as its {role}",
+                f"{config.path}, {instance.name}.inputs.{role}",
+                f"name a stage that makes a {taken[-1]}",
             )
     return wires
 

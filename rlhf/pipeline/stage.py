@@ -40,6 +40,8 @@ class Stage:
     """The kind of artifact made: ``model``, ``policy``, ``reward-model``, ``data``, ``comparisons`` or ``report``."""
     inputs: Inputs
     """Of the settings: role to the default ``instance`` or ``instance/part`` that fills it."""
+    takes: Callable[[str], tuple[str, ...] | None] = field(default=lambda _: None)
+    """Of a role: the kinds of whole artifacts that may fill it, or None where any may."""
     runs: Literal["task", "workers"] = "task"
     """One Ray task, or a worker group of ZeRO-3 ranks (the settings then have ``workers``)."""
     continues: str | None = None
@@ -69,6 +71,14 @@ def _ppo_inputs(settings: PpoSettings) -> Mapping[str, str]:
     return roles | ({"demonstrations": "data/demonstrations"} if settings.ptx.coef else {})
 
 
+def _kinds(role: str) -> tuple[str, ...] | None:
+    if role.startswith("reward"):
+        return ("reward-model",)
+    if role in ("base", "policy", "before", "after"):
+        return ("model", "policy")
+    return ("comparisons",) if role == "comparisons" else None
+
+
 OURS = (
     Stage("data", 2, DataSettings, "stages.data:run", "data", inputs=taking(), sources=_data_sources),
     Stage(
@@ -95,6 +105,7 @@ OURS = (
         "stages.sft:run",
         "policy",
         inputs=taking(base="model", demonstrations="data/demonstrations"),
+        takes=_kinds,
         runs="workers",
         continues="base",
         preflight="stages.checks:sft",
@@ -106,6 +117,7 @@ OURS = (
         "stages.rm:run",
         "reward-model",
         inputs=taking(base="model", comparisons="rank", demonstrations="data/demonstrations"),
+        takes=_kinds,
         runs="workers",
         continues="base",
         preflight="stages.checks:rm",
@@ -117,6 +129,7 @@ OURS = (
         "stages.ppo:run",
         "policy",
         inputs=_ppo_inputs,
+        takes=_kinds,
         runs="workers",
         continues="policy",
         preflight="stages.checks:ppo",
@@ -137,6 +150,7 @@ OURS = (
             | reward_inputs(settings.rewards)
             | ({"judge": "data/judge"} if settings.judge else {})
         ),
+        takes=_kinds,
         runs="workers",
         preflight="stages.checks:evaluate",
         sources=lambda settings: reward_sources(settings.rewards),

@@ -241,6 +241,21 @@ def test_wires_that_lead_nowhere_are_refused(tmp_path: Path):
     assert "count.inputs.words" in caught.value.next_step
 
 
+@pytest.mark.parametrize(
+    ("wire", "said"), [("words", ""), ("other", "other is a policy"), ("count/part", "count/part is")]
+)
+def test_an_input_of_another_kind_is_refused(tmp_path: Path, wire: str, said: str):
+    """A whole artifact of a kind that the role takes, and nothing else, before anything runs."""
+    text = f"words: {{}}\ncount: {{}}\ntotal: {{inputs: {{count: {wire}}}}}\nother: {{uses: total}}\n"
+    path = write_pipeline(tmp_path, text)
+    if not said:
+        assert planned(path)["total"].needs == ("words",)
+        return
+    with pytest.raises(SettingsError, match=f"{said}.*total takes a data as its count") as caught:
+        planned(path)
+    assert caught.value.where.endswith("total.inputs.count")
+
+
 def test_a_circle_of_stages_is_refused_and_shown(tmp_path: Path):
     """Stages that need each other are named in their circle."""
     known = KNOWN | {"words": replace(KNOWN["words"], inputs=taking(seed="total"))}

@@ -144,7 +144,15 @@ def _words_sources(settings: Any) -> dict[str, str]:
 
 WORDS = Stage("words", 1, WordsSettings, "tests.pipeline.toys:words", "data", inputs=taking(), sources=_words_sources)
 COUNT = Stage("count", 1, CountSettings, "tests.pipeline.toys:count", "data", inputs=taking(words="words/left"))
-TOTAL = Stage("total", 1, TotalSettings, "tests.pipeline.toys:total", "policy", inputs=taking(count="count"))
+TOTAL = Stage(
+    "total",
+    1,
+    TotalSettings,
+    "tests.pipeline.toys:total",
+    "policy",
+    inputs=taking(count="count"),
+    takes=lambda _: ("data",),
+)
 GROUP = Stage(
     "group",
     1,
