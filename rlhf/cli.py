@@ -5,6 +5,7 @@ Nothing heavy is imported here: ``--help`` and ``plan`` answer in well under a s
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -262,6 +263,16 @@ def generate(request: Request) -> None:
     if one.record is None:
         command = command_line(request, "run", one.name)
         raise RequestError(f"{one.name} has no result yet", one.why, command)
+    given = request.arguments
+    for option, value, least in (
+        ("--temperature", given.temperature, 0),
+        ("--max-new-tokens", given.max_new_tokens, 1),
+        ("--seed", given.seed, 0),
+    ):
+        if not least <= value < math.inf:
+            raise RequestError(
+                f"{option} is {value}, and must be a number from {least} on", "command line", f"{option} 1"
+            )
     prompts = request.arguments.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise RequestError("there is no prompt", "command line and standard input", "--prompt 'Write …'")
@@ -271,7 +282,6 @@ def generate(request: Request) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = request.store().checkout(one.record.artifact, Path(scratch) / "policy")
-        given = request.arguments
         for answer in answers(folder, prompts, given.temperature, given.max_new_tokens, given.seed):
             print(answer)
 

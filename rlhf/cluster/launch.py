@@ -1,5 +1,6 @@
 """Running a stage's code on Ray, as a task or as a worker group, while the driver watches."""
 
+import errno
 import json
 import shutil
 import threading
@@ -115,6 +116,12 @@ def cause_of(call: Call, error: Exception) -> RlhfError:
         for cause in (getattr(one, "cause", None) for one in causes):
             if isinstance(cause, RlhfError):
                 return cause
+            if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+                return errors.DiskFullError(
+                    "there is no room left on the file system",
+                    str(cause.filename or call.context.attempt),
+                    "free some space, then run the same command again",
+                )
         return StageError(
             f"a rank of {call.context.stage} died without a word: killed, or out of memory",
             f"{_first_line(error)}; log: {call.context.attempt / 'log-0.txt'}",

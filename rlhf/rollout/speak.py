@@ -7,16 +7,30 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
+from rlhf.errors import RequestError
 from rlhf.models import folders, text
 from rlhf.rollout.sampling import InverseTransformSampling, uniforms
 
 
 def answers(folder: Path, prompts: list[str], temperature: float, max_new_tokens: int, seed: int) -> list[str]:
-    """One response to each prompt by the policy in a folder, sampled as in training; temperature 0 is greedy."""
+    """One response to each prompt by the policy in a folder, sampled as in training; temperature 0 is greedy.
+
+    Raises:
+        RequestError: a prompt and the longest response do not fit the policy's context.
+    """
     disable_progress_bar()
     tokenizer = text.load_tokenizer(folder)
+    rows = [text.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    limit = text.context_length(folder)
+    for number, row in enumerate(rows, start=1):
+        if len(row) + max_new_tokens > limit:
+            raise RequestError(
+                f"a prompt of {len(row)} and an answer of {max_new_tokens} tokens do not fit the context of {limit}",
+                f"prompt {number}",
+                f"shorten it, or --max-new-tokens {max(1, limit - len(row))}",
+            )
     model: Any = folders.load_whole(folder, scores=False, dtype=torch.float32).eval()
-    ids, mask = text.pad([text.prompt_ids(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id, "left")
+    ids, mask = text.pad(rows, tokenizer.pad_token_id, "left")
     noise = uniforms(seed, range(len(prompts)), max_new_tokens)
     sampling = [InverseTransformSampling(noise, ids.shape[1], temperature)] if temperature > 0 else []
     with torch.no_grad():

@@ -116,6 +116,12 @@ def test_generate_needs_a_policy_that_has_a_result(ask: Ask, path: Path):
     assert "exactly one STAGE" in refused(ask, "generate")
 
 
+@pytest.mark.parametrize("option", [("--temperature", "nan"), ("--temperature", "-1"), ("--max-new-tokens", "0")])
+def test_generate_takes_no_number_that_means_nothing(ask: Ask, made: Path, option: tuple[str, str]):
+    """Before a model is loaded."""
+    assert f"{option[0]} is" in refused(ask, "generate", "total", "--prompt", "hi", *option)
+
+
 def test_generate_without_a_prompt_says_where_it_looked(ask: Ask, made: Path, monkeypatch: pytest.MonkeyPatch):
     """Neither an option nor a line of standard input."""
     monkeypatch.setattr("sys.stdin", io.StringIO(""))

@@ -90,6 +90,15 @@ def test_a_full_disk_is_a_reason_to_try_again(attempt: Path):
     assert "model.safetensors" in error.where
 
 
+def test_a_disk_too_full_to_tell_of_it_is_a_reason_to_try_again_too(attempt: Path):
+    """No failure could be written: Ray alone brings the cause."""
+    told = RuntimeError("the task failed")
+    told.__dict__["cause"] = OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+    error = cause_of(call(attempt, "loud"), told)
+    assert type(error) is DiskFullError
+    assert error.where == "metrics.jsonl"
+
+
 def test_a_worker_without_the_attempts_folder_names_the_store(tmp_path: Path):
     """It makes no folder of its own, which the driver would never see."""
     gone = tmp_path / "gone"
