@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,7 +173,9 @@ def test_rewards_of_several_kinds_add_up(pipeline: Pipeline, unbroken: dict[str,
 
     models: dict[str, Path] = {}
     for name in ("rm", "other"):
-        models[name] = pipeline.store.checkout(record_of(planned, name).artifact, tmp_path / "models" / name)
+        linked = pipeline.store.checkout(record_of(planned, name).artifact, tmp_path / "linked" / name)
+        # Links into the store, and the adapter's is changed below.
+        models[name] = shutil.copytree(linked, tmp_path / "models" / name)
     relocate_adapter(models["other"])
 
     def expected(prompt: str, response: str) -> float:
