@@ -32,8 +32,8 @@ def session() -> Iterator[Session]:
 
 
 @pytest.fixture(scope="session")
-def _group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    # One for all tests: DeepSpeed remembers the first that it saw.
+def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A group of this process alone, for all tests: DeepSpeed remembers the first that it saw."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in GROUP_OF_ONE.items():
             monkeypatch.setenv(name, value)
@@ -50,7 +50,7 @@ def _group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def group(_group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group of this process alone, as DeepSpeed wants it."""
+def group(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The group of this process alone, with the environment that DeepSpeed wants."""
     for name, value in GROUP_OF_ONE.items():
         monkeypatch.setenv(name, value)

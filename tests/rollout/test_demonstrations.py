@@ -1,13 +1,11 @@
 """The demonstrations that ptx mixes into PPO's updates."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from rlhf.config.ppo import PtxSettings
 from rlhf.errors import PreflightError
@@ -17,12 +15,13 @@ from rlhf.rollout.demonstrations import DemonstrationStream
 ROWS = [{"prompt": f"film {number}", "completion": "a joy " * number} for number in range(1, 6)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meeting = tmp_path_factory.mktemp("group") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [
+    # DeepSpeed's and torch's own.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.usefixtures("group_of_one"),
+]
 
 
 @pytest.fixture(scope="module")
