@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.text import Text
 
+from rlhf.config.base import Settings
 from rlhf.config.fields import describe
 from rlhf.config.loading import load_pipeline
 from rlhf.config.nearest import suggestion
@@ -26,7 +27,7 @@ from rlhf.config.pipeline import ClusterSettings, PipelineConfig, StoreSettings,
 from rlhf.config.tree import to_yaml
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
 from rlhf.pipeline import documents
-from rlhf.pipeline.plan import IMPORT, Planned, needed, plan
+from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store
 from rlhf.terminal import Display, key_values, plan_table, print_error, samples_table
@@ -234,7 +235,8 @@ def import_(request: Request) -> None:
     one = request.one(request.planned(), instance)
     store = request.store(create=True)
     if request.arguments.forget:
-        if one.record is None or one.record.stage != IMPORT:
+        ref = store.refs(request.config.name).get(instance)
+        if ref is None or not ref.imported:
             raise RequestError(f"{instance} is not imported", one.why, command_line(request, "status"))
         store.delete_ref(request.config.name, instance)
         request.out.print(f"{instance} is made by its stage again")
@@ -291,11 +293,17 @@ def config(request: Request) -> None:
     if not request.arguments.fields:
         print(to_yaml(resolved(request.config)), end="")
         return
-    sections = {"store": StoreSettings, "cluster": ClusterSettings, "tracking": TrackingSettings}
-    for name, model in (sections | {name: stage.settings for name, stage in request.known.items()}).items():
-        if request.names and name not in request.names:
-            continue
-        for field in describe(model):
+    sections: dict[str, type[Settings]] = {
+        "store": StoreSettings,
+        "cluster": ClusterSettings,
+        "tracking": TrackingSettings,
+    }
+    sections |= {name: stage.settings for name, stage in request.known.items()}
+    for name in request.names:
+        if name not in sections:
+            raise RequestError(f"no section is named {name!r}", "command line", suggestion(name, sections))
+    for name in request.names or sections:
+        for field in describe(sections[name]):
             request.out.print(f"{name}.{field.path}: {field.type}; default {field.default}; {field.role}", markup=False)
             request.out.print(f"    {field.help}", markup=False)
 
@@ -437,6 +445,13 @@ def _dispatch(words: Sequence[str]) -> int:
     request = Request(parser_of(words[0]).parse_intermixed_args(words[1:]))
     try:
         return COMMANDS[words[0]](request) or 0
+    except RequestError as error:
+        match shlex.split(error.next_step) if error.next_step.startswith("rlhf ") else []:
+            case [_, "run" | "status" as command, *names]:
+                # The library knows what to run next, and only this program for which pipeline.
+                raise type(error)(error.what, error.where, command_line(request, command, *names)) from error
+            case _:
+                raise
     finally:
         request.tell_notices()
 

@@ -20,7 +20,17 @@ Every error says what is wrong, where, and what to do next. The raw values stay 
 a worker pickles back to the driver unchanged.
 """
 
+import errno
+import os
 from typing import ClassVar
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether an error says that a file system, a quota or a limit on files has no room left."""
+    # Libraries such as safetensors keep the words alone.
+    return getattr(error, "errno", None) in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error)
 
 
 class RlhfError(Exception):

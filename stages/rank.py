@@ -44,7 +44,7 @@ def run(context: Context[RankSettings]) -> dict[str, float]:
             "rank.annotators=equal",
         )
     strengths, crowd = _fit(settings, pooled.responses, pooled.comparisons)
-    deviation = overall_deviation([strengths.elo])
+    deviation = overall_deviation(strengths.elo)
     if deviation == 0:
         raise RecordError(
             "the annotators prefer no response to another in any set, so there is nothing to learn",

@@ -1,6 +1,5 @@
 """Running a stage's code on Ray, as a task or as a worker group, while the driver watches."""
 
-import errno
 import json
 import shutil
 import threading
@@ -10,8 +9,8 @@ from typing import Any
 
 from rlhf import errors
 from rlhf.cluster.session import RankResources
-from rlhf.cluster.worker import RESULT, Call, Failure, perform_rank, perform_task, read_failures
-from rlhf.errors import DivergedError, RequestError, RewardError, RlhfError, StageError
+from rlhf.cluster.worker import RESULT, Call, Failure, no_room, perform_rank, perform_task, read_failures
+from rlhf.errors import DivergedError, RequestError, RewardError, RlhfError, StageError, is_no_room
 
 POLL_SECONDS = 0.25
 
@@ -116,12 +115,8 @@ def cause_of(call: Call, error: Exception) -> RlhfError:
         for cause in (getattr(one, "cause", None) for one in causes):
             if isinstance(cause, RlhfError):
                 return cause
-            if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-                return errors.DiskFullError(
-                    "there is no room left on the file system",
-                    str(cause.filename or call.context.attempt),
-                    "free some space, then run the same command again",
-                )
+            if isinstance(cause, OSError) and is_no_room(cause):
+                return no_room(cause, call.context.attempt)
         return StageError(
             f"a rank of {call.context.stage} died without a word: killed, or out of memory",
             f"{_first_line(error)}; log: {call.context.attempt / 'log-0.txt'}",

@@ -1,6 +1,5 @@
 """What runs on a worker: a stage's code with its output in the attempt's log and its errors kept for the driver."""
 
-import errno
 import importlib
 import json
 import os
@@ -15,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import DiskFullError, PreflightError, RlhfError
+from rlhf.errors import DiskFullError, PreflightError, RlhfError, is_no_room
 from rlhf.pipeline.context import Context
 
 RESULT = "result.json"
@@ -115,11 +114,18 @@ def read_failures(attempt: Path) -> list[Failure]:
     return sorted(failures, key=lambda failure: failure.at)
 
 
+def no_room(error: OSError, attempt: Path) -> DiskFullError:
+    """What a full disk means to the user."""
+    return DiskFullError(
+        "there is no room left on the file system",
+        str(error.filename or attempt),
+        "free some space, then run the same command again",
+    )
+
+
 def _failure(error: BaseException, rank: int, attempt: Path) -> Failure:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        error = DiskFullError(
-            "there is no room left on the file system", str(error.filename or attempt), "free some space"
-        )
+    if isinstance(error, OSError) and is_no_room(error):
+        error = no_room(error, attempt)
     args = tuple(map(str, error.args)) if isinstance(error, RlhfError) else (str(error),)
     return Failure(
         at=time.time(),

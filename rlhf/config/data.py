@@ -56,7 +56,7 @@ class DataSettings(Settings):
     ``name@revision`` or ``name@revision#split``, or the word ``movie-snippets``.
     """
 
-    seed: int = semantic(0, ge=0)
+    seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds what is held out."""
     demonstrations: str = source(MOVIE_SNIPPETS)
     """Prompts with completions, for sft."""
@@ -102,7 +102,7 @@ class RankSettings(Settings):
     bridges: int = semantic(4, ge=0)
     """Rounds in which each rated response is compared, by ratings alone, with two of other sets that share its prompt.
     0 keeps sets apart, for ratings that mean something only within a set."""
-    seed: int = semantic(0, ge=0)
+    seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds which responses of different sets are compared."""
 
 

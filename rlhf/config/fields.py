@@ -137,12 +137,12 @@ def _option_in_words(schema: Schema, whole: Schema) -> str:
 
 
 def _range_in_words(schema: Schema) -> str:
-    lower = f"at least {schema['minimum']:g}" if "minimum" in schema else ""
-    upper = f"at most {schema['maximum']:g}" if "maximum" in schema else ""
+    lower = f"at least {_number(schema['minimum'])}" if "minimum" in schema else ""
+    upper = f"at most {_number(schema['maximum'])}" if "maximum" in schema else ""
     if lower and upper:
-        return f" from {schema['minimum']:g} to {schema['maximum']:g}"
-    lower = f"above {schema['exclusiveMinimum']:g}" if "exclusiveMinimum" in schema else lower
-    upper = f"below {schema['exclusiveMaximum']:g}" if "exclusiveMaximum" in schema else upper
+        return f" from {_number(schema['minimum'])} to {_number(schema['maximum'])}"
+    lower = f"above {_number(schema['exclusiveMinimum'])}" if "exclusiveMinimum" in schema else lower
+    upper = f"below {_number(schema['exclusiveMaximum'])}" if "exclusiveMaximum" in schema else upper
     bounds = " and ".join(bound for bound in (lower, upper) if bound)
     if not bounds:
         return ""
@@ -163,3 +163,8 @@ def _plain(value: Any) -> str:
 
 def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _number(value: float) -> str:
+    # Seeds are whole numbers of ten digits, of which six would not do.
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:g}"

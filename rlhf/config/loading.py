@@ -73,7 +73,7 @@ def _instance(
     if not isinstance(section, dict):
         tree.problems.append(Problem(f"{name} is a single value and must be a stage's section", where))
         return None
-    if not re.match(NAME_PATTERN, name):
+    if not re.fullmatch(NAME_PATTERN, name):
         hint = "use letters, digits, _ and -"
         tree.problems.append(Problem(f"{name!r} cannot name a stage instance", where, hint))
     inputs = _inputs(tree, name, section.get(_INPUTS), names)

@@ -48,7 +48,7 @@ class PipelineSettings(Settings):
 
     pipeline: str | None = runtime(None, pattern=NAME_PATTERN)
     """Name of the pipeline, under which the store keeps its latest results; null takes the file's name."""
-    seed: int = runtime(0, ge=0)
+    seed: int = runtime(0, ge=0, lt=1 << 32)
     """Fills in ``seed`` in every stage instance that has such a setting and does not set it itself. It enters the keys
     through those."""
     store: StoreSettings = runtime(StoreSettings())

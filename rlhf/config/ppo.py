@@ -64,7 +64,7 @@ class PpoSettings(Settings):
     algorithm: Literal["ppo", "a2c"] = semantic("ppo")
     """``a2c`` is the same loop with one update on each rollout and no clipping (Menick et al. 2022, arXiv:2203.11147;
     Glaese et al. 2022, arXiv:2209.14375): it sets ``epochs`` and ``minibatches`` to 1, both clips to null."""
-    seed: int = semantic(0, ge=0)
+    seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds the prompts, the sampling and the minibatches."""
     precision: Precision = semantic("fp32")
     """``bf16`` keeps fp32 master weights of what is trained."""

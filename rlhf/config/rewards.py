@@ -35,9 +35,13 @@ class EndpointSettings(Settings):
 
     @model_validator(mode="after")
     def _host_is_allowed(self) -> "EndpointSettings":
-        parts = urlsplit(self.url)
+        try:
+            parts = urlsplit(self.url)
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"url {self.url!r} is no address: {error}") from error
         host = parts.hostname or ""
-        if parts.scheme not in ("http", "https") or not host:
+        if parts.scheme not in ("http", "https") or not host or port == 0 or not _is_one_word(self.url):
             raise ValueError(f"url {self.url!r} is no http or https address")
         if parts.username or parts.password:
             raise ValueError("url holds a name or password; put a token into the environment and set token_variable")
@@ -83,6 +87,10 @@ class RewardSettings(Settings):
         if self.model is not None and (self.mean, self.std) != (0.0, 1.0):
             raise ValueError("mean and std are for functions and endpoints; a reward model has its own normaliser")
         return self
+
+
+def _is_one_word(text: str) -> bool:
+    return text.isprintable() and not any(map(str.isspace, text))
 
 
 def _names_a_function(text: str) -> bool:

@@ -1,7 +1,7 @@
 """The grammar of a source: a known word, a local file or folder, a function in a file, or a pinned name on a hub."""
 
+import os
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 MOVIE_SNIPPETS = "movie-snippets"
@@ -27,7 +27,8 @@ def is_local(source: str) -> bool:
     if source in KNOWN_WORDS:
         return False
     looks_like_path = source.startswith((".", "/", "~")) or source.endswith(FILE_SUFFIXES)
-    return looks_like_path or Path(source).expanduser().exists()
+    # os.path takes what no path can be, too long or with a zero byte, for a path to nothing.
+    return looks_like_path or os.path.exists(os.path.expanduser(source))  # noqa: PTH110, PTH111
 
 
 def word_in_key(source: str) -> str:

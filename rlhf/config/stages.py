@@ -40,7 +40,7 @@ class ModelSettings(Settings):
     ``owner/model``."""
     revision: str | None = semantic(None)
     """The 40-hex commit of a hub model; required for one, refused otherwise."""
-    seed: int = semantic(0, ge=0)
+    seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds the weights of a model from scratch."""
     scratch: ScratchSettings = semantic(ScratchSettings())
     """Shape of the model when ``base`` is ``scratch``."""
@@ -80,7 +80,7 @@ class OptimizerSettings(Settings):
 class SftSettings(Settings):
     """Supervised fine-tuning on demonstrations; the loss counts the completion's tokens only."""
 
-    seed: int = semantic(0, ge=0)
+    seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds the order of the data and the adapter."""
     precision: Precision = semantic("fp32")
     """``bf16`` keeps fp32 master weights of what is trained."""
@@ -108,7 +108,7 @@ class SftSettings(Settings):
 class RmSettings(Settings):
     """A reward model learned from ranked comparison sets by the Bradley-Terry loss on pairs."""
 
-    seed: int = semantic(0, ge=0)
+    seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds the head, the choice of pairs and the order of the data."""
     precision: Precision = semantic("fp32")
     """``bf16`` keeps fp32 master weights of what is trained."""
@@ -145,7 +145,7 @@ class RmSettings(Settings):
 class EvaluateSettings(Settings):
     """The policy before and after PPO, side by side on held-out prompts."""
 
-    seed: int = semantic(0, ge=0)
+    seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds the sampling and the intervals."""
     precision: Precision = semantic("fp32")
     """Precision of the models while they generate and score."""

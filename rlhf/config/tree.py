@@ -21,6 +21,8 @@ KeyPath = tuple[str | int, ...]
 # Where a node was written, in words.
 Place = Callable[[yaml.Node], str]
 
+# A few lines of aliases to aliases can stand for more than any memory holds.
+_MOST_NODES = 100_000
 _TAG = "tag:yaml.org,2002:"
 # Tag, text that means it, and the signs such text starts with. Integers come before floats: the first match counts.
 _RESOLVERS = (
@@ -74,6 +76,7 @@ class Tree:
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     _places: dict[KeyPath, str] = field(default_factory=dict, init=False)
+    _nodes: int = field(default=0, init=False)
 
     def place(self, path: KeyPath) -> str:
         """Return where a setting was written: ``file:line`` or the override; where it was not, its section's place."""
@@ -119,6 +122,10 @@ class Tree:
         """Turn a node into plain values; ``around`` are the nodes it lies in, to notice one that holds itself."""
         if node is None:
             return None
+        self._nodes += 1
+        if self._nodes > _MOST_NODES:
+            what = f"there are more than {_MOST_NODES} settings, with what aliases repeat"
+            raise SettingsError(what, place(node), "remove aliases that repeat aliases")
         if node in around:
             self.problems.append(Problem(f"{dotted(path)} contains itself", place(node)))
             return None

@@ -5,6 +5,7 @@ file. What cannot be read is a row with a problem rather than an exception, so t
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_rows(source: str) -> Iterator[Row]:
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 - of a name that is too long it says that there is none
         raise SettingsError(f"there is no file or folder {path}", str(path), "correct the path")
     if path.is_file():
         files = [path] if path.suffix in FILE_SUFFIXES else []
@@ -72,11 +73,15 @@ def _files(path: Path) -> list[Path]:
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    if path.suffix == ".json" and _begins_with_bracket(path):
-        return _array_rows(path)
-    return _line_rows(path)
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet_rows(path)
+        elif path.suffix == ".json" and _begins_with_bracket(path):
+            yield from _array_rows(path)
+        else:
+            yield from _line_rows(path)
+    except OSError as error:
+        raise SettingsError(f"the file cannot be read: {error.strerror}", str(path), "allow it to be read") from error
 
 
 def _begins_with_bracket(path: Path) -> bool:
@@ -85,6 +90,19 @@ def _begins_with_bracket(path: Path) -> bool:
             if not character.isspace():
                 return character == "["
     return False
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a field stand twice, and Python's reader would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} stands twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
@@ -99,12 +117,12 @@ def _line_rows(path: Path) -> Iterator[Row]:
             if not text.strip():
                 continue
             try:
-                yield Row(str(path), number, json.loads(text))
+                yield Row(str(path), number, json.loads(text, object_pairs_hook=_object))
             except json.JSONDecodeError as error:
                 problem = f"invalid JSON at character {error.pos + 1}: {error.msg}"
                 yield Row(str(path), number, text.rstrip("\r\n"), problem)
             except (ValueError, RecursionError) as error:
-                # Numbers of thousands of digits and nesting of thousands of levels are JSON, but no record.
+                # Fields that stand twice, numbers of thousands of digits and nesting of thousands of levels.
                 yield Row(str(path), number, text.rstrip("\r\n"), f"unreadable JSON: {error}")
 
 
@@ -151,7 +169,7 @@ class _Window:
         """
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+                value, end = _DECODER.raw_decode(self.text, self.at)
             except ValueError:
                 if self.ended:
                     raise

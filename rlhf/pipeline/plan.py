@@ -11,10 +11,9 @@ from rlhf.config.pipeline import PipelineConfig, StageInstance
 from rlhf.errors import RequestError, SettingsError
 from rlhf.pipeline.sources import digest_source
 from rlhf.pipeline.stage import Stage
-from rlhf.store import ActionRecord, Store, key_of
+from rlhf.store import ActionRecord, Ref, Store, key_of
 
 State = Literal["cached", "missing", "blocked"]
-IMPORT = "import"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Planned:
     state: State
     why: str
     needs: tuple[str, ...]
-    """Instances whose results are not committed yet; empty unless blocked."""
+    """Instances whose results are not committed yet; a stage that is blocked without any is a lost import."""
     key: str | None
     settings: Mapping[str, Any]
     """What of the settings enters the key."""
@@ -132,16 +131,18 @@ def _plan_one(
     wires: Mapping[str, Wire],
     planned: Mapping[str, Planned],
     store: Store,
-    ref: str | None,
+    ref: Ref | None,
 ) -> Planned:
     def build(state: State, why: str, **found: Any) -> Planned:
         empty: dict[str, Any] = {"needs": (), "key": None, "settings": {}, "inputs": {}, "record": None}
         return Planned(instance, stage, wires, state, why, **(empty | found))
 
     # Read before the lookup, which moves the record of a damaged result away.
-    before = store.action(ref) if ref else None
-    latest = store.lookup(ref) if ref else None
-    if latest is not None and latest.stage == IMPORT:
+    before = store.action(ref.key) if ref else None
+    latest = store.lookup(ref.key) if ref else None
+    if ref is not None and ref.imported:
+        if latest is None:
+            return build("blocked", "the imported model is damaged or gone")
         return build("cached", "imported", key=latest.key, record=latest)
 
     settings = semantic_values(instance.settings)
@@ -151,7 +152,7 @@ def _plan_one(
     needs = tuple(dict.fromkeys(wire.instance for wire in wires.values() if planned[wire.instance].record is None))
     if needs:
         return build("blocked", f"waits for {', '.join(needs)}", needs=needs, settings=settings)
-    inputs = {role: _input(f"{instance.name}.inputs.{role}", wire, planned, store) for role, wire in wires.items()}
+    inputs = {role: _input(instance.name, role, wire, planned, store) for role, wire in wires.items()}
     key = key_of(stage.name, stage.version, settings, {role: str(entry["digest"]) for role, entry in inputs.items()})
     record = store.lookup(key)
     if record is not None:
@@ -163,14 +164,18 @@ def _plan_one(
     return build("missing", why, key=key, settings=settings, inputs=inputs)
 
 
-def _input(place: str, wire: Wire, planned: Mapping[str, Planned], store: Store) -> dict[str, str | None]:
+def _input(name: str, role: str, wire: Wire, planned: Mapping[str, Planned], store: Store) -> dict[str, str | None]:
     record = planned[wire.instance].record
     assert record is not None
     manifest = store.manifest(record.artifact)
     try:
         digest = manifest.part_digest(wire.part)
     except RequestError as error:
-        raise SettingsError(f"{wire.instance} has no folder {wire.part!r}", place, error.what) from error
+        raise SettingsError(
+            f"{name} needs {wire.part!r} of {wire.instance}, which made none",
+            f"{name}.inputs.{role}",
+            f"set {wire.instance}.{wire.part} so that it is made, or {name} to do without it ({error.what})",
+        ) from error
     return {"artifact": record.artifact, "part": wire.part, "digest": digest, "key": record.key}
 
 

@@ -18,7 +18,7 @@ from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.training import WorkerSettings
-from rlhf.errors import DiskFullError, RequestError, RlhfError, StageError
+from rlhf.errors import DamageError, DiskFullError, RequestError, RlhfError, StageError
 from rlhf.pipeline.context import FAILURE, NOTES, PROGRESS, Context
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.provenance import provenance
@@ -56,6 +56,7 @@ class Runner:
                     self._adopt(one)
                     told.add(one.name)
             missing = [one for one in planned.values() if one.record is None]
+            _refuse_lost_imports(missing)
             if not missing:
                 return planned
             if not started:
@@ -220,7 +221,8 @@ class Runner:
 
     def _adopt(self, one: Planned) -> None:
         assert one.record is not None
-        if self.store.refs(self.config.name).get(one.name) != one.record.key:
+        ref = self.store.refs(self.config.name).get(one.name)
+        if ref is None or ref.key != one.record.key:
             self.store.set_ref(self.config.name, one.name, one.record.key)
         self.display.update(one.name, state="cached", key=one.record.key, why=one.why)
 
@@ -236,6 +238,17 @@ class Runner:
 
 def _workers(one: Planned) -> WorkerSettings:
     return getattr(one.instance.settings, "workers")  # noqa: B009 - every stage of workers has it
+
+
+def _refuse_lost_imports(missing: Sequence[Planned]) -> None:
+    """To train such a stage instead would be something that nobody asked for."""
+    for one in missing:
+        if one.state == "blocked" and not one.needs:
+            raise DamageError(
+                one.why,
+                f"stage {one.name}",
+                f"rlhf import DIR --as {one.name} again, or rlhf import --forget --as {one.name} to train it",
+            )
 
 
 def _write_failure(attempt: Path, error: RlhfError) -> None:

@@ -3,30 +3,29 @@
 import errno
 import json
 import math
-import os
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.errors import RequestError
+from rlhf.errors import RequestError, is_no_room
 from rlhf.models.adapter_folders import BASE, config_file, is_adapter
 from rlhf.models.lengths import UNBOUNDED, context_length
-from rlhf.pipeline.plan import IMPORT, Planned
+from rlhf.models.weights import count_parameters
+from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
 from rlhf.store import ActionRecord, Store, key_of
 from rlhf.store.backend import translated
 
+IMPORT = "import"
 KINDS = {"sft": "policy", "rm": "reward-model"}
 
 
 def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: Stage, store: Store) -> ActionRecord:
-    """Make a model's folder the result of a stage; it stays so until :func:`forget_import`.
+    """Make a model's folder the result of a stage; it stays so until its ref is deleted.
 
     Raises:
         RequestError: the stage makes no model, or the folder holds none that fits.
@@ -71,7 +70,7 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
             attempt="import",
         )
     )
-    store.set_ref(config.name, instance, record.key)
+    store.set_ref(config.name, instance, record.key, imported=True)
     return record
 
 
@@ -82,8 +81,7 @@ def _copy(folder: Path, target: Path) -> None:
     except shutil.Error as error:
         # It collects what went wrong with every file, as texts; a disk that is full is full for the first one too.
         source, _, reason = error.args[0][0]
-        full = os.strerror(errno.ENOSPC) in reason
-        raise OSError(errno.ENOSPC if full else errno.EIO, reason, source) from error
+        raise OSError(errno.ENOSPC if is_no_room(error) else errno.EIO, reason, source) from error
 
 
 def _check_files(folder: Path) -> None:
@@ -104,21 +102,10 @@ def _check_files(folder: Path) -> None:
         is_object = False
     if not is_object:
         raise RequestError("the model's config.json holds no JSON object", str(config), "save it with save_pretrained")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    if not count_parameters(folder):
         raise RequestError(
             "the folder holds no weights in safetensors files", str(folder), "save them with save_pretrained"
         )
-    for path in weights:
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise RequestError(
-                f"the weights cannot be read: {error}",
-                str(path),
-                "copy the model again, or save it with save_pretrained",
-            ) from error
 
 
 def _check_reward_model(folder: Path) -> None:
@@ -147,7 +134,8 @@ def _check_reward_model(folder: Path) -> None:
             f"set it as in this example: {example}",
         )
     # transformers would make a head of random numbers, and say so only in a log.
-    names = config.get("architectures") or []
+    named = config.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if not is_adapter(folder) and not any("ForSequenceClassification" in name for name in names):
         raise RequestError(
             f"the folder holds no reward model but a {' and '.join(names) or 'model of unknown architecture'}",
@@ -155,7 +143,8 @@ def _check_reward_model(folder: Path) -> None:
             "import a model that AutoModelForSequenceClassification saved, with num_labels=1",
         )
     # Two labels are transformers' default, which its config.json leaves out.
-    if not is_adapter(folder) and (labels := len(config.get("id2label", "01"))) != 1:
+    label_names = config.get("id2label", {"0": "", "1": ""})
+    if not is_adapter(folder) and (labels := len(label_names) if isinstance(label_names, dict) else 0) != 1:
         raise RequestError(
             f"the model answers {labels} numbers a text, and a reward model answers one",
             str(path),

@@ -61,8 +61,7 @@ def compare(
     Args:
         count: K.
         ratings: ``[K, A]``, None where an annotator gave no rating; a higher rating wins. Only their order counts,
-        because
-            annotators use the ends of a scale differently.
+            because annotators use the ends of a scale differently.
         rankings: per annotator, indices from best to worst; a sequence of indices is a tie.
         winners: entries (i, j, outcome), 1 where i beat j, 0 where it lost, 0.5 for a tie.
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlhf.errors import StageError
 from rlhf.ranking.bradley_terry import (
     ELO_SCALE,
     FIRST_TIE,
@@ -83,6 +84,12 @@ def fit_crowd(
         changes = (np.abs(reliability - before).max(initial=0.0), np.abs(theta - theta_before).max(initial=0.0))
         if max(changes) < SMALLEST_CHANGE:
             break
+    else:
+        raise StageError(
+            f"the annotators' reliabilities did not settle in {MAX_ROUNDS} rounds",
+            "rank.annotators",
+            "rank.annotators=equal, or a smaller rank.prior_elo",
+        )
 
     weights = _expected_information(theta, tie, comparisons, ties, reliability)
     components = components_of(count, comparisons.first, comparisons.second)

@@ -59,7 +59,8 @@ def solve(matrix: Sparse, right: FloatArray, tolerance: float) -> FloatArray:
     """``[N, R]``: conjugate gradients (Hestenes & Stiefel 1952) for R right-hand sides side by side.
 
     The diagonal preconditions. A column is done where its residual, in the norm of the inverse diagonal, has fallen to
-    ``tolerance`` of what it was. Memory is linear in N R beside the matrix.
+    ``tolerance`` of what it was; after ``MAX_CONJUGATE_GRADIENT_STEPS`` all are, and are directions of ascent as well.
+    Memory is linear in N R beside the matrix.
     """
     scale = 1.0 / matrix.diagonal()[:, None]
     found = np.zeros_like(right)

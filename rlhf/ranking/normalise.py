@@ -6,10 +6,10 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 
 
-def overall_deviation(strengths: list[FloatArray]) -> float:
+def overall_deviation(strengths: FloatArray) -> float:
     """Root mean square of all responses' strengths, which have mean 0 in each pool; Elo points in and out.
 
     One number for the data set: a pool whose responses are alike keeps its small spread instead of having its noise
     blown up to deviation 1.
     """
-    return float(np.sqrt(np.mean(np.concatenate(strengths) ** 2)))
+    return float(np.sqrt(np.mean(strengths**2)))

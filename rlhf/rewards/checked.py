@@ -25,10 +25,9 @@ def checked_scores(answer: Callable[[], Any], source: str, count: int, first: in
         answered = answer()
         # A generator runs the reward's code only here. Text is refused as a whole: its letters are no scores.
         scores = list(answered) if hasattr(answered, "__iter__") and not isinstance(answered, str | bytes) else None
-    except (Exception, SystemExit) as error:
-        raise RewardError(
-            f"the reward raised {type(error).__name__}: {_shortened(str(error))}", rows, "correct the reward"
-        ) from error
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        # Signals end ranks in other ways: an interrupt that comes out of a reward is the reward's own.
+        raise RewardError(f"the reward raised {_described(error)}", rows, "correct the reward") from error
     if scores is None:
         kind = type(answered).__name__
         raise RewardError(f"the reward answered {kind}, and no list of scores", rows, "return a list of numbers")
@@ -52,6 +51,13 @@ def _is_finite(score: Any) -> bool:
         return False
     size: Any = abs(score)
     return bool(size <= LARGEST)
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {_shortened(str(error))}"
+    except Exception:  # noqa: BLE001 - its __str__ is the user's code too
+        return type(error).__name__
 
 
 def _shortened(text: str, limit: int = 200) -> str:

@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from rlhf.errors import DiskFullError, StoreUnreachableError
+from rlhf.errors import DiskFullError, StoreUnreachableError, is_no_room
 
 # The answers where a hard link cannot be made: another device, no such feature, too many links, not permitted.
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 # EFBIG is the answer to a process whose file-size limit (ulimit -f) is reached.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileState(NamedTuple):
@@ -218,7 +217,7 @@ def translated(path: Path, needed: int = 0) -> Generator[None, None, None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if is_no_room(error):
             raise DiskFullError(
                 f"No room for a file: {needed} bytes needed, {free_bytes_at(path)} bytes free ({error.strerror}).",
                 where=str(path),

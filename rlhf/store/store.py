@@ -5,7 +5,7 @@
     actions/<key>.json          the commit: which artifact a key is, and what made it
     work/<key>/<attempt>/       attempts: logs, checkpoints
     leases/<key>                who is working on a key
-    refs/<pipeline>/<stage>     the key that a pipeline's stage had last
+    refs/<pipeline>/<stage>     the key that a pipeline's stage had last, and whether somebody imported it
     quarantine/                 what was found damaged
     cache/                      what may be lost: each node's memory of the blobs it has hashed
 
@@ -21,6 +21,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -47,6 +48,16 @@ from rlhf.store.verify import (
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ATTEMPT = re.compile(r"[0-9]{6}-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}")
 _COMMIT_TRIES = 5
+_IMPORTED = "imported"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """What a pipeline's stage had last."""
+
+    key: str
+    imported: bool
+    """Whether somebody said that this is the stage's result, whatever its settings are."""
 
 
 class Store:
@@ -225,22 +236,23 @@ class Store:
 
     # ---- refs
 
-    def set_ref(self, pipeline: str, stage: str, key: str) -> None:
-        """Note the key that a pipeline's stage has now."""
+    def set_ref(self, pipeline: str, stage: str, key: str, *, imported: bool = False) -> None:
+        """Note the key that a pipeline's stage has now, and whether it stays so whatever the settings are."""
         _refuse_malformed(key, "key")
-        self._backend.put(f"refs/{_one_name(pipeline)}/{_one_name(stage)}", f"{key}\n".encode())
+        text = f"{key} {_IMPORTED}\n" if imported else f"{key}\n"
+        self._backend.put(f"refs/{_one_name(pipeline)}/{_one_name(stage)}", text.encode())
 
     def delete_ref(self, pipeline: str, stage: str) -> None:
         """Forget the key of a pipeline's stage; what it names stays."""
         self._backend.delete(f"refs/{_one_name(pipeline)}/{_one_name(stage)}")
 
-    def refs(self, pipeline: str) -> dict[str, str]:
-        """Map stage to key, for a pipeline; empty where it is unknown."""
-        found: dict[str, str] = {}
+    def refs(self, pipeline: str) -> dict[str, Ref]:
+        """Map stage to what is noted of it, for a pipeline; empty where it is unknown."""
+        found: dict[str, Ref] = {}
         for name in self._backend.names(f"refs/{_one_name(pipeline)}"):
-            key = (self._backend.read(name) or b"").decode(errors="replace").strip()
-            if _DIGEST.fullmatch(key):
-                found[PurePosixPath(name).name] = key
+            key, *words = (self._backend.read(name) or b"").decode(errors="replace").split() or [""]
+            if _DIGEST.fullmatch(key) and words in ([], [_IMPORTED]):
+                found[PurePosixPath(name).name] = Ref(key, bool(words))
             else:
                 self.notices.append(f"{name} does not hold a key; {self._quarantine(name)}.")
         return found

@@ -88,7 +88,13 @@ def verify_all(backend: Backend, blobs: Blobs) -> VerifyReport:
         damaged.append(Damage(digest, manifest_name(digest), "is missing"))
 
     owned = {file.sha256: file for manifest in manifests for file in manifest.files}
-    lying = [PurePosixPath(name).name for name in backend.names(BLOBS)]
+    names = list(backend.names(BLOBS))
+    lying = [sha256 for name in names if blob_name(sha256 := PurePosixPath(name).name) == name]
+    damaged.extend(
+        Damage("", name, "is no blob, and nothing refers to it")
+        for name in names
+        if blob_name(PurePosixPath(name).name) != name
+    )
     unowned = [_as_it_lies(backend, sha256) for sha256 in lying if sha256 not in owned]
     bad = blobs.damaged([*owned.values(), *unowned], trust_memory=False)
     for manifest in manifests:

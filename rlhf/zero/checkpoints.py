@@ -5,7 +5,6 @@ rank 0 writes ``complete.json``, which has their number and lists every file wit
 a file that is missing or of another size, was cut off and is never read.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -14,14 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import DiskFullError, PreflightError
+from rlhf.errors import DiskFullError, PreflightError, is_no_room
 from rlhf.pipeline.context import Context
 from rlhf.zero import group
 
 MARKER = "complete.json"
 KEPT = 2
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def path_of(attempt: Path, step: int) -> Path:
@@ -126,8 +123,7 @@ def _disk_full(checkpoint: Path, needed: int, free: int) -> DiskFullError:
 
 def _says_no_room(error: BaseException | None) -> bool:
     while error is not None:
-        # safetensors tells in words only.
-        if getattr(error, "errno", None) in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error):
+        if is_no_room(error):
             return True
         error = error.__cause__ or error.__context__
     return False

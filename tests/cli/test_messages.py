@@ -16,6 +16,7 @@ from rlhf.cli import COMMANDS, DEFAULT_CONFIG, main
 from rlhf.store import Store
 from tests.cli.conftest import Ask
 from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_pipeline, write_weights
+from tests.store.helpers import flip_bit
 
 HEAVY = ("torch", "ray", "transformers", "datasets", "pyarrow", "scipy", "sklearn")
 SECONDS = 1.0
@@ -135,6 +136,8 @@ def test_an_export_says_where_it_wrote_and_refuses_a_full_folder(ask: Ask, made:
     assert str(tmp_path / "out") in answer.out.replace("\n", "")
     assert (tmp_path / "out" / "config.json").read_text() == "2.0"
     assert "is not empty" in refused(ask, "export", "total", str(tmp_path / "out"))
+    again = refused(ask, "export", "total", str(tmp_path / "other"), "total.factor=3")
+    assert f"rlhf run total total.factor=3 --config {made}" in again
     assert "a stage and a folder" in refused(ask, "export", "total")
 
 
@@ -150,6 +153,29 @@ def test_an_import_pins_a_stage_until_it_is_forgotten(ask: Ask, made: Path, tmp_
     assert ask("import", "--forget", "--as", "total").status == 0
     assert planned(made)["total"].why == "unchanged"
     assert "it makes a data" in refused(ask, "import", str(tmp_path / "model"), "--as", "words")
+
+
+def test_an_import_that_is_damaged_is_never_replaced_by_training(ask: Ask, made: Path, tmp_path: Path):
+    """Neither at once nor later, when its record is gone: the program says so until it is imported again or undone."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    write_weights(tmp_path / "model")
+    again = ("import", str(tmp_path / "model"), "--as", "total")
+    assert ask(*again).status == 0
+    record = planned(made)["total"].record
+    assert record is not None
+    flip_bit(made.parent / "store" / "manifests" / f"{record.artifact}.json")
+    for _ in range(2):
+        assert "the imported model is damaged or gone" in ask("plan").out
+        answer = ask("run")
+        assert answer.status == 1
+        assert "rlhf import --forget --as total" in answer.err.replace("\n", " ")
+    assert ask(*again).status == 0
+    assert planned(made)["total"].why == "imported"
+    flip_bit(made.parent / "store" / "actions" / f"{record.key}.json")
+    assert planned(made)["total"].state == "blocked"
+    assert ask("import", "--forget", "--as", "total").status == 0
+    assert planned(made)["total"].why == "unchanged"
 
 
 def test_a_file_of_the_store_changed_by_hand_is_named_and_its_stage_is_missing(ask: Ask, made: Path):
@@ -272,6 +298,12 @@ def test_a_reader_that_has_enough_is_no_error(words: list[str], path: Path, tmp_
     process.stderr.close()
     process.wait(60)
     assert err == ""
+
+
+def test_fields_of_a_section_that_is_not_there_are_refused(ask: Ask):
+    """With the nearest; a section that is there comes alone."""
+    assert "no section is named 'totla'" in refused(ask, "config", "--fields", "totla")
+    assert {line.partition(".")[0] for line in ask("config", "--fields", "store").out.splitlines()[::2]} == {"store"}
 
 
 def test_settings_that_are_printed_load_to_the_same_keys(ask: Ask, path: Path, tmp_path: Path):

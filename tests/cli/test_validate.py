@@ -72,6 +72,11 @@ def test_what_is_no_file_of_rows_is_refused(ask: Ask, tmp_path: Path):
     """An empty file, a missing one, and a command line without the word or the file."""
     assert "there are no rows" in ask("data", "validate", write(tmp_path / "rows.jsonl")).err
     assert "there is no file" in ask("data", "validate", str(tmp_path / "none.jsonl")).err
+    assert "there is no file" in ask("data", "validate", f"{'long' * 2000}.jsonl").err.replace("\n", " ")
+    # A file that nobody can read from its start, not even root.
+    (tmp_path / "link.jsonl").symlink_to("/proc/self/mem")
+    answer = ask("data", "validate", str(tmp_path / "link.jsonl"))
+    assert (answer.status, "the file cannot be read: " in answer.err) == (2, True)
     for words in (("data",), ("data", "validate"), ("data", "rows.jsonl"), ("data", "validate", "a", "b")):
         answer = ask(*words)
         assert answer.status == 2

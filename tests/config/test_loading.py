@@ -271,6 +271,17 @@ REFUSALS = {
     "section that contains itself": ("train: &a\n  kl: *a", "train.kl contains itself\n  where: p.yaml:1"),
     "merging what is no section": ("train: {<<: 3}", "<< takes another section, or a list of them\n  where: p.yaml:1"),
     "merging itself": ("train: &a {kl: {<<: *a}}", "<< takes another section, or a list of them\n  where: p.yaml:1"),
+    "aliases to aliases": (
+        "train:\n  a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n  b: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
+        "  c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\n  d: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n"
+        "  e: [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]",
+        "there are more than 100000 settings, with what aliases repeat\n  where: p.yaml:2"
+        "\n  next:  remove aliases that repeat aliases",
+    ),
+    "name of a stage that ends its line": (
+        '"train\\n": {uses: train}',
+        "'train\\n' cannot name a stage instance\n  where: p.yaml:1\n  next:  use letters, digits, _ and -",
+    ),
     "no YAML": (
         "seed: 0\ntrain: [1, 2\n",
         "p.yaml is not valid YAML: expected ',' or ']', but got '<stream end>', while parsing a flow sequence\n"
@@ -343,7 +354,7 @@ OVERRIDE_REFUSALS = {
     "tracking.wandb=of": (
         'tracking.wandb is "of" and must be one of auto, online, offline, disabled\n  where: override tracking.wandb=of'
     ),
-    "seed=-1": "seed is -1 and must be a whole number of at least 0\n  where: override seed=-1",
+    "seed=-1": "seed is -1 and must be a whole number of at least 0 and below 4294967296\n  where: override seed=-1",
 }
 
 
@@ -369,7 +380,7 @@ def test_several_mistakes_are_reported_together(refuse: Refuse) -> None:
     text = "seed: x\ntrain:\n  rollouts: 0\n  kl: {ceof: 1}\n  packing: maybe\nreed: {}\nread: {file: 1}"
     lines = refuse(text).splitlines()
     assert lines[0] == "6 settings are wrong"
-    assert lines[1] == '  p.yaml:1: seed is "x" and must be a whole number of at least 0'
+    assert lines[1] == '  p.yaml:1: seed is "x" and must be a whole number of at least 0 and below 4294967296'
     assert lines[2] == '  p.yaml:5: train.packing is "maybe" and must be true or false'
     assert "  p.yaml:4: train.kl has no setting ceof (did you mean coef? known: coef, target)" in lines
     assert lines[6] == "  and 1 more"

@@ -29,6 +29,11 @@ LOCAL: dict[str, Any] = {"url": "http://localhost:8000/score"}
         ({"url": "ftp://localhost/"}, "no http or https address"),
         ({"url": "localhost:8000"}, "no http or https address"),
         ({"url": "https:///score"}, "no http or https address"),
+        ({"url": "http://localhost:99999/"}, "is no address: Port out of range"),
+        ({"url": "http://localhost:port/"}, "is no address: Port could not be cast"),
+        ({"url": "http://localhost:0/"}, "no http or https address"),
+        ({"url": "http://localhost/a b"}, "no http or https address"),
+        ({"url": "http://localhost/\x00"}, "no http or https address"),
     ],
 )
 def test_rows_are_sent_to_no_place_that_was_not_allowed(values: dict[str, Any], said: str) -> None:

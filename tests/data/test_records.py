@@ -83,6 +83,11 @@ def test_a_trl_pair_becomes_a_set_of_two_with_its_winner_and_margin() -> None:
             "promt: is unknown; did you mean prompt? known: completion, prompt",
         ),
         ({"prompt": "p", "completion": ""}, Demonstration, "completion: is empty"),
+        (
+            {"prompt": "p", "completion": [{"role": "user", "content": "c"}]},
+            Demonstration,
+            "completion: ends with a message of the role 'user', and is to end with 'assistant'",
+        ),
         ({"text": "t", "rating": float("nan")}, JudgeRating, "rating: input should be a finite number"),
         ({"text": "t", "rating": "4"}, JudgeRating, "rating: input should be a valid number"),
         ({"text": "t", "rating": True}, JudgeRating, "rating: input should be a valid number"),

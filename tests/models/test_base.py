@@ -73,6 +73,12 @@ def test_a_folder_that_is_no_model_is_told_by_what_is_wrong(tmp_path: Path, tiny
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 
+    (cut := broken("cut") / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(PreflightError, match="the weights cannot be read"):
+        base.check(cut.parent)
+    (odd := broken("odd") / "config.json").write_text("[")
+    with pytest.raises(PreflightError, match="the base model's configuration cannot be used"):
+        base.check(odd.parent)
     with pytest.raises(PreflightError, match="unheard_of"):
         base.check(change_config(broken("unknown"), model_type="unheard_of"))
     with pytest.raises(PreflightError, match=r"the tokenizer has \d+ tokens and the model embeds 200"):

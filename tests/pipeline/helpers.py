@@ -56,7 +56,7 @@ def make(path: Path, *overrides: str, only: str | None = None, known: Mapping[st
         if one.record is None and only in (None, name):
             record = _made(one, store)
             store.set_ref(config.name, name, record.key)
-        elif one.record is not None:
+        elif one.record is not None and one.why != "imported":
             store.set_ref(config.name, name, one.record.key)
 
 

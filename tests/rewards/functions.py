@@ -35,6 +35,21 @@ def raises(prompts: list[Any], responses: list[str]) -> list[float]:
     raise OddError(1, 2)
 
 
+class UnshowableError(Exception):
+    """An error that cannot even be written down."""
+
+    def __str__(self) -> str:
+        raise self
+
+
+def raises_what_cannot_be_shown(prompts: list[Any], responses: list[str]) -> list[float]:
+    raise UnshowableError
+
+
+def interrupts(prompts: list[Any], responses: list[str]) -> list[float]:
+    raise KeyboardInterrupt
+
+
 def exits(prompts: list[Any], responses: list[str]) -> list[float]:
     raise SystemExit(3)
 

@@ -22,6 +22,8 @@ def test_a_function_scores_in_the_order_of_the_responses() -> None:
     [
         ("raises", "OddError: odd: 1, 2"),
         ("exits", "SystemExit: 3"),
+        ("interrupts", "KeyboardInterrupt: "),
+        ("raises_what_cannot_be_shown", "raised Unshowable"),
         ("yields_and_raises", "OddError: odd: 1, 2"),
         ("one_short", "2 scores for 3 responses"),
         ("nothing", "answered NoneType, and no list"),

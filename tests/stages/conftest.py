@@ -63,8 +63,8 @@ class Pipeline:
     def fresh_store(self, folder: Path, *without: str, source: Store | None = None) -> Store:
         """A store that has what the shared one or another has, but for the results of some stages."""
         copy, source = Store.open(folder), source or self.store
-        for name, key in source.refs("tiny").items():
-            record = source.action(key)
+        for name, ref in source.refs("tiny").items():
+            record = source.action(ref.key)
             assert record is not None
             if name not in without:
                 copy.put_artifact(source.checkout(record.artifact, folder / "copies" / name), _kind(record.stage))

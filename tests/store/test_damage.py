@@ -190,6 +190,19 @@ def test_a_record_under_another_key_and_a_blob_under_another_name_are_damage(tmp
     assert store.lookup(KEY) is not None
 
 
+def test_a_file_among_the_blobs_that_is_none_is_told_and_moved_away(tmp_path: Path):
+    """It ends no verification, and hides nothing else."""
+    store = Store.open(tmp_path)
+    commit(store)
+    (tmp_path / "blobs" / "sha256" / "notes.txt").write_text("mine")
+    found = store.verify(repair=True).damaged
+    assert [(item.file, item.why) for item in found] == [
+        ("blobs/sha256/notes.txt", "is no blob, and nothing refers to it")
+    ]
+    assert store.verify().damaged == []
+    assert store.lookup(KEY) is not None
+
+
 def test_a_ref_that_holds_no_key_is_told_and_moved_away(tmp_path: Path):
     """A damaged pointer is not followed."""
     store = Store.open(tmp_path)

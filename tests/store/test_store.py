@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf.errors import DamageError, RequestError, SettingsError, StoreUnreachableError
-from rlhf.store import PayloadFile, Store, digest_file, digest_of
+from rlhf.store import PayloadFile, Ref, Store, digest_file, digest_of
 from tests.store.helpers import KEY, commit, files_under, put, record_of, small_payload, write_files
 
 OTHER_KEY = digest_of("another key")
@@ -257,8 +257,9 @@ def test_refs_remember_the_last_key_of_each_stage(tmp_path: Path):
     store.set_ref("quickstart", "sft", OTHER_KEY)
     store.set_ref("quickstart", "sft", KEY)
     store.set_ref("quickstart", "rm", OTHER_KEY)
-    store.set_ref("my pipeline", "sft", OTHER_KEY)
-    assert store.refs("quickstart") == {"rm": OTHER_KEY, "sft": KEY}
+    store.set_ref("my pipeline", "sft", OTHER_KEY, imported=True)
+    assert store.refs("quickstart") == {"rm": Ref(OTHER_KEY, False), "sft": Ref(KEY, False)}
+    assert store.refs("my pipeline") == {"sft": Ref(OTHER_KEY, True)}
     assert store.pipelines() == ["my pipeline", "quickstart"]
     for name in ("", ".", "..", "a/b", ".hidden"):
         with pytest.raises(RequestError):
