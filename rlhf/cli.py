@@ -325,18 +325,47 @@ def doctor(request: Request) -> int:
 
 
 def data(request: Request) -> None:
-    """Check a file of records without running anything: rlhf data validate FILE."""
-    from rlhf.data.validation import KINDS, validate_file
-
-    kind: str | None = request.arguments.kind
-    if kind is not None and kind not in KINDS:
-        raise RequestError(f"there is no kind of record {kind!r}", "--kind", suggestion(kind, KINDS))
+    """Check records, or make them of an export: rlhf data validate FILE, rlhf data convert FILE OUT.jsonl."""
     match request.names:
         case ["validate", source]:
-            found = validate_file(source, kind)
-            print(f"{source}: {found.rows} rows of {found.kind}, all well")
+            _validate(source, request.arguments.kind)
+        case ["convert", source, target]:
+            _convert(request, source, Path(target))
         case _:
-            raise RequestError("data takes the word validate and one file", "command line", "rlhf data validate FILE")
+            raise RequestError(
+                "data takes the word validate and one file, or convert and two",
+                "command line",
+                "rlhf data validate FILE, or rlhf data convert FILE OUT.jsonl",
+            )
+
+
+def _validate(source: str, kind: str | None) -> None:
+    from rlhf.data.validation import KINDS, validate_file
+
+    if kind is not None and kind not in KINDS:
+        raise RequestError(f"there is no kind of record {kind!r}", "--kind", suggestion(kind, KINDS))
+    found = validate_file(source, kind)
+    print(f"{source}: {found.rows} rows of {found.kind}, all well")
+
+
+def _convert(request: Request, source: str, target: Path) -> None:
+    from rlhf.data.imports.convert import TOOLS, convert_file
+    from rlhf.data.imports.layout import Wanted
+
+    given = request.arguments
+    if given.from_ is not None and given.from_ not in TOOLS:
+        raise RequestError(f"there is no tool {given.from_!r}", "--from", suggestion(given.from_, TOOLS))
+    responses, questions, groups = (
+        tuple(name.strip() for name in (listed or "").split(",") if name.strip())
+        for listed in (given.responses, given.question, given.groups)
+    )
+    found = convert_file(source, target, given.from_, Wanted(given.prompt, responses, questions, groups))
+    left_out = ", ".join(f"{count} {what}" for what, count in sorted(found.left_out.items())) or "nothing"
+    status = f"; status unknown, taken as submitted: {found.unknown_status} responses" if found.unknown_status else ""
+    print(
+        f"{source}: {found.records} records read, {found.sets} comparison sets by {found.annotators} annotators "
+        f"written to {target}; left out: {left_out}{status}"
+    )
 
 
 def _single(request: Request, what: str) -> str:
@@ -391,6 +420,16 @@ def parser_of(command: str) -> Parser:
         case "data":
             kinds = "demonstrations, comparisons, prompts or judge"
             parser.add_argument("--kind", help=f"what the rows are: {kinds} (default: told by the first row's fields)")
+            tools = "argilla or label-studio (default: told by the first record)"
+            parser.add_argument("--from", dest="from_", metavar="TOOL", help=f"what wrote the file to convert: {tools}")
+            parser.add_argument("--prompt", metavar="FIELD", help="the field with the prompt (default: told by names)")
+            parser.add_argument(
+                "--responses", metavar="FIELD,FIELD", help="the fields with the responses (default: told by names)"
+            )
+            parser.add_argument(
+                "--question", metavar="NAME,NAME", help="take these questions' answers only (default: all that compare)"
+            )
+            parser.add_argument("--groups", metavar="BEST,WORSE", help="the order of groups that responses were put in")
         case _:
             pass
     parser.set_defaults(command=command, json=False)
