@@ -1,15 +1,15 @@
 """Rank: what annotators said of responses, turned into a strength for each response.
 
 In: comparison sets (``comparisons``: ``train.jsonl``, ``heldout.jsonl``).
-Out: the same sets with ``strengths`` and ``standard_errors``, one number a response, and their ``pool``;
-``scale.json``, with the Elo points that a strength of 1 stands for and the parameter of ties; ``leaderboard.json``
-where training sets name the models that wrote the responses; ``annotators.json`` where annotators count by their
-reliability.
+Out: the same sets with ``strengths``, ``standard_errors`` and ``elo``, one number a response, and their ``pool``;
+``scale.json``, with the Elo points that a strength of 1 stands for and the parameter of ties; ``report.json``, what is
+known of the comparisons; ``leaderboard.json`` where training sets name the models that wrote the responses;
+``annotators.json`` where annotators count by their reliability.
 
 Every annotator's view of two responses is one comparison. Sets with the same prompt and ratings are one pool: their
 responses are also compared across sets, by ratings alone, so that a set of good responses is told from a set of bad
-ones. One fit gives all Bradley-Terry strengths, which have mean 0 where comparisons join them; all are divided by the
-deviation over the training sets, held-out ones too. Left out: strengths across prompts.
+ones. One fit gives all strengths, which have mean 0 where comparisons join them; they are then normalised, held-out
+ones by the training sets' scale. Left out: strengths across prompts.
 """
 
 import json
@@ -23,19 +23,25 @@ from rlhf.data.jsonl import read_jsonl, to_line
 from rlhf.data.records import ComparisonSet
 from rlhf.errors import RecordError
 from rlhf.pipeline.context import Context
-from rlhf.ranking.bradley_terry import Strengths, fit
-from rlhf.ranking.comparisons import NOBODY, Comparisons, add_up, compare, pool_by_model
-from rlhf.ranking.crowd import Crowd, fit_crowd
-from rlhf.ranking.normalise import overall_deviation
-from rlhf.ranking.pools import ComparedSet, Ranked, pool
+from rlhf.ranking.bradley_terry import Strengths
+from rlhf.ranking.crowd import Crowd
+from rlhf.ranking.leaderboard import leaderboard
+from rlhf.ranking.normalise import normalised, overall_deviation
+from rlhf.ranking.pools import ComparedSet, Ranked, compared_sets, pool
+from rlhf.ranking.report import in_words, report
+from rlhf.ranking.strengths import strengths_of
 
 
 def run(context: Context[RankSettings]) -> dict[str, float]:
-    """Rank every set; final metrics: ``sets``, ``responses``, ``comparisons``, ``tie_share`` and ``deviation_elo``."""
+    """Rank every set; final metrics: ``sets``, ``responses``, ``comparisons``, ``tie_share``, ``agreement`` and
+    ``deviation_elo``.
+    """
     settings = context.settings
     names: dict[str, int] = {}
-    train = _compared(context, "train", names)
-    pooled = pool(train, settings.bridges, settings.seed)
+    train = compared_sets(_sets(context, "train"), "train.jsonl", names)
+    found = report(_sets(context, "train"), train, len(names))
+    for line in in_words(found):
+        context.note(line)
     if settings.annotators == "reliability" and not names:
         raise RecordError(
             "rank.annotators is reliability, and there is no annotator: no set has ratings or rankings",
@@ -43,7 +49,9 @@ def run(context: Context[RankSettings]) -> dict[str, float]:
             "write what annotators said as ratings or rankings, with their names in annotators, or set "
             "rank.annotators=equal",
         )
-    strengths, crowd = _fit(settings, pooled.responses, pooled.comparisons)
+
+    pooled = pool(train, settings.bridges, settings.seed)
+    strengths, crowd = strengths_of(settings, pooled)
     deviation = overall_deviation(strengths.elo)
     if deviation == 0:
         raise RecordError(
@@ -51,25 +59,41 @@ def run(context: Context[RankSettings]) -> dict[str, float]:
             str(context.inputs["comparisons"] / "train.jsonl"),
             "check that ratings differ, and that rankings run from best to worst",
         )
-    _write(context, "train", pooled.share(strengths), deviation)
-    _write(context, "heldout", _heldout(context, strengths), deviation)
+    scaled = normalised(settings.normalise, strengths, pooled.pool_of_response, deviation)
+    _write(context, "train", pooled.share(strengths.elo, scaled))
+    _write(context, "heldout", _heldout(context, strengths, deviation))
 
-    scale: dict[str, Any] = {"deviation_elo": deviation, "prior_elo": settings.prior_elo, "ties": settings.ties}
+    scale: dict[str, Any] = {
+        "model": settings.model,
+        "normalise": settings.normalise,
+        "deviation_elo": deviation,
+        "prior_elo": settings.prior_elo,
+        "ties": settings.ties,
+    }
     if strengths.tie_parameter is not None:
         scale["tie_parameter"] = strengths.tie_parameter
     _write_json(context, "scale.json", scale)
+    _write_json(context, "report.json", found)
     if crowd is not None:
-        _write_annotators(context, list(names), crowd)
-    _write_leaderboard(context, train)
+        _write_json(context, "annotators.json", _annotators(list(names), crowd))
+    by_model = [
+        (one.models, compared.comparisons)
+        for one, compared in zip(_sets(context, "train"), train, strict=True)
+        if one.models is not None
+    ]
+    if by_model:
+        _write_json(context, "leaderboard.json", leaderboard(settings, by_model))
 
     total = sum(one.comparisons.total for one in train)
-    return {
+    metrics = {
         "sets": float(len(train)),
         "responses": float(pooled.responses),
         "comparisons": total,
         "tie_share": float(sum(one.comparisons.ties.sum() for one in train)) / total,
         "deviation_elo": deviation,
     }
+    agreement: float | None = found["krippendorff_alpha"]
+    return metrics if agreement is None else metrics | {"agreement": agreement}
 
 
 def _sets(context: Context[RankSettings], part: str) -> Iterator[ComparisonSet]:
@@ -77,91 +101,39 @@ def _sets(context: Context[RankSettings], part: str) -> Iterator[ComparisonSet]:
     return read_jsonl(context.inputs["comparisons"] / f"{part}.jsonl", ComparisonSet)
 
 
-def _compared(context: Context[RankSettings], part: str, names: dict[str, int]) -> list[ComparedSet]:
-    """The comparisons of every set; annotators are numbered through in ``names``, which new ones are added to."""
-    found: list[ComparedSet] = []
-    for row, one in enumerate(_sets(context, part), start=1):
-        size = len(one.responses)
-        said = compare(size, one.ratings, one.rankings, one.winners)
-        numbers = [names.setdefault(name, len(names)) for name in _annotators(one, f"{part}.jsonl:{row}")]
-        # The last entry is that of NOBODY, which is -1.
-        said = said._replace(annotator=np.array([*numbers, NOBODY])[said.annotator])
-        found.append(ComparedSet(one.prompt, size, said, one.ratings))
-    return found
-
-
-def _annotators(one: ComparisonSet, where: str) -> list[str]:
-    """Whose the columns of ratings are, then the rankings; in a set that does not say, they are its own."""
-    columns, rankings = len(one.ratings[0]) if one.ratings else 0, len(one.rankings or [])
-    if one.annotators is None:
-        return [f"{where}, annotator {number}" for number in range(columns + rankings)]
-    return one.annotators[:columns] + one.annotators[:rankings]
-
-
-def _fit(
-    settings: RankSettings, count: int, comparisons: Comparisons, tie_parameter: float | None = None
-) -> tuple[Strengths, Crowd | None]:
-    if settings.annotators == "equal":
-        return fit(count, comparisons, settings.prior_elo, settings.ties, tie_parameter), None
-    crowd = fit_crowd(count, comparisons, settings.prior_elo, settings.ties, tie_parameter)
-    return crowd.strengths, crowd
-
-
-def _heldout(context: Context[RankSettings], train: Strengths) -> list[Ranked]:
-    """The held-out sets' strengths: their own comparisons, seen with the training sets' parameter of ties."""
+def _heldout(context: Context[RankSettings], train: Strengths, deviation: float) -> list[Ranked]:
+    """The held-out sets' strengths: their own comparisons, on the training sets' scale and parameter of ties."""
     settings = context.settings
-    compared = _compared(context, "heldout", {})
+    compared: list[ComparedSet] = compared_sets(_sets(context, "heldout"), "heldout.jsonl", {})
     if not compared:
         return []
     pooled = pool(compared, settings.bridges, settings.seed)
-    strengths, _ = _fit(settings, pooled.responses, pooled.comparisons, train.tie_parameter)
-    return pooled.share(strengths)
+    strengths, _ = strengths_of(settings, pooled, train.tie_parameter)
+    scaled = normalised(settings.normalise, strengths, pooled.pool_of_response, deviation)
+    return pooled.share(strengths.elo, scaled)
 
 
-def _write(context: Context[RankSettings], part: str, strengths: list[Ranked], deviation: float) -> None:
+def _write(context: Context[RankSettings], part: str, strengths: list[Ranked]) -> None:
     with (context.output / f"{part}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for record, ranked in zip(_sets(context, part), strengths, strict=True):
-            found = {
-                "strengths": (ranked.elo / deviation).tolist(),
-                "standard_errors": (ranked.standard_errors / deviation).tolist(),
-                "pool": ranked.pool,
-            }
-            file.write(to_line(record, **found))
+            file.write(
+                to_line(
+                    record,
+                    strengths=ranked.strengths.tolist(),
+                    standard_errors=ranked.standard_errors.tolist(),
+                    elo=ranked.elo.tolist(),
+                    pool=ranked.pool,
+                )
+            )
 
 
-def _write_annotators(context: Context[RankSettings], names: Sequence[str], crowd: Crowd) -> None:
+def _annotators(names: Sequence[str], crowd: Crowd) -> list[dict[str, Any]]:
     """The training part's, the least reliable first."""
-    rows = [
+    return [
         {"name": names[a], "reliability": crowd.reliability[a], "comparisons": crowd.comparisons[a]}
         for a in np.argsort(crowd.reliability, kind="stable")
         if crowd.comparisons[a] > 0
     ]
-    _write_json(context, "annotators.json", rows)
-
-
-def _write_leaderboard(context: Context[RankSettings], train: Sequence[ComparedSet]) -> None:
-    sets = [
-        (one.models, compared.comparisons)
-        for one, compared in zip(_sets(context, "train"), train, strict=True)
-        if one.models is not None
-    ]
-    if not sets:
-        return
-    settings = context.settings
-    names, pooled = pool_by_model(sets)
-    strengths, _ = _fit(settings, len(names), pooled)
-    each = pooled.wins + pooled.losses + pooled.ties
-    compared = add_up(pooled.first, each, len(names)) + add_up(pooled.second, each, len(names))
-    rows = [
-        {
-            "model": names[i],
-            "elo": strengths.elo[i],
-            "standard_error": strengths.standard_errors[i],
-            "comparisons": float(compared[i]),
-        }
-        for i in np.argsort(-strengths.elo)
-    ]
-    _write_json(context, "leaderboard.json", rows)
 
 
 def _write_json(context: Context[RankSettings], name: str, value: Any) -> None:

@@ -1,64 +1,100 @@
-"""The reward model: Bradley-Terry on pairs of ranked responses (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+"""The reward model: a score that orders responses as people do (Ouyang et al. 2022, arXiv:2203.02155, §3.4).
 
-In: a base model, ranked comparison sets with strengths, demonstrations.  Out: a reward model with its normaliser.
+In: a base model, ranked comparison sets with strengths, demonstrations.
+Out: a reward model with its normaliser; ``quality.json`` and ``reliability.svg``, which say how good it is.
 
-    loss = mean over pairs of -log σ(r(chosen) - r(rejected) - m · (strength(chosen) - strength(rejected)))
-           + c · mean of (r(chosen) + r(rejected))²
+Lists of responses to one prompt are scored together, each response once. With ``loss: pairwise``,
 
-with the margin of Llama 2 (arXiv:2307.09288, eq. 2) and the centring of Eisenstein et al. 2023 (arXiv:2312.09244).
-Scores are then shifted and scaled so that demonstrations have mean 0 and deviation 1 (Stiennon et al. 2020, §3.4).
+    loss = mean over pairs of a list of -log σ(r(chosen) - r(rejected) - m · (strength(chosen) - strength(rejected)))
+           + c · mean over pairs of (r(chosen) + r(rejected))²
+
+with the margin of Llama 2 (arXiv:2307.09288, eq. 2) and the centring of Eisenstein et al. 2023 (arXiv:2312.09244); the
+other losses are in :mod:`rlhf.models.reward_losses`. Scores are then shifted and scaled so that demonstrations have
+mean 0 and deviation 1 (Stiennon et al. 2020, §3.4).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from rlhf.config.stages import RmSettings
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import DivergedError
-from rlhf.models.reward import load_scorer
+from rlhf.models import reward_losses
+from rlhf.models.four import plain_folder
+from rlhf.models.response_lists import ListBatch
+from rlhf.models.reward import from_scratch, is_reward_model, load_scorer
+from rlhf.models.reward_quality import check_padding, write_quality
 from rlhf.models.text import load_tokenizer, plain_text, scored_ids
 from rlhf.pipeline.context import Context
 from rlhf.ranking.heldout import heldout_accuracy
-from rlhf.ranking.pairs import Pair, draw_pairs
+from rlhf.ranking.lists import Place, draw_lists
+from rlhf.ranking.preferences import by_share, by_strength
 from rlhf.zero import trainers
 
 
 def run(context: Context[RmSettings]) -> dict[str, float]:
-    """Train the reward model; final metrics: ``eval/accuracy`` and ``eval/accuracy_confident`` on held-out pairs."""
-    settings, base = context.settings, context.inputs["base"]
+    """Train the reward model; final metrics: ``eval/accuracy`` and more of :mod:`rlhf.ranking.heldout`."""
+    settings, given = context.settings, context.inputs["base"]
+    base = plain_folder(given, context.attempt / "policy", settings.precision, scores=is_reward_model(given))
+    if settings.init == "scratch":
+        base = from_scratch(base, context.attempt / "reward", settings.seed)
     tokenizer = load_tokenizer(base)
 
     def ids(prompt: Any, response: str) -> list[int]:
         return scored_ids(tokenizer, prompt if settings.sees == "conversation" else None, response, settings.max_length)
 
-    def tokenised(pair: Pair) -> dict[str, Any]:
-        chosen, rejected = ids(pair.prompt, pair.chosen), ids(pair.prompt, pair.rejected)
-        return {"chosen_ids": chosen, "rejected_ids": rejected, "margin": settings.margin * pair.gap}
-
     sets = read_rows(context.inputs["comparisons"] / "train.jsonl")
-    pairs = draw_pairs(sets, settings.pairs_per_response, settings.seed)
+    lists = draw_lists(sets, settings.responses_per_list, settings.lists_per_response, settings.seed)
+    middle = float(np.mean([strength for one in sets for strength in one["strengths"]]))
+    preferences = {"soft-strengths": by_strength, "soft-share": by_share}.get(settings.loss, lambda _: None)(sets)
+
+    def row(places: Sequence[Place]) -> dict[str, Any]:
+        texts = [ids(sets[place.set]["prompt"], sets[place.set]["responses"][place.response]) for place in places]
+        strengths = [sets[place.set]["strengths"][place.response] - middle for place in places]
+        return {"ids": texts, "strengths": strengths} | (
+            {} if preferences is None else {"preferences": preferences(places).tolist()}
+        )
+
+    def loss(scores: Tensor, lists: ListBatch) -> Tensor:
+        match settings.loss:
+            case "pairwise":
+                found = reward_losses.pairwise(
+                    scores, lists.strengths, lists.present, settings.margin, settings.label_smoothing
+                )
+            case "soft-strengths" | "soft-share":
+                found = reward_losses.soft(scores, lists.preferences, settings.label_smoothing)
+            case "listwise":
+                found = reward_losses.listwise(scores, lists.strengths, lists.present)
+            case "regression":
+                found = reward_losses.regression(scores, lists.strengths, lists.present)
+        return found + settings.centering * reward_losses.centring(scores, lists.present)
+
     trainer = trainers.reward_trainer(
         context,
         lambda: load_scorer(base, settings.precision, tokenizer, head_seed=settings.seed),
         tokenizer,
-        Dataset.from_list([tokenised(pair) for pair in pairs]),
+        Dataset.from_list([row(places) for places in lists]),
+        loss,
     )
     trainers.train(trainer, context)
 
     demonstrations = read_rows(context.inputs["demonstrations"] / "train.jsonl")
     normal = trainers.scores(trainer, context, [ids(d["prompt"], plain_text(d["completion"])) for d in demonstrations])
     heldout = read_rows(context.inputs["comparisons"] / "heldout.jsonl")
-    scores = trainers.scores(
-        trainer, context, [ids(one["prompt"], text) for one in heldout for text in one["responses"]]
-    )
+    texts = [ids(one["prompt"], text) for one in heldout for text in one["responses"]]
+    scores = trainers.scores(trainer, context, texts)
 
     if not normal.std() > 0:
         raise DivergedError(
             "the reward model gives all demonstrations one score", context.stage, "lower its learning rate"
         )
     mean, deviation = normal.mean(), normal.std()
+    check_padding(lambda rows: trainers.scores(trainer, context, rows, at_once=1), texts, scores, deviation.item())
     # Beyond what it says of good and bad responses that it learned from, the model is guessing.
     known = (torch.cat([scores, normal]) - mean) / deviation
     normaliser = {
@@ -69,4 +105,5 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
     }
     view = {"sees": settings.sees, "score_max_length": settings.max_length}
     trainers.export(trainer, base, context, scores=True, config=normaliser | view)
-    return heldout_accuracy(heldout, scores.numpy(), settings.eval_pairs, settings.seed) | {"pairs": float(len(pairs))}
+    metrics = heldout_accuracy(heldout, scores.numpy(), settings.eval_pairs, settings.seed)
+    return metrics | write_quality(context, heldout, scores, normal, texts) | {"lists": float(len(lists))}

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.config.stages import SftSettings
 from rlhf.data.demonstrations import as_dataset
+from rlhf.models.four import plain_folder
 from rlhf.models.text import load_tokenizer
 from rlhf.pipeline.context import Context
 from rlhf.zero import trainers
@@ -16,11 +17,12 @@ from rlhf.zero.engine import DTYPES
 
 def run(context: Context[SftSettings]) -> dict[str, float]:
     """Fine-tune the base model; the final metric is ``eval/loss``, nats per held-out completion token."""
-    base, demonstrations = context.inputs["base"], context.inputs["demonstrations"]
+    settings, demonstrations = context.settings, context.inputs["demonstrations"]
+    base = plain_folder(context.inputs["base"], context.attempt / "policy", settings.precision, scores=False)
     tokenizer = load_tokenizer(base)
     trainer = trainers.sft_trainer(
         context,
-        lambda: AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[context.settings.precision]),
+        lambda: AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[settings.precision]),
         tokenizer,
         as_dataset(demonstrations / "train.jsonl", tokenizer),
         as_dataset(demonstrations / "heldout.jsonl", tokenizer),

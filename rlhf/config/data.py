@@ -87,8 +87,11 @@ class DataSettings(Settings):
 
 
 class RankSettings(Settings):
-    """Bradley-Terry strengths from the annotators' comparisons."""
+    """Strengths on the Elo scale from what annotators said."""
 
+    model: Literal["bradley-terry", "plackett-luce", "elo"] = semantic("bradley-terry")
+    """What the strengths explain: every comparison by itself; every annotator's ranking as a whole; or each comparison
+    as it comes, by Elo's running update, averaged over orders."""
     prior_elo: float = semantic(200.0, gt=0)
     """Standard deviation, in Elo points, of the Gaussian prior on a strength within its set; larger is weaker. It keeps
     the strength of a response that never lost finite. On sets of five movie snippets, strengths from 3, 7 or all but 3
@@ -99,11 +102,31 @@ class RankSettings(Settings):
     annotators: Literal["equal", "reliability"] = semantic("equal")
     """Whether all annotators count alike, or each by the reliability that is found together with the strengths
     (Chen et al. 2013). For the latter name them in the comparison sets' ``annotators``."""
+    normalise: Literal["dataset", "prompt", "annotator", "probability"] = semantic("dataset")
+    """What strengths are divided by: their deviation over the data set, or over the sets that share a prompt; or the
+    deviation of each annotator's own, of which the mean is then taken. Or they become probabilities, of being preferred
+    to a response of the mean strength."""
+    k_factor: float = semantic(16.0, gt=0)
+    """By how many Elo points one comparison moves a rating at most; only with model elo."""
+    orders: int = semantic(50, ge=2)
+    """Orders of the comparisons over which Elo's ratings are averaged; only with model elo."""
     bridges: int = semantic(4, ge=0)
     """Rounds in which each rated response is compared, by ratings alone, with two of other sets that share its prompt.
     0 keeps sets apart, for ratings that mean something only within a set."""
     seed: int = semantic(0, ge=0, lt=1 << 32)
-    """Seeds which responses of different sets are compared."""
+    """Seeds which responses of different sets are compared, and the orders of model elo."""
+
+    @model_validator(mode="after")
+    def _options_fit_the_model(self) -> "RankSettings":
+        if self.model != "bradley-terry":
+            for name, plain in (("ties", "half"), ("annotators", "equal")):
+                if getattr(self, name) != plain:
+                    raise ValueError(f"{name} {getattr(self, name)!r} is for model bradley-terry, not {self.model}")
+            if self.normalise == "annotator":
+                raise ValueError(f"normalise annotator is for model bradley-terry, not {self.model}")
+        if self.normalise == "annotator" and self.annotators == "reliability":
+            raise ValueError("normalise annotator fits each annotator alone, which leaves no reliability to find")
+        return self
 
 
 def sources(settings: DataSettings) -> dict[str, Path]:

@@ -105,11 +105,16 @@ class SftSettings(Settings):
     """The worker group."""
 
 
+Loss = Literal["pairwise", "soft-strengths", "soft-share", "listwise", "regression"]
+
+
 class RmSettings(Settings):
-    """A reward model learned from ranked comparison sets by the Bradley-Terry loss on pairs."""
+    """A reward model learned from ranked comparison sets."""
 
     seed: int = semantic(0, ge=0, lt=1 << 32)
-    """Seeds the head, the choice of pairs and the order of the data."""
+    """Seeds the head, the choice of lists and the order of the data."""
+    init: Literal["base", "scratch"] = semantic("base")
+    """Whether training starts from the weights of ``base``, or from random ones in a model of its shape."""
     precision: Precision = semantic("fp32")
     """``bf16`` keeps fp32 master weights of what is trained."""
     lora: LoraSettings | None = semantic(None)
@@ -119,27 +124,43 @@ class RmSettings(Settings):
     sees: Literal["response", "conversation"] = semantic("conversation")
     """What is scored: the response alone, or prompt and response in the chat template. Responses alone suit data whose
     prompts say nothing about quality, as when all sets share one prompt."""
-    pairs_per_response: float = semantic(2.0, gt=0)
-    """How many pairs each response is in; with N responses of one scale at most N - 1, which is all pairs."""
+    loss: Loss = semantic("pairwise")
+    """What is learned of a list of responses: of each pair which is the stronger; with what probability, by the
+    strengths or by the share of annotators; the order of the whole list; or the strengths themselves."""
+    responses_per_list: int | None = semantic(None, ge=2)
+    """Null compares the responses of each set with each other, all in one batch (Ouyang et al. 2022, §3.4). A number
+    draws lists of so many responses, from all that are on one scale: for sets that share a prompt."""
+    lists_per_response: float = semantic(1.0, gt=0)
+    """In how many of the lists each response is, where lists are drawn."""
     margin: float = semantic(1.0, ge=0)
-    """Weight of the difference of strengths as the loss's margin (Llama 2, arXiv:2307.09288, eq. 2); 0 for none."""
+    """Weight of the difference of strengths as the margin of the pairwise loss (Llama 2, arXiv:2307.09288, eq. 2); 0
+    for none."""
+    label_smoothing: float = semantic(0.0, ge=0, lt=0.5)
+    """Probability, for the losses over pairs, that annotators mean the opposite (Wang et al. 2024,
+    arXiv:2401.06080)."""
     centering: float = semantic(0.01, ge=0)
     """Weight of the squared mean of a pair's scores (Eisenstein et al. 2023, arXiv:2312.09244), which keeps them near
     0."""
     epochs: float = semantic(1.0, gt=0)
-    """Passes over the pairs; more than one overfits (Ouyang et al. 2022, §3.4)."""
+    """Passes over the lists; more than one overfits (Ouyang et al. 2022, §3.4)."""
     batch_size: int = semantic(32, ge=1)
-    """Pairs of an optimiser step, over all ranks."""
+    """Lists of an optimiser step, over all ranks."""
     max_length: int = semantic(512, ge=8)
     """Longest text in tokens; longer ones are cut at the start and counted."""
     eval_pairs: int = semantic(4000, ge=1)
     """Held-out pairs behind ``eval/accuracy``, drawn by the seed."""
     micro_batch_size: int = runtime(16, ge=1)
-    """Pairs of one forward pass of one rank."""
+    """Lists of one forward pass of one rank."""
     checkpoint_every: int = runtime(50, ge=1)
     """Optimiser steps between in-stage checkpoints."""
     workers: WorkerSettings = runtime(WorkerSettings())
     """The worker group."""
+
+    @model_validator(mode="after")
+    def _loss_uses_what_is_set(self) -> "RmSettings":
+        if self.label_smoothing and self.loss in ("listwise", "regression"):
+            raise ValueError(f"label_smoothing belongs to the losses over pairs, and loss is {self.loss}")
+        return self
 
 
 class EvaluateSettings(Settings):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings
+from rlhf.config.training import Precision
 from rlhf.models import folders
 from rlhf.models.adapter_folders import is_adapter
 from rlhf.models.policy import FrozenPolicy, TrainedPolicy
@@ -25,7 +26,7 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     settings = context.settings
     share = settings.rollouts // settings.minibatches // group.world_size()
     size = min(settings.micro_batch_size, share)
-    policy_folder = plain_folder(context.inputs["policy"], context.attempt / "policy", settings, scores=False)
+    policy_folder = plain_folder(context.inputs["policy"], context.attempt / "policy", settings.precision, scores=False)
     policy = TrainedPolicy(
         policy_folder,
         settings.precision,
@@ -41,7 +42,7 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     rewards = load_rewards(context, size)
     if settings.value_init == "reward":
         value_folder = plain_folder(
-            context.inputs["reward"], context.attempt / "reward" / "reward", settings, scores=True
+            context.inputs["reward"], context.attempt / "reward" / "reward", settings.precision, scores=True
         )
         check_same_tokens(context.inputs["reward"], policy_folder, context.stage)
     else:
@@ -62,7 +63,7 @@ def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, Froze
     settings = context.settings
 
     def policy(role: str) -> FrozenPolicy:
-        folder = plain_folder(context.inputs[role], context.attempt / "policy" / role, settings, scores=False)
+        folder = plain_folder(context.inputs[role], context.attempt / "policy" / role, settings.precision, scores=False)
         return FrozenPolicy(folder, settings.precision, settings.sampling.temperature, settings.micro_batch_size)
 
     return policy("before"), policy("after"), load_rewards(context, settings.micro_batch_size)
@@ -72,18 +73,18 @@ def load_rewards(context: Context[PpoSettings] | Context[EvaluateSettings], micr
     """Load what scores responses. A collective."""
     settings = context.settings
     folders_of_models = {
-        role: plain_folder(folder, context.attempt / "reward" / role, settings, scores=True)
+        role: plain_folder(folder, context.attempt / "reward" / role, settings.precision, scores=True)
         for role, folder in context.inputs.items()
         if role.startswith("reward")
     }
     return Rewards(settings.rewards, folders_of_models, settings.precision, micro_batch_size)
 
 
-def plain_folder(folder: Path, target: Path, settings: PpoSettings | EvaluateSettings, *, scores: bool) -> Path:
+def plain_folder(folder: Path, target: Path, precision: Precision, *, scores: bool) -> Path:
     """The folder with any adapter folded into the weights; written to ``target`` only if there is one. A collective."""
     if not is_adapter(folder):
         return folder
     if group.is_main() and not (target / "config.json").exists():
-        folders.write_plain(folder, target, scores=scores, dtype=DTYPES[settings.precision])
+        folders.write_plain(folder, target, scores=scores, dtype=DTYPES[precision])
     group.barrier()
     return target

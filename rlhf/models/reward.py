@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.config.training import Precision
 from rlhf.models import folders, text
@@ -87,10 +87,31 @@ class FrozenReward:
         return (raw - self._mean) / self._deviation
 
 
+def is_reward_model(folder: Path) -> bool:
+    """Whether a folder holds a reward model, with a head that scores, rather than a language model."""
+    return "score_mean" in folders.config_of(folder)
+
+
+def from_scratch(folder: Path, target: Path, seed: int) -> Path:
+    """Write a model of the same shape and tokenizer with random weights. A collective."""
+    if group.is_main() and not (target / "config.json").exists():
+        # Built whole and read back sharded: transformers does not initialise what is built in shards.
+        torch.manual_seed(seed)
+        config = AutoConfig.from_pretrained(folder)
+        # What a reward model says of its scores is not true of the new one.
+        vars(config).pop("score_mean", None)
+        AutoModelForCausalLM.from_config(config).save_pretrained(target)
+        folders.copy_tokenizer(folder, target)
+    group.barrier()
+    return target
+
+
 def load_scorer(folder: Path, precision: Precision, tokenizer: Tokenizer, head_seed: int) -> Any:
-    """A base model with a fresh score head in place of its language head, for training."""
+    """A model that scores, for training: a language model gets a fresh head, a reward model keeps its own."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPES[precision], num_labels=1)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if is_reward_model(folder):
+        return model
     with gathered([model.score.weight], modify=True):
         if group.is_main():
             initialise_head(model.score.weight, head_seed)

@@ -92,7 +92,7 @@ OURS = (
     ),
     Stage(
         "rank",
-        2,
+        3,
         RankSettings,
         "stages.rank:run",
         "comparisons",
@@ -112,7 +112,7 @@ OURS = (
     ),
     Stage(
         "rm",
-        3,
+        4,
         RmSettings,
         "stages.rm:run",
         "reward-model",

@@ -1,6 +1,6 @@
 """From ratings, rankings and winners to who beat whom, and how often.
 
-Shapes: K responses of a set, A annotators, E rows of comparisons, N responses of all sets, M models.
+Shapes: K responses of a set, A annotators, E rows of comparisons, N responses of all sets.
 """
 
 from collections.abc import Sequence
@@ -133,15 +133,3 @@ def merge(count: int, comparisons: Comparisons) -> Comparisons:
 def add_up(index: IntArray, values: FloatArray, count: int) -> FloatArray:
     """``[count]``: the sum of the values ``[E]`` of each index ``[E]``."""
     return np.bincount(index, values, count).astype(np.float64, copy=False)
-
-
-def pool_by_model(sets: Sequence[tuple[Sequence[str], Comparisons]]) -> tuple[list[str], Comparisons]:
-    """All sets' comparisons as ones of the models that wrote the responses: names in order, and the comparisons.
-
-    Comparisons of two responses of one model say nothing of models and are left out.
-    """
-    names = sorted({name for models, _ in sets for name in models})
-    number = {name: index for index, name in enumerate(names)}
-    pooled = join([renumber(compared, np.array([number[name] for name in models])) for models, compared in sets])
-    apart = pooled.first != pooled.second
-    return names, pooled.rows(apart)

@@ -25,10 +25,8 @@ def heldout_accuracy(
     at least 1 apart, or where 3 of 4 annotators who rated both agree, which only responses of one set can show.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    means: Floats = np.concatenate([_means(one) for one in sets])
+    means, pairs = heldout_pairs(sets, n_pairs, seed)
     set_of = np.repeat(np.arange(len(sets)), [len(one["responses"]) for one in sets])
-    pairs = _pairs([one["pool"] for one in sets for _ in one["responses"]], n_pairs, seed)
-    pairs = pairs[~np.isnan(means[pairs]).any(axis=1)]
     confident = confident_pairs(means, pairs)
     same = np.flatnonzero((set_of[pairs[:, 0]] == set_of[pairs[:, 1]]) & ~confident)
     starts = np.searchsorted(set_of, np.arange(len(sets)))
@@ -36,18 +34,26 @@ def heldout_accuracy(
         index = int(set_of[pairs[number, 0]])
         if sets[index].get("ratings") is not None:
             local = (pairs[number] - starts[index])[None]
-            confident[number] = confident_pairs(_means(sets[index]), local, ratings=_ratings(sets[index]))[0]
+            confident[number] = confident_pairs(mean_ratings(sets[index]), local, ratings=_ratings(sets[index]))[0]
     found = {"eval/accuracy": pair_accuracy(scores, means, pairs)}
     if (means[pairs[confident, 0]] != means[pairs[confident, 1]]).any():
         found["eval/accuracy_confident"] = pair_accuracy(scores, means, pairs[confident])
     return found
 
 
+def heldout_pairs(sets: Sequence[Mapping[str, Any]], n_pairs: int, seed: int) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """People's means ``[N]`` of all sets' responses, and seeded pairs ``[P, 2]`` of rated responses of one pool."""
+    means: Floats = np.concatenate([mean_ratings(one) for one in sets])
+    pairs = _pairs([one["pool"] for one in sets for _ in one["responses"]], n_pairs, seed)
+    return means, pairs[~np.isnan(means[pairs]).any(axis=1)]
+
+
 def _ratings(one: Mapping[str, Any]) -> Floats:
     return np.array([[np.nan if value is None else value for value in row] for row in one["ratings"]], dtype=np.float64)
 
 
-def _means(one: Mapping[str, Any]) -> Floats:
+def mean_ratings(one: Mapping[str, Any]) -> Floats:
+    """Of each response of a set, its annotators' mean rating, NaN where there is none; strengths without ratings."""
     if one.get("ratings") is None:
         return np.asarray(one["strengths"], dtype=np.float64)
     ratings = _ratings(one)

@@ -1,23 +1,39 @@
 """Comparison sets with one prompt, brought onto one scale where their annotators' ratings allow it."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf.ranking.bradley_terry import Strengths
+from rlhf.data.records import ComparisonSet
+from rlhf.errors import RecordError
 from rlhf.ranking.bridges import bridges
-from rlhf.ranking.comparisons import Comparisons, FloatArray, IntArray, join, renumber
+from rlhf.ranking.comparisons import (
+    NOBODY,
+    Comparisons,
+    FloatArray,
+    IntArray,
+    compare,
+    join,
+    rating_table,
+    renumber,
+)
+from rlhf.ranking.normalise import Normalised
+
+MOST_RESPONSES = 1000
+"""Of a set with ratings or rankings: half a million pairs for each annotator."""
 
 
 class Ranked(NamedTuple):
-    """A set's strengths."""
+    """A set's strengths; those of one pool share a scale."""
 
-    elo: FloatArray
-    """``[K]``, Elo points; those of one pool share a scale and have mean 0."""
+    strengths: FloatArray
+    """``[K]``, normalised."""
     standard_errors: FloatArray
+    """``[K]``, of those."""
+    elo: FloatArray
     """``[K]``, Elo points."""
     pool: int
     """Which pool the set is of: only strengths of one pool can be compared."""
@@ -31,8 +47,45 @@ class ComparedSet(NamedTuple):
     """K, how many responses."""
     comparisons: Comparisons
     """Of responses numbered from 0."""
-    ratings: Sequence[Sequence[float | None]] | None
-    """``[K, annotators]``, None where there are none."""
+    ratings_table: FloatArray
+    """``[K, annotators]``, NaN where there is no rating."""
+    table: FloatArray
+    """``[K, annotators]``: the ratings, then rankings as ratings by place."""
+
+
+def compared_sets(records: Iterable[ComparisonSet], place: str, names: dict[str, int]) -> list[ComparedSet]:
+    """The comparisons of every set; annotators are numbered through in ``names``, which new ones are added to.
+
+    place  the file, for messages and for annotators without names
+
+    Raises:
+        RecordError: a set is too large for all its responses to be compared with each other.
+    """
+    found: list[ComparedSet] = []
+    for row, one in enumerate(records, start=1):
+        size, where = len(one.responses), f"{place}:{row}"
+        if size > MOST_RESPONSES and (one.ratings or one.rankings):
+            raise RecordError(
+                f"a set has {size} responses, and all pairs of more than {MOST_RESPONSES} are too many to compare",
+                where,
+                "split it into sets with the same prompt: their ratings join them; or write comparisons as winners",
+            )
+        said = compare(size, one.ratings, one.rankings, one.winners)
+        numbers = [names.setdefault(name, len(names)) for name in _annotators(one, where)]
+        # The last entry is that of NOBODY, which is -1.
+        said = said._replace(annotator=np.array([*numbers, NOBODY])[said.annotator])
+        ratings = rating_table(size, one.ratings, None)
+        table = rating_table(size, one.ratings, one.rankings)
+        found.append(ComparedSet(one.prompt, size, said, ratings, table))
+    return found
+
+
+def _annotators(one: ComparisonSet, where: str) -> list[str]:
+    """Whose the columns of ratings are, then the rankings; in a set that does not say, they are its own."""
+    columns, rankings = len(one.ratings[0]) if one.ratings else 0, len(one.rankings or [])
+    if one.annotators is None:
+        return [f"{where}, annotator {number}" for number in range(columns + rankings)]
+    return one.annotators[:columns] + one.annotators[:rankings]
 
 
 class Pooled(NamedTuple):
@@ -44,16 +97,23 @@ class Pooled(NamedTuple):
     """The pool of each set."""
     comparisons: Comparisons
     """Within sets and across."""
+    tables: list[FloatArray]
+    """Of each set, as :class:`ComparedSet` has them."""
 
     @property
     def responses(self) -> int:
         """How many responses there are."""
         return int(self.starts[-1])
 
-    def share(self, strengths: Strengths) -> list[Ranked]:
-        """Give each set its own strengths."""
+    @property
+    def pool_of_response(self) -> IntArray:
+        """``[responses]``"""
+        return np.repeat(self.pools, np.diff(self.starts))
+
+    def share(self, elo: FloatArray, strengths: Normalised) -> list[Ranked]:
+        """Give each set what is its own."""
         return [
-            Ranked(strengths.elo[start:end], strengths.standard_errors[start:end], pool)
+            Ranked(strengths.strengths[start:end], strengths.standard_errors[start:end], elo[start:end], pool)
             for (start, end), pool in zip(pairwise(self.starts), self.pools, strict=True)
         ]
 
@@ -65,7 +125,7 @@ def pool(sets: Sequence[ComparedSet], bridges_per_response: int, seed: int) -> P
     """
     members: defaultdict[str | int, list[int]] = defaultdict(list)
     for index, one in enumerate(sets):
-        bridged = bridges_per_response > 0 and one.ratings is not None
+        bridged = bridges_per_response > 0 and one.ratings_table.size > 0
         members[str(one.prompt) if bridged else index].append(index)
     starts = np.cumsum([0, *(one.size for one in sets)])
     within = [
@@ -73,18 +133,16 @@ def pool(sets: Sequence[ComparedSet], bridges_per_response: int, seed: int) -> P
     ]
     across = [_across(sets, indices, starts, bridges_per_response, seed) for indices in members.values()]
     pool_of = {index: number for number, indices in enumerate(members.values()) for index in indices}
-    return Pooled(starts, [pool_of[index] for index in range(len(sets))], join([*within, *across]))
+    return Pooled(
+        starts, [pool_of[index] for index in range(len(sets))], join([*within, *across]), [one.table for one in sets]
+    )
 
 
 def _across(
     sets: Sequence[ComparedSet], indices: list[int], starts: IntArray, per_response: int, seed: int
 ) -> Comparisons:
     """The bridges of one pool's sets."""
-    ratings = [
-        np.array([value for value in row if value is not None], dtype=np.float64)
-        for index in indices
-        for row in (sets[index].ratings or [[]] * sets[index].size)
-    ]
+    ratings = [row[~np.isnan(row)] for index in indices for row in sets[index].ratings_table]
     set_of = np.repeat(indices, [sets[index].size for index in indices])
     number = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in indices])
     rounds = per_response if len(indices) > 1 else 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from rlhf.errors import DamageError, RequestError
 from rlhf.store.records import refuse_escape
 
-ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".jsonl", ".parquet", ".txt", ".md", ".jinja", ".model"})
+ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".jsonl", ".parquet", ".txt", ".md", ".jinja", ".model", ".svg"})
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"})
 
 

@@ -5,10 +5,11 @@ ignored, and metrics that go where all others go.
 """
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -24,7 +25,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.data.order import learning_order
 from rlhf.errors import DivergedError
-from rlhf.models import adapters
+from rlhf.models import adapters, reward_losses
+from rlhf.models.response_lists import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.reward import raw_scores
 from rlhf.models.text import Tokenizer
 from rlhf.pipeline.context import Context
@@ -57,7 +59,7 @@ def common_arguments(context: Context[Any], settings: TrainingSettings) -> dict[
         "warmup_steps": settings.optimizer.warmup_fraction,
         "lr_scheduler_type": "linear",
         "max_grad_norm": settings.optimizer.max_grad_norm,
-        # The rows come in the order in which they are learned from: all epochs', see in_order.
+        # The rows come in the order in which they are learned from, all epochs' together.
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
         "seed": settings.seed,
@@ -137,14 +139,20 @@ class _Checkpointed:
     state: Any
     model: Any
     train_dataset: Dataset
-    _texts: tuple[str, ...]
-    """Columns with token ids that are padded to one length."""
     _total_train_tokens: int
 
     def __init__(self, context: Context[Any], **trainer: Any) -> None:
         self._context = context
         super().__init__(**trainer)
-        self.train_dataset = in_order(self.train_dataset, self._texts, context.settings)
+        lengths = list(map(self._length, self.train_dataset))
+        settings = context.settings
+        order = learning_order(lengths, settings.batch_size, settings.epochs, settings.seed)
+        self.train_dataset = self.train_dataset.select(order)
+
+    @staticmethod
+    def _length(row: Any) -> int:
+        """The tokens that a row is padded to."""
+        raise NotImplementedError
 
     def go_on_counting(self, checkpoint: Path) -> None:
         """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
@@ -159,21 +167,58 @@ class _Checkpointed:
                 (checkpoint / TOKENS).write_text(json.dumps({"tokens": self._total_train_tokens}))
 
 
-def in_order(rows: Dataset, texts: Sequence[str], settings: TrainingSettings) -> Dataset:
-    """The rows as they are learned from, one batch after the other.
-
-    texts  columns with token ids, of which a row's longest counts
-    """
-    lengths = [max(map(len, ids)) for ids in zip(*(rows[column] for column in texts), strict=True)]
-    return rows.select(learning_order(lengths, settings.batch_size, settings.epochs, settings.seed))
-
-
 class _SftTrainer(_Checkpointed, SFTTrainer):
-    _texts = ("input_ids",)
+    @staticmethod
+    def _length(row: Any) -> int:
+        return len(row["input_ids"])
 
 
 class _RewardTrainer(_Checkpointed, RewardTrainer):
-    _texts = ("chosen_ids", "rejected_ids")
+    """TRL's, with lists of any number of responses in place of pairs.
+
+    TRL's own loss is that of lists of two, which a test holds ours to.
+    """
+
+    def __init__(self, context: Context[Any], loss: ListLoss, **trainer: Any) -> None:
+        self._loss = loss
+        super().__init__(context, **trainer)
+
+    @staticmethod
+    def _length(row: Any) -> int:
+        return max(map(len, row["ids"]))
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:  # noqa: ARG002 - TRL's signature
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(COLUMNS)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ARG002 - transformers' signature
+    ) -> Any:
+        """The mean over the micro batch's lists; lists of a batch count alike, whatever micro batches they are in."""
+        lists = ListBatch(**inputs)
+        outputs = model(input_ids=lists.input_ids, attention_mask=lists.attention_mask, use_cache=False)
+        scores = lists.arranged(outputs.logits.squeeze(-1).float())
+        loss = self._loss(scores, lists).mean()
+        gather: Callable[[Tensor], Tensor] = cast(Any, self.accelerator).gather
+        self._total_train_tokens += int(gather(lists.attention_mask.sum()).sum())
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        with torch.no_grad():
+            found = scores[lists.present]
+            share = reward_losses.accuracy(scores, lists.strengths, lists.present).mean()
+            for name, value, of_ranks in (
+                ("min_reward", found.min(), torch.min),
+                ("mean_reward", found.mean(), torch.mean),
+                ("max_reward", found.max(), torch.max),
+                ("accuracy", share, torch.mean),
+            ):
+                self._metrics["train"][name].append(of_ranks(gather(value)).item())
+        return (loss, outputs) if return_outputs else loss
 
 
 def sft_trainer(
@@ -207,25 +252,24 @@ def sft_trainer(
     )
 
 
-def reward_trainer(context: Context[RmSettings], load: Any, tokenizer: Tokenizer, pairs: Dataset) -> Any:
-    """TRL's RewardTrainer: Bradley-Terry loss on pairs, minus their margin, plus centring.
+def reward_trainer(
+    context: Context[RmSettings], load: Any, tokenizer: Tokenizer, lists: Dataset, loss: ListLoss
+) -> Any:
+    """TRL's RewardTrainer, over lists of responses.
 
-    pairs  tokenised: ``chosen_ids``, ``rejected_ids``, ``margin``
     load   as for :func:`sft_trainer`
+    lists  tokenised, with :data:`rlhf.models.response_lists.COLUMNS`
     """
     settings = context.settings
     with _bf16_anywhere():
-        arguments = RewardConfig(
-            **common_arguments(context, settings),
-            # TRL would drop longer pairs; ours are cut already.
-            max_length=None,
-            center_rewards_coefficient=settings.centering or None,
-        )
+        arguments = RewardConfig(**common_arguments(context, settings), max_length=None)
     return _RewardTrainer(
         context,
+        loss,
         model=_prepared(load()),
         args=arguments,
-        train_dataset=pairs,
+        train_dataset=lists,
+        data_collator=partial(collate, padding=tokenizer.pad_token_id),
         processing_class=tokenizer,
         peft_config=adapters.lora_config(settings.lora, scores=True) if settings.lora else None,
         callbacks=[Reports(context, shown=("loss", "accuracy"))],
@@ -251,12 +295,14 @@ def export(
     group.barrier()
 
 
-def scores(trainer: Any, context: Context[RmSettings], texts: Sequence[list[int]]) -> Tensor:
-    """Raw scores ``[text]`` of rows of token ids by the trained reward model. A collective."""
+def scores(
+    trainer: Any, context: Context[RmSettings], texts: Sequence[list[int]], at_once: int | None = None
+) -> Tensor:
+    """Raw scores ``[text]`` of rows of token ids by the trained reward model, so many in a batch. A collective."""
     engine = trainer.model_wrapped
     engine.eval()
 
     def score(ids: Tensor, attention_mask: Tensor) -> Tensor:
         return engine(input_ids=ids, attention_mask=attention_mask).logits.squeeze(-1).float()
 
-    return raw_scores(score, trainer.processing_class, texts, 2 * context.settings.micro_batch_size)
+    return raw_scores(score, trainer.processing_class, texts, at_once or 2 * context.settings.micro_batch_size)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.ranking.comparisons import NOBODY, Comparisons, FloatArray, compare, merge, pool_by_model
-from tests.ranking.drawn import as_wins, from_wins
+from rlhf.ranking.comparisons import NOBODY, Comparisons, FloatArray, compare, merge
+from tests.ranking.drawn import as_wins
 
 Table = list[list[float | None]]
 
@@ -112,18 +112,6 @@ def test_merged_rows_say_the_same(ratings: Table, random: Any) -> None:
 def test_a_tie_written_as_a_list_of_one_is_no_tie() -> None:
     """Parquet needs lists everywhere; [[0], [1]] is the ranking [0, 1]."""
     np.testing.assert_array_equal(compare(2, rankings=[[[0], [1]]]), compare(2, rankings=[[0, 1]]))
-
-
-def test_wins_are_pooled_by_model() -> None:
-    """Responses of one model are no match for each other; the others' wins add up over sets."""
-    names, pooled = pool_by_model(
-        [
-            (["x", "y", "x"], from_wins(np.array([[0, 2, 5], [1, 0, 3], [5, 4, 0]], dtype=float))),
-            (["z", "y"], from_wins(np.array([[0, 1], [0, 0]], dtype=float))),
-        ]
-    )
-    assert names == ["x", "y", "z"]
-    np.testing.assert_array_equal(as_wins(3, pooled), [[0, 6, 0], [4, 0, 0], [0, 1, 0]])
 
 
 @pytest.mark.parametrize("outcome", [0, 0.5, 1])

@@ -3,7 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.ranking.normalise import FloatArray, overall_deviation
+from rlhf.ranking.bradley_terry import Strengths, fit
+from rlhf.ranking.comparisons import Comparisons, FloatArray, compare, join
+from rlhf.ranking.normalise import fit_each_annotator, overall_deviation
 
 pools = st.lists(
     st.lists(st.integers(-500, 500), min_size=2, max_size=6).map(
@@ -37,3 +39,28 @@ def test_a_pool_of_alike_responses_stays_alike() -> None:
     deviation = overall_deviation(np.concatenate([alike, apart]))
     assert np.ptp(alike / deviation) < 0.01
     assert deviation == pytest.approx(np.sqrt((1 + 300**2) / 2))
+
+
+def test_each_annotator_counts_alike_whatever_their_spread() -> None:
+    """Two who agree and a third, who compared ten times as often, against them: the two win."""
+    quiet = [compare(2, winners=[[0, 1, 1], [0, 1, 1]])._replace(annotator=np.full(2, who)) for who in (0, 1)]
+    loud = compare(2, winners=[[1, 0, 1]] * 20)._replace(annotator=np.full(20, 2))
+
+    def with_prior(count: int, comparisons: Comparisons) -> Strengths:
+        return fit(count, comparisons, 200.0)
+
+    together = join([*quiet, loud])
+    assert with_prior(2, together).elo[0] < 0
+    each = fit_each_annotator(3, together, with_prior)
+    assert each.elo[0] == pytest.approx(-each.elo[1])
+    assert each.elo[0] > 0
+    assert each.elo[2] == 0
+    assert each.standard_errors[2] == each.standard_errors.max()
+
+
+def test_one_annotator_alone_is_an_ordinary_fit() -> None:
+    """Brought to the usual deviation, which is then theirs."""
+    said = compare(3, ratings=[[1.0], [2.0], [2.0]])
+    one = fit_each_annotator(3, said, lambda count, comparisons: fit(count, comparisons, 200.0))
+    np.testing.assert_allclose(one.elo, fit(3, said, 200.0).elo, atol=1e-9)
+    np.testing.assert_allclose(one.standard_errors, fit(3, said, 200.0).standard_errors, atol=1e-9)

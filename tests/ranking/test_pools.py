@@ -2,19 +2,22 @@ import numpy as np
 import pytest
 
 from rlhf.ranking.bradley_terry import fit
-from rlhf.ranking.comparisons import FloatArray, compare
+from rlhf.ranking.comparisons import FloatArray, compare, rating_table
+from rlhf.ranking.normalise import normalised
 from rlhf.ranking.pools import ComparedSet, Ranked, pool
 
 PRIOR = 200.0
 
 
 def rated_set(prompt: str, ratings: list[list[float | None]]) -> ComparedSet:
-    return ComparedSet(prompt, len(ratings), compare(len(ratings), ratings=ratings), ratings)
+    table = rating_table(len(ratings), ratings, None)
+    return ComparedSet(prompt, len(ratings), compare(len(ratings), ratings=ratings), table, table)
 
 
 def strengths_of(sets: list[ComparedSet], bridges: int) -> list[Ranked]:
     pooled = pool(sets, bridges, seed=0)
-    return pooled.share(fit(pooled.responses, pooled.comparisons, PRIOR))
+    strengths = fit(pooled.responses, pooled.comparisons, PRIOR)
+    return pooled.share(strengths.elo, normalised("dataset", strengths, pooled.pool_of_response, 1.0))
 
 
 def noisy(level: float, seed: int) -> list[list[float | None]]:
@@ -44,7 +47,8 @@ def test_without_bridges_each_set_is_a_pool_of_its_own() -> None:
 
 def test_sets_of_other_prompts_or_without_ratings_keep_to_themselves() -> None:
     """They come out as if alone, in their order, whatever their neighbours; a number as a prompt is only a text."""
-    ranking = ComparedSet("p", 2, compare(2, rankings=[[1, 0]]), None)
+    places = rating_table(2, None, [[1, 0]])
+    ranking = ComparedSet("p", 2, compare(2, rankings=[[1, 0]]), np.empty((2, 0)), places)
     elsewhere, odd = rated_set("q", noisy(3, 2)), rated_set("2", noisy(0, 3))
     found = strengths_of([GOOD, elsewhere, ranking, BAD, odd], bridges=2)
     pools = [ranked.pool for ranked in found]

@@ -46,7 +46,7 @@ def test_every_set_is_kept_and_gains_normalised_strengths(tmp_path: Path) -> Non
     train, heldout = rows(context.output / "train.jsonl"), rows(context.output / "heldout.jsonl")
     for before, after in zip(TRAIN + HELDOUT, train + heldout, strict=True):
         assert {name: after[name] for name in before} == before
-        assert set(after) - set(before) == {"strengths", "standard_errors", "pool"}
+        assert set(after) - set(before) == {"strengths", "standard_errors", "elo", "pool"}
         assert len(after["strengths"]) == len(after["standard_errors"]) == len(before["responses"])
         assert min(after["standard_errors"]) > 0
     strengths = np.concatenate([row["strengths"] for row in train])
@@ -55,13 +55,21 @@ def test_every_set_is_kept_and_gains_normalised_strengths(tmp_path: Path) -> Non
     assert train[0]["strengths"][0] > train[0]["strengths"][1] > train[0]["strengths"][2]
     assert heldout[0]["strengths"][1] > heldout[0]["strengths"][0]
     scale = json.loads((context.output / "scale.json").read_text())
-    assert scale == {"deviation_elo": metrics["deviation_elo"], "prior_elo": 200.0, "ties": "half"}
+    assert scale == {
+        "model": "bradley-terry",
+        "normalise": "dataset",
+        "deviation_elo": metrics["deviation_elo"],
+        "prior_elo": 200.0,
+        "ties": "half",
+    }
+    np.testing.assert_allclose(train[0]["elo"], np.multiply(train[0]["strengths"], scale["deviation_elo"]))
     assert metrics == {
         "sets": 2,
         "responses": 5,
         "comparisons": 2 * 3 + 1 + 1,
         "tie_share": 1 / 8,
         "deviation_elo": scale["deviation_elo"],
+        "agreement": json.loads((context.output / "report.json").read_text())["krippendorff_alpha"],
     }
     assert not (context.output / "leaderboard.json").exists()
 
@@ -175,3 +183,61 @@ def test_annotators_who_prefer_nothing_are_an_error(tmp_path: Path) -> None:
     tied = {"prompt": "p", "responses": ["a", "b"], "ratings": [[1, 1], [1, 1]]}
     with pytest.raises(RecordError, match="nothing to learn"):
         run(ranked(tmp_path, [tied], []))
+
+
+@pytest.mark.parametrize("model", ["bradley-terry", "plackett-luce", "elo"])
+def test_every_model_puts_the_better_rated_first(tmp_path: Path, model: str) -> None:
+    """On what all annotators agree about, whatever kind of record it is; winners count in each."""
+    sets: list[dict[str, Any]] = [
+        {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [[1, 1], [3, 3], [2, 2]]},
+        {"prompt": "q", "responses": ["a", "b", "c"], "rankings": [[1, 2, 0], [1, [2, 0]]]},
+        {"prompt": "r", "responses": ["a", "b"], "winners": [[1, 0, 1], [1, 0, 1], [0, 1, 0.5]]},
+    ]
+    context = ranked(tmp_path, sets, sets[:1], model=model)
+    run(context)
+    for row in rows(context.output / "train.jsonl") + rows(context.output / "heldout.jsonl"):
+        assert int(np.argmax(row["strengths"])) == 1
+        assert min(row["standard_errors"]) > 0
+    assert json.loads((context.output / "scale.json").read_text())["model"] == model
+
+
+def test_strengths_come_on_the_scale_that_is_asked_for(tmp_path: Path) -> None:
+    """Each keeps the order; a prompt's own deviation, an annotator's own, and probabilities."""
+    rng = np.random.default_rng(0)
+    sets: list[dict[str, Any]] = []
+    for number in range(6):
+        quality = rng.normal(0, 0.3 if number % 2 else 3.0, 4)
+        ratings = quality[:, None] + rng.normal(0, 1, (4, 5))
+        sets.append({"prompt": f"p{number}", "responses": list("abcd"), "ratings": ratings.tolist()})
+        sets[-1]["annotators"] = list("vwxyz")
+
+    def strengths(how: str) -> list[Any]:
+        context = ranked(tmp_path / how, sets, [], normalise=how)
+        run(context)
+        found = rows(context.output / "train.jsonl")
+        for row in found:
+            assert np.argsort(row["strengths"]).tolist() == np.argsort(row["elo"]).tolist()
+        return [np.array(row["strengths"]) for row in found]
+
+    dataset, prompt, probability = (strengths(how) for how in ("dataset", "prompt", "probability"))
+    assert np.concatenate(dataset).std() == pytest.approx(1)
+    assert [one.std() for one in prompt] == pytest.approx([1] * 6)
+    assert min(one.std() for one in dataset) < 0.9
+    together = np.concatenate(probability)
+    assert 0 < together.min() < 0.5 < together.max() < 1
+    annotator = strengths("annotator")
+    assert np.concatenate(annotator).std() == pytest.approx(1)
+    assert np.corrcoef(np.concatenate(annotator), np.concatenate(dataset))[0, 1] > 0.9
+
+
+def test_a_set_too_large_to_compare_is_refused_by_place(tmp_path: Path) -> None:
+    """Ten thousand responses make fifty million pairs for each annotator; as winners they are welcome."""
+    count = 10_000
+    huge: dict[str, Any] = {"prompt": "p", "responses": [str(n) for n in range(count)]}
+    with pytest.raises(RecordError, match="10000 responses") as caught:
+        run(ranked(tmp_path / "rated", [huge | {"ratings": [[float(n)] for n in range(count)]}], []))
+    assert caught.value.where == "train.jsonl:1"
+    context = ranked(tmp_path / "won", [huge | {"winners": [[n, n + 1, 1] for n in range(count - 1)]}], [])
+    run(context)
+    strengths = rows(context.output / "train.jsonl")[0]["strengths"]
+    assert strengths[0] > strengths[5000] > strengths[-1]

@@ -1,0 +1,78 @@
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.ranking.lists import Place, draw_lists
+
+
+def ranked_sets(sizes: list[int], pools: list[int], levels: int = 1000) -> list[dict[str, Any]]:
+    """Sets with responses named by set and number; strengths are drawn from so many levels."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "prompt": f"prompt {pool}",
+            "responses": [f"{number}.{index}" for index in range(size)],
+            "strengths": [float(value) for value in rng.integers(0, levels, size) / levels],
+            "pool": pool,
+        }
+        for number, (size, pool) in enumerate(zip(sizes, pools, strict=True))
+    ]
+
+
+shapes = st.lists(st.tuples(st.integers(2, 9), st.integers(0, 3)), min_size=1, max_size=6)
+
+
+@given(shapes, st.integers(2, 6), st.floats(0.5, 12), st.integers(0, 5), st.sampled_from([2, 1000]))
+def test_a_list_is_of_one_pool_and_says_something(
+    shapes: list[tuple[int, int]], size: int, per_response: float, seed: int, levels: int
+) -> None:
+    """Strengths of two pools say nothing of each other, and equal ones not who is better; no list comes twice."""
+    sets = ranked_sets([size for size, _ in shapes], [pool for _, pool in shapes], levels)
+    lists = draw_lists(sets, size, per_response, seed)
+    for places in lists:
+        assert len({sets[place.set]["pool"] for place in places}) == 1
+        assert len({sets[place.set]["strengths"][place.response] for place in places}) > 1
+        assert len(set(places)) == len(places) <= size
+    assert len({frozenset(places) for places in lists}) == len(lists)
+
+
+@pytest.mark.parametrize("size", [2, 5, 8])
+@pytest.mark.parametrize("per_response", [1.0, 2.0, 5.0])
+def test_each_response_is_in_about_equally_many_lists(per_response: float, size: int) -> None:
+    """Otherwise some texts would be learned by heart and others not seen."""
+    sets = ranked_sets([5] * 40, [0] * 40, levels=10**9)
+    lists = draw_lists(sets, size, per_response, seed=0)
+    assert len(lists) == round(per_response * 200 / size)
+    counts = Counter(place for places in lists for place in places)
+    assert len(counts) == 200
+    assert max(counts.values()) - min(counts.values()) <= 1 + per_response / 2
+
+
+def test_asking_for_more_than_all_gives_all() -> None:
+    """K (K - 1) / 2 pairs of K responses, and not one more; a pool smaller than a list is one list."""
+    sets = ranked_sets([4, 3], [0, 1], levels=10**9)
+    assert len(draw_lists(sets, 2, 100.0, seed=0)) == 6 + 3
+    assert [len(places) for places in draw_lists(sets, 9, 100.0, seed=0)] == [4, 3]
+
+
+def test_without_a_size_every_set_is_a_list() -> None:
+    """Whole and in order, but for one whose responses are all alike."""
+    sets = [*ranked_sets([3, 2], [0, 0]), {"responses": ["a", "b"], "strengths": [1.0, 1.0], "pool": 1}]
+    found = draw_lists(sets, None, 1.0, seed=0)
+    assert found == [[Place(0, 0), Place(0, 1), Place(0, 2)], [Place(1, 0), Place(1, 1)]]
+
+
+def test_the_seed_and_the_pool_decide_which_lists() -> None:
+    """The same seed draws the same; another draws others; a pool's lists do not depend on the other pools."""
+    sets = ranked_sets([9, 9, 9], [0, 1, 0], levels=10**9)
+    lists = draw_lists(sets, 3, 2.0, seed=0)
+    assert lists == draw_lists(sets, 3, 2.0, seed=0)
+    assert lists != draw_lists(sets, 3, 2.0, seed=1)
+    alone = draw_lists([sets[0], sets[2]], 3, 2.0, seed=0)
+    assert [[Place(2 * place.set, place.response) for place in places] for places in alone] == [
+        places for places in lists if sets[places[0].set]["pool"] == 0
+    ]

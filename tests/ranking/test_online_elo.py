@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+
+from rlhf.ranking.bradley_terry import ELO_SCALE, fit
+from rlhf.ranking.comparisons import compare
+from rlhf.ranking.online_elo import fit_online
+from tests.ranking.drawn import drawn, random_pairs
+
+
+def test_one_order_is_elos_rule_game_by_game() -> None:
+    """Of one comparison there is one order: the winner gains K / 2."""
+    found = fit_online(2, compare(2, winners=[[0, 1, 1]]), k_factor=32.0, orders=2, seed=0)
+    np.testing.assert_allclose(found.elo, [16, -16])
+    found = fit_online(2, compare(2, winners=[[0, 1, 1], [0, 1, 1]]), k_factor=32.0, orders=2, seed=0)
+    second = 32 * (1 - 1 / (1 + np.exp(-ELO_SCALE * 32)))
+    np.testing.assert_allclose(found.elo, [16 + second, -16 - second])
+
+
+def test_a_tie_of_equals_moves_nothing_and_the_sum_stays_zero() -> None:
+    """What one gains the other loses."""
+    np.testing.assert_allclose(fit_online(2, compare(2, winners=[[0, 1, 0.5]]), 32.0, 2, 0).elo, 0)
+    rng = np.random.default_rng(0)
+    said = drawn(rng, rng.normal(0, 200, 6), *random_pairs(rng, 6, 200))
+    assert fit_online(6, said, 16.0, 5, 0).elo.sum() == pytest.approx(0, abs=1e-9)
+
+
+def test_long_streams_come_near_the_maximum_likelihood_with_errors_that_say_how_near() -> None:
+    """Of many comparisons of few, with a small K; the order of the rows given changes nothing but the draw."""
+    rng = np.random.default_rng(0)
+    truth = np.array([150.0, 50.0, -50.0, -150.0])
+    said = drawn(rng, truth, *random_pairs(rng, 4, 4000))
+    found = fit_online(4, said, k_factor=4.0, orders=20, seed=0)
+    best = fit(4, said, 1000.0).elo
+    assert np.abs(found.elo - best).max() < 15
+    assert (np.abs(found.elo - truth) < 4 * found.standard_errors).all()
+
+
+def test_the_seed_decides_the_orders() -> None:
+    """The same seed gives the same ratings."""
+    rng = np.random.default_rng(0)
+    said = drawn(rng, rng.normal(0, 200, 6), *random_pairs(rng, 6, 50))
+    one, same, other = (fit_online(6, said, 32.0, 3, seed).elo for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0

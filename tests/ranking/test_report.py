@@ -1,0 +1,83 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf.data.records import ComparisonSet
+from rlhf.ranking.pools import ComparedSet, compared_sets
+from rlhf.ranking.report import agreement, in_words, report
+
+
+def read(*rows: dict[str, Any]) -> tuple[list[ComparisonSet], list[ComparedSet], dict[str, int]]:
+    names: dict[str, int] = {}
+    records = [ComparisonSet.model_validate({"prompt": "p"} | row) for row in rows]
+    return records, compared_sets(records, "train.jsonl", names), names
+
+
+def test_what_there_is_is_counted() -> None:
+    """Annotators by name, pairs once however often they were compared, and a line that says so."""
+    records, compared, names = read(
+        {"responses": ["a", "b", "c"], "ratings": [[2, 1], [1, 0], [0, None]], "annotators": ["x", "y"]},
+        {"responses": ["a", "b"], "ratings": [[3], [1]], "annotators": ["x"]},
+        {"responses": ["d", "e"], "winners": [[0, 1, 1], [0, 1, 0.5]]},
+    )
+    found = report(records, compared, len(names))
+    assert (found["sets"], found["responses"], found["annotators"]) == (3, 7, 2)
+    assert (found["comparisons"], found["pairs"]) == (4 + 1 + 2, 3 + 1 + 1)
+    lines = in_words(found)
+    assert len(lines) == 1
+    assert lines[0].startswith("3 sets of 7 responses; 7 comparisons of 5 pairs by 2 annotators")
+
+
+def test_what_may_be_wrong_is_counted_and_said() -> None:
+    """Circles of majorities, the never compared, repetitions, and winners who contradict."""
+    circle = {"responses": ["x", "y", "z"], "rankings": [[0, 1, 2], [1, 2, 0], [2, 0, 1]]}
+    lonely = {"responses": ["a", "b", "c"], "ratings": [[1.0], [2.0], [None]]}
+    repeated = {"responses": ["a", "a", "b"], "ratings": [[1.0], [1.0], [0.0]]}
+    contradicted = {"responses": ["f", "g"], "ratings": [[2.0], [1.0]], "winners": [[1, 0, 1]]}
+    records, compared, names = read(circle, lonely, repeated, contradicted, contradicted)
+    found = report(records, compared, len(names))
+    assert found["sets_with_cycles"] == 1
+    assert found["responses_never_compared"] == 1
+    assert found["responses_repeated_in_their_set"] == 1
+    assert found["pairs_where_winners_contradict_annotators"] == 2
+    assert found["sets_repeated"] == 1
+    assert len(in_words(found)) == 1 + 5
+
+
+def slow_alpha(rows: list[list[float]]) -> float:
+    """Krippendorff's alpha with the interval metric, pair by pair: 1 - observed / expected disagreement."""
+    rows = [row for row in rows if len(row) > 1]
+    total = sum(map(len, rows))
+    observed = sum((a - b) ** 2 / (len(row) - 1) for row in rows for a in row for b in row) / total
+    every = [value for row in rows for value in row]
+    expected = sum((a - b) ** 2 for a in every for b in every) / (total * (total - 1))
+    return 1 - observed / expected
+
+
+def test_agreement_is_krippendorffs_alpha() -> None:
+    """With two grades the ordinal metric is the interval's; full agreement is 1, chance 0."""
+    rng = np.random.default_rng(0)
+    grades = rng.integers(0, 2, (40, 4)).astype(float).tolist()
+    _, compared, _ = read({"responses": [str(n) for n in range(40)], "ratings": grades})
+    found = agreement(compared)
+    assert found == pytest.approx(slow_alpha(grades))
+    assert abs(found) < 0.15
+    _, compared, _ = read({"responses": ["a", "b", "c"], "ratings": [[1, 1], [2, 2], [3, 3]]})
+    assert agreement(compared) == 1
+    _, compared, _ = read({"responses": ["a", "b", "c"], "rankings": [[0, 1, 2], [0, 1, 2]]})
+    assert agreement(compared) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"responses": ["a", "b"], "ratings": [[1.0], [2.0]]},
+        {"responses": ["a", "b"], "ratings": [[1.0, 1.0], [1.0, 1.0]]},
+        {"responses": ["a", "b"], "winners": [[0, 1, 1]]},
+    ],
+)
+def test_where_there_is_nothing_to_agree_on_there_is_no_number(row: dict[str, Any]) -> None:
+    """One annotator, everything alike, or nobody's winners: no figure is made up."""
+    _, compared, _ = read(row)
+    assert agreement(compared) is None
