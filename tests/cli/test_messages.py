@@ -17,7 +17,7 @@ from rlhf.store import Store
 from tests.cli.conftest import Ask
 from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_pipeline, write_weights
 
-HEAVY = ("torch", "ray", "transformers", "datasets", "pyarrow", "scipy", "sklearn")
+HEAVY = ("torch", "ray", "aiohttp", "transformers", "datasets", "pyarrow", "scipy", "sklearn")
 SECONDS = 1.0
 
 
