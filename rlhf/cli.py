@@ -368,6 +368,40 @@ def _convert(request: Request, source: str, target: Path) -> None:
     )
 
 
+def annotate(request: Request) -> None:
+    """Have people rank responses on a local web page: rlhf annotate SETS.jsonl OUT.jsonl."""
+    from rlhf.collect.collection import Collection
+
+    if len(request.names) != 2:
+        raise RequestError(
+            "annotate takes a file of responses and a file to write",
+            "command line",
+            "rlhf annotate SETS.jsonl OUT.jsonl",
+        )
+    given = request.arguments
+    if not 0 <= given.port <= 65535:
+        raise RequestError(f"there is no port {given.port}", "--port", "--port 8000")
+    source, out = request.names[0], Path(request.names[1])
+    with Collection(source, out, create=not given.export_only) as collection:
+        for notice in collection.notices:
+            print(notice, file=sys.stderr)
+        if not given.export_only:
+            from rlhf.collect.server import serve
+
+            def tell(address: str, for_others: bool) -> None:
+                print(f"{len(collection.annotation.sets)} rows to rank; open {address}")
+                if for_others:
+                    print("whoever has that address can answer; it is not encrypted: stay in a network that you trust")
+                print(f"answers are kept in {collection.journal.path}; Ctrl-C ends and writes {out}", flush=True)
+
+            serve(collection, given.host, given.port, given.annotator, tell)
+        exported = collection.export()
+    counts = f"{exported.sets} ranked, rankings: {exported.rankings}, annotators: {exported.annotators}"
+    print(f"wrote {out}; rows: {counts}")
+    if exported.sets:
+        print(f"next: set data.comparisons={out} in a pipeline; the same command goes on with what is left")
+
+
 def _single(request: Request, what: str) -> str:
     if len(request.names) != 1:
         raise RequestError(f"exactly one {what} is needed", "command line", f"rlhf {request.arguments.command} --help")
@@ -387,6 +421,7 @@ COMMANDS: dict[str, Callable[[Request], int | None]] = {
     "config": config,
     "doctor": doctor,
     "data": data,
+    "annotate": annotate,
 }
 WITH_JSON = ("plan", "status", "explain", "lineage", "verify", "doctor")
 
@@ -430,6 +465,15 @@ def parser_of(command: str) -> Parser:
                 "--question", metavar="NAME,NAME", help="take these questions' answers only (default: all that compare)"
             )
             parser.add_argument("--groups", metavar="BEST,WORSE", help="the order of groups that responses were put in")
+        case "annotate":
+            parser.add_argument("--annotator", metavar="NAME", help="whose page to open (default: it asks)")
+            parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+            parser.add_argument(
+                "--host",
+                default="127.0.0.1",
+                help="an address that others reach makes a secret one (default: 127.0.0.1)",
+            )
+            parser.add_argument("--export-only", action="store_true", help="write OUT from the answers that are there")
         case _:
             pass
     parser.set_defaults(command=command, json=False)

@@ -111,6 +111,24 @@ class JudgeRating(_Record):
     rating: float
 
 
+def _one_model_each(models: list[str] | None, info: ValidationInfo) -> list[str] | None:
+    count = _number_of_responses(info)
+    if models is not None and count is not None and len(models) != count:
+        raise ValueError(f"has {len(models)} names for {count} responses")
+    return models
+
+
+class ResponseSet(_Record):
+    """One prompt and its responses, of which nobody has said anything yet."""
+
+    prompt: Text
+    responses: list[Response] = Field(min_length=2)
+    models: list[String] | None = None
+    """The model that wrote each response."""
+
+    _models_match_responses = field_validator("models")(_one_model_each)
+
+
 class ComparisonSet(_Record):
     """One prompt, its responses, and what annotators said of them: ratings, rankings, winners, or several of these."""
 
@@ -199,13 +217,7 @@ class ComparisonSet(_Record):
                 )
         return annotators
 
-    @field_validator("models")
-    @classmethod
-    def _models_match_responses(cls, models: list[str] | None, info: ValidationInfo) -> list[str] | None:
-        count = _number_of_responses(info)
-        if models is not None and count is not None and len(models) != count:
-            raise ValueError(f"has {len(models)} names for {count} responses")
-        return models
+    _models_match_responses = field_validator("models")(_one_model_each)
 
     @field_validator("margin")
     @classmethod
@@ -266,7 +278,7 @@ class Reason(NamedTuple):
         return f"{self.field}: {self.problem}" if self.field else self.problem
 
 
-R = TypeVar("R", bound=Demonstration | ComparisonSet | Prompt | JudgeRating)
+R = TypeVar("R", bound=Demonstration | ComparisonSet | ResponseSet | Prompt | JudgeRating)
 
 
 def model_of(value: Any) -> type[Demonstration] | type[ComparisonSet] | type[Prompt] | type[JudgeRating]:

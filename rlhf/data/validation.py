@@ -1,6 +1,6 @@
 """A source of records checked on its own, before any pipeline reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rlhf.data.readers import Row, read_rows
@@ -39,15 +39,18 @@ def validate_file(source: str, kind: str | None) -> Checked:
         if reasons := _reasons(row, told):
             bad.append(f"{row.place}: {'; '.join(map(str, reasons))}")
     if bad:
-        more = f"\n  and {len(bad) - NAMED_BAD_ROWS} more" if len(bad) > NAMED_BAD_ROWS else ""
-        raise RecordError(
-            f"{len(bad)} of {total} rows are malformed" + (f" as {told}" if told else ""),
-            "\n  ".join(bad[:NAMED_BAD_ROWS]) + more,
-            "correct them" if kind else f"correct them, or say with --kind what they are: {', '.join(KINDS)}",
-        )
+        correct = "correct them" if kind else f"correct them, or say with --kind what they are: {', '.join(KINDS)}"
+        raise malformed(bad, total, f" as {told}" if told else "", correct)
     if told is None:
         raise RecordError("there are no rows", source, "name a file that has some")
     return Checked(told, total)
+
+
+def malformed(bad: Sequence[str], total: int, as_what: str, next_step: str) -> RecordError:
+    """Make the error that counts the bad rows and names the first of them, each by its place and reasons."""
+    more = f"\n  and {len(bad) - NAMED_BAD_ROWS} more" if len(bad) > NAMED_BAD_ROWS else ""
+    what = f"{len(bad)} of {total} rows are malformed{as_what}"
+    return RecordError(what, "\n  ".join(bad[:NAMED_BAD_ROWS]) + more, next_step)
 
 
 def _reasons(row: Row, kind: str | None) -> list[Reason]:

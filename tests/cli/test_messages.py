@@ -18,7 +18,7 @@ from tests.cli.conftest import Ask
 from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_pipeline, write_weights
 from tests.store.helpers import flip_bit
 
-HEAVY = ("torch", "ray", "transformers", "datasets", "pyarrow", "scipy", "sklearn")
+HEAVY = ("torch", "ray", "aiohttp", "transformers", "datasets", "pyarrow", "scipy", "sklearn")
 SECONDS = 1.0
 
 

@@ -1,0 +1,266 @@
+"""The web server of the annotators' page.
+
+It trusts nobody's browser: a page of another origin can neither read nor answer (`_guard`), whatever name it makes
+point at this machine, and the page itself may load and run nothing but what is in it (a content security policy).
+"""
+
+import asyncio
+import base64
+import errno
+import hashlib
+import hmac
+import html
+import ipaddress
+import re
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Annotated, Any
+from urllib.parse import urlencode, urlsplit
+
+from aiohttp import web
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from rlhf.collect.annotation import Ranking, clean_name
+from rlhf.collect.collection import Collection, StaleAnswerError
+from rlhf.errors import RequestError, TryAgainError
+
+MAX_REQUEST_BYTES = 1 << 16
+EXPORT_EVERY = 20
+"""Answers after which the result is written again; at the end it is in any case."""
+SHUTDOWN_SECONDS = 2.0
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Given(BaseModel):
+    """What the page sends as an answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    annotator: Annotated[str, AfterValidator(clean_name)]
+    row: str
+    ranking: Ranking | None
+    """By positions on the page; null skips."""
+    replaces: int = Field(ge=0)
+    """The sequence of the answer that the page showed; 0 for none."""
+
+
+class RefusedError(Exception):
+    """A request that is answered with a status and a sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(status, sentence)
+        self.status, self.sentence = status, sentence
+
+
+class Server:
+    """Answers the page's requests.
+
+    token  what a request must bring; None where the page is served to this machine alone
+    """
+
+    def __init__(self, collection: Collection, token: str | None) -> None:
+        self._collection = collection
+        self._token = token
+        # Answers that a browser still keeps must not be sent to the page of other rows on the same port.
+        self._project = hashlib.sha256(str(collection.out.resolve()).encode()).hexdigest()[:16]
+        page = files("rlhf.collect").joinpath("page.html").read_text(encoding="utf-8")
+        self._page = page.replace("{{project}}", self._project).replace("{{title}}", html.escape(collection.out.stem))
+        script, style = _hash_of("script", self._page), _hash_of("style", self._page)
+        self._policy = (
+            f"default-src 'none'; script-src {script}; style-src {style}; "
+            "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+
+    def application(self) -> web.Application:
+        """The routes and what guards them."""
+        application = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[self._guard])
+        application.router.add_get("/", self._show_page)
+        application.router.add_get("/api/task", self._task)
+        application.router.add_post("/api/answer", self._answer)
+        return application
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refuse what is not the page's own request; every response says that it is for this page alone."""
+        try:
+            self._check(request)
+            response = await handler(request)
+        except RefusedError as refusal:
+            response = web.json_response({"error": refusal.sentence}, status=refusal.status)
+        except web.HTTPException as error:
+            response = web.json_response({"error": error.reason}, status=error.status)
+        response.headers.update(
+            {
+                "Cache-Control": "no-store",
+                "Content-Security-Policy": self._policy,
+                "Cross-Origin-Opener-Policy": "same-origin",
+                "Cross-Origin-Resource-Policy": "same-origin",
+                "Referrer-Policy": "no-referrer",
+                "X-Content-Type-Options": "nosniff",
+            }
+        )
+        return response
+
+    def _check(self, request: web.Request) -> None:
+        if self._token is None:
+            # A name of somebody else's that points here (DNS rebinding) is still that somebody's origin.
+            if not is_loopback(_host_name(request.host)):
+                raise RefusedError(403, "this page is served under the name localhost only")
+        else:
+            is_page = request.path == "/"
+            given = request.query.get("token", "") if is_page else request.headers.get("Authorization", "")
+            expected = self._token if is_page else f"Bearer {self._token}"
+            if not hmac.compare_digest(given.encode(errors="replace"), expected.encode()):
+                raise RefusedError(403, "open the whole address that rlhf annotate printed when it was started last")
+        if request.path.startswith("/api/") and request.headers.get("X-Project") != self._project:
+            raise RefusedError(412, "another file is annotated here now: open the page again")
+        if request.method == "POST":
+            if urlsplit(request.headers.get("Origin", "")).netloc != request.host:
+                raise RefusedError(403, "an answer comes from this page or not at all")
+            if request.content_type != "application/json":
+                raise RefusedError(415, "an answer is JSON")
+
+    async def _show_page(self, _request: web.Request) -> web.Response:
+        return web.Response(text=self._page, content_type="text/html")
+
+    async def _task(self, request: web.Request) -> web.Response:
+        annotation = self._collection.annotation
+        try:
+            annotator = clean_name(request.query.get("annotator", ""))
+        except ValueError as problem:
+            raise RefusedError(400, str(problem)) from None
+        row = request.query.get("row") or annotation.first_left(annotator)
+        if row is not None and row not in annotation.sets:
+            raise RefusedError(404, "there is no such row any more")
+        document: dict[str, Any] = {"annotator": annotator, "progress": annotation.progress(annotator)._asdict()}
+        if row is None:
+            document |= {
+                "row": None,
+                "previous": annotation.previous(annotator),
+                "next_skipped": annotation.next_skipped(annotator),
+            }
+        else:
+            task = annotation.task(annotator, row)
+            prompt = task.prompt if isinstance(task.prompt, str) else [one.model_dump() for one in task.prompt]
+            document |= asdict(task) | {"prompt": prompt}
+        return web.json_response(document)
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        try:
+            given = Given.model_validate_json(await request.read())
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise RefusedError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        annotation = self._collection.annotation
+        if given.row not in annotation.sets:
+            raise RefusedError(404, "there is no such row any more")
+        if problem := annotation.problem(given.row, given.ranking):
+            raise RefusedError(400, problem)
+        try:
+            # Not on a thread: answers are acknowledged in the order of the journal's lines.
+            answer = self._collection.answer(given.annotator, given.row, given.ranking, given.replaces)
+        except StaleAnswerError:
+            raise RefusedError(409, "this was answered in another window meanwhile") from None
+        except TryAgainError as error:
+            print(error, file=sys.stderr)
+            raise RefusedError(503, error.what) from None
+        if answer.sequence % EXPORT_EVERY == 0:
+            self._export()
+        return web.json_response({"sequence": answer.sequence})
+
+    def _export(self) -> None:
+        try:
+            self._collection.export()
+        except TryAgainError as error:
+            # The answers are safe in the journal, and the result is written again later.
+            print(error, file=sys.stderr)
+
+
+def serve(
+    collection: Collection, host: str, port: int, annotator: str | None, tell: Callable[[str, bool], None]
+) -> None:
+    """Serve the page until SIGINT or SIGTERM.
+
+    tell  is given the address of the page, and whether it is for other machines too, once it is served
+
+    Raises:
+        RequestError: the address cannot be served at.
+
+    """
+    asyncio.run(_serve(collection, host, port, annotator, tell))
+
+
+async def _serve(
+    collection: Collection, host: str, port: int, annotator: str | None, tell: Callable[[str, bool], None]
+) -> None:
+    token = None if is_loopback(host) else secrets.token_urlsafe(24)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_ in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signal_, ended.set)
+    async with _listening(Server(collection, token).application(), host, port) as actual_port:
+        words = {name: value for name, value in (("annotator", annotator), ("token", token)) if value is not None}
+        address = f"http://{_shown_host(host)}:{actual_port}/"
+        tell(f"{address}?{urlencode(words)}" if words else address, token is not None)
+        await ended.wait()
+
+
+@asynccontextmanager
+async def _listening(application: web.Application, host: str, port: int) -> AsyncGenerator[int]:
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise _cannot_listen(error, host, port) from error
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+def _cannot_listen(error: OSError, host: str, port: int) -> RequestError:
+    if error.errno == errno.EADDRINUSE:
+        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+            another = free.getsockname()[1]
+        return RequestError(f"port {port} is taken", f"--port, on {host}", f"--port {another}")
+    return RequestError(
+        f"the page cannot be served at {host}, port {port}: {error.strerror or error}",
+        "--host and --port",
+        "name an address of this machine and a port from 1024 on",
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches an address; of a name other than localhost that is not known."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _shown_host(host: str) -> str:
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - what the user asked for, compared and not bound
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without the port: a tunnel may have another one at its near end."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _hash_of(element: str, page: str) -> str:
+    found = re.search(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+    assert found is not None, f"the page has one {element} element"
+    return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
