@@ -94,7 +94,13 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
             "the reward model gives all demonstrations one score", context.stage, "lower its learning rate"
         )
     mean, deviation = normal.mean(), normal.std()
-    check_padding(lambda rows: trainers.scores(trainer, context, rows, at_once=1), texts, scores, deviation.item())
+    check_padding(
+        lambda rows: trainers.scores(trainer, context, rows, at_once=1),
+        texts,
+        scores,
+        deviation.item(),
+        settings.precision,
+    )
     # Beyond what it says of good and bad responses that it learned from, the model is guessing.
     known = (torch.cat([scores, normal]) - mean) / deviation
     normaliser = {

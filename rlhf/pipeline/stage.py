@@ -117,7 +117,7 @@ OURS = (
         "stages.rm:run",
         "reward-model",
         inputs=taking(base="model", comparisons="rank", demonstrations="data/demonstrations"),
-        takes=_kinds,
+        takes=lambda role: ("model", "policy", "reward-model") if role == "base" else _kinds(role),
         runs="workers",
         continues="base",
         preflight="stages.checks:rm",

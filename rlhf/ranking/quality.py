@@ -156,6 +156,8 @@ def _calibration(sets: Sequence[Mapping[str, Any]], scores: Floats, starts: Ints
         won_parts.append(won)
         number_parts.append(made.wins + made.losses + made.ties)
     said, won, number = map(np.concatenate, (said_parts, won_parts, number_parts))
+    if not number.any():
+        return {}
     # Probabilities of the higher score's response run from a half to 1.
     edges = np.linspace(0.5, 1.0, CALIBRATION_BINS + 1)
     bin_of = np.clip(np.searchsorted(edges, said, side="right") - 1, 0, CALIBRATION_BINS - 1)

@@ -194,8 +194,10 @@ def test_lists_of_two_are_what_trl_computes() -> None:
     chosen, rejected, margin = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     margin = margin.abs()
 
-    def model(**_: Any) -> Any:
+    def scored(**_: Any) -> Any:
         return SimpleNamespace(logits=torch.cat([chosen, rejected])[:, None])
+
+    model: Any = scored
 
     class Same:
         """One process."""

@@ -61,6 +61,7 @@ def test_agreement_is_krippendorffs_alpha() -> None:
     grades = rng.integers(0, 2, (40, 4)).astype(float).tolist()
     _, compared, _ = read({"responses": [str(n) for n in range(40)], "ratings": grades})
     found = agreement(compared)
+    assert found is not None
     assert found == pytest.approx(slow_alpha(grades))
     assert abs(found) < 0.15
     _, compared, _ = read({"responses": ["a", "b", "c"], "ratings": [[1, 1], [2, 2], [3, 3]]})

@@ -27,7 +27,7 @@ SMALL = (
     "prompts_heldout: 1, judge: 6, set_size: 5}",
     "model.scratch={vocabulary: 512, hidden_size: 32, layers: 2, heads: 2, context: 192}",
     "sft={epochs: 1, batch_size: 4, max_length: 128, checkpoint_every: 2, optimizer: {learning_rate: 1e-2}}",
-    "rm={sees: response, epochs: 1, batch_size: 16, micro_batch_size: 8, max_length: 128, pairs_per_response: 2, "
+    "rm={sees: response, epochs: 1, batch_size: 4, micro_batch_size: 2, max_length: 128, responses_per_list: 4, "
     "checkpoint_every: 2, optimizer: {learning_rate: 1e-2}}",
     "ppo={iterations: 4, rollouts: 16, minibatches: 2, epochs: 2, sampling: {max_new_tokens: 12}, "
     "max_prompt_length: 128, policy_learning_rate: 3e-4, value_learning_rate: 1e-3, micro_batch_size: 4, "

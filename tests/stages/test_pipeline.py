@@ -276,3 +276,28 @@ def kill_once(work: Path) -> None:
         if is_rank(process):
             process.kill()
             return
+
+
+def test_a_reward_model_starts_from_another_and_says_how_good_it_is(
+    pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path
+) -> None:
+    """Preference-model pre-training is a second instance, here on its own data with another loss, from an adapter."""
+    file = tmp_path / "tiny.yaml"
+    values = "sees: response, max_length: 128, batch_size: 4, micro_batch_size: 2, optimizer: {learning_rate: 1.0e-3}"
+    file.write_text(
+        f"{TINY.read_text()}\n"
+        f"pmp: {{uses: rm, {values}, lora: {{rank: 2}}, loss: soft-share}}\n"
+        f"fine: {{uses: rm, {values}, inputs: {{base: pmp}}, loss: listwise, responses_per_list: 8}}\n"
+    )
+    planned = pipeline.run("fine", file=file)
+    record = planned["fine"].record
+    assert record is not None
+    assert record.inputs["base"]["key"] == planned["pmp"].key
+    folder = pipeline.store.checkout(record.artifact, tmp_path / "fine")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    quality = json.loads((folder / "quality.json").read_text())
+    assert quality["accuracy"]["share"] == pytest.approx(record.metrics["eval/accuracy"], abs=0.02)
+    assert record.metrics["eval/accuracy_low"] <= quality["accuracy"]["share"] <= record.metrics["eval/accuracy_high"]
+    assert 0.5 < record.metrics["eval/annotator_accuracy"] < 1
+    assert (folder / "reliability.svg").read_text().startswith("<?xml")

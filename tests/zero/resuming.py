@@ -57,7 +57,7 @@ def _sft(_: Path) -> SftSettings:
 def _rm(_: Path) -> RmSettings:
     # Eleven pairs again, every weight trained.
     values = {"epochs": 2, "batch_size": 4, "micro_batch_size": 2, "max_length": 64, "checkpoint_every": 1}
-    return RmSettings.model_validate(values | {"pairs_per_response": 1, "optimizer": {"learning_rate": 1e-3}})
+    return RmSettings.model_validate(values | {"responses_per_list": 2, "optimizer": {"learning_rate": 1e-3}})
 
 
 def _ppo(data: Path, **more: Any) -> PpoSettings:
