@@ -131,7 +131,9 @@ class Runner:
         for name in SCRATCH:
             for folder in self.store.attempts(one.key):
                 shutil.rmtree(folder / name, ignore_errors=True)
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items()) if len(metrics) <= 3 else ""
+        # A stage's first metrics are those that tell most; counts of rows by the dozen tell nothing in a line.
+        first = list(metrics.items())[:3] if one.stage.runs == "workers" or len(metrics) <= 3 else []
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in first)
         self.display.update(one.name, state="done", message=shown, done=0, total=0, seconds=seconds)
 
     def _context(self, one: Planned, attempt: Path, inputs: Mapping[str, Path]) -> Context[Any]:

@@ -96,10 +96,10 @@ def test_metrics_of_every_iteration_stay_in_the_attempt(pipeline: Pipeline, unbr
 
 
 def test_no_pickle_leaves_a_stage(pipeline: Pipeline, unbroken: dict[str, Planned]) -> None:
-    """What passes between stages is safetensors, JSON, JSONL or text."""
+    """What passes between stages is safetensors, JSON, JSONL or text; a picture is text too."""
     for name in unbroken:
         for file in pipeline.store.manifest(record_of(unbroken, name).artifact).files:
-            assert Path(file.path).suffix in {".safetensors", ".json", ".jsonl", ".jinja", ".txt", ".md"}
+            assert Path(file.path).suffix in {".safetensors", ".json", ".jsonl", ".jinja", ".txt", ".md", ".svg"}
 
 
 @pytest.fixture(scope="module")
