@@ -11,8 +11,10 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,9 +32,10 @@ from rlhf.pipeline import documents
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store
-from rlhf.terminal import Display, key_values, plan_table, print_error, samples_table
+from rlhf.terminal import Display, key_values, leaderboard_table, plan_table, print_error, samples_table
 
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
+SECONDS_TO_STOP = 30.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,20 +105,53 @@ def run(request: Request) -> None:
     targets = request.names
     names = list(needed(request.planned(), targets))
     store = request.store(create=True)
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    interrupted = InterruptedRunError(
+        "interrupted; what was committed and the checkpoints stay",
+        str(store.root),
+        command_line(request, "run", *targets),
+    )
     try:
-        with Session(request.config.cluster) as session, Display(request.out, names) as display:
+        with (
+            _ended_by_signals(interrupted),
+            Session(request.config.cluster) as session,
+            Display(request.out, names) as display,
+        ):
             planned = Runner(request.config, request.known, store, session, display).run(targets)
     except KeyboardInterrupt as error:
-        command = command_line(request, "run", *targets)
-        raise InterruptedRunError(
-            "interrupted; what was committed and the checkpoints stay", str(store.root), command
-        ) from error
+        raise interrupted from error
     _summary(request, planned, store)
 
 
-def _interrupt() -> NoReturn:
-    raise KeyboardInterrupt
+@contextmanager
+def _ended_by_signals(told: RlhfError) -> Generator[None]:
+    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt. A second one, or no end in time, ends the process at once.
+
+    told  what is then printed
+
+    Ray's shutdown may wait for ever, and an interrupt that arrives inside it may be lost. Ray's processes end with
+    their driver, and whoever comes next takes over a dead one's lease.
+    """
+
+    def end(*_: object) -> NoReturn:
+        print_error(Console(stderr=True, highlight=False), told)
+        os._exit(told.exit_status)
+
+    timer = threading.Timer(SECONDS_TO_STOP, end)
+    timer.daemon = True
+
+    def stop(*_: object) -> NoReturn:
+        for signal_ in before:
+            signal.signal(signal_, end)
+        timer.start()
+        raise KeyboardInterrupt
+
+    before = {signal_: signal.signal(signal_, stop) for signal_ in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for signal_, handler in before.items():
+            signal.signal(signal_, handler)
 
 
 def _near(path: Path) -> Path:
@@ -209,6 +245,24 @@ def _lineage_tree(document: dict[str, Any]) -> Any:
         return grown
 
     return grow(None, document, "")
+
+
+def leaderboard(request: Request) -> None:
+    """Rank the models that wrote the responses, by what people said: rlhf leaderboard [STAGE]."""
+    if len(request.names) > 1:
+        raise RequestError("leaderboard takes one stage", "command line", "rlhf leaderboard rank")
+    one = request.one(request.planned(), request.names[0] if request.names else "rank")
+    if one.record is None:
+        raise RequestError(f"{one.name} has no result yet", one.why, f"rlhf run {one.name}")
+    held = {file.path for file in request.store().manifest(one.record.artifact).files}
+    if "leaderboard.json" not in held:
+        raise RequestError(
+            f"{one.name} has no leaderboard: no training set names the models that wrote its responses",
+            f"artifact {one.record.artifact[:12]}",
+            "write a name for each response into the comparison sets' models",
+        )
+    rows = json.loads(request.store().read_file(one.record.artifact, "leaderboard.json"))
+    request.answer({"models": rows}, lambda: request.out.print(leaderboard_table(rows)))
 
 
 def verify(request: Request) -> int:
@@ -414,6 +468,7 @@ COMMANDS: dict[str, Callable[[Request], int | None]] = {
     "status": status,
     "explain": explain,
     "lineage": lineage,
+    "leaderboard": leaderboard,
     "verify": verify,
     "import": import_,
     "export": export,
@@ -423,7 +478,7 @@ COMMANDS: dict[str, Callable[[Request], int | None]] = {
     "data": data,
     "annotate": annotate,
 }
-WITH_JSON = ("plan", "status", "explain", "lineage", "verify", "doctor")
+WITH_JSON = ("plan", "status", "explain", "lineage", "leaderboard", "verify", "doctor")
 
 
 def parser_of(command: str) -> Parser:

@@ -209,6 +209,18 @@ def _one_line(text: str) -> str:
     return " ".join(_printable(text).split())
 
 
+def leaderboard_table(models: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of ``rlhf leaderboard`` out of what its ``--json`` prints under "models"."""
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("model", overflow="fold")
+    for name in ("Elo", "95 % interval", "comparisons"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in models:
+        interval = f"{one['low']:+.0f} to {one['high']:+.0f}"
+        table.add_row(Text(_printable(one["model"])), f"{one['elo']:+.0f}", interval, f"{one['comparisons']:.0f}")
+    return table
+
+
 def key_values(values: Mapping[str, Any]) -> Table:
     """Return a summary: one name and value a line."""
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=False)

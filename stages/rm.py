@@ -84,10 +84,13 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
     trainers.train(trainer, context)
 
     demonstrations = read_rows(context.inputs["demonstrations"] / "train.jsonl")
-    normal = trainers.scores(trainer, context, [ids(d["prompt"], plain_text(d["completion"])) for d in demonstrations])
+    # Without gradients there is room for twice as many as in training.
+    at_once = 2 * settings.micro_batch_size * max(map(len, lists))
+    known_texts = [ids(d["prompt"], plain_text(d["completion"])) for d in demonstrations]
+    normal = trainers.scores(trainer, known_texts, at_once)
     heldout = read_rows(context.inputs["comparisons"] / "heldout.jsonl")
     texts = [ids(one["prompt"], text) for one in heldout for text in one["responses"]]
-    scores = trainers.scores(trainer, context, texts)
+    scores = trainers.scores(trainer, texts, at_once)
 
     if not normal.std() > 0:
         raise DivergedError(
@@ -95,7 +98,7 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
         )
     mean, deviation = normal.mean(), normal.std()
     check_padding(
-        lambda rows: trainers.scores(trainer, context, rows, at_once=1),
+        lambda rows: trainers.scores(trainer, rows, at_once=1),
         texts,
         scores,
         deviation.item(),

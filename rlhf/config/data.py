@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from rlhf.config.base import Settings, runtime, semantic, source
-from rlhf.config.sources import KNOWN_WORDS, MOVIE_SNIPPETS, is_local, parse_hub_dataset
+from rlhf.config.sources import KNOWN_WORDS, MOVIE_SNIPPETS, OTHER_SNIPPETS, is_local, parse_hub_dataset
 from rlhf.errors import SettingsError
 
 __all__ = ["DataSettings", "RankSettings", "SnippetSettings", "is_local", "sources"]
@@ -61,7 +61,8 @@ class DataSettings(Settings):
     demonstrations: str = source(MOVIE_SNIPPETS)
     """Prompts with completions, for sft."""
     comparisons: str = source(MOVIE_SNIPPETS)
-    """Prompts with responses and what annotators said of them, for rank and rm."""
+    """Prompts with responses and what annotators said of them, for rank and rm. It may also be ``other-snippets``:
+    product reviews and editorials, rated like the movie reviews, for a reward model to start from."""
     prompts: str = source(MOVIE_SNIPPETS)
     """Prompts alone, for ppo and evaluate."""
     judge: str | None = source(MOVIE_SNIPPETS)
@@ -78,8 +79,11 @@ class DataSettings(Settings):
 
     @field_validator("demonstrations", "comparisons", "prompts", "judge")
     @classmethod
-    def _source_is_readable(cls, value: str | None) -> str | None:
-        if value is not None and value != MOVIE_SNIPPETS and not is_local(value):
+    def _source_is_readable(cls, value: str | None, info: ValidationInfo) -> str | None:
+        words = (MOVIE_SNIPPETS, OTHER_SNIPPETS) if info.field_name == "comparisons" else (MOVIE_SNIPPETS,)
+        if value is not None and value not in words and not is_local(value):
+            if value == OTHER_SNIPPETS:
+                raise ValueError(f"{value!r} are comparisons, and no {info.field_name}")
             if value in KNOWN_WORDS:
                 raise ValueError(f"{value!r} names a model, not data")
             parse_hub_dataset(value)

@@ -7,7 +7,10 @@ from typing import NamedTuple
 MOVIE_SNIPPETS = "movie-snippets"
 """The word for Hutto & Gilbert's rated movie-review snippets, fetched through the package index."""
 
-KNOWN_WORDS = frozenset({MOVIE_SNIPPETS, "smollm2-135m", "scratch"})
+OTHER_SNIPPETS = "other-snippets"
+"""The word for the product-review and editorial snippets of the same collection, as comparisons."""
+
+KNOWN_WORDS = frozenset({MOVIE_SNIPPETS, OTHER_SNIPPETS, "smollm2-135m", "scratch"})
 """Words that name something built in; a file that happens to have such a name is written ``./scratch``."""
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")

@@ -1,4 +1,5 @@
-"""Movie-review snippets that people rated from -4 to 4 (Hutto & Gilbert 2014), as records for every stage.
+"""Snippets that people rated from -4 to 4 (Hutto & Gilbert 2014): movie reviews as records for every stage, product
+reviews and editorials as comparisons.
 
 Each run of 30 consecutive rows was rated by the same people in the same order, so in such a block column i is one
 person. Comparisons are made inside a block, and parts are made of whole blocks: no rater of one part is the same
@@ -22,10 +23,13 @@ from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt
 
 BLOCK_ROWS = 30
 SDIST_MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-TEXTS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-RATINGS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_anonDataRatings.txt"
 
 COMPARISON_PROMPT = "Write a one-sentence movie review."
+OTHER_PROMPTS = {
+    "amazonReviewSnippets": "Write a sentence of a product review.",
+    "nytEditorialSnippets": "Write a sentence of a newspaper's editorial.",
+}
+"""The other snippets' file and prompt, by which they are two pools."""
 
 _PLAIN_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
@@ -60,12 +64,7 @@ def read_movie_snippets(sdist: Path) -> SnippetBlocks:
 
     Rows after the last full block are left out. Of snippets with the same text, letter case aside, the first stays.
     """
-    with tarfile.open(sdist) as outer:
-        inner_bytes = _member(outer, SDIST_MEMBER)
-    with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
-        texts = _member(inner, TEXTS_MEMBER).decode().splitlines()
-        ratings = _member(inner, RATINGS_MEMBER).decode().splitlines()
-    rows = zip(texts, ratings, strict=True)
+    rows = zip(*_tables(sdist, "movieReviewSnippets"), strict=True)
     snippets = [_snippet(text, rated, row // BLOCK_ROWS) for row, (text, rated) in enumerate(rows)]
     blocks: list[Block] = []
     seen: set[str] = set()
@@ -78,6 +77,44 @@ def read_movie_snippets(sdist: Path) -> SnippetBlocks:
                 block.append(snippet)
         blocks.append(block)
     return SnippetBlocks(blocks, full - len(seen))
+
+
+def other_comparisons(sdist: Path, set_size: int, heldout_fraction: float, seed: int) -> dict[str, list[BaseModel]]:
+    """Comparison sets of consecutive sentences of product reviews and of editorials, some held out by the seed.
+
+    Each was rated by twenty people. Which of them a column is changes from row to row, so that they have no names; a
+    column still pairs the ratings of one response with some of another's.
+    """
+    found: list[ComparisonSet] = []
+    for name, prompt in OTHER_PROMPTS.items():
+        texts, rated = _tables(sdist, name)
+        ratings = {fields[0]: json.loads(fields[3]) for fields in (row.split("\t") for row in rated)}
+        rows = [(clean(text), ratings[row]) for row, _, text in (line.split("\t") for line in texts) if row in ratings]
+        rows = [row for row in rows if row[0]]
+        found += [
+            ComparisonSet(
+                prompt=prompt,
+                responses=[text for text, _ in some],
+                ratings=[[float(rating) for rating in values] for _, values in some],
+            )
+            for start in range(0, len(rows) - 1, set_size)
+            if len(some := rows[start : start + set_size]) > 1
+        ]
+    random.Random(seed).shuffle(found)  # noqa: S311 - a seeded draw, nothing secret
+    held = max(1, round(heldout_fraction * len(found)))
+    return {"comparisons/train": [*found[held:]], "comparisons/heldout": [*found[:held]]}
+
+
+def _tables(sdist: Path, name: str) -> tuple[list[str], list[str]]:
+    """The lines of a kind's texts and of its ratings; nothing is unpacked to disk."""
+    with tarfile.open(sdist) as outer:
+        inner_bytes = _member(outer, SDIST_MEMBER)
+    with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
+        texts, ratings = (
+            _member(inner, f"hutto_ICWSM_2014/{name}_{part}.txt").decode("utf-8-sig").splitlines()
+            for part in ("GroundTruth", "anonDataRatings")
+        )
+    return texts, ratings
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:

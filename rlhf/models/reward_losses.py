@@ -17,7 +17,7 @@ def pairwise(scores: Tensor, strengths: Tensor, present: Tensor, margin: float =
     """-log σ(r_i - r_j - m (s_i - s_j)) over pairs where i is the stronger (Ouyang et al. 2022, eq. 1; the margin is
     that of Llama 2, arXiv:2307.09288, eq. 2).
 
-    smoothing  the probability ε that annotators mean the opposite (Wang et al. 2024, arXiv:2401.06080, eq. 13)
+    smoothing  the probability ε that annotators mean the opposite (Wang et al. 2024, arXiv:2401.06080)
     """
     gap = _differences(strengths)
     better = _pairs(present) & (gap > 0)
@@ -41,7 +41,7 @@ def soft(scores: Tensor, preferences: Tensor, smoothing: float = 0.0) -> Tensor:
 
 def listwise(scores: Tensor, strengths: Tensor, present: Tensor) -> Tensor:
     """The Plackett-Luce likelihood of the order by strength, over K - 1: of drawing the strongest first, then the
-    strongest of the rest (Xia et al. 2008, ICML, §4.2, ListMLE; over Luce 1959 and Plackett 1975).
+    strongest of the rest (ListMLE of Xia et al. 2008, ICML; Luce 1959, Plackett 1975).
 
     Of equally strong responses each is taken as drawn before the others (Breslow 1974, Biometrics 30:89).
     """
@@ -59,7 +59,7 @@ def regression(scores: Tensor, targets: Tensor, present: Tensor) -> Tensor:
 
 
 def centring(scores: Tensor, present: Tensor) -> Tensor:
-    """(r_i + r_j)² over pairs (Eisenstein et al. 2023, arXiv:2312.09244, §A), which keeps scores near 0."""
+    """(r_i + r_j)² over pairs (Eisenstein et al. 2023, arXiv:2312.09244), which keeps scores near 0."""
     return _mean((scores[:, :, None] + scores[:, None, :]) ** 2, _pairs(present).tril(-1))
 
 

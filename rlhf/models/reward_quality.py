@@ -117,8 +117,8 @@ def draw_reliability(calibration: Document, path: Path) -> None:
             label="held-out comparisons (area: how many)",
         )
         axes.set(
-            xlabel="probability that the higher score is preferred, as the scores say",
-            ylabel="share in which it was",
+            xlabel="how often the higher score is preferred, by the scores",
+            ylabel="how often it was, by annotators",
             xlim=(0.48, 1.02),
             ylim=(0.3, 1.02),
             title=f"expected calibration error {calibration['expected_error']:.3f}",

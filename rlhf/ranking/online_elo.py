@@ -1,4 +1,4 @@
-"""Elo ratings as a stream of comparisons moves them (Elo 1978, The Rating of Chessplayers, ch. 1 and 8).
+"""Elo ratings as a stream of comparisons moves them (Elo 1978, The Rating of Chessplayers).
 
 After each comparison of i and j, with outcome s = 1 where i won, ½ where it was a tie, 0 where it lost,
 

@@ -295,9 +295,7 @@ def export(
     group.barrier()
 
 
-def scores(
-    trainer: Any, context: Context[RmSettings], texts: Sequence[list[int]], at_once: int | None = None
-) -> Tensor:
+def scores(trainer: Any, texts: Sequence[list[int]], at_once: int) -> Tensor:
     """Raw scores ``[text]`` of rows of token ids by the trained reward model, so many in a batch. A collective."""
     engine = trainer.model_wrapped
     engine.eval()
@@ -305,4 +303,4 @@ def scores(
     def score(ids: Tensor, attention_mask: Tensor) -> Tensor:
         return engine(input_ids=ids, attention_mask=attention_mask).logits.squeeze(-1).float()
 
-    return raw_scores(score, trainer.processing_class, texts, at_once or 2 * context.settings.micro_batch_size)
+    return raw_scores(score, trainer.processing_class, texts, at_once)

@@ -71,6 +71,7 @@ def test_the_local_sources_are_those_whose_content_a_key_needs(folder: Path) -> 
         ("a/b@main", "Files and versions"),
         (f"a/b@{REVISION[:-1]}", "40 hexadecimal digits"),
         ("scratch", "names a model, not data"),
+        ("other-snippets", "are comparisons, and no prompts"),
     ],
 )
 def test_a_dataset_that_could_change_is_refused_with_how_to_pin_it(folder: Path, name: str, reason: str) -> None:

@@ -60,6 +60,26 @@ def test_the_movie_snippets_become_every_folder_that_later_stages_read(tmp_path:
     assert "Hutto" in origins["comparisons"]["file"]["citation"]
 
 
+def test_the_other_snippets_are_comparisons_of_two_pools(tmp_path: Path, sdist: Path) -> None:
+    """All 8,898 but for a few, in sets of five rated by twenty; a twentieth held out, and none in both parts."""
+    context = context_for(tmp_path, downloads=sdist.parent, comparisons="other-snippets")
+    metrics = run(context)
+    parts = {
+        part: list(read_jsonl(context.output / "comparisons" / f"{part}.jsonl", ComparisonSet))
+        for part in ("train", "heldout")
+    }
+    every = [one for part in parts.values() for one in part]
+    assert metrics["comparisons/train"] == len(parts["train"])
+    assert len(parts["heldout"]) == round(0.05 * len(every))
+    assert sum(len(one.responses) for one in every) == pytest.approx(8898, abs=10)
+    assert len({str(one.prompt) for one in every}) == 2
+    assert all(one.annotators is None and one.ratings and len(one.ratings[0]) == 20 for one in every)
+    assert not {tuple(one.responses) for one in parts["train"]} & {tuple(one.responses) for one in parts["heldout"]}
+    origins = json.loads((context.output / "sources" / "sources.json").read_text())
+    assert origins["comparisons"]["source"] == "other-snippets"
+    assert origins["comparisons"]["file"]["sha256"] == MOVIE_SNIPPETS_SDIST.sha256
+
+
 def test_the_same_settings_write_the_same_bytes(tmp_path: Path, sdist: Path) -> None:
     """A stage's result is a function of what it was given, wherever it runs."""
     for name in ("a", "b"):

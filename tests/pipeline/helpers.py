@@ -54,13 +54,14 @@ def make(path: Path, *overrides: str, only: str | None = None, known: Mapping[st
     for name in config.instances:
         one = plan(config, known, store)[name]
         if one.record is None and only in (None, name):
-            record = _made(one, store)
+            record = made(one, store)
             store.set_ref(config.name, name, record.key)
         elif one.record is not None and one.why != "imported":
             store.set_ref(config.name, name, one.record.key)
 
 
-def _made(one: Planned, store: Store) -> ActionRecord:
+def made(one: Planned, store: Store) -> ActionRecord:
+    """Make one stage in this process and commit it."""
     assert one.key is not None
     attempt = store.new_attempt(one.key)
     inputs = {

@@ -109,6 +109,25 @@ def test_an_interruption_stops_everything_and_says_how_to_go_on(
     assert states(planned(path)) == {"words": "cached", "count": "cached", "total": "missing"}
 
 
+def test_a_second_interruption_ends_at_once(path: Path, gate: Path, site: Path):
+    """Whatever the first one waits for: the same message and status, and no process left."""
+    mark = uuid4().hex
+    driver = start(site, "run", "total", "--config", path, f"total.gate={gate}", "cluster.cpus=1", mark=mark)
+    try:
+        until(lambda: running(gate) or driver.poll() is not None, "the stage's start")
+        began = time.monotonic()
+        for _ in range(2):
+            driver.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        out, err = driver.communicate(timeout=15)
+    finally:
+        end(driver)
+    assert driver.returncode == 130, out + err
+    assert err.startswith("error: interrupted; what was committed and the checkpoints stay\n")
+    assert time.monotonic() - began < 5
+    until(lambda: not [name for name in marked(mark).values() if "Agent" not in name], "the end of its processes", 15)
+
+
 def test_of_two_drivers_one_works_and_the_other_waits_and_adopts(
     session: Session, cluster: str, path: Path, gate: Path, site: Path, tmp_path: Path
 ):
