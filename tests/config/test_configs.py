@@ -24,7 +24,8 @@ def test_every_pipeline_in_configs_loads(path: Path) -> None:
     """A file that we hand out must never be refused, and its pipeline is named after it."""
     config = load(path)
     assert config.name == path.stem
-    assert set(config.instances) == set(stages())
+    whole = path.name in ("quickstart.yaml", "tiny.yaml", "cluster.yaml")
+    assert not whole or set(config.instances) == set(stages())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -40,8 +41,9 @@ def test_what_rlhf_config_prints_is_the_same_pipeline(path: Path, tmp_path: Path
 def test_minibatches_can_be_shared_among_the_ranks_that_a_pipeline_asks_for(path: Path) -> None:
     """What preflight would refuse only on the cluster must be right in the file."""
     config = load(path)
-    for name in ("sft", "rm"):
-        settings = config.instances[name].settings.model_dump()
-        assert settings["batch_size"] % settings["workers"]["count"] == 0
-    ppo = config.instances["ppo"].settings.model_dump()
-    assert ppo["rollouts"] // ppo["minibatches"] % ppo["workers"]["count"] == 0
+    for instance in config.instances.values():
+        settings = instance.settings.model_dump()
+        if instance.uses in ("sft", "rm"):
+            assert settings["batch_size"] % settings["workers"]["count"] == 0
+        if instance.uses == "ppo":
+            assert settings["rollouts"] // settings["minibatches"] % settings["workers"]["count"] == 0

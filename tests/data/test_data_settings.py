@@ -71,13 +71,19 @@ def test_the_local_sources_are_those_whose_content_a_key_needs(folder: Path) -> 
         ("a/b@main", "Files and versions"),
         (f"a/b@{REVISION[:-1]}", "40 hexadecimal digits"),
         ("scratch", "names a model, not data"),
-        ("other-snippets", "are comparisons, and no prompts"),
     ],
 )
 def test_a_dataset_that_could_change_is_refused_with_how_to_pin_it(folder: Path, name: str, reason: str) -> None:
     """A hub name without a full commit would make a key that means something else tomorrow."""
     with pytest.raises(ValidationError, match=reason):
         DataSettings(comparisons=name)
+
+
+def test_comparisons_alone_are_taken_for_comparisons_alone() -> None:
+    """There are no prompts in them to be continued."""
+    assert DataSettings(comparisons="other-snippets").comparisons == "other-snippets"
+    with pytest.raises(ValidationError, match="are comparisons, and no prompts"):
+        DataSettings(prompts="other-snippets")
 
 
 def test_more_blocks_than_there_are_are_refused() -> None:
