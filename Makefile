@@ -12,7 +12,7 @@ GOALS  := $(filter $(STAGES),$(MAKECMDGOALS))
 TARGETS := $(GOALS) $(if $(filter ppo,$(GOALS)),evaluate)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup $(STAGES) run test check format clean
+.PHONY: help setup $(STAGES) run test check chaos format clean
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z $$()A-Z_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test: .venv/ready  ## Everything that CI runs: check, then the tests on a real R
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/pytest -m "not gpu" --durations=15
+
+chaos: .venv/ready  ## The whole fault suite, for hours; interrupted, it goes on. `rm -r .chaos` starts it anew.
+	$(BIN)/pytest tests/faults --chaos
 
 format: .venv/ready  ## Format and fix what can be fixed.
 	$(BIN)/ruff format .

@@ -17,6 +17,10 @@ GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERAT
 DOWNLOADS = Path(__file__).parents[1] / "downloads"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos", action="store_true", help="tests/faults: every round, except those passed before")
+
+
 @pytest.fixture(scope="session")
 def sdist() -> Path:
     """The source distribution with the movie snippets, fetched once and kept in the checkout's ignored folder."""

@@ -1,0 +1,40 @@
+"""Faults in rounds: each round is a seed, few of them in `make test` and many in `make chaos`.
+
+A test marked ``rounds(short, long)`` takes ``seed``, from which it draws the moment and the place of its fault. What
+`make chaos` has passed is kept in the ignored folder ``.chaos``, so that it can be interrupted and goes on.
+"""
+
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+PASSED = Path(__file__).parents[2] / ".chaos" / "passed.txt"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("rounds")
+    if marker is not None:
+        short, long = marker.args
+        metafunc.parametrize("seed", range(long if metafunc.config.getoption("--chaos") else short))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--chaos"):
+        return
+    passed = set(PASSED.read_text().splitlines()) if PASSED.exists() else set[str]()
+    done = [item for item in items if item.nodeid in passed]
+    config.hook.pytest_deselected(items=done)
+    items[:] = [item for item in items if item.nodeid not in passed]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.config.getoption("--chaos") and call.when == "call" and report.passed:
+        PASSED.parent.mkdir(exist_ok=True)
+        with PASSED.open("a") as file:
+            file.write(f"{item.nodeid}\n")
+    return report
