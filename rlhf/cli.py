@@ -7,10 +7,12 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -25,7 +27,14 @@ from rlhf.config.base import Settings
 from rlhf.config.fields import describe
 from rlhf.config.loading import load_pipeline
 from rlhf.config.nearest import suggestion
-from rlhf.config.pipeline import ClusterSettings, PipelineConfig, StoreSettings, TrackingSettings, resolved
+from rlhf.config.pipeline import (
+    NAME_PATTERN,
+    ClusterSettings,
+    PipelineConfig,
+    StoreSettings,
+    TrackingSettings,
+    resolved,
+)
 from rlhf.config.tree import to_yaml
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
 from rlhf.pipeline import documents
@@ -332,8 +341,6 @@ def generate(request: Request) -> None:
     prompts = request.arguments.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise RequestError("there is no prompt", "command line and standard input", "--prompt 'Write …'")
-    import tempfile
-
     from rlhf.rollout.speak import answers
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -423,19 +430,32 @@ def _convert(request: Request, source: str, target: Path) -> None:
 
 
 def annotate(request: Request) -> None:
-    """Have people rank responses on a local web page: rlhf annotate SETS.jsonl OUT.jsonl."""
-    from rlhf.collect.collection import Collection
-
+    """Have people rank responses on a local web page: rlhf annotate SETS.jsonl OUT.jsonl, or STAGE OUT.jsonl."""
     if len(request.names) != 2:
         raise RequestError(
-            "annotate takes a file of responses and a file to write",
+            "annotate takes a file of responses, or a stage that collects them, and a file to write",
             "command line",
             "rlhf annotate SETS.jsonl OUT.jsonl",
         )
+    source, out = request.names
+    if not re.fullmatch(NAME_PATTERN, source) or Path(source).exists():
+        _annotate(request, source, Path(out))
+        return
+    one = request.one(request.planned(), source)
+    if one.stage.kind != "responses":
+        raise RequestError(f"{source} makes {one.stage.kind}, and no responses to rank", "command line", "name collect")
+    if one.record is None:
+        raise RequestError(f"{source} has no result yet", one.why, f"rlhf run {source}")
+    with tempfile.TemporaryDirectory() as scratch:
+        _annotate(request, str(request.store().checkout(one.record.artifact, Path(scratch) / source)), Path(out))
+
+
+def _annotate(request: Request, source: str, out: Path) -> None:
+    from rlhf.collect.collection import Collection
+
     given = request.arguments
     if not 0 <= given.port <= 65535:
         raise RequestError(f"there is no port {given.port}", "--port", "--port 8000")
-    source, out = request.names[0], Path(request.names[1])
     with Collection(source, out, create=not given.export_only) as collection:
         for notice in collection.notices:
             print(notice, file=sys.stderr)
@@ -583,9 +603,9 @@ def _dispatch(words: Sequence[str]) -> int:
     request = Request(parser_of(words[0]).parse_intermixed_args(words[1:]))
     try:
         return COMMANDS[words[0]](request) or 0
-    except RequestError as error:
+    except RlhfError as error:
         match shlex.split(error.next_step) if error.next_step.startswith("rlhf ") else []:
-            case [_, "run" | "status" as command, *names]:
+            case [_, "run" | "status" | "annotate" as command, *names]:
                 # The library knows what to run next, and only this program for which pipeline.
                 raise type(error)(error.what, error.where, command_line(request, command, *names)) from error
             case _:

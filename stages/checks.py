@@ -4,6 +4,8 @@ Each takes the context that its stage will have, with the inputs that exist by n
 trained, the one that it will be trained from.
 """
 
+from rlhf.collect.judges import judge_of
+from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
 from rlhf.data.jsonl import read_rows
@@ -93,19 +95,23 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     tokenizer = load_tokenizer(context.inputs["policy"])
     _demonstrations_fit(context, tokenizer)
     PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
-    _leaves_room(context, "policy")
+    _leaves_room(context, "policy", settings.sampling.max_new_tokens, "sampling.max_new_tokens")
     return {}
 
 
-def _leaves_room(context: Context[PpoSettings] | Context[EvaluateSettings], role: str) -> None:
-    settings, limit = context.settings, context_length(context.inputs[role])
-    longest, response = settings.max_prompt_length, settings.sampling.max_new_tokens
+def _leaves_room(
+    context: Context[PpoSettings] | Context[EvaluateSettings] | Context[CollectSettings],
+    role: str,
+    response: int,
+    field: str,
+) -> None:
+    longest, limit = context.settings.max_prompt_length, context_length(context.inputs[role])
     if longest + response > limit:
         half = limit // 2
-        fits = f"max_prompt_length={limit - response}" if response < limit else f"sampling.max_new_tokens={half}"
+        fits = f"max_prompt_length={limit - response}" if response < limit else f"{field}={half}"
         raise PreflightError(
             f"prompts of {longest} and responses of {response} tokens do not fit the policy's context of {limit}",
-            f"{context.stage}.max_prompt_length, {context.stage}.sampling.max_new_tokens",
+            f"{context.stage}.max_prompt_length, {context.stage}.{field}",
             f"{context.stage}.{fits}",
         )
 
@@ -133,7 +139,26 @@ def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
     if "before" in context.inputs and "prompts" in context.inputs:
         tokenizer = load_tokenizer(context.inputs["before"])
         PromptStream(context.inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
-        _leaves_room(context, "before")
+        _leaves_room(context, "before", settings.sampling.max_new_tokens, "sampling.max_new_tokens")
+    return {}
+
+
+def collect(context: Context[CollectSettings]) -> dict[str, float]:
+    """Do prompts and responses together fit every model's context?"""
+    settings = context.settings
+    if "prompts" in context.inputs:
+        for role in writer_inputs(settings):
+            if role in context.inputs:
+                tokenizer = load_tokenizer(context.inputs[role])
+                for part in ("train", "heldout"):
+                    PromptStream(context.inputs["prompts"] / f"{part}.jsonl", tokenizer, settings.max_prompt_length)
+                _leaves_room(context, role, settings.max_new_tokens, "max_new_tokens")
+    return {}
+
+
+def compare(context: Context[CompareSettings]) -> dict[str, float]:
+    """Is the judge there?"""
+    judge_of(context.settings).close()
     return {}
 
 

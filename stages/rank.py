@@ -1,6 +1,6 @@
 """Rank: what annotators said of responses, turned into a strength for each response.
 
-In: comparison sets (``comparisons``: ``train.jsonl``, ``heldout.jsonl``).
+In: comparison sets (``comparisons``: ``train.jsonl``, ``heldout.jsonl``), and those of earlier rounds.
 Out: the same sets with ``strengths``, ``standard_errors`` and ``elo``, one number a response, and their ``pool``;
 ``scale.json``, with the Elo points that a strength of 1 stands for and the parameter of ties; ``report.json``, what is
 known of the comparisons; ``leaderboard.json`` where training sets name the models that wrote the responses;
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.config.data import RankSettings
+from rlhf.config.data import RankSettings, ranked_inputs
 from rlhf.data.jsonl import read_jsonl, to_line
 from rlhf.data.records import ComparisonSet
 from rlhf.errors import RecordError
@@ -98,7 +98,8 @@ def run(context: Context[RankSettings]) -> dict[str, float]:
 
 def _sets(context: Context[RankSettings], part: str) -> Iterator[ComparisonSet]:
     # Read anew for each use: texts are large, and the comparisons that are kept are small.
-    return read_jsonl(context.inputs["comparisons"] / f"{part}.jsonl", ComparisonSet)
+    for role in ("comparisons", *ranked_inputs(context.settings)):
+        yield from read_jsonl(context.inputs[role] / f"{part}.jsonl", ComparisonSet)
 
 
 def _heldout(context: Context[RankSettings], train: Strengths, deviation: float) -> list[Ranked]:

@@ -41,7 +41,7 @@ def read_sets(source: str) -> dict[str, ResponseSet]:
     return sets
 
 
-def name_of(responses: ResponseSet) -> str:
+def name_of(responses: ResponseSet | ComparisonSet) -> str:
     """Name a set by its content, so that answers stay with it wherever its row moves."""
     content = responses.model_dump(include={"prompt", "responses"})
     return digest_of([content["prompt"], content["responses"]])

@@ -93,6 +93,9 @@ class DataSettings(Settings):
 class RankSettings(Settings):
     """Strengths on the Elo scale from what annotators said."""
 
+    also: list[str] = runtime([])
+    """Stages whose comparison sets are ranked together with those of the input ``comparisons``: ``[data/comparisons]``,
+    or an earlier round's ``compare``. What they hold is part of the key, and what they are called is not."""
     model: Literal["bradley-terry", "plackett-luce", "elo"] = semantic("bradley-terry")
     """What the strengths explain: every comparison by itself; every annotator's ranking as a whole; or each comparison
     as it comes, by Elo's running update, averaged over orders."""
@@ -131,6 +134,11 @@ class RankSettings(Settings):
         if self.normalise == "annotator" and self.annotators == "reliability":
             raise ValueError("normalise annotator fits each annotator alone, which leaves no reliability to find")
         return self
+
+
+def ranked_inputs(settings: RankSettings) -> dict[str, str]:
+    """The further inputs of rank: role to ``instance`` or ``instance/part``."""
+    return {f"comparisons_{number}": name for number, name in enumerate(settings.also, start=2)}
 
 
 def sources(settings: DataSettings) -> dict[str, Path]:

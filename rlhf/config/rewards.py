@@ -3,53 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
 from rlhf.config.base import Settings, runtime, semantic, source
+from rlhf.config.services import ServiceSettings
 
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
-
-class EndpointSettings(Settings):
+class EndpointSettings(ServiceSettings):
     """An HTTP service that answers ``{"prompts": […], "responses": […]}`` with ``{"scores": […]}``."""
 
-    url: str = semantic()
-    """Where rows are posted: https, or http on this machine."""
-    version: str = semantic("")
-    """A word of yours for what the service computes: change it when the service's scores change, so that results of the
-    old ones are no hits."""
-    allowed_hosts: list[str] = runtime([])
-    """Hosts that prompts and responses may be sent to; this machine is always allowed."""
-    token_variable: str | None = runtime(None, min_length=1)
-    """Environment variable with a bearer token; null sends none."""
     batch_size: int = runtime(64, ge=1)
     """Rows of one request."""
-    timeout_s: float = runtime(30.0, gt=0)
-    """Seconds that one request may take."""
-    retries: int = runtime(3, ge=0)
-    """How often a request is repeated that found no server, ran out of time, or was answered 429 or 5xx."""
-    max_bytes: int = runtime(1 << 20, ge=64)
-    """Longest answer that is read."""
-
-    @model_validator(mode="after")
-    def _host_is_allowed(self) -> "EndpointSettings":
-        try:
-            parts = urlsplit(self.url)
-            port = parts.port
-        except ValueError as error:
-            raise ValueError(f"url {self.url!r} is no address: {error}") from error
-        host = parts.hostname or ""
-        if parts.scheme not in ("http", "https") or not host or port == 0 or not _is_one_word(self.url):
-            raise ValueError(f"url {self.url!r} is no http or https address")
-        if parts.username or parts.password:
-            raise ValueError("url holds a name or password; put a token into the environment and set token_variable")
-        if host not in LOOPBACK and parts.scheme != "https":
-            raise ValueError(f"url must be https for a host other than this machine, and it is {self.url!r}")
-        if host not in LOOPBACK and host not in self.allowed_hosts:
-            raise ValueError(f"prompts and responses would go to {host!r}; add it to allowed_hosts if they may")
-        return self
 
 
 class RewardSettings(Settings):
@@ -82,18 +47,15 @@ class RewardSettings(Settings):
         given = [name for name in ("model", "function", "endpoint") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"a reward is one of model, function and endpoint, and this one has {' and '.join(given)}")
-        if self.function is not None and not _names_a_function(self.function):
+        if self.function is not None and not names_a_function(self.function):
             raise ValueError(f"function {self.function!r} is not of the form file.py:name")
         if self.model is not None and (self.mean, self.std) != (0.0, 1.0):
             raise ValueError("mean and std are for functions and endpoints; a reward model has its own normaliser")
         return self
 
 
-def _is_one_word(text: str) -> bool:
-    return text.isprintable() and not any(map(str.isspace, text))
-
-
-def _names_a_function(text: str) -> bool:
+def names_a_function(text: str) -> bool:
+    """Tell whether a text is of the form ``file.py:name``."""
     file, colon, name = text.rpartition(":")
     return bool(colon) and file.endswith(".py") and name.isidentifier()
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings
 from rlhf.config.training import Precision
@@ -13,6 +14,7 @@ from rlhf.models.text import check_same_tokens
 from rlhf.models.training import Training
 from rlhf.models.value import TrainedValue
 from rlhf.pipeline.context import Context
+from rlhf.rollout.replica import Writer
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES
 
@@ -67,6 +69,15 @@ def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, Froze
         return FrozenPolicy(folder, settings.precision, settings.sampling.temperature, settings.micro_batch_size)
 
     return policy("before"), policy("after"), load_rewards(context, settings.micro_batch_size)
+
+
+def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Writer:
+    """Load a model that writes responses. A collective."""
+    settings = context.settings
+    role = next(role for role, model in writer_inputs(settings).items() if model == writer.model)
+    folder = plain_folder(context.inputs[role], context.attempt / "policy" / role, settings.precision, scores=False)
+    temperature = settings.temperature if writer.temperature is None else writer.temperature
+    return Writer(folder, settings.precision, temperature, settings.micro_batch_size)
 
 
 def load_rewards(context: Context[PpoSettings] | Context[EvaluateSettings], micro_batch_size: int) -> Rewards:

@@ -52,18 +52,8 @@ class FrozenPolicy:
 
         noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
         """
-        replica = self._generator()
         # Nothing is kept for a backward pass, so that more fits at once than in training.
-        size = 4 * self._micro_batch_size
-        return group.spread(
-            len(prompts),
-            lambda rows: torch.cat(
-                [
-                    replica.generate([prompts[row] for row in part.tolist()], noise[part], self._temperature)
-                    for part in rows.split(size)
-                ]
-            ),
-        )
+        return self._generator().sample(prompts, noise, self._temperature, 4 * self._micro_batch_size)
 
     def _generator(self) -> Replica:
         if self._replica is None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config.base import semantic_values
@@ -40,7 +41,9 @@ class Planned:
     state: State
     why: str
     needs: tuple[str, ...]
-    """Instances whose results are not committed yet; a stage that is blocked without any is a lost import."""
+    """Instances whose results are not committed yet."""
+    awaits: Path | None
+    """A file that people have still to make. A stage that is blocked by neither this nor ``needs`` is a lost import."""
     key: str | None
     settings: Mapping[str, Any]
     """What of the settings enters the key."""
@@ -134,7 +137,14 @@ def _plan_one(
     ref: Ref | None,
 ) -> Planned:
     def build(state: State, why: str, **found: Any) -> Planned:
-        empty: dict[str, Any] = {"needs": (), "key": None, "settings": {}, "inputs": {}, "record": None}
+        empty: dict[str, Any] = {
+            "needs": (),
+            "awaits": None,
+            "key": None,
+            "settings": {},
+            "inputs": {},
+            "record": None,
+        }
         return Planned(instance, stage, wires, state, why, **(empty | found))
 
     # Read before the lookup, which moves the record of a damaged result away.
@@ -146,6 +156,9 @@ def _plan_one(
         return build("cached", "imported", key=latest.key, record=latest)
 
     settings = semantic_values(instance.settings)
+    awaits = stage.awaits(instance.settings)
+    if awaits is not None:
+        return build("blocked", f"waits for people: {awaits} is not there", awaits=awaits, settings=settings)
     contents = {name: digest_source(path, store) for name, path in stage.sources(instance.settings).items()}
     if contents:
         settings["sources"] = contents

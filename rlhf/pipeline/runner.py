@@ -18,7 +18,7 @@ from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.training import WorkerSettings
-from rlhf.errors import DamageError, DiskFullError, RequestError, RlhfError, StageError
+from rlhf.errors import DamageError, DiskFullError, RequestError, RlhfError, StageError, TryAgainError
 from rlhf.pipeline.context import FAILURE, NOTES, PROGRESS, Context
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.provenance import provenance
@@ -64,7 +64,9 @@ class Runner:
                 started = True
             # Data and models first: what they are decides whether the rest can run at all.
             missing.sort(key=lambda one: one.stage.runs == "workers")
-            ready = next(one for one in missing if one.state != "blocked")
+            ready = next((one for one in missing if one.state != "blocked"), None)
+            if ready is None:
+                raise _awaiting_people(missing)
             if ready.stage.runs == "workers" and not checked:
                 self._preflight(missing, planned)
                 checked = True
@@ -245,12 +247,21 @@ def _workers(one: Planned) -> WorkerSettings:
 def _refuse_lost_imports(missing: Sequence[Planned]) -> None:
     """To train such a stage instead would be something that nobody asked for."""
     for one in missing:
-        if one.state == "blocked" and not one.needs:
+        if one.state == "blocked" and not one.needs and one.awaits is None:
             raise DamageError(
                 one.why,
                 f"stage {one.name}",
                 f"rlhf import DIR --as {one.name} again, or rlhf import --forget --as {one.name} to train it",
             )
+
+
+def _awaiting_people(missing: Sequence[Planned]) -> TryAgainError:
+    """All that could run is done, and the rest rests on what people have still to say."""
+    one = next(one for one in missing if one.awaits is not None)
+    source = next(iter(one.wires.values())).instance
+    return TryAgainError(
+        f"{one.name} {one.why}", f"{one.name}.file", f"rlhf annotate {source} {one.awaits}, then the same command again"
+    )
 
 
 def _write_failure(attempt: Path, error: RlhfError) -> None:

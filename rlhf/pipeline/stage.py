@@ -7,10 +7,12 @@ planning needs neither torch nor Ray. Another package adds stages through the en
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config.base import Settings
-from rlhf.config.data import DataSettings, RankSettings
+from rlhf.config.collect import CollectSettings, CompareSettings, awaited, compare_sources, writer_inputs
+from rlhf.config.data import DataSettings, RankSettings, ranked_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import reward_inputs, reward_sources
 from rlhf.config.stages import EvaluateSettings, ModelSettings, RmSettings, SftSettings
@@ -37,7 +39,8 @@ class Stage:
     code: str
     """``module:function``"""
     kind: str
-    """The kind of artifact made: ``model``, ``policy``, ``reward-model``, ``data``, ``comparisons`` or ``report``."""
+    """The kind of artifact made: ``model``, ``policy``, ``reward-model``, ``data``, ``responses``, ``comparisons`` or
+    ``report``."""
     inputs: Inputs
     """Of the settings: role to the default ``instance`` or ``instance/part`` that fills it."""
     takes: Callable[[str], tuple[str, ...] | None] = field(default=lambda _: None)
@@ -50,6 +53,8 @@ class Stage:
     """``module:function`` of a check that needs data and models; run before any worker group starts."""
     sources: Callable[[Any], Mapping[str, Any]] = field(default=lambda _: {})
     """Of the settings: setting to local path whose content, not place, is part of the key."""
+    awaits: Callable[[Any], Path | None] = field(default=lambda _: None)
+    """Of the settings: a file that people have still to make, without which there is no key, or None."""
 
 
 def _data_sources(settings: DataSettings) -> Mapping[str, Any]:
@@ -74,9 +79,9 @@ def _ppo_inputs(settings: PpoSettings) -> Mapping[str, str]:
 def _kinds(role: str) -> tuple[str, ...] | None:
     if role.startswith("reward"):
         return ("reward-model",)
-    if role in ("base", "policy", "before", "after"):
+    if role in ("base", "policy", "before", "after") or role.startswith("model"):
         return ("model", "policy")
-    return ("comparisons",) if role == "comparisons" else None
+    return (role,) if role in ("comparisons", "responses") else None
 
 
 OURS = (
@@ -91,12 +96,35 @@ OURS = (
         sources=_model_sources,
     ),
     Stage(
+        "collect",
+        1,
+        CollectSettings,
+        "stages.collect:run",
+        "responses",
+        inputs=lambda settings: {"prompts": "data/prompts"} | writer_inputs(settings),
+        takes=_kinds,
+        runs="workers",
+        preflight="stages.checks:collect",
+    ),
+    Stage(
+        "compare",
+        1,
+        CompareSettings,
+        "stages.compare:run",
+        "data",
+        inputs=taking(responses="collect"),
+        takes=_kinds,
+        preflight="stages.checks:compare",
+        sources=compare_sources,
+        awaits=awaited,
+    ),
+    Stage(
         "rank",
         3,
         RankSettings,
         "stages.rank:run",
         "comparisons",
-        inputs=taking(comparisons="data/comparisons"),
+        inputs=lambda settings: {"comparisons": "data/comparisons"} | ranked_inputs(settings),
     ),
     Stage(
         "sft",

@@ -10,12 +10,15 @@ from rlhf.errors import RewardError
 LARGEST = 3.4e38
 
 
-def checked_scores(answer: Callable[[], Any], source: str, count: int, first: int = 0) -> list[float]:
+def checked_scores(
+    answer: Callable[[], Any], source: str, count: int, first: int = 0, name: str = "the reward"
+) -> list[float]:
     """Call ``answer`` and take its scores.
 
     source  the reward's name, for messages
     count   how many responses it was asked about
     first   the row, in the whole batch, of the first of them
+    name    what messages call who answers
 
     Raises:
         RewardError: it raised, or did not answer ``count`` finite numbers; the message names the first bad row.
@@ -27,18 +30,18 @@ def checked_scores(answer: Callable[[], Any], source: str, count: int, first: in
         scores = list(answered) if hasattr(answered, "__iter__") and not isinstance(answered, str | bytes) else None
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         # Signals end ranks in other ways: an interrupt that comes out of a reward is the reward's own.
-        raise RewardError(f"the reward raised {_described(error)}", rows, "correct the reward") from error
+        raise RewardError(f"{name} raised {_described(error)}", rows, f"correct {name}") from error
     if scores is None:
         kind = type(answered).__name__
-        raise RewardError(f"the reward answered {kind}, and no list of scores", rows, "return a list of numbers")
+        raise RewardError(f"{name} answered {kind}, and no list of scores", rows, "return a list of numbers")
     if len(scores) != count:
         raise RewardError(
-            f"the reward answered {len(scores)} scores for {count} responses", rows, "return one score a response"
+            f"{name} answered {len(scores)} scores for {count} responses", rows, "return one score a response"
         )
     for row, score in enumerate(scores, start=first):
         if not _is_finite(score):
             raise RewardError(
-                f"the reward's score of response {row} is {_shortened(repr(score))}, and no finite number",
+                f"{name}'s score of response {row} is {_shortened(repr(score))}, and no finite number",
                 f"{source}, row {row}",
                 "return finite numbers only",
             )

@@ -28,7 +28,7 @@ class PromptStream:
         self._prompts = read_prompts(file)
         self._ids = [text.prompt_ids(tokenizer, prompt) for prompt in self._prompts]
         self._seed = seed
-        check_lengths(self._ids, file, max_length)
+        check_lengths(self._ids, f"{file.parent.name}/{file.name}", max_length)
 
     def batch(self, iteration: int, size: int) -> PromptBatch:
         """The ``size`` prompts of an iteration."""
@@ -46,13 +46,31 @@ class PromptStream:
         return PromptBatch(self._prompts[:size], self._ids[:size], rows)
 
 
+def draw(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+    """So many of the prompts, or all, in an order of the seed's."""
+    return [prompts[row] for row in np.random.default_rng(seed).permutation(len(prompts))[:count]]
+
+
+def prompt_batch(prompts: list[Prompt], samples: Sequence[int], tokenizer: Tokenizer, max_length: int) -> PromptBatch:
+    """Prompts given by whoever asks, as a batch.
+
+    Raises:
+        PreflightError: one is longer than ``max_length`` tokens.
+    """
+    ids = [text.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    check_lengths(ids, "the prompts", max_length)
+    return PromptBatch(prompts, ids, list(samples))
+
+
 def read_prompts(file: Path) -> list[Prompt]:
     """The prompts of a JSONL file that the data stage wrote."""
     return [row["prompt"] for row in read_rows(file)]
 
 
-def check_lengths(ids: Sequence[list[int]], file: Path, max_length: int) -> None:
+def check_lengths(ids: Sequence[list[int]], place: str, max_length: int) -> None:
     """Refuse prompts longer than ``max_length`` tokens.
+
+    place  where they stand, for messages
 
     Raises:
         PreflightError: naming the longest prompt and how many are too long.
@@ -63,6 +81,6 @@ def check_lengths(ids: Sequence[list[int]], file: Path, max_length: int) -> None
         longest = int(np.argmax(lengths))
         raise PreflightError(
             f"{over} of {len(lengths)} prompts are longer than {max_length} tokens; the longest has {lengths[longest]}",
-            f"{file.parent.name}/{file.name}, row {longest + 1}",
+            f"{place}, row {longest + 1}",
             "raise max_prompt_length of the stage (within the model's context), or shorten the prompts",
         )

@@ -4,6 +4,7 @@ Generating through ZeRO-3 gathers every layer for every token; a copy, refreshed
 faster.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ class Replica:
                 with gathered([parameter]):
                     self._model.get_parameter(name).copy_(parameter)
 
+    def sample(self, prompts: Sequence[list[int]], uniforms: Tensor, temperature: float, at_once: int) -> Tensor:
+        """What :meth:`generate` says, each rank doing its share of the prompts, ``at_once`` at a time. A collective."""
+        return group.spread(
+            len(prompts),
+            lambda rows: torch.cat(
+                [
+                    self.generate([prompts[row] for row in part.tolist()], uniforms[part], temperature)
+                    for part in rows.split(at_once)
+                ]
+            ),
+        )
+
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], uniforms: Tensor, temperature: float) -> Tensor:
         """Sample a response to each prompt: ids ``[batch, time]``; after an EOS comes padding.
@@ -59,3 +72,28 @@ class Replica:
         )
         responses = generated[:, ids.shape[1] :].cpu()
         return torch.nn.functional.pad(responses, (0, limit - responses.shape[1]), value=self._pad)
+
+
+class Writer:
+    """A policy that only writes: a copy of it on each rank, and none that is sharded.
+
+    folder   a plain model folder
+    at_once  prompts that one rank answers at a time
+    """
+
+    def __init__(self, folder: Path, precision: Precision, temperature: float, at_once: int) -> None:
+        self.tokenizer = text.load_tokenizer(folder)
+        self._replica = Replica(
+            folder,
+            precision,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        self._temperature, self._at_once = temperature, at_once
+
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Tensor:
+        """Sample a response to each prompt: ids ``[sample, time]``, padded after an EOS. A collective.
+
+        noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
+        """
+        return self._replica.sample(prompts, noise, self._temperature, self._at_once)

@@ -2,20 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rlhf.models import text
-from rlhf.models.text import Prompt
+from rlhf.models.text import Prompt, Tokenizer
 from rlhf.rl.masks import ended, response_mask
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.sampling import uniforms
 from rlhf.rollout.sequences import Sequences
 
-if TYPE_CHECKING:
-    from rlhf.models.policy import FrozenPolicy
+
+class Samples(Protocol):
+    """What answers prompts."""
+
+    tokenizer: Tokenizer
+
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Tensor:
+        """Sample a response to each prompt: ids ``[sample, time]``. A collective."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Rollout:
         return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def roll_out(policy: "FrozenPolicy", batch: PromptBatch, seed: int, max_new_tokens: int) -> Rollout:
+def roll_out(policy: Samples, batch: PromptBatch, seed: int, max_new_tokens: int) -> Rollout:
     """Sample a response to each prompt. A collective."""
     tokenizer = policy.tokenizer
     responses = policy.sample(batch.ids, uniforms(seed, batch.samples, max_new_tokens))

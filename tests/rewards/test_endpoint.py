@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.config.rewards import EndpointSettings
 from rlhf.errors import PreflightError, RewardError, RlhfError, TryAgainError
-from rlhf.rewards import endpoint
+from rlhf.rewards import service as service_module
 from rlhf.rewards.endpoint import EndpointReward
 from tests.rewards.server import Answer, Service, lengths, scored, serving
 
@@ -21,7 +21,7 @@ Serve = Callable[[Callable[[Any], Answer]], Service]
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(service_module, "FIRST_WAIT_S", 0.01)
 
 
 def ask(service: Service, **settings: Any) -> list[float]:
@@ -79,8 +79,8 @@ def test_a_service_that_is_not_there_is_a_reason_to_try_again() -> None:
 def test_waits_between_tries_grow_and_never_exceed_eight_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many tries are allowed."""
     waits: list[float] = []
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.5)
-    monkeypatch.setattr(endpoint.time, "sleep", waits.append)
+    monkeypatch.setattr(service_module, "FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(service_module.time, "sleep", waits.append)
     refused(lambda _: Answer(status=500), TryAgainError, retries=7)
     assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
 

@@ -1,10 +1,12 @@
 """A pipeline of a few steps a stage, run for real, with one store for all tests of this folder."""
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from rlhf.cluster.session import Session
@@ -44,12 +46,14 @@ class Pipeline:
     store: Store
     sdist: Path
 
-    def overrides(self, *more: str) -> list[str]:
-        return [*SMALL, f"store.uri={self.store.root}", f"data.downloads={self.sdist.parent}", *more]
+    def overrides(self, *more: str, file: Path = TINY) -> list[str]:
+        sections = yaml.safe_load(file.read_text()).keys() | {"tracking", "cluster"}
+        small = [one for one in SMALL if re.split("[.=]", one)[0] in sections]
+        return [*small, f"store.uri={self.store.root}", f"data.downloads={self.sdist.parent}", *more]
 
     def config(self, *settings: str, file: Path = TINY) -> PipelineConfig:
         return load_pipeline(
-            file, self.overrides(*settings), {name: stage.settings for name, stage in stages().items()}
+            file, self.overrides(*settings, file=file), {name: stage.settings for name, stage in stages().items()}
         )
 
     def run(

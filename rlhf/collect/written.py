@@ -1,0 +1,47 @@
+"""The responses that a stage has collected so far, kept as they come: a killed run writes none of them twice."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rlhf.zero import group
+
+JOURNAL = "written.jsonl"
+
+
+class Written:
+    """Texts by their sample's global index, from 0 on; every rank knows all of them, and rank 0 keeps them in a file.
+
+    To make one is a collective.
+
+    attempt   where new ones are kept
+    attempts  all attempts at the key: the one that got furthest is continued
+    """
+
+    def __init__(self, attempt: Path, attempts: Sequence[Path]) -> None:
+        self._path = attempt / JOURNAL
+        self.texts: list[str] = group.from_main(lambda: self._take_up(attempts))
+
+    def left(self, samples: range, at_once: int) -> Iterator[range]:
+        """The samples that are not written yet, ``at_once`` at a time; earlier ones than ``samples`` must be there."""
+        for first in range(max(samples.start, len(self.texts)), samples.stop, at_once):
+            yield range(first, min(first + at_once, samples.stop))
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Keep the next samples' texts."""
+        self.texts += texts
+        if group.is_main():
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(text) + "\n" for text in texts)
+
+    def _take_up(self, attempts: Sequence[Path]) -> list[str]:
+        found = max((_read(attempt / JOURNAL) for attempt in attempts), key=len, default=[])
+        self._path.write_text("".join(json.dumps(text) + "\n" for text in found), encoding="utf-8")
+        return found
+
+
+def _read(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    # What a kill left half-written at the end is written again.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]

@@ -1,0 +1,54 @@
+"""Collect: responses of one model or several to the same prompts, to be compared.
+
+In: the models, prompts.
+Out: ``train.jsonl`` and ``heldout.jsonl``, rows ``{"prompt", "responses", "models"}``.
+
+All models answer the same prompts, each response with random numbers of its own, so that neither the order in which
+things are done nor the number of ranks changes a response. Left out: choosing prompts by what the models are unsure of.
+"""
+
+from rlhf.collect.written import Written
+from rlhf.config.collect import CollectSettings
+from rlhf.data.jsonl import write_jsonl
+from rlhf.data.records import ResponseSet
+from rlhf.models.four import load_writer
+from rlhf.pipeline.context import Context
+from rlhf.rollout.prompts import draw, prompt_batch, read_prompts
+from rlhf.rollout.rollout import roll_out
+from rlhf.zero import group
+
+
+def run(context: Context[CollectSettings]) -> dict[str, float]:
+    """Write the sets; final metrics: ``sets``, ``responses`` and ``repeated``, the share that another equals."""
+    settings, folder = context.settings, context.inputs["prompts"]
+    train = draw(read_prompts(folder / "train.jsonl"), settings.prompts, settings.seed)
+    prompts = [*train, *read_prompts(folder / "heldout.jsonl")[: settings.prompts_heldout]]
+    models = [writer.shown for writer in settings.models for _ in range(writer.responses)]
+    total = len(models) * len(prompts)
+    written = Written(context.attempt, context.attempts)
+
+    end = 0
+    for writer in settings.models:
+        # Sample s is the response number s // len(prompts) to prompt number s % len(prompts).
+        start, end = end, end + writer.responses * len(prompts)
+        if len(written.texts) >= end:
+            continue
+        context.progress(f"loading {writer.shown}", start, total)
+        policy = load_writer(context, writer)
+        for samples in written.left(range(start, end), settings.micro_batch_size * group.world_size()):
+            asked = [prompts[sample % len(prompts)] for sample in samples]
+            batch = prompt_batch(asked, samples, policy.tokenizer, settings.max_prompt_length)
+            written.add(roll_out(policy, batch, settings.seed, settings.max_new_tokens).texts)
+            context.progress(f"{writer.shown}: response {samples.stop} of {total}", samples.stop, total)
+
+    sets = [
+        ResponseSet.model_validate(
+            {"prompt": prompt, "responses": written.texts[number :: len(prompts)], "models": models}
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    if group.is_main():
+        write_jsonl(context.output / "train.jsonl", sets[: len(train)])
+        write_jsonl(context.output / "heldout.jsonl", sets[len(train) :])
+    distinct = sum(len(set(one.responses)) for one in sets)
+    return {"sets": len(sets), "responses": total, "repeated": 1 - distinct / total}

@@ -1,0 +1,33 @@
+"""Compare: collected responses, and what a judge says of them.
+
+In: sets of responses.
+Out: ``train.jsonl`` and ``heldout.jsonl``, comparison sets with the models that wrote the responses, for ``rank``.
+
+The judge is a file of people's answers, a Python function, or a language model that sees each pair in both orders. Sets
+of which it says nothing are left out and counted.
+"""
+
+from rlhf.collect.judges import judge_of
+from rlhf.collect.sets import name_of
+from rlhf.config.collect import CompareSettings
+from rlhf.data.jsonl import read_jsonl, write_jsonl
+from rlhf.data.records import ResponseSet
+from rlhf.pipeline.context import Context
+
+
+def run(context: Context[CompareSettings]) -> dict[str, float]:
+    """Write the sets; final metrics: ``train``, ``heldout``, ``left_out``, and what the judge reports of itself."""
+    judge = judge_of(context.settings)
+    folder = context.inputs["responses"]
+    parts = {part: list(read_jsonl(folder / f"{part}.jsonl", ResponseSet)) for part in ("train", "heldout")}
+    counts: dict[str, float] = {}
+    left_out = 0
+    for part, sets in parts.items():
+        compared = list(judge.compare(sets, context))
+        counts[part] = write_jsonl(context.output / f"{part}.jsonl", compared)
+        left_out += len({name_of(one) for one in sets} - {name_of(one) for one in compared})
+    metrics = counts | {"left_out": left_out} | judge.metrics()
+    judge.close()
+    if left_out:
+        context.note(f"{left_out} sets are left out, because nothing was said of them")
+    return metrics

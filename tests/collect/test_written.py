@@ -1,0 +1,27 @@
+from pathlib import Path
+
+import pytest
+
+from rlhf.collect.written import JOURNAL, Written
+
+pytestmark = pytest.mark.slow
+
+
+def test_what_was_written_is_continued_from_where_it_got_furthest(group: None, tmp_path: Path) -> None:
+    """Texts of any kind come back as they were; a line that a kill cut off is written again."""
+    attempts = [tmp_path / name for name in ("1", "2", "3", "4")]
+    for attempt in attempts:
+        attempt.mkdir()
+    first = Written(attempts[0], attempts[:1])
+    assert list(first.left(range(0, 5), 2)) == [range(0, 2), range(2, 4), range(4, 5)]
+    first.add(["a\nb", "ü\u2028"])
+    first.add([""])
+    with (attempts[0] / JOURNAL).open("a") as file:
+        file.write('"cut')
+    Written(attempts[1], attempts[:2]).add([])
+    second = Written(attempts[2], attempts[:3])
+    assert second.texts == ["a\nb", "ü\u2028", ""]
+    assert list(second.left(range(2, 5), 2)) == [range(3, 5)]
+    second.add(["d", "e"])
+    assert Written(attempts[3], attempts).texts == ["a\nb", "ü\u2028", "", "d", "e"]
+    assert list(second.left(range(0, 5), 2)) == []
