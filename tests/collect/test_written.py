@@ -13,7 +13,7 @@ def test_what_was_written_is_continued_from_where_it_got_furthest(group: None, t
     for attempt in attempts:
         attempt.mkdir()
     first = Written(attempts[0], attempts[:1])
-    assert list(first.left(range(0, 5), 2)) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert list(first.left(range(5), 2)) == [range(2), range(2, 4), range(4, 5)]
     first.add(["a\nb", "ü\u2028"])
     first.add([""])
     with (attempts[0] / JOURNAL).open("a") as file:
@@ -24,4 +24,4 @@ def test_what_was_written_is_continued_from_where_it_got_furthest(group: None, t
     assert list(second.left(range(2, 5), 2)) == [range(3, 5)]
     second.add(["d", "e"])
     assert Written(attempts[3], attempts).texts == ["a\nb", "ü\u2028", "", "d", "e"]
-    assert list(second.left(range(0, 5), 2)) == []
+    assert list(second.left(range(5), 2)) == []
