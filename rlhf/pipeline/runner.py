@@ -227,6 +227,7 @@ class Runner:
         if (ref is None or ref.key != one.record.key) and not self.store.set_ref(
             self.config.name, one.name, one.record.key
         ):
+            self.store.delete_ref(self.config.name, one.name)
             return False
         self.display.update(one.name, state="cached", key=one.record.key, why=one.why)
         return True

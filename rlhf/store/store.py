@@ -275,7 +275,7 @@ class Store:
     def set_ref(self, pipeline: str, stage: str, key: str, *, imported: bool = False) -> bool:
         """Note the key that a pipeline's stage has now, and whether it stays so whatever the settings are.
 
-        Says whether the key has a result: False where garbage collection was quicker.
+        Says whether the key has a result: False where garbage collection was quicker, and the ref names nothing.
         """
         _refuse_malformed(key, "key")
         name = f"refs/{_one_name(pipeline)}/{_one_name(stage)}"
