@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.store import ActionRecord, Store
 from tests.faults.stepped import stepped
-from tests.store.helpers import KEY, files_under, made, make, write_files
+from tests.store.helpers import KEY, files_under, made, make, results, write_files
 
 GARBAGE = {"model.safetensors": b"weights" * 10, "tokenizer.json": b"{}"}
 SIBLING = {"model.safetensors": b"others" * 10, "tokenizer.json": b"{}"}
@@ -42,10 +42,9 @@ def commit_a_sibling(store: Store) -> ActionRecord | None:
 
 def adopt(store: Store) -> ActionRecord | None:
     """What a run does that finds the result it needs."""
-    for key in store.keys():
-        record = store.lookup(key)
+    for record in results(store).values():
         if record is not None and record.stage == "ppo":
-            if store.set_ref("mine", "ppo", key):
+            if store.set_ref("mine", "ppo", record.key):
                 return record
             store.delete_ref("mine", "ppo")
     return None
@@ -120,9 +119,11 @@ def test_a_collection_between_any_two_steps_of_a_commit_takes_nothing_from_it(qu
 
 @pytest.mark.rounds(60, 2000)
 def test_a_collection_and_another_that_overlap_anyhow(quick: Path, seed: int):
-    """Two at a time, each stopped once at a moment of its own while the other goes on."""
+    """Two at a time, each stopped once at a moment of its own while the other goes on; what the other was told is
+    committed is found by a reader at any later moment."""
     rng = random.Random(seed)
-    actor, first, second = rng.choice(ACTORS), rng.randint(1, 110), rng.randint(1, 60)
+    actor, first, second = rng.choice(ACTORS), rng.randint(1, 110), rng.choice([rng.randint(1, 60), 1000])
+    third = first + rng.randint(0, 30)
     prepare(quick / "store")
     stopped, go_on = threading.Event(), threading.Event()
     told: list[ActionRecord | None] = []
@@ -142,6 +143,10 @@ def test_a_collection_and_another_that_overlap_anyhow(quick: Path, seed: int):
         if number == first:
             other.start()
             assert stopped.wait(SECONDS)
+        if number == third and told and told[0] is not None:
+            reader = Store.open(quick / "store", create=False)
+            assert reader.lookup(told[0].key) == told[0]
+            assert reader.notices == []
 
     stepped(quick / "store", before).collect_garbage(0)
     if other.ident is None:

@@ -77,6 +77,11 @@ def make(
     return store.commit(record) if pipeline is None else store.publish(record, pipeline, stage)
 
 
+def results(store: Store) -> dict[str, ActionRecord | None]:
+    """What a reader finds under each key."""
+    return {key: store.lookup(key) for key in store.keys()}  # noqa: SIM118 - not a mapping
+
+
 def flip_bit(path: Path, position: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
