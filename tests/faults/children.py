@@ -1,5 +1,6 @@
 """Programs that these tests run as processes of their own: python -m tests.faults.children NAME ARGUMENT..."""
 
+import io
 import json
 import os
 import random
@@ -8,19 +9,24 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from rlhf import cli
 from rlhf.errors import LeaseHeldError
 from rlhf.store import ActionRecord, Store, key_of, lease
+from tests.pipeline.toys import KNOWN
 from tests.store.helpers import KEY, files_under, made, make, put, record_of, results, write_files
 
 STAGES = ("data", "sft", "ppo")
 OPERATIONS = ("open", "os.mkdir", "os.chmod", "os.link", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
-def say(**facts: Any) -> None:
+def say(*parts: dict[str, Any], **facts: Any) -> None:
+    for part in parts:
+        facts |= part
     print(json.dumps(facts), flush=True)
 
 
@@ -207,6 +213,52 @@ def watch(root: str, hours: str) -> None:
         say(taken=False, what=error.what)
 
 
+# ---- storage that refuses
+
+
+def ask(*words: str) -> dict[str, Any]:
+    """Run the program in this process, with the toy stages."""
+    cli.stages = lambda: KNOWN
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = cli.main(words)
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def fill(folder: str, model: str, config: str, room: str) -> None:
+    """Import a model into a store on a file system with so many bytes of room, and again when there is more."""
+    ballast = Path(folder) / "ballast"
+    with ballast.open("wb") as file:
+        file.write(bytes(shutil.disk_usage(folder).free))
+        file.truncate(file.tell() - int(room))
+    free = shutil.disk_usage(folder).free
+    command = ("import", model, "--as", "total", "--config", config)
+    first = ask(*command)
+    store = Store.open(Path(folder) / "store", create=False)
+    records, damaged = len(results(store)), len(store.verify().damaged)
+    blobs = len(files_under(store.root / "blobs"))
+    ballast.unlink()
+    say(
+        first,
+        free=free,
+        records=records,
+        damaged=damaged,
+        blobs=blobs,
+        again=ask(*command),
+        verified=ask("verify", "--config", config)["status"],
+    )
+
+
+def only_read(config: str, target: str) -> None:
+    """Ask for everything that needs no writing, and then for what does."""
+    option = ("--config", config)
+    commands = ("plan", "status", "explain total", "lineage", "verify", "gc")
+    answers = {command: ask(*command.split(), *option) for command in commands}
+    answers["export"] = ask("export", "total", target, *option)
+    answers["run"] = ask("run", *option, "total.factor=3")
+    say(answers=answers, exported=sorted(files_under(Path(target))), modules="ray" in sys.modules)
+
+
 if __name__ == "__main__":
-    programs = {f.__name__: f for f in (killed_commit, killed_collection, race, work, watch)}
+    programs = {f.__name__: f for f in (killed_commit, killed_collection, race, work, watch, fill, only_read)}
     programs[sys.argv[1]](*sys.argv[2:])

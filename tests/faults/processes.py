@@ -1,13 +1,31 @@
 """Starting the programs in children.py and hearing them out."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
+
+
+def surroundings(mount: str, folder: Path) -> list[str]:
+    """The start of a command that runs the rest with something mounted on a folder, seen by nobody else.
+
+    mount  shell commands, in which "$0" is the folder
+
+    Skips the test where that is not permitted, and fails it with CI=true.
+    """
+    folder.mkdir(exist_ok=True)
+    command = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', str(folder)]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode != 0:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("mounting is not permitted here")
+    return command
 
 
 def child(*arguments: str | Path, within: Sequence[str] = ()) -> "subprocess.Popen[str]":
@@ -31,6 +49,11 @@ def say(process: "subprocess.Popen[str]") -> None:
 
 def finish(process: "subprocess.Popen[str]", seconds: float = 120.0) -> list[dict[str, Any]]:
     """Let a child end by itself; all that it still says."""
-    out, _ = process.communicate("\n", timeout=seconds)
+    try:
+        out, _ = process.communicate("\n", timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
     assert process.returncode == 0
     return [json.loads(line) for line in out.splitlines()]
