@@ -40,8 +40,17 @@ from rlhf.errors import InterruptedRunError, RequestError, RlhfError
 from rlhf.pipeline import documents
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.stage import stages
-from rlhf.store import Store
-from rlhf.terminal import Display, key_values, leaderboard_table, plan_table, print_error, samples_table
+from rlhf.store import GRACE_SECONDS, Store
+from rlhf.terminal import (
+    Display,
+    gc_table,
+    key_values,
+    leaderboard_table,
+    plan_table,
+    print_error,
+    samples_table,
+    usage_line,
+)
 
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
 SECONDS_TO_STOP = 30.0
@@ -215,7 +224,12 @@ def plan_(request: Request) -> None:
 def status(request: Request) -> None:
     """Show what is done, running and failed."""
     document = documents.status_document(request.config, needed(request.planned(), request.names), request.store())
-    request.answer(document, lambda: request.out.print(plan_table(document["stages"])))
+
+    def show() -> None:
+        request.out.print(plan_table(document["stages"]))
+        request.out.print(usage_line(document["usage"]))
+
+    request.answer(document, show)
 
 
 def explain(request: Request) -> None:
@@ -288,6 +302,17 @@ def verify(request: Request) -> int:
 
     request.answer({"checked": report.checked, "damaged": damaged}, show)
     return 1 if damaged else 0
+
+
+def gc(request: Request) -> None:
+    """Remove results that no pipeline needs any more, and other old leftovers."""
+    hours = request.arguments.grace
+    if not 0 <= hours < math.inf:
+        raise RequestError(f"--grace is {hours}, and must be a number from 0 on", "command line", "--grace 24")
+    dry_run: bool = request.arguments.dry_run
+    report = request.store().collect_garbage(hours * 3600, dry_run=dry_run)
+    document = documents.gc_document(report, hours, dry_run=dry_run)
+    request.answer(document, lambda: request.out.print(gc_table(document)))
 
 
 def import_(request: Request) -> None:
@@ -490,6 +515,7 @@ COMMANDS: dict[str, Callable[[Request], int | None]] = {
     "lineage": lineage,
     "leaderboard": leaderboard,
     "verify": verify,
+    "gc": gc,
     "import": import_,
     "export": export,
     "generate": generate,
@@ -498,7 +524,7 @@ COMMANDS: dict[str, Callable[[Request], int | None]] = {
     "data": data,
     "annotate": annotate,
 }
-WITH_JSON = ("plan", "status", "explain", "lineage", "leaderboard", "verify", "doctor")
+WITH_JSON = ("plan", "status", "explain", "lineage", "leaderboard", "verify", "gc", "doctor")
 
 
 def parser_of(command: str) -> Parser:
@@ -515,6 +541,15 @@ def parser_of(command: str) -> Parser:
     match command:
         case "verify":
             parser.add_argument("--repair", action="store_true", help="move what is damaged to quarantine")
+        case "gc":
+            parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+            parser.add_argument(
+                "--grace",
+                type=float,
+                default=GRACE_SECONDS / 3600,
+                metavar="HOURS",
+                help="keep what was needed or written in the last hours (default: 336, two weeks)",
+            )
         case "import":
             parser.add_argument("--as", dest="as_", metavar="STAGE", default="sft", help="the stage whose result it is")
             parser.add_argument("--forget", action="store_true", help="undo the import of a stage")

@@ -7,6 +7,7 @@ terminal.
 
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -229,6 +230,48 @@ def key_values(values: Mapping[str, Any]) -> Table:
     for name, value in values.items():
         table.add_row(Text(name), Text(_printable(_value(value))))
     return table
+
+
+def gc_table(document: Mapping[str, Any]) -> Table:
+    """Return what garbage collection removed and what stays, out of what its ``--json`` prints."""
+    stages = Counter(str(one["stage"]) for one in document["results"])
+    named = {
+        "records": "results",
+        "unfinished": "unfinished writes",
+        "quarantine": "quarantined",
+        "leases": "stale leases",
+    }
+    values: dict[str, str] = {}
+    for kind, heap in document["removed"].items():
+        if heap["files"]:
+            files = f"{heap['files']} {'file' if heap['files'] == 1 else 'files'}, {_bytes(heap['bytes'])}"
+            of_stages = ", ".join(f"{stage} {count}" for stage, count in sorted(stages.items()))
+            values[named.get(kind, kind)] = f"{heap['files']}: {of_stages}" if kind == "records" else files
+    kept = document["kept"]
+    young = f", {kept['young']} of them younger than {document['grace_hours']:g} hours" if kept["young"] else ""
+    needed = "; ".join(f"{pipeline}: {', '.join(names)}" for pipeline, names in sorted(kept["pipelines"].items()))
+    values["stays"] = f"{kept['results']} results{young}, {_bytes(kept['blobs']['bytes'])} of blobs"
+    if needed:
+        values["needed by"] = needed
+    table = key_values(values)
+    table.title = "would remove" if document["dry_run"] else "removed"
+    table.title_justify = "left"
+    if len(values) == 1 + bool(needed):
+        table.title += " nothing"
+    return table
+
+
+def usage_line(usage: Mapping[str, int]) -> str:
+    """Return how much the store holds, in one line: the same files twice take their room once."""
+    files, blobs, free = (_bytes(usage[name]) for name in ("file_bytes", "blob_bytes", "free_bytes"))
+    return f"store: {usage['artifacts']} artifacts, {files} of files in {blobs} of blobs, {free} free"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def print_error(console: Console, error: RlhfError) -> None:

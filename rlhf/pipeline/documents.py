@@ -1,14 +1,15 @@
-"""What ``plan``, ``status``, ``explain`` and ``lineage`` answer, as JSON values (their shapes are a contract)."""
+"""What ``plan``, ``status``, ``explain``, ``lineage`` and ``gc`` answer: JSON values whose shapes are a contract."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError
 from rlhf.pipeline.context import FAILURE
 from rlhf.pipeline.plan import Planned, changes
-from rlhf.store import ActionRecord, Store
+from rlhf.store import ActionRecord, GarbageReport, Store
 
 Document = dict[str, Any]
 
@@ -23,11 +24,12 @@ def plan_document(config: PipelineConfig, planned: Mapping[str, Planned], store:
 
 
 def status_document(config: PipelineConfig, planned: Mapping[str, Planned], store: Store) -> Document:
-    """As :func:`plan_document`, with what is running and what failed."""
+    """As :func:`plan_document`, with what is running and what failed, and how much the store holds."""
     return {
         "pipeline": config.name,
         "store": str(store.root),
         "stages": [_stage(one, *_status(one, store)) for one in planned.values()],
+        "usage": asdict(store.usage()),
     }
 
 
@@ -88,6 +90,22 @@ def _unknown_origin(entry: Mapping[str, str | None]) -> Document:
     """What is known of an input that came from outside, or whose record is gone."""
     artifact, key = entry["artifact"], entry["key"]
     return {"artifact": artifact, "stage": None, "key": key, "settings": {}, "inputs": {}, "provenance": {}}
+
+
+def gc_document(report: GarbageReport, grace_hours: float, *, dry_run: bool) -> Document:
+    """What garbage collection removed or would remove, and what stays."""
+    return {
+        "dry_run": dry_run,
+        "grace_hours": grace_hours,
+        "removed": {kind: asdict(heap) for kind, heap in report.removed.items()},
+        "results": [{"stage": one.stage, "key": one.key, "artifact": one.artifact} for one in report.results],
+        "kept": {
+            "results": report.kept,
+            "young": report.young,
+            "blobs": asdict(report.kept_blobs),
+            "pipelines": report.needed,
+        },
+    }
 
 
 def find_record(target: str | None, planned: Mapping[str, Planned], store: Store) -> ActionRecord:

@@ -23,11 +23,8 @@ from rlhf.pipeline.context import FAILURE, NOTES, PROGRESS, Context
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
-from rlhf.store import ActionRecord, Store, digest_of
+from rlhf.store import SCRATCH, ActionRecord, Store, digest_of
 from rlhf.terminal import Display
-
-# What a commit makes superfluous in an attempt; logs and metrics stay.
-SCRATCH = ("inputs", "output", "checkpoints", "policy", "reward", "ray")
 
 
 @dataclass
@@ -52,9 +49,10 @@ class Runner:
             planned = needed(plan(self.config, self.known, self.store), targets)
             self._tell_notices()
             for one in planned.values():
-                if one.record is not None and one.name not in told:
-                    self._adopt(one)
+                if one.record is not None and one.name not in told and self._adopt(one):
                     told.add(one.name)
+            if any(one.record is not None and one.name not in told for one in planned.values()):
+                continue  # collected as garbage between the look and the ref
             missing = [one for one in planned.values() if one.record is None]
             _refuse_lost_imports(missing)
             if not missing:
@@ -77,8 +75,8 @@ class Runner:
         assert one.key is not None
         with self.store.lease(one.key, timeout=None, on_wait=lambda message: self._wait(one, message)):
             # Somebody may have committed it while we waited for the lease.
-            if (record := self.store.lookup(one.key)) is not None:
-                self.store.set_ref(self.config.name, one.name, record.key)
+            record = self.store.lookup(one.key)
+            if record is not None and self.store.set_ref(self.config.name, one.name, record.key):
                 self.display.update(one.name, state="cached", key=record.key, why="made by another run")
                 return
             self._produce(one)
@@ -112,7 +110,7 @@ class Runner:
         assert one.key is not None
         try:
             manifest = self.store.put_artifact(attempt / "output", one.stage.kind)
-            record = self.store.commit(
+            self.store.publish(
                 ActionRecord(
                     key=one.key,
                     stage=one.stage.name,
@@ -124,12 +122,13 @@ class Runner:
                     provenance=provenance(),
                     seconds=round(seconds, 3),
                     attempt=attempt.name,
-                )
+                ),
+                self.config.name,
+                one.name,
             )
         except RequestError as error:
             # What the stage wrote is at fault, and not what the user asked for.
             raise StageError(f"{one.name} made no valid result: {error.what}", error.where, error.next_step) from error
-        self.store.set_ref(self.config.name, one.name, record.key)
         for name in SCRATCH:
             for folder in self.store.attempts(one.key):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -223,12 +222,17 @@ class Runner:
     def _cache(self) -> Path:
         return self.store.root / "cache"
 
-    def _adopt(self, one: Planned) -> None:
+    def _adopt(self, one: Planned) -> bool:
+        """Make a result that was found the stage's latest; False where it is gone by then."""
         assert one.record is not None
         ref = self.store.refs(self.config.name).get(one.name)
-        if ref is None or ref.key != one.record.key:
-            self.store.set_ref(self.config.name, one.name, one.record.key)
+        if (ref is None or ref.key != one.record.key) and not self.store.set_ref(
+            self.config.name, one.name, one.record.key
+        ):
+            self.store.delete_ref(self.config.name, one.name)
+            return False
         self.display.update(one.name, state="cached", key=one.record.key, why=one.why)
+        return True
 
     def _wait(self, one: Planned, message: str) -> None:
         self.display.update(one.name, state="waiting", message=message)

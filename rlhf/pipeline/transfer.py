@@ -18,7 +18,7 @@ from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
 from rlhf.store import ActionRecord, Store, key_of
-from rlhf.store.backend import translated
+from rlhf.store.backend import free_bytes_at, no_room, translated
 
 IMPORT = "import"
 KINDS = {"sft": "policy", "rm": "reward-model"}
@@ -51,30 +51,34 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
     try:
         with translated(staged):
             _copy(folder, staged)
-        manifest = store.put_artifact(staged, stage.kind)
+        digest = store.put_artifact(staged, stage.kind).digest
+        return store.publish(
+            ActionRecord(
+                key=key_of(IMPORT, 1, {"as": stage.name}, {"folder": digest}),
+                stage=IMPORT,
+                version=1,
+                settings={"as": stage.name},
+                inputs={"folder": {"artifact": digest, "part": "", "digest": digest, "key": None}},
+                artifact=digest,
+                metrics={},
+                provenance=provenance(),
+                seconds=0.0,
+                attempt="import",
+            ),
+            config.name,
+            instance,
+            imported=True,
+        )
     finally:
         shutil.rmtree(staged.parent, ignore_errors=True)
         with suppress(OSError):  # another import of the stage may be under way
             staged.parent.parent.rmdir()
-    record = store.commit(
-        ActionRecord(
-            key=key_of(IMPORT, 1, {"as": stage.name}, {"folder": manifest.digest}),
-            stage=IMPORT,
-            version=1,
-            settings={"as": stage.name},
-            inputs={"folder": {"artifact": manifest.digest, "part": "", "digest": manifest.digest, "key": None}},
-            artifact=manifest.digest,
-            metrics={},
-            provenance=provenance(),
-            seconds=0.0,
-            attempt="import",
-        )
-    )
-    store.set_ref(config.name, instance, record.key, imported=True)
-    return record
 
 
 def _copy(folder: Path, target: Path) -> None:
+    needed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if needed > free_bytes_at(target):
+        raise no_room(target, needed)
     left_out = shutil.ignore_patterns(".*", "README.md", "*.bin", "*.pt", "*.pth", "training_args*")
     try:
         shutil.copytree(folder, target, ignore=left_out)

@@ -1,22 +1,28 @@
 """The artifact store: keys, blobs, manifests, commits, leases and verification."""
 
 from rlhf.store.backend import Backend
+from rlhf.store.garbage import SCRATCH, GarbageReport, Heap
 from rlhf.store.keys import canonical_json, digest_file, digest_of, key_of
 from rlhf.store.lease import LEASE_SECONDS, Holder
-from rlhf.store.records import ActionRecord, Manifest, PayloadFile
-from rlhf.store.store import Ref, Store
+from rlhf.store.records import ActionRecord, Manifest, PayloadFile, Ref
+from rlhf.store.store import GRACE_SECONDS, Store, Usage
 from rlhf.store.verify import Damage, VerifyReport
 
 __all__ = [
+    "GRACE_SECONDS",
     "LEASE_SECONDS",
+    "SCRATCH",
     "ActionRecord",
     "Backend",
     "Damage",
+    "GarbageReport",
+    "Heap",
     "Holder",
     "Manifest",
     "PayloadFile",
     "Ref",
     "Store",
+    "Usage",
     "VerifyReport",
     "canonical_json",
     "digest_file",

@@ -4,6 +4,7 @@ Names are relative POSIX paths such as ``actions/<key>.json``.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -17,7 +18,7 @@ from rlhf.errors import DiskFullError, StoreUnreachableError, is_no_room
 
 # The answers where a hard link cannot be made: another device, no such feature, too many links, not permitted.
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-# EFBIG is the answer to a process whose file-size limit (ulimit -f) is reached.
+_FICLONE = 0x40049409
 
 
 class FileState(NamedTuple):
@@ -79,6 +80,22 @@ class Backend(Protocol):
         """Return how many bytes can still be written."""
         ...
 
+    def now(self) -> float:
+        """Tell the time, in seconds, by the clock that ``stamped`` goes by."""
+        ...
+
+    def stamped(self, name: str) -> float | None:
+        """Tell when a file was written, moved or stamped, in seconds by the storage's clock; None: there is none."""
+        ...
+
+    def stamp(self, name: str) -> None:
+        """Make a file as young as one just written, if it is there and that is permitted; its version stays."""
+        ...
+
+    def unfinished(self) -> list[str]:
+        """List what writers left that were killed, or are at work: files that have not got their name yet."""
+        ...
+
 
 class LocalBackend:
     """A folder of a file system with hard links and atomic renames, such as ext4, XFS, tmpfs or NFS."""
@@ -122,7 +139,7 @@ class LocalBackend:
             if link and _link_durably(source, path):
                 return True
             with _temporary_beside(path) as temporary:
-                shutil.copyfile(source, temporary)
+                _copy(source, temporary)
                 _seal(temporary)
                 return _publish(temporary, path)
 
@@ -168,7 +185,7 @@ class LocalBackend:
             except OSError as error:
                 if error.errno not in _CANNOT_LINK:
                     raise
-                shutil.copyfile(path, target)
+                _copy(path, target)
                 target.chmod(0o444)
 
     def names(self, folder: str) -> list[str]:
@@ -210,6 +227,44 @@ class LocalBackend:
         with translated(self.root):
             return free_bytes_at(self.root)
 
+    def now(self) -> float:
+        """Write a probe and read its change time: a server's clock need not be this machine's."""
+        probe = self.root / f".probe-{secrets.token_hex(8)}"
+        with translated(probe):
+            try:
+                probe.touch()
+                return probe.stat().st_ctime
+            finally:
+                probe.unlink(missing_ok=True)
+
+    def stamped(self, name: str) -> float | None:
+        """Return a file's change time, which a hard link made or removed and a rename move too."""
+        path = self.root / name
+        with translated(path):
+            try:
+                return path.stat().st_ctime
+            except FileNotFoundError:
+                return None
+
+    def stamp(self, name: str) -> None:
+        """Set a file's mode to what it is, which moves its change time and not its modification time."""
+        path = self.root / name
+        with translated(path):
+            try:
+                path.chmod(path.stat().st_mode & 0o777)
+            except (FileNotFoundError, PermissionError):  # somebody else's file stays as old as it is
+                return
+
+    def unfinished(self) -> list[str]:
+        """List the temporary files: those with a leading dot, outside the attempts and the cache."""
+        found: list[str] = []
+        with translated(self.root):
+            for here, folders, files in os.walk(self.root):
+                if Path(here) == self.root:
+                    folders[:] = [folder for folder in folders if folder not in ("work", "cache")]
+                found.extend((Path(here) / file).relative_to(self.root).as_posix() for file in files if file[0] == ".")
+        return sorted(found)
+
 
 @contextmanager
 def translated(path: Path, needed: int = 0) -> Generator[None, None, None]:
@@ -218,17 +273,24 @@ def translated(path: Path, needed: int = 0) -> Generator[None, None, None]:
         yield
     except OSError as error:
         if is_no_room(error):
-            raise DiskFullError(
-                f"No room for a file: {needed} bytes needed, {free_bytes_at(path)} bytes free ({error.strerror}).",
-                where=str(path),
-                next_step="Free some space, or set store.uri to a larger file system; then run the same command again.",
-            ) from error
+            raise no_room(path, needed, error.strerror or str(error)) from error
         raise StoreUnreachableError(
             f"The store cannot be read or written: {error.strerror or error}.",
             where=str(path),
             next_step="Check that the file system is mounted, writable for you and able to make hard links, "
             "or set store.uri to another one; then run the same command again.",
         ) from error
+
+
+def no_room(path: Path, needed: int, why: str = "") -> DiskFullError:
+    """Say that ``needed`` bytes do not fit at a path."""
+    reason = f" ({why})" if why else ""
+    return DiskFullError(
+        f"No room for a file: {needed} bytes needed, {free_bytes_at(path)} bytes free{reason}.",
+        where=str(path),
+        next_step="Free some space (rlhf gc removes what nothing needs), or set store.uri to a larger file system; "
+        "then run the same command again.",
+    )
 
 
 def free_bytes_at(path: Path) -> int:
@@ -254,6 +316,28 @@ def _temporary_beside(path: Path) -> Generator[Path, None, None]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, sharing its blocks where the file system can (a reflink), else after making sure that it fits.
+
+    Raises DiskFullError where it does not.
+    """
+    if _share_blocks(source, target):
+        return
+    if (size := source.stat().st_size) > free_bytes_at(target):
+        raise no_room(target, size)
+    shutil.copyfile(source, target)
+
+
+def _share_blocks(source: Path, target: Path) -> bool:
+    """Make a new file of another's blocks (ioctl_ficlone(2)); False where the file system cannot."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+        except OSError:
+            return False
+    return True
 
 
 def _write(path: Path, data: bytes) -> None:

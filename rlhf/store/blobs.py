@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from rlhf.store.backend import Backend, FileState
 from rlhf.store.records import PayloadFile
+from rlhf.store.trash import is_there
 
 FOLDER = "blobs/sha256"
 _HASHING_THREADS = 8
@@ -49,6 +50,8 @@ class Blobs:
         unread: dict[str, FileState] = {}
         for sha256, size in {file.sha256: file.size for file in files}.items():
             state = self._backend.state(blob_name(sha256))
+            if state is None and is_there(self._backend, blob_name(sha256)):
+                state = self._backend.state(blob_name(sha256))
             if state is None:
                 bad[sha256] = "is missing"
             elif state.size != size:

@@ -1,6 +1,7 @@
 """What the store writes down: manifests, which say what an artifact is, and action records, which say what made it."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -8,6 +9,9 @@ from typing import Any, Self, cast
 
 from rlhf.errors import DamageError, RequestError, RlhfError
 from rlhf.store.keys import canonical_json, digest_of
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+_IMPORTED = "imported"
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,25 @@ class ActionRecord:
             return cls(**unseal(data))
         except TypeError as error:
             raise DamageError(f"does not have an action record's fields ({error})") from error
+
+
+@dataclass(frozen=True)
+class Ref:
+    """What a pipeline's stage had last."""
+
+    key: str
+    imported: bool
+    """Whether somebody said that this is the stage's result, whatever its settings are."""
+
+    def to_bytes(self) -> bytes:
+        """Write the ref's file."""
+        return f"{self.key} {_IMPORTED}\n".encode() if self.imported else f"{self.key}\n".encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Ref | None":
+        """Read a ref's file; None where it does not hold a key."""
+        key, *words = data.decode(errors="replace").split() or [""]
+        return cls(key, bool(words)) if DIGEST.fullmatch(key) and words in ([], [_IMPORTED]) else None
 
 
 def refuse_escape(path: str) -> None:

@@ -7,10 +7,14 @@
     leases/<key>                who is working on a key
     refs/<pipeline>/<stage>     the key that a pipeline's stage had last, and whether somebody imported it
     quarantine/                 what was found damaged
+    trash/                      what garbage collection has hidden and not yet deleted
     cache/                      what may be lost: each node's memory of the blobs it has hashed
 
 Blobs are written first, then the manifest, then the action record, which is created only if there is none: so a reader
 sees a whole result or none, whoever is killed whenever.
+
+Whoever writes a reference looks afterwards whether what it refers to is there; garbage collection first hides a file
+and then reads the references. So one of the two sees the other, and neither grace nor lease is needed for it.
 """
 
 import errno
@@ -19,8 +23,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -28,12 +32,13 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 from rlhf.errors import DamageError, RequestError, SettingsError, TryAgainError
-from rlhf.store.backend import Backend, LocalBackend, make_folder, translated
+from rlhf.store.backend import Backend, LocalBackend, make_folder, no_room, translated
 from rlhf.store.blobs import Blobs, blob_name, in_parallel
+from rlhf.store.garbage import GarbageReport, collect
 from rlhf.store.keys import digest_file, key_of
 from rlhf.store.lease import Holder, hold, holder_of
 from rlhf.store.payload import payload_paths
-from rlhf.store.records import ActionRecord, Manifest, PayloadFile
+from rlhf.store.records import DIGEST, ActionRecord, Manifest, PayloadFile, Ref
 from rlhf.store.verify import (
     Damage,
     VerifyReport,
@@ -45,19 +50,23 @@ from rlhf.store.verify import (
     verify_all,
 )
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _ATTEMPT = re.compile(r"[0-9]{6}-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}")
-_COMMIT_TRIES = 5
-_IMPORTED = "imported"
+_TRIES = 5
+GRACE_SECONDS = 14 * 24 * 3600.0
+"""How long a result that nothing needs any more stays before garbage collection removes it: two weeks."""
 
 
 @dataclass(frozen=True)
-class Ref:
-    """What a pipeline's stage had last."""
+class Usage:
+    """How much a store holds."""
 
-    key: str
-    imported: bool
-    """Whether somebody said that this is the stage's result, whatever its settings are."""
+    artifacts: int
+    file_bytes: int
+    """Bytes of all files of all artifacts."""
+    blob_bytes: int
+    """Bytes that they take, equal files once."""
+    free_bytes: int
+    """Bytes that can still be written."""
 
 
 class Store:
@@ -69,6 +78,8 @@ class Store:
         """What the user should be told: damage that was found, and where it was moved."""
         self._backend = backend
         self._blobs = Blobs(backend, root / "cache")
+        self._put: dict[str, tuple[Path, str]] = {}
+        """Folder and kind of each artifact that was stored here, to store it again should it be collected too early."""
 
     @classmethod
     def open(cls, uri: str | Path, *, create: bool = True) -> Self:
@@ -89,26 +100,30 @@ class Store:
         """Store a folder's files as an artifact; storing the same files again writes nothing.
 
         Files under the store's own ``work/`` become the blobs by hard link: after this call they are read-only and must
-        not be written again. Files from elsewhere are copied. Raises RequestError for what must not be in an artifact,
-        and for a file that changes meanwhile.
+        not be written again, and they must stay until the artifact is committed. Files from elsewhere are copied.
+        Raises RequestError for what must not be in an artifact, and for a file that changes meanwhile; DiskFullError,
+        before anything is copied, where there is no room.
         """
         paths = payload_paths(folder)
         with translated(folder):
             before = {name: path.stat() for name, path in paths.items()}
             digests = in_parallel(digest_file, paths.values())
-            files = [
-                PayloadFile(name, before[name].st_size, sha256) for name, sha256 in zip(paths, digests, strict=True)
-            ]
-            manifest = Manifest.of(kind, files)
-            link = folder.resolve().is_relative_to((self.root / "work").resolve())
+        files = [PayloadFile(name, before[name].st_size, sha256) for name, sha256 in zip(paths, digests, strict=True)]
+        manifest = Manifest.of(kind, files)
+        name = manifest_name(manifest.digest)
+        link = folder.resolve().is_relative_to((self.root / "work").resolve())
+        if not link:
+            self._refuse_no_room(files)
+        with translated(folder):
             for file in files:
                 self._put_blob(file, paths[file.path], before[file.path], link=link)
-        name = manifest_name(manifest.digest)
         try:
             read_manifest(self._backend, manifest.digest)
         except DamageError as error:
             self.notices.append(f"{name} {error.what}; {self._quarantine(name)}.")
-        self._backend.create(name, manifest.to_json())
+        if not self._backend.create(name, manifest.to_json()):
+            self._backend.stamp(name)
+        self._put[manifest.digest] = (folder.absolute(), kind)
         return manifest
 
     def manifest(self, digest: str) -> Manifest:
@@ -184,22 +199,29 @@ class Store:
                 next_step="Make the key with key_of from what the record says.",
             )
         data = record.to_json()
-        if self._backend.state(manifest_name(record.artifact)) is None:
-            raise DamageError(
-                f"Stage {record.stage} cannot be committed: artifact {record.artifact} is not in the store.",
-                where=str(self.root / manifest_name(record.artifact)),
-                next_step="Run the same command again.",
-            )
-        for _ in range(_COMMIT_TRIES):
-            if self._backend.create(action_name(key), data):
-                return ActionRecord.from_json(data)
-            winner = self.lookup(key)  # a damaged winner is moved away, and the name is free again
+        for _ in range(_TRIES):
+            self._put_again_if_gone(record)
+            self._backend.create(action_name(key), data)
+            # A winner that is damaged or whose artifact is collected in this moment is moved away: the name is free.
+            winner = self.lookup(key)
             if winner is not None:
                 return winner
         raise DamageError(
             f"Stage {record.stage} cannot be committed: a damaged record holds its place and cannot be moved.",
             where=str(self.root / action_name(key)),
             next_step="rlhf verify --repair, as a user who may write there.",
+        )
+
+    def publish(self, record: ActionRecord, pipeline: str, stage: str, *, imported: bool = False) -> ActionRecord:
+        """Commit a result and note it as the one that a pipeline's stage has; return the record that holds."""
+        for _ in range(_TRIES):
+            winner = self.commit(record)
+            if self.set_ref(pipeline, stage, winner.key, imported=imported):
+                return winner
+        raise DamageError(
+            f"Stage {stage} cannot be committed: its record vanishes as soon as it is written.",
+            where=str(self.root / action_name(record.key)),
+            next_step="Find out what removes files from the store, then run the same command again.",
         )
 
     def action(self, key: str) -> ActionRecord | None:
@@ -223,36 +245,50 @@ class Store:
         damage = artifact_damage(self._backend, self._blobs, record.artifact)
         if not damage:
             return record
+        # The record goes first, and comes back where the artifact is whole by then: its commit was still under way.
+        with suppress(TryAgainError):  # a read-only store: it is a miss all the same
+            aside = self._set_aside(action_name(key))
+            damage = artifact_damage(self._backend, self._blobs, record.artifact)
+            if not damage:
+                self._backend.create(action_name(key), record.to_json())
+                self._backend.delete(aside)
+                return self.lookup(key)
         fates = {item.file: self._quarantine(item.file) for item in damage}
         self._quarantine(manifest_name(record.artifact))
-        self._quarantine(action_name(key))
         told = "; ".join(f"{item.why} ({item.file} {fates[item.file]})" for item in damage)
         self.notices.append(f"Stage {record.stage}, key {key}: {told}. It counts as a miss.")
         return None
 
     def keys(self) -> list[str]:
         """List the keys of all action records, sorted."""
-        return [key for name in self._backend.names("actions") if _DIGEST.fullmatch(key := PurePosixPath(name).stem)]
+        return [key for name in self._backend.names("actions") if DIGEST.fullmatch(key := PurePosixPath(name).stem)]
 
     # ---- refs
 
-    def set_ref(self, pipeline: str, stage: str, key: str, *, imported: bool = False) -> None:
-        """Note the key that a pipeline's stage has now, and whether it stays so whatever the settings are."""
+    def set_ref(self, pipeline: str, stage: str, key: str, *, imported: bool = False) -> bool:
+        """Note the key that a pipeline's stage has now, and whether it stays so whatever the settings are.
+
+        Says whether the key has a result: False where garbage collection was quicker, and the ref names nothing.
+        """
         _refuse_malformed(key, "key")
-        text = f"{key} {_IMPORTED}\n" if imported else f"{key}\n"
-        self._backend.put(f"refs/{_one_name(pipeline)}/{_one_name(stage)}", text.encode())
+        name = f"refs/{_one_name(pipeline)}/{_one_name(stage)}"
+        self._stamp_result(name)
+        self._backend.put(name, Ref(key, imported).to_bytes())
+        return self.lookup(key) is not None
 
     def delete_ref(self, pipeline: str, stage: str) -> None:
-        """Forget the key of a pipeline's stage; what it names stays."""
-        self._backend.delete(f"refs/{_one_name(pipeline)}/{_one_name(stage)}")
+        """Forget the key of a pipeline's stage; what it names stays until garbage collection finds it too old."""
+        name = f"refs/{_one_name(pipeline)}/{_one_name(stage)}"
+        self._stamp_result(name)
+        self._backend.delete(name)
 
     def refs(self, pipeline: str) -> dict[str, Ref]:
         """Map stage to what is noted of it, for a pipeline; empty where it is unknown."""
         found: dict[str, Ref] = {}
         for name in self._backend.names(f"refs/{_one_name(pipeline)}"):
-            key, *words = (self._backend.read(name) or b"").decode(errors="replace").split() or [""]
-            if _DIGEST.fullmatch(key) and words in ([], [_IMPORTED]):
-                found[PurePosixPath(name).name] = Ref(key, bool(words))
+            ref = Ref.from_bytes(self._backend.read(name) or b"")
+            if ref is not None:
+                found[PurePosixPath(name).name] = ref
             else:
                 self.notices.append(f"{name} does not hold a key; {self._quarantine(name)}.")
         return found
@@ -316,13 +352,39 @@ class Store:
             self._repair(report.damaged)
         return report
 
+    def collect_garbage(self, grace: float = GRACE_SECONDS, *, dry_run: bool = False) -> GarbageReport:
+        """Remove what no pipeline's ref and no live lease needs and what is older than ``grace`` seconds.
+
+        A result's age is the time since a ref last named it, or since its commit. With ``dry_run`` nothing is changed.
+        Raises DamageError where a damaged file hides what it refers to.
+        """
+        return collect(self._backend, self.root / "work", grace, dry_run=dry_run)
+
+    def usage(self) -> Usage:
+        """Count what the store holds, by its manifests; damaged ones are left out."""
+        manifests: list[Manifest] = []
+        for name in self._backend.names("manifests"):
+            with suppress(DamageError):
+                manifest = read_manifest(self._backend, PurePosixPath(name).stem)
+                manifests += [manifest] if manifest is not None else []
+        files = [file for manifest in manifests for file in manifest.files]
+        return Usage(
+            artifacts=len(manifests),
+            file_bytes=sum(file.size for file in files),
+            blob_bytes=sum({file.sha256: file.size for file in files}.values()),
+            free_bytes=self.free_bytes(),
+        )
+
     def free_bytes(self) -> int:
         """Return how many bytes can still be written where the store lies."""
         return self._backend.free_bytes()
 
     def _repair(self, damaged: list[Damage]) -> None:
         for item in damaged:
-            self.notices.append(f"{item.file} ({item.why}): {self._quarantine(item.file)}.")
+            ref = Ref.from_bytes(self._backend.read(item.file) or b"") if item.file.startswith("refs/") else None
+            # A lost import stays asked for: to train the stage instead would be something that nobody asked for.
+            fate = "import it again, or forget it" if ref and ref.imported else self._quarantine(item.file)
+            self.notices.append(f"{item.file} ({item.why}): {fate}.")
         broken = {item.artifact for item in damaged} - {""}
         for digest in broken:
             self._quarantine(manifest_name(digest))
@@ -333,20 +395,51 @@ class Store:
 
     def _quarantine(self, name: str) -> str:
         """Move a file out of the way; say what became of it."""
-        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        aside = f"quarantine/{name}.{moment}-{secrets.token_hex(4)}"
         try:
-            moved = self._backend.move(name, aside)
+            aside = self._set_aside(name)
         except TryAgainError as error:  # a read-only store: it is a miss all the same, and the user is told
             return f"could not be moved: {error.what}"
-        return f"moved to {aside}" if moved else "there is nothing to move"
+        return f"moved to {aside}" if aside else "there is nothing to move"
+
+    def _set_aside(self, name: str) -> str:
+        """Move a file to quarantine and say where it lies there; "" where there is no such file."""
+        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        aside = f"quarantine/{name}.{moment}-{secrets.token_hex(4)}"
+        return aside if self._backend.move(name, aside) else ""
+
+    def _stamp_result(self, ref: str) -> None:
+        """Let the age of the result that a ref names begin now, when the ref is about to name another."""
+        before = Ref.from_bytes(self._backend.read(ref) or b"")
+        if before is not None:
+            self._backend.stamp(action_name(before.key))
+
+    def _put_again_if_gone(self, record: ActionRecord) -> None:
+        """See that the artifact of a record to be committed is there: it had no reference yet and may be collected."""
+        damage = artifact_damage(self._backend, self._blobs, record.artifact)
+        if not damage:
+            return
+        folder, kind = self._put.get(record.artifact, (None, ""))
+        if folder is None or not folder.is_dir() or self.put_artifact(folder, kind).digest != record.artifact:
+            raise DamageError(
+                f"Stage {record.stage} cannot be committed: artifact {record.artifact} is not in the store.",
+                where=str(self.root / manifest_name(record.artifact)),
+                next_step="Run the same command again.",
+            )
+
+    def _refuse_no_room(self, files: Sequence[PayloadFile]) -> None:
+        new = {f.sha256: f.size for f in files if self._backend.state(blob_name(f.sha256)) is None}
+        needed = sum(new.values())
+        if needed > self._backend.free_bytes():
+            raise no_room(self.root, needed)
 
     def _put_blob(self, file: PayloadFile, source: Path, before: os.stat_result, *, link: bool) -> None:
         name = blob_name(file.sha256)
         # A blob that lies there already is only as good as its digest: never build a new artifact on a damaged one.
         if self._backend.state(name) is not None and self._blobs.damaged([file]):
             self.notices.append(f"{file.path} was stored before and is damaged: {name} {self._quarantine(name)}.")
-        if self._backend.create_from(name, source, link=link):
+        if not self._backend.create_from(name, source, link=link):
+            self._backend.stamp(name)
+        else:
             after = source.stat()
             if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 self._quarantine(name)
@@ -397,7 +490,7 @@ def _local_root(uri: str | Path) -> Path:
 
 
 def _refuse_malformed(digest: str, what: str) -> None:
-    if not _DIGEST.fullmatch(digest):
+    if not DIGEST.fullmatch(digest):
         raise RequestError(
             f"{digest!r} is no {what}.", next_step="Give all of its 64 hexadecimal digits, as rlhf status --json does."
         )

@@ -7,7 +7,8 @@ from rlhf.errors import DamageError
 from rlhf.store.backend import Backend
 from rlhf.store.blobs import FOLDER as BLOBS
 from rlhf.store.blobs import Blobs, blob_name
-from rlhf.store.records import ActionRecord, Manifest, PayloadFile
+from rlhf.store.records import ActionRecord, Manifest, PayloadFile, Ref
+from rlhf.store.trash import is_there
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class VerifyReport:
 
 def read_action(backend: Backend, key: str) -> ActionRecord | None:
     """Read an action record, None where there is none. Raises DamageError where it is not as it was written."""
-    data = backend.read(action_name(key))
+    data = _read(backend, action_name(key))
     if data is None:
         return None
     record = ActionRecord.from_json(data)
@@ -43,7 +44,7 @@ def read_action(backend: Backend, key: str) -> ActionRecord | None:
 
 def read_manifest(backend: Backend, digest: str) -> Manifest | None:
     """Read a manifest, None where there is none. Raises DamageError where it is not as it was written."""
-    data = backend.read(manifest_name(digest))
+    data = _read(backend, manifest_name(digest))
     if data is None:
         return None
     manifest = Manifest.from_json(data)
@@ -70,22 +71,25 @@ def blob_damage(manifest: Manifest, bad: dict[str, str]) -> list[Damage]:
 
 
 def verify_all(backend: Backend, blobs: Blobs) -> VerifyReport:
-    """Read every action record, manifest and blob."""
-    damaged: list[Damage] = []
+    """Read every action record, manifest and blob, and see that what refs name is there.
+
+    What garbage collection removes meanwhile, with everything that referred to it, is no damage.
+    """
+    damaged = lost_records(backend)
     # A commit writes blobs, manifest, action, in this order: listed the other way round, a commit meanwhile
     # is either not seen or seen whole.
     keys = [PurePosixPath(name).stem for name in backend.names("actions")]
-    wanted = [artifact for key in keys if (artifact := _artifact_of(backend, key, damaged))]
+    wanted = {artifact: key for key in keys if (artifact := _artifact_of(backend, key, damaged))}
     digests = [PurePosixPath(name).stem for name in backend.names("manifests")]
     manifests: list[Manifest] = []
-    for digest in digests:
+    for digest in sorted({*wanted, *digests}):
         manifest, damage = _manifest_or_damage(backend, digest)
         if manifest is not None:
             manifests.append(manifest)
-        if damage is not None:
+        elif damage is not None:
             damaged.append(damage)
-    for digest in sorted(set(wanted) - set(digests)):
-        damaged.append(Damage(digest, manifest_name(digest), "is missing"))
+        elif digest in wanted and backend.state(action_name(wanted[digest])) is not None:
+            damaged.append(Damage(digest, manifest_name(digest), "is missing"))
 
     owned = {file.sha256: file for manifest in manifests for file in manifest.files}
     names = list(backend.names(BLOBS))
@@ -98,9 +102,28 @@ def verify_all(backend: Backend, blobs: Blobs) -> VerifyReport:
     unowned = [_as_it_lies(backend, sha256) for sha256 in lying if sha256 not in owned]
     bad = blobs.damaged([*owned.values(), *unowned], trust_memory=False)
     for manifest in manifests:
-        damaged.extend(blob_damage(manifest, bad))
-    damaged.extend(Damage("", blob_name(file.sha256), bad[file.sha256]) for file in unowned if file.sha256 in bad)
+        found = blob_damage(manifest, bad)
+        if found and backend.state(manifest_name(manifest.digest)) is not None:
+            damaged.extend(found)
+    damaged.extend(
+        Damage("", blob_name(file.sha256), bad[file.sha256])
+        for file in unowned
+        if file.sha256 in bad and backend.state(blob_name(file.sha256)) is not None
+    )
     return VerifyReport(len(keys) + len(digests) + len(owned.keys() | set(lying)), damaged)
+
+
+def lost_records(backend: Backend) -> list[Damage]:
+    """Find the refs that hold no key, and those whose action record is gone although nobody moved it to quarantine."""
+    aside = {PurePosixPath(name).name.split(".")[0] for name in backend.names("quarantine/actions")}
+    found: list[Damage] = []
+    for name in backend.names("refs"):
+        ref = Ref.from_bytes(backend.read(name) or b"")
+        if ref is None:
+            found.append(Damage("", name, "does not hold a key"))
+        elif ref.key not in aside and not is_there(backend, record := action_name(ref.key)):
+            found.append(Damage("", name, f"names {record}, which is missing"))
+    return found
 
 
 def action_name(key: str) -> str:
@@ -111,6 +134,11 @@ def action_name(key: str) -> str:
 def manifest_name(digest: str) -> str:
     """Say where a manifest lies."""
     return f"manifests/{digest}.json"
+
+
+def _read(backend: Backend, name: str) -> bytes | None:
+    data = backend.read(name)
+    return backend.read(name) if data is None and is_there(backend, name) else data
 
 
 def _artifact_of(backend: Backend, key: str, damaged: list[Damage]) -> str | None:

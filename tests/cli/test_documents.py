@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.store import Store
 from tests.cli.conftest import Ask
-from tests.pipeline.helpers import planned, write_weights
+from tests.pipeline.helpers import make, planned, states, write_weights
 
 STAGE = {
     "stage": str,
@@ -31,7 +31,7 @@ def test_plan_and_status_before_anything_is_made(ask: Ask, path: Path, command: 
     answer = ask(command, "--json")
     assert (answer.status, answer.err) == (0, "")
     document = answer.document
-    assert list(document) == ["pipeline", "store", "stages"]
+    assert list(document) == ["pipeline", "store", "stages"] + ["usage"] * (command == "status")
     assert (document["pipeline"], document["store"]) == ("toy", str(path.parent / "store"))
     for stage in document["stages"]:
         assert list(stage) == list(STAGE)
@@ -201,3 +201,53 @@ def test_an_error_under_json_is_a_document_too(ask: Ask, words: tuple[str, ...])
     assert list(answer.document) == ["error"]
     assert list(answer.document["error"]) == ["what", "where", "next"]
     assert answer.document["error"]["what"]
+
+
+def test_status_says_how_much_the_store_holds(ask: Ask, made: Path):
+    """Equal files take their room once: what the store holds and what it takes are two numbers."""
+    make(made, "words.right=otherword")
+    usage = ask("status", "--json").document["usage"]
+    free = usage.pop("free_bytes")
+    assert free > 0
+    assert usage == {"artifacts": 4, "file_bytes": 7 + 5 + 1 + 3 + 7 + 9, "blob_bytes": 7 + 5 + 1 + 3 + 9}
+    line = ask("status").out.splitlines()[-1]
+    assert line.startswith("store: 4 artifacts, 32 bytes of files in 25 bytes of blobs, ")
+    assert line.endswith(" free")
+
+
+def test_gc_says_what_goes_and_what_stays(ask: Ask, made: Path):
+    """First without doing it; a researcher's earlier rerun stays for two weeks, and the latest results for ever."""
+    make(made, "total.factor=2")
+    young = ask("gc", "--json").document
+    assert list(young) == ["dry_run", "grace_hours", "removed", "results", "kept"]
+    assert (young["grace_hours"], young["results"]) == (336, [])
+    assert {kind for kind, heap in young["removed"].items() if heap["files"]} == {"attempts"}  # their scratch
+    assert young["kept"] == {
+        "results": 4,
+        "young": 1,
+        "blobs": {"files": 5, "bytes": 7 + 5 + 1 + 3 + 3},
+        "pipelines": {"toy": ["count", "total", "words"]},
+    }
+    assert "nothing" in ask("gc").out
+    said, planned_ = (ask("gc", "--dry-run", "--grace", "0", "--json").document for _ in range(2))
+    done = ask("gc", "--grace", "0", "--json").document
+    assert said == planned_ == done | {"dry_run": True}
+    assert [one["stage"] for one in done["results"]] == ["total"]
+    assert done["removed"]["blobs"] == {"files": 1, "bytes": 3}
+    assert done["kept"]["results"] == 3
+    assert set(states(planned(made, "total.factor=2")).values()) == {"cached"}
+    assert ask("verify").status == 0
+
+
+def test_gc_in_words(ask: Ask, made: Path):
+    """A line for each kind of thing that goes, the stages concerned, and who needs what stays."""
+    make(made, "total.factor=2")
+    lines = ask("gc", "--grace", "0", "--dry-run").out.splitlines()
+    assert lines[0].strip() == "would remove"
+    told = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines[1:]}
+    assert told["results"] == "1: total 1"
+    assert told["blobs"] == "1 file, 3 bytes"
+    assert told["stays"] == "3 results, 16 bytes of blobs"
+    assert told["needed by"] == "toy: count, total, words"
+    assert ask("gc", "--grace", "0").out.splitlines()[0].strip() == "removed"
+    assert ask("gc", "--grace", "-1").status == 2

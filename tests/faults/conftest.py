@@ -4,7 +4,9 @@ A test marked ``rounds(short, long)`` takes ``seed``, from which it draws the mo
 `make chaos` has passed is kept in the ignored folder ``.chaos``, so that it can be interrupted and goes on.
 """
 
-from collections.abc import Generator
+import os
+import tempfile
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,14 @@ def pytest_runtest_makereport(
         with PASSED.open("a") as file:
             file.write(f"{item.nodeid}\n")
     return report
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: many small stores that are written and synchronised at no cost."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)

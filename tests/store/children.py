@@ -3,14 +3,12 @@
 import json
 import os
 import resource
-import signal
 import sys
-from itertools import count
 from pathlib import Path
 
 from rlhf.errors import TryAgainError
 from rlhf.store import Store, lease
-from tests.store.helpers import KEY, commit, files_under, put, record_of, small_payload, write_files
+from tests.store.helpers import KEY, files_under, put, record_of, write_files
 
 
 def pause() -> None:
@@ -31,56 +29,6 @@ def hold(root: str, beat_seconds: str) -> None:
     lease.BEAT_SECONDS = float(beat_seconds)
     with Store.open(root).lease(KEY):
         pause()
-
-
-def killed(folder: str) -> None:
-    """Commit in processes killed at their first, second, ... file operation, each in a store of its own.
-
-    Prints one JSON line for each: what a reader finds afterwards, and what the same commit run again gives.
-    """
-    for step in count(1):
-        root = Path(folder) / f"{step:03d}"
-        pid = os.fork()
-        if pid == 0:
-            _kill_at(step, str(root))
-            commit(Store.open(root))
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        reader = Store.open(root, create=False)
-        found = reader.lookup(KEY)
-        damaged = [item.file for item in reader.verify().damaged]
-        again = commit(Store.open(root))
-        hit = reader.lookup(KEY)
-        assert hit is not None
-        assert hit == again
-        files = files_under(reader.checkout(hit.artifact, Path(folder) / f"out-{step:03d}"))
-        print(
-            json.dumps(
-                {
-                    "killed": os.WIFSIGNALED(status),
-                    "found": found is not None,
-                    "damaged": damaged,
-                    "notices": reader.notices,
-                    "right": files == small_payload("one"),
-                }
-            )
-        )
-        if not os.WIFSIGNALED(status):
-            return
-
-
-def _kill_at(step: int, root: str) -> None:
-    """Die at the step-th operation on the store's files, just before the operating system is asked for it."""
-    seen = 0
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal seen
-        if event in ("open", "os.mkdir", "os.chmod", "os.link", "os.rename", "os.remove") and root in str(arguments):
-            seen += 1
-            if seen == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 def store_too_much(root: str, source: str, file_limit: str) -> None:
@@ -120,5 +68,5 @@ def read_only(root: str) -> None:
 
 
 if __name__ == "__main__":
-    programs = {f.__name__: f for f in (race, hold, killed, store_too_much, read_only)}
+    programs = {f.__name__: f for f in (race, hold, store_too_much, read_only)}
     programs[sys.argv[1]](*sys.argv[2:])

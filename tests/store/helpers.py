@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from rlhf.store import ActionRecord, Manifest, Store, key_of
 
@@ -50,6 +51,35 @@ def record_of(manifest: Manifest, attempt: str = "000001") -> ActionRecord:
 
 def commit(store: Store, text: str = "one") -> ActionRecord:
     return store.commit(record_of(put(store, text)))
+
+
+def made(stage: str, settings: dict[str, Any], manifest: Manifest, *inputs: ActionRecord) -> ActionRecord:
+    """The record of a stage that made an artifact out of other results, one role each."""
+    sources: dict[str, dict[str, str | None]] = {
+        str(role): {"artifact": one.artifact, "part": "", "digest": one.artifact, "key": one.key}
+        for role, one in enumerate(inputs)
+    }
+    key = key_of(stage, 1, settings, {role: str(source["digest"]) for role, source in sources.items()})
+    return ActionRecord(key, stage, 1, settings, sources, manifest.digest, {}, {}, 1.0, "000001")
+
+
+def make(
+    store: Store,
+    stage: str,
+    files: dict[str, bytes],
+    *inputs: ActionRecord,
+    pipeline: str | None = None,
+    **settings: Any,
+) -> ActionRecord:
+    """Make and commit a result of some files; it is its pipeline's latest where one is named."""
+    output = store.new_attempt(KEY) / "output"
+    record = made(stage, settings, store.put_artifact(write_files(output, files), "data"), *inputs)
+    return store.commit(record) if pipeline is None else store.publish(record, pipeline, stage)
+
+
+def results(store: Store) -> dict[str, ActionRecord | None]:
+    """What a reader finds under each key."""
+    return {key: store.lookup(key) for key in store.keys()}  # noqa: SIM118 - not a mapping
 
 
 def flip_bit(path: Path, position: int = 0) -> None:

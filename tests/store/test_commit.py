@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 from rlhf.store import Store
@@ -24,15 +23,3 @@ def test_a_second_result_never_replaces_the_first(tmp_path: Path):
     first = commit(store, "one")
     assert store.commit(record_of(put(store, "two"), attempt="000002")) == first
     assert store.lookup(KEY) == first
-
-
-def test_a_process_killed_at_any_file_operation_leaves_all_or_nothing(tmp_path: Path):
-    """Kill it before its first, second, ... last operation: no half artifact is seen, and running again succeeds."""
-    steps = [json.loads(line) for line in finish(child("killed", tmp_path)).splitlines()]
-    assert len(steps) > 40
-    assert [step["killed"] for step in steps] == [True] * (len(steps) - 1) + [False]
-    found = [step["found"] for step in steps]
-    assert found == sorted(found), "a commit that was seen once was lost by a later kill"
-    assert not found[0]
-    assert found[-1]
-    assert all(step["damaged"] == [] and step["notices"] == [] and step["right"] for step in steps)
