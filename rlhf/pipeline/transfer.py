@@ -12,6 +12,7 @@ from typing import Any
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError, is_no_room
 from rlhf.models.adapter_folders import BASE, config_file, is_adapter
+from rlhf.models.cards import licence_of
 from rlhf.models.lengths import UNBOUNDED, context_length
 from rlhf.models.weights import count_parameters
 from rlhf.pipeline.plan import Planned
@@ -65,7 +66,8 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
             inputs={"folder": {"artifact": manifest.digest, "part": "", "digest": manifest.digest, "key": None}},
             artifact=manifest.digest,
             metrics={},
-            provenance=provenance(),
+            provenance=provenance()
+            | {"origin": {"model": {"source": str(folder.resolve()), "license": licence_of(folder)}}},
             seconds=0.0,
             attempt="import",
         )
