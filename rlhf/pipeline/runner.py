@@ -180,6 +180,8 @@ class Runner:
             "starting Ray" if self.session.address is None else f"attaching to Ray at {self.session.address}"
         )
         self.session.resources().for_task()
+        for notice in self.session.notices:
+            self.display.line(notice)
         for one in missing:
             if one.stage.runs == "workers":
                 self._ranks(one)
