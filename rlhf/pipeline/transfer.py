@@ -14,6 +14,7 @@ from rlhf.errors import RequestError, is_no_room
 from rlhf.models.adapter_folders import BASE, config_file, is_adapter
 from rlhf.models.cards import licence_of
 from rlhf.models.lengths import UNBOUNDED, context_length
+from rlhf.models.trust import CODE, refuse_code
 from rlhf.models.weights import count_parameters
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.provenance import provenance
@@ -77,7 +78,7 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
 
 
 def _copy(folder: Path, target: Path) -> None:
-    left_out = shutil.ignore_patterns(".*", "README.md", "*.bin", "*.pt", "*.pth", "training_args*")
+    left_out = shutil.ignore_patterns(".*", "README.md", "*.bin", "*.pt", "*.pth", "training_args*", *CODE)
     try:
         shutil.copytree(folder, target, ignore=left_out)
     except shutil.Error as error:
@@ -104,6 +105,7 @@ def _check_files(folder: Path) -> None:
         is_object = False
     if not is_object:
         raise RequestError("the model's config.json holds no JSON object", str(config), "save it with save_pretrained")
+    refuse_code(folder)
     if not count_parameters(folder):
         raise RequestError(
             "the folder holds no weights in safetensors files", str(folder), "save them with save_pretrained"
