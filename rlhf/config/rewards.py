@@ -1,11 +1,12 @@
 """What scores responses: reward models, Python functions and HTTP endpoints, alone or added up."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from rlhf.config.base import Settings, runtime, semantic, source
 
@@ -32,6 +33,14 @@ class EndpointSettings(Settings):
     """How often a request is repeated that found no server, ran out of time, or was answered 429 or 5xx."""
     max_bytes: int = runtime(1 << 20, ge=64)
     """Longest answer that is read."""
+
+    @field_validator("token_variable")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        # The value is not repeated: it may be the token.
+        if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+            raise ValueError("it is the name of an environment variable, in capitals, and not the token itself")
+        return value
 
     @model_validator(mode="after")
     def _host_is_allowed(self) -> "EndpointSettings":
