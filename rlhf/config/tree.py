@@ -34,13 +34,6 @@ _RESOLVERS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("merge", r"<<", "<"),
 )
-_SCALARS: Mapping[str, Callable[[str], Any]] = {
-    f"{_TAG}bool": lambda text: text.lower() == "true",
-    f"{_TAG}int": lambda text: _integer(text),
-    f"{_TAG}float": float,
-    f"{_TAG}null": lambda _: None,
-    f"{_TAG}str": str,
-}
 
 
 def _integer(text: str) -> int:
@@ -48,6 +41,15 @@ def _integer(text: str) -> int:
     if len(text) > _MOST_DIGITS:
         raise ValueError("too long a number")
     return int(text, 0)
+
+
+_SCALARS: Mapping[str, Callable[[str], Any]] = {
+    f"{_TAG}bool": lambda text: text.lower() == "true",
+    f"{_TAG}int": _integer,
+    f"{_TAG}float": float,
+    f"{_TAG}null": lambda _: None,
+    f"{_TAG}str": str,
+}
 
 
 class _CoreLoader(yaml.SafeLoader):

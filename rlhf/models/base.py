@@ -125,6 +125,7 @@ def fetch_from_hub(name: str, revision: str | None, target: Path) -> str | None:
 def copy_local(folder: str, target: Path) -> None:
     """Copy a model's folder, leaving out code, and weights of other kinds than safetensors."""
     source = Path(folder).expanduser()
+    trust.refuse_foreign_links(source)
     for path in sorted(source.iterdir()):
         if (
             path.is_file()

@@ -60,6 +60,24 @@ def _hub_kernels(config: dict[str, Any]) -> str | None:
     return None
 
 
+def refuse_foreign_links(folder: Path) -> None:
+    """Refuse a model's folder with links out of it: what they lead to would become part of a result.
+
+    Raises:
+        PreflightError: a link leads to nowhere or out of the folder.
+    """
+    # A hub's cache is made of links, which stay inside the model's own part of it.
+    home = folder.resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(home)):
+            raise PreflightError(
+                "the folder holds a link to nowhere or out of itself, and what it leads to would be imported",
+                str(path),
+                "remove it, or put a copy in its place",
+            )
+
+
 def _is_known(model_type: Any) -> bool:
     # Takes a second, and only folders that come with code need it.
     from transformers import CONFIG_MAPPING
