@@ -1,5 +1,6 @@
 """A reward that is an HTTP service: it is posted prompts and responses, and answers scores."""
 
+import asyncio
 import json
 import os
 import time
@@ -37,9 +38,9 @@ class EndpointReward:
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if settings.token_variable is not None:
             headers["Authorization"] = f"Bearer {_token(settings.token_variable)}"
-        self._client = httpx.Client(
-            headers=headers, timeout=settings.timeout_s, follow_redirects=False, trust_env=False
-        )
+        # Its own limits are of each part of an answer; ours is of the whole (`_posted`).
+        self._client = httpx.AsyncClient(headers=headers, timeout=None, follow_redirects=False, trust_env=False)  # noqa: S113
+        self._loop = asyncio.Runner()
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         """One score a response.
@@ -60,7 +61,8 @@ class EndpointReward:
 
     def close(self) -> None:
         """Let go of the connections."""
-        self._client.close()
+        self._loop.run(self._client.aclose())
+        self._loop.close()
 
     def _answer(self, body: bytes, rows: str) -> bytes:
         """The service's answer to one request, which is repeated where that may help."""
@@ -69,9 +71,11 @@ class EndpointReward:
             if attempt:
                 time.sleep(min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S))
             try:
-                return self._post(body, rows)
+                return self._loop.run(self._posted(body, rows))
             except _PassingError as error:
                 why = str(error)
+            except TimeoutError:
+                why = f"no whole answer in {self._settings.timeout_s:g} s"
             except httpx.TransportError as error:
                 why = f"{type(error).__name__}: {error}"
         raise TryAgainError(
@@ -80,10 +84,13 @@ class EndpointReward:
             "look after the service; the same command then goes on from the newest checkpoint",
         )
 
-    def _post(self, body: bytes, rows: str) -> bytes:
+    async def _posted(self, body: bytes, rows: str) -> bytes:
         settings = self._settings
-        deadline = time.monotonic() + settings.timeout_s
-        with self._client.stream("POST", settings.url, content=body) as answer:
+        # A service that sends its answer or its headers little by little would otherwise take for ever.
+        async with (
+            asyncio.timeout(settings.timeout_s),
+            self._client.stream("POST", settings.url, content=body) as answer,
+        ):
             if answer.status_code == TOO_MANY_REQUESTS or answer.is_server_error:
                 raise _PassingError(f"status {answer.status_code}")
             if answer.is_redirect:
@@ -100,7 +107,7 @@ class EndpointReward:
                     "correct url or token_variable, or the service",
                 )
             found = bytearray()
-            for part in answer.iter_raw():
+            async for part in answer.aiter_raw():
                 found += part
                 if len(found) > settings.max_bytes:
                     _refuse(
@@ -108,9 +115,6 @@ class EndpointReward:
                         rows,
                         "raise max_bytes, or lower batch_size",
                     )
-                # httpx limits the wait for each part; a service that sends little by little could take for ever.
-                if time.monotonic() > deadline:
-                    raise _PassingError(f"no whole answer in {settings.timeout_s:g} s")
             return bytes(found)
 
 
