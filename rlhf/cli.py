@@ -37,6 +37,7 @@ from rlhf.config.pipeline import (
 )
 from rlhf.config.tree import to_yaml
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
+from rlhf.narration import diff_view, explain_view, lineage_view
 from rlhf.pipeline import documents
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.stage import stages
@@ -233,41 +234,35 @@ def status(request: Request) -> None:
 
 
 def explain(request: Request) -> None:
-    """Say why a stage is cached or would run again."""
+    """Say why a stage is cached or would run again, or did."""
     planned = request.planned()
     one = request.one(planned, _single(request, "STAGE"))
-    document = documents.explain_document(one, request.store(), request.config.name)
+    document = documents.explain_document(one, planned, request.store())
 
     def show() -> None:
-        found = document["changes"]
-        request.out.print(f"{one.name}: {one.state}, {one.why if len(found) < 2 else 'changed:'}", markup=False)
-        for change in found if len(found) > 1 else []:
-            request.out.print(f"  {change}", markup=False)
+        request.out.print(explain_view(document), soft_wrap=True)
 
     request.answer(document, show)
 
 
 def lineage(request: Request) -> None:
-    """Show everything a result came from."""
+    """Show everything a result came from, and what it cost."""
+    if len(request.names) > 1:
+        raise RequestError("lineage takes one stage or artifact", "command line", "rlhf diff A B compares two")
     target = request.names[0] if request.names else None
     record = documents.find_record(target, request.planned(), request.store())
     document = documents.lineage_document(record, request.store())
-    request.answer(document, lambda: request.out.print(_lineage_tree(document)))
+    request.answer(document, lambda: request.out.print(lineage_view(document)))
 
 
-def _lineage_tree(document: dict[str, Any]) -> Any:
-    from rich.tree import Tree
-
-    def grow(branch: Any, node: dict[str, Any], role: str) -> Any:
-        made = node.get("provenance", {})
-        stage = node["stage"] or "from outside"
-        text = f"{role}{stage} {node['artifact'][:12]}  {made.get('finished', '')} {made.get('host', '')}"
-        grown = branch.add(text) if branch is not None else Tree(text, highlight=False)
-        for name, inner in node.get("inputs", {}).items():
-            grow(grown, inner, f"{name}: ")
-        return grown
-
-    return grow(None, document, "")
+def diff(request: Request) -> None:
+    """Compare two results: rlhf diff A B, each a stage, pipeline/stage, key or artifact."""
+    if len(request.names) != 2:
+        raise RequestError("diff takes two stages, keys or artifacts", "command line", "rlhf diff A B")
+    planned, store = request.planned(), request.store()
+    old, new = (documents.find_record(name, planned, store) for name in request.names)
+    document = documents.diff_document(old, new, store)
+    request.answer(document, lambda: request.out.print(diff_view(document)))
 
 
 def leaderboard(request: Request) -> None:
@@ -513,6 +508,7 @@ COMMANDS: dict[str, Callable[[Request], int | None]] = {
     "status": status,
     "explain": explain,
     "lineage": lineage,
+    "diff": diff,
     "leaderboard": leaderboard,
     "verify": verify,
     "gc": gc,
@@ -524,7 +520,7 @@ COMMANDS: dict[str, Callable[[Request], int | None]] = {
     "data": data,
     "annotate": annotate,
 }
-WITH_JSON = ("plan", "status", "explain", "lineage", "leaderboard", "verify", "gc", "doctor")
+WITH_JSON = ("plan", "status", "explain", "lineage", "diff", "leaderboard", "verify", "gc", "doctor")
 
 
 def parser_of(command: str) -> Parser:

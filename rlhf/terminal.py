@@ -106,7 +106,7 @@ def progress_text(row: StageRow, eta: float | None) -> str:
     """Return the last column of a stage: the time left while it runs, what it is doing, and its metrics."""
     steps = f"step {row.done}/{row.total}" if row.total else ""
     left = f"eta {duration(eta)} " if eta is not None and row.state == "running" else ""
-    return "  ".join(part for part in (left, _printable(row.message) or steps, _printable(row.metric_text)) if part)
+    return "  ".join(part for part in (left, printable(row.message) or steps, printable(row.metric_text)) if part)
 
 
 def stages_table(rows: Sequence[StageRow], etas: Mapping[str, float | None], width: int) -> Table:
@@ -119,7 +119,7 @@ def stages_table(rows: Sequence[StageRow], etas: Mapping[str, float | None], wid
             row.stage,
             row.state,
             short_key(row.key),
-            _printable(row.why),
+            printable(row.why),
             "" if row.seconds is None else duration(row.seconds),
             progress_text(row, etas.get(row.stage)),
         )
@@ -154,7 +154,7 @@ def plan_table(stages: Sequence[Mapping[str, Any]]) -> Table:
             "stage": str(stage["stage"]),
             "state": str(stage["state"]),
             "key": short_key(stage["key"]),
-            "why": _printable(stage["why"]),
+            "why": printable(stage["why"]),
             "needs": ", ".join(stage["needs"] or ()),
             "time": "" if stage["seconds"] is None else duration(stage["seconds"]),
             "metrics": _metrics(stage["metrics"] or {}),
@@ -207,7 +207,7 @@ def _sample(score_before: Text, before: Text, score_after: Text, after: Text, st
 
 
 def _one_line(text: str) -> str:
-    return " ".join(_printable(text).split())
+    return " ".join(printable(text).split())
 
 
 def leaderboard_table(models: Sequence[Mapping[str, Any]]) -> Table:
@@ -218,7 +218,7 @@ def leaderboard_table(models: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for one in models:
         interval = f"{one['low']:+.0f} to {one['high']:+.0f}"
-        table.add_row(Text(_printable(one["model"])), f"{one['elo']:+.0f}", interval, f"{one['comparisons']:.0f}")
+        table.add_row(Text(printable(one["model"])), f"{one['elo']:+.0f}", interval, f"{one['comparisons']:.0f}")
     return table
 
 
@@ -228,7 +228,7 @@ def key_values(values: Mapping[str, Any]) -> Table:
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for name, value in values.items():
-        table.add_row(Text(name), Text(_printable(_value(value))))
+        table.add_row(Text(name), Text(printable(_value(value))))
     return table
 
 
@@ -346,7 +346,7 @@ class Display:
         progress = progress_text(row, self._etas[stage].remaining(now))
         columns = f"{row.stage:<{max(map(len, self._rows))}}", f"{row.state:<7}", short_key(row.key)
         # The reason is told once, where the state changes: later lines are about the progress.
-        reason = _printable(row.why) if state_changed else ""
+        reason = printable(row.why) if state_changed else ""
         line = "  ".join(part for part in (*columns, reason, seconds, progress) if part)
         self._console.print(Text(line), soft_wrap=True)
 
@@ -370,11 +370,11 @@ def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return one line with nothing in it that would move the cursor or change the terminal; white space is spaces."""
     spaced = (" " if character.isspace() else character for character in text)
     return "".join(character if character.isprintable() else "�" for character in spaced)
 
 
 def _printable_lines(text: str) -> str:
-    return "\n".join(_printable(line) for line in text.splitlines())
+    return "\n".join(printable(line) for line in text.splitlines())

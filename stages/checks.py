@@ -158,7 +158,7 @@ def collect(context: Context[CollectSettings]) -> dict[str, float]:
 
 def compare(context: Context[CompareSettings]) -> dict[str, float]:
     """Is the judge there?"""
-    judge_of(context.settings).close()
+    judge_of(context.settings)
     return {}
 
 
@@ -167,7 +167,7 @@ def _rewards_are_there(context: Context[PpoSettings] | Context[EvaluateSettings]
         if reward.function is not None:
             load_function(reward.function)
         elif reward.endpoint is not None:
-            EndpointReward(reward.endpoint).close()
+            EndpointReward(reward.endpoint)
     for role, folder in context.inputs.items():
         if role.startswith("reward"):
             check_scored_length(folder)

@@ -27,7 +27,6 @@ def run(context: Context[CompareSettings]) -> dict[str, float]:
         counts[part] = write_jsonl(context.output / f"{part}.jsonl", compared)
         left_out += len({name_of(one) for one in sets} - {name_of(one) for one in compared})
     metrics = counts | {"left_out": left_out} | judge.metrics()
-    judge.close()
     if left_out:
         context.note(f"{left_out} sets are left out, because nothing was said of them")
     return metrics

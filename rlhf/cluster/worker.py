@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf.errors import DiskFullError, PreflightError, RlhfError, is_no_room
 from rlhf.pipeline.context import Context
+from rlhf.pipeline.spending import RANKS
 
 RESULT = "result.json"
 
@@ -87,6 +88,7 @@ def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) 
     with _log(context.attempt, rank):
         try:
             prepare()
+            _write(context.attempt / RANKS.format(rank), {"host": socket.gethostname(), "device": _device(call.gpu)})
             metrics = load(call.code)(context)
             if rank == 0:
                 _write(context.attempt / RESULT, {name: float(value) for name, value in metrics.items()})
@@ -97,6 +99,14 @@ def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) 
                 failure = _failure(error, rank, context.attempt)
                 _write(context.attempt / f"failure-{rank}.json", asdict(failure))
             raise
+
+
+def _device(gpu: bool) -> str:
+    if not gpu:
+        return "CPU"
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def load(code: str) -> Callable[[Context[Any]], dict[str, float]]:

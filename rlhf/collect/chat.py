@@ -81,10 +81,6 @@ class ChatJudge:
         found |= {"judge/consistent": _share(len(one) == 1 for one in both)} if both else {}
         return found | ({"judge/first": _share(verdict == "A" for verdict in decided)} if decided else {})
 
-    def close(self) -> None:
-        """Let go of the connections."""
-        self._service.close()
-
     def _ask(
         self,
         questions: Sequence[Question],

@@ -28,10 +28,6 @@ class Judge(Protocol):
         """What the stage reports of the judge, once it has compared everything."""
         ...
 
-    def close(self) -> None:
-        """Let go of what the judge holds."""
-        ...
-
 
 def judge_of(settings: CompareSettings) -> Judge:
     """The judge that the settings name.
@@ -77,9 +73,6 @@ class FunctionJudge:
         """Nothing: the function is the user's own."""
         return {}
 
-    def close(self) -> None:
-        """Nothing is held."""
-
 
 class People:
     """What people said, in a file of comparison sets with the collected prompts and responses."""
@@ -114,6 +107,3 @@ class People:
                 "name the file that was written about them: a row has the same prompt, and the same responses in order",
             )
         return {}
-
-    def close(self) -> None:
-        """Nothing is held."""

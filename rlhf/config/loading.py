@@ -9,6 +9,7 @@ from rlhf.config.base import Settings
 from rlhf.config.nearest import suggestion
 from rlhf.config.pipeline import NAME_PATTERN, PipelineConfig, PipelineSettings, StageInstance
 from rlhf.config.problems import Problem, raise_problems
+from rlhf.config.secrets import refuse_secret_overrides, refuse_secrets
 from rlhf.config.tree import Tree, read_tree
 from rlhf.config.validation import validated
 
@@ -27,7 +28,10 @@ def load_pipeline(path: Path, overrides: Sequence[str], settings_types: Mapping[
         SettingsError: with the places of up to five mistakes at once.
 
     """
+    # First of all, since other messages repeat what was written.
+    refuse_secret_overrides(overrides)
     tree = read_tree(path)
+    refuse_secrets(tree)
     for override in overrides:
         _override(tree, override)
     # What was written cannot be judged before it can be read.

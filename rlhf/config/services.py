@@ -1,8 +1,9 @@
 """HTTP services that prompts and responses are sent to: where they may go, and how long is waited for."""
 
+import re
 from urllib.parse import urlsplit
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from rlhf.config.base import Settings, runtime, semantic
 
@@ -27,6 +28,14 @@ class ServiceSettings(Settings):
     """How often a request is repeated that found no server, ran out of time, or was answered 429 or 5xx."""
     max_bytes: int = runtime(1 << 20, ge=64)
     """Longest answer that is read."""
+
+    @field_validator("token_variable")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        # The value is not repeated: it may be the token.
+        if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+            raise ValueError("it is the name of an environment variable, in capitals, and not the token itself")
+        return value
 
     @model_validator(mode="after")
     def _host_is_allowed(self) -> "ServiceSettings":

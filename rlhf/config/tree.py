@@ -23,6 +23,8 @@ Place = Callable[[yaml.Node], str]
 
 # A few lines of aliases to aliases can stand for more than any memory holds.
 _MOST_NODES = 100_000
+_DEEPEST = 50
+_MOST_DIGITS = 100
 _TAG = "tag:yaml.org,2002:"
 # Tag, text that means it, and the signs such text starts with. Integers come before floats: the first match counts.
 _RESOLVERS = (
@@ -32,9 +34,18 @@ _RESOLVERS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("merge", r"<<", "<"),
 )
+
+
+def _integer(text: str) -> int:
+    # Python writes no number of more than 4,300 digits, and no setting needs more than 20.
+    if len(text) > _MOST_DIGITS:
+        raise ValueError("too long a number")
+    return int(text, 0)
+
+
 _SCALARS: Mapping[str, Callable[[str], Any]] = {
     f"{_TAG}bool": lambda text: text.lower() == "true",
-    f"{_TAG}int": lambda text: int(text, 0),
+    f"{_TAG}int": _integer,
     f"{_TAG}float": float,
     f"{_TAG}null": lambda _: None,
     f"{_TAG}str": str,
@@ -94,6 +105,8 @@ class Tree:
             return
         try:
             node = _compose(written)
+        except RecursionError:
+            raise _too_deep(f"override {name}") from None
         except yaml.YAMLError as error:
             self.problems.append(Problem(f"{written!r} is not valid YAML: {_reason(error)}", where, "quote the value"))
             return
@@ -126,6 +139,8 @@ class Tree:
         if self._nodes > _MOST_NODES:
             what = f"there are more than {_MOST_NODES} settings, with what aliases repeat"
             raise SettingsError(what, place(node), "remove aliases that repeat aliases")
+        if len(around) > _DEEPEST:
+            raise _too_deep(place(node))
         if node in around:
             self.problems.append(Problem(f"{dotted(path)} contains itself", place(node)))
             return None
@@ -207,12 +222,18 @@ def read_tree(file: Path) -> Tree:
         raise SettingsError(f"{file} is not valid YAML: {_reason(error)}", where, "correct that line") from error
     except yaml.YAMLError as error:
         raise SettingsError(f"{file} is not valid YAML: {error}", str(file)) from error
+    except RecursionError:
+        raise _too_deep(str(file)) from None
     if not isinstance(node, yaml.MappingNode):
         holds = "is empty" if node is None else "holds no settings"
         raise SettingsError(f"{file} {holds}", str(file), "a pipeline file holds sections of `name: value` lines")
     tree = Tree(file)
     tree.read(node)
     return tree
+
+
+def _too_deep(where: str) -> SettingsError:
+    return SettingsError(f"settings are nested more than {_DEEPEST} deep", where, "write them flatter")
 
 
 def _compose(text: str) -> yaml.Node | None:

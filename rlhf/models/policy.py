@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.training import LoraSettings, Precision
-from rlhf.models import adapters, text
+from rlhf.models import adapters, text, trust
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.training import Training
 from rlhf.rl.losses import PolicySums, demonstration_loss
@@ -42,7 +42,7 @@ class FrozenPolicy:
 
     def _build(self) -> Any:
         with sharded_loading(self._precision):
-            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=DTYPES[self._precision])
+            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=DTYPES[self._precision], **trust.MODEL)
 
     def _start(self) -> Engine:
         return Engine(TokenLogprobs(self._model), self._precision)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.config.training import Precision
-from rlhf.models import folders, text
+from rlhf.models import folders, text, trust
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, scores_at_last_token
 from rlhf.models.text import Prompt, Tokenizer
 from rlhf.zero import group
@@ -66,7 +66,9 @@ class FrozenReward:
         self._max_length = int(config["score_max_length"])
         text.check_scored_length(folder)
         with sharded_loading(precision):
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPES[precision], num_labels=1)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=DTYPES[precision], num_labels=1, **trust.MODEL
+            )
         self._decodes = scores_at_last_token(model)
         self.tokenizer = text.load_tokenizer(folder) if self._decodes else text.load_encoder_tokenizer(folder)
         self._engine = Engine(SequenceScores(model) if self._decodes else OwnScores(model), precision)
@@ -97,7 +99,7 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
     if group.is_main() and not (target / "config.json").exists():
         # Built whole and read back sharded: transformers does not initialise what is built in shards.
         torch.manual_seed(seed)
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **trust.TOKENIZER)
         # What a reward model says of its scores is not true of the new one.
         vars(config).pop("score_mean", None)
         AutoModelForCausalLM.from_config(config).save_pretrained(target)
@@ -108,7 +110,9 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
 
 def load_scorer(folder: Path, precision: Precision, tokenizer: Tokenizer, head_seed: int) -> Any:
     """A model that scores, for training: a language model gets a fresh head, a reward model keeps its own."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPES[precision], num_labels=1)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=DTYPES[precision], num_labels=1, **trust.MODEL
+    )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if is_reward_model(folder):
         return model

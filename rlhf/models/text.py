@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf.errors import PreflightError
-from rlhf.models import folders, lengths
+from rlhf.models import folders, lengths, trust
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         PreflightError: there is no EOS token, or no special token that could serve as padding.
     """
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **trust.TOKENIZER)
     if tokenizer.eos_token_id is None:
         raise PreflightError(
             "the tokenizer has no EOS token, so no response could ever end",
@@ -41,7 +41,7 @@ def load_encoder_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         PreflightError: there is no pad token, or the tokenizer is not one of the ``tokenizers`` package.
     """
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **trust.TOKENIZER)
     if tokenizer.pad_token_id is None:
         raise PreflightError(
             "the tokenizer has no pad token",
@@ -66,7 +66,7 @@ def check_same_tokens(reward: Path, policy: Path, stage: str) -> None:
     Raises:
         PreflightError: they have different tokenizers.
     """
-    one, other = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (reward, policy))
+    one, other = (AutoTokenizer.from_pretrained(folder, **trust.TOKENIZER).get_vocab() for folder in (reward, policy))
     if one != other:
         raise PreflightError(
             "the reward model and the policy have different tokenizers, "

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.config.training import LoraSettings, Precision
-from rlhf.models import adapters
+from rlhf.models import adapters, trust
 from rlhf.models.heads import TokenValues, classifier_of, initialise_head
 from rlhf.models.training import Training
 from rlhf.rl.losses import ValueSums
@@ -38,7 +38,9 @@ class TrainedValue:
         training: Training,
     ) -> None:
         with sharded_loading(precision):
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPES[precision], num_labels=1)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=DTYPES[precision], num_labels=1, **trust.MODEL
+            )
         lora = lora.model_copy(update={"dropout": 0.0}) if lora else None
         model = adapters.with_lora(model, lora, scores=True, seed=seed)
         heads = [weight for weight in classifier_of(model).score.parameters() if weight.requires_grad]

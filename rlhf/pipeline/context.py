@@ -13,6 +13,8 @@ S = TypeVar("S", bound=Settings)
 
 PROGRESS = "progress.json"
 NOTES = "notes.jsonl"
+ORIGIN = "origin.json"
+"""In an attempt: what a stage says of the things that came from outside."""
 FAILURE = "failure.json"
 """In an attempt: what, where and next of the error that ended it, for ``rlhf status``."""
 
@@ -47,6 +49,10 @@ class Context(Generic[S]):
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"message": message, "done": done, "total": total, "at": time.time()}))
         temporary.replace(path)
+
+    def origin(self, values: Mapping[str, object]) -> None:
+        """Say where what came from outside came from: source, revision or digest, licence. Only the lineage has it."""
+        (self.attempt / ORIGIN).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
     def note(self, line: str) -> None:
         """Show the user one line and keep it."""

@@ -1,17 +1,22 @@
 """What ``plan``, ``status``, ``explain``, ``lineage`` and ``gc`` answer: JSON values whose shapes are a contract."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rlhf.config.nearest import suggestion
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError
 from rlhf.pipeline.context import FAILURE
-from rlhf.pipeline.plan import Planned, changes
+from rlhf.pipeline.differences import Difference, differences, of_record
+from rlhf.pipeline.plan import Planned, recipe
 from rlhf.store import ActionRecord, GarbageReport, Store
 
 Document = dict[str, Any]
+LEAST_DIGITS = 6
+"""The fewest digits by which a key or an artifact may be named."""
 
 
 def plan_document(config: PipelineConfig, planned: Mapping[str, Planned], store: Store) -> Document:
@@ -59,15 +64,41 @@ def _status(one: Planned, store: Store) -> tuple[str, str]:
     return one.state, f"{one.why}; {len(attempts)} unfinished attempt(s)" if attempts else one.why
 
 
-def explain_document(one: Planned, store: Store, pipeline: str) -> Document:
-    """Why a stage is cached or would run: the fields that changed since its latest result, old and new."""
-    ref = store.refs(pipeline).get(one.name)
-    before = store.action(ref.key) if ref else None
-    found: list[str] = []
-    if ref is not None and before is not None and not ref.imported:
-        # Of a blocked stage the settings are known, and not yet what its inputs will be.
-        found = changes(before, one.stage, one.settings, before.inputs if one.needs else one.inputs)
-    return _stage(one, one.state, one.why) | {"changes": found, "settings": dict(one.settings)}
+def explain_document(one: Planned, planned: Mapping[str, Planned], store: Store) -> Document:
+    """Why a stage is cached or would run: what changed since its latest result, followed to where it began.
+
+    ``since`` is the key of that result. Of a stage whose result stands, ``made`` says the same of when it was made.
+    """
+    found: list[Difference] = []
+    # A lost import has no recipe: it came from outside.
+    if one.before is not None and (one.needs or one.state != "blocked"):
+        found = differences(of_record(one.before, store, one.name), recipe(one, planned, store))
+    return _stage(one, one.state, one.why) | {
+        "changes": change_phrases(found, one.name),
+        "settings": dict(one.settings),
+        "since": one.before.key if one.before else None,
+        "differences": [difference.to_json() for difference in found],
+        "made": _made(one, store),
+    }
+
+
+def _made(one: Planned, store: Store) -> Document | None:
+    """What had changed when a result was made, or None where none was before it, or nothing is known of that."""
+    previous = one.record.provenance.get("previous") if one.record else None
+    before = store.action(previous) if previous else None
+    if one.record is None or before is None:
+        return None
+    found = differences(of_record(before, store, one.name), of_record(one.record, store, one.name))
+    return {
+        "since": before.key,
+        "changes": change_phrases(found, one.name),
+        "differences": [difference.to_json() for difference in found],
+    }
+
+
+def change_phrases(found: Sequence[Difference], stage: str) -> list[str]:
+    """One phrase a difference; that of a changed input ends with the differences that it comes from."""
+    return [f"{one.phrase}: {', '.join(one.leaves(stage))}" if one.within else one.phrase for one in found]
 
 
 def lineage_document(record: ActionRecord, store: Store) -> Document:
@@ -82,7 +113,43 @@ def lineage_document(record: ActionRecord, store: Store) -> Document:
         "key": record.key,
         "settings": record.settings,
         "inputs": inputs,
-        "provenance": record.provenance | {"seconds": record.seconds, "attempt": record.attempt},
+        "provenance": record.provenance
+        | {
+            "seconds": record.seconds,
+            "attempt": record.attempt,
+            "read": {role: {"part": one["part"], "digest": one["digest"]} for role, one in record.inputs.items()},
+            "total": _total(_ancestry(record, store)),
+        },
+    }
+
+
+def _ancestry(record: ActionRecord, store: Store) -> dict[str, ActionRecord]:
+    """A record and those of all that it came from, by key: each counts once, however often it was read."""
+    found = {record.key: record}
+    for entry in record.inputs.values():
+        key = entry["key"]
+        if key and key not in found and (made := store.action(key)) is not None:
+            found |= _ancestry(made, store)
+    return found
+
+
+def _total(records: Mapping[str, ActionRecord]) -> Document:
+    """What results cost together: seconds and GPU-hours of all attempts, those that failed included.
+
+    The GPU-hours are null where a result does not tell its GPUs.
+    """
+    seconds, gpu_seconds = 0.0, 0.0
+    known = True
+    for record in records.values():
+        made: Document = {"seconds": record.seconds, "gpus": record.provenance.get("gpus")}
+        for attempt in [made, *record.provenance.get("earlier_attempts", [])]:
+            seconds += attempt["seconds"]
+            gpu_seconds += attempt["seconds"] * (attempt["gpus"] or 0)
+            known &= attempt["gpus"] is not None or not attempt["seconds"]
+    return {
+        "seconds": round(seconds, 3),
+        "gpu_hours": round(gpu_seconds / 3600, 4) if known else None,
+        "results": len(records),
     }
 
 
@@ -108,11 +175,47 @@ def gc_document(report: GarbageReport, grace_hours: float, *, dry_run: bool) -> 
     }
 
 
+def diff_document(old: ActionRecord, new: ActionRecord, store: Store) -> Document:
+    """What differs between two results: what they were made from, with what, and their metrics side by side."""
+    found = differences(of_record(old, store), of_record(new, store))
+    was, now = _circumstances(old), _circumstances(new)
+    return {
+        "a": _side(old),
+        "b": _side(new),
+        "changes": change_phrases(found, new.stage),
+        "differences": [difference.to_json() for difference in found],
+        "circumstances": {
+            name: {"a": was.get(name), "b": now.get(name)} for name in was | now if was.get(name) != now.get(name)
+        },
+        "metrics": {
+            name: _metric(old.metrics.get(name), new.metrics.get(name)) for name in {**old.metrics, **new.metrics}
+        },
+    }
+
+
+def _side(record: ActionRecord) -> Document:
+    return {"stage": record.stage, "key": record.key, "artifact": record.artifact}
+
+
+def _circumstances(record: ActionRecord) -> Document:
+    """What enters no key, and may yet move a number beyond rounding where it should not."""
+    made = record.provenance
+    names = ("commit", "python", "platform", "ranks", "gpus", "devices")
+    return {name: made.get(name) for name in names} | made.get("versions", {})
+
+
+def _metric(old: float | None, new: float | None) -> Document:
+    return {"a": old, "b": new, "difference": None if old is None or new is None else new - old}
+
+
 def find_record(target: str | None, planned: Mapping[str, Planned], store: Store) -> ActionRecord:
-    """The record of a stage, of a digest or key (or the first digits of one), or of the last committed stage.
+    """The record that is meant.
+
+    target  a stage; ``pipeline/stage`` of any pipeline of the store; a key or an artifact's digest, or its first
+            digits; None for the last committed stage
 
     Raises:
-        RequestError: there is no such result.
+        RequestError: there is no such result, or more than one.
     """
     if target is None:
         committed = [one.record for one in planned.values() if one.record is not None]
@@ -120,18 +223,56 @@ def find_record(target: str | None, planned: Mapping[str, Planned], store: Store
             raise RequestError("no stage has a result yet", str(store.root), "rlhf run")
         return committed[-1]
     if target in planned:
-        record = planned[target].record
-        if record is None:
-            raise RequestError(f"{target} has no result yet", planned[target].why, f"rlhf run {target}")
-        return record
-    records = [record for key in store.keys() if (record := store.action(key)) is not None]  # noqa: SIM118 - not a mapping
-    found = [
-        one for one in records if len(target) >= 6 and (one.artifact.startswith(target) or one.key.startswith(target))
-    ]
-    if len({one.artifact for one in found}) != 1:
+        return _result_of(target, planned)
+    pipeline, slash, stage = target.partition("/")
+    if slash:
+        return _result_elsewhere(pipeline, stage, store)
+    return _result_by_digits(target, planned, store)
+
+
+def _result_of(name: str, planned: Mapping[str, Planned]) -> ActionRecord:
+    record = planned[name].record
+    if record is None:
+        raise RequestError(f"{name} has no result yet", planned[name].why, f"rlhf run {name}")
+    return record
+
+
+def _result_elsewhere(pipeline: str, stage: str, store: Store) -> ActionRecord:
+    """The latest result of a stage of any pipeline of the store."""
+    ref = store.refs(pipeline).get(stage) if pipeline in store.pipelines() else None
+    record = store.lookup(ref.key) if ref else None
+    if record is None:
+        known = [f"{name}/{one}" for name in store.pipelines() for one in store.refs(name)]
         raise RequestError(
-            f"{target!r} names {'no' if not found else 'more than one'} stage or artifact",
-            f"stages: {', '.join(planned)}; store: {store.root}",
-            "rlhf status",
+            f"there is no result of {stage!r} in a pipeline {pipeline!r}",
+            f"store {store.root}",
+            suggestion(f"{pipeline}/{stage}", known) or "name a stage, a key or an artifact",
+        )
+    return record
+
+
+def _result_by_digits(target: str, planned: Mapping[str, Planned], store: Store) -> ActionRecord:
+    where = f"stages: {', '.join(planned)}; store: {store.root}"
+    digits = target.lower().removesuffix("…")
+    if not re.fullmatch(r"[0-9a-f]{1,64}", digits):
+        raise RequestError(
+            f"{target!r} names no stage or artifact", where, suggestion(target, planned) or "rlhf status"
+        )
+    if len(digits) < LEAST_DIGITS:
+        raise RequestError(
+            f"{target!r} names no stage, and is too short for a key or an artifact",
+            where,
+            f"give at least {LEAST_DIGITS} of its digits",
+        )
+    records = [record for key in store.keys() if (record := store.action(key)) is not None]  # noqa: SIM118 - not a mapping
+    found = [one for one in records if one.key.startswith(digits)]
+    # A key says more than an artifact, which may be the result of several.
+    found = found or [one for one in records if one.artifact.startswith(digits)]
+    if not found:
+        raise RequestError(f"{target!r} names no stage, key or artifact of this store", where, "rlhf status")
+    if len({one.artifact for one in found}) > 1:
+        candidates = ", ".join(f"{one.stage} {one.key[:16]} (artifact {one.artifact[:16]})" for one in found[:4])
+        raise RequestError(
+            f"{target!r} names more than one result", f"{candidates}; store: {store.root}", "give more digits"
         )
     return found[0]

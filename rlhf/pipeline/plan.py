@@ -1,7 +1,7 @@
 """What would run, and why: keys out of the pipeline file and the store alone. Pure: no Ray, no torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +10,14 @@ from rlhf.config.base import semantic_values
 from rlhf.config.nearest import suggestion
 from rlhf.config.pipeline import PipelineConfig, StageInstance
 from rlhf.errors import RequestError, SettingsError
+from rlhf.pipeline.differences import Recipe, differences, of_record
 from rlhf.pipeline.sources import digest_source
 from rlhf.pipeline.stage import Stage
 from rlhf.store import ActionRecord, Ref, Store, key_of
 
 State = Literal["cached", "missing", "blocked"]
+IMPORTED = "imported"
+"""Why a stage is cached whose result somebody brought from outside."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Planned:
     inputs: Mapping[str, Mapping[str, str | None]]
     """As :class:`rlhf.store.ActionRecord` keeps them; only complete where there is a key."""
     record: ActionRecord | None
+    before: ActionRecord | None
+    """The latest result that is noted for the instance, under whatever key, whether or not it is still whole."""
 
     @property
     def name(self) -> str:
@@ -145,7 +150,7 @@ def _plan_one(
             "inputs": {},
             "record": None,
         }
-        return Planned(instance, stage, wires, state, why, **(empty | found))
+        return Planned(instance, stage, wires, state, why, before=before, **(empty | found))
 
     # Read before the lookup, which moves the record of a damaged result away.
     before = store.action(ref.key) if ref else None
@@ -153,7 +158,7 @@ def _plan_one(
     if ref is not None and ref.imported:
         if latest is None:
             return build("blocked", "the imported model is damaged or gone")
-        return build("cached", "imported", key=latest.key, record=latest)
+        return build("cached", IMPORTED, key=latest.key, record=latest)
 
     settings = semantic_values(instance.settings)
     awaits = stage.awaits(instance.settings)
@@ -171,9 +176,15 @@ def _plan_one(
     if record is not None:
         return build("cached", "unchanged", key=key, settings=settings, inputs=inputs, record=record)
     if before is None:
-        why = "its latest result is gone" if ref else "new"
+        why = "new" if ref is None else "its latest result is gone"
+        if ref is not None and store.is_quarantined(ref.key):
+            why = "its latest result was damaged, and is in quarantine"
     else:
-        why = "; ".join(changes(before, stage, settings, inputs)) or "its result was damaged"
+        digests = {role: entry["digest"] for role, entry in inputs.items()}
+        # Without their makers: a table has no room for what is behind a changed input.
+        now = Recipe(instance.name, stage.name, stage.version, settings, digests, None, lambda _: None)
+        was = replace(of_record(before, store), maker=lambda _: None)
+        why = "; ".join(one.phrase for one in differences(was, now)) or "its result was damaged"
     return build("missing", why, key=key, settings=settings, inputs=inputs)
 
 
@@ -192,35 +203,23 @@ def _input(name: str, role: str, wire: Wire, planned: Mapping[str, Planned], sto
     return {"artifact": record.artifact, "part": wire.part, "digest": digest, "key": record.key}
 
 
-def changes(
-    before: ActionRecord, stage: Stage, settings: Mapping[str, Any], inputs: Mapping[str, Mapping[str, str | None]]
-) -> list[str]:
-    """What differs between a committed result and what is asked for now, one phrase each: old value → new value."""
-    found: list[str] = []
-    if before.stage != stage.name or before.version != stage.version:
-        found.append(f"stage {before.stage} version {before.version} → {stage.name} version {stage.version}")
-    old, new = flatten(before.settings), flatten(settings)
-    for field in sorted(old.keys() | new.keys()):
-        if old.get(field) != new.get(field):
-            found.append(f"{field} {_short(old.get(field))} → {_short(new.get(field))}")
-    for role in sorted(before.inputs.keys() | inputs.keys()):
-        was, now = before.inputs.get(role, {}).get("digest"), inputs.get(role, {}).get("digest")
-        if was != now:
-            found.append(f"input {role} changed")
-    return found
+def recipe(one: Planned, planned: Mapping[str, Planned], store: Store) -> Recipe:
+    """What a stage's result is or will be made from, also where some of its inputs are still to be made."""
+    if one.record is not None and one.why == IMPORTED:
+        return of_record(one.record, store, one.name)
+    made = {role: one.inputs.get(role) or _made_input(one, wire, planned, store) for role, wire in one.wires.items()}
+    return Recipe(
+        one.name,
+        one.stage.name,
+        one.stage.version,
+        one.settings,
+        {role: entry["digest"] for role, entry in made.items()},
+        one.record.artifact if one.record else None,
+        lambda role: recipe(planned[one.wires[role].instance], planned, store) if role in one.wires else None,
+    )
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:8]}…" if isinstance(value, str) and len(text) == 64 else text
-
-
-def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings as one mapping of names: ``rewards[0].weight``. Lists of plain values stay whole."""
-    if isinstance(value, Mapping):
-        parts = {f"{name}.{key}" if name else key: inner for key, inner in value.items()}
-    elif isinstance(value, list) and value and all(isinstance(inner, Mapping) for inner in value):
-        parts = {f"{name}[{number}]": inner for number, inner in enumerate(value)}
-    else:
-        return {name: value}
-    return {key: leaf for part, inner in parts.items() for key, leaf in flatten(inner, part).items()}
+def _made_input(one: Planned, wire: Wire, planned: Mapping[str, Planned], store: Store) -> Mapping[str, str | None]:
+    if planned[wire.instance].record is None:
+        return {"digest": None}
+    return _input(one.name, "", wire, planned, store)

@@ -19,9 +19,10 @@ from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.training import WorkerSettings
 from rlhf.errors import DamageError, DiskFullError, RequestError, RlhfError, StageError, TryAgainError
-from rlhf.pipeline.context import FAILURE, NOTES, PROGRESS, Context
+from rlhf.pipeline.context import FAILURE, NOTES, ORIGIN, PROGRESS, Context
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.provenance import provenance
+from rlhf.pipeline.spending import begin, earlier_attempts, resources_of
 from rlhf.pipeline.stage import Stage
 from rlhf.store import SCRATCH, ActionRecord, Store, digest_of
 from rlhf.terminal import Display
@@ -101,8 +102,10 @@ class Runner:
     def _execute(self, one: Planned, context: Context[Any]) -> dict[str, float]:
         watch = Watch(self.display, one.name, context.attempt)
         if one.stage.runs == "task":
+            begin(context.attempt, ranks=1, gpus=0)
             return launch.run_task(Call(one.stage.code, context), self.session.resources().for_task(), watch)
         ranks = self._ranks(one)
+        begin(context.attempt, ranks.count, ranks.count if ranks.gpu else 0)
         call = Call(one.stage.code, context, ranks.gpu, _workers(one).timeout_minutes)
         return launch.run_group(call, ranks, self.config.cluster.max_failures, watch, self.display.line)
 
@@ -119,7 +122,7 @@ class Runner:
                     inputs={role: dict(entry) for role, entry in one.inputs.items()},
                     artifact=manifest.digest,
                     metrics=metrics,
-                    provenance=provenance(),
+                    provenance=provenance() | self._circumstances(one, attempt),
                     seconds=round(seconds, 3),
                     attempt=attempt.name,
                 ),
@@ -136,6 +139,15 @@ class Runner:
         first = list(metrics.items())[:3] if one.stage.runs == "workers" or len(metrics) <= 3 else []
         shown = "  ".join(f"{name} {value:.3g}" for name, value in first)
         self.display.update(one.name, state="done", message=shown, done=0, total=0, seconds=seconds)
+
+    def _circumstances(self, one: Planned, attempt: Path) -> dict[str, Any]:
+        assert one.key is not None
+        origin = attempt / ORIGIN
+        return resources_of(attempt) | {
+            "earlier_attempts": earlier_attempts([path for path in self.store.attempts(one.key) if path != attempt]),
+            "previous": one.before.key if one.before else None,
+            "origin": json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {},
+        }
 
     def _context(self, one: Planned, attempt: Path, inputs: Mapping[str, Path]) -> Context[Any]:
         assert one.key is not None
@@ -169,6 +181,8 @@ class Runner:
             "starting Ray" if self.session.address is None else f"attaching to Ray at {self.session.address}"
         )
         self.session.resources().for_task()
+        for notice in self.session.notices:
+            self.display.line(notice)
         for one in missing:
             if one.stage.runs == "workers":
                 self._ranks(one)

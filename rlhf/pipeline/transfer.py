@@ -12,13 +12,15 @@ from typing import Any
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError, is_no_room
 from rlhf.models.adapter_folders import BASE, config_file, is_adapter
+from rlhf.models.cards import licence_of
 from rlhf.models.lengths import UNBOUNDED, context_length
+from rlhf.models.trust import CODE, refuse_code, refuse_foreign_links
 from rlhf.models.weights import count_parameters
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
 from rlhf.store import ActionRecord, Store, key_of
-from rlhf.store.backend import free_bytes_at, no_room, translated
+from rlhf.store.backend import free_bytes_at, no_room, translated, umask
 
 IMPORT = "import"
 KINDS = {"sft": "policy", "rm": "reward-model"}
@@ -61,7 +63,8 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
                 inputs={"folder": {"artifact": digest, "part": "", "digest": digest, "key": None}},
                 artifact=digest,
                 metrics={},
-                provenance=provenance(),
+                provenance=provenance()
+                | {"origin": {"model": {"source": str(folder.resolve()), "license": licence_of(folder)}}},
                 seconds=0.0,
                 attempt="import",
             ),
@@ -79,7 +82,7 @@ def _copy(folder: Path, target: Path) -> None:
     needed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if needed > free_bytes_at(target):
         raise no_room(target, needed)
-    left_out = shutil.ignore_patterns(".*", "README.md", "*.bin", "*.pt", "*.pth", "training_args*")
+    left_out = shutil.ignore_patterns(".*", "README.md", "*.bin", "*.pt", "*.pth", "training_args*", *CODE)
     try:
         shutil.copytree(folder, target, ignore=left_out)
     except shutil.Error as error:
@@ -89,16 +92,7 @@ def _copy(folder: Path, target: Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    # A hub's cache is made of links, which stay inside the model's own part of it.
-    home = folder.resolve()
-    home = home.parents[1] if home.parent.name == "snapshots" else home
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(home)):
-            raise RequestError(
-                "the folder holds a link to nowhere or out of itself, and what it leads to would be imported",
-                str(path),
-                "remove it, or put a copy in its place",
-            )
+    refuse_foreign_links(folder)
     config = config_file(folder)
     try:
         is_object = isinstance(json.loads(config.read_text(encoding="utf-8")), dict)
@@ -106,6 +100,7 @@ def _check_files(folder: Path) -> None:
         is_object = False
     if not is_object:
         raise RequestError("the model's config.json holds no JSON object", str(config), "save it with save_pretrained")
+    refuse_code(folder)
     if not count_parameters(folder):
         raise RequestError(
             "the folder holds no weights in safetensors files", str(folder), "save them with save_pretrained"
@@ -180,7 +175,7 @@ def export_artifact(one: Planned, target: Path, store: Store) -> Path:
             # Copies, not links: what the user does with an exported file must not reach the store.
             shutil.copytree(linked, target, dirs_exist_ok=True)
         for path in target.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+            path.chmod((0o755 if path.is_dir() else 0o644) & ~umask())
     except OSError as error:
         raise RequestError(
             f"the folder to export to cannot be written: {error.strerror or error}", str(target), "name another folder"

@@ -37,10 +37,6 @@ class EndpointReward:
             scores += checked_scores(lambda answered=answered: answered, self._service.shown, len(some), first)
         return scores
 
-    def close(self) -> None:
-        """Let go of the connections."""
-        self._service.close()
-
 
 def _scores_in(document: Any, where: str) -> Any:
     if not isinstance(document, dict) or "scores" not in document:

@@ -1,5 +1,6 @@
 """An HTTP service that is posted JSON and answers JSON, or the error that says why not."""
 
+import asyncio
 import json
 import os
 import time
@@ -33,12 +34,9 @@ class Service:
         self.shown = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
         """The address without its query, which may hold what is nobody's business."""
         # Compressed, a short answer could become a long one after it was measured.
-        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if settings.token_variable is not None:
-            headers["Authorization"] = f"Bearer {_token(settings.token_variable, name)}"
-        self._client = httpx.Client(
-            headers=headers, timeout=settings.timeout_s, follow_redirects=False, trust_env=False
-        )
+            self._headers["Authorization"] = f"Bearer {_token(settings.token_variable, name)}"
 
     def ask(self, document: Any, rows: str) -> Any:
         """Post a document; the JSON that it is answered with.
@@ -55,10 +53,12 @@ class Service:
             if attempt:
                 time.sleep(min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S))
             try:
-                answer = self._post(body, where)
+                answer = asyncio.run(self._posted(body, where))
                 break
             except _PassingError as error:
                 why = str(error)
+            except TimeoutError:
+                why = f"no whole answer in {self._settings.timeout_s:g} s"
             except httpx.TransportError as error:
                 why = f"{type(error).__name__}: {error}"
         else:
@@ -72,14 +72,15 @@ class Service:
         except (ValueError, RecursionError):
             refuse(f"{self._name} answered what is no JSON", where, "correct url, or the service")
 
-    def close(self) -> None:
-        """Let go of the connections."""
-        self._client.close()
-
-    def _post(self, body: bytes, where: str) -> bytes:
+    async def _posted(self, body: bytes, where: str) -> bytes:
         settings = self._settings
-        deadline = time.monotonic() + settings.timeout_s
-        with self._client.stream("POST", settings.url, content=body) as answer:
+        # httpx limits the wait for each part: a service that sends its answer or its headers little by little would
+        # take for ever. A client of its own for each request lets several threads ask.
+        async with (
+            asyncio.timeout(settings.timeout_s),
+            httpx.AsyncClient(headers=self._headers, timeout=None, follow_redirects=False, trust_env=False) as client,  # noqa: S113
+            client.stream("POST", settings.url, content=body) as answer,
+        ):
             if answer.status_code == TOO_MANY_REQUESTS or answer.is_server_error:
                 raise _PassingError(f"status {answer.status_code}")
             if answer.is_redirect:
@@ -96,7 +97,7 @@ class Service:
                     "correct url or token_variable, or the service",
                 )
             found = bytearray()
-            for part in answer.iter_raw():
+            async for part in answer.aiter_raw():
                 found += part
                 if len(found) > settings.max_bytes:
                     refuse(
@@ -104,9 +105,6 @@ class Service:
                         where,
                         "raise max_bytes, or ask for less at once",
                     )
-                # httpx limits the wait for each part; a service that sends little by little could take for ever.
-                if time.monotonic() > deadline:
-                    raise _PassingError(f"no whole answer in {settings.timeout_s:g} s")
             return bytes(found)
 
 

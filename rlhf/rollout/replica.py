@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 
 from rlhf.config.training import Precision
-from rlhf.models import text
+from rlhf.models import text, trust
 from rlhf.rollout.sampling import InverseTransformSampling
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, gathered
@@ -24,7 +24,7 @@ class Replica:
     """An unsharded copy of a policy on this rank's device, with any adapter folded in."""
 
     def __init__(self, folder: Path, precision: Precision, *, eos_token_id: int, pad_token_id: int) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision])
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision], **trust.MODEL)
         self._model = model.to(group.device()).eval()
         self._eos, self._pad = eos_token_id, pad_token_id
 

@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -186,7 +187,7 @@ class LocalBackend:
                 if error.errno not in _CANNOT_LINK:
                     raise
                 _copy(path, target)
-                target.chmod(0o444)
+                target.chmod(0o444 & ~umask())
 
     def names(self, folder: str) -> list[str]:
         """List all files under a folder, sorted; names with a leading dot are unfinished writes and left out."""
@@ -346,8 +347,16 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _seal(path: Path) -> None:
-    path.chmod(0o444)
+    path.chmod(0o444 & ~umask())
     _sync(path)
+
+
+@cache
+def umask() -> int:
+    """The permissions that this process withholds from what it writes, as they were when first asked for."""
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
 
 
 def _publish(temporary: Path, path: Path) -> bool:

@@ -11,6 +11,7 @@ from rlhf.errors import DamageError, RequestError, RlhfError
 from rlhf.store.keys import canonical_json, digest_of
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
+_ATTEMPT = re.compile(r"[A-Za-z0-9-]+")
 _IMPORTED = "imported"
 
 
@@ -78,6 +79,7 @@ class Manifest:
             raise DamageError(f"does not have a manifest's fields ({error})") from error
         for file in manifest.files:
             refuse_escape(file.path)
+            refuse_no_digest(file.sha256)
         return manifest
 
 
@@ -110,9 +112,15 @@ class ActionRecord:
     def from_json(cls, data: bytes) -> Self:
         """Read a record's file. Raises DamageError unless every byte is as it was written."""
         try:
-            return cls(**unseal(data))
-        except TypeError as error:
+            record = cls(**unseal(data))
+            read = [(entry["artifact"], entry["digest"], entry["key"]) for entry in record.inputs.values()]
+        except (TypeError, KeyError, AttributeError) as error:
             raise DamageError(f"does not have an action record's fields ({error})") from error
+        for digest in (record.key, record.artifact, *(one for digests in read for one in digests if one is not None)):
+            refuse_no_digest(digest)
+        if not _ATTEMPT.fullmatch(str(record.attempt)):
+            raise DamageError(f"names no attempt: {record.attempt!r}")
+        return record
 
 
 @dataclass(frozen=True)
@@ -134,11 +142,17 @@ class Ref:
         return cls(key, bool(words)) if DIGEST.fullmatch(key) and words in ([], [_IMPORTED]) else None
 
 
-def refuse_escape(path: str) -> None:
+def refuse_escape(path: Any) -> None:
     """Raise DamageError unless a payload path stays within its folder."""
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "/".join(parts) != path:
+    parts = PurePosixPath(path).parts if isinstance(path, str) else ()
+    if not parts or path.startswith("/") or ".." in parts or {"\\", "\0"} & set(path) or "/".join(parts) != path:
         raise DamageError(f"names a file that would lie outside the artifact: {path!r}")
+
+
+def refuse_no_digest(digest: Any) -> None:
+    """Raise DamageError unless a value is a SHA-256, since it becomes the name of a file of the store."""
+    if not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
+        raise DamageError(f"names what is no digest: {digest!r}")
 
 
 def _content(kind: str, files: Iterable[PayloadFile]) -> dict[str, Any]:

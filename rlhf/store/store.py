@@ -259,6 +259,11 @@ class Store:
         self.notices.append(f"Stage {record.stage}, key {key}: {told}. It counts as a miss.")
         return None
 
+    def is_quarantined(self, key: str) -> bool:
+        """Whether the action record of a key was moved to quarantine, now or at any time before."""
+        _refuse_malformed(key, "key")
+        return any(PurePosixPath(name).name.startswith(key) for name in self._backend.names("quarantine/actions"))
+
     def keys(self) -> list[str]:
         """List the keys of all action records, sorted."""
         return [key for name in self._backend.names("actions") if DIGEST.fullmatch(key := PurePosixPath(name).stem)]

@@ -8,6 +8,8 @@ a file that is missing or of another size, was cut off and is never read.
 import json
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,9 +57,12 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
     """The checkpoint that a stage goes on from, or None.
 
     Raises:
-        PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew.
+        PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew; or
+            another user could have written it.
     """
     newest = newest_complete(list(context.attempts))
+    if newest is not None:
+        refuse_planted(newest, context.attempt)
     if newest is None or (ranks := _marker(newest)["ranks"]) == group.world_size():
         return newest
     raise PreflightError(
@@ -65,6 +70,37 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
         "cannot go on from",
         str(newest),
         f"{context.stage}.workers.count={ranks}, or remove that folder to start the stage anew",
+    )
+
+
+def refuse_planted(checkpoint: Path, attempt: Path) -> None:
+    """Refuse a checkpoint that another user could have written: DeepSpeed reads pickles, which run code.
+
+    attempt  the folder of the attempt that goes on, where this process writes
+
+    Raises:
+        PreflightError: the folder is a link, belongs to another user, or others may write into it.
+    """
+    state = checkpoint.lstat()
+    if not stat.S_ISDIR(state.st_mode):
+        raise _planted(checkpoint, "is a link")
+    if state.st_uid != _owner_of_new_files(attempt):
+        raise _planted(checkpoint, "belongs to another user")
+    if state.st_mode & 0o022:
+        raise _planted(checkpoint, "may be written by other users")
+
+
+def _owner_of_new_files(folder: Path) -> int:
+    # Not the process's own number: a network's file system may give what root writes to somebody else.
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_uid
+
+
+def _planted(checkpoint: Path, why: str) -> PreflightError:
+    return PreflightError(
+        f"the checkpoint to go on from {why}: it holds pickles, and whoever wrote it could run code here",
+        str(checkpoint),
+        "remove it, or where you know that it is yours: chown it to the user who runs the workers, and chmod 700 it",
     )
 
 
@@ -108,7 +144,9 @@ def _make_room(checkpoint: Path, attempts: Sequence[Path], estimate: int) -> int
     free = shutil.disk_usage(checkpoint.parents[1]).free
     if free < needed:
         raise _disk_full(checkpoint, needed, free)
-    checkpoint.mkdir(parents=True)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    # Whoever could add to it could run code when it is loaded: it holds pickles.
+    checkpoint.mkdir(mode=0o700)
     return needed
 
 
@@ -144,6 +182,7 @@ def mark_complete(checkpoint: Path) -> None:
 
 def _mark_complete(checkpoint: Path) -> None:
     sizes: dict[str, int] = {}
+    checkpoint.chmod(0o700)
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file():
             _sync(path)

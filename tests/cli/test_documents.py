@@ -102,7 +102,7 @@ def test_status_knows_what_runs_and_what_failed(ask: Ask, made: Path):
 def test_explain_names_what_changed(ask: Ask, made: Path):
     """Old and new values, and the settings in the key; of a blocked stage what its settings say already."""
     same = ask("explain", "count", "--json").document
-    assert list(same) == [*STAGE, "changes", "settings"]
+    assert list(same) == [*STAGE, "changes", "settings", "since", "differences", "made"]
     assert (same["state"], same["changes"], same["settings"]) == ("cached", [], {"step": 1})
 
     changed = ask("explain", "count", "count.step=2", "--json").document
@@ -110,7 +110,7 @@ def test_explain_names_what_changed(ask: Ask, made: Path):
 
     blocked = ask("explain", "total", "count.step=2", "total.factor=2.0", "--json").document
     assert (blocked["state"], blocked["key"], blocked["needs"]) == ("blocked", None, ["count"])
-    assert blocked["changes"] == ["factor 1.0 → 2.0"]
+    assert blocked["changes"] == ["factor 1.0 → 2.0", "input count will change: count.step 1 → 2"]
 
 
 def test_lineage_goes_back_to_the_first_stage(ask: Ask, made: Path):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import RequestError, SettingsError
-from rlhf.pipeline.plan import changes, flatten, needed, plan
+from rlhf.pipeline.differences import flatten
+from rlhf.pipeline.plan import needed, plan
 from rlhf.pipeline.stage import taking
 from rlhf.store import Store
 from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline
@@ -77,7 +78,7 @@ def test_moving_the_store_or_renaming_the_file_changes_no_key(path: Path, tmp_pa
     ("override", "expected", "why"),
     [
         ("words.left=one two three", ("missing", "blocked", "blocked"), "left one two → one two three"),
-        ("words.style.upper=true", ("missing", "blocked", "blocked"), "style.upper False → True"),
+        ("words.style.upper=true", ("missing", "blocked", "blocked"), "style.upper false → true"),
         ("words.seed=5", ("missing", "blocked", "blocked"), "seed 0 → 5"),
         ("seed=5", ("missing", "blocked", "blocked"), "seed 0 → 5"),
         ("count.step=2", ("cached", "missing", "blocked"), "step 1 → 2"),
@@ -134,7 +135,7 @@ def test_a_source_enters_the_key_by_its_content_and_not_by_its_place(tmp_path: P
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
     found = planned(path, f"words.file={source}")
     assert found["words"].state == "missing"
-    assert found["words"].why.startswith("sources.file ")
+    assert found["words"].why.startswith("content of file ")
 
 
 def test_a_source_folder_is_known_by_its_files_and_their_names(tmp_path: Path):
@@ -288,14 +289,6 @@ def test_a_damaged_result_is_missing_and_the_user_is_told(path: Path, tmp_path: 
     assert found["count"].why == "its result was damaged"
     assert len(store.notices) == 1
     assert "quarantine" in store.notices[0]
-    assert planned(path)["count"].why == "its latest result is gone"
+    assert planned(path)["count"].why == "its latest result was damaged, and is in quarantine"
     make(path)
     assert states(planned(path)) == CACHED
-
-
-def test_changes_name_settings_that_came_and_went(path: Path):
-    """A setting that the older code did not have is a change too."""
-    one = planned(path)["count"]
-    assert one.record is not None
-    assert changes(one.record, one.stage, {"base": 3}, one.inputs) == ["base None → 3", "step 1 → None"]
-    assert changes(one.record, one.stage, one.settings, {}) == ["input words changed"]

@@ -1,5 +1,6 @@
 import io
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def test_a_run_commits_every_stage_and_the_next_is_nothing_but_hits(session: Ses
         "log-0.txt",
         "notes.jsonl",
         "progress.json",
+        "rank-0.json",
+        "resources.json",
         "result.json",
     ]
     assert len(list((tmp_path / "store" / "work").iterdir())) == 3
@@ -245,3 +248,23 @@ def test_a_stage_that_was_damaged_meanwhile_is_made_again(session: Session, path
     assert set(states(found).values()) == {"cached"}
     assert "quarantine" in shown
     assert store.verify().damaged == []
+
+
+def test_a_result_knows_what_it_took_and_what_failed_before_it(session: Session, path: Path):
+    """Ranks, GPUs, hosts, the time of failed attempts, and the result that the stage had before."""
+    first = run(session, path)[0]["total"].record
+    assert first is not None
+    with pytest.raises(RlhfError):
+        run(session, path, "total.factor=2.0", "total.behaviour=raises")
+    second = run(session, path, "total.factor=2.0")[0]["total"].record
+    assert second is not None
+    made = second.provenance
+    assert (made["ranks"], made["gpus"], made["devices"]) == (1, 0, ["CPU"])
+    assert made["hosts"] == [socket.gethostname()]
+    (failed,) = made["earlier_attempts"]
+    assert (failed["ranks"], failed["gpus"]) == (1, 0)
+    assert 0 < failed["seconds"] < 60
+    assert failed["attempt"] < second.attempt
+    assert made["previous"] == first.key
+    assert first.provenance["previous"] is None
+    assert first.provenance["earlier_attempts"] == []
