@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from rlhf.config.base import Settings
+from rlhf.pipeline import pulse
 
 S = TypeVar("S", bound=Settings)
 
 PROGRESS = "progress.json"
 NOTES = "notes.jsonl"
+STOP = "stop"
+"""In an attempt: a file that asks its ranks to save and stop."""
 FAILURE = "failure.json"
 """In an attempt: what, where and next of the error that ended it, for ``rlhf status``."""
 
@@ -47,8 +50,10 @@ class Context(Generic[S]):
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"message": message, "done": done, "total": total, "at": time.time()}))
         temporary.replace(path)
+        pulse.beat()
 
     def note(self, line: str) -> None:
         """Show the user one line and keep it."""
+        pulse.beat()
         with (self.attempt / NOTES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"note": line}) + "\n")

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,11 +18,20 @@ from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.training import WorkerSettings
-from rlhf.errors import DamageError, DiskFullError, RequestError, RlhfError, StageError
-from rlhf.pipeline.context import FAILURE, NOTES, PROGRESS, Context
+from rlhf.errors import (
+    DamageError,
+    DiskFullError,
+    InterruptedRunError,
+    LeaseLostError,
+    RequestError,
+    RlhfError,
+    StageError,
+)
+from rlhf.pipeline.context import FAILURE, NOTES, PROGRESS, STOP, Context
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stop import Stop
 from rlhf.store import ActionRecord, Store, digest_of
 from rlhf.terminal import Display
 
@@ -39,12 +48,14 @@ class Runner:
     store: Store
     session: Session
     display: Display
+    stop: Stop = field(default_factory=Stop)
 
     def run(self, targets: Sequence[str]) -> dict[str, Planned]:
         """Run what the targets need and the store does not have; the plan as it is then.
 
         Raises:
             RlhfError: the first error; what was committed before it stays.
+            InterruptedRunError: it was asked to stop.
         """
         told: set[str] = set()
         started = checked = False
@@ -70,27 +81,62 @@ class Runner:
                 checked = True
             self._bring_up(ready)
             told.add(ready.name)
+            if self.stop.asked:
+                raise InterruptedRunError("interrupted")
 
     def _bring_up(self, one: Planned) -> None:
-        assert one.key is not None
-        with self.store.lease(one.key, timeout=None, on_wait=lambda message: self._wait(one, message)):
-            # Somebody may have committed it while we waited for the lease.
-            if (record := self.store.lookup(one.key)) is not None:
-                self.store.set_ref(self.config.name, one.name, record.key)
-                self.display.update(one.name, state="cached", key=record.key, why="made by another run")
+        """Take the lease and produce the stage; a lease that is lost is waited for again, and its result adopted."""
+        for _ in range(self.config.cluster.max_failures):
+            try:
+                self._take(one)
                 return
-            self._produce(one)
+            except LeaseLostError as error:
+                self.display.line(f"{one.name}: {error.what}; {error.next_step}")
+        self._take(one)
 
-    def _produce(self, one: Planned) -> None:
+    def _take(self, one: Planned) -> None:
+        assert one.key is not None
+        lost: list[str] = []
+        with self.store.lease(
+            one.key, timeout=None, on_wait=lambda message: self._wait(one, message), on_loss=lost.append
+        ):
+            # Somebody may have committed it while we waited for the lease.
+            if self._adopt_from_another(one):
+                return
+            try:
+                self._produce(one, lost)
+            except RlhfError:
+                # Whoever took the lease over may have committed, and removed what this attempt was reading.
+                if not self._adopt_from_another(one):
+                    raise
+
+    def _adopt_from_another(self, one: Planned) -> bool:
+        """Take what another run has made meanwhile, if it has."""
+        assert one.key is not None
+        if (record := self.store.lookup(one.key)) is None:
+            return False
+        self.store.set_ref(self.config.name, one.name, record.key)
+        self.display.update(one.name, state="cached", key=record.key, why="made by another run")
+        return True
+
+    def _produce(self, one: Planned, lost: Sequence[str]) -> None:
+        """Run the stage and commit what it made.
+
+        lost  who holds the lease instead, from the moment it is lost on
+        """
         assert one.key is not None
         attempt = self.store.new_attempt(one.key)
         self.display.update(one.name, state="running", key=one.key, why=one.why)
         try:
-            context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
-            context.output.mkdir()
-            start = time.monotonic()
-            metrics = self._execute(one, context)
-            self._commit(one, attempt, metrics, time.monotonic() - start)
+            with self.stop.heeded():
+                context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
+                context.output.mkdir()
+                start = time.monotonic()
+                metrics = self._execute(one, context, lost)
+                self._commit(one, attempt, metrics, time.monotonic() - start)
+        except (InterruptedRunError, LeaseLostError):
+            self.display.update(one.name, state="waiting")
+            raise
         except RlhfError as error:
             self.display.update(one.name, state="failed")
             _write_failure(attempt, error)
@@ -98,8 +144,20 @@ class Runner:
         finally:
             shutil.rmtree(attempt / "inputs", ignore_errors=True)
 
-    def _execute(self, one: Planned, context: Context[Any]) -> dict[str, float]:
-        watch = Watch(self.display, one.name, context.attempt)
+    def _execute(self, one: Planned, context: Context[Any], lost: Sequence[str]) -> dict[str, float]:
+        show = Watch(self.display, one.name, context.attempt)
+
+        def watch() -> None:
+            show()
+            self.session.check()
+            if lost:
+                raise LeaseLostError(f"the lease was lost to {lost[0]}", str(context.attempt), "waiting for its result")
+            if self.stop.asked:
+                if one.stage.runs == "task":
+                    raise InterruptedRunError("interrupted")
+                # The ranks save at their next step, stop, and say so.
+                (context.attempt / STOP).touch()
+
         if one.stage.runs == "task":
             return launch.run_task(Call(one.stage.code, context), self.session.resources().for_task(), watch)
         ranks = self._ranks(one)
