@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -194,6 +195,19 @@ class Resources:
                 "add a node, or start one with cores (`ray start --num-cpus`)",
             )
         return min(with_cores)
+
+    def of_task(self) -> "RankResources":
+        """The same, in the form of a worker group of one."""
+        return RankResources(1, self.for_task(), gpu=False)
+
+    def have_room(self, wanted: "RankResources", beside: Sequence["RankResources"]) -> bool:
+        """Whether a group finds places beside others that run, wherever Ray has put those; alone it always does.
+
+        A rank that takes n times what one of the wanted takes is taken to cost n places, rounded up, which it can at
+        most.
+        """
+        cost = sum(one.count * max(-(-one.cpus // wanted.cpus), one.gpu and wanted.gpu) for one in beside)
+        return not beside or self._fitting(wanted.cpus, wanted.gpu) - cost >= wanted.count
 
     @property
     def has_gpu(self) -> bool:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,6 +31,7 @@ from rlhf.errors import (
 from rlhf.pipeline.context import FAILURE, NOTES, PROGRESS, STOP, Context
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.provenance import provenance
+from rlhf.pipeline.side_by_side import SideBySide
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.stop import Stop
 from rlhf.store import ActionRecord, Store, digest_of
@@ -57,7 +59,12 @@ class Runner:
             RlhfError: the first error; what was committed before it stays.
             InterruptedRunError: it was asked to stop.
         """
+        with SideBySide(self.stop.abort) as running:
+            return self._run(targets, running)
+
+    def _run(self, targets: Sequence[str], running: SideBySide) -> dict[str, Planned]:
         told: set[str] = set()
+        taken: dict[str, RankResources] = {}
         started = checked = False
         while True:
             planned = needed(plan(self.config, self.known, self.store), targets)
@@ -68,19 +75,29 @@ class Runner:
                     told.add(one.name)
             missing = [one for one in planned.values() if one.record is None]
             _refuse_lost_imports(missing)
-            if not missing:
+            if not missing and not running.names:
                 return planned
-            if not started:
+            if missing and not started:
                 self._check_resources(missing)
                 started = True
             # Data and models first: what they are decides whether the rest can run at all.
             missing.sort(key=lambda one: one.stage.runs == "workers")
-            ready = next(one for one in missing if one.state != "blocked")
-            if ready.stage.runs == "workers" and not checked:
-                self._preflight(missing, planned)
-                checked = True
-            self._bring_up(ready)
-            told.add(ready.name)
+            under_way = {planned[name].key for name in running.names}
+            for one in missing:
+                if one.state == "blocked" or one.key in under_way:
+                    continue
+                if one.stage.runs == "workers" and not checked:
+                    if running.names:
+                        break
+                    self._preflight(missing, planned)
+                    checked = True
+                needs = self._needs(one)
+                if self.session.resources().have_room(needs, [taken[name] for name in running.names]):
+                    taken[one.name] = needs
+                    running.start(one.name, partial(self._bring_up, one))
+                    told.add(one.name)
+                    under_way.add(one.key)
+            running.wait(self.display.line)
             if self.stop.asked:
                 raise InterruptedRunError("interrupted")
 
@@ -98,7 +115,11 @@ class Runner:
         assert one.key is not None
         lost: list[str] = []
         with self.store.lease(
-            one.key, timeout=None, on_wait=lambda message: self._wait(one, message), on_loss=lost.append
+            one.key,
+            timeout=None,
+            on_wait=lambda message: self._wait(one, message),
+            on_loss=lost.append,
+            check=self._refuse_to_go_on,
         ):
             # Somebody may have committed it while we waited for the lease.
             if self._adopt_from_another(one):
@@ -109,6 +130,10 @@ class Runner:
                 # Whoever took the lease over may have committed, and removed what this attempt was reading.
                 if not self._adopt_from_another(one):
                     raise
+
+    def _refuse_to_go_on(self) -> None:
+        if self.stop.asked:
+            raise InterruptedRunError("interrupted")
 
     def _adopt_from_another(self, one: Planned) -> bool:
         """Take what another run has made meanwhile, if it has."""
@@ -153,7 +178,7 @@ class Runner:
             if lost:
                 raise LeaseLostError(f"the lease was lost to {lost[0]}", str(context.attempt), "waiting for its result")
             if self.stop.asked:
-                if one.stage.runs == "task":
+                if one.stage.runs == "task" or self.stop.aborted:
                     raise InterruptedRunError("interrupted")
                 # The ranks save at their next step, stop, and say so.
                 (context.attempt / STOP).touch()
@@ -229,6 +254,9 @@ class Runner:
         for one in missing:
             if one.stage.runs == "workers":
                 self._ranks(one)
+
+    def _needs(self, one: Planned) -> RankResources:
+        return self._ranks(one) if one.stage.runs == "workers" else self.session.resources().of_task()
 
     def _ranks(self, one: Planned) -> RankResources:
         workers = _workers(one)

@@ -13,12 +13,23 @@ class Stop:
 
     def __init__(self) -> None:
         self._asked = threading.Event()
+        self._aborted = threading.Event()
         self._heeding: set[object] = set()
 
     @property
     def asked(self) -> bool:
         """Whether the run shall stop."""
         return self._asked.is_set()
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the run shall stop now, and what is not saved yet be lost."""
+        return self._aborted.is_set()
+
+    def abort(self) -> None:
+        """Have everything stop that heeds it, without saving."""
+        self._aborted.set()
+        self._asked.set()
 
     def ask(self) -> bool:
         """Ask the run to stop; whether somebody heeds it."""

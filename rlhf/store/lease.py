@@ -89,6 +89,7 @@ def hold(
     timeout: float | None,
     on_wait: Callable[[str], None] | None,
     on_loss: Callable[[str], None] | None,
+    check: Callable[[], None] | None = None,
 ) -> Generator[Holder, None, None]:
     """Hold the lease ``name`` while the body runs.
 
@@ -97,9 +98,10 @@ def hold(
     Raises LeaseHeldError when the time is over.
 
     ``on_loss`` is called once, from another thread, with who holds the lease, when it is found to be ours no longer. A
-    store that does not answer is no such loss: whether somebody took over is seen when it answers again.
+    store that does not answer is no such loss: whether somebody took over is seen when it answers again. ``check`` is
+    called at every look while waiting, and what it raises ends the waiting.
     """
-    mine = _acquire(backend, name, timeout, on_wait)
+    mine = _acquire(backend, name, timeout, on_wait, check)
     heart = _Heart(backend, name, mine, on_loss)
     heart.start()
     try:
@@ -115,7 +117,13 @@ def holder_of(backend: Backend, name: str) -> Holder | None:
     return None if holder is None or holder.is_gone() else holder
 
 
-def _acquire(backend: Backend, name: str, timeout: float | None, on_wait: Callable[[str], None] | None) -> Holder:
+def _acquire(
+    backend: Backend,
+    name: str,
+    timeout: float | None,
+    on_wait: Callable[[str], None] | None,
+    check: Callable[[], None] | None,
+) -> Holder:
     began = time.monotonic()
     seen, seen_at, report_at = b"", began, began
     while True:
@@ -140,6 +148,8 @@ def _acquire(backend: Backend, name: str, timeout: float | None, on_wait: Callab
                 next_step="Let it finish and run the same command again: it is then a cache hit. A holder that died "
                 f"on another machine is succeeded after {LEASE_SECONDS:.0f} seconds of waiting.",
             )
+        if check is not None:
+            check()
         if on_wait is not None and now >= report_at:
             on_wait(f"Waiting for {who}.")
             report_at = now + REPORT_SECONDS
