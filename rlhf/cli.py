@@ -3,6 +3,7 @@
 Nothing heavy is imported here: ``--help`` and ``plan`` answer in well under a second.
 """
 
+import _thread
 import argparse
 import json
 import math
@@ -41,6 +42,7 @@ from rlhf.narration import diff_view, explain_view, lineage_view
 from rlhf.pipeline import documents
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.stage import stages
+from rlhf.pipeline.stop import Stop
 from rlhf.store import GRACE_SECONDS, Store
 from rlhf.terminal import (
     Display,
@@ -54,7 +56,10 @@ from rlhf.terminal import (
 )
 
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
+SECONDS_TO_SAVE = 25.0
+"""How long after SIGTERM the ranks may take to save; whoever preempts a machine waits 30 s as a rule."""
 SECONDS_TO_STOP = 30.0
+"""How long after a signal a run may take to end."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,28 +129,37 @@ def run(request: Request) -> None:
     targets = request.names
     names = list(needed(request.planned(), targets))
     store = request.store(create=True)
-    interrupted = InterruptedRunError(
-        "interrupted; what was committed and the checkpoints stay",
-        str(store.root),
-        command_line(request, "run", *targets),
-    )
+    stop = Stop()
+
+    def interrupted(what: str) -> InterruptedRunError:
+        return InterruptedRunError(
+            f"{what}; what was committed and the checkpoints stay",
+            str(store.root),
+            command_line(request, "run", *targets),
+        )
+
     try:
         with (
-            _ended_by_signals(interrupted),
+            _ended_by_signals(interrupted("interrupted"), stop),
             Session(request.config.cluster) as session,
             Display(request.out, names) as display,
         ):
-            planned = Runner(request.config, request.known, store, session, display).run(targets)
+            planned = Runner(request.config, request.known, store, session, display, stop).run(targets)
     except KeyboardInterrupt as error:
-        raise interrupted from error
+        raise interrupted("interrupted") from error
+    except InterruptedRunError as error:
+        raise interrupted(error.what) from error
     _summary(request, planned, store)
 
 
 @contextmanager
-def _ended_by_signals(told: RlhfError) -> Generator[None]:
-    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt. A second one, or no end in time, ends the process at once.
+def _ended_by_signals(told: RlhfError, stopping: Stop) -> Generator[None]:
+    """Inside, SIGINT raises KeyboardInterrupt, and SIGTERM asks to stop, which after a while does the same.
 
-    told  what is then printed
+    A second signal, or no end in time, ends the process at once.
+
+    told      what is then printed
+    stopping  asked to stop by SIGTERM; where nobody heeds it, the signal is like SIGINT
 
     Ray's shutdown may wait for ever, and an interrupt that arrives inside it may be lost. Ray's processes end with
     their driver, and whoever comes next takes over a dead one's lease.
@@ -155,21 +169,34 @@ def _ended_by_signals(told: RlhfError) -> Generator[None]:
         print_error(Console(stderr=True, highlight=False), told)
         os._exit(told.exit_status)
 
-    timer = threading.Timer(SECONDS_TO_STOP, end)
-    timer.daemon = True
-
-    def stop(*_: object) -> NoReturn:
-        for signal_ in before:
-            signal.signal(signal_, end)
-        timer.start()
+    def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
+    # SIGINT itself means by then that somebody is impatient: the alarm is the signal for the end of the time to save.
+    timers = (
+        threading.Timer(SECONDS_TO_STOP, end),
+        threading.Timer(SECONDS_TO_SAVE, _thread.interrupt_main, [signal.SIGALRM]),
+    )
+    for timer in timers:
+        timer.daemon = True
+
+    def stop(number: int, _: object) -> None:
+        for signal_ in before:
+            signal.signal(signal_, end)
+        timers[0].start()
+        if number == signal.SIGTERM and stopping.ask():
+            timers[1].start()
+        else:
+            raise KeyboardInterrupt
+
     before = {signal_: signal.signal(signal_, stop) for signal_ in (signal.SIGINT, signal.SIGTERM)}
+    at_alarm = signal.signal(signal.SIGALRM, interrupt)
     try:
         yield
     finally:
-        timer.cancel()
-        for signal_, handler in before.items():
+        for timer in timers:
+            timer.cancel()
+        for signal_, handler in (before | {signal.SIGALRM: at_alarm}).items():
             signal.signal(signal_, handler)
 
 
@@ -636,9 +663,12 @@ def _dispatch(words: Sequence[str]) -> int:
         return COMMANDS[words[0]](request) or 0
     except RlhfError as error:
         match shlex.split(error.next_step) if error.next_step.startswith("rlhf ") else []:
-            case [_, "run" | "status" | "annotate" as command, *names]:
-                # The library knows what to run next, and only this program for which pipeline.
-                raise type(error)(error.what, error.where, command_line(request, command, *names)) from error
+            case [_, "run" | "status" | "annotate" as command, *names] if not any(
+                "=" in name or name[0] == "-" for name in names
+            ):
+                # The library knows what to run next, and only this program for which stages of which pipeline.
+                again = request.names if command == words[0] and not names else names
+                raise type(error)(error.what, error.where, command_line(request, command, *again)) from error
             case _:
                 raise
     finally:

@@ -7,17 +7,24 @@
     │   └── PreflightError          2    the machine, model and data do not fit the settings
     ├── StageError                  1    a stage failed while it ran
     │   ├── DivergedError           1    training left the finite numbers, or the policy collapsed
-    │   └── RewardError             1    a reward raised, was refused, or answered no scores
+    │   ├── RewardError             1    a reward raised, was refused, or answered no scores
+    │   ├── KilledError             1    a process of the stage was killed
+    │   ├── OutOfMemoryError        1    a process of the stage found no memory, or was killed for taking it
+    │   ├── PreemptedError          1    a process of the stage was taken away together with its node
+    │   └── HangError               1    no process of the stage got on
     ├── DamageError                 1    the store holds something that fails its digest
     ├── TryAgainError               75   nothing is wrong with the request; the world was not ready for it
     │   ├── DiskFullError           75
     │   ├── StoreUnreachableError   75
     │   ├── IndexUnreachableError   75
-    │   └── LeaseHeldError          75
-    └── InterruptedRunError         130  somebody pressed Ctrl-C
+    │   ├── LeaseHeldError          75
+    │   ├── LeaseLostError          75
+    │   └── ClusterLostError        75
+    └── InterruptedRunError         130  Ctrl-C, or SIGTERM
 
-Every error says what is wrong, where, and what to do next. The raw values stay in ``args``, so that an error raised on
-a worker pickles back to the driver unchanged.
+Which of them a stage's worker group is started again after stands in ``rlhf/cluster/causes.py``. Every error says what
+is wrong, where, and what to do next. The raw values stay in ``args``, so that an error raised on a worker pickles back
+to the driver unchanged.
 """
 
 import errno
@@ -95,6 +102,22 @@ class RewardError(StageError):
     """A reward raised, was refused, or answered no scores; never retried, since it would do so again."""
 
 
+class KilledError(StageError):
+    """A process of the stage was killed, or exited, without a word."""
+
+
+class OutOfMemoryError(StageError):
+    """A process of the stage found no memory, on its GPU or its node, or was killed for taking it."""
+
+
+class PreemptedError(StageError):
+    """A process of the stage was taken away: its node was lost, or it was told to end."""
+
+
+class HangError(StageError):
+    """No process of the stage got on for as long as one may take."""
+
+
 class DamageError(RlhfError):
     """The store holds something that fails its digest."""
 
@@ -121,7 +144,15 @@ class LeaseHeldError(TryAgainError):
     """Somebody else is producing the same result."""
 
 
+class LeaseLostError(TryAgainError):
+    """Somebody else has taken over what this process was producing."""
+
+
+class ClusterLostError(TryAgainError):
+    """Ray itself is gone, or has no room for a stage."""
+
+
 class InterruptedRunError(RlhfError):
-    """The run was interrupted from the keyboard."""
+    """The run was interrupted from the keyboard, or by SIGTERM."""
 
     exit_status = 130

@@ -1,40 +1,52 @@
 """Running a stage's code on Ray, as a task or as a worker group, while the driver watches."""
 
 import json
+import os
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf import errors
+from rlhf.cluster.causes import cause_of, may_retry
 from rlhf.cluster.session import RankResources
-from rlhf.cluster.worker import RESULT, Call, Failure, no_room, perform_rank, perform_task, read_failures
-from rlhf.errors import DivergedError, RequestError, RewardError, RlhfError, StageError, is_no_room
+from rlhf.cluster.watchdog import Watchdog
+from rlhf.cluster.worker import COLLECTIVE_SLACK_MINUTES, RESULT, Call, perform_rank, perform_task
+from rlhf.errors import HangError, RlhfError
+from rlhf.pipeline import pulse
 
 POLL_SECONDS = 0.25
-
-# What would go wrong again from the same checkpoint, or has been tried often enough already.
-FINAL = (RequestError, DivergedError, RewardError, errors.TryAgainError)
+END_SECONDS = 30.0
+"""How long the processes of an ended group may take to go."""
+CONTROLLER = "controller.json"
 
 
 def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, float]:
-    """Run the code as one Ray task; ``watch`` is called a few times a second.
+    """Run the code as one Ray task; ``watch`` is called a few times a second, and what it raises ends the task.
 
     Raises:
-        RlhfError: the code's own error, or a StageError for anything else.
+        RlhfError: the code's own error, or what became of its process.
     """
     import ray
     from ray.exceptions import RayError
 
     reference = ray.remote(num_cpus=cpus, max_retries=0)(perform_task).remote(call)
+    watchdog = Watchdog(call, 1)
     try:
         while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
             watch()
+            watchdog()
         watch()
         ray.get(reference)
     except RayError as error:
         raise cause_of(call, error) from error
+    except RlhfError:
+        with suppress(RayError):  # it may have ended, or Ray itself
+            ray.cancel(reference, force=True)
+        raise
     return _result(call.context.attempt)
 
 
@@ -43,42 +55,50 @@ def run_group(
 ) -> dict[str, float]:
     """Run the code on a worker group; after a failure the whole group starts again from its newest checkpoint.
 
-    Ray Train starts and supervises the ranks. The retries are ours: it would retry errors that no retry mends.
+    Ray Train starts and supervises the ranks. The retries are ours: it would retry errors that no retry mends. What
+    ``watch``, which is called a few times a second, raises ends the group.
 
     Raises:
-        RlhfError: the code's own error, or a StageError once the retries are used up.
+        RlhfError: the code's own error, what became of a rank once the retries are used up, or what ``watch`` raised.
     """
-    for attempt in range(max_failures + 1):
+    failures: list[RlhfError] = []
+    while True:
         for path in call.context.attempt.glob("failure-*.json"):
             path.unlink()
+        pulse.forget(call.context.attempt)
         shutil.rmtree(call.context.output, ignore_errors=True)  # what a killed export left there
         call.context.output.mkdir()
-        failed = _fit(call, resources, f"group-{attempt}", watch)
+        failed = _fit(call, resources, f"group-{len(failures)}", watch)
         if failed is None:
             return _result(call.context.attempt)
-        error = cause_of(call, failed)
-        if isinstance(error, FINAL) or attempt == max_failures:
+        error = failed if isinstance(failed, HangError) else cause_of(call, failed)
+        failures.append(error)
+        if not may_retry(error, failures, max_failures):
             raise error from failed
-        again = f"starting again from the newest checkpoint ({attempt + 1} of {max_failures})"
-        say(f"{call.context.stage}: {error.what}; {again}")
-    raise AssertionError("the loop returns or raises")
+        again = f"starting again from the newest checkpoint ({len(failures)} of {max_failures})"
+        say(f"{call.context.stage}: {error.what}; {again}; {error.where}")
 
 
 def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], None]) -> Exception | None:
+    """Run one group to its end; why it failed, or None."""
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    seconds = int(60 * (call.timeout_minutes + COLLECTIVE_SLACK_MINUTES))
     trainer = TorchTrainer(
         perform_rank,
         train_loop_config={"call": call},
-        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo", timeout_s=int(call.timeout_minutes * 60)),
+        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo", timeout_s=seconds),
         scaling_config=ScalingConfig(
             num_workers=resources.count, use_gpu=resources.gpu, resources_per_worker=_per_worker(resources)
         ),
         run_config=RunConfig(
-            name=name, storage_path=str(call.context.attempt / "ray"), failure_config=FailureConfig(max_failures=0)
+            name=name,
+            storage_path=str(call.context.attempt / "ray"),
+            failure_config=FailureConfig(max_failures=0),
+            callbacks=[_tell_controller(call.context.attempt / CONTROLLER)],
         ),
     )
     outcome: list[Exception | None] = []
@@ -93,63 +113,48 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
     # In a thread of its own, so that the main thread can show progress and take Ctrl-C.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        watch()
+    watchdog = Watchdog(call, resources.count)
+    try:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            watch()
+            watchdog()
+    except HangError as error:
+        _end_group(call.context.attempt, thread)
+        return error
+    except RlhfError:
+        _end_group(call.context.attempt, thread)
+        raise
     error = outcome[0]
     if error is not None and not isinstance(error, TrainingFailedError | RayError):
         raise error  # our own mistake or Ray's, and no failure of a rank
     return error
 
 
+def _tell_controller(path: Path) -> Any:
+    """A callback by which Ray Train's controller, which runs on the driver's node, tells its process."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class TellController(ControllerCallback):
+        def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002 - Ray's signature
+            path.write_text(json.dumps({"pid": os.getpid()}))
+
+    return TellController()
+
+
+def _end_group(attempt: Path, thread: threading.Thread) -> None:
+    """End a group whatever its processes are doing: Ray kills the ranks once their controller is gone."""
+    end = time.monotonic() + END_SECONDS
+    with suppress(OSError, ValueError):  # it has not begun, or has ended
+        os.kill(json.loads((attempt / CONTROLLER).read_text())["pid"], signal.SIGKILL)
+    thread.join(END_SECONDS)
+    # A rank that still ran would write into the folder of the group that comes next.
+    while time.monotonic() < end and any(one.is_here() for one in pulse.pulses(attempt).values()):
+        time.sleep(POLL_SECONDS)
+
+
 def _per_worker(resources: RankResources) -> dict[str, float]:
     return {"CPU": float(resources.cpus)} | ({"GPU": 1.0} if resources.gpu else {})
-
-
-def cause_of(call: Call, error: Exception) -> RlhfError:
-    """What a failed call means to the user: the ranks' own account first, Ray's otherwise."""
-    failures = read_failures(call.context.attempt)
-    if not failures:
-        # A worker that could not even open the attempt's folder has only Ray to tell us through.
-        causes = [error, *getattr(error, "worker_failures", {}).values()]
-        for cause in (getattr(one, "cause", None) for one in causes):
-            if isinstance(cause, RlhfError):
-                return cause
-            if isinstance(cause, OSError) and is_no_room(cause):
-                return no_room(cause, call.context.attempt)
-        return StageError(
-            f"a rank of {call.context.stage} died without a word: killed, or out of memory",
-            f"{_first_line(error)}; log: {call.context.attempt / 'log-0.txt'}",
-            "run the same command again: it goes on from the newest checkpoint",
-        )
-    # A rank that fails takes its peers down in their next collective: the informative error is one of ours, if any.
-    ours = [failure for failure in failures if _class_of(failure) is not None]
-    failure = (ours or failures)[0]
-    place = f"rank {failure.rank} on {failure.host} (pid {failure.pid}); log: {failure.log}"
-    kind = _class_of(failure)
-    if kind is None:
-        return StageError(
-            f"{call.context.stage} failed: {failure.error}: {_shortened(failure.args[0])}",
-            place,
-            f"less +G {failure.log}",
-        )
-    what, where, next_step = failure.args
-    return kind(what, where or place, next_step or f"less +G {failure.log}")
-
-
-def _class_of(failure: Failure) -> type[RlhfError] | None:
-    kind = getattr(errors, failure.error, None)
-    return kind if isinstance(kind, type) and issubclass(kind, RlhfError) else None
-
-
-def _first_line(error: Any) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _shortened(lines[-1]) if lines else type(error).__name__
-
-
-def _shortened(text: str, limit: int = 300) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _result(attempt: Path) -> dict[str, float]:

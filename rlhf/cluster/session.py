@@ -1,16 +1,19 @@
 """One Ray session for a whole command: attached to a cluster, or started on this machine and stopped at the end."""
 
+import atexit
 import os
 import signal
 import socket
 import threading
+import time
 import warnings
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from rlhf.cluster.token import MODE, default_path, entrance, known_token, prepare_token, warning_of_open
 from rlhf.config.pipeline import ClusterSettings
-from rlhf.errors import PreflightError, TryAgainError
+from rlhf.errors import ClusterLostError, PreflightError, TryAgainError
 
 # What a worker needs in its environment before it imports anything.
 ENVIRONMENT = {
@@ -26,6 +29,10 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 KNOCK_SECONDS = 10.0
+SILENT_SECONDS = 30.0
+"""How long a cluster's head may refuse connections before it counts as lost."""
+SHUTDOWN_SECONDS = 10.0
+"""How long Ray may take to shut down before its processes are killed."""
 
 
 class Session:
@@ -34,6 +41,7 @@ class Session:
     def __init__(self, settings: ClusterSettings) -> None:
         self._settings = settings
         self._started = False
+        self._knocked = self._answered = 0.0
         self.notices: list[str] = []
         """What the user should be told of the cluster's entrance, once it has started."""
 
@@ -44,9 +52,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._started:
-            import ray
-
-            ray.shutdown()
+            _shut_down()
 
     @property
     def address(self) -> str | None:
@@ -124,6 +130,34 @@ class Session:
         if notice is not None:
             self.notices.append(notice)
 
+    def check(self) -> None:
+        """Look whether Ray is still there: its own calls would wait for a minute and more, and then end this process.
+
+        Raises:
+            ClusterLostError: a process that Ray cannot do without has ended, or the cluster's head does not answer.
+        """
+        if not self._started:
+            return
+        import ray
+
+        if self.address is None:
+            died = {kind for kind, _ in _node().dead_processes()} & {"gcs_server", "raylet"}
+            if died:
+                raise _lost(f"Ray's {' and '.join(sorted(died))} died", "this machine")
+            return
+        now = time.monotonic()
+        if now - self._knocked < KNOCK_SECONDS / 2:
+            return
+        self._knocked = now
+        head = ray.get_runtime_context().gcs_address
+        try:
+            _knock(head)
+            self._answered = now
+        except TryAgainError as error:
+            if now - (self._answered or now) >= SILENT_SECONDS:
+                raise _lost(f"the head of the Ray cluster does not answer: {error.what}", head) from error
+            self._answered = self._answered or now
+
     def resources(self) -> "Resources":
         """What the cluster has."""
         import ray
@@ -133,6 +167,36 @@ class Session:
         return Resources(
             cpus=[int(node.get("CPU", 0)) for node in nodes], gpus=[int(node.get("GPU", 0)) for node in nodes]
         )
+
+
+def _node() -> Any:
+    """Ray's own account of the processes that it has started here."""
+    import ray._private.worker
+
+    return ray._private.worker._global_node  # pyright: ignore[reportPrivateUsage] - there is no public one
+
+
+def _lost(what: str, where: str) -> ClusterLostError:
+    return ClusterLostError(
+        what, where, "run the same command again: what was committed and the newest checkpoints stay"
+    )
+
+
+def _shut_down() -> None:
+    """Shut Ray down in a bounded time: it may wait for ever for a process of its own that does not answer."""
+    import ray
+
+    node = _node()
+    thread = threading.Thread(target=ray.shutdown, name="ray.shutdown", daemon=True)
+    thread.start()
+    thread.join(SHUTDOWN_SECONDS)
+    if not thread.is_alive():
+        return
+    if node is not None:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    thread.join(SHUTDOWN_SECONDS)
+    # It would be called again, and wait again, as Python ends.
+    atexit.unregister(ray.shutdown)
 
 
 def _is_host_and_port(address: str) -> bool:
@@ -177,6 +241,19 @@ class Resources:
                 "add a node, or start one with cores (`ray start --num-cpus`)",
             )
         return min(with_cores)
+
+    def of_task(self) -> "RankResources":
+        """The same, in the form of a worker group of one."""
+        return RankResources(1, self.for_task(), gpu=False)
+
+    def have_room(self, wanted: "RankResources", beside: Sequence["RankResources"]) -> bool:
+        """Whether a group finds places beside others that run, wherever Ray has put those; alone it always does.
+
+        A rank that takes n times what one of the wanted takes is taken to cost n places, rounded up, which it can at
+        most.
+        """
+        cost = sum(one.count * max(-(-one.cpus // wanted.cpus), one.gpu and wanted.gpu) for one in beside)
+        return not beside or self._fitting(wanted.cpus, wanted.gpu) - cost >= wanted.count
 
     @property
     def has_gpu(self) -> bool:

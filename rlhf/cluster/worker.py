@@ -1,5 +1,6 @@
 """What runs on a worker: a stage's code with its output in the attempt's log and its errors kept for the driver."""
 
+import faulthandler
 import importlib
 import json
 import os
@@ -14,11 +15,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import DiskFullError, PreflightError, RlhfError, is_no_room
+from rlhf.errors import DiskFullError, OutOfMemoryError, PreflightError, RlhfError, is_no_room
+from rlhf.pipeline import pulse
 from rlhf.pipeline.context import Context
 from rlhf.pipeline.spending import RANKS
 
 RESULT = "result.json"
+TASK_MINUTES = 24 * 60.0
+"""How long a task may go without a note or progress: it has no steps, and one fit of strengths may take hours."""
+COLLECTIVE_SLACK_MINUTES = 1.0
+"""Ranks wait so much longer for each other than the driver waits for them, since it can tell which of them hangs."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,8 @@ class Call:
     code: str
     context: Context[Any]
     gpu: bool = False
-    timeout_minutes: float = 30.0
+    timeout_minutes: float = TASK_MINUTES
+    """How long none of its processes may get on before it counts as hanging."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def prepare_deepspeed(call: Call) -> None:
     deepspeed.init_distributed(
         "nccl" if call.gpu else "gloo",
         auto_mpi_discovery=False,
-        timeout=timedelta(minutes=call.timeout_minutes),
+        timeout=timedelta(minutes=call.timeout_minutes + COLLECTIVE_SLACK_MINUTES),
     )
 
 
@@ -85,11 +92,17 @@ def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) 
             socket.gethostname(),
             "put store.uri on a file system that every node of the cluster mounts at the same place",
         )
-    with _log(context.attempt, rank):
+    log = context.attempt / f"log-{rank}.txt"
+    with _log(log), pulse.beating(context.attempt, rank, log, 60 * call.timeout_minutes):
         try:
+            # A crash below Python leaves its signal in the log.
+            faulthandler.enable(file=2)
             prepare()
             _write(context.attempt / RANKS.format(rank), {"host": socket.gethostname(), "device": _device(call.gpu)})
-            metrics = load(call.code)(context)
+            pulse.beat()
+            code = load(call.code)
+            pulse.beat()
+            metrics = code(context)
             if rank == 0:
                 _write(context.attempt / RESULT, {name: float(value) for name, value in metrics.items()})
         except BaseException as error:
@@ -136,6 +149,8 @@ def no_room(error: OSError, attempt: Path) -> DiskFullError:
 def _failure(error: BaseException, rank: int, attempt: Path) -> Failure:
     if isinstance(error, OSError) and is_no_room(error):
         error = no_room(error, attempt)
+    elif _is_out_of_memory(error):
+        error = OutOfMemoryError(str(error) or type(error).__name__)
     args = tuple(map(str, error.args)) if isinstance(error, RlhfError) else (str(error),)
     return Failure(
         at=time.time(),
@@ -148,6 +163,13 @@ def _failure(error: BaseException, rank: int, attempt: Path) -> Failure:
     )
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's allocator on a CPU raises a bare RuntimeError.
+    told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    torch = sys.modules.get("torch")  # where it was never imported, nothing of it was raised
+    return told or isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
 def _write(path: Path, values: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(values))
@@ -155,12 +177,12 @@ def _write(path: Path, values: Any) -> None:
 
 
 @contextmanager
-def _log(attempt: Path, rank: int) -> Generator[None]:
+def _log(path: Path) -> Generator[None]:
     """Send everything the process prints, from Python or below, to the rank's log."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    file = os.open(attempt / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.dup2(file, 1)
         os.dup2(file, 2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from rlhf.config.base import Settings
+from rlhf.pipeline import pulse
 
 S = TypeVar("S", bound=Settings)
 
@@ -15,6 +16,8 @@ PROGRESS = "progress.json"
 NOTES = "notes.jsonl"
 ORIGIN = "origin.json"
 """In an attempt: what a stage says of the things that came from outside."""
+STOP = "stop"
+"""In an attempt: a file that asks its ranks to save and stop."""
 FAILURE = "failure.json"
 """In an attempt: what, where and next of the error that ended it, for ``rlhf status``."""
 
@@ -49,6 +52,7 @@ class Context(Generic[S]):
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"message": message, "done": done, "total": total, "at": time.time()}))
         temporary.replace(path)
+        pulse.beat()
 
     def origin(self, values: Mapping[str, object]) -> None:
         """Say where what came from outside came from: source, revision or digest, licence. Only the lineage has it."""
@@ -56,5 +60,6 @@ class Context(Generic[S]):
 
     def note(self, line: str) -> None:
         """Show the user one line and keep it."""
+        pulse.beat()
         with (self.attempt / NOTES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"note": line}) + "\n")

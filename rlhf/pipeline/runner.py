@@ -8,7 +8,8 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,12 +19,23 @@ from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.training import WorkerSettings
-from rlhf.errors import DamageError, DiskFullError, RequestError, RlhfError, StageError, TryAgainError
-from rlhf.pipeline.context import FAILURE, NOTES, ORIGIN, PROGRESS, Context
+from rlhf.errors import (
+    DamageError,
+    DiskFullError,
+    InterruptedRunError,
+    LeaseLostError,
+    RequestError,
+    RlhfError,
+    StageError,
+    TryAgainError,
+)
+from rlhf.pipeline.context import FAILURE, NOTES, ORIGIN, PROGRESS, STOP, Context
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.provenance import provenance
+from rlhf.pipeline.side_by_side import SideBySide
 from rlhf.pipeline.spending import begin, earlier_attempts, resources_of
 from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stop import Stop
 from rlhf.store import SCRATCH, ActionRecord, Store, digest_of
 from rlhf.terminal import Display
 
@@ -37,14 +49,21 @@ class Runner:
     store: Store
     session: Session
     display: Display
+    stop: Stop = field(default_factory=Stop)
 
     def run(self, targets: Sequence[str]) -> dict[str, Planned]:
         """Run what the targets need and the store does not have; the plan as it is then.
 
         Raises:
             RlhfError: the first error; what was committed before it stays.
+            InterruptedRunError: it was asked to stop.
         """
+        with SideBySide(self.stop.abort) as running:
+            return self._run(targets, running)
+
+    def _run(self, targets: Sequence[str], running: SideBySide) -> dict[str, Planned]:
         told: set[str] = set()
+        taken: dict[str, RankResources] = {}
         started = checked = False
         while True:
             planned = needed(plan(self.config, self.known, self.store), targets)
@@ -56,42 +75,95 @@ class Runner:
                 continue  # collected as garbage between the look and the ref
             missing = [one for one in planned.values() if one.record is None]
             _refuse_lost_imports(missing)
-            if not missing:
+            if not missing and not running.names:
                 return planned
-            if not started:
+            if missing and not started:
                 self._check_resources(missing)
                 started = True
             # Data and models first: what they are decides whether the rest can run at all.
             missing.sort(key=lambda one: one.stage.runs == "workers")
-            ready = next((one for one in missing if one.state != "blocked"), None)
-            if ready is None:
+            under_way = {planned[name].key for name in running.names}
+            for one in missing:
+                if one.state == "blocked" or one.key in under_way:
+                    continue
+                if one.stage.runs == "workers" and not checked:
+                    if running.names:
+                        break
+                    self._preflight(missing, planned)
+                    checked = True
+                needs = self._needs(one)
+                if self.session.resources().have_room(needs, [taken[name] for name in running.names]):
+                    taken[one.name] = needs
+                    running.start(one.name, partial(self._bring_up, one))
+                    told.add(one.name)
+                    under_way.add(one.key)
+            if not running.names:
                 raise _awaiting_people(missing)
-            if ready.stage.runs == "workers" and not checked:
-                self._preflight(missing, planned)
-                checked = True
-            self._bring_up(ready)
-            told.add(ready.name)
+            running.wait(self.display.line)
+            if self.stop.asked:
+                raise InterruptedRunError("interrupted")
 
     def _bring_up(self, one: Planned) -> None:
-        assert one.key is not None
-        with self.store.lease(one.key, timeout=None, on_wait=lambda message: self._wait(one, message)):
-            # Somebody may have committed it while we waited for the lease.
-            record = self.store.lookup(one.key)
-            if record is not None and self.store.set_ref(self.config.name, one.name, record.key):
-                self.display.update(one.name, state="cached", key=record.key, why="made by another run")
+        """Take the lease and produce the stage; a lease that is lost is waited for again, and its result adopted."""
+        for _ in range(self.config.cluster.max_failures):
+            try:
+                self._take(one)
                 return
-            self._produce(one)
+            except LeaseLostError as error:
+                self.display.line(f"{one.name}: {error.what}; {error.next_step}")
+        self._take(one)
 
-    def _produce(self, one: Planned) -> None:
+    def _take(self, one: Planned) -> None:
+        assert one.key is not None
+        lost: list[str] = []
+        with self.store.lease(
+            one.key,
+            timeout=None,
+            on_wait=lambda message: self._wait(one, message),
+            on_loss=lost.append,
+            check=self._refuse_to_go_on,
+        ):
+            # Somebody may have committed it while we waited for the lease.
+            if self._adopt_from_another(one):
+                return
+            try:
+                self._produce(one, lost)
+            except RlhfError:
+                # Whoever took the lease over may have committed, and removed what this attempt was reading.
+                if not self._adopt_from_another(one):
+                    raise
+
+    def _refuse_to_go_on(self) -> None:
+        if self.stop.asked:
+            raise InterruptedRunError("interrupted")
+
+    def _adopt_from_another(self, one: Planned) -> bool:
+        """Take what another run has made meanwhile, if it has."""
+        assert one.key is not None
+        record = self.store.lookup(one.key)
+        if record is None or not self.store.set_ref(self.config.name, one.name, record.key):
+            return False
+        self.display.update(one.name, state="cached", key=record.key, why="made by another run")
+        return True
+
+    def _produce(self, one: Planned, lost: Sequence[str]) -> None:
+        """Run the stage and commit what it made.
+
+        lost  who holds the lease instead, from the moment it is lost on
+        """
         assert one.key is not None
         attempt = self.store.new_attempt(one.key)
         self.display.update(one.name, state="running", key=one.key, why=one.why)
         try:
-            context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
-            context.output.mkdir()
-            start = time.monotonic()
-            metrics = self._execute(one, context)
-            self._commit(one, attempt, metrics, time.monotonic() - start)
+            with self.stop.heeded():
+                context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
+                context.output.mkdir()
+                start = time.monotonic()
+                metrics = self._execute(one, context, lost)
+                self._commit(one, attempt, metrics, time.monotonic() - start)
+        except (InterruptedRunError, LeaseLostError):
+            self.display.update(one.name, state="waiting")
+            raise
         except RlhfError as error:
             self.display.update(one.name, state="failed")
             _write_failure(attempt, error)
@@ -99,8 +171,20 @@ class Runner:
         finally:
             shutil.rmtree(attempt / "inputs", ignore_errors=True)
 
-    def _execute(self, one: Planned, context: Context[Any]) -> dict[str, float]:
-        watch = Watch(self.display, one.name, context.attempt)
+    def _execute(self, one: Planned, context: Context[Any], lost: Sequence[str]) -> dict[str, float]:
+        show = Watch(self.display, one.name, context.attempt)
+
+        def watch() -> None:
+            show()
+            self.session.check()
+            if lost:
+                raise LeaseLostError(f"the lease was lost to {lost[0]}", str(context.attempt), "waiting for its result")
+            if self.stop.asked:
+                if one.stage.runs == "task" or self.stop.aborted:
+                    raise InterruptedRunError("interrupted")
+                # The ranks save at their next step, stop, and say so.
+                (context.attempt / STOP).touch()
+
         if one.stage.runs == "task":
             begin(context.attempt, ranks=1, gpus=0)
             return launch.run_task(Call(one.stage.code, context), self.session.resources().for_task(), watch)
@@ -186,6 +270,9 @@ class Runner:
         for one in missing:
             if one.stage.runs == "workers":
                 self._ranks(one)
+
+    def _needs(self, one: Planned) -> RankResources:
+        return self._ranks(one) if one.stage.runs == "workers" else self.session.resources().of_task()
 
     def _ranks(self, one: Planned) -> RankResources:
         workers = _workers(one)

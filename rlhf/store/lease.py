@@ -83,16 +83,26 @@ class Holder:
 
 @contextmanager
 def hold(
-    backend: Backend, name: str, *, timeout: float | None, on_wait: Callable[[str], None] | None
+    backend: Backend,
+    name: str,
+    *,
+    timeout: float | None,
+    on_wait: Callable[[str], None] | None,
+    on_loss: Callable[[str], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Generator[Holder, None, None]:
     """Hold the lease ``name`` while the body runs.
 
     A dead process of this machine is succeeded at once; any other holder when its counter has stood still for
     LEASE_SECONDS while we watched, which a ``timeout`` (seconds; None waits for ever) shorter than that never sees.
     Raises LeaseHeldError when the time is over.
+
+    ``on_loss`` is called once, from another thread, with who holds the lease, when it is found to be ours no longer. A
+    store that does not answer is no such loss: whether somebody took over is seen when it answers again. ``check`` is
+    called at every look while waiting, and what it raises ends the waiting.
     """
-    mine = _acquire(backend, name, timeout, on_wait)
-    heart = _Heart(backend, name, mine)
+    mine = _acquire(backend, name, timeout, on_wait, check)
+    heart = _Heart(backend, name, mine, on_loss)
     heart.start()
     try:
         yield mine
@@ -107,7 +117,13 @@ def holder_of(backend: Backend, name: str) -> Holder | None:
     return None if holder is None or holder.is_gone() else holder
 
 
-def _acquire(backend: Backend, name: str, timeout: float | None, on_wait: Callable[[str], None] | None) -> Holder:
+def _acquire(
+    backend: Backend,
+    name: str,
+    timeout: float | None,
+    on_wait: Callable[[str], None] | None,
+    check: Callable[[], None] | None,
+) -> Holder:
     began = time.monotonic()
     seen, seen_at, report_at = b"", began, began
     while True:
@@ -132,6 +148,8 @@ def _acquire(backend: Backend, name: str, timeout: float | None, on_wait: Callab
                 next_step="Let it finish and run the same command again: it is then a cache hit. A holder that died "
                 f"on another machine is succeeded after {LEASE_SECONDS:.0f} seconds of waiting.",
             )
+        if check is not None:
+            check()
         if on_wait is not None and now >= report_at:
             on_wait(f"Waiting for {who}.")
             report_at = now + REPORT_SECONDS
@@ -153,8 +171,9 @@ def _set_aside(backend: Backend, name: str, judged: bytes) -> None:
 class _Heart:
     """Moves a lease's counter from a daemon thread until it is stopped or the lease is somebody else's."""
 
-    def __init__(self, backend: Backend, name: str, mine: Holder) -> None:
+    def __init__(self, backend: Backend, name: str, mine: Holder, on_loss: Callable[[str], None] | None) -> None:
         self._backend = backend
+        self._on_loss = on_loss
         self._name = name
         self._mine = mine
         self._stopped = threading.Event()
@@ -176,16 +195,22 @@ class _Heart:
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS):
             with suppress(TryAgainError):  # the next beat may get through; if none does, a successor may take over
-                if not self._is_mine():
+                # A waiter that judged it dead too early moves it aside, and back.
+                if not self._is_mine() and not self._stopped.wait(POLL_SECONDS) and not self._is_mine():
+                    if self._on_loss is not None:
+                        self._on_loss(str(self._holder() or "nobody"))
                     return
                 moved = replace(self._mine, count=self._mine.count + 1)
                 self._backend.put(self._name, moved.to_json())
                 self._mine = moved
 
     def _is_mine(self) -> bool:
-        raw = self._backend.read(self._name)
-        holder = Holder.from_json(raw) if raw is not None else None
+        holder = self._holder()
         return holder is not None and holder.token == self._mine.token
+
+    def _holder(self) -> Holder | None:
+        raw = self._backend.read(self._name)
+        return Holder.from_json(raw) if raw is not None else None
 
 
 def _machine() -> str:

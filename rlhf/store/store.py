@@ -328,15 +328,24 @@ class Store:
 
     @contextmanager
     def lease(
-        self, key: str, *, timeout: float | None = 0, on_wait: Callable[[str], None] | None = None
+        self,
+        key: str,
+        *,
+        timeout: float | None = 0,
+        on_wait: Callable[[str], None] | None = None,
+        on_loss: Callable[[str], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Generator[Holder, None, None]:
         """Be the one who works on a key while the body runs.
 
         ``timeout`` is in seconds: 0 raises LeaseHeldError at once, None waits for ever; ``on_wait`` is told for whom.
-        A holder of this machine that is dead is succeeded at once, one elsewhere after LEASE_SECONDS of waiting.
+        A holder of this machine that is dead is succeeded at once, one elsewhere after LEASE_SECONDS of waiting. Where
+        that happens to us, ``on_loss`` is called, from another thread, with who holds the lease now. ``check`` is
+        called at every look while waiting, and what it raises ends the waiting.
         """
         _refuse_malformed(key, "key")
-        with hold(self._backend, f"leases/{key}", timeout=timeout, on_wait=on_wait) as holder:
+        name = f"leases/{key}"
+        with hold(self._backend, name, timeout=timeout, on_wait=on_wait, on_loss=on_loss, check=check) as holder:
             yield holder
 
     def holder(self, key: str) -> Holder | None:

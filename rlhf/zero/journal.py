@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rlhf.config.base import semantic_values
+from rlhf.pipeline import pulse
 from rlhf.pipeline.context import Context
 from rlhf.tracking.metrics import MetricsLog, read_metrics
 from rlhf.tracking.tracker import Tracker
@@ -38,6 +39,7 @@ class Journal:
     @contextmanager
     def timed(self, part: str) -> Generator[None]:
         """Count the time inside as ``time/<part>_s`` of the next logged step."""
+        pulse.beat()
         start = time.perf_counter()
         yield
         self._seconds[part] += time.perf_counter() - start

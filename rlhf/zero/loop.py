@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from rlhf.pipeline.context import Context
-from rlhf.zero import checkpoints
+from rlhf.errors import InterruptedRunError
+from rlhf.pipeline import pulse
+from rlhf.pipeline.context import STOP, Context
+from rlhf.zero import checkpoints, group
 
 
 class Checkpointed(Protocol):
@@ -31,6 +33,7 @@ def resumable_steps(
 
     Raises:
         DiskFullError: there is no room for a checkpoint; those before it stay.
+        InterruptedRunError: the ranks were asked to stop, and have saved the step that they were at.
     """
     newest = checkpoints.checkpoint_to_resume(context)
     if newest is not None:
@@ -38,8 +41,23 @@ def resumable_steps(
             part.load(newest)
     for step in range(checkpoints.step_of(newest) if newest else 0, total):
         yield step
-        if (step + 1) % checkpoint_every == 0 and step + 1 < total:
+        stopping = ends_here(context, step + 1)
+        if stopping or ((step + 1) % checkpoint_every == 0 and step + 1 < total):
             estimate = sum(part.checkpoint_bytes() for part in state)
             with checkpoints.writing(context, step + 1, estimate) as checkpoint:
                 for part in state:
                     part.save(checkpoint)
+        if stopping:
+            raise stopped(step + 1)
+
+
+def ends_here(context: Context[Any], step: int) -> bool:
+    """Say that a step, numbered from 1, is finished; whether the ranks shall save it and stop. A collective."""
+    pulse.beat(step)
+    # Rank 0 looks for all: each might see the file at another step.
+    return not group.all_true(not (group.is_main() and (context.attempt / STOP).exists()))
+
+
+def stopped(step: int) -> InterruptedRunError:
+    """What a rank raises that has saved a step because it was asked to stop."""
+    return InterruptedRunError(f"interrupted; saved at step {step}")

@@ -29,10 +29,12 @@ from rlhf.models import adapters, reward_losses
 from rlhf.models.response_lists import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.reward import raw_scores
 from rlhf.models.text import Tokenizer
+from rlhf.pipeline import pulse
 from rlhf.pipeline.context import Context
 from rlhf.zero import checkpoints, group
 from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3_config
 from rlhf.zero.journal import Journal
+from rlhf.zero.loop import ends_here, stopped
 
 TrainingSettings = SftSettings | RmSettings
 
@@ -90,6 +92,7 @@ class Reports(TrainerCallback):
     def __init__(self, context: Context[Any], shown: tuple[str, ...]) -> None:
         self._context, self._shown = context, shown
         self.journal: Journal | None = None
+        self._stopping = False
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002 - positional
         """Open the journal, now that the number of steps is known."""
@@ -108,8 +111,24 @@ class Reports(TrainerCallback):
                 f"lower {self._context.stage}.optimizer.learning_rate",
             )
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Close the journal."""
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        """Say that a micro batch is done."""
+        pulse.beat()
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Say that a held-out batch is done."""
+        pulse.beat()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - positional
+        """Say that a step is done, and have it saved and the training stopped where that is asked for."""
+        self._stopping = ends_here(self._context, state.global_step)
+        if self._stopping:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002 - positional
+        """Close the journal; a training that was asked to stop goes no further, and has no time for that."""
+        if self._stopping:
+            raise stopped(state.global_step)
         if self.journal is not None:
             self.journal.finish()
 
@@ -123,6 +142,7 @@ def train(trainer: Any, context: Context[Any]) -> None:
 
     Raises:
         DiskFullError: there is no room for a checkpoint; those before it stay.
+        InterruptedRunError: the ranks were asked to stop, and have saved the step that they were at.
     """
     newest = checkpoints.checkpoint_to_resume(context)
     if newest is not None:

@@ -69,6 +69,21 @@ class GroupSettings(Settings):
     """What its preflight does."""
 
 
+class MeetSettings(Settings):
+    """A stage of workers that waits for another one."""
+
+    mine: str = semantic()
+    """A file that it makes."""
+    other: str = semantic()
+    """The file of the other, which it waits for."""
+    fails: bool = runtime(False)
+    """What it does then."""
+    seconds: float = runtime(0.0)
+    """How long it goes on."""
+    workers: WorkerSettings = runtime(WorkerSettings(cpus=1))
+    """Its ranks."""
+
+
 def words(context: Context[WordsSettings]) -> dict[str, float]:
     settings = context.settings
     content = Path(settings.file).read_text() if settings.file else ""
@@ -130,6 +145,22 @@ def group(context: Context[GroupSettings]) -> dict[str, float]:
     raise AssertionError(f"{context.stage} must not run")
 
 
+def meet(context: Context[MeetSettings]) -> dict[str, float]:
+    """Ends well only if another stage runs at the same time."""
+    mine, other = Path(context.settings.mine), Path(context.settings.other)
+    mine.touch()
+    end = time.monotonic() + GATE_SECONDS
+    while not other.exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{other} never came")
+        time.sleep(0.02)
+    if context.settings.fails:
+        raise RecordError("the first of two fails", "rows.jsonl:1", "correct it")
+    time.sleep(context.settings.seconds)
+    (context.output / "config.json").write_text("{}")
+    return {}
+
+
 def check_group(context: Context[GroupSettings]) -> dict[str, float]:
     """A preflight, which sees the inputs that the stage will have, and says so."""
     found = json.loads((context.inputs["policy"] / "config.json").read_text())
@@ -163,4 +194,5 @@ GROUP = Stage(
     runs="workers",
     preflight="tests.pipeline.toys:check_group",
 )
+MEET = Stage("meet", 1, MeetSettings, "tests.pipeline.toys:meet", "policy", inputs=taking(), runs="workers")
 KNOWN = {stage.name: stage for stage in (WORDS, COUNT, TOTAL, GROUP)}

@@ -1,0 +1,198 @@
+"""What the end of a stage's processes means to the user, and which ends are worth another try."""
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf import errors
+from rlhf.cluster.worker import Call, Failure, no_room, read_failures
+from rlhf.errors import (
+    DivergedError,
+    HangError,
+    KilledError,
+    OutOfMemoryError,
+    PreemptedError,
+    RewardError,
+    RlhfError,
+    StageError,
+    is_no_room,
+)
+from rlhf.pipeline.pulse import Pulse, oom_kills, pulses
+
+RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
+    (DivergedError, 0),  # it would diverge again
+    (RewardError, 0),  # it would be refused again
+    (OutOfMemoryError, 1),  # another process may have taken the memory; a batch that is too large stays so
+    (KilledError, None),
+    (PreemptedError, None),
+    (HangError, None),
+    (StageError, None),  # an exception: a failed collective or a driver's fault as well as a mistake
+    (RlhfError, 0),  # settings, data, a full disk, an unreachable store, an interruption
+)
+"""How often a worker group is started again after an error, by the first class that fits; None is
+``cluster.max_failures``, which also bounds all of a stage's failures together."""
+
+CONTINUE = "rlhf run"
+"""What goes on from the newest checkpoint; the program adds the stages and the pipeline that it was called with."""
+_LOG_TAIL = 20_000
+# Python's fault handler, and that of Ray's own code.
+_FATAL = re.compile(r"Fatal Python error: ([\w ]+)|\*\*\* (SIG[A-Z]+) received")
+_SIGNALS = {
+    "Segmentation fault": "SIGSEGV",
+    "Aborted": "SIGABRT",
+    "Bus error": "SIGBUS",
+    "Floating point exception": "SIGFPE",
+    "Floating-point exception": "SIGFPE",
+    "Illegal instruction": "SIGILL",
+}
+
+
+def may_retry(error: RlhfError, failures: list[RlhfError], max_failures: int) -> bool:
+    """Whether a group is started again after an error; ``failures`` are all of the stage so far, this one included."""
+    kind, limit = next((kind, limit) for kind, limit in RETRIES if isinstance(error, kind))
+    of_this_kind = sum(isinstance(one, kind) for one in failures)
+    return len(failures) <= max_failures and (limit is None or of_this_kind <= limit)
+
+
+def cause_of(call: Call, error: Exception) -> RlhfError:
+    """What a failed call means: the ranks' own account first, then what became of their processes, Ray's words last."""
+    failures = read_failures(call.context.attempt)
+    # A rank that fails takes its peers down in their next collective: the informative error is one of ours, if any.
+    ours = [failure for failure in failures if _class_of(failure) is not None]
+    if ours:
+        return _as_told(ours[0], call)
+    causes = list(_causes(error))
+    if not failures:
+        # A worker that could not even open the attempt's folder has only Ray to tell us through.
+        for _, cause in causes:
+            if isinstance(cause, RlhfError):
+                return cause
+            if isinstance(cause, OSError) and is_no_room(cause):
+                return no_room(cause, call.context.attempt)
+    told = {failure.rank for failure in failures}
+    deaths = [(rank, cause) for rank, cause in causes if rank not in told and _is_death(cause)]
+    if deaths or not failures:
+        return _death(call, deaths or causes)
+    return _as_told(failures[0], call)
+
+
+def _as_told(failure: Failure, call: Call) -> RlhfError:
+    place = f"rank {failure.rank} on {failure.host} (pid {failure.pid}); log: {failure.log}"
+    kind = _class_of(failure)
+    if kind is None:
+        return StageError(
+            f"{call.context.stage} failed: {failure.error}: {shortened(failure.args[0])}",
+            place,
+            f"less +G {failure.log}",
+        )
+    what, where, next_step = failure.args
+    if kind is OutOfMemoryError:
+        what, next_step = f"{call.context.stage} ran out of memory: {shortened(what)}", _less_memory(call)
+    return kind(what, where or place, next_step or f"less +G {failure.log}")
+
+
+def _class_of(failure: Failure) -> type[RlhfError] | None:
+    kind = getattr(errors, failure.error, None)
+    # Others' exceptions may share a name with ours, but not the form of their arguments.
+    ours = isinstance(kind, type) and issubclass(kind, RlhfError) and len(failure.args) == 3
+    return kind if ours else None
+
+
+def _causes(error: Exception) -> Iterator[tuple[int | None, Exception]]:
+    """What Ray tells, unwrapped, with the rank where it names one."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for rank, failure in [*failures.items(), (None, error)]:
+        yield rank, _innermost(failure)
+
+
+def _innermost(failure: Exception) -> Exception:
+    for name in ("health_check_failure", "controller_failure", "cause"):
+        if isinstance(inner := getattr(failure, name, None), Exception):
+            return _innermost(inner)
+    return failure
+
+
+def _is_death(cause: Exception) -> bool:
+    from ray import exceptions
+
+    return isinstance(
+        cause,
+        exceptions.RayActorError
+        | exceptions.WorkerCrashedError
+        | exceptions.NodeDiedError
+        | exceptions.OutOfMemoryError
+        | exceptions.OwnerDiedError,
+    )
+
+
+def _death(call: Call, deaths: list[tuple[int | None, Exception]]) -> RlhfError:
+    """A process that ended without a word of its own."""
+    from ray import exceptions
+
+    stage, attempt = call.context.stage, call.context.attempt
+    rank, cause = deaths[0]
+    found = pulses(attempt)
+    pulse = found.get(0 if rank is None else rank) if rank is not None or len(found) == 1 else None
+    who = f"rank {rank} of {stage}" if rank is not None else stage if pulse else f"a process of {stage}"
+    where = str(pulse) if pulse else f"{first_line(cause)}; logs: {attempt}/log-*.txt"
+    words = str(cause)
+    if isinstance(cause, exceptions.OutOfMemoryError) or "NODE_OUT_OF_MEMORY" in words or "low on memory" in words:
+        what = f"{who} was killed by Ray, because its node ran out of memory"
+        return OutOfMemoryError(what, where, _less_memory(call))
+    node_died = "node has died" in words or "node was terminated" in words or "Node was" in words
+    if isinstance(cause, exceptions.NodeDiedError) or getattr(cause, "preempted", False) or node_died:
+        return PreemptedError(f"{who} was lost together with its node", where, CONTINUE)
+    if "SIGTERM" in words:
+        return PreemptedError(f"{who} was told to end (SIGTERM)", where, CONTINUE)
+    if pulse is None:
+        return KilledError(f"{who} died without a word, most likely killed", where, CONTINUE)
+    if signal := _fatal_signal(Path(pulse.log)):
+        return KilledError(f"{who} crashed ({signal})", where, f"less +G {pulse.log}")
+    if _killed_for_memory(pulse):
+        what = f"{who} was killed (SIGKILL) while the kernel killed for want of memory"
+        return OutOfMemoryError(what, where, _less_memory(call))
+    # Every other signal that ends a process leaves a word in its log.
+    return KilledError(f"{who} died without a word: killed (SIGKILL)", where, CONTINUE)
+
+
+def _killed_for_memory(pulse: Pulse) -> bool:
+    """Whether the kernel has killed for memory since the rank began; False where it ran elsewhere, unseen from here."""
+    return pulse.host == socket.gethostname() and oom_kills() > pulse.oom_kills
+
+
+def _less_memory(call: Call) -> str:
+    micro = getattr(call.context.settings, "micro_batch_size", None)
+    if micro is None:
+        return f"give {call.context.stage} a node with more memory"
+    stage = call.context.stage
+    if micro == 1:
+        return (
+            f"raise {stage}.workers.count, which shares the model's states out; {stage}.micro_batch_size is 1 already"
+        )
+    return f"lower {stage}.micro_batch_size, which changes no result: {stage}.micro_batch_size={micro // 2}"
+
+
+def _fatal_signal(log: Path) -> str | None:
+    try:
+        tail = log.read_bytes()[-_LOG_TAIL:].decode(errors="replace")
+    except OSError:
+        return None
+    found = list(_FATAL.finditer(tail))
+    if not found:
+        return None
+    name, signal = found[-1].groups()
+    return signal or _SIGNALS.get(name.strip())
+
+
+def first_line(error: Any) -> str:
+    """The last line of an error's text that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return shortened(lines[-1]) if lines else type(error).__name__
+
+
+def shortened(text: str, limit: int = 300) -> str:
+    """The text as one line of at most so many characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
