@@ -7,7 +7,7 @@ from typing import Any
 
 RESOURCES = "resources.json"
 """In an attempt: its ranks and GPUs, written when it begins."""
-RANKS = "rank-{}.json"
+RANKS = "device-{}.json"
 """In an attempt: where a rank ran, written by the rank."""
 
 

@@ -76,10 +76,10 @@ def test_a_run_commits_every_stage_and_the_next_is_nothing_but_hits(session: Ses
     ]
     attempt = tmp_path / "store" / "work" / total.key / total.attempt
     assert sorted(file.name for file in attempt.iterdir()) == [
+        "device-0.json",
         "log-0.txt",
         "notes.jsonl",
         "progress.json",
-        "rank-0.json",
         "resources.json",
         "result.json",
     ]
