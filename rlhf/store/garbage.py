@@ -118,7 +118,9 @@ class _Collection:
 
         removed["leases"] = self._sweep_leases()
         removed["attempts"] = self._sweep_work(live, {key: records[key].attempt for key in kept})
-        old = [name for name in self.backend.names("quarantine") if self._is_old(name)]
+        # The record that a ref names stays in quarantine: it tells that the result was not lost unseen.
+        told = tuple(f"quarantine/{action_name(ref.key)}." for ref in refs.values())
+        old = [n for n in self.backend.names("quarantine") if not n.startswith(told) and self._is_old(n)]
         removed["quarantine"] = self._remove(old)
         limit = max(self.grace, _UNFINISHED_SECONDS)
         removed["unfinished"] = self._remove(n for n in self.backend.unfinished() if self._is_old(n, limit))
