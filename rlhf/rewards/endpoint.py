@@ -38,8 +38,12 @@ class EndpointReward:
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if settings.token_variable is not None:
             headers["Authorization"] = f"Bearer {_token(settings.token_variable)}"
-        # Its own limits are of each part of an answer; ours is of the whole (`_posted`).
-        self._client = httpx.AsyncClient(headers=headers, timeout=None, follow_redirects=False, trust_env=False)  # noqa: S113
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            timeout=None,  # noqa: S113 - its limits are of each part of an answer, and that of `_posted` is of the whole
+            follow_redirects=False,
+            trust_env=False,
+        )
         self._loop = asyncio.Runner()
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
