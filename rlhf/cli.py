@@ -33,7 +33,16 @@ from rlhf.pipeline import documents
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store
-from rlhf.terminal import Display, key_values, leaderboard_table, plan_table, print_error, samples_table
+from rlhf.terminal import (
+    Display,
+    key_values,
+    leaderboard_table,
+    plan_table,
+    print_error,
+    printable,
+    printable_lines,
+    samples_table,
+)
 
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
 SECONDS_TO_STOP = 30.0
@@ -80,7 +89,7 @@ class Request:
         """Say on standard error what the store found damaged."""
         if self._store is not None:
             for notice in self._store.notices:
-                print(notice, file=sys.stderr)
+                print(printable_lines(notice), file=sys.stderr)
 
     def planned(self) -> dict[str, Planned]:
         """The pipeline's plan."""
@@ -267,7 +276,8 @@ def verify(request: Request) -> int:
 
     def show() -> None:
         for one in report.damaged:
-            request.out.print(f"{one.artifact[:12]} {one.file}: {one.why}", highlight=False)
+            line = printable(f"{one.artifact[:12]} {one.file}: {one.why}")
+            request.out.print(line, highlight=False, markup=False)
         request.out.print(f"{report.checked} files checked, {len(damaged)} damaged")
         if damaged and not request.arguments.repair:
             request.out.print("next: rlhf verify --repair moves them to quarantine; rlhf run makes them again")
@@ -334,7 +344,8 @@ def generate(request: Request) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = request.store().checkout(one.record.artifact, Path(scratch) / "policy")
         for answer in answers(folder, prompts, given.temperature, given.max_new_tokens, given.seed):
-            print(answer)
+            # A pipe is given what the model wrote; on a terminal, it could repaint the screen or worse.
+            print(printable_lines(answer) if sys.stdout.isatty() else answer)
 
 
 def config(request: Request) -> None:
