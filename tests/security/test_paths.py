@@ -32,6 +32,8 @@ ESCAPES = [
     "",
     "a\\..\\x.json",
     "x\0.json",
+    "x\x1b[2J",
+    "x\ny",
 ]
 
 
