@@ -51,6 +51,8 @@ from rlhf.terminal import (
     leaderboard_table,
     plan_table,
     print_error,
+    printable,
+    printable_lines,
     samples_table,
     usage_line,
 )
@@ -103,7 +105,7 @@ class Request:
         """Say on standard error what the store found damaged."""
         if self._store is not None:
             for notice in self._store.notices:
-                print(notice, file=sys.stderr)
+                print(printable_lines(notice), file=sys.stderr)
 
     def planned(self) -> dict[str, Planned]:
         """The pipeline's plan."""
@@ -317,7 +319,8 @@ def verify(request: Request) -> int:
 
     def show() -> None:
         for one in report.damaged:
-            request.out.print(f"{one.artifact[:12]} {one.file}: {one.why}", highlight=False)
+            line = printable(f"{one.artifact[:12]} {one.file}: {one.why}")
+            request.out.print(line, highlight=False, markup=False)
         request.out.print(f"{report.checked} files checked, {len(damaged)} damaged")
         if damaged and not request.arguments.repair:
             request.out.print("next: rlhf verify --repair moves them to quarantine; rlhf run makes them again")
@@ -393,7 +396,8 @@ def generate(request: Request) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = request.store().checkout(one.record.artifact, Path(scratch) / "policy")
         for answer in answers(folder, prompts, given.temperature, given.max_new_tokens, given.seed):
-            print(answer)
+            # A pipe is given what the model wrote; on a terminal, it could repaint the screen or worse.
+            print(printable_lines(answer) if sys.stdout.isatty() else answer)
 
 
 def config(request: Request) -> None:

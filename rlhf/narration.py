@@ -96,7 +96,7 @@ def _grow(tree: Tree | None, node: Document, role: str, told: dict[str, str], or
             origins[f"{stage}: {name}"] = Text(f"digest {digest}")
     for name, inner in node["inputs"].items():
         part = made.get("read", {}).get(name, {}).get("part")
-        _grow(grown, inner, f"{name}{f' ({part})' if part else ''}: ", told, origins)
+        _grow(grown, inner, f"{name}{f' ({part})' if part and part != name else ''}: ", told, origins)
     return grown
 
 

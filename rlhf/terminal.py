@@ -279,7 +279,7 @@ def print_error(console: Console, error: RlhfError) -> None:
 
     Lines are not broken, so that a path or a command can be copied whole.
     """
-    text = Text("error: " + _printable_lines(str(error)))
+    text = Text("error: " + printable_lines(str(error)))
     text.stylize("bold red", 0, len("error:"))
     console.print(text, soft_wrap=True)
 
@@ -333,7 +333,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print a note: above the live table, or between the plain lines."""
-        self._console.print(Text(_printable_lines(text)), soft_wrap=True)
+        self._console.print(Text(printable_lines(text)), soft_wrap=True)
 
     def _print_line(self, stage: str, now: float, *, state_changed: bool) -> None:
         row = self._current(stage, now)
@@ -376,5 +376,6 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "�" for character in spaced)
 
 
-def _printable_lines(text: str) -> str:
+def printable_lines(text: str) -> str:
+    """Return the lines of a text, each as :func:`printable` makes it."""
     return "\n".join(printable(line) for line in text.splitlines())

@@ -56,7 +56,7 @@ def parse_hub_dataset(source: str) -> HubDataset:
             "name@revision#split, where revision is a commit's 40 hexadecimal digits: the dataset's page lists its "
             "commits under 'Files and versions', 'History'"
         )
-    if ".." in match["name"] or match["name"].startswith((".", "-")) or os.path.exists(match["name"]):  # noqa: PTH110
+    if ".." in match["name"] or match["name"].startswith((".", "-")) or os.path.exists(match["name"]):  # noqa: PTH110 - as in is_local
         raise ValueError(
             f"{source!r} would name a folder of this machine: write that without @revision, or rename it where a "
             "dataset of the hub is meant"

@@ -23,7 +23,6 @@ Place = Callable[[yaml.Node], str]
 
 # A few lines of aliases to aliases can stand for more than any memory holds.
 _MOST_NODES = 100_000
-_DEEPEST = 50
 _MOST_DIGITS = 100
 _TAG = "tag:yaml.org,2002:"
 # Tag, text that means it, and the signs such text starts with. Integers come before floats: the first match counts.
@@ -139,8 +138,6 @@ class Tree:
         if self._nodes > _MOST_NODES:
             what = f"there are more than {_MOST_NODES} settings, with what aliases repeat"
             raise SettingsError(what, place(node), "remove aliases that repeat aliases")
-        if len(around) > _DEEPEST:
-            raise _too_deep(place(node))
         if node in around:
             self.problems.append(Problem(f"{dotted(path)} contains itself", place(node)))
             return None
@@ -228,12 +225,15 @@ def read_tree(file: Path) -> Tree:
         holds = "is empty" if node is None else "holds no settings"
         raise SettingsError(f"{file} {holds}", str(file), "a pipeline file holds sections of `name: value` lines")
     tree = Tree(file)
-    tree.read(node)
+    try:
+        tree.read(node)
+    except RecursionError:
+        raise _too_deep(str(file)) from None
     return tree
 
 
 def _too_deep(where: str) -> SettingsError:
-    return SettingsError(f"settings are nested more than {_DEEPEST} deep", where, "write them flatter")
+    return SettingsError("settings are nested too deeply", where, "write them flatter")
 
 
 def _compose(text: str) -> yaml.Node | None:

@@ -229,7 +229,8 @@ class Runner:
         origin = attempt / ORIGIN
         return resources_of(attempt) | {
             "earlier_attempts": earlier_attempts([path for path in self.store.attempts(one.key) if path != attempt]),
-            "previous": one.before.key if one.before else None,
+            # Not the same again: a damaged result that is made anew has no other reason.
+            "previous": one.before.key if one.before and one.before.key != one.key else None,
             "origin": json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {},
         }
 

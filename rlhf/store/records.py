@@ -145,7 +145,15 @@ class Ref:
 def refuse_escape(path: Any) -> None:
     """Raise DamageError unless a payload path stays within its folder."""
     parts = PurePosixPath(path).parts if isinstance(path, str) else ()
-    if not parts or path.startswith("/") or ".." in parts or {"\\", "\0"} & set(path) or "/".join(parts) != path:
+    # Names are printed too, where control characters could do harm.
+    if (
+        not parts
+        or path[0] == "/"
+        or ".." in parts
+        or "\\" in path
+        or not path.isprintable()
+        or "/".join(parts) != path
+    ):
         raise DamageError(f"names a file that would lie outside the artifact: {path!r}")
 
 

@@ -255,3 +255,23 @@ def test_no_setting_or_name_can_move_the_cursor(ask: Ask, chain: dict[str, Actio
         assert answer.status == 0
         assert "\x1b" not in answer.out
         assert "x�[2Jy" in answer.out
+
+
+def test_damage_in_a_file_of_any_name_cannot_move_the_cursor(ask: Ask, made: Path):
+    """Whoever may write into the store may call a file what they like."""
+    (made.parent / "store" / "blobs" / "sha256" / "\x1b[2J[bold]").write_text("x")
+    for words in (("verify",), ("verify", "--repair")):
+        answer = ask(*words)
+        assert answer.status == 1
+        assert "\x1b" not in answer.out + answer.err
+        assert "�[2J[bold]" in answer.out
+
+
+def test_an_answer_of_a_model_cannot_move_the_cursor_of_a_terminal(
+    ask: Ask, made: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A pipe gets what the model wrote, to the letter."""
+    monkeypatch.setattr("rlhf.rollout.speak.answers", lambda *_: ["one\x1b[2J\ntwo"])
+    assert ask("generate", "total", "--prompt", "hi").out == "one\x1b[2J\ntwo\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert ask("generate", "total", "--prompt", "hi").out == "one�[2J\ntwo\n"
