@@ -88,7 +88,7 @@ def _as_told(failure: Failure, call: Call) -> RlhfError:
             f"less +G {failure.log}",
         )
     what, where, next_step = failure.args
-    if kind is OutOfMemoryError:
+    if kind is OutOfMemoryError and not next_step:  # torch's or Python's own, as it came
         what, next_step = f"{call.context.stage} ran out of memory: {shortened(what)}", _less_memory(call)
     return kind(what, where or place, next_step or f"less +G {failure.log}")
 

@@ -1,7 +1,7 @@
 """Signs of life: who a stage's ranks are, how far each is, and where it stands when it gets no further.
 
 Each rank keeps two files in the attempt: ``rank-<k>.json``, written anew whenever its work gets on, and
-``stack-<k>.txt``, into which the interpreter writes what every thread is doing once that has not happened for most of
+``stack-<k>.trace``, into which the interpreter writes what every thread is doing once that has not happened for most of
 the time that a group may stand still. No thread beats in the background: it would go on while the work hangs.
 """
 
@@ -127,7 +127,7 @@ def stack_of(attempt: Path, rank: int) -> str:
 def forget(attempt: Path, rank: int | None = None) -> None:
     """Remove what a rank, or where none is named each of an earlier group's, left."""
     which = "*" if rank is None else rank
-    for pattern in (f"rank-{which}.json", f"stack-{which}.txt"):
+    for pattern in (f"rank-{which}.json", f"stack-{which}.trace"):
         for path in attempt.glob(pattern):
             path.unlink(missing_ok=True)
 
@@ -139,7 +139,7 @@ def pulse_path(attempt: Path, rank: int) -> Path:
 
 def stack_path(attempt: Path, rank: int) -> Path:
     """Where a rank's stacks are."""
-    return attempt / f"stack-{rank}.txt"
+    return attempt / f"stack-{rank}.trace"
 
 
 def oom_kills() -> int:

@@ -185,11 +185,13 @@ class _Heart:
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS):
             with suppress(TryAgainError):  # the next beat may get through; if none does, a successor may take over
-                # A waiter that judged it dead too early moves it aside, and back.
-                if not self._is_mine() and not self._stopped.wait(POLL_SECONDS) and not self._is_mine():
-                    if self._on_loss is not None:
-                        self._on_loss(str(self._holder() or "nobody"))
-                    return
+                if not self._is_mine():
+                    # A waiter that judged it dead too early moves it aside, and back.
+                    if not self._stopped.wait(POLL_SECONDS) and not self._is_mine():
+                        if self._on_loss is not None:
+                            self._on_loss(str(self._holder() or "nobody"))
+                        return
+                    continue
                 moved = replace(self._mine, count=self._mine.count + 1)
                 self._backend.put(self._name, moved.to_json())
                 self._mine = moved

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from rlhf import errors
-from rlhf.cluster.launch import cause_of
+from rlhf.cluster.causes import RETRIES, cause_of, may_retry
 from rlhf.cluster.worker import RESULT, Call, load, perform_task, read_failures
-from rlhf.errors import DiskFullError, DivergedError, PreflightError, RlhfError, StageError
+from rlhf.errors import DiskFullError, DivergedError, KilledError, PreflightError, RlhfError, StageError
 from rlhf.pipeline.context import Context
 from tests.pipeline.helpers import REPOSITORY
 from tests.pipeline.toys import TotalSettings
@@ -132,9 +132,9 @@ def test_of_failures_that_are_not_ours_the_earliest_is_told(attempt: Path):
 def test_without_any_account_the_worker_died(attempt: Path):
     """What Ray says is told in one line."""
     error = failed(attempt)
-    assert type(error) is StageError
+    assert type(error) is KilledError
     assert "died without a word" in error.what
-    assert error.where.startswith("the actor died; log: ")
+    assert error.where.startswith("the actor died; logs: ")
     assert "\n" not in error.where
 
 
