@@ -149,10 +149,17 @@ def _tell_controller(path: Path) -> Any:
 
 
 def _end_group(attempt: Path, thread: threading.Thread) -> None:
-    """End a group whatever its processes are doing: Ray kills the ranks once their controller is gone."""
+    """End a group whatever its processes are doing.
+
+    Ray kills the ranks once their controller is gone, on other nodes too; one that is stopped only after 5 s.
+    """
     end = time.monotonic() + END_SECONDS
     with suppress(OSError, ValueError):  # it has not begun, or has ended
         os.kill(json.loads((attempt / CONTROLLER).read_text())["pid"], signal.SIGKILL)
+    for rank in pulse.pulses(attempt).values():
+        if rank.is_here():
+            with suppress(ProcessLookupError):
+                os.kill(rank.pid, signal.SIGKILL)
     thread.join(END_SECONDS)
     # A rank that still ran would write into the folder of the group that comes next.
     while time.monotonic() < end and any(one.is_here() for one in pulse.pulses(attempt).values()):

@@ -105,10 +105,11 @@ class Runner:
                 return
             try:
                 self._produce(one, lost)
-            except RlhfError:
+            except RlhfError as error:
                 # Whoever took the lease over may have committed, and removed what this attempt was reading.
                 if not self._adopt_from_another(one):
                     raise
+                self.display.line(f"{one.name}: {error.what}; another run has the result")
 
     def _adopt_from_another(self, one: Planned) -> bool:
         """Take what another run has made meanwhile, if it has."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf import errors
-from rlhf.cluster.causes import RETRIES, cause_of, may_retry
+from rlhf.cluster.causes import cause_of
 from rlhf.cluster.worker import RESULT, Call, load, perform_task, read_failures
 from rlhf.errors import DiskFullError, DivergedError, KilledError, PreflightError, RlhfError, StageError
 from rlhf.pipeline.context import Context

@@ -47,8 +47,8 @@ class Toy:
     def config(self, *overrides: str) -> PipelineConfig:
         return load_pipeline(self.path, overrides, {name: stage.settings for name, stage in KNOWN.items()})
 
-    def planned(self) -> dict[str, Planned]:
-        return plan(self.config(), KNOWN, self.store)
+    def planned(self, *overrides: str) -> dict[str, Planned]:
+        return plan(self.config(*overrides), KNOWN, self.store)
 
     def run(self, session: Session, *overrides: str, stop: Stop | None = None) -> dict[str, Planned]:
         config = self.config(*overrides)
