@@ -15,7 +15,7 @@ from rlhf.cluster.causes import cause_of, may_retry
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.watchdog import Watchdog
 from rlhf.cluster.worker import COLLECTIVE_SLACK_MINUTES, RESULT, Call, perform_rank, perform_task
-from rlhf.errors import HangError, RlhfError
+from rlhf.errors import ClusterLostError, HangError, RlhfError
 from rlhf.pipeline import pulse
 
 POLL_SECONDS = 0.25
@@ -43,6 +43,8 @@ def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, floa
         ray.get(reference)
     except RayError as error:
         raise cause_of(call, error) from error
+    except ClusterLostError:
+        raise  # there is nobody left to ask
     except RlhfError:
         with suppress(RayError):  # it may have ended, or Ray itself
             ray.cancel(reference, force=True)
@@ -119,6 +121,8 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
             thread.join(POLL_SECONDS)
             watch()
             watchdog()
+    except ClusterLostError:
+        raise  # there is nobody left to ask
     except HangError as error:
         _end_group(call.context.attempt, thread)
         return error

@@ -26,6 +26,8 @@ class Pulse:
 
     rank: int
     host: str
+    node: str
+    """Ray's name of its node."""
     pid: int
     log: str
     oom_kills: int
@@ -54,9 +56,8 @@ class Pulse:
 class _Heart:
     """This process's pulse, and the file for its stacks."""
 
-    def __init__(self, attempt: Path, rank: int, log: Path, seconds: float, stack: IO[str]) -> None:
-        self._path, self._seconds, self._stack = pulse_path(attempt, rank), seconds, stack
-        self._pulse = Pulse(rank, socket.gethostname(), os.getpid(), str(log), oom_kills(), None, 0, 0.0)
+    def __init__(self, path: Path, pulse: Pulse, seconds: float, stack: IO[str]) -> None:
+        self._path, self._pulse, self._seconds, self._stack = path, pulse, seconds, stack
 
     def beat(self, step: int | None) -> None:
         before = self._pulse
@@ -75,13 +76,15 @@ _hearts: list[_Heart] = []
 
 
 @contextmanager
-def beating(attempt: Path, rank: int, log: Path, seconds: float) -> Generator[None]:
+def beating(attempt: Path, rank: int, node: str, log: Path, seconds: float) -> Generator[None]:
     """Inside, this process is a rank of the attempt, and :func:`beat` writes its pulse.
 
+    node     Ray's name of the node
     seconds  how long the rank may stand still
     """
+    first = Pulse(rank, socket.gethostname(), node, os.getpid(), str(log), oom_kills(), None, 0, 0.0)
     with stack_path(attempt, rank).open("a") as stack:
-        heart = _Heart(attempt, rank, log, seconds, stack)
+        heart = _Heart(pulse_path(attempt, rank), first, seconds, stack)
         heart.beat(None)
         _hearts.append(heart)
         try:
