@@ -1,6 +1,6 @@
 """Signs of life: who a stage's ranks are, how far each is, and where it stands when it gets no further.
 
-Each rank keeps two files in the attempt: ``rank-<k>.json``, written anew whenever its work gets on, and
+Each rank keeps two files in the attempt: ``pulse-<k>.json``, written anew whenever its work gets on, and
 ``stack-<k>.trace``, into which the interpreter writes what every thread is doing once that has not happened for most of
 the time that a group may stand still. No thread beats in the background: it would go on while the work hangs.
 """
@@ -18,6 +18,9 @@ from typing import IO
 
 STACK_AFTER = 0.8
 """The share of the time that a group may stand still, after which a rank writes its stacks."""
+
+LEAST_SECONDS = 1.0
+"""What is less than a step is written no more often: the folder may lie on a network's file system."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,13 @@ class _Heart:
 
     def __init__(self, path: Path, pulse: Pulse, seconds: float, stack: IO[str]) -> None:
         self._path, self._pulse, self._seconds, self._stack = path, pulse, seconds, stack
+        self._due = 0.0
 
     def beat(self, step: int | None) -> None:
         before = self._pulse
+        if step is None and time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + LEAST_SECONDS
         step = before.step if step is None else step
         self._pulse = replace(before, step=step, beat=before.beat + 1, at=time.time())
         temporary = self._path.with_suffix(".tmp")
@@ -109,7 +116,7 @@ def beat(step: int | None = None) -> None:
 def pulses(attempt: Path) -> dict[int, Pulse]:
     """The ranks that have begun, by rank."""
     found: dict[int, Pulse] = {}
-    for path in attempt.glob("rank-*.json"):
+    for path in attempt.glob("pulse-*.json"):
         with suppress(OSError, ValueError, TypeError):
             pulse = Pulse(**json.loads(path.read_text()))
             found[pulse.rank] = pulse
@@ -127,14 +134,14 @@ def stack_of(attempt: Path, rank: int) -> str:
 def forget(attempt: Path, rank: int | None = None) -> None:
     """Remove what a rank, or where none is named each of an earlier group's, left."""
     which = "*" if rank is None else rank
-    for pattern in (f"rank-{which}.json", f"stack-{which}.trace"):
+    for pattern in (f"pulse-{which}.json", f"stack-{which}.trace"):
         for path in attempt.glob(pattern):
             path.unlink(missing_ok=True)
 
 
 def pulse_path(attempt: Path, rank: int) -> Path:
     """Where a rank's pulse is."""
-    return attempt / f"rank-{rank}.json"
+    return attempt / f"pulse-{rank}.json"
 
 
 def stack_path(attempt: Path, rank: int) -> Path:
