@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 
-def main() -> int:
-    """Run the program; the exit status. An interrupt that arrives while it is still being imported ends it quietly."""
+def main() -> NoReturn:
+    """Run the program and end the process. An interrupt that arrives while it is still imported ends it quietly."""
 
     def end(*_: object) -> None:
         os.write(2, b"error: interrupted\n")
@@ -16,8 +18,13 @@ def main() -> int:
     from rlhf.cli import main
 
     signal.signal(signal.SIGINT, before)
-    return main()
+    status = main()
+    with suppress(OSError):  # the reader is gone, as that of a pipe to `head`
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Python's own way to end runs into threads of Ray's, which crash or wait where Ray is broken.
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,6 +7,9 @@ from hypothesis import settings
 from rlhf.cluster.session import Session
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST, fetch
+from tests.small import pipeline, two_ranks, unbroken
+
+__all__ = ["pipeline", "two_ranks", "unbroken"]  # fixtures for all
 
 # A deadline measures the machine, not the code; the same examples every time make a failure repeatable.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
 
 CONTINUE = "rlhf run"
 """What goes on from the newest checkpoint; the program adds the stages and the pipeline that it was called with."""
+NODE_SECONDS = 20.0
+"""How long Ray may take to find out that a node is gone."""
 _LOG_TAIL = 20_000
 # Python's fault handler, and that of Ray's own code.
 _FATAL = re.compile(r"Fatal Python error: ([\w ]+)|\*\*\* (SIG[A-Z]+) received")
@@ -88,7 +91,7 @@ def _as_told(failure: Failure, call: Call) -> RlhfError:
             f"less +G {failure.log}",
         )
     what, where, next_step = failure.args
-    if kind is OutOfMemoryError:
+    if kind is OutOfMemoryError and not next_step:  # torch's or Python's own, as it came
         what, next_step = f"{call.context.stage} ran out of memory: {shortened(what)}", _less_memory(call)
     return kind(what, where or place, next_step or f"less +G {failure.log}")
 
@@ -141,8 +144,10 @@ def _death(call: Call, deaths: list[tuple[int | None, Exception]]) -> RlhfError:
     if isinstance(cause, exceptions.OutOfMemoryError) or "NODE_OUT_OF_MEMORY" in words or "low on memory" in words:
         what = f"{who} was killed by Ray, because its node ran out of memory"
         return OutOfMemoryError(what, where, _less_memory(call))
-    node_died = "node has died" in words or "node was terminated" in words or "Node was" in words
-    if isinstance(cause, exceptions.NodeDiedError) or getattr(cause, "preempted", False) or node_died:
+    told = isinstance(cause, exceptions.NodeDiedError) or "node has died" in words or "node was terminated" in words
+    # Whoever does not answer may have been killed, or may be on a node that is gone, which takes Ray a while to tell.
+    silent = pulse.node if pulse and isinstance(cause, exceptions.ActorUnavailableError) else None
+    if told or getattr(cause, "preempted", False) or (silent and _is_lost(silent)):
         return PreemptedError(f"{who} was lost together with its node", where, CONTINUE)
     if "SIGTERM" in words:
         return PreemptedError(f"{who} was told to end (SIGTERM)", where, CONTINUE)
@@ -155,6 +160,18 @@ def _death(call: Call, deaths: list[tuple[int | None, Exception]]) -> RlhfError:
         return OutOfMemoryError(what, where, _less_memory(call))
     # Every other signal that ends a process leaves a word in its log.
     return KilledError(f"{who} died without a word: killed (SIGKILL)", where, CONTINUE)
+
+
+def _is_lost(node: str) -> bool:
+    """Whether a node is found to be gone, within a while."""
+    import ray
+
+    end = time.monotonic() + NODE_SECONDS
+    while time.monotonic() < end:
+        if any(one["NodeID"] == node and not one["Alive"] for one in ray.nodes()):
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def _killed_for_memory(pulse: Pulse) -> bool:

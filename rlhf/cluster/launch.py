@@ -15,7 +15,7 @@ from rlhf.cluster.causes import cause_of, may_retry
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.watchdog import Watchdog
 from rlhf.cluster.worker import COLLECTIVE_SLACK_MINUTES, RESULT, Call, perform_rank, perform_task
-from rlhf.errors import HangError, RlhfError
+from rlhf.errors import ClusterLostError, HangError, RlhfError
 from rlhf.pipeline import pulse
 
 POLL_SECONDS = 0.25
@@ -43,6 +43,8 @@ def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, floa
         ray.get(reference)
     except RayError as error:
         raise cause_of(call, error) from error
+    except ClusterLostError:
+        raise  # there is nobody left to ask
     except RlhfError:
         with suppress(RayError):  # it may have ended, or Ray itself
             ray.cancel(reference, force=True)
@@ -119,6 +121,8 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
             thread.join(POLL_SECONDS)
             watch()
             watchdog()
+    except ClusterLostError:
+        raise  # there is nobody left to ask
     except HangError as error:
         _end_group(call.context.attempt, thread)
         return error
@@ -126,31 +130,62 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
         _end_group(call.context.attempt, thread)
         raise
     error = outcome[0]
+    if isinstance(error, RayError):
+        _release(call.context.attempt)
     if error is not None and not isinstance(error, TrainingFailedError | RayError):
         raise error  # our own mistake or Ray's, and no failure of a rank
     return error
 
 
 def _tell_controller(path: Path) -> Any:
-    """A callback by which Ray Train's controller, which runs on the driver's node, tells its process."""
-    from ray.train.v2._internal.execution.callback import ControllerCallback
+    """A callback by which Ray Train's controller, which runs on the driver's node, tells what it must be ended by."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-    class TellController(ControllerCallback):
+    class TellController(ControllerCallback, WorkerGroupCallback):
         def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002 - Ray's signature
-            path.write_text(json.dumps({"pid": os.getpid()}))
+            path.write_text(json.dumps({"pid": os.getpid(), "placement": None}))
+
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            placement = worker_group.get_worker_group_state().placement_group_handle.placement_group
+            path.write_text(json.dumps({"pid": os.getpid(), "placement": placement.id.hex()}))
 
     return TellController()
 
 
 def _end_group(attempt: Path, thread: threading.Thread) -> None:
-    """End a group whatever its processes are doing: Ray kills the ranks once their controller is gone."""
+    """End a group whatever its processes are doing.
+
+    Ray kills the ranks once their controller is gone, on other nodes too; one that is stopped only after 5 s.
+    """
     end = time.monotonic() + END_SECONDS
     with suppress(OSError, ValueError):  # it has not begun, or has ended
         os.kill(json.loads((attempt / CONTROLLER).read_text())["pid"], signal.SIGKILL)
+    for rank in pulse.pulses(attempt).values():
+        if rank.is_here():
+            with suppress(ProcessLookupError):
+                os.kill(rank.pid, signal.SIGKILL)
     thread.join(END_SECONDS)
     # A rank that still ran would write into the folder of the group that comes next.
     while time.monotonic() < end and any(one.is_here() for one in pulse.pulses(attempt).values()):
         time.sleep(POLL_SECONDS)
+    _release(attempt)
+
+
+def _release(attempt: Path) -> None:
+    """Give back the room that a dead controller had taken: Ray would keep it until the driver ends."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    placement = None
+    with suppress(OSError, ValueError):
+        placement = json.loads((attempt / CONTROLLER).read_text())["placement"]
+    job = ray.get_runtime_context().get_job_id()
+    table: dict[str, dict[str, Any]] = placement_group_table()
+    for identity, entry in table.items():
+        # What still waits for room has not been told to us. It may be another stage's, which then asks again.
+        waiting = identity.endswith(job) and entry["state"] == "PENDING"
+        if identity == placement or waiting:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(identity))))
 
 
 def _per_worker(resources: RankResources) -> dict[str, float]:

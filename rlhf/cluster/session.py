@@ -51,7 +51,9 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._started:
+        if self._started and isinstance(error, ClusterLostError):
+            _abandon()
+        elif self._started:
             _shut_down()
 
     @property
@@ -182,21 +184,25 @@ def _lost(what: str, where: str) -> ClusterLostError:
     )
 
 
+def _abandon() -> None:
+    """End what is left of a broken Ray: its own way to shut down would end this process, without a word."""
+    import ray
+
+    if (node := _node()) is not None:  # None where Ray runs elsewhere
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    # It would be called as Python ends.
+    atexit.unregister(ray.shutdown)
+
+
 def _shut_down() -> None:
     """Shut Ray down in a bounded time: it may wait for ever for a process of its own that does not answer."""
     import ray
 
-    node = _node()
     thread = threading.Thread(target=ray.shutdown, name="ray.shutdown", daemon=True)
     thread.start()
     thread.join(SHUTDOWN_SECONDS)
-    if not thread.is_alive():
-        return
-    if node is not None:
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
-    thread.join(SHUTDOWN_SECONDS)
-    # It would be called again, and wait again, as Python ends.
-    atexit.unregister(ray.shutdown)
+    if thread.is_alive():
+        _abandon()
 
 
 def _is_host_and_port(address: str) -> bool:

@@ -93,7 +93,7 @@ def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) 
             "put store.uri on a file system that every node of the cluster mounts at the same place",
         )
     log = context.attempt / f"log-{rank}.txt"
-    with _log(log), pulse.beating(context.attempt, rank, log, 60 * call.timeout_minutes):
+    with _log(log), pulse.beating(context.attempt, rank, _node(), log, 60 * call.timeout_minutes):
         try:
             # A crash below Python leaves its signal in the log.
             faulthandler.enable(file=2)
@@ -120,6 +120,11 @@ def _device(gpu: bool) -> str:
     import torch
 
     return torch.cuda.get_device_name()
+
+
+def _node() -> str:
+    ray = sys.modules.get("ray")  # which brought this process here, if it is no test
+    return ray.get_runtime_context().get_node_id() if ray is not None and ray.is_initialized() else ""
 
 
 def load(code: str) -> Callable[[Context[Any]], dict[str, float]]:

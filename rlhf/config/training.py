@@ -30,7 +30,8 @@ class WorkerSettings(Settings):
     gpu: bool | None = runtime(None)
     """True gives each rank one GPU, false none; null uses GPUs when the cluster has any."""
     timeout_minutes: float = runtime(30.0, gt=0)
-    """How long a rank waits in a collective for the others before the group fails and is restarted."""
+    """How long no rank may get on before the group is ended, as hanging, and started again. Must be longer than the
+    longest part of a step: generating or scoring a batch, a micro batch, a checkpoint."""
 
 
 class SamplingSettings(Settings):

@@ -12,6 +12,7 @@ from rlhf.config.training import Precision
 from rlhf.models import folders, text, trust
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, scores_at_last_token
 from rlhf.models.text import Prompt, Tokenizer
+from rlhf.pipeline import pulse
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, Engine, gathered, sharded_loading
 
@@ -38,6 +39,7 @@ def raw_scores(
             ids, mask = text.pad([texts[index] for index in which], tokenizer.pad_token_id, "right")
             given = [ids, mask] if types is None else [ids, mask, text.pad([types[i] for i in which], 0, "right")[0]]
             parts.append(model(*(tensor.to(group.device()) for tensor in given)))
+            pulse.beat()
         return torch.cat(parts)
 
     scores = torch.empty(len(texts))

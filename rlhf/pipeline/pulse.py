@@ -1,7 +1,7 @@
 """Signs of life: who a stage's ranks are, how far each is, and where it stands when it gets no further.
 
-Each rank keeps two files in the attempt: ``rank-<k>.json``, written anew whenever its work gets on, and
-``stack-<k>.txt``, into which the interpreter writes what every thread is doing once that has not happened for most of
+Each rank keeps two files in the attempt: ``pulse-<k>.json``, written anew whenever its work gets on, and
+``stack-<k>.trace``, into which the interpreter writes what every thread is doing once that has not happened for most of
 the time that a group may stand still. No thread beats in the background: it would go on while the work hangs.
 """
 
@@ -19,6 +19,9 @@ from typing import IO
 STACK_AFTER = 0.8
 """The share of the time that a group may stand still, after which a rank writes its stacks."""
 
+LEAST_SECONDS = 1.0
+"""What is less than a step is written no more often: the folder may lie on a network's file system."""
+
 
 @dataclass(frozen=True)
 class Pulse:
@@ -26,6 +29,8 @@ class Pulse:
 
     rank: int
     host: str
+    node: str
+    """Ray's name of its node."""
     pid: int
     log: str
     oom_kills: int
@@ -40,13 +45,10 @@ class Pulse:
         """Whether the rank's process runs on this host."""
         if self.host != socket.gethostname():
             return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
-        return True
+        with suppress(OSError):
+            # Ray names its workers so: another process may have the number by now.
+            return Path(f"/proc/{self.pid}/cmdline").read_bytes().startswith(b"ray::")
+        return False
 
     def __str__(self) -> str:
         """Rank, host, process, step and log, for a message."""
@@ -57,12 +59,15 @@ class Pulse:
 class _Heart:
     """This process's pulse, and the file for its stacks."""
 
-    def __init__(self, attempt: Path, rank: int, log: Path, seconds: float, stack: IO[str]) -> None:
-        self._path, self._seconds, self._stack = pulse_path(attempt, rank), seconds, stack
-        self._pulse = Pulse(rank, socket.gethostname(), os.getpid(), str(log), oom_kills(), None, 0, 0.0)
+    def __init__(self, path: Path, pulse: Pulse, seconds: float, stack: IO[str]) -> None:
+        self._path, self._pulse, self._seconds, self._stack = path, pulse, seconds, stack
+        self._due = 0.0
 
     def beat(self, step: int | None) -> None:
         before = self._pulse
+        if step is None and time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + LEAST_SECONDS
         step = before.step if step is None else step
         self._pulse = replace(before, step=step, beat=before.beat + 1, at=time.time())
         temporary = self._path.with_suffix(".tmp")
@@ -78,13 +83,15 @@ _hearts: list[_Heart] = []
 
 
 @contextmanager
-def beating(attempt: Path, rank: int, log: Path, seconds: float) -> Generator[None]:
+def beating(attempt: Path, rank: int, node: str, log: Path, seconds: float) -> Generator[None]:
     """Inside, this process is a rank of the attempt, and :func:`beat` writes its pulse.
 
+    node     Ray's name of the node
     seconds  how long the rank may stand still
     """
+    first = Pulse(rank, socket.gethostname(), node, os.getpid(), str(log), oom_kills(), None, 0, 0.0)
     with stack_path(attempt, rank).open("a") as stack:
-        heart = _Heart(attempt, rank, log, seconds, stack)
+        heart = _Heart(pulse_path(attempt, rank), first, seconds, stack)
         heart.beat(None)
         _hearts.append(heart)
         try:
@@ -109,7 +116,7 @@ def beat(step: int | None = None) -> None:
 def pulses(attempt: Path) -> dict[int, Pulse]:
     """The ranks that have begun, by rank."""
     found: dict[int, Pulse] = {}
-    for path in attempt.glob("rank-*.json"):
+    for path in attempt.glob("pulse-*.json"):
         with suppress(OSError, ValueError, TypeError):
             pulse = Pulse(**json.loads(path.read_text()))
             found[pulse.rank] = pulse
@@ -127,19 +134,19 @@ def stack_of(attempt: Path, rank: int) -> str:
 def forget(attempt: Path, rank: int | None = None) -> None:
     """Remove what a rank, or where none is named each of an earlier group's, left."""
     which = "*" if rank is None else rank
-    for pattern in (f"rank-{which}.json", f"stack-{which}.txt"):
+    for pattern in (f"pulse-{which}.json", f"stack-{which}.trace"):
         for path in attempt.glob(pattern):
             path.unlink(missing_ok=True)
 
 
 def pulse_path(attempt: Path, rank: int) -> Path:
     """Where a rank's pulse is."""
-    return attempt / f"rank-{rank}.json"
+    return attempt / f"pulse-{rank}.json"
 
 
 def stack_path(attempt: Path, rank: int) -> Path:
     """Where a rank's stacks are."""
-    return attempt / f"stack-{rank}.txt"
+    return attempt / f"stack-{rank}.trace"
 
 
 def oom_kills() -> int:

@@ -128,10 +128,11 @@ class Runner:
                 return
             try:
                 self._produce(one, lost)
-            except RlhfError:
+            except RlhfError as error:
                 # Whoever took the lease over may have committed, and removed what this attempt was reading.
                 if not self._adopt_from_another(one):
                     raise
+                self.display.line(f"{one.name}: {error.what}; another run has the result")
 
     def _refuse_to_go_on(self) -> None:
         if self.stop.asked:

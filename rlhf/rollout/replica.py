@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
 from rlhf.config.training import Precision
 from rlhf.models import text, trust
+from rlhf.pipeline import pulse
 from rlhf.rollout.sampling import InverseTransformSampling
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, gathered
@@ -70,6 +71,7 @@ class Replica:
             ),
             logits_processor=LogitsProcessorList([InverseTransformSampling(uniforms, ids.shape[1], temperature)]),
         )
+        pulse.beat()
         responses = generated[:, ids.shape[1] :].cpu()
         return torch.nn.functional.pad(responses, (0, limit - responses.shape[1]), value=self._pad)
 

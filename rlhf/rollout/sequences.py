@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models import text
+from rlhf.pipeline import pulse
 from rlhf.zero import group
 
 
@@ -48,6 +49,7 @@ class Sequences:
         """The samples at ``indices``, ``size`` at a time."""
         for part in indices.split(size):
             yield self.rows(part)
+            pulse.beat()
 
     def compute(self, size: int, forward: Callable[[Self], Tensor]) -> Tensor:
         """What ``forward`` says of every response token, ``[sample, …, time]``, 0 beyond each micro batch's longest

@@ -197,12 +197,11 @@ class _Heart:
             with suppress(TryAgainError):  # the next beat may get through; if none does, a successor may take over
                 if not self._is_mine():
                     # A waiter that judged it dead too early moves it aside, and back.
-                    if self._stopped.wait(POLL_SECONDS):
-                        return
-                    if not self._is_mine():
+                    if not self._stopped.wait(POLL_SECONDS) and not self._is_mine():
                         if self._on_loss is not None:
                             self._on_loss(str(self._holder() or "nobody"))
                         return
+                    continue
                 moved = replace(self._mine, count=self._mine.count + 1)
                 self._backend.put(self._name, moved.to_json())
                 self._mine = moved

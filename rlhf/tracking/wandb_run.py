@@ -114,6 +114,8 @@ class WandbRun:
         if not os.access(self._folder, os.R_OK | os.W_OK):
             raise PermissionError(f"{self._folder} cannot be written")
 
+        # Its reports about itself would go to the same server, and complain in the log where that refuses them.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb  # Takes a second and starts nothing on the driver: only the worker that reports needs it.
 
         wandb.setup(wandb.Settings(silent=True))

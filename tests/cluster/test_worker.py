@@ -9,10 +9,20 @@ from typing import Any
 import pytest
 
 from rlhf import errors
-from rlhf.cluster.launch import cause_of
+from rlhf.cluster.causes import cause_of, may_retry
 from rlhf.cluster.worker import RESULT, Call, load, perform_task, read_failures
-from rlhf.errors import DiskFullError, DivergedError, PreflightError, RlhfError, StageError
+from rlhf.errors import (
+    DiskFullError,
+    DivergedError,
+    HangError,
+    KilledError,
+    PreemptedError,
+    PreflightError,
+    RlhfError,
+    StageError,
+)
 from rlhf.pipeline.context import Context
+from rlhf.pipeline.pulse import beat, beating
 from tests.pipeline.helpers import REPOSITORY
 from tests.pipeline.toys import TotalSettings
 
@@ -26,6 +36,10 @@ def loud(context: Context[Any]) -> dict[str, float]:
 
 def full(context: Context[Any]) -> dict[str, float]:
     raise OSError(errno.ENOSPC, "No space left on device", str(context.attempt / "model.safetensors"))
+
+
+def greedy(context: Context[Any]) -> dict[str, float]:
+    raise MemoryError
 
 
 def diverged(context: Context[Any]) -> dict[str, float]:
@@ -132,9 +146,9 @@ def test_of_failures_that_are_not_ours_the_earliest_is_told(attempt: Path):
 def test_without_any_account_the_worker_died(attempt: Path):
     """What Ray says is told in one line."""
     error = failed(attempt)
-    assert type(error) is StageError
+    assert type(error) is KilledError
     assert "died without a word" in error.what
-    assert error.where.startswith("the actor died; log: ")
+    assert error.where.startswith("the actor died; logs: ")
     assert "\n" not in error.where
 
 
@@ -146,6 +160,71 @@ def test_every_error_of_ours_comes_back_from_a_worker_as_itself(attempt: Path, k
     error = failed(attempt, (0, 1.0, kind.__name__, ("what", "where", "next")))
     assert type(error) is kind
     assert error.args == ("what", "where", "next")
+
+
+@pytest.mark.parametrize(
+    ("kind", "retries"),
+    [
+        (errors.SettingsError, 0),
+        (errors.DivergedError, 0),
+        (errors.StoreUnreachableError, 0),
+        (errors.InterruptedRunError, 0),
+        (errors.OutOfMemoryError, 1),
+        (errors.KilledError, 3),
+        (errors.PreemptedError, 3),
+        (errors.HangError, 3),
+    ],
+)
+def test_each_cause_has_its_number_of_retries(kind: type[RlhfError], retries: int):
+    """What would go wrong again is not tried again, and nothing more often than the settings say."""
+    failures: list[RlhfError] = []
+    while True:
+        failures.append(kind("it failed"))
+        if not may_retry(failures[-1], failures, max_failures=3):
+            break
+    assert len(failures) - 1 == retries
+
+
+def test_failures_of_several_kinds_are_counted_together():
+    """A group that always finds another way to die ends too."""
+    failures: list[RlhfError] = [HangError("stood still"), KilledError("killed"), PreemptedError("gone")]
+    assert not may_retry(failures[-1], failures, max_failures=2)
+    assert may_retry(failures[-1], failures, max_failures=3)
+
+
+@pytest.mark.parametrize(
+    ("line", "signal"),
+    [
+        ("*** SIGSEGV received at time=1 on cpu 0 ***", "SIGSEGV"),
+        ("Fatal Python error: Aborted", "SIGABRT"),
+        ("an ordinary line", "SIGKILL"),
+    ],
+)
+def test_a_killed_rank_is_told_with_its_signal_step_and_log(attempt: Path, line: str, signal: str):
+    """A crash leaves its signal in the log; what leaves nothing was killed."""
+    from ray.exceptions import ActorDiedError
+
+    log = attempt / "log-1.txt"
+    log.write_text(f"training\n{line}\n")
+    with beating(attempt, 1, "", log, 60):
+        beat(7)
+        told = RuntimeError("the group failed")
+        told.__dict__["worker_failures"] = {1: ActorDiedError()}
+        error = cause_of(call(attempt, "loud"), told)
+    assert type(error) is KilledError
+    assert signal in error.what
+    assert error.what.startswith("rank 1 of total ")
+    assert f"(pid {os.getpid()}), last step 7; log: {log}" in error.where
+
+
+def test_a_rank_that_found_no_memory_says_what_to_lower(attempt: Path):
+    """torch's errors are not ours, but one of them has a name that is."""
+    with pytest.raises(MemoryError):
+        perform_task(call(attempt, "greedy"))
+    error = cause_of(call(attempt, "greedy"), RuntimeError())
+    assert type(error) is errors.OutOfMemoryError
+    assert error.what == "total ran out of memory: MemoryError"
+    assert error.next_step == "give total a node with more memory"
 
 
 def test_code_is_named_by_module_and_function():

@@ -89,12 +89,12 @@ def made(one: Planned, store: Store) -> ActionRecord:
     )
 
 
-def install_toys(site: Path) -> Path:
-    """A folder that, on the path, registers the toy stages as an installed package would."""
+def install_toys(site: Path, module: str = "tests.pipeline.toys", known: Mapping[str, Stage] = KNOWN) -> Path:
+    """A folder that, on the path, registers a module's toy stages as an installed package would."""
     info = site / "toys-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1\n")
-    points = "".join(f"{name} = tests.pipeline.toys:{name.upper()}\n" for name in KNOWN)
+    points = "".join(f"{name} = {module}:{name.upper()}\n" for name in known)
     (info / "entry_points.txt").write_text(f"[rlhf.stages]\n{points}")
     return site
 

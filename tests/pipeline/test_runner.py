@@ -10,7 +10,7 @@ from rich.console import Console
 from rlhf.cluster.launch import run_task
 from rlhf.cluster.session import Session
 from rlhf.cluster.worker import Call
-from rlhf.errors import PreflightError, RecordError, RlhfError, StageError
+from rlhf.errors import KilledError, PreflightError, RecordError, RlhfError, StageError
 from rlhf.pipeline.context import Context
 from rlhf.pipeline.documents import status_document
 from rlhf.pipeline.plan import Planned, plan
@@ -149,8 +149,8 @@ def test_any_other_exception_is_a_stage_error_that_names_the_log(session: Sessio
 def test_a_worker_that_dies_is_a_stage_error_that_names_the_log(session: Session, path: Path):
     """A killed process tells nothing itself; what it printed before is in the log."""
     error, attempt = failing(session, path, "exits")
-    assert type(error) is StageError
-    assert "died without a word" in error.what
+    assert type(error) is KilledError
+    assert error.what == "total died without a word: killed (SIGKILL)"
     assert str(attempt / "log-0.txt") in error.where
     assert (attempt / "log-0.txt").read_text() == "last words\n"
     assert len(str(error).splitlines()) == 3

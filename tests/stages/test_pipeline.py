@@ -24,7 +24,7 @@ from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import ActionRecord, Store
 from rlhf.zero.checkpoints import newest_complete, path_of
-from tests.stages.conftest import TINY, Pipeline
+from tests.small import TINY, TWO_RANKS, Pipeline
 
 # Two launches of a worker group and their imports on two slow cores.
 pytestmark = [
@@ -35,14 +35,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets of dead actors to the collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-TWO_RANKS = tuple(f"{stage}.workers.count=2" for stage in ("sft", "rm", "ppo"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(pipeline: Pipeline) -> dict[str, Planned]:
-    """All stages, one rank each, nothing gone wrong."""
-    return pipeline.run()
 
 
 def record_of(planned: dict[str, Planned], name: str) -> ActionRecord:
@@ -102,16 +94,6 @@ def test_no_pickle_leaves_a_stage(pipeline: Pipeline, unbroken: dict[str, Planne
             assert Path(file.path).suffix in {".safetensors", ".json", ".jsonl", ".jinja", ".txt", ".md", ".svg"}
 
 
-@pytest.fixture(scope="module")
-def two_ranks(
-    pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Store, dict[str, Planned]]:
-    """Sft, rm and ppo by two ranks each, in a store of their own."""
-    assert unbroken
-    store = pipeline.fresh_store(tmp_path_factory.mktemp("two") / "store", "sft", "rm", "ppo", "evaluate")
-    return store, pipeline.run("ppo", settings=TWO_RANKS, store=store)
-
-
 def test_two_ranks_equal_one(
     pipeline: Pipeline, unbroken: dict[str, Planned], two_ranks: tuple[Store, dict[str, Planned]], tmp_path: Path
 ) -> None:
@@ -126,22 +108,6 @@ def test_two_ranks_equal_one(
     # The stages before differ by rounding, so PPO's key does too; what it learns must not.
     first = record_of(planned, "ppo").metrics["objective/scores_first"]
     assert first == pytest.approx(record_of(unbroken, "ppo").metrics["objective/scores_first"], abs=0.1)
-
-
-@pytest.mark.parametrize("stage", ["rm", "ppo"])
-def test_a_killed_rank_costs_nothing_but_time(
-    stage: str, pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path
-) -> None:
-    """kill -9 of a rank in mid-stage: the group starts again from its checkpoint; the result is equal, bit for bit."""
-    store = pipeline.fresh_store(tmp_path / "store", stage)
-    key = unbroken[stage].key
-    assert key is not None
-    killer = threading.Thread(target=kill_once, args=(store.root / "work" / key,), daemon=True)
-    killer.start()
-    planned = pipeline.run(stage, store=store)
-    killer.join(1)
-    assert "starting again from the newest checkpoint" in pipeline.output.getvalue()
-    assert record_of(planned, stage).artifact == record_of(unbroken, stage).artifact
 
 
 def test_one_killed_rank_of_two_costs_nothing_but_time(

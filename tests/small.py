@@ -1,4 +1,4 @@
-"""A pipeline of a few steps a stage, run for real, with one store for all tests of this folder."""
+"""A pipeline of a few steps a stage, run for real, and its unbroken runs, which the tests share."""
 
 import io
 import re
@@ -18,7 +18,7 @@ from rlhf.pipeline.stage import stages
 from rlhf.store import Store
 from rlhf.terminal import Display
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
 # Little data, a very small model, and checkpoints often enough that a kill finds one.
 SMALL = (
@@ -80,6 +80,25 @@ def _kind(stage: str) -> str:
     return stages()[stage].kind
 
 
+TWO_RANKS = tuple(f"{stage}.workers.count=2" for stage in ("sft", "rm", "ppo"))
+
+
 @pytest.fixture(scope="session")
 def pipeline(session: Session, tmp_path_factory: pytest.TempPathFactory, sdist: Path) -> Pipeline:
     return Pipeline(session, Store.open(tmp_path_factory.mktemp("store")), sdist)
+
+
+@pytest.fixture(scope="session")
+def unbroken(pipeline: Pipeline) -> dict[str, Planned]:
+    """All stages, one rank each, nothing gone wrong."""
+    return pipeline.run()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(
+    pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Store, dict[str, Planned]]:
+    """Sft, rm and ppo by two ranks each, in a store of their own."""
+    assert unbroken
+    store = pipeline.fresh_store(tmp_path_factory.mktemp("two") / "store", "sft", "rm", "ppo", "evaluate")
+    return store, pipeline.run("ppo", settings=TWO_RANKS, store=store)

@@ -1,0 +1,153 @@
+"""The driver killed, told to end and interrupted, at any moment."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from rlhf.cluster.session import Session
+from rlhf.zero.checkpoints import newest_complete, step_of
+from tests.faults.running import Toy, expected_total, moment, seconds_until_gone
+from tests.faults.toys import KNOWN
+from tests.pipeline.helpers import end, install_toys, marked, planned, start, states, until, write_pipeline
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    return Toy(tmp_path)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    return install_toys(tmp_path / "site", "tests.faults.toys", KNOWN)
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark whose processes are all gone at the end, whatever the test did."""
+    mark = uuid4().hex
+    yield mark
+    for pid in marked(mark):
+        os.kill(pid, signal.SIGKILL)
+
+
+def left(mark: str) -> list[str]:
+    """What still runs of a driver's processes; Ray's agents may try for a minute to report their node's end."""
+    return [name for name in marked(mark).values() if "Agent" not in name]
+
+
+def until_step(toy: Toy, driver: "subprocess.Popen[str]", step: int = 2) -> None:
+    def begun() -> bool:
+        assert driver.poll() is None, driver.communicate()
+        rank = toy.rank(0)
+        return rank is not None and (rank.step or 0) >= step
+
+    until(begun, "the step", 120)
+
+
+def test_sigterm_saves_before_it_ends_a_run(toy: Toy, site: Path, mark: str):
+    """Preemption costs no step: status 130, the command that goes on, a complete checkpoint, no process left."""
+    words = ("steps.checkpoint_every=100", "steps.seconds=0.3")
+    driver = start(site, "run", "steps", "--config", toy.path, "cluster.cpus=1", *words, mark=mark)
+    try:
+        until_step(toy, driver)
+        began = time.monotonic()
+        driver.send_signal(signal.SIGTERM)
+        out, err = driver.communicate(timeout=60)
+    finally:
+        end(driver)
+    assert driver.returncode == 130, out + err
+    assert time.monotonic() - began < 25
+    what, where, following = err.splitlines()
+    saved = re.fullmatch(r"error: interrupted; saved at step (\d+); what was committed and the checkpoints stay", what)
+    assert saved is not None, what
+    assert where == f"  where: {toy.folder / 'store'}"
+    assert following == f"  next:  rlhf run steps cluster.cpus=1 {' '.join(words)} --config {toy.path}"
+    until(lambda: not left(mark), "the end of its processes", 10)
+    assert list((toy.folder / "store" / "leases").iterdir()) == []
+    newest = newest_complete(toy.attempts())
+    assert newest is not None
+    assert step_of(newest) == len(toy.done()) == int(saved[1])
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["its own Ray", "a cluster"])
+def test_a_dead_drivers_ranks_are_gone_in_ten_seconds(
+    attached: bool, session: Session, toy: Toy, site: Path, mark: str
+):
+    """Also in a cluster that goes on without it; nobody else's work is touched, and the next run has the room."""
+    import ray
+
+    cluster = f"cluster.address={ray.get_runtime_context().gcs_address}" if attached else "cluster.cpus=1"
+    driver = start(site, "run", "--config", toy.path, cluster, "steps.seconds=0.3", mark=mark)
+    try:
+        until_step(toy, driver)
+        rank = toy.rank(0)
+        assert rank is not None
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.communicate()
+        seconds_until_gone([rank.pid], limit=10)
+    finally:
+        end(driver)
+    until(lambda: not left(mark), "the end of its processes", 10)
+    if attached:
+        toy.run(session)
+        assert toy.total() == expected_total()
+
+
+@pytest.mark.rounds(2, 100)
+def test_a_driver_killed_at_any_moment_loses_nothing_that_was_committed(seed: int, tmp_path: Path, mark: str):
+    """What had a result keeps it and is not made again; no process is left; no key has two results."""
+    path = write_pipeline(tmp_path)
+    site = install_toys(tmp_path / "toys")
+    driver = start(site, "run", "--config", path, "cluster.cpus=1", mark=mark)
+    try:
+        time.sleep(moment(seed, 10))
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.communicate()
+    finally:
+        end(driver)
+    until(lambda: not left(mark), "the end of its processes", 10)
+    store = tmp_path / "store"
+    before = {file.name: file.read_bytes() for file in (store / "actions").glob("*.json")} if store.exists() else {}
+    again = start(install_toys(tmp_path / "again"), "run", "--config", path, "cluster.cpus=1", mark=mark)
+    try:
+        out, err = again.communicate(timeout=60)
+    finally:
+        end(again)
+    assert again.returncode == 0, out + err
+    after = {file.name: file.read_bytes() for file in (store / "actions").glob("*.json")}
+    assert before.items() <= after.items()
+    assert len(after) == 3
+    assert states(planned(path)) == {"words": "cached", "count": "cached", "total": "cached"}
+    assert out.count(" cached ") == len(before)
+
+
+@pytest.mark.rounds(3, 50)
+def test_an_interrupt_in_the_first_half_second_is_quiet(seed: int, tmp_path: Path, mark: str):
+    """While Python still imports the program: one line and status 130, no traceback."""
+    path = write_pipeline(tmp_path)
+    driver = start(install_toys(tmp_path / "toys"), "run", "--config", path, "cluster.cpus=1", mark=mark)
+    try:
+        # Before Python itself is up a signal ends it without a word, or with one of Python's own.
+        time.sleep(0.1 + moment(seed, 0.5))
+        driver.send_signal(signal.SIGINT)
+        out, err = driver.communicate(timeout=60)
+    finally:
+        end(driver)
+    assert driver.returncode == 130, out + err
+    assert err.startswith("error: interrupted")
+    assert "Traceback" not in out + err
+    until(lambda: not left(mark), "the end of its processes", 10)

@@ -1,0 +1,128 @@
+"""Ray's own processes killed, and a node of its cluster lost."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.faults.running import Toy, expected_total, moment
+from tests.faults.test_drivers import left, until_step
+from tests.faults.toys import KNOWN
+from tests.pipeline.helpers import MARK, end, install_toys, marked, start, until
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray's use of its own
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    return Toy(tmp_path)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    return install_toys(tmp_path / "site", "tests.faults.toys", KNOWN)
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    mark = uuid4().hex
+    yield mark
+    for pid in marked(mark):
+        os.kill(pid, signal.SIGKILL)
+
+
+def process_of(mark: str, name: str) -> int:
+    """The one process of a test whose program or title ends so."""
+    (pid,) = [pid for pid, program in marked(mark).items() if program.endswith(name)]
+    return pid
+
+
+@pytest.mark.rounds(1, 10)
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_run_whose_ray_died_says_so_and_goes_on_when_it_is_run_again(
+    name: str, seed: int, toy: Toy, site: Path, mark: str
+):
+    """Status 75 within seconds, nothing left running; and only what came after the checkpoint is repeated."""
+    words = ("run", "--config", toy.path, "cluster.cpus=1", "steps.checkpoint_every=2")
+    driver = start(site, *words, "steps.seconds=0.5", mark=mark)
+    try:
+        until_step(toy, driver, 3)
+        time.sleep(moment(seed, 2))
+        began = time.monotonic()
+        os.kill(process_of(mark, f"/{name}"), signal.SIGKILL)
+        out, err = driver.communicate(timeout=60)
+    finally:
+        end(driver)
+    assert driver.returncode == 75, out + err
+    assert time.monotonic() - began < 30
+    assert err.startswith(f"error: Ray's {name} died\n")
+    assert "Traceback" not in out + err
+    until(lambda: not left(mark), "the end of its processes", 15)
+    done = toy.done()
+
+    again = start(site, *words, mark=mark)
+    try:
+        out, err = again.communicate(timeout=60)
+    finally:
+        end(again)
+    assert again.returncode == 0, out + err
+    assert toy.done()[len(done)] >= len(done) - 2
+    assert toy.total() == expected_total()
+
+
+@pytest.mark.rounds(1, 10)
+def test_a_killed_train_controller_costs_a_restart(seed: int, toy: Toy, site: Path, mark: str):
+    """Its ranks end with it, the room that it held is given back, and the group starts again."""
+    driver = start(site, "run", "--config", toy.path, "cluster.cpus=1", "steps.seconds=0.3", mark=mark)
+    try:
+        until_step(toy, driver)
+        time.sleep(moment(seed, 2))
+        (pid,) = [pid for pid, program in marked(mark).items() if program.startswith("ray::TrainController")]
+        os.kill(pid, signal.SIGKILL)
+        out, err = driver.communicate(timeout=120)
+    finally:
+        end(driver)
+    assert driver.returncode == 0, out + err
+    assert "starting again from the newest checkpoint (1 of 3)" in out
+    assert toy.total() == expected_total()
+
+
+@pytest.mark.rounds(1, 10)
+def test_a_lost_node_costs_a_restart_on_another(
+    seed: int, toy: Toy, site: Path, mark: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A cluster of two nodes with a core each: the rank's node dies, and the other one takes over."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv(MARK, mark)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        words = (f"cluster.address={cluster.address}", "steps.seconds=0.4")
+        driver = start(site, "run", "--config", toy.path, *words, mark=mark)
+        try:
+            until_step(toy, driver)
+            time.sleep(moment(seed, 2))
+            rank = toy.rank(0)
+            assert rank is not None
+            raylet = int(Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()[1])
+            (lost,) = [node for node in nodes if node.all_processes["raylet"][0].process.pid == raylet]
+            cluster.remove_node(lost, allow_graceful=False)
+            out, err = driver.communicate(timeout=120)
+        finally:
+            end(driver)
+    finally:
+        cluster.shutdown()
+    assert driver.returncode == 0, out + err
+    (told,) = [line for line in out.splitlines() if "starting again" in line]
+    assert told.startswith("steps: rank 0 of steps was lost together with its node; starting again"), told + err
+    assert toy.total() == expected_total()

@@ -1,0 +1,93 @@
+"""Weights & Biases unreachable, refusing, broken or silent."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.running import moment
+from tests.tracking.test_wandb_run import run_program
+
+KEY = "k" * 40
+BODY = """
+import rlhf.tracking.wandb_run as module
+module._INIT_TIMEOUT_S = 2.0
+tracker = Tracker(MetricsLog(folder.parent / "metrics.jsonl"), start(mode="online"))
+slowest = 0.0
+for step in range(20):
+    began = time.monotonic()
+    tracker.log(step, {"loss": 1.0})
+    slowest = max(slowest, time.monotonic() - began)
+    time.sleep(PAUSE)
+began = time.monotonic()
+tracker.finish()
+print(json.dumps({"lines": lines, "slowest": slowest, "finish": time.monotonic() - began}))
+"""
+
+
+@pytest.fixture
+def servers() -> Iterator[dict[str, Callable[[], int]]]:
+    """By what goes wrong: a port of this machine where it does."""
+    with ExitStack() as stack:
+
+        def closed() -> int:
+            with socket.create_server(("127.0.0.1", 0)) as one:
+                return one.getsockname()[1]
+
+        def silent() -> int:
+            one = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            return one.getsockname()[1]  # a connection is made, and never taken up
+
+        def answering(status: int) -> int:
+            class Handler(BaseHTTPRequestHandler):
+                def answer(self) -> None:
+                    self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                    body = json.dumps({"errors": [{"message": "no"}]}).encode()
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+
+                do_GET = do_POST = answer  # noqa: N815 - the names that the base class looks for
+
+                def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+                    pass
+
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            return server.server_address[1]
+
+        yield {
+            "closed": closed,
+            "silent": silent,
+            "broken": lambda: answering(500),
+            "refusing": lambda: answering(401),
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.rounds(1, 5)
+@pytest.mark.parametrize("fault", ["closed", "silent", "broken", "refusing"])
+def test_a_wandb_that_does_not_serve_costs_one_line(
+    fault: str, seed: int, servers: dict[str, Callable[[], int]], tmp_path: Path
+):
+    """Every metric is in the file, no step waits, the end is not held up, and one line says why, without the key."""
+    told = run_program(
+        tmp_path / "attempt",
+        BODY.replace("PAUSE", str(moment(seed, 0.2))),
+        WANDB_API_KEY=KEY,
+        WANDB_BASE_URL=f"http://127.0.0.1:{servers[fault]()}",
+    )
+    (line,) = told["lines"]
+    assert line.startswith("Weights & Biases is off for this attempt: ")
+    assert KEY not in line
+    assert told["slowest"] < 0.5
+    assert told["finish"] < 10
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 20
