@@ -9,7 +9,7 @@ from rlhf.collect.collection import Collection
 from rlhf.errors import TryAgainError
 from rlhf.pipeline.plan import Planned
 from rlhf.store import Store
-from tests.stages.conftest import Pipeline
+from tests.small import Pipeline
 from tests.stages.test_pipeline import record_of
 
 pytestmark = [
