@@ -71,7 +71,8 @@ class Request:
         """The pipeline's store."""
         if self._store is None or create:
             notices = self._store.notices if self._store else []
-            self._store = Store.open(self.config.store.uri, create=create)
+            settings = self.config.store
+            self._store = Store.open(settings.uri, create=create, scratch=settings.scratch)
             self._store.notices.extend(notices)
         return self._store
 
@@ -107,7 +108,7 @@ def run(request: Request) -> None:
     store = request.store(create=True)
     interrupted = InterruptedRunError(
         "interrupted; what was committed and the checkpoints stay",
-        str(store.root),
+        store.address,
         command_line(request, "run", *targets),
     )
     try:

@@ -17,7 +17,7 @@ def plan_document(config: PipelineConfig, planned: Mapping[str, Planned], store:
     """The pipeline, and of each stage what it would do and why."""
     return {
         "pipeline": config.name,
-        "store": str(store.root),
+        "store": store.address,
         "stages": [_stage(one, one.state, one.why) for one in planned.values()],
     }
 
@@ -26,7 +26,7 @@ def status_document(config: PipelineConfig, planned: Mapping[str, Planned], stor
     """As :func:`plan_document`, with what is running and what failed."""
     return {
         "pipeline": config.name,
-        "store": str(store.root),
+        "store": store.address,
         "stages": [_stage(one, *_status(one, store)) for one in planned.values()],
     }
 
@@ -99,7 +99,7 @@ def find_record(target: str | None, planned: Mapping[str, Planned], store: Store
     if target is None:
         committed = [one.record for one in planned.values() if one.record is not None]
         if not committed:
-            raise RequestError("no stage has a result yet", str(store.root), "rlhf run")
+            raise RequestError("no stage has a result yet", store.address, "rlhf run")
         return committed[-1]
     if target in planned:
         record = planned[target].record
@@ -113,7 +113,7 @@ def find_record(target: str | None, planned: Mapping[str, Planned], store: Store
     if len({one.artifact for one in found}) != 1:
         raise RequestError(
             f"{target!r} names {'no' if not found else 'more than one'} stage or artifact",
-            f"stages: {', '.join(planned)}; store: {store.root}",
+            f"stages: {', '.join(planned)}; store: {store.address}",
             "rlhf status",
         )
     return found[0]

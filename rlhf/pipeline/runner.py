@@ -23,11 +23,12 @@ from rlhf.pipeline.context import FAILURE, NOTES, PROGRESS, Context
 from rlhf.pipeline.plan import Planned, needed, plan
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.uploads import SNAPSHOT, clear_checkpoints, fetch_attempts, uploading
 from rlhf.store import ActionRecord, Store, digest_of
 from rlhf.terminal import Display
 
 # What a commit makes superfluous in an attempt; logs and metrics stay.
-SCRATCH = ("inputs", "output", "checkpoints", "policy", "reward", "ray")
+SCRATCH = ("inputs", "output", "checkpoints", "policy", "reward", "ray", SNAPSHOT)
 
 
 @dataclass
@@ -83,13 +84,15 @@ class Runner:
 
     def _produce(self, one: Planned) -> None:
         assert one.key is not None
+        fetch_attempts(self.store, one.key, one.name, self.display.line)
         attempt = self.store.new_attempt(one.key)
         self.display.update(one.name, state="running", key=one.key, why=one.why)
         try:
             context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
             context.output.mkdir()
             start = time.monotonic()
-            metrics = self._execute(one, context)
+            with uploading(self.store, attempt, one.name, self.display.line):
+                metrics = self._execute(one, context)
             self._commit(one, attempt, metrics, time.monotonic() - start)
         except RlhfError as error:
             self.display.update(one.name, state="failed")
@@ -128,6 +131,7 @@ class Runner:
             # What the stage wrote is at fault, and not what the user asked for.
             raise StageError(f"{one.name} made no valid result: {error.what}", error.where, error.next_step) from error
         self.store.set_ref(self.config.name, one.name, record.key)
+        clear_checkpoints(self.store, one.key, attempt)
         for name in SCRATCH:
             for folder in self.store.attempts(one.key):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -214,7 +218,7 @@ class Runner:
             raise DiskFullError(
                 f"{one.name} may write {factor * models / 1e9:.1f} GB of checkpoints, and {free / 1e9:.1f} GB are free",
                 str(self.store.root),
-                "free some space, or put store.uri elsewhere",
+                "free some space, or put the store (or store.scratch) elsewhere",
             )
 
     @property

@@ -27,6 +27,8 @@ class FileState(NamedTuple):
     """Bytes."""
     version: str
     """Differs after the file was written or replaced: modification time and inode, or an object store's ETag."""
+    sha256: str | None = None
+    """The digest that the writer of these very bytes noted on them, where the storage keeps such notes."""
 
 
 class Backend(Protocol):
@@ -49,6 +51,14 @@ class Backend(Protocol):
 
     def put(self, name: str, data: bytes) -> None:
         """Write or replace a file; readers see the old bytes or the new ones."""
+        ...
+
+    def replace(self, name: str, old: bytes, new: bytes) -> bool:
+        """Write ``new`` in the place of ``old``; False, and nothing changed, where the file holds anything else.
+
+        An object store decides between several who do so at once. A file system may let two of them pass within the
+        moment between comparing and renaming, and the later one's bytes stay.
+        """
         ...
 
     def state(self, name: str) -> FileState | None:
@@ -136,6 +146,13 @@ class LocalBackend:
                 temporary.replace(path)
                 _sync(path.parent)
 
+    def replace(self, name: str, old: bytes, new: bytes) -> bool:
+        """Read a file, compare, and write it anew."""
+        if self.read(name) != old:
+            return False
+        self.put(name, new)
+        return True
+
     def state(self, name: str) -> FileState | None:
         """Return a file's size, and its modification time and inode as the version."""
         path = self.root / name
@@ -221,7 +238,8 @@ def translated(path: Path, needed: int = 0) -> Generator[None, None, None]:
             raise DiskFullError(
                 f"No room for a file: {needed} bytes needed, {free_bytes_at(path)} bytes free ({error.strerror}).",
                 where=str(path),
-                next_step="Free some space, or set store.uri to a larger file system; then run the same command again.",
+                next_step="Free some space, or put the store (or store.scratch) on a larger file system; then run the "
+                "same command again.",
             ) from error
         raise StoreUnreachableError(
             f"The store cannot be read or written: {error.strerror or error}.",
