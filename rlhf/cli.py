@@ -97,7 +97,8 @@ class Request:
         """The pipeline's store."""
         if self._store is None or create:
             notices = self._store.notices if self._store else []
-            self._store = Store.open(self.config.store.uri, create=create)
+            settings = self.config.store
+            self._store = Store.open(settings.uri, create=create, scratch=settings.scratch)
             self._store.notices.extend(notices)
         return self._store
 
@@ -136,7 +137,7 @@ def run(request: Request) -> None:
     def interrupted(what: str) -> InterruptedRunError:
         return InterruptedRunError(
             f"{what}; what was committed and the checkpoints stay",
-            str(store.root),
+            store.address,
             command_line(request, "run", *targets),
         )
 

@@ -7,6 +7,7 @@ from hypothesis import settings
 from rlhf.cluster.session import Session
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST, fetch
+from tests import buckets
 from tests.small import pipeline, two_ranks, unbroken
 
 __all__ = ["pipeline", "two_ranks", "unbroken"]  # fixtures for all
@@ -36,6 +37,24 @@ def session() -> Iterator[Session]:
     with Session(ClusterSettings(cpus=2, gpus=0)) as session:
         session.start()
         yield session
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[buckets.Endpoint]:
+    """One S3 endpoint for all tests."""
+    with buckets.endpoint() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(endpoint: buckets.Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[buckets.Bucket]:
+    """A bucket of its own for a test, which this process and its children find; faults of the endpoint end with it."""
+    for name, value in buckets.environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    endpoint.calm()
+    yield buckets.Bucket(endpoint)
+    endpoint.calm()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from rlhf.config.base import Settings, runtime
 
@@ -15,7 +17,16 @@ class StoreSettings(Settings):
     """Where results are kept."""
 
     uri: str = runtime("store", min_length=1)
-    """The artifact store: a folder, relative to the working folder unless absolute."""
+    """The artifact store: a folder, relative to the working folder unless absolute, or ``s3://bucket/prefix``."""
+    scratch: str | None = runtime(None, min_length=1)
+    """For a store in a bucket, the folder of attempts and of copies of what was read, which every node of a cluster
+    sees at the same path; null is one for each address in the user's cache folder. A store in a folder needs none."""
+
+    @model_validator(mode="after")
+    def _scratch_belongs_to_a_bucket(self) -> Self:
+        if self.scratch is not None and not self.uri.startswith("s3://"):
+            raise ValueError("scratch is for a store in a bucket: one in a folder has its attempts in that folder")
+        return self
 
 
 class ClusterSettings(Settings):

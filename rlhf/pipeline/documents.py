@@ -23,7 +23,7 @@ def plan_document(config: PipelineConfig, planned: Mapping[str, Planned], store:
     """The pipeline, and of each stage what it would do and why."""
     return {
         "pipeline": config.name,
-        "store": str(store.root),
+        "store": store.address,
         "stages": [_stage(one, one.state, one.why) for one in planned.values()],
     }
 
@@ -32,7 +32,7 @@ def status_document(config: PipelineConfig, planned: Mapping[str, Planned], stor
     """As :func:`plan_document`, with what is running and what failed, and how much the store holds."""
     return {
         "pipeline": config.name,
-        "store": str(store.root),
+        "store": store.address,
         "stages": [_stage(one, *_status(one, store)) for one in planned.values()],
         "usage": asdict(store.usage()),
     }
@@ -220,7 +220,7 @@ def find_record(target: str | None, planned: Mapping[str, Planned], store: Store
     if target is None:
         committed = [one.record for one in planned.values() if one.record is not None]
         if not committed:
-            raise RequestError("no stage has a result yet", str(store.root), "rlhf run")
+            raise RequestError("no stage has a result yet", store.address, "rlhf run")
         return committed[-1]
     if target in planned:
         return _result_of(target, planned)
@@ -245,14 +245,14 @@ def _result_elsewhere(pipeline: str, stage: str, store: Store) -> ActionRecord:
         known = [f"{name}/{one}" for name in store.pipelines() for one in store.refs(name)]
         raise RequestError(
             f"there is no result of {stage!r} in a pipeline {pipeline!r}",
-            f"store {store.root}",
+            f"store {store.address}",
             suggestion(f"{pipeline}/{stage}", known) or "name a stage, a key or an artifact",
         )
     return record
 
 
 def _result_by_digits(target: str, planned: Mapping[str, Planned], store: Store) -> ActionRecord:
-    where = f"stages: {', '.join(planned)}; store: {store.root}"
+    where = f"stages: {', '.join(planned)}; store: {store.address}"
     digits = target.lower().removesuffix("…")
     if not re.fullmatch(r"[0-9a-f]{1,64}", digits):
         raise RequestError(
@@ -273,6 +273,6 @@ def _result_by_digits(target: str, planned: Mapping[str, Planned], store: Store)
     if len({one.artifact for one in found}) > 1:
         candidates = ", ".join(f"{one.stage} {one.key[:16]} (artifact {one.artifact[:16]})" for one in found[:4])
         raise RequestError(
-            f"{target!r} names more than one result", f"{candidates}; store: {store.root}", "give more digits"
+            f"{target!r} names more than one result", f"{candidates}; store: {store.address}", "give more digits"
         )
     return found[0]

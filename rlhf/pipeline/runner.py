@@ -36,6 +36,7 @@ from rlhf.pipeline.side_by_side import SideBySide
 from rlhf.pipeline.spending import begin, earlier_attempts, resources_of
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.stop import Stop
+from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, uploading
 from rlhf.store import SCRATCH, ActionRecord, Store, digest_of
 from rlhf.terminal import Display
 
@@ -153,6 +154,7 @@ class Runner:
         lost  who holds the lease instead, from the moment it is lost on
         """
         assert one.key is not None
+        fetch_attempts(self.store, one.key, one.name, self.display.line)
         attempt = self.store.new_attempt(one.key)
         self.display.update(one.name, state="running", key=one.key, why=one.why)
         try:
@@ -160,7 +162,8 @@ class Runner:
                 context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
                 context.output.mkdir()
                 start = time.monotonic()
-                metrics = self._execute(one, context, lost)
+                with uploading(self.store, attempt, one.name, self.display.line):
+                    metrics = self._execute(one, context, lost)
                 self._commit(one, attempt, metrics, time.monotonic() - start)
         except (InterruptedRunError, LeaseLostError):
             self.display.update(one.name, state="waiting")
@@ -217,6 +220,7 @@ class Runner:
         except RequestError as error:
             # What the stage wrote is at fault, and not what the user asked for.
             raise StageError(f"{one.name} made no valid result: {error.what}", error.where, error.next_step) from error
+        clear_checkpoints(self.store, one.key, attempt)
         for name in SCRATCH:
             for folder in self.store.attempts(one.key):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -318,7 +322,7 @@ class Runner:
             raise DiskFullError(
                 f"{one.name} may write {factor * models / 1e9:.1f} GB of checkpoints, and {free / 1e9:.1f} GB are free",
                 str(self.store.root),
-                "free some space, or put store.uri elsewhere",
+                "free some space, or put the store (or store.scratch) elsewhere",
             )
 
     @property

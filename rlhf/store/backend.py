@@ -29,6 +29,8 @@ class FileState(NamedTuple):
     """Bytes."""
     version: str
     """Differs after the file was written or replaced: modification time and inode, or an object store's ETag."""
+    sha256: str | None = None
+    """The digest that the writer of these very bytes noted on them, where the storage keeps such notes."""
 
 
 class Backend(Protocol):
@@ -51,6 +53,14 @@ class Backend(Protocol):
 
     def put(self, name: str, data: bytes) -> None:
         """Write or replace a file; readers see the old bytes or the new ones."""
+        ...
+
+    def replace(self, name: str, old: bytes, new: bytes) -> bool:
+        """Write ``new`` in the place of ``old``; False, and nothing changed, where the file holds anything else.
+
+        An object store decides between several who do so at once. A file system may let two of them pass within the
+        moment between comparing and renaming, and the later one's bytes stay.
+        """
         ...
 
     def state(self, name: str) -> FileState | None:
@@ -153,6 +163,13 @@ class LocalBackend:
                 _write(temporary, data)
                 temporary.replace(path)
                 _sync(path.parent)
+
+    def replace(self, name: str, old: bytes, new: bytes) -> bool:
+        """Read a file, compare, and write it anew."""
+        if self.read(name) != old:
+            return False
+        self.put(name, new)
+        return True
 
     def state(self, name: str) -> FileState | None:
         """Return a file's size, and its modification time and inode as the version."""
@@ -289,8 +306,8 @@ def no_room(path: Path, needed: int, why: str = "") -> DiskFullError:
     return DiskFullError(
         f"No room for a file: {needed} bytes needed, {free_bytes_at(path)} bytes free{reason}.",
         where=str(path),
-        next_step="Free some space (rlhf gc removes what nothing needs), or set store.uri to a larger file system; "
-        "then run the same command again.",
+        next_step="Free some space (rlhf gc removes what nothing needs), or put store.uri or store.scratch on a larger "
+        "file system; then run the same command again.",
     )
 
 

@@ -43,20 +43,21 @@ class Blobs:
     def damaged(self, files: Iterable[PayloadFile], *, trust_memory: bool = True) -> dict[str, str]:
         """Find the blobs of files that are missing or not what they should be: SHA-256 -> why.
 
-        Sizes are always compared. A blob is read unless this node has hashed it before and its state is the same since;
-        with ``trust_memory`` off all are read, and nothing is remembered.
+        Sizes are always compared. A blob is read unless the storage keeps its writer's note of the digest, or this node
+        has hashed it before and its state is the same since; with ``trust_memory`` off all are read, and nothing is
+        remembered.
         """
         bad: dict[str, str] = {}
         unread: dict[str, FileState] = {}
-        for sha256, size in {file.sha256: file.size for file in files}.items():
-            state = self._backend.state(blob_name(sha256))
-            if state is None and is_there(self._backend, blob_name(sha256)):
-                state = self._backend.state(blob_name(sha256))
+        sizes = {file.sha256: file.size for file in files}
+        # At once, since an object store takes its time for each.
+        states = in_parallel(self._state, sizes)
+        for (sha256, size), state in zip(sizes.items(), states, strict=True):
             if state is None:
                 bad[sha256] = "is missing"
             elif state.size != size:
                 bad[sha256] = f"has {state.size} bytes, not {size}"
-            elif not (trust_memory and self._remembered().get(sha256) == state):
+            elif not (trust_memory and (state.sha256 == sha256 or self._remembered().get(sha256) == state)):
                 unread[sha256] = state
         for sha256, found in zip(
             unread, in_parallel(lambda s: self._backend.digest(blob_name(s)), unread), strict=True
@@ -66,6 +67,12 @@ class Blobs:
         if trust_memory:
             self.remember({sha256: state for sha256, state in unread.items() if sha256 not in bad})
         return bad
+
+    def _state(self, sha256: str) -> FileState | None:
+        """The state of a blob, after bringing it back where garbage collection has hidden it."""
+        name = blob_name(sha256)
+        state = self._backend.state(name)
+        return self._backend.state(name) if state is None and is_there(self._backend, name) else state
 
     def remember(self, hashed: dict[str, FileState]) -> None:
         """Note that blobs in these states were hashed here and are right."""

@@ -25,7 +25,7 @@ from rlhf.store.lease import LEASE_SECONDS, Holder, hold
 from rlhf.store.records import ActionRecord, Manifest, Ref
 from rlhf.store.verify import action_name, lost_records, manifest_name
 
-SCRATCH = ("inputs", "output", "checkpoints", "policy", "reward", "ray")
+SCRATCH = ("inputs", "output", "checkpoints", "policy", "reward", "ray", "upload")
 """What a commit makes superfluous in an attempt; logs and metrics stay."""
 _SILENT_SECONDS = 10 * LEASE_SECONDS
 """A lease whose file did not change for so long, by the storage's clock, is nobody's."""
@@ -70,14 +70,15 @@ class _Readable(Protocol):
 _Document = TypeVar("_Document", bound=_Readable)
 
 
-def collect(backend: Backend, work: Path, grace: float, *, dry_run: bool) -> GarbageReport:
+def collect(backend: Backend, work: Path, grace: float, *, dry_run: bool, uploads: bool = False) -> GarbageReport:
     """Remove what is garbage and older than ``grace`` seconds by the storage's own clock, or only find it.
 
-    work  the folder of the attempts, which is a local one
+    work     the folder of the attempts, which is a local one
+    uploads  whether the storage has copies of attempts
 
     Raises DamageError where a damaged record, manifest or ref hides what it refers to: nothing is removed then.
     """
-    return _Collection(backend, work, grace, dry_run).run()
+    return _Collection(backend, work, grace, dry_run, uploads).run()
 
 
 @dataclass
@@ -86,6 +87,7 @@ class _Collection:
     work: Path
     grace: float
     dry_run: bool
+    uploads: bool
     token: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def run(self) -> GarbageReport:
@@ -117,7 +119,8 @@ class _Collection:
         removed["blobs"] = self._sweep(BLOBS, condemned, self._wanted_blobs)
 
         removed["leases"] = self._sweep_leases()
-        removed["attempts"] = self._sweep_work(live, {key: records[key].attempt for key in kept})
+        made_by = {key: records[key].attempt for key in kept}
+        removed["attempts"] = self._sweep_work(live, made_by) + self._sweep_uploads(live, made_by)
         # The record that a ref names stays in quarantine: it tells that the result was not lost unseen.
         told = tuple(f"quarantine/{action_name(ref.key)}." for ref in refs.values())
         old = [n for n in self.backend.names("quarantine") if not n.startswith(told) and self._is_old(n)]
@@ -234,6 +237,18 @@ class _Collection:
                 except LeaseHeldError:
                     continue  # somebody has begun to work on it
         return done
+
+    def _sweep_uploads(self, live: set[str], kept: Mapping[str, str]) -> Heap:
+        """Remove the copies of what of attempts is not kept here either."""
+        limit = max(self.grace, _UNFINISHED_SECONDS)
+        doomed: list[str] = []
+        for name in self.backend.names("work") if self.uploads else ():
+            _, key, attempt, *inside = PurePosixPath(name).parts
+            if key in live or (kept.get(key) == attempt and inside[0] not in SCRATCH):
+                continue
+            if key in kept or self._is_old(name, limit):
+                doomed.append(name)
+        return self._remove(doomed)
 
     def _discard(self, path: Path) -> Heap:
         """Remove a folder of an attempt: by a rename at once, so that nobody sees a half of it."""

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rlhf.errors import DamageError, LeaseHeldError, TryAgainError
+from rlhf.errors import DamageError, LeaseHeldError, StoreUnreachableError, TryAgainError
 from rlhf.store.backend import Backend
 from rlhf.store.records import seal, unseal
 
@@ -104,10 +104,14 @@ def hold(
     mine = _acquire(backend, name, timeout, on_wait, check)
     heart = _Heart(backend, name, mine, on_loss)
     heart.start()
+    release = True
     try:
         yield mine
+    except StoreUnreachableError:
+        release = False  # to ask again would take as long again; the lease goes stale
+        raise
     finally:
-        heart.stop()
+        heart.stop(release=release)
 
 
 def holder_of(backend: Backend, name: str) -> Holder | None:
@@ -138,7 +142,8 @@ def _acquire(
             seen, seen_at = raw, now
         holder = Holder.from_json(raw)
         if (holder is not None and holder.is_gone()) or now - seen_at >= LEASE_SECONDS:
-            _set_aside(backend, name, raw)
+            if (mine := _take_over(backend, name, raw)) is not None:
+                return mine
             continue
         who = str(holder) if holder is not None else "an unreadable lease"
         if timeout is not None and now - began >= timeout:
@@ -156,16 +161,16 @@ def _acquire(
         time.sleep(POLL_SECONDS)
 
 
-def _set_aside(backend: Backend, name: str, judged: bytes) -> None:
-    """Remove a lease that was judged dead, and only that one: a rename is atomic, and what was moved can be read."""
-    folder, _, key = name.rpartition("/")
-    aside = f"{folder}/.{key}-{secrets.token_hex(8)}"
-    if not backend.move(name, aside):
-        return
-    moved = backend.read(aside)
-    if moved is not None and moved != judged:  # another waiter was quicker, or the holder moved its counter after all
-        backend.create(name, moved)
-    backend.delete(aside)
+def _take_over(backend: Backend, name: str, judged: bytes) -> Holder | None:
+    """Put a lease of ours in the place of the one that was judged dead, and only of that one; None where it is not."""
+    mine = Holder.here()
+    if not backend.replace(name, judged, mine.to_json()):
+        return None  # another waiter was quicker, or the holder moved its counter after all
+    # Two may have replaced it within one moment, where the storage cannot tell them apart: the later one holds it.
+    time.sleep(POLL_SECONDS)
+    raw = backend.read(name)
+    holder = Holder.from_json(raw) if raw is not None else None
+    return mine if holder is not None and holder.token == mine.token else None
 
 
 class _Heart:
@@ -175,40 +180,44 @@ class _Heart:
         self._backend = backend
         self._on_loss = on_loss
         self._name = name
-        self._mine = mine
+        self._token = mine.token
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"lease {name}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self, *, release: bool) -> None:
         """Stop beating and release the lease."""
         self._stopped.set()
+        if not release:
+            return
         self._thread.join()
         with suppress(
             TryAgainError
         ):  # a lease that cannot be removed goes stale, and an error of the body must be seen
-            if self._is_mine():
+            if self._mine_as_it_lies() is not None:
                 self._backend.delete(self._name)
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS):
             with suppress(TryAgainError):  # the next beat may get through; if none does, a successor may take over
-                if not self._is_mine():
-                    # A waiter that judged it dead too early moves it aside, and back.
-                    if not self._stopped.wait(POLL_SECONDS) and not self._is_mine():
-                        if self._on_loss is not None:
-                            self._on_loss(str(self._holder() or "nobody"))
-                        return
-                    continue
-                moved = replace(self._mine, count=self._mine.count + 1)
-                self._backend.put(self._name, moved.to_json())
-                self._mine = moved
+                found = self._mine_as_it_lies()
+                # Garbage collection that judged it dead too early moves it aside, and back.
+                if found is None and not self._stopped.wait(POLL_SECONDS):
+                    found = self._mine_as_it_lies()
+                if found is None:
+                    if self._on_loss is not None and not self._stopped.is_set():
+                        self._on_loss(str(self._holder() or "nobody"))
+                    return
+                raw, mine = found
+                # Only in its own place: this may arrive late, and a successor must not lose the lease to it.
+                self._backend.replace(self._name, raw, replace(mine, count=mine.count + 1).to_json())
 
-    def _is_mine(self) -> bool:
-        holder = self._holder()
-        return holder is not None and holder.token == self._mine.token
+    def _mine_as_it_lies(self) -> tuple[bytes, Holder] | None:
+        raw = self._backend.read(self._name)
+        holder = Holder.from_json(raw) if raw is not None else None
+        return (raw, holder) if raw is not None and holder is not None and holder.token == self._token else None
 
     def _holder(self) -> Holder | None:
         raw = self._backend.read(self._name)

@@ -10,6 +10,9 @@
     trash/                      what garbage collection has hidden and not yet deleted
     cache/                      what may be lost: each node's memory of the blobs it has hashed
 
+In a bucket the names are the same. ``work/`` and ``cache/`` are then in a local scratch folder, and of ``work/`` the
+bucket has what another machine needs to go on (rlhf/pipeline/uploads.py).
+
 Blobs are written first, then the manifest, then the action record, which is created only if there is none: so a reader
 sees a whole result or none, whoever is killed whenever.
 
@@ -28,7 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote, urlsplit
 
 from rlhf.errors import DamageError, RequestError, SettingsError, TryAgainError
@@ -50,8 +53,12 @@ from rlhf.store.verify import (
     verify_all,
 )
 
+if TYPE_CHECKING:
+    from rlhf.store.objects import ObjectBackend
+
 _ATTEMPT = re.compile(r"[0-9]{6}-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}")
 _TRIES = 5
+_IN_BUCKET = "s3://"
 GRACE_SECONDS = 14 * 24 * 3600.0
 """How long a result that nothing needs any more stays before garbage collection removes it: two weeks."""
 
@@ -70,10 +77,18 @@ class Usage:
 
 
 class Store:
-    """A store in a local folder. Every method may raise StoreUnreachableError, and every writing one DiskFullError."""
+    """A store in a folder or a bucket.
 
-    def __init__(self, root: Path, backend: Backend) -> None:
+    Every method may raise StoreUnreachableError, and every writing one DiskFullError.
+    """
+
+    def __init__(self, root: Path, backend: Backend, *, bucket: "ObjectBackend | None" = None) -> None:
         self.root = root
+        """The local folder of attempts and of the cache: that of the store itself, or its scratch folder."""
+        self.bucket = bucket
+        """Where attempts are copied to, so that they outlive this machine; None where they lie in the store itself."""
+        self.address = bucket.uri if bucket is not None else str(root)
+        """Where the store lies, for people to read."""
         self.notices: list[str] = []
         """What the user should be told: damage that was found, and where it was moved."""
         self._backend = backend
@@ -82,17 +97,37 @@ class Store:
         """Folder and kind of each artifact that was stored here, to store it again should it be collected too early."""
 
     @classmethod
-    def open(cls, uri: str | Path, *, create: bool = True) -> Self:
-        """Open the store at a folder or file:// address; a relative path is relative to the working folder.
+    def open(cls, uri: str | Path, *, create: bool = True, scratch: str | Path | None = None) -> Self:
+        """Open the store at a folder, a file:// or an s3:// address; a relative path is relative to the working folder.
 
-        With ``create`` the folder is made, and must be writable (StoreUnreachableError). Without, a store that does not
-        exist reads as empty and stays away. Raises SettingsError for an address of another kind.
+        With ``create`` the folder is made, and the store must be writable (StoreUnreachableError). Without, a folder
+        that does not exist reads as empty and stays away. ``scratch`` is the local folder of a store in a bucket; None
+        is one in the user's cache. Raises SettingsError for an address of another kind, and for a bucket whose
+        endpoint cannot keep a store.
         """
+        if str(uri).startswith(_IN_BUCKET):
+            return cls._open_bucket(str(uri), scratch, create=create)
         root = _local_root(uri)
         backend = LocalBackend(root)
         if create:
             backend.probe()
         return cls(root, backend)
+
+    @classmethod
+    def _open_bucket(cls, uri: str, scratch: str | Path | None, *, create: bool) -> Self:
+        try:
+            from rlhf.store.objects import ObjectBackend, default_scratch
+        except ImportError as error:
+            raise SettingsError(
+                f"A store in a bucket needs a package that is not installed: {error.name}.",
+                "store.uri",
+                "pip install 'rlhf-pipeline[s3]'",
+            ) from error
+        root = _local_path(str(scratch)) if scratch is not None else default_scratch(uri)
+        backend = ObjectBackend(uri, root)
+        if create:
+            backend.probe()
+        return cls(root, backend, bucket=backend)
 
     # ---- artifacts
 
@@ -129,7 +164,7 @@ class Store:
     def manifest(self, digest: str) -> Manifest:
         """Read an artifact's manifest. Raises RequestError if there is none, DamageError if it fails its digest."""
         _refuse_malformed(digest, "artifact digest")
-        where = str(self.root / manifest_name(digest))
+        where = f"{self.address}/{manifest_name(digest)}"
         try:
             manifest = read_manifest(self._backend, digest)
         except DamageError as error:
@@ -172,7 +207,7 @@ class Store:
                 for file in files:
                     path = scratch / file.path
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    self._backend.fetch(blob_name(file.sha256), path)
+                    self._fetch(digest, files, file, path)
                 try:
                     scratch.rename(target)
                 except OSError as error:
@@ -208,7 +243,7 @@ class Store:
                 return winner
         raise DamageError(
             f"Stage {record.stage} cannot be committed: a damaged record holds its place and cannot be moved.",
-            where=str(self.root / action_name(key)),
+            where=f"{self.address}/{action_name(key)}",
             next_step="rlhf verify --repair, as a user who may write there.",
         )
 
@@ -372,7 +407,7 @@ class Store:
         A result's age is the time since a ref last named it, or since its commit. With ``dry_run`` nothing is changed.
         Raises DamageError where a damaged file hides what it refers to.
         """
-        return collect(self._backend, self.root / "work", grace, dry_run=dry_run)
+        return collect(self._backend, self.root / "work", grace, dry_run=dry_run, uploads=self.bucket is not None)
 
     def usage(self) -> Usage:
         """Count what the store holds, by its manifests; damaged ones are left out."""
@@ -390,7 +425,7 @@ class Store:
         )
 
     def free_bytes(self) -> int:
-        """Return how many bytes can still be written where the store lies."""
+        """Return how many bytes can still be written to the folder of attempts, and to a store that lies there."""
         return self._backend.free_bytes()
 
     def _repair(self, damaged: list[Damage]) -> None:
@@ -465,15 +500,22 @@ class Store:
             if (state := self._backend.state(name)) is not None:
                 self._blobs.remember({file.sha256: state})
 
-    def _refuse_damaged(self, digest: str, files: tuple[PayloadFile, ...]) -> None:
-        bad = self._blobs.damaged(files)
+    def _fetch(self, digest: str, files: tuple[PayloadFile, ...], file: PayloadFile, path: Path) -> None:
+        try:
+            self._backend.fetch(blob_name(file.sha256), path)
+        except DamageError:  # a bucket's blobs are hashed only now, when they are downloaded
+            self._refuse_damaged(digest, files, trust_memory=False)
+            raise
+
+    def _refuse_damaged(self, digest: str, files: tuple[PayloadFile, ...], *, trust_memory: bool = True) -> None:
+        bad = self._blobs.damaged(files, trust_memory=trust_memory)
         if not bad:
             return
         # Moved at once, and not only reported: another node may remember it as verified and would call it a hit again.
         told = [f"{f.path} {bad[f.sha256]} ({self._quarantine(blob_name(f.sha256))})" for f in files if f.sha256 in bad]
         raise DamageError(
             f"Artifact {digest} is damaged: {'; '.join(told)}.",
-            where=str(self.root),
+            where=self.address,
             next_step="Run the same command again: the stage that made it will run again.",
         )
 
@@ -495,11 +537,15 @@ def _local_root(uri: str | Path) -> Path:
         address = urlsplit(text)
         if address.scheme != "file" or address.netloc not in ("", "localhost") or not address.path:
             raise SettingsError(
-                f"The store cannot lie at {text}: only local and mounted folders are supported.",
+                f"The store cannot lie at {text}: only folders and buckets of S3 are supported.",
                 where="store.uri",
-                next_step="Use a folder's path, or file:///absolute/path.",
+                next_step="Use a folder's path, file:///absolute/path, or s3://bucket/prefix.",
             )
         text = unquote(address.path)
+    return _local_path(text)
+
+
+def _local_path(text: str) -> Path:
     return Path.cwd() / Path(text).expanduser()
 
 

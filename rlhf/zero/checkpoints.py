@@ -1,9 +1,4 @@
-"""In-stage checkpoints: complete or ignored.
-
-A checkpoint is a folder ``checkpoint-<step>`` in an attempt's ``checkpoints/``. All ranks write into it; when all have,
-rank 0 writes ``complete.json``, which has their number and lists every file with its size. A folder without it, or with
-a file that is missing or of another size, was cut off and is never read.
-"""
+"""Writing in-stage checkpoints: all ranks write into a folder, and when all have, rank 0 marks it complete."""
 
 import json
 import os
@@ -16,41 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import DiskFullError, PreflightError, is_no_room
+from rlhf.pipeline.checkpoints import MARKER, is_complete, marker, newest_complete, path_of, step_of
 from rlhf.pipeline.context import Context
 from rlhf.zero import group
 
-MARKER = "complete.json"
 KEPT = 2
-
-
-def path_of(attempt: Path, step: int) -> Path:
-    """Where an attempt's checkpoint of a step lies."""
-    return attempt / "checkpoints" / f"checkpoint-{step}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def newest_complete(attempts: list[Path]) -> Path | None:
-    """The complete checkpoint of the highest step over all attempts at a key, or None."""
-    found = [
-        checkpoint
-        for attempt in attempts
-        for checkpoint in attempt.glob("checkpoints/checkpoint-*")
-        if checkpoint.name.removeprefix("checkpoint-").isdigit() and is_complete(checkpoint)
-    ]
-    return max(found, key=lambda checkpoint: (step_of(checkpoint), checkpoint), default=None)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that the marker lists is there, whole."""
-    try:
-        sizes = _marker(checkpoint)["sizes"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def checkpoint_to_resume(context: Context[Any]) -> Path | None:
@@ -63,7 +28,7 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
     newest = newest_complete(list(context.attempts))
     if newest is not None:
         refuse_planted(newest, context.attempt)
-    if newest is None or (ranks := _marker(newest)["ranks"]) == group.world_size():
+    if newest is None or (ranks := marker(newest)["ranks"]) == group.world_size():
         return newest
     raise PreflightError(
         f"{context.stage} has a checkpoint of {ranks} rank(s) at step {step_of(newest)}, which {group.world_size()} "
@@ -102,10 +67,6 @@ def _planted(checkpoint: Path, why: str) -> PreflightError:
         str(checkpoint),
         "remove it, or where you know that it is yours: chown it to the user who runs the workers, and chmod 700 it",
     )
-
-
-def _marker(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / MARKER).read_text())
 
 
 @contextmanager

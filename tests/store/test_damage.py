@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -23,86 +23,91 @@ from tests.store.helpers import (
     record_of,
     small_payload,
 )
+from tests.store.places import FolderPlace, Place
 
 
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
+def flip(data: bytes) -> bytes:
+    return bytes([data[0] ^ 1]) + data[1:]
 
 
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
+WAYS: dict[str, Callable[[bytes], bytes] | None] = {
+    "flipped": flip,
+    "truncated": lambda data: data[:-1],
+    "emptied": lambda data: b"",
+    "grown": lambda data: data + b"\n",
+    "deleted": None,
+}
+"""What becomes of a file's bytes."""
+
+way = pytest.mark.parametrize("way", WAYS)
+inside = pytest.mark.parametrize("folder", ["blobs", "manifests", "actions"])
 
 
-def grow(path: Path) -> None:
-    with path.open("ab") as file:
-        file.write(b"\n")
+def one_file(place: Place, folder: str) -> str:
+    files = place.files(folder)
+    return max(files, key=lambda name: len(files[name]))
 
 
-WAYS = {"flipped": flip_bit, "truncated": truncate, "emptied": empty, "grown": grow, "deleted": Path.unlink}
-way = pytest.mark.parametrize("damage", WAYS.values(), ids=WAYS.keys())
-place = pytest.mark.parametrize("folder", ["blobs", "manifests", "actions"])
-
-
-def one_file(store: Store, folder: str) -> Path:
-    return max((path for path in (store.root / folder).rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+def damage(place: Place, folder: str, way: str = "flipped") -> str:
+    """Damage the largest file of a folder; its name."""
+    name = one_file(place, folder)
+    change = WAYS[way]
+    if change is None:
+        place.delete(name)
+    else:
+        place.write(name, change(place.files(folder)[name]))
+    return name
 
 
 @way
-@place
-def test_damage_is_a_miss_that_is_told_quarantined_and_healed(
-    tmp_path: Path, folder: str, damage: Callable[[Path], None]
-):
+@inside
+def test_damage_is_a_miss_that_is_told_quarantined_and_healed(place: Place, tmp_path: Path, folder: str, way: str):
     """Never a hit on what is not as it was written; the stage runs again and its key is then a hit."""
-    store = Store.open(tmp_path / "store")
-    record = commit(store)
-    path = one_file(store, folder)
-    damage(path)
-    reader = Store.open(tmp_path / "store")
+    record = commit(place.open())
+    name = PurePosixPath(damage(place, folder, way)).name
+    reader = place.open()
     assert reader.lookup(KEY) is None
-    moved = [name for name in files_under(store.root / "quarantine") if path.name in name]
+    moved = [other for other in place.files("quarantine") if name in other]
     # A deleted action record is a key that was never committed: there is nothing to tell.
-    deleted = damage is Path.unlink
+    deleted = way == "deleted"
     assert bool(moved) == (not deleted)
     assert len(reader.notices) == (0 if deleted and folder == "actions" else 1)
-    assert all(path.name in notice for notice in reader.notices)
+    assert all(name in notice for notice in reader.notices)
     assert commit(reader) == record == reader.lookup(KEY)
     assert files_under(reader.checkout(record.artifact, tmp_path / "out")) == small_payload("one")
     assert reader.verify().damaged == []
 
 
-@place
-def test_a_different_result_can_take_the_place_of_a_damaged_one(tmp_path: Path, folder: str):
+@inside
+def test_a_different_result_can_take_the_place_of_a_damaged_one(place: Place, folder: str):
     """A stage that is not bit for bit repeatable can still be run again: the damaged commit does not block the key."""
-    store = Store.open(tmp_path)
+    store = place.open()
     commit(store, "one")
-    flip_bit(one_file(store, folder))
+    damage(place, folder)
     record = commit(store, "two")
     assert record.artifact == put(store, "two").digest
     assert store.lookup(KEY) == record
 
 
 @way
-@place
-def test_verify_names_the_damaged_file_and_moves_it_only_when_told_to(
-    tmp_path: Path, folder: str, damage: Callable[[Path], None]
-):
+@inside
+def test_verify_names_the_damaged_file_and_moves_it_only_when_told_to(place: Place, folder: str, way: str):
     """Verification reads everything, reports without touching, and with repair leaves a store that is whole."""
-    store = Store.open(tmp_path)
+    store = place.open()
     record = commit(store)
     clean = store.verify()
     assert (clean.checked, clean.damaged) == (6, [])
-    path = one_file(store, folder)
-    damage(path)
-    before = files_under(store.root)
+    name = damage(place, folder, way)
+    before = place.files()
     report = store.verify()
-    assert files_under(store.root) == before
+    assert place.files() == before
     assert store.notices == []
-    if damage is Path.unlink and folder == "actions":
+    if way == "deleted" and folder == "actions":
         assert report.damaged == []
         return
-    assert [item.file for item in report.damaged] == [path.relative_to(store.root).as_posix()]
+    assert [item.file for item in report.damaged] == [name]
     assert report.damaged[0].artifact == ("" if folder == "actions" else record.artifact)
-    size_is_wrong = folder == "blobs" and damage in (truncate, empty, grow)
+    size_is_wrong = folder == "blobs" and way in ("truncated", "emptied", "grown")
     assert ("bytes, not 300" in report.damaged[0].why) == size_is_wrong
     assert store.verify(repair=True) == report
     assert len(store.notices) == 1
@@ -114,7 +119,7 @@ def test_verify_reads_what_a_lookup_trusts(tmp_path: Path):
     """A disk that loses a bit leaves size and times alone: a lookup here goes by them, verify does not."""
     store = Store.open(tmp_path)
     commit(store)
-    path = one_file(store, "blobs")
+    path = tmp_path / one_file(FolderPlace(tmp_path), "blobs")
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     flip_bit(path)
     os.utime(path, ns=times)
@@ -131,56 +136,53 @@ def test_a_first_read_on_a_node_reads_every_blob(tmp_path: Path):
     (memory,) = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     whole = memory.read_bytes()
     memory.write_bytes(whole[: len(whole) // 2])
-    path = one_file(store, "blobs")
+    path = tmp_path / one_file(FolderPlace(tmp_path), "blobs")
     assert Store.open(tmp_path).lookup(KEY) is not None
     assert len(memory.read_bytes()) > len(whole) // 2
     flip_bit(path)
     assert Store.open(tmp_path).lookup(KEY) is None
 
 
-def test_a_checkout_never_hands_out_a_damaged_file(tmp_path: Path):
+def test_a_checkout_never_hands_out_a_damaged_file(place: Place, tmp_path: Path):
     """The worker's node finds it, moves it away, and the driver's next lookup is a miss although it had verified it."""
-    store = Store.open(tmp_path / "store")
+    store = place.open()
     record = commit(store)
-    path = one_file(store, "blobs")
-    flip_bit(path)
+    name = damage(place, "blobs")
     with pytest.raises(DamageError, match=r"policy/model\.safetensors has the digest"):
         store.checkout(record.artifact, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert not path.exists()
+    assert name not in place.files("blobs")
     assert store.lookup(KEY) is None
 
 
-def test_an_artifact_is_never_built_on_a_blob_that_is_damaged(tmp_path: Path):
+def test_an_artifact_is_never_built_on_a_blob_that_is_damaged(place: Place):
     """A blob that lies there already is checked before it is shared."""
-    store = Store.open(tmp_path)
+    store = place.open()
     digest = put(store).digest
-    path = one_file(store, "blobs")
-    flip_bit(path)
-    assert put(Store.open(tmp_path)).digest == digest
+    damage(place, "blobs")
+    assert put(place.open()).digest == digest
     assert store.verify().damaged == []
 
 
-def test_the_damaged_manifest_of_an_artifact_says_what_to_do(tmp_path: Path):
+def test_the_damaged_manifest_of_an_artifact_says_what_to_do(place: Place):
     """Reading an artifact by its digest reports damage as such, with the file and a command."""
-    store = Store.open(tmp_path)
+    store = place.open()
     digest = put(store).digest
-    flip_bit(one_file(store, "manifests"))
+    name = damage(place, "manifests")
     with pytest.raises(DamageError) as caught:
         store.manifest(digest)
-    assert caught.value.where == str(one_file(store, "manifests"))
+    assert caught.value.where == f"{place.uri}/{name}"
     assert "rlhf verify --repair" in caught.value.next_step
 
 
-def test_a_record_under_another_key_and_a_blob_under_another_name_are_damage(tmp_path: Path):
+def test_a_record_under_another_key_and_a_blob_under_another_name_are_damage(place: Place):
     """A file that is whole but lies in the wrong place is not what its name says."""
-    store = Store.open(tmp_path)
+    store = place.open()
     commit(store)
     wrong = "0" * 64
-    (tmp_path / "actions" / f"{wrong}.json").write_bytes(one_file(store, "actions").read_bytes())
-    (tmp_path / "manifests" / f"{wrong}.json").write_bytes(one_file(store, "manifests").read_bytes())
-    (tmp_path / "blobs" / "sha256" / "00").mkdir(exist_ok=True)
-    (tmp_path / "blobs" / "sha256" / "00" / wrong).write_bytes(b"something else")
+    for folder in ("actions", "manifests"):
+        place.write(f"{folder}/{wrong}.json", place.files(folder)[one_file(place, folder)])
+    place.write(f"blobs/sha256/00/{wrong}", b"something else")
     assert sorted(item.file for item in store.verify().damaged) == [
         f"actions/{wrong}.json",
         f"blobs/sha256/00/{wrong}",
@@ -190,11 +192,11 @@ def test_a_record_under_another_key_and_a_blob_under_another_name_are_damage(tmp
     assert store.lookup(KEY) is not None
 
 
-def test_a_file_among_the_blobs_that_is_none_is_told_and_moved_away(tmp_path: Path):
+def test_a_file_among_the_blobs_that_is_none_is_told_and_moved_away(place: Place):
     """It ends no verification, and hides nothing else."""
-    store = Store.open(tmp_path)
+    store = place.open()
     commit(store)
-    (tmp_path / "blobs" / "sha256" / "notes.txt").write_text("mine")
+    place.write("blobs/sha256/notes.txt", b"mine")
     found = store.verify(repair=True).damaged
     assert [(item.file, item.why) for item in found] == [
         ("blobs/sha256/notes.txt", "is no blob, and nothing refers to it")
@@ -203,13 +205,11 @@ def test_a_file_among_the_blobs_that_is_none_is_told_and_moved_away(tmp_path: Pa
     assert store.lookup(KEY) is not None
 
 
-def test_a_ref_that_holds_no_key_is_told_and_moved_away(tmp_path: Path):
+def test_a_ref_that_holds_no_key_is_told_and_moved_away(place: Place):
     """A damaged pointer is not followed."""
-    store = Store.open(tmp_path)
+    store = place.open()
     store.set_ref("quickstart", "sft", KEY)
-    path = tmp_path / "refs" / "quickstart" / "sft"
-    path.chmod(0o644)
-    path.write_bytes(b"\xff")
+    place.write("refs/quickstart/sft", b"\xff")
     assert store.refs("quickstart") == {}
     assert len(store.notices) == 1
     assert store.pipelines() == []
@@ -235,7 +235,7 @@ def test_a_read_only_store_gives_hits_and_refuses_writes_by_name(public_folder: 
     store = Store.open(root)
     commit(store)
     if damaged:
-        flip_bit(one_file(store, "blobs"))
+        damage(FolderPlace(root), "blobs")
     shutil.rmtree(root / "cache")
     subprocess.run(["chmod", "-R", "a-w,a+rX", str(root)], check=True)
     before = files_under(root)

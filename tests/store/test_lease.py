@@ -6,19 +6,19 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 
 from rlhf.errors import LeaseHeldError
-from rlhf.store import Holder, Store
+from rlhf.store import Holder
 from tests.store.helpers import KEY, child, finish, hear, say
+from tests.store.places import Place
 
 
 @contextmanager
-def holding_child(root: Path, beat_seconds: float) -> Generator["subprocess.Popen[str]", None, None]:
+def holding_child(uri: str, beat_seconds: float) -> Generator["subprocess.Popen[str]", None, None]:
     """A process that holds the lease; killed at the end if it still runs."""
-    process = child("hold", root, str(beat_seconds))
+    process = child("hold", uri, str(beat_seconds))
     try:
         assert hear(process) == "ready"
         yield process
@@ -35,11 +35,11 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> float:
     return 0.8
 
 
-def test_a_held_lease_names_its_holder_and_is_free_afterwards(tmp_path: Path):
+def test_a_held_lease_names_its_holder_and_is_free_afterwards(place: Place):
     """Whoever comes second learns who works on the key: host, process, and since when."""
-    store = Store.open(tmp_path)
+    store = place.open()
     with store.lease(KEY) as mine:
-        with pytest.raises(LeaseHeldError) as caught, Store.open(tmp_path).lease(KEY):
+        with pytest.raises(LeaseHeldError) as caught, place.open().lease(KEY):
             pass
         for fact in (mine.host, str(os.getpid()), mine.since, mine.user):
             assert fact in caught.value.what
@@ -47,22 +47,22 @@ def test_a_held_lease_names_its_holder_and_is_free_afterwards(tmp_path: Path):
     assert store.holder(KEY) is None
     with store.lease(KEY):
         pass
-    assert list((tmp_path / "leases").iterdir()) == []
+    assert place.files("leases") == {}
 
 
-def test_a_body_that_fails_releases_the_lease_and_its_error_comes_through(tmp_path: Path):
+def test_a_body_that_fails_releases_the_lease_and_its_error_comes_through(place: Place):
     """A failed stage blocks nobody, and its own error is what is seen."""
-    store = Store.open(tmp_path)
+    store = place.open()
     with pytest.raises(ZeroDivisionError), store.lease(KEY):
         raise ZeroDivisionError
     assert store.holder(KEY) is None
 
 
 @pytest.mark.parametrize("reaped", [True, False])
-def test_a_dead_holder_on_this_machine_is_succeeded_at_once(tmp_path: Path, reaped: bool):
+def test_a_dead_holder_on_this_machine_is_succeeded_at_once(place: Place, reaped: bool):
     """kill -9 of a driver costs no waiting, even while its parent has not yet taken note of its death."""
-    store = Store.open(tmp_path)
-    with holding_child(tmp_path, 5) as process:
+    store = place.open()
+    with holding_child(place.uri, 5) as process:
         holder = store.holder(KEY)
         assert holder is not None
         assert holder.pid == process.pid
@@ -76,20 +76,20 @@ def test_a_dead_holder_on_this_machine_is_succeeded_at_once(tmp_path: Path, reap
             assert mine.pid == os.getpid()
 
 
-def test_a_reused_process_id_is_not_mistaken_for_the_holder(tmp_path: Path):
+def test_a_reused_process_id_is_not_mistaken_for_the_holder(place: Place):
     """A live process that started at another time than the lease says is another process."""
-    store = Store.open(tmp_path)
+    store = place.open()
     with store.lease(KEY) as mine:
-        path = tmp_path / "leases" / KEY
-    path.write_bytes(dataclasses.replace(mine, started="1").to_json())
+        pass
+    place.write(f"leases/{KEY}", dataclasses.replace(mine, started="1").to_json())
     with store.lease(KEY, timeout=0):
         pass
 
 
-def test_a_live_holder_keeps_its_lease_however_long_one_waits(tmp_path: Path, short_lease: float):
+def test_a_live_holder_keeps_its_lease_however_long_one_waits(place: Place, short_lease: float):
     """Its counter moves, so it never goes stale; the waiter is told whom it waits for, and gives up in its own time."""
-    store, told = Store.open(tmp_path), list[str]()
-    with holding_child(tmp_path, 0.1) as process:
+    store, told = place.open(), list[str]()
+    with holding_child(place.uri, 0.1) as process:
         with pytest.raises(LeaseHeldError), store.lease(KEY, timeout=3 * short_lease, on_wait=told.append):
             pass
         assert len(told) == 1
@@ -98,10 +98,10 @@ def test_a_live_holder_keeps_its_lease_however_long_one_waits(tmp_path: Path, sh
     assert store.holder(KEY) is None
 
 
-def test_a_waiter_without_a_timeout_gets_the_lease_when_it_is_released(tmp_path: Path, short_lease: float):
+def test_a_waiter_without_a_timeout_gets_the_lease_when_it_is_released(place: Place, short_lease: float):
     """Waiting for ever ends as soon as the holder is done."""
-    store = Store.open(tmp_path)
-    with holding_child(tmp_path, 0.1) as process:
+    store = place.open()
+    with holding_child(place.uri, 0.1) as process:
         release = threading.Timer(0.3, say, [process])
         release.start()
         with store.lease(KEY, timeout=None) as mine:
@@ -109,10 +109,10 @@ def test_a_waiter_without_a_timeout_gets_the_lease_when_it_is_released(tmp_path:
         release.join()
 
 
-def test_a_stopped_holder_is_succeeded_and_does_not_disturb_its_successor(tmp_path: Path, short_lease: float):
+def test_a_stopped_holder_is_succeeded_and_does_not_disturb_its_successor(place: Place, short_lease: float):
     """A counter that stands still loses the lease; the old holder, awake again, leaves the new one alone."""
-    store = Store.open(tmp_path)
-    with holding_child(tmp_path, 0.1) as process:
+    store = place.open()
+    with holding_child(place.uri, 0.1) as process:
         process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         with store.lease(KEY, timeout=None) as mine:
@@ -125,12 +125,11 @@ def test_a_stopped_holder_is_succeeded_and_does_not_disturb_its_successor(tmp_pa
 
 
 @pytest.mark.parametrize("readable", [True, False])
-def test_a_holder_elsewhere_is_judged_by_its_counter_alone(tmp_path: Path, short_lease: float, readable: bool):
+def test_a_holder_elsewhere_is_judged_by_its_counter_alone(place: Place, short_lease: float, readable: bool):
     """Neither its clock nor its process id means anything here; nor need its lease be readable."""
-    store = Store.open(tmp_path)
+    store = place.open()
     far = Holder("far", "another machine", os.getpid(), "1", "ada", "2000-01-01 00:00:00 UTC", "token", 0)
-    (tmp_path / "leases").mkdir()
-    (tmp_path / "leases" / KEY).write_bytes(far.to_json() if readable else b"torn")
+    place.write(f"leases/{KEY}", far.to_json() if readable else b"torn")
     with pytest.raises(LeaseHeldError, match="far" if readable else "unreadable"), store.lease(KEY):
         pass
     began = time.monotonic()
@@ -138,10 +137,10 @@ def test_a_holder_elsewhere_is_judged_by_its_counter_alone(tmp_path: Path, short
         assert short_lease <= time.monotonic() - began < 5
 
 
-def test_the_counter_moves_while_the_lease_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_counter_moves_while_the_lease_is_held(place: Place, monkeypatch: pytest.MonkeyPatch):
     """Others see life without asking the holder."""
     monkeypatch.setattr("rlhf.store.lease.BEAT_SECONDS", 0.02)
-    store, counts = Store.open(tmp_path), set[int]()
+    store, counts = place.open(), set[int]()
     with store.lease(KEY):
         until = time.monotonic() + 5
         while len(counts) < 3 and time.monotonic() < until:
@@ -151,10 +150,10 @@ def test_the_counter_moves_while_the_lease_is_held(tmp_path: Path, monkeypatch: 
     assert -1 not in counts
 
 
-def test_leases_of_different_keys_are_independent(tmp_path: Path):
+def test_leases_of_different_keys_are_independent(place: Place):
     """Two stages of one pipeline may run at the same time."""
-    store = Store.open(tmp_path)
+    store = place.open()
     with ExitStack() as stack:
         for n in range(3):
             stack.enter_context(store.lease(f"{n}" * 64))
-        assert len(list((tmp_path / "leases").iterdir())) == 3
+        assert len(place.files("leases")) == 3
