@@ -9,6 +9,7 @@ from rlhf.errors import DamageError
 from rlhf.store import Holder, Store
 from rlhf.store.backend import LocalBackend
 from tests.store.helpers import KEY, child, commit, files_under, flip_bit, hear, make, put, write_files
+from tests.store.places import BucketPlace, Place
 
 SHARED = {"tokenizer.json": b"the same everywhere"}
 
@@ -22,8 +23,9 @@ def contents(store: Store, folder: str) -> set[str]:
     return {path.name for path in (store.root / folder).rglob("*") if path.is_file()}
 
 
-def test_what_a_ref_needs_stays_with_all_that_it_was_made_from(store: Store, tmp_path: Path):
+def test_what_a_ref_needs_stays_with_all_that_it_was_made_from(place: Place, tmp_path: Path):
     """Everything upstream of any pipeline's latest results stays, whole; nothing else does."""
+    store = place.open()
     data = make(store, "data", {"rows.jsonl": b"rows"} | SHARED)
     sft = make(store, "sft", {"model.safetensors": b"policy"} | SHARED, data)
     ppo = make(store, "ppo", {"model.safetensors": b"tuned"} | SHARED, sft, pipeline="one")
@@ -44,7 +46,42 @@ def test_what_a_ref_needs_stays_with_all_that_it_was_made_from(store: Store, tmp
         store.checkout(record.artifact, tmp_path / record.key)
     assert store.verify().damaged == []
     assert store.notices == []
-    assert contents(store, "trash") == set()
+    assert place.files("trash") == {}
+
+
+def test_of_a_bucket_the_copies_of_attempts_go_that_are_not_kept_here_either(bucket_place: BucketPlace):
+    """Logs of the attempt that made a result stay; checkpoints, other attempts and what is of no result go."""
+    store = bucket_place.open()
+    record = make(store, "data", {"a.json": b"data"}, pipeline="one")
+    made, lost = f"work/{record.key}/{record.attempt}", f"work/{record.key}/000001-20200101T000000Z-00000000"
+    for name in (f"{made}/metrics.jsonl", f"{made}/checkpoints/checkpoint-3/complete.json", f"{lost}/log-0.txt"):
+        bucket_place.write(name, b"content")
+    bucket_place.write(f"work/{KEY}/000001-20200101T000000Z-00000000/log-0.txt", b"young")
+    assert store.collect_garbage(0).removed["attempts"].files == 2
+    assert set(bucket_place.files("work")) == {
+        f"{made}/metrics.jsonl",
+        f"work/{KEY}/000001-20200101T000000Z-00000000/log-0.txt",
+    }
+
+
+def test_what_is_stamped_in_a_bucket_is_the_same_blob_and_younger(bucket_place: BucketPlace):
+    """A reused blob must not look old to a collection; its digest's note and its version stay, so nothing is reread."""
+    record = make(bucket_place.open(), "data", {"a.json": b"data"})
+    store = bucket_place.open(machine="elsewhere")
+    assert store.bucket is not None
+    name = next(iter(bucket_place.files("blobs")))
+    state, stamped = store.bucket.state(name), store.bucket.stamped(name)
+    time.sleep(1.1)  # the endpoint tells seconds
+    store.bucket.stamp(name)
+    after = store.bucket.stamped(name)
+    assert stamped is not None
+    assert after is not None
+    assert after > stamped
+    assert store.bucket.now() >= after
+    assert store.bucket.state(name) == state
+    assert store.lookup(record.key) == record
+    store.bucket.stamp("blobs/none")
+    assert store.bucket.stamped("blobs/none") is None
 
 
 def test_a_result_stays_for_the_grace_period_after_it_was_last_needed(store: Store):
