@@ -41,6 +41,8 @@ class Endpoint:
         self.latency = 0.0
         self.served: list[str] = []
         """Method and path of each request that was served."""
+        self.refused = 0
+        """How many requests met the fault."""
         self.only: Callable[[str, str], bool] = lambda method, path: True
         """Which requests, by method and path, the fault is for."""
         self._fault: Fault | None = None
@@ -58,7 +60,10 @@ class Endpoint:
             self._spared -= 1
             return None
         self._left -= 1
-        return self._fault if self._left >= 0 else None
+        if self._left < 0:
+            return None
+        self.refused += 1
+        return self._fault
 
     def stop(self) -> None:
         self._relay.shutdown()

@@ -47,7 +47,7 @@ _LARGEST_COPY = 5 << 30
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 20.0
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 5.0
 
-_DIGEST_NOTE = "sha256"
+_DIGEST_NOTE, _WRITE_NOTE = "sha256", "write"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 # Where the connection or the answer is at fault, and not the request.
@@ -327,8 +327,8 @@ class ObjectBackend:
     def _create_in_parts(self, name: str, source: Path, size: int) -> bool:
         if self.state(name) is not None:
             return False
-        note = self._note(name)
-        upload = self._patiently(name, lambda: self._call("create_multipart_upload", name, **note))["UploadId"]
+        notes = self._notes(name)
+        upload = self._patiently(name, lambda: self._call("create_multipart_upload", name, Metadata=notes))["UploadId"]
         part_bytes = max(PART_BYTES, math.ceil(size / _MOST_PARTS))
 
         def put_part(index: int) -> dict[str, Any]:
@@ -349,7 +349,7 @@ class ObjectBackend:
                 lambda: self._call(
                     "complete_multipart_upload", name, UploadId=upload, MultipartUpload=parts, IfNoneMatch="*"
                 ),
-                lambda: self.digest(name) == digest_file(source),
+                notes,
             )
             return created
         finally:
@@ -377,9 +377,21 @@ class ObjectBackend:
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
 
-    def _note(self, name: str) -> dict[str, Any]:
-        """Note a blob's digest on it. Whoever puts other bytes under the name loses the note."""
-        return {"Metadata": {_DIGEST_NOTE: PurePosixPath(name).name}} if name.startswith(f"{BLOBS}/") else {}
+    def _notes(self, name: str) -> dict[str, str]:
+        """What is noted on an object: a mark of this very write, and a blob's digest.
+
+        Whoever puts other bytes under the name loses the notes.
+        """
+        digest = {_DIGEST_NOTE: PurePosixPath(name).name} if name.startswith(f"{BLOBS}/") else {}
+        return {_WRITE_NOTE: secrets.token_hex(8)} | digest
+
+    def _head(self, name: str) -> dict[str, Any] | None:
+        try:
+            return self._patiently(name, lambda: self._call("head_object", name))
+        except _AnswerError as answer:
+            if answer.code in _ABSENT:
+                return None
+            raise
 
     def _head(self, name: str) -> Any:
         """What the endpoint tells of an object without its bytes; None where there is none."""
@@ -404,28 +416,25 @@ class ObjectBackend:
 
     def _write(self, name: str, data: bytes, **condition: str) -> bool:
         """Put an object; False, and nothing changed, where the condition does not hold."""
-        request = {"Body": data} | condition | self._note(name)
-        return self._written(name, lambda: self._call("put_object", name, **request), lambda: self.read(name) == data)
+        notes = self._notes(name)
+        request = {"Body": data, "Metadata": notes} | condition
+        return self._written(name, lambda: self._call("put_object", name, **request), notes)
 
-    def _written(self, name: str, ask: Callable[[], object], is_ours: Callable[[], bool]) -> bool:
+    def _written(self, name: str, ask: Callable[[], object], notes: dict[str, str]) -> bool:
         """Ask for a conditional write; whether it was done.
 
-        A try whose answer was lost may have written: then the next finds its own object in the way.
+        A try whose answer was lost may have written. The next, which the HTTP client too makes on its own, then finds
+        its own object in the way, and knows it by its mark.
         """
-        tries = 0
-
-        def ask_once() -> None:
-            nonlocal tries
-            tries += 1
-            ask()
-
         try:
-            self._patiently(name, ask_once)
+            self._patiently(name, ask)
         except _AnswerError as answer:
-            ours = tries > 1 and is_ours()
-            if answer.code == _UPLOAD_IS_OVER and not ours:
+            head = self._head(name)
+            if head is not None and head.get("Metadata", {}).get(_WRITE_NOTE) == notes[_WRITE_NOTE]:
+                return True
+            if answer.code == _UPLOAD_IS_OVER:
                 raise self._refused(name, answer) from answer
-            return ours
+            return False
         return True
 
     def _copied(self, name: str, new: str) -> None:

@@ -103,7 +103,7 @@ def count(context: Context[CountSettings]) -> dict[str, float]:
 
 def total(context: Context[TotalSettings]) -> dict[str, float]:
     settings = context.settings
-    _wait_for(settings.gate)
+    wait_for(settings.gate)
     value = json.loads((context.inputs["count"] / "count.json").read_text()) * settings.factor
     context.note("about to write")
     context.progress("adding up", 1, 2)
@@ -130,7 +130,7 @@ def total(context: Context[TotalSettings]) -> dict[str, float]:
     return {"total/value": value}
 
 
-def _wait_for(gate: str | None) -> None:
+def wait_for(gate: str | None) -> None:
     if gate is None:
         return
     Path(f"{gate}.started").write_text(str(os.getpid()))
