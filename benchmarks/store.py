@@ -1,7 +1,7 @@
 """What the store costs: ``python -m benchmarks.store [--megabytes N] [--artifacts N] [--folder DIR]``.
 
-Commits files of N megabytes, in turn with ``dd conv=fsync`` of such files on the same disk: from elsewhere (copies), and
-from an attempt, as every stage does (hard links to what was written just before). Then, with N other artifacts in the
+Commits files of N megabytes, in turn with ``dd conv=fsync`` of such files on the same disk: from elsewhere (copies),
+and from an attempt, as every stage does (hard links to what was just written). Then, with N other artifacts in the
 store, asks for the plan of the quickstart and for a run of it that is all hits. A target missed is exit status 1.
 """
 
