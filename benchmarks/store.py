@@ -1,8 +1,8 @@
 """What the store costs: ``python -m benchmarks.store [--megabytes N] [--artifacts N] [--folder DIR]``.
 
-Commits files of N megabytes, written just before, in turn with ``dd conv=fsync`` of the same files on the same disk:
-from an attempt, as every stage does (hard links), and from elsewhere (copies). Then, with N other artifacts in it,
-asks for the plan of the quickstart and for a run of it that is all hits. A target missed is exit status 1.
+Commits files of N megabytes, in turn with ``dd conv=fsync`` of such files on the same disk: from elsewhere (copies),
+and from an attempt, as every stage does (hard links to what was just written). Then, with N other artifacts in the
+store, asks for the plan of the quickstart and for a run of it that is all hits. A target missed is exit status 1.
 """
 
 import argparse
