@@ -155,11 +155,14 @@ class Bucket:
         self._client: Any = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
         self._client.create_bucket(Bucket=self.name)
 
-    def files(self, folder: str = "") -> dict[str, bytes]:
-        """The store's objects under a folder, by name."""
+    def names(self, folder: str = "") -> list[str]:
+        """The names of the store's objects under a folder."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=f"a/store/{folder}")
-        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-        return {key.removeprefix("a/store/"): self._read(key) for key in keys}
+        return [entry["Key"].removeprefix("a/store/") for page in pages for entry in page.get("Contents", ())]
+
+    def files(self, folder: str = "") -> dict[str, bytes]:
+        """The store's objects under a folder, by name, while nobody changes them."""
+        return {name: self._read(f"a/store/{name}") for name in self.names(folder)}
 
     def write(self, name: str, data: bytes, **more: Any) -> None:
         self._client.put_object(Bucket=self.name, Key=f"a/store/{name}", Body=data, **more)

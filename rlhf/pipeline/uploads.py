@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,8 +28,10 @@ from rlhf.store.blobs import in_parallel
 if TYPE_CHECKING:
     from rlhf.store.objects import ObjectBackend
 
-UPLOAD_SECONDS = 15.0
-"""How often it is looked whether there is something new."""
+LOOK_SECONDS = 1.0
+"""How often it is looked whether there is a new checkpoint."""
+FILES_SECONDS = 15.0
+"""How often metrics and logs are uploaded beside."""
 SNAPSHOT = "upload"
 """In an attempt: hard links to the checkpoint that is being uploaded, which the stage may delete meanwhile."""
 
@@ -149,6 +152,7 @@ class _Uploads:
         self._bucket, self._attempt, self._stage, self._say = bucket.separate(), attempt, stage, say
         self._files = _Files(self._bucket, attempt)
         self._newest: int | None = None
+        self._files_at = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"upload {attempt.name}", daemon=True)
 
@@ -169,20 +173,22 @@ class _Uploads:
     def _run(self) -> None:
         told = over = False
         while not over:
-            over = self._over.wait(UPLOAD_SECONDS)
+            over = self._over.wait(LOOK_SECONDS)
             try:
                 with translated(self._attempt):
-                    self._upload()
+                    self._upload(last=over)
                 told = False
             except TryAgainError as error:
                 if not told and not over:
                     self._say(f"{self._stage} goes on, and nothing of it is uploaded for now: {error.what}")
                 told = True
 
-    def _upload(self) -> None:
+    def _upload(self, *, last: bool) -> None:
         newest = newest_complete([self._attempt])
         if newest is None or step_of(newest) == self._newest:
-            self._files.upload()
+            if last or time.monotonic() >= self._files_at:
+                self._files.upload()
+                self._files_at = time.monotonic() + FILES_SECONDS
             return
         snapshot = self._attempt / SNAPSHOT
         try:

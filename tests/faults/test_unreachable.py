@@ -96,7 +96,7 @@ def test_a_stage_outlasts_a_store_that_is_away_for_longer_than_a_request_waits(
     """Neither the lease nor the uploads end it, and it is committed once the store is back."""
     monkeypatch.setattr(objects, "PATIENCE_SECONDS", 0.3)
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 0.1)
+    monkeypatch.setattr(uploads, "LOOK_SECONDS", 0.1)
     gate = tmp_path / "gate"
 
     def fault() -> None:
@@ -122,7 +122,7 @@ def test_a_run_whose_store_is_gone_at_the_commit_goes_on_from_its_checkpoint(
 ):
     """It ends with status 75 at the deadline; run again, the stage repeats no step that it had a checkpoint of."""
     gate = tmp_path / "gate"
-    monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 0.1)
+    monkeypatch.setattr(uploads, "LOOK_SECONDS", 0.1)
 
     def fault() -> None:
         until(lambda: Path(f"{gate}.started").exists(), "the stage's start")

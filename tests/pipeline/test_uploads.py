@@ -18,13 +18,13 @@ KEY = digest_of("a key")
 @pytest.fixture
 def machine(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Store]:
     """Opens the store from a machine, by its name; uploads look for news all the time."""
-    monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 0.05)
+    monkeypatch.setattr(uploads, "LOOK_SECONDS", 0.05)
     return lambda name: Store.open(bucket.uri, scratch=tmp_path / name)
 
 
 def uploaded(bucket: Bucket) -> list[int]:
     """The steps whose checkpoints are whole in the bucket."""
-    return sorted(step_of(Path(name).parent) for name in bucket.files("work") if name.endswith(MARKER))
+    return sorted(step_of(Path(name).parent) for name in bucket.names("work") if name.endswith(MARKER))
 
 
 def quiet(line: str) -> None:
@@ -124,7 +124,7 @@ def test_a_failed_stage_uploads_its_last_checkpoint_and_logs(
     bucket: Bucket, machine: Callable[[str], Store], monkeypatch: pytest.MonkeyPatch
 ):
     """The machine may be gone when the stage is run again."""
-    monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 60)
+    monkeypatch.setattr(uploads, "LOOK_SECONDS", 60)
     store = machine("first")
     attempt = store.new_attempt(KEY)
 
@@ -156,7 +156,7 @@ def test_after_the_commit_the_checkpoints_are_deleted_and_the_logs_stay(
     bucket.endpoint.calm()
     assert uploaded(bucket) == [2]
     clear_checkpoints(store, KEY, attempt)
-    names = {Path(name).name for name in bucket.files("work")}
+    names = {Path(name).name for name in bucket.names("work")}
     assert names == {"metrics.jsonl", "log-0.txt"}
 
 
