@@ -150,8 +150,8 @@ class Store:
         if not link:
             self._refuse_no_room(files)
         with translated(folder):
-            for file in files:
-                self._put_blob(file, paths[file.path], before[file.path], link=link)
+            # At the same time: while one file is brought to the disk, others are read.
+            in_parallel(lambda file: self._put_blob(file, paths[file.path], before[file.path], link=link), files)
         try:
             read_manifest(self._backend, manifest.digest)
         except DamageError as error:
