@@ -1,13 +1,13 @@
 """Whole stages in a group of the tests: in one go, and stopped over and over and gone on with.
 
 Every stop is an attempt of its own, as after a kill of the driver. What stops a stage is an exception right after a
-checkpoint counts, or a disk that is full when the next one is due.
+checkpoint counts, a disk that is full when the next one is due, or a request to save and stop.
 """
 
 import gc
 import shutil
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
-from rlhf.errors import DiskFullError
-from rlhf.pipeline.context import Context
+from rlhf.errors import DiskFullError, InterruptedRunError
+from rlhf.pipeline.context import STOP, Context
 from rlhf.tracking.metrics import read_metrics
 from rlhf.zero import checkpoints, group
 from stages import ppo, rm, sft
@@ -44,6 +44,8 @@ class Stage:
     """Steps after whose checkpoints it is killed, one attempt after the other."""
     full_at: int
     """The step for whose checkpoint there is no room, in an attempt of its own."""
+    asked_at: int
+    """The first step of an attempt that is asked to stop from its start."""
 
 
 def _sft(_: Path) -> SftSettings:
@@ -87,17 +89,18 @@ _PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonst
 
 STAGES = {
     # Inside the first epoch, at its end, inside the second; and at the very end, before the result is written.
-    "sft": Stage(sft.run, _sft, {"base": "tiny", "demonstrations": "demonstrations"}, (2, 3, 6), 5),
+    "sft": Stage(sft.run, _sft, {"base": "tiny", "demonstrations": "demonstrations"}, (2, 3, 6), 5, 4),
     "rm": Stage(
         rm.run,
         _rm,
         {"base": "tiny", "demonstrations": "demonstrations", "comparisons": "comparisons"},
         (3,),
         6,
+        4,
     ),
     # While the value model alone is trained; then with everything.
-    "ppo": Stage(ppo.run, _ppo, _PPO_ROLES, (1,), 4),
-    "ppo with adapters": Stage(ppo.run, lambda data: _ppo(data, lora={"rank": 4}), _PPO_ROLES, (), 3),
+    "ppo": Stage(ppo.run, _ppo, _PPO_ROLES, (1,), 4, 2),
+    "ppo with adapters": Stage(ppo.run, lambda data: _ppo(data, lora={"rank": 4}), _PPO_ROLES, (), 3, 1),
 }
 assert tuple(STAGES) == STAGE_NAMES
 
@@ -132,15 +135,20 @@ def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"unbroken": _outcome(stage, _attempt(context, folder / "unbroken", ()))}
 
     attempts: tuple[Path, ...] = ()
-    stops = sorted([*((step, False) for step in stage.killed_after), (stage.full_at, True)])
-    for number, (step, full) in enumerate(stops):
+    stops = dict.fromkeys(stage.killed_after, _killed_after) | {stage.full_at: _full_disk_at}
+    for number, step in enumerate(sorted([*stops, stage.asked_at])):
         one = _attempt(context, folder / str(number), attempts)
         attempts = one.attempts
+        if step == stage.asked_at:
+            (one.attempt / STOP).touch()
         try:
-            with _full_disk_at(step) if full else _killed_after(step):
+            with stops.get(step, nullcontext)(step):
                 stage.run(one)
         except KilledError:
             pass
+        except InterruptedRunError as error:
+            newest = checkpoints.newest_complete(list(attempts))
+            found["asked"] = {"what": error.what, "newest": newest and newest.name}
         except DiskFullError as error:
             newest = checkpoints.newest_complete(list(attempts))
             found["full"] = {"error": error, "newest": newest and newest.name, "begun": _has(one, step)}

@@ -192,6 +192,15 @@ def test_no_room_for_a_checkpoint_stops_every_rank_before_it_is_begun(results: R
             assert not found["begun"]
 
 
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_a_stage_that_is_asked_to_stop_saves_the_step_and_says_which(results: Results, stage: str) -> None:
+    """PPO's loop and TRL's alike, on every rank; that it goes on from there is part of the resumed runs above."""
+    for ranks in results.values():
+        for found in (rank[stage]["asked"] for rank in ranks):
+            step = int(found["newest"].removeprefix("checkpoint-"))
+            assert found["what"] == f"interrupted; saved at step {step}"
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_checkpoint_of_another_number_of_ranks_is_refused_with_that_number(results: Results, size: int) -> None:
     """DeepSpeed cannot deal its shards out anew; one of as many ranks is what the stage goes on from."""
