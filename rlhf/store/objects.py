@@ -393,15 +393,6 @@ class ObjectBackend:
                 return None
             raise
 
-    def _head(self, name: str) -> Any:
-        """What the endpoint tells of an object without its bytes; None where there is none."""
-        try:
-            return self._patiently(name, lambda: self._call("head_object", name))
-        except _AnswerError as answer:
-            if answer.code in _ABSENT:
-                return None
-            raise
-
     def _get(self, name: str, **more: str) -> _Found | None:
         def ask() -> _Found:
             answer = self._call("get_object", name, **more)
