@@ -82,7 +82,7 @@ def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) 
         raise PreflightError(
             f"this worker does not see the store: {context.attempt} is not there",
             socket.gethostname(),
-            "put the store (or store.scratch) on a file system that every node of the cluster mounts at the same place",
+            "put store.uri (for a bucket store.scratch) on a file system that every node mounts at the same place",
         )
     with _log(context.attempt, rank):
         try:
