@@ -96,7 +96,7 @@ class _Relay(BaseHTTPRequestHandler):
         if fault == "drops":
             self.close_connection = True
         elif fault == "hangs":
-            time.sleep(5)
+            time.sleep(2)
             self.close_connection = True
         elif fault in ("busy", "denies"):
             self.answer(*((503, _BUSY) if fault == "busy" else (403, _DENIED)), {"Content-Type": "application/xml"})

@@ -90,7 +90,7 @@ def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) 
         raise PreflightError(
             f"this worker does not see the store: {context.attempt} is not there",
             socket.gethostname(),
-            "put the store (or store.scratch) on a file system that every node of the cluster mounts at the same place",
+            "put store.uri (for a bucket store.scratch) on a file system that every node mounts at the same place",
         )
     log = context.attempt / f"log-{rank}.txt"
     with _log(log), pulse.beating(context.attempt, rank, _node(), log, 60 * call.timeout_minutes):

@@ -19,8 +19,7 @@ class StoreSettings(Settings):
     uri: str = runtime("store", min_length=1)
     """The artifact store: a folder, relative to the working folder unless absolute, or ``s3://bucket/prefix``."""
     scratch: str | None = runtime(None, min_length=1)
-    """For a store in a bucket, the folder of attempts and of copies of what was read, which every node of a cluster
-    sees at the same path; null is one for each address in the user's cache folder. A store in a folder needs none."""
+    """For a store in a bucket, the local folder of attempts and copies; null is one in the user's cache folder."""
 
     @model_validator(mode="after")
     def _scratch_belongs_to_a_bucket(self) -> Self:

@@ -188,8 +188,8 @@ ERRORS = [
     ("explain",),
     ("lineage", "nonsense"),
     ("lineage",),
-    ("verify", "store.uri=s3://bucket"),
-    ("doctor", "store.uri=s3://bucket"),
+    ("verify", "store.uri=gs://bucket"),
+    ("doctor", "store.uri=gs://bucket"),
 ]
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator
+from itertools import product
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -39,8 +40,14 @@ WAYS: dict[str, Callable[[bytes], bytes] | None] = {
 }
 """What becomes of a file's bytes."""
 
-way = pytest.mark.parametrize("way", WAYS)
-inside = pytest.mark.parametrize("folder", ["blobs", "manifests", "actions"])
+FOLDERS = ["blobs", "manifests", "actions"]
+# What is done about damage is the same in a bucket, where each request takes its time: two ways are enough there.
+every_way = pytest.mark.parametrize(
+    ("place", "folder", "way"),
+    [*product(["folder"], FOLDERS, WAYS), *product(["bucket"], FOLDERS, ["flipped", "deleted"])],
+    indirect=["place"],
+)
+inside = pytest.mark.parametrize("folder", FOLDERS)
 
 
 def one_file(place: Place, folder: str) -> str:
@@ -59,8 +66,7 @@ def damage(place: Place, folder: str, way: str = "flipped") -> str:
     return name
 
 
-@way
-@inside
+@every_way
 def test_damage_is_a_miss_that_is_told_quarantined_and_healed(place: Place, tmp_path: Path, folder: str, way: str):
     """Never a hit on what is not as it was written; the stage runs again and its key is then a hit."""
     record = commit(place.open())
@@ -89,8 +95,7 @@ def test_a_different_result_can_take_the_place_of_a_damaged_one(place: Place, fo
     assert store.lookup(KEY) == record
 
 
-@way
-@inside
+@every_way
 def test_verify_names_the_damaged_file_and_moves_it_only_when_told_to(place: Place, folder: str, way: str):
     """Verification reads everything, reports without touching, and with repair leaves a store that is whole."""
     store = place.open()

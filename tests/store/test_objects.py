@@ -17,6 +17,7 @@ from rlhf.store import Store, objects
 from rlhf.store.blobs import in_parallel
 from rlhf.store.lease import Holder
 from rlhf.store.objects import ObjectBackend
+from tests.pipeline.helpers import until
 from tests.store.helpers import KEY, REPOSITORY, commit, files_under, put, record_of, small_payload, write_files
 from tests.store.places import BucketPlace
 
@@ -200,7 +201,7 @@ def test_a_beat_that_arrives_late_leaves_the_successors_lease_alone(
     with store.lease(KEY):
         endpoint.only = lambda method, path: method == "PUT"
         endpoint.fail("hangs", requests=1)
-        endpoint.served.clear()
+        until(lambda: endpoint.refused == 1, "a beat on its way")
         bucket_place.write(f"leases/{KEY}", theirs.to_json())
     assert bucket_place.files("leases") == {f"leases/{KEY}": theirs.to_json()}
 
