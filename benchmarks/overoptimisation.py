@@ -77,7 +77,7 @@ def write_results(overrides: list[str]) -> None:
             continue
         attempt = store.root / "work" / record.key / record.attempt
         rows = [json.loads(line) for line in (attempt / "metrics.jsonl").read_text().splitlines()]
-        samples = [json.loads(line) for line in (attempt / "samples.jsonl").read_text().splitlines()]
+        samples = [json.loads(line) for line in (attempt / "samples.jsonl").read_bytes().splitlines()]
         texts: dict[int, list[str]] = {}
         for one in samples:
             texts.setdefault(one["step"], []).append(one["response"])

@@ -243,7 +243,8 @@ def _summary(request: Request, planned: dict[str, Planned], store: Store) -> Non
 
 
 def _samples(store: Store, artifact: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in store.read_file(artifact, "samples.jsonl").decode().splitlines()]
+    # Lines of bytes: as text, what a model wrote may hold line ends of other alphabets.
+    return [json.loads(line) for line in store.read_file(artifact, "samples.jsonl").splitlines()]
 
 
 def plan_(request: Request) -> None:

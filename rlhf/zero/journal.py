@@ -121,9 +121,10 @@ class Journal:
 
 def _rewind_samples(path: Path, step: int) -> None:
     if path.exists():
-        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # Lines of bytes: as text, what a model wrote may hold line ends of other alphabets.
+        rows = path.read_bytes().splitlines(keepends=True)
         # What a kill left half-written belongs to a step that is repeated.
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        kept = [row for row in rows if row.endswith(b"\n") and json.loads(row)["step"] <= step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
         temporary.replace(path)

@@ -47,7 +47,7 @@ def file(tmp_path: Path) -> Path:
 
 def sets_of(store: Store, planned: dict[str, Planned], name: str) -> list[dict[str, list[str]]]:
     artifact = record_of(planned, name).artifact
-    return [json.loads(line) for line in store.read_file(artifact, "train.jsonl").decode().splitlines()]
+    return [json.loads(line) for line in store.read_file(artifact, "train.jsonl").splitlines()]
 
 
 def test_what_models_wrote_is_ranked_by_people_and_the_models_by_what_they_said(
