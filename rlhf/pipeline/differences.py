@@ -163,10 +163,17 @@ def changed_settings(
     return found
 
 
+LONGEST_SHOWN = 60
+"""Characters of a text that is a setting: a judge's instructions would fill the screen."""
+
+
 def shown(value: Any) -> str:
-    """A setting's value for people: text as it is, digests short, everything else as in a pipeline file."""
+    """A setting's value for people: text in one line, digests and long texts short, all else as in a pipeline file."""
     if isinstance(value, str):
-        return f"{value[:8]}…" if len(value) == 64 and value.isalnum() else value
+        if len(value) == 64 and value.isalnum():
+            return f"{value[:8]}…"
+        line = " ".join(value.split())
+        return line if len(line) <= LONGEST_SHOWN else f"{line[: LONGEST_SHOWN - 1]}…"
     return repr(value) if value is ABSENT else json.dumps(value, ensure_ascii=False)
 
 

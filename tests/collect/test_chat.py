@@ -131,7 +131,7 @@ def test_a_judge_of_nonsense_is_stopped_and_quoted(tmp_path: Path) -> None:
     with pytest.raises(RewardError) as caught:
         compared(lambda _: said("As a language model, I cannot."), tmp_path / "1", at_once=1, max_bad_fraction=0.2)
     assert caught.value.what == (
-        "the judge gave no verdict on 3 of 3 pairs; its last answer: 'As a language model, I cannot.'"
+        "the judge gave no verdict to 3 of 3 questions; its last answer: 'As a language model, I cannot.'"
     )
     assert "chat.max_bad_fraction" in caught.value.next_step
 
