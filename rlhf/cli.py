@@ -307,8 +307,8 @@ def leaderboard(request: Request) -> None:
     if "leaderboard.json" not in held:
         raise RequestError(
             f"{one.name} has no leaderboard: no training set names the models that wrote its responses",
-            f"artifact {one.record.artifact[:12]}",
-            "write a name for each response into the comparison sets' models",
+            f"stage {one.name}",
+            'write "models": [name, …] beside the responses of the comparison sets, or have stage collect write them',
         )
     rows = json.loads(request.store().read_file(one.record.artifact, "leaderboard.json"))
     request.answer({"models": rows}, lambda: request.out.print(leaderboard_table(rows)))
@@ -352,12 +352,13 @@ def import_(request: Request) -> None:
     if request.arguments.forget:
         ref = store.refs(request.config.name).get(instance)
         if ref is None or not ref.imported:
-            raise RequestError(f"{instance} is not imported", one.why, command_line(request, "status"))
+            raise RequestError(f"{instance} is not imported", f"stage {instance}", command_line(request, "status"))
         store.delete_ref(request.config.name, instance)
         request.out.print(f"{instance} is made by its stage again")
         return
     record = import_folder(Path(_single(request, "DIR")), request.config, instance, one.stage, store)
-    request.out.print(f"{instance} is artifact {record.artifact[:12]} until: rlhf import --forget --as {instance}")
+    undo = command_line(request, "import", "--forget", "--as", instance)
+    request.out.print(f"{instance} is artifact {record.artifact[:12]} until: {undo}", soft_wrap=True, markup=False)
 
 
 def export(request: Request) -> None:

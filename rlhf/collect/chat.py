@@ -102,7 +102,8 @@ class ChatJudge:
                     done, bad = done + 1, bad + (verdict is None)
                     if verdict is None and bad > allowed:
                         raise RewardError(
-                            f"the judge gave no verdict to {bad} of {done} questions; its last answer: {_shortened(text)}",
+                            f"the judge gave no verdict to {bad} of {done} questions; its last answer: "
+                            f"{_shortened(text)}",
                             f"{self._service.shown}, model {self._settings.model}",
                             "correct chat.instructions or chat.model, or allow more with chat.max_bad_fraction",
                         )

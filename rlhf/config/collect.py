@@ -106,8 +106,8 @@ class ChatSettings(ServiceSettings):
     max_tokens: int = semantic(512, ge=1)
     """Longest verdict, reasoning included."""
     max_bad_fraction: float = semantic(0.02, ge=0, lt=1)
-    """Share of questions, two for each pair, that may go without a verdict; above it the stage stops. Such pairs are left
-    out."""
+    """Share of questions, two for each pair, that may go without a verdict; above it the stage stops. Such pairs are
+    left out."""
     at_once: int = runtime(8, ge=1)
     """Requests under way at the same time."""
 
