@@ -61,7 +61,7 @@ def test_without_models_or_a_result_the_message_says_what_to_do(tmp_path: Path, 
     """What to write into the sets; what to run; and that a stage of another kind has none."""
     path = pipeline(tmp_path, models=False)
     for words, said in (
-        (["leaderboard"], "into the comparison sets' models"),
+        (["leaderboard"], 'write "models": [name, …] beside the responses'),
         (["leaderboard", "data"], "data has no leaderboard"),
         (["leaderboard", "rank.prior_elo=50"], "rlhf run rank rank.prior_elo=50"),
         (["leaderboard", "rank", "data"], "takes one stage"),
