@@ -334,6 +334,8 @@ def verify(request: Request) -> int:
 def gc(request: Request) -> None:
     """Remove results that no pipeline needs any more, and other old leftovers."""
     hours = request.arguments.grace
+    if request.names:
+        raise RequestError("gc takes no stage: it collects the whole store", "command line", "rlhf gc --dry-run")
     if not 0 <= hours < math.inf:
         raise RequestError(f"--grace is {hours}, and must be a number from 0 on", "command line", "--grace 24")
     dry_run: bool = request.arguments.dry_run

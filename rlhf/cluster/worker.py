@@ -106,7 +106,7 @@ def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) 
             if rank == 0:
                 _write(context.attempt / RESULT, {name: float(value) for name, value in metrics.items()})
         except BaseException as error:
-            with suppress(OSError):  # on a full disk the error itself must reach the driver
+            with suppress(OSError, UnicodeError):  # on a full disk the error itself must reach the driver
                 traceback.print_exc()
             with suppress(OSError):
                 failure = _failure(error, rank, context.attempt)

@@ -88,9 +88,10 @@ class ChatJudge:
         journal: Path,
         tell: Callable[[str, int, int], None],
     ) -> None:
-        left = [question for question in questions if question not in self._verdicts]
+        # What an earlier run got no verdict on is asked again: the limit would otherwise be passed by running again.
+        left = [question for question in questions if self._verdicts.get(question) is None]
         done, allowed = len(questions) - len(left), int(self._settings.max_bad_fraction * len(questions))
-        bad = sum(self._verdicts[question] is None for question in questions if question in self._verdicts)
+        bad = 0
         with ThreadPoolExecutor(self._settings.at_once) as pool, journal.open("a", encoding="utf-8") as file:
             asked = {pool.submit(self._reply, sets[question.set], question): question for question in left}
             try:

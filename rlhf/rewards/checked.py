@@ -64,4 +64,6 @@ def _described(error: BaseException) -> str:
 
 
 def _shortened(text: str, limit: int = 200) -> str:
+    # Half a surrogate pair could not be written anywhere, and the error would be lost with it.
+    text = " ".join(text.encode(errors="backslashreplace").decode().split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -136,6 +136,21 @@ def test_a_judge_of_nonsense_is_stopped_and_quoted(tmp_path: Path) -> None:
     assert "chat.max_bad_fraction" in caught.value.next_step
 
 
+def test_too_many_answers_without_a_verdict_stay_too_many_when_it_is_run_again(tmp_path: Path) -> None:
+    """What an earlier run got no verdict on is asked again, so that the limit cannot be passed by repeating."""
+
+    def mostly(document: Any) -> Answer:
+        return said("hm") if shown(document)[1] == "mid one" else by_length(document)
+
+    attempts = [tmp_path / str(number) for number in range(4)]
+    for number, attempt in enumerate(attempts[:3]):
+        with pytest.raises(RewardError, match="no verdict"):
+            compared(mostly, attempt, *attempts[:number], at_once=1)
+    found, metrics, _ = compared(by_length, attempts[3], *attempts[:3])
+    assert metrics["judge/none"] == 0
+    assert found[0].winners == [[0, 1, 1], [0, 2, 1], [1, 2, 0]]
+
+
 def test_pairs_without_a_verdict_are_left_out_and_counted(tmp_path: Path) -> None:
     """Below the share that is allowed."""
 

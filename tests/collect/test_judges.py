@@ -47,6 +47,7 @@ def test_a_function_s_numbers_become_ratings(tmp_path: Path) -> None:
         ("return [1.0]", r"the judge answered 1 scores for 3 responses"),
         ("return [float('nan')] * len(responses)", "the judge's score of response 0 is nan"),
         ("raise KeyError('k')", "the judge raised KeyError"),
+        ("raise ValueError('a\\nb \\ud800')", r"the judge raised ValueError: a b \\ud800"),
     ],
 )
 def test_a_function_that_does_not_judge_is_told_of_by_the_set(tmp_path: Path, body: str, message: str) -> None:
