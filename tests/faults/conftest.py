@@ -1,6 +1,7 @@
 """Faults in rounds: each round is a seed, few of them in `make test` and many in `make chaos`.
 
-A test marked ``rounds(short, long)`` takes ``seed``, from which it draws the moment and the place of its fault. What
+A test marked ``rounds(short, long)`` takes ``seed``, from which it draws the moment and the place of its fault; with 0
+short rounds it is for `make chaos` alone. What
 `make chaos` has passed is kept in the ignored folder ``.chaos``, so that it can be interrupted and goes on.
 """
 

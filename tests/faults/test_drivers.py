@@ -83,13 +83,12 @@ def test_sigterm_saves_before_it_ends_a_run(toy: Toy, site: Path, mark: str):
     assert step_of(newest) == len(toy.done()) == int(saved[1])
 
 
-@pytest.mark.parametrize("attached", [False, True], ids=["its own Ray", "a cluster"])
-def test_a_dead_drivers_ranks_are_gone_in_ten_seconds(
-    attached: bool, session: Session, toy: Toy, site: Path, mark: str
-):
+@pytest.mark.rounds(1, 2)
+def test_a_dead_drivers_ranks_are_gone_in_ten_seconds(seed: int, session: Session, toy: Toy, site: Path, mark: str):
     """Also in a cluster that goes on without it; nobody else's work is touched, and the next run has the room."""
     import ray
 
+    attached = seed == 0
     cluster = f"cluster.address={ray.get_runtime_context().gcs_address}" if attached else "cluster.cpus=1"
     driver = start(site, "run", "--config", toy.path, cluster, "steps.seconds=0.3", mark=mark)
     try:
@@ -107,7 +106,7 @@ def test_a_dead_drivers_ranks_are_gone_in_ten_seconds(
         assert toy.total() == expected_total()
 
 
-@pytest.mark.rounds(2, 100)
+@pytest.mark.rounds(1, 100)
 def test_a_driver_killed_at_any_moment_loses_nothing_that_was_committed(seed: int, tmp_path: Path, mark: str):
     """What had a result keeps it and is not made again; no process is left; no key has two results."""
     path = write_pipeline(tmp_path)

@@ -77,7 +77,7 @@ def test_a_run_whose_ray_died_says_so_and_goes_on_when_it_is_run_again(seed: int
     assert toy.total() == expected_total()
 
 
-@pytest.mark.rounds(1, 10)
+@pytest.mark.rounds(0, 10)
 def test_a_killed_train_controller_costs_a_restart(seed: int, toy: Toy, site: Path, mark: str):
     """Its ranks end with it, the room that it held is given back, and the group starts again."""
     driver = start(site, "run", "--config", toy.path, "cluster.cpus=1", "steps.seconds=0.3", mark=mark)
