@@ -1,6 +1,7 @@
 """What a stage's code is given, on whatever worker it runs."""
 
 import json
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,7 +50,8 @@ class Context(Generic[S]):
     def progress(self, message: str, done: int = 0, total: int = 0) -> None:
         """Tell the user how far the stage is."""
         path = self.attempt / PROGRESS
-        temporary = path.with_suffix(".tmp")
+        # Several ranks may tell at once: each its own file, and the last one stands.
+        temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
         temporary.write_text(json.dumps({"message": message, "done": done, "total": total, "at": time.time()}))
         temporary.replace(path)
         pulse.beat()
