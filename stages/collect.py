@@ -9,13 +9,11 @@ things are done nor the number of ranks changes a response. Left out: choosing p
 
 from rlhf.collect.written import Written
 from rlhf.config.collect import CollectSettings
-from rlhf.data.jsonl import write_jsonl
 from rlhf.data.records import ResponseSet
 from rlhf.models.four import load_writer
 from rlhf.pipeline.context import Context
 from rlhf.rollout.prompts import draw, prompt_batch, read_prompts
 from rlhf.rollout.rollout import roll_out
-from rlhf.zero import group
 
 
 def run(context: Context[CollectSettings]) -> dict[str, float]:
@@ -25,7 +23,7 @@ def run(context: Context[CollectSettings]) -> dict[str, float]:
     prompts = [*train, *read_prompts(folder / "heldout.jsonl")[: settings.prompts_heldout]]
     models = [writer.shown for writer in settings.models for _ in range(writer.responses)]
     total = len(models) * len(prompts)
-    written = Written(context.attempt, context.attempts)
+    written = Written(context)
 
     end = 0
     for writer in settings.models:
@@ -35,7 +33,7 @@ def run(context: Context[CollectSettings]) -> dict[str, float]:
             continue
         context.progress(f"loading {writer.shown}", start, total)
         policy = load_writer(context, writer)
-        for samples in written.left(range(start, end), settings.micro_batch_size * group.world_size()):
+        for samples in written.left(range(start, end), settings.micro_batch_size):
             asked = [prompts[sample % len(prompts)] for sample in samples]
             batch = prompt_batch(asked, samples, policy.tokenizer, settings.max_prompt_length)
             written.add(roll_out(policy, batch, settings.seed, settings.max_new_tokens).texts)
@@ -47,8 +45,7 @@ def run(context: Context[CollectSettings]) -> dict[str, float]:
         )
         for number, prompt in enumerate(prompts)
     ]
-    if group.is_main():
-        write_jsonl(context.output / "train.jsonl", sets[: len(train)])
-        write_jsonl(context.output / "heldout.jsonl", sets[len(train) :])
+    written.write("train.jsonl", sets[: len(train)])
+    written.write("heldout.jsonl", sets[len(train) :])
     distinct = sum(len(set(one.responses)) for one in sets)
     return {"sets": len(sets), "responses": total, "repeated": 1 - distinct / total}
