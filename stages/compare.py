@@ -12,6 +12,7 @@ from rlhf.collect.sets import name_of
 from rlhf.config.collect import CompareSettings
 from rlhf.data.jsonl import read_jsonl, write_jsonl
 from rlhf.data.records import ResponseSet
+from rlhf.errors import RecordError
 from rlhf.pipeline.context import Context
 
 
@@ -26,6 +27,12 @@ def run(context: Context[CompareSettings]) -> dict[str, float]:
         compared = list(judge.compare(sets, context))
         counts[part] = write_jsonl(context.output / f"{part}.jsonl", compared)
         left_out += len({name_of(one) for one in sets} - {name_of(one) for one in compared})
+    if not sum(counts.values()):
+        raise RecordError(
+            "nothing was said of any of the responses that were collected",
+            context.settings.file or context.stage,
+            "name what was said of these very responses: a row has the same prompt, and the same responses in order",
+        )
     metrics = counts | {"left_out": left_out} | judge.metrics()
     if left_out:
         context.note(f"{left_out} sets are left out, because nothing was said of them")

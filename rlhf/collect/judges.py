@@ -8,7 +8,6 @@ from rlhf.collect.sets import name_of
 from rlhf.config.collect import CompareSettings
 from rlhf.data.checking import RecordReader
 from rlhf.data.records import ComparisonSet, ResponseSet
-from rlhf.errors import RecordError
 from rlhf.pipeline.context import Context
 from rlhf.rewards.checked import checked_scores
 from rlhf.rewards.function import load_function
@@ -79,7 +78,6 @@ class People:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._matched = 0
 
     def compare(self, sets: Sequence[ResponseSet], context: Context[CompareSettings]) -> Iterator[ComparisonSet]:
         """Every row of the file that is about one of the sets; who wrote the responses is taken from the sets.
@@ -91,19 +89,8 @@ class People:
         for said in RecordReader(self._source, ComparisonSet, context.attempt / "quarantine-compare.jsonl"):
             name = name_of(said)
             if name in models:
-                self._matched += 1
                 yield said.model_copy(update={"models": models[name]})
 
     def metrics(self) -> dict[str, float]:
-        """Refuse a file that is about other responses altogether.
-
-        Raises:
-            RecordError: no row is about any of the sets.
-        """
-        if not self._matched:
-            raise RecordError(
-                "no row is about the responses that were collected",
-                self._source,
-                "name the file that was written about them: a row has the same prompt, and the same responses in order",
-            )
+        """Nothing: rank reports on what people said."""
         return {}

@@ -12,6 +12,7 @@ from rlhf.data.jsonl import write_jsonl
 from rlhf.data.records import ComparisonSet, ResponseSet
 from rlhf.errors import PreflightError, RecordError, RewardError
 from rlhf.pipeline.context import Context
+from stages import compare
 
 SETS = [
     ResponseSet(prompt="p", responses=["a", "bb", "ccc"], models=["x", "y", "z"]),
@@ -22,9 +23,7 @@ SETS = [
 def compared(settings: CompareSettings, attempt: Path) -> list[ComparisonSet]:
     context = Context("compare", "key", settings, {}, attempt, attempt, attempt, attempts=(attempt,))
     judge = judge_of(settings)
-    found = list(judge.compare(SETS, context))
-    judge.metrics()
-    return found
+    return list(judge.compare(SETS, context))
 
 
 def function(folder: Path, body: str) -> CompareSettings:
@@ -81,8 +80,13 @@ def test_a_file_about_other_responses_is_refused(tmp_path: Path) -> None:
     """It would silently leave every set out."""
     other = tmp_path / "other.jsonl"
     write_jsonl(other, [ComparisonSet(prompt="p", responses=["a", "other"], winners=[[0, 1, 1]])])
-    with pytest.raises(RecordError, match="no row is about the responses that were collected"):
-        compared(CompareSettings(file=str(other)), tmp_path)
+    (tmp_path / "responses").mkdir()
+    for part in ("train", "heldout"):
+        write_jsonl(tmp_path / "responses" / f"{part}.jsonl", SETS)
+    inputs = {"responses": tmp_path / "responses"}
+    settings = CompareSettings(file=str(other))
+    with pytest.raises(RecordError, match="nothing was said of any of the responses that were collected"):
+        compare.run(Context("compare", "key", settings, inputs, tmp_path, tmp_path, tmp_path, attempts=(tmp_path,)))
 
 
 @pytest.mark.parametrize(
