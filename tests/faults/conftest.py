@@ -6,11 +6,17 @@ short rounds it is for `make chaos` alone. What
 """
 
 import os
+import signal
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+
+from tests.faults.running import Toy
+from tests.faults.toys import KNOWN
+from tests.pipeline.helpers import install_toys, marked
 
 PASSED = Path(__file__).parents[2] / ".chaos" / "passed.txt"
 
@@ -52,3 +58,22 @@ def quick(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    return Toy(tmp_path)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    return install_toys(tmp_path / "site", "tests.faults.toys", KNOWN)
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark whose processes are all gone at the end, whatever the test did."""
+    mark = uuid4().hex
+    yield mark
+    for pid in marked(mark):
+        os.kill(pid, signal.SIGKILL)

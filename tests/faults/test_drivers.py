@@ -5,16 +5,13 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
 from rlhf.cluster.session import Session
 from rlhf.zero.checkpoints import newest_complete, step_of
 from tests.faults.running import Toy, expected_total, moment, seconds_until_gone
-from tests.faults.toys import KNOWN
 from tests.pipeline.helpers import end, install_toys, marked, planned, start, states, until, write_pipeline
 
 pytestmark = [
@@ -23,25 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Toy:
-    return Toy(tmp_path)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
-    return install_toys(tmp_path / "site", "tests.faults.toys", KNOWN)
-
-
-@pytest.fixture
-def mark() -> Iterator[str]:
-    """A mark whose processes are all gone at the end, whatever the test did."""
-    mark = uuid4().hex
-    yield mark
-    for pid in marked(mark):
-        os.kill(pid, signal.SIGKILL)
 
 
 def left(mark: str) -> list[str]:

@@ -3,16 +3,13 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
 from tests.faults.running import Toy, expected_total, moment
 from tests.faults.test_drivers import left, until_step
-from tests.faults.toys import KNOWN
-from tests.pipeline.helpers import MARK, end, install_toys, marked, start, until
+from tests.pipeline.helpers import MARK, end, marked, start, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,24 +17,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Toy:
-    return Toy(tmp_path)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
-    return install_toys(tmp_path / "site", "tests.faults.toys", KNOWN)
-
-
-@pytest.fixture
-def mark() -> Iterator[str]:
-    mark = uuid4().hex
-    yield mark
-    for pid in marked(mark):
-        os.kill(pid, signal.SIGKILL)
 
 
 def process_of(mark: str, name: str) -> int:
