@@ -59,8 +59,14 @@ def perform_task(call: Call) -> None:
 
 def perform_rank(arguments: dict[str, Call]) -> None:
     """Run a stage on one rank of a worker group: Ray Train calls this on every rank."""
-    call = arguments["call"]
-    _perform(call, rank=int(os.environ["RANK"]), prepare=lambda: prepare_deepspeed(call))
+    _perform(arguments["call"], rank=int(os.environ["RANK"]), prepare=_join_group)
+
+
+def _join_group(call: Call) -> Context[Any]:
+    prepare_deepspeed(call)
+    from rlhf.zero.precision import computable
+
+    return computable(call.context)
 
 
 def prepare_deepspeed(call: Call) -> None:
@@ -84,7 +90,7 @@ def prepare_deepspeed(call: Call) -> None:
     )
 
 
-def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) -> None:
+def _perform(call: Call, rank: int, prepare: Callable[[Call], Context[Any]] = lambda call: call.context) -> None:
     context = call.context
     if not context.attempt.is_dir():
         raise PreflightError(
@@ -97,8 +103,9 @@ def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) 
         try:
             # A crash below Python leaves its signal in the log.
             faulthandler.enable(file=2)
-            prepare()
-            _write(context.attempt / RANKS.format(rank), {"host": socket.gethostname(), "device": _device(call.gpu)})
+            context = prepare(call)
+            device = _device(call, context)
+            _write(context.attempt / RANKS.format(rank), {"host": socket.gethostname(), "device": device})
             pulse.beat()
             code = load(call.code)
             pulse.beat()
@@ -114,9 +121,9 @@ def _perform(call: Call, rank: int, prepare: Callable[[], None] = lambda: None) 
             raise
 
 
-def _device(gpu: bool) -> str:
-    if not gpu:
-        return "CPU"
+def _device(call: Call, context: Context[Any]) -> str:
+    if not call.gpu:
+        return "CPU" if context is call.context else "CPU, in fp32"
     import torch
 
     return torch.cuda.get_device_name()

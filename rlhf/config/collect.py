@@ -48,7 +48,7 @@ class CollectSettings(Settings):
     max_prompt_length: int = semantic(256, ge=1)
     """Longest prompt in tokens; one longer stops the run."""
     precision: Precision = semantic("fp32")
-    """Precision of the models while they generate."""
+    """Precision of the models while they generate; a CPU without instructions for bf16 takes fp32."""
     micro_batch_size: int = runtime(64, ge=1)
     """Responses that one rank writes at a time."""
     workers: WorkerSettings = runtime(WorkerSettings())

@@ -67,7 +67,7 @@ class PpoSettings(Settings):
     seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds the prompts, the sampling and the minibatches."""
     precision: Precision = semantic("fp32")
-    """``bf16`` keeps fp32 master weights of what is trained."""
+    """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
     lora: LoraSettings | None = semantic(None)
     """Adapters for policy and value model; the reference is then the policy's weights with the adapter off."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)

@@ -83,7 +83,7 @@ class SftSettings(Settings):
     seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds the order of the data and the adapter."""
     precision: Precision = semantic("fp32")
-    """``bf16`` keeps fp32 master weights of what is trained."""
+    """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
     lora: LoraSettings | None = semantic(None)
     """Adapters instead of full fine-tuning; null trains every weight."""
     optimizer: OptimizerSettings = semantic(OptimizerSettings())
@@ -116,7 +116,7 @@ class RmSettings(Settings):
     init: Literal["base", "scratch"] = semantic("base")
     """Whether training starts from the weights of ``base``, or from random ones in a model of its shape."""
     precision: Precision = semantic("fp32")
-    """``bf16`` keeps fp32 master weights of what is trained."""
+    """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
     lora: LoraSettings | None = semantic(None)
     """Adapters (and the whole score head) instead of full fine-tuning; null trains every weight."""
     optimizer: OptimizerSettings = semantic(OptimizerSettings())
@@ -169,7 +169,7 @@ class EvaluateSettings(Settings):
     seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds the sampling and the intervals."""
     precision: Precision = semantic("fp32")
-    """Precision of the models while they generate and score."""
+    """Precision of the models while they generate and score; a CPU without instructions for bf16 takes fp32."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
     """What scores responses: what PPO was given."""
     prompts: int = semantic(256, ge=2)

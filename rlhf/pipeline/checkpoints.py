@@ -43,5 +43,5 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def marker(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's marker says: ``ranks``, their number, and ``sizes``, file to bytes."""
+    """What a checkpoint's marker says: ``ranks``, their number, ``precision``, and ``sizes``, file to bytes."""
     return json.loads((checkpoint / MARKER).read_text())

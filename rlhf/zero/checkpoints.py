@@ -22,20 +22,35 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
     """The checkpoint that a stage goes on from, or None.
 
     Raises:
-        PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew; or
-            another user could have written it.
+        PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew; on
+            machines that compute in another precision; or another user could have written it.
     """
     newest = newest_complete(list(context.attempts))
-    if newest is not None:
-        refuse_planted(newest, context.attempt)
-    if newest is None or (ranks := marker(newest)["ranks"]) == group.world_size():
-        return newest
-    raise PreflightError(
-        f"{context.stage} has a checkpoint of {ranks} rank(s) at step {step_of(newest)}, which {group.world_size()} "
-        "cannot go on from",
-        str(newest),
-        f"{context.stage}.workers.count={ranks}, or remove that folder to start the stage anew",
-    )
+    if newest is None:
+        return None
+    refuse_planted(newest, context.attempt)
+    written = marker(newest)
+    begun = f"{context.stage} has a checkpoint"
+    if (ranks := written["ranks"]) != group.world_size():
+        raise PreflightError(
+            f"{begun} of {ranks} rank(s) at step {step_of(newest)}, which {group.world_size()} cannot go on from",
+            str(newest),
+            f"{context.stage}.workers.count={ranks}, or remove that folder to start the stage anew",
+        )
+    precision = _precision(context)
+    if (begun_in := written.get("precision", precision)) != precision:
+        raise PreflightError(
+            f"{begun} in {begun_in} at step {step_of(newest)}, which this CPU, computing in {precision}, "
+            "cannot go on from",
+            str(newest),
+            "run it on a machine like the one that it began on, or remove that folder to start the stage anew",
+        )
+    return newest
+
+
+def _precision(context: Context[Any]) -> str:
+    # A stage without one has nothing that another could not read.
+    return getattr(context.settings, "precision", "fp32")
 
 
 def refuse_planted(checkpoint: Path, attempt: Path) -> None:
@@ -85,7 +100,7 @@ def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
     needed = group.from_main(lambda: _make_room(checkpoint, context.attempts, estimate))
     try:
         yield checkpoint
-        mark_complete(checkpoint)
+        mark_complete(checkpoint, _precision(context))
     except Exception as error:
         written, free = _size(checkpoint), shutil.disk_usage(context.attempt).free
         if not (_says_no_room(error) or free < needed - written):
@@ -132,16 +147,16 @@ def _size(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
 
 
-def mark_complete(checkpoint: Path) -> None:
+def mark_complete(checkpoint: Path, precision: str) -> None:
     """Make a checkpoint that all ranks have written count, then sweep older and half-written ones of its attempt.
 
     A collective: every rank must call it after its own writes.
     """
     group.barrier()
-    group.from_main(lambda: _mark_complete(checkpoint))
+    group.from_main(lambda: _mark_complete(checkpoint, precision))
 
 
-def _mark_complete(checkpoint: Path) -> None:
+def _mark_complete(checkpoint: Path, precision: str) -> None:
     sizes: dict[str, int] = {}
     checkpoint.chmod(0o700)
     for path in sorted(checkpoint.rglob("*")):
@@ -149,7 +164,7 @@ def _mark_complete(checkpoint: Path) -> None:
             _sync(path)
             sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
     temporary = checkpoint / f".{MARKER}"
-    temporary.write_text(json.dumps({"ranks": group.world_size(), "sizes": sizes}))
+    temporary.write_text(json.dumps({"ranks": group.world_size(), "precision": precision, "sizes": sizes}))
     _sync(temporary)
     temporary.replace(checkpoint / MARKER)
     _sync(checkpoint)

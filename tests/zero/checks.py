@@ -13,9 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # Before DeepSpeed and accelerate are imported by whatever comes below.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -46,6 +48,7 @@ from rlhf.rollout.sampling import uniforms
 from rlhf.rollout.sequences import Sequences
 from rlhf.zero import checkpoints, group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
+from rlhf.zero.precision import computable
 from tests.zero.resuming import STAGES, KilledError, first_iterations, unbroken_and_resumed
 
 LORA = LoraSettings(rank=4)
@@ -268,21 +271,43 @@ def _filled(engine: Engine, context: Context[Any]) -> dict[str, Any]:
     return found
 
 
-def other_ranks(folder: Path) -> dict[str, str]:
-    """Which checkpoint a stage goes on from; and the error when the newest is of one rank more."""
+def other_groups(folder: Path) -> dict[str, str]:
+    """Which checkpoint a stage goes on from; and the errors when the newest is of one rank more, and in bf16."""
     context = context_of(folder)
     newest = checkpoints.checkpoint_to_resume(context)
     assert newest is not None
-    group.barrier()
-    if group.is_main():
-        marker = json.loads((newest / checkpoints.MARKER).read_text())
-        (newest / checkpoints.MARKER).write_text(json.dumps(marker | {"ranks": marker["ranks"] + 1}))
-    group.barrier()
-    try:
-        checkpoints.checkpoint_to_resume(context)
-    except PreflightError as error:
-        return {"newest": newest.name, "next_step": error.next_step}
-    return {"newest": newest.name, "next_step": ""}
+    found = {"newest": newest.name}
+    written = json.loads((newest / checkpoints.MARKER).read_text())
+    for name, other in {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}.items():
+        group.barrier()
+        if group.is_main():
+            (newest / checkpoints.MARKER).write_text(json.dumps(written | other))
+        group.barrier()
+        try:
+            checkpoints.checkpoint_to_resume(context)
+        except PreflightError as error:
+            found[name] = str(error)
+    return found
+
+
+def computed_precision(folder: Path) -> dict[str, tuple[str, list[str]]]:
+    """What a stage that asks for bf16 computes in, and what is said of it, by which ranks' CPUs have instructions."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for name, precision, able in (
+        ("all", "bf16", True),
+        ("none", "bf16", False),
+        ("the first alone", "bf16", group.is_main()),
+        ("fp32", "fp32", False),
+    ):
+        notes: list[str] = []
+        context = context_of(folder)
+        context = replace(context, settings=context.settings.model_copy(update={"precision": precision}))
+        with (
+            patch.object(torch.cpu, "get_capabilities", return_value={"avx2": True, "avx512_bf16": able}),
+            patch.object(Context, "note", lambda _, line, notes=notes: notes.append(line)),
+        ):
+            found[name] = computable(context).settings.precision, notes
+    return found
 
 
 def replica(tiny: Path, folder: Path) -> dict[str, Any]:
@@ -388,7 +413,8 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "resume": partial(resume, tiny, folder),
         "not_a_number": partial(not_a_number, tiny),
         "checkpointing": partial(checkpointing, folder),
-        "other_ranks": partial(other_ranks, folder),
+        "other_groups": partial(other_groups, folder),
+        "precision": partial(computed_precision, folder),
         "replica": partial(replica, tiny, folder),
         "policies": partial(policies, tiny, folder),
     }

@@ -199,8 +199,8 @@ def _forget() -> None:
 def _killed_after(step: int) -> Generator[None]:
     mark_complete = checkpoints.mark_complete
 
-    def then_die(checkpoint: Path) -> None:
-        mark_complete(checkpoint)
+    def then_die(checkpoint: Path, precision: str) -> None:
+        mark_complete(checkpoint, precision)
         if checkpoints.step_of(checkpoint) == step:
             raise KilledError
 

@@ -110,7 +110,7 @@ def test_there_is_a_complete_checkpoint_at_every_moment_since_the_first(results:
 def test_what_a_killed_group_left_is_no_part_of_the_checkpoint_written_over_it(results: Results, size: int) -> None:
     """Neither its files nor its marker, though that would fit what is being written."""
     sizes = {f"shard-{rank}": 4 for rank in range(size)}
-    assert results[size][0]["checkpointing"]["third"] == {"ranks": size, "sizes": sizes}
+    assert results[size][0]["checkpointing"]["third"] == {"ranks": size, "precision": "fp32", "sizes": sizes}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(results: Results) -> None:
@@ -202,11 +202,25 @@ def test_a_stage_that_is_asked_to_stop_saves_the_step_and_says_which(results: Re
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_checkpoint_of_another_number_of_ranks_is_refused_with_that_number(results: Results, size: int) -> None:
-    """DeepSpeed cannot deal its shards out anew; one of as many ranks is what the stage goes on from."""
+def test_a_checkpoint_of_another_group_is_refused_with_what_it_was(results: Results, size: int) -> None:
+    """DeepSpeed deals neither shards out anew nor master weights; one of a group like this is what it goes on from."""
     for found in results[size]:
-        assert found["other_ranks"]["newest"] == "checkpoint-4"
-        assert f"ppo.workers.count={size + 1}" in found["other_ranks"]["next_step"]
+        assert found["other_groups"]["newest"] == "checkpoint-4"
+        assert f"ppo.workers.count={size + 1}" in found["other_groups"]["ranks"]
+        assert "has a checkpoint in bf16 at step 4, which this CPU, computing in fp32" in found["other_groups"]["bf16"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_group_computes_in_bf16_where_all_its_cpus_can(results: Results, size: int) -> None:
+    """Otherwise in fp32 on every rank, and rank 0 says so once."""
+    for rank, found in enumerate(results[size]):
+        told = ["ppo: computes in fp32, since this CPU has no instructions for bf16"] if rank == 0 else []
+        assert found["precision"] == {
+            "all": ("bf16", []),
+            "none": ("fp32", told),
+            "the first alone": ("bf16" if size == 1 else "fp32", [] if size == 1 else told),
+            "fp32": ("fp32", []),
+        }
 
 
 @pytest.mark.parametrize("size", [1, 2])
