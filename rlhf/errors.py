@@ -16,6 +16,7 @@
     ├── TryAgainError               75   nothing is wrong with the request; the world was not ready for it
     │   ├── DiskFullError           75
     │   ├── StoreUnreachableError   75
+    │   │   └── StoreRefusedError   2    it answers, and will not be used as the settings and the environment say
     │   ├── IndexUnreachableError   75
     │   ├── LeaseHeldError          75
     │   ├── LeaseLostError          75
@@ -134,6 +135,12 @@ class DiskFullError(TryAgainError):
 
 class StoreUnreachableError(TryAgainError):
     """The artifact store cannot be read or written."""
+
+
+class StoreRefusedError(StoreUnreachableError):
+    """The artifact store will not be used in this way: what is at fault is its address, or who asks."""
+
+    exit_status = 2
 
 
 class IndexUnreachableError(TryAgainError):

@@ -31,7 +31,7 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
-from rlhf.errors import DamageError, SettingsError, StoreUnreachableError
+from rlhf.errors import DamageError, SettingsError, StoreRefusedError, StoreUnreachableError
 from rlhf.store.backend import FileState, LocalBackend, free_bytes_at, make_folder, translated
 from rlhf.store.blobs import FOLDER as BLOBS
 from rlhf.store.blobs import Blobs, in_parallel
@@ -66,6 +66,8 @@ _NO_CREDENTIALS = (
     botocore.exceptions.CredentialRetrievalError,
     botocore.exceptions.ProfileNotFound,
 )
+# botocore reports some addresses that it cannot read as plain ValueErrors.
+_NO_ENDPOINT = (botocore.exceptions.EndpointResolutionError, ValueError)
 _ABSENT = ("NoSuchKey", "404")
 _UPLOAD_IS_OVER = "NoSuchUpload"
 _CONDITION_FAILED = ("PreconditionFailed", "412")
@@ -453,8 +455,8 @@ class ObjectBackend:
     def _patiently(self, name: str, ask: Callable[[], T]) -> T:
         """Ask, again and again while the trouble may pass.
 
-        Raises _AnswerError for an answer that the caller can use, StoreUnreachableError for any other and when
-        PATIENCE_SECONDS are over.
+        Raises _AnswerError for an answer that the caller can use, StoreRefusedError for one that no other try mends,
+        and StoreUnreachableError when PATIENCE_SECONDS are over.
         """
         failing_since: float | None = None
         wait = _FIRST_WAIT_SECONDS
@@ -471,6 +473,12 @@ class ObjectBackend:
                 trouble, cause = f"{answer.status} {answer.code}", answer
             except _NO_CREDENTIALS as error:
                 raise self._no_entry(name, str(error)) from error
+            except _NO_ENDPOINT as error:
+                raise StoreRefusedError(
+                    f"The endpoint of the object store is no address: {error}.",
+                    self._place(name),
+                    "Correct AWS_ENDPOINT_URL, or endpoint_url in the AWS files: https://HOST, or http://HOST:PORT.",
+                ) from error
             except _BROKEN as error:
                 trouble, cause = str(error) or type(error).__name__, error
             now = time.monotonic()
@@ -485,9 +493,9 @@ class ObjectBackend:
             self._stopped.wait(min(left, wait * random.uniform(0.5, 1.0)))  # noqa: S311 - no secret
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
 
-    def _refused(self, name: str, answer: _AnswerError) -> StoreUnreachableError:
+    def _refused(self, name: str, answer: _AnswerError) -> StoreRefusedError:
         if answer.code == "NoSuchBucket":
-            return StoreUnreachableError(
+            return StoreRefusedError(
                 f"There is no bucket {self._bucket}.",
                 self._place(name),
                 "Make it, or correct store.uri, or the endpoint that AWS_ENDPOINT_URL names.",
@@ -495,12 +503,12 @@ class ObjectBackend:
         told = f"{answer.code}: {answer.message}"
         if answer.status in (401, 403):
             return self._no_entry(name, told)
-        return StoreUnreachableError(
+        return StoreRefusedError(
             f"The object store refused a request ({told}).", self._place(name), "Correct what it names, then run again."
         )
 
-    def _no_entry(self, name: str, told: str) -> StoreUnreachableError:
-        return StoreUnreachableError(
+    def _no_entry(self, name: str, told: str) -> StoreRefusedError:
+        return StoreRefusedError(
             f"The object store does not let you in ({told}).",
             self._place(name),
             "Give credentials that may list, read, write and delete there: AWS_ACCESS_KEY_ID and "

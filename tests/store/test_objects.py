@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.errors import DamageError, SettingsError, StoreUnreachableError
+from rlhf.errors import DamageError, SettingsError, StoreRefusedError, StoreUnreachableError
 from rlhf.store import Store, objects
 from rlhf.store.blobs import in_parallel
 from rlhf.store.lease import Holder
@@ -275,16 +275,30 @@ def test_a_bucket_that_does_not_exist_and_credentials_that_do_not_fit_are_told_a
 ):
     """No retry mends them; the error names the bucket, the endpoint and the variables, and no secret."""
     absent = Store.open("s3://nobody-has-this/store", create=False, scratch=tmp_path / "scratch")
-    with pytest.raises(StoreUnreachableError, match="There is no bucket nobody-has-this") as caught:
+    with pytest.raises(StoreRefusedError, match="There is no bucket nobody-has-this") as caught:
         absent.lookup(KEY)
+    assert caught.value.exit_status == 2
     assert bucket_place.bucket.endpoint.url in caught.value.where
     bucket_place.bucket.endpoint.fail("denies")
     for ask in (bucket_place.open, lambda: bucket_place.open(create=False).lookup(KEY)):
-        with pytest.raises(StoreUnreachableError, match="does not let you in") as caught:
+        with pytest.raises(StoreRefusedError, match="does not let you in") as caught:
             ask()
         assert "AWS_ACCESS_KEY_ID" in caught.value.next_step
         assert "secret-of-the-tests" not in str(caught.value)
     assert not list(tmp_path.rglob("out"))
+
+
+@pytest.mark.parametrize("address", ["foo", "http://", "http://[there", "http://localhost:99999", "ftp://there/"])
+def test_an_endpoint_that_is_no_address_is_told_at_once(
+    bucket_place: BucketPlace, monkeypatch: pytest.MonkeyPatch, address: str
+):
+    """As wrong as a wrong setting, and the variable is named: no retry mends it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    with pytest.raises(StoreRefusedError, match="is no address") as caught:
+        bucket_place.open()
+    assert caught.value.exit_status == 2
+    assert address in caught.value.where
+    assert "AWS_ENDPOINT_URL" in caught.value.next_step
 
 
 def test_an_address_of_a_bucket_needs_a_package_that_is_named(tmp_path: Path):
