@@ -258,7 +258,7 @@ def status(request: Request) -> None:
     document = documents.status_document(request.config, needed(request.planned(), request.names), request.store())
 
     def show() -> None:
-        request.out.print(plan_table(document["stages"]))
+        request.out.print(plan_table(document["stages"], metrics=True))
         request.out.print(usage_line(document["usage"]))
 
     request.answer(document, show)

@@ -144,41 +144,37 @@ def stages_table(rows: Sequence[StageRow], etas: Mapping[str, float | None], wid
     return table
 
 
-def plan_table(stages: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of ``rlhf plan`` and ``rlhf status`` out of what their ``--json`` prints under "stages".
+def plan_table(stages: Sequence[Mapping[str, Any]], *, metrics: bool = False) -> Table:
+    """Return the table of ``rlhf plan``, and with ``metrics`` that of ``rlhf status``, of what ``--json`` prints.
 
-    Columns that would be empty are left out; ``why`` and ``metrics`` fold.
+    Columns that would be empty are left out. The last takes what width there is, and folds: why, and below it the first
+    few metrics.
     """
     rows: list[dict[str, str]] = [
         {
             "stage": str(stage["stage"]),
             "state": str(stage["state"]),
             "key": short_key(stage["key"]),
-            "why": printable(stage["why"]),
-            "needs": ", ".join(stage["needs"] or ()),
             "time": "" if stage["seconds"] is None else duration(stage["seconds"]),
-            "metrics": _metrics(stage["metrics"] or {}),
+            "why": printable(stage["why"]) + (_metrics(stage["metrics"] or {}) if metrics else ""),
         }
         for stage in stages
     ]
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
-    shown = [
-        name for name in ("stage", "state", "key", "why", "needs", "time", "metrics") if any(r[name] for r in rows)
-    ]
+    shown = [name for name in ("stage", "state", "key", "time", "why") if any(row[name] for row in rows)]
     for name in shown:
-        folds = name in ("why", "needs", "metrics")
-        table.add_column(name, no_wrap=not folds, overflow="fold", justify="right" if name == "time" else "left")
+        table.add_column(name, no_wrap=name != "why", overflow="fold", justify="right" if name == "time" else "left")
     for row in rows:
         table.add_row(*(_cell(name, row[name]) for name in shown))
     return table
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
-    """The first few metrics, one a line: what a table has room for. ``--json`` has all."""
-    lines = [f"{name} {_value(value)}" for name, value in metrics.items()]
-    return "\n".join(
-        lines[:_METRICS_SHOWN] + ([f"… {len(lines) - _METRICS_SHOWN} more"] if len(lines) > _METRICS_SHOWN else [])
-    )
+    """The first few metrics, each on a line of its own: what a table has room for. ``--json`` has all."""
+    lines = [f"  {name} {_value(value)}" for name, value in metrics.items()]
+    if len(lines) > _METRICS_SHOWN:
+        lines[_METRICS_SHOWN:] = [f"  … {len(lines) - _METRICS_SHOWN} more"]
+    return "".join(f"\n{line}" for line in lines)
 
 
 def samples_table(rows: Sequence[Mapping[str, Any]]) -> Group:
