@@ -85,11 +85,11 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
     """Run one group to its end; why it failed, or None."""
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     seconds = int(60 * (call.timeout_minutes + COLLECTIVE_SLACK_MINUTES))
-    trainer = TorchTrainer(
+    trainer = _lean_trainer()(
         perform_rank,
         train_loop_config={"call": call},
         torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo", timeout_s=seconds),
@@ -135,6 +135,24 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
     if error is not None and not isinstance(error, TrainingFailedError | RayError):
         raise error  # our own mistake or Ray's, and no failure of a rank
     return error
+
+
+def _lean_trainer() -> type[Any]:
+    """Ray's trainer for torch, without two processes that it would start for each group.
+
+    One serves Ray's datasets, which no stage reads; the other gives back the room of a dead controller, as
+    :func:`_release` does. To import Ray Train takes each of them seconds of a core that the ranks' own imports need.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class LeanTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            unused = DatasetsCallback | PlacementGroupCleanerCallback
+            return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
+
+    return LeanTrainer
 
 
 def _tell_controller(path: Path) -> Any:
