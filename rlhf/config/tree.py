@@ -17,6 +17,9 @@ from rlhf.config.nearest import nearest
 from rlhf.config.problems import Problem
 from rlhf.errors import SettingsError
 
+CONFIGS = Path("configs")
+"""Where a checkout keeps its pipelines."""
+
 KeyPath = tuple[str | int, ...]
 # Where a node was written, in words.
 Place = Callable[[yaml.Node], str]
@@ -251,12 +254,17 @@ def _reason(error: yaml.YAMLError) -> str:
 
 
 def _missing(file: Path) -> SettingsError:
-    others = sorted(str(other) for other in file.parent.glob("*.yaml"))
-    close = nearest(str(file), others)
+    beside = sorted(str(other) for other in file.parent.glob("*.yaml"))
+    # Who forgets the folder means a pipeline of the checkout that this is run from.
+    usual = sorted(str(other) for other in CONFIGS.glob("*.yaml"))
+    close = nearest(str(file), beside)
+    if close is None and (name := nearest(file.name, [Path(other).name for other in usual])):
+        close = str(CONFIGS / name)
+    others = beside or usual
     if close:
         next_step = f"--config {close}" + (f" (beside it: {', '.join(others)})" if len(others) > 1 else "")
     elif others:
         next_step = f"--config with one of {', '.join(others)}"
     else:
-        next_step = f"no pipeline file lies in {file.parent}; name one with --config"
+        next_step = f"no pipeline file lies in {file.parent} or {CONFIGS}; name one with --config"
     return SettingsError(f"there is no pipeline file {file}", str(file), next_step)

@@ -70,7 +70,7 @@ class Difference:
         change = f"{shown(self.old)} → {shown(self.new)}"
         match self.kind:
             case "input" if self.old is ABSENT or self.new is ABSENT:
-                return f"input {self.name} {'came' if self.old is ABSENT else 'went'}"
+                return f"input {self.name} {'added' if self.old is ABSENT else 'removed'}"
             case "input":
                 return f"input {self.name} {'changed' if self.new else 'will change'}"
             case "content":

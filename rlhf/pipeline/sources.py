@@ -16,11 +16,14 @@ def digest_source(path: str | Path, store: Store) -> str:
     A file is read again only when its size or times changed; the store remembers.
 
     Raises:
-        SettingsError: there is nothing at the path, or it cannot be read.
+        SettingsError: there is nothing at the path, or it is no file or folder with files, or cannot be read.
     """
     root = Path(path).expanduser()
     if not root.exists():
         raise SettingsError(f"there is no file or folder {path}", str(root), "correct the path")
+    # A pipe or a device can be read once, or for ever.
+    if not (root.is_file() or root.is_dir()):
+        raise SettingsError(f"{path} is neither a file nor a folder", str(root), "put what it gives into a file")
     memory = store.root / "cache" / "sources.json"
     known = _recall(memory)
     before = len(known)
@@ -35,6 +38,8 @@ def digest_source(path: str | Path, store: Store) -> str:
         except OSError as error:
             raise SettingsError(f"{file} cannot be read: {error.strerror}", str(root), "make it readable") from error
         digests[str(file.relative_to(root)) if root.is_dir() else ""] = known[identity]
+    if not digests:
+        raise SettingsError(f"the folder {path} is empty", str(root), "correct the path")
     if len(known) > before:
         _remember(memory, known)
     return digest_of(digests)

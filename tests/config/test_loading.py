@@ -387,11 +387,21 @@ def test_several_mistakes_are_reported_together(refuse: Refuse) -> None:
     assert len(lines) == 7
 
 
-def test_a_missing_file_names_the_pipelines_beside_it(tmp_path: Path) -> None:
-    """The nearest name first; and it says so where there is none at all."""
+def test_a_missing_file_names_the_pipelines_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearest name first; those of the checkout's own folder where none lies beside it, or that it says."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingsError) as caught:
         load_pipeline(tmp_path / "tinny.yaml", [], STAGES)
-    assert caught.value.next_step == f"no pipeline file lies in {tmp_path}; name one with --config"
+    assert caught.value.next_step == f"no pipeline file lies in {tmp_path} or configs; name one with --config"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text("train: {}")
+    for name, next_step in (
+        ("tiny.yml", "--config configs/tiny.yaml"),
+        ("x", "--config with one of configs/tiny.yaml"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            load_pipeline(Path(name), [], STAGES)
+        assert caught.value.next_step == next_step
     for name in ("quickstart.yaml", "tiny.yaml"):
         (tmp_path / name).write_text("train: {}")
     with pytest.raises(SettingsError) as caught:

@@ -157,6 +157,17 @@ def test_a_source_folder_is_known_by_its_files_and_their_names(tmp_path: Path):
     assert key() not in (before, added)
 
 
+def test_a_source_without_files_is_refused(tmp_path: Path):
+    """Nothing is read from it: a pipe, which is not waited for, a device, and a folder with hidden files alone."""
+    path, folder, pipe = write_pipeline(tmp_path), tmp_path / "folder", tmp_path / "pipe"
+    folder.mkdir()
+    (folder / ".hidden").write_text("x")
+    os.mkfifo(pipe)
+    for source, reason in ((pipe, "neither a file nor a folder"), ("/dev/zero", "neither"), (folder, "is empty")):
+        with pytest.raises(SettingsError, match=reason):
+            planned(path, f"words.file={source}")
+
+
 def test_a_damaged_memory_of_sources_costs_reading_and_nothing_else(tmp_path: Path):
     """The digests that the store remembers are a cache: cut short, they are made again."""
     path, source = write_pipeline(tmp_path), tmp_path / "a.txt"
