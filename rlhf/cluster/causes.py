@@ -158,8 +158,8 @@ def _death(call: Call, deaths: list[tuple[int | None, Exception]]) -> RlhfError:
     if _killed_for_memory(pulse):
         what = f"{who} was killed (SIGKILL) while the kernel killed for want of memory"
         return OutOfMemoryError(what, where, _less_memory(call))
-    # Every other signal that ends a process leaves a word in its log.
-    return KilledError(f"{who} died without a word: killed (SIGKILL)", where, CONTINUE)
+    # Every other signal that ends a process leaves a word in its log; Ray does not tell the status of one that exits.
+    return KilledError(f"{who} died without a word, as if killed (SIGKILL)", where, CONTINUE)
 
 
 def _is_lost(node: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from rlhf.cluster.session import Session
 from rlhf.zero.checkpoints import newest_complete, step_of
 from tests.faults.running import Toy, expected_total, moment, seconds_until_gone
-from tests.pipeline.helpers import end, install_toys, marked, planned, start, states, until, write_pipeline
+from tests.pipeline.helpers import end, install_toys, left, planned, start, states, until, write_pipeline
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,11 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-def left(mark: str) -> list[str]:
-    """What still runs of a driver's processes; Ray's agents may try for a minute to report their node's end."""
-    return [name for name in marked(mark).values() if "Agent" not in name]
 
 
 def until_step(toy: Toy, driver: "subprocess.Popen[str]", step: int = 2) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.running import Toy, expected_total, moment
-from tests.faults.test_drivers import left, until_step
-from tests.pipeline.helpers import MARK, end, marked, start, until
+from tests.faults.test_drivers import until_step
+from tests.pipeline.helpers import MARK, end, left, marked, start, until
 
 pytestmark = [
     pytest.mark.slow,

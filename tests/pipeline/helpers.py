@@ -133,6 +133,20 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
+def left(mark: str) -> list[str]:
+    """What still runs of them, without Ray's agents, which may try for a minute to report their node's end."""
+    return [name for pid, name in marked(mark).items() if not _is_agent(pid)]
+
+
+def _is_agent(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return True  # ended meanwhile
+    # One that has only begun has not given itself its name yet.
+    return "Agent" in command or "/agent" in command
+
+
 def end(process: "subprocess.Popen[str]") -> None:
     """Take a process that a failed test left behind with it, by its own session."""
     if process.poll() is None:

@@ -150,7 +150,7 @@ def test_a_worker_that_dies_is_a_stage_error_that_names_the_log(session: Session
     """A killed process tells nothing itself; what it printed before is in the log."""
     error, attempt = failing(session, path, "exits")
     assert type(error) is KilledError
-    assert error.what == "total died without a word: killed (SIGKILL)"
+    assert error.what == "total died without a word, as if killed (SIGKILL)"
     assert str(attempt / "log-0.txt") in error.where
     assert (attempt / "log-0.txt").read_text() == "last words\n"
     assert len(str(error).splitlines()) == 3

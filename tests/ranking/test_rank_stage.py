@@ -216,7 +216,8 @@ def test_strengths_come_on_the_scale_that_is_asked_for(tmp_path: Path) -> None:
         run(context)
         found = rows(context.output / "train.jsonl")
         for row in found:
-            assert np.argsort(row["strengths"]).tolist() == np.argsort(row["elo"]).tolist()
+            # Two who won alike have one Elo but for rounding, which differs between machines.
+            assert np.diff(np.array(row["strengths"])[np.argsort(row["elo"])]).min() > -1e-12
         return [np.array(row["strengths"]) for row in found]
 
     dataset, prompt, probability = (strengths(how) for how in ("dataset", "prompt", "probability"))
