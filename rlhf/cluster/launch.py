@@ -176,13 +176,15 @@ def _end_group(attempt: Path, thread: threading.Thread) -> None:
     Ray kills the ranks once their controller is gone, on other nodes too; one that is stopped only after 5 s.
     """
     end = time.monotonic() + END_SECONDS
-    with suppress(OSError, ValueError):  # it has not begun, or has ended
-        os.kill(json.loads((attempt / CONTROLLER).read_text())["pid"], signal.SIGKILL)
-    for rank in pulse.pulses(attempt).values():
-        if rank.is_here():
-            with suppress(ProcessLookupError):
-                os.kill(rank.pid, signal.SIGKILL)
-    thread.join(END_SECONDS)
+    # Again and again: what is only beginning has not told yet what it must be ended by.
+    while thread.is_alive() and time.monotonic() < end:
+        with suppress(OSError, ValueError):
+            os.kill(json.loads((attempt / CONTROLLER).read_text())["pid"], signal.SIGKILL)
+        for rank in pulse.pulses(attempt).values():
+            if rank.is_here():
+                with suppress(ProcessLookupError):
+                    os.kill(rank.pid, signal.SIGKILL)
+        thread.join(POLL_SECONDS)
     # A rank that still ran would write into the folder of the group that comes next.
     while time.monotonic() < end and any(one.is_here() for one in pulse.pulses(attempt).values()):
         time.sleep(POLL_SECONDS)

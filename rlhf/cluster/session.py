@@ -25,8 +25,6 @@ ENVIRONMENT = {
     # Each would start an actor of its own. Restarts are ours, whatever ended a group.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # After the shutdown Ray would start another one for whichever thread still calls it.
-    "RAY_ENABLE_AUTO_CONNECT": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }

@@ -20,7 +20,8 @@ class SideBySide:
 
     def __init__(self, abort: Callable[[], None]) -> None:
         self._abort = abort
-        self._threads: dict[str, threading.Thread] = {}
+        # Not the threads: one whose join is interrupted counts as ended from then on (Python before 3.13).
+        self._ended: dict[str, threading.Event] = {}
         self._errors: dict[str, BaseException] = {}
 
     def __enter__(self) -> Self:
@@ -29,46 +30,48 @@ class SideBySide:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._threads:
+        if not self._ended:
             return
         self._abort()
-        for thread in self._threads.values():
-            thread.join(SECONDS_TO_END)
+        for ended in self._ended.values():
+            ended.wait(SECONDS_TO_END)
 
     @property
     def names(self) -> list[str]:
         """What runs."""
-        return list(self._threads)
+        return list(self._ended)
 
     def start(self, name: str, work: Callable[[], None]) -> None:
         """Begin some work; a stage that runs already is not started again."""
-        assert name not in self._threads
+        assert name not in self._ended
+        ended = self._ended[name] = threading.Event()
 
         def run() -> None:
             try:
                 work()
             except BaseException as error:  # noqa: BLE001 - raised again in the main thread
                 self._errors[name] = error
+            finally:
+                ended.set()
 
-        self._threads[name] = threading.Thread(target=run, name=name, daemon=True)
-        self._threads[name].start()
+        threading.Thread(target=run, name=name, daemon=True).start()
 
     def wait(self, say: Callable[[str], None]) -> None:
         """Wait until some work has ended. After a failure the rest is waited for too, and then the failure is raised.
 
         say  is told what is waited for after a failure
         """
-        while self._threads:
+        while self._ended:
             # Of the threads, the main one alone takes signals: it must not stay in one wait for long.
-            next(iter(self._threads.values())).join(POLL_SECONDS)
-            ended = [name for name, thread in self._threads.items() if not thread.is_alive()]
-            for name in ended:
-                del self._threads[name]
-                if name in self._errors and self._threads:
+            next(iter(self._ended.values())).wait(POLL_SECONDS)
+            over = [name for name, ended in self._ended.items() if ended.is_set()]
+            for name in over:
+                del self._ended[name]
+                if name in self._errors and self._ended:
                     error = self._errors[name]
                     what = error.what if isinstance(error, RlhfError) else str(error)
-                    say(f"{name}: {what}; what else runs is finished first: {', '.join(self._threads)}")
-            if self._errors and not self._threads:
+                    say(f"{name}: {what}; what else runs is finished first: {', '.join(self._ended)}")
+            if self._errors and not self._ended:
                 raise next(iter(self._errors.values()))
-            if ended and not self._errors:
+            if over and not self._errors:
                 return

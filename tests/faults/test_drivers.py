@@ -56,6 +56,28 @@ def test_sigterm_saves_before_it_ends_a_run(toy: Toy, site: Path, mark: str):
     assert step_of(newest) == len(toy.done()) == int(saved[1])
 
 
+@pytest.mark.rounds(1, 20)
+def test_an_interrupted_group_ends_with_a_line(seed: int, toy: Toy, site: Path, mark: str):
+    """Ctrl-C while its processes begin or train: no word of Ray's, no other Ray, and no process left."""
+    driver = start(site, "run", "--config", toy.path, "cluster.cpus=1", "steps.seconds=0.5", mark=mark)
+    try:
+        until(lambda: driver.poll() is not None or len(toy.attempts()) == 2, "the stage's start")
+        if seed == 0:
+            until_step(toy, driver, 1)
+        else:
+            time.sleep(moment(seed, 10))
+        began = time.monotonic()
+        driver.send_signal(signal.SIGINT)
+        _, err = driver.communicate(timeout=60)
+    finally:
+        end(driver)
+    assert driver.returncode == 130, err
+    assert time.monotonic() - began < 15
+    assert [line.split(":")[0].strip() for line in err.splitlines()] == ["error", "where", "next"], err
+    until(lambda: not left(mark), "the end of its processes", 10)
+    assert list((toy.folder / "store" / "leases").iterdir()) == []
+
+
 @pytest.mark.rounds(1, 2)
 def test_a_dead_drivers_ranks_are_gone_in_ten_seconds(seed: int, session: Session, toy: Toy, site: Path, mark: str):
     """Also in a cluster that goes on without it; nobody else's work is touched, and the next run has the room."""
