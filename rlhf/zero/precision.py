@@ -22,7 +22,7 @@ def computable(context: Context[Any]) -> Context[Any]:
     if asked == "fp32" or group.all_true(_is_quick_in_bf16()):
         return context
     if group.is_main():
-        context.note(f"{context.stage}: computes in fp32, since this CPU has no instructions for bf16")
+        context.note("computes in fp32, since this CPU has no instructions for bf16")
     return replace(context, settings=context.settings.model_copy(update={"precision": "fp32"}))
 
 

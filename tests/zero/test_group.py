@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_group_is_refused_with_what_it_was(results: Resu
 def test_a_group_computes_in_bf16_where_all_its_cpus_can(results: Results, size: int) -> None:
     """Otherwise in fp32 on every rank, and rank 0 says so once."""
     for rank, found in enumerate(results[size]):
-        told = ["ppo: computes in fp32, since this CPU has no instructions for bf16"] if rank == 0 else []
+        told = ["computes in fp32, since this CPU has no instructions for bf16"] if rank == 0 else []
         assert found["precision"] == {
             "all": ("bf16", []),
             "none": ("fp32", told),
