@@ -1,8 +1,10 @@
 """Training itself, with a rank killed at any moment: sft, rm and ppo with real parts."""
 
+import json
 import os
-import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,8 @@ from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.pulse import Pulse, pulses
 from rlhf.store import Store
 from tests.faults.running import moment
-from tests.small import TWO_RANKS, Pipeline
+from tests.pipeline.helpers import until
+from tests.small import TINY, TWO_RANKS, Pipeline
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,7 +69,7 @@ def test_a_rank_killed_at_any_moment_costs_at_most_one_interval(
 ):
     """The group goes on from its newest checkpoint, and what it makes equals an unbroken run's, bit for bit."""
     stage = tuple(EVERY)[seed % 3]
-    ranks = 1 if seed < 3 else random.Random(seed).choice((1, 2))
+    ranks = 1 + seed // 2 % 2  # of two, the other one waits in a collective
     source: Store | None = None
     planned = unbroken
     if ranks == 2:
@@ -83,3 +86,31 @@ def test_a_rank_killed_at_any_moment_costs_at_most_one_interval(
     assert result is not None
     assert result.artifact == record.artifact
     assert killer.repeated() <= EVERY[stage]
+
+
+@pytest.mark.rounds(0, 10)
+def test_a_driver_killed_in_mid_training_is_taken_over(
+    seed: int, pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path
+):
+    """The next run goes on from the checkpoint, keeps the metrics before it, and makes the same result."""
+    stage = tuple(EVERY)[seed % 3]
+    record = unbroken[stage].record
+    assert record is not None
+    store = pipeline.fresh_store(tmp_path / "store", stage)
+    command = [sys.executable, "-m", "rlhf", "run", stage, "--config", str(TINY), *pipeline.overrides()]
+    driver = subprocess.Popen([*command, f"store.uri={store.root}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    work = store.root / "work" / record.key
+    until(
+        lambda: any(work.glob("*/checkpoints/checkpoint-*/complete.json")) or driver.poll() is not None,
+        "a checkpoint",
+        120,
+    )
+    assert driver.poll() is None, driver.communicate()
+    time.sleep(moment(seed, 2))
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    result = pipeline.run(stage, store=store)[stage].record
+    assert result is not None
+    assert result.artifact == record.artifact
+    first = (work / result.attempt / "metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)["step"] == 1

@@ -1,17 +1,11 @@
 """The whole pipeline with real parts, Ray, Ray Train, DeepSpeed ZeRO-3, TRL and PPO, with one rank and with two."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,7 +18,7 @@ from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import ActionRecord, Store
 from rlhf.zero.checkpoints import newest_complete, path_of
-from tests.small import TINY, TWO_RANKS, Pipeline
+from tests.small import TINY, Pipeline
 
 # Two launches of a worker group and their imports on two slow cores.
 pytestmark = [
@@ -35,6 +29,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets of dead actors to the collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+
+VALUES = "max_length: 128, batch_size: 4, micro_batch_size: 2"
+# A second reward model, an adapter, and a third one that starts from it on its own data with another loss.
+MORE = f"""
+pmp: {{uses: rm, {VALUES}, lora: {{rank: 4}}, loss: soft-share, optimizer: {{learning_rate: 1.0e-2}}}}
+fine: {{uses: rm, {VALUES}, sees: response, inputs: {{base: pmp}}, loss: listwise, responses_per_list: 8,
+        optimizer: {{learning_rate: 1.0e-3}}}}
+"""
 
 
 def record_of(planned: dict[str, Planned], name: str) -> ActionRecord:
@@ -110,43 +113,26 @@ def test_two_ranks_equal_one(
     assert first == pytest.approx(record_of(unbroken, "ppo").metrics["objective/scores_first"], abs=0.1)
 
 
-def test_one_killed_rank_of_two_costs_nothing_but_time(
-    pipeline: Pipeline, two_ranks: tuple[Store, dict[str, Planned]], tmp_path: Path
-) -> None:
-    """The other one, which waits for it in a collective, is started again too."""
-    whole, planned = two_ranks
-    store = pipeline.fresh_store(tmp_path / "store", "ppo", source=whole)
-    key = planned["ppo"].key
-    assert key is not None
-    killer = threading.Thread(target=kill_once, args=(store.root / "work" / key,), daemon=True)
-    killer.start()
-    again = pipeline.run("ppo", settings=TWO_RANKS, store=store)
-    killer.join(1)
-    assert "starting again from the newest checkpoint" in pipeline.output.getvalue()
-    assert record_of(again, "ppo").artifact == record_of(planned, "ppo").artifact
-
-
 def test_rewards_of_several_kinds_add_up(pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path) -> None:
     """Two reward models, one of them an adapter that sees the conversation, and a function, in ppo and evaluate."""
     file, function = tmp_path / "rewards.yaml", tmp_path / "reward.py"
-    other = "{uses: rm, lora: {rank: 4}, batch_size: 16, max_length: 128, optimizer: {learning_rate: 1.0e-2}}"
-    file.write_text(f"{TINY.read_text()}\nother: {other}\n")
+    file.write_text(TINY.read_text() + MORE)
     function.write_text("def reward(prompts, responses):\n    return [float(len(one)) for one in responses]\n")
-    parts = f"[{{model: rm, weight: 0.5}}, {{model: other, weight: 2}}, {{function: '{function}:reward', std: 40}}]"
+    parts = f"[{{model: rm, weight: 0.5}}, {{model: pmp, weight: 2}}, {{function: '{function}:reward', std: 40}}]"
     settings = (f"ppo.rewards={parts}", f"evaluate.rewards={parts}", "ppo.samples_kept=16")
     planned = pipeline.run("evaluate", settings=settings, file=file)
     assert planned["rm"].key == unbroken["rm"].key
 
     models: dict[str, Path] = {}
-    for name in ("rm", "other"):
+    for name in ("rm", "pmp"):
         linked = pipeline.store.checkout(record_of(planned, name).artifact, tmp_path / "linked" / name)
         # Links into the store, and the adapter's is changed below.
         models[name] = shutil.copytree(linked, tmp_path / "models" / name)
-    relocate_adapter(models["other"])
+    relocate_adapter(models["pmp"])
 
     def expected(prompt: str, response: str) -> float:
         scores = {name: score_alone(folder, prompt, response) for name, folder in models.items()}
-        return 0.5 * scores["rm"] + 2 * scores["other"] + len(response) / 40
+        return 0.5 * scores["rm"] + 2 * scores["pmp"] + len(response) / 40
 
     ppo = record_of(planned, "ppo")
     samples = read_rows(pipeline.store.root / "work" / ppo.key / ppo.attempt / "samples.jsonl")[-4:]
@@ -172,25 +158,6 @@ def score_alone(folder: Path, prompt: str, response: str) -> float:
     ids = [*before, *tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     raw = model(torch.tensor([ids])).logits.item()
     return (raw - model.config.score_mean) / model.config.score_std
-
-
-def test_a_killed_driver_is_taken_over(pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path) -> None:
-    """kill -9 of the driver in mid-stage: the next run goes on from the checkpoint, and the result is the same."""
-    store = pipeline.fresh_store(tmp_path / "store", "sft")
-    key = unbroken["sft"].key
-    assert key is not None
-    command = [sys.executable, "-m", "rlhf", "run", "sft", "--config", str(TINY), *pipeline.overrides()]
-    driver = subprocess.Popen([*command, f"store.uri={store.root}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_for_checkpoint(store.root / "work" / key, driver)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate()
-    assert store.action(key) is None
-    planned = pipeline.run("sft", store=store)
-    assert record_of(planned, "sft").artifact == record_of(unbroken, "sft").artifact
-    attempt = store.root / "work" / key / record_of(planned, "sft").attempt
-    first_step = json.loads((attempt / "metrics.jsonl").read_text().splitlines()[0])["step"]
-    assert first_step == 1, "the earlier attempt's metrics are kept"
-    assert len(store.attempts(key)) == 2
 
 
 def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -219,42 +186,12 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(pipeline
     assert newest_complete(attempts) == path_of(attempts[0], 1)
 
 
-def is_rank(process: psutil.Process) -> bool:
-    return process.name().startswith("ray::RayTrainWorker")
-
-
-def wait_for_checkpoint(work: Path, driver: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not any(work.glob("*/checkpoints/checkpoint-*/complete.json")):
-        assert driver.poll() is None, driver.communicate()[0].decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def kill_once(work: Path) -> None:
-    """Kill this session's rank as soon as its first checkpoint is complete."""
-    deadline = time.monotonic() + 120
-    while not any(work.glob("*/checkpoints/checkpoint-*/complete.json")):
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.02)
-    for process in psutil.Process().children(recursive=True):
-        if is_rank(process):
-            process.kill()
-            return
-
-
 def test_a_reward_model_starts_from_another_and_says_how_good_it_is(
     pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path
 ) -> None:
-    """Preference-model pre-training is a second instance, here on its own data with another loss, from an adapter."""
+    """Preference-model pre-training is a second instance, here with another loss, of an adapter."""
     file = tmp_path / "tiny.yaml"
-    values = "sees: response, max_length: 128, batch_size: 4, micro_batch_size: 2, optimizer: {learning_rate: 1.0e-3}"
-    file.write_text(
-        f"{TINY.read_text()}\n"
-        f"pmp: {{uses: rm, {values}, lora: {{rank: 2}}, loss: soft-share}}\n"
-        f"fine: {{uses: rm, {values}, inputs: {{base: pmp}}, loss: listwise, responses_per_list: 8}}\n"
-    )
+    file.write_text(TINY.read_text() + MORE)
     planned = pipeline.run("fine", file=file)
     record = planned["fine"].record
     assert record is not None
