@@ -123,7 +123,7 @@ def _perform(call: Call, rank: int, prepare: Callable[[Call], Context[Any]] = la
 
 def _device(call: Call, context: Context[Any]) -> str:
     if not call.gpu:
-        return "CPU" if context is call.context else "CPU, in fp32"
+        return "CPU" if context is call.context else "CPU in fp32"
     import torch
 
     return torch.cuda.get_device_name()
