@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from rlhf.errors import DiskFullError, StoreRefusedError, StoreUnreachableError, is_no_room
+from rlhf.errors import DiskFullError, StoreUnreachableError, is_no_room
 
 # The answers where a hard link cannot be made: another device, no such feature, too many links, not permitted.
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -286,17 +286,13 @@ class LocalBackend:
 
 @contextmanager
 def translated(path: Path, needed: int = 0) -> Generator[None, None, None]:
-    """Turn an operating-system error into DiskFullError (``needed`` bytes did not fit) or StoreUnreachableError.
-
-    Where the store's place is a file, that is a StoreRefusedError.
-    """
+    """Turn an operating-system error into DiskFullError (``needed`` bytes did not fit) or StoreUnreachableError."""
     try:
         yield
     except OSError as error:
         if is_no_room(error):
             raise no_room(path, needed, error.strerror or str(error)) from error
-        kind = StoreRefusedError if isinstance(error, NotADirectoryError | FileExistsError) else StoreUnreachableError
-        raise kind(
+        raise StoreUnreachableError(
             f"The store cannot be read or written: {error.strerror or error}.",
             where=str(path),
             next_step="Check that the file system is mounted, writable for you and able to make hard links, "

@@ -66,8 +66,6 @@ _NO_CREDENTIALS = (
     botocore.exceptions.CredentialRetrievalError,
     botocore.exceptions.ProfileNotFound,
 )
-# botocore reports some addresses that it cannot read as plain ValueErrors.
-_NO_ENDPOINT = (botocore.exceptions.EndpointResolutionError, ValueError)
 _ABSENT = ("NoSuchKey", "404")
 _UPLOAD_IS_OVER = "NoSuchUpload"
 _CONDITION_FAILED = ("PreconditionFailed", "412")
@@ -446,6 +444,10 @@ class ObjectBackend:
 
     def _answered(self, method: str, **request: Any) -> Any:
         try:
+            self._files.connect()
+        except ValueError as error:  # so botocore reports some addresses that it cannot read
+            raise self._no_address(error) from error
+        try:
             return self._files.call_s3(method, Bucket=self._bucket, **request)
         except OSError as error:
             if (answer := _answer_in(error)) is not None:
@@ -473,12 +475,8 @@ class ObjectBackend:
                 trouble, cause = f"{answer.status} {answer.code}", answer
             except _NO_CREDENTIALS as error:
                 raise self._no_entry(name, str(error)) from error
-            except _NO_ENDPOINT as error:
-                raise StoreRefusedError(
-                    f"The endpoint of the object store is no address: {error}.",
-                    self._place(name),
-                    "Correct AWS_ENDPOINT_URL, or endpoint_url in the AWS files: https://HOST, or http://HOST:PORT.",
-                ) from error
+            except botocore.exceptions.EndpointResolutionError as error:
+                raise self._no_address(error) from error
             except _BROKEN as error:
                 trouble, cause = str(error) or type(error).__name__, error
             now = time.monotonic()
@@ -492,6 +490,13 @@ class ObjectBackend:
             # Drawn at random, so that those that were refused together do not come back together.
             self._stopped.wait(min(left, wait * random.uniform(0.5, 1.0)))  # noqa: S311 - no secret
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+
+    def _no_address(self, error: Exception) -> StoreRefusedError:
+        return StoreRefusedError(
+            f"The endpoint of the object store is no address: {error}.",
+            self._place(""),
+            "Correct AWS_ENDPOINT_URL, or endpoint_url in the AWS files: https://HOST, or http://HOST:PORT.",
+        )
 
     def _refused(self, name: str, answer: _AnswerError) -> StoreRefusedError:
         if answer.code == "NoSuchBucket":

@@ -542,7 +542,11 @@ def _local_root(uri: str | Path) -> Path:
                 next_step="Use a folder's path, file:///absolute/path, or s3://bucket/prefix.",
             )
         text = unquote(address.path)
-    return _local_path(text)
+    root = _local_path(text)
+    there = next(path for path in (root, *root.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise SettingsError(f"The store cannot lie at {root}: {there} is no folder.", "store.uri", "Name a folder.")
+    return root
 
 
 def _local_path(text: str) -> Path:

@@ -14,6 +14,7 @@ from rlhf.errors import DiskFullError, PreflightError, is_no_room
 from rlhf.pipeline.checkpoints import MARKER, is_complete, marker, newest_complete, path_of, step_of
 from rlhf.pipeline.context import Context
 from rlhf.zero import group
+from rlhf.zero.precision import precision_of
 
 KEPT = 2
 
@@ -37,8 +38,8 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
             str(newest),
             f"{context.stage}.workers.count={ranks}, or remove that folder to start the stage anew",
         )
-    precision = _precision(context)
-    if (begun_in := written.get("precision", precision)) != precision:
+    precision = precision_of(context)
+    if (begun_in := written.get("precision", "a precision that it does not tell")) != precision:
         raise PreflightError(
             f"{begun} in {begun_in} at step {step_of(newest)}, which this CPU, computing in {precision}, "
             "cannot go on from",
@@ -46,11 +47,6 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
             "run it on a machine like the one that it began on, or remove that folder to start the stage anew",
         )
     return newest
-
-
-def _precision(context: Context[Any]) -> str:
-    # A stage without one has nothing that another could not read.
-    return getattr(context.settings, "precision", "fp32")
 
 
 def refuse_planted(checkpoint: Path, attempt: Path) -> None:
@@ -100,7 +96,7 @@ def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
     needed = group.from_main(lambda: _make_room(checkpoint, context.attempts, estimate))
     try:
         yield checkpoint
-        mark_complete(checkpoint, _precision(context))
+        mark_complete(checkpoint, precision_of(context))
     except Exception as error:
         written, free = _size(checkpoint), shutil.disk_usage(context.attempt).free
         if not (_says_no_room(error) or free < needed - written):

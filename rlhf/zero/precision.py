@@ -13,13 +13,17 @@ BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 matrix product took 9 times as long as in fp32, and its gradients 20 times."""
 
 
+def precision_of(context: Context[Any]) -> str:
+    """What a stage computes in; one without such a setting has nothing that either would change."""
+    return getattr(context.settings, "precision", "fp32")
+
+
 def computable(context: Context[Any]) -> Context[Any]:
     """The context with the precision in its settings that all ranks compute in. A collective.
 
     A result made in fp32 in place of bf16 differs from it by bf16's rounding, which it is free of.
     """
-    asked = getattr(context.settings, "precision", "fp32")
-    if asked == "fp32" or group.all_true(_is_quick_in_bf16()):
+    if precision_of(context) == "fp32" or group.all_true(_is_quick_in_bf16()):
         return context
     if group.is_main():
         context.note("computes in fp32, since this CPU has no instructions for bf16")

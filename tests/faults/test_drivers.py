@@ -72,7 +72,7 @@ def test_an_interrupted_group_ends_with_a_line(seed: int, toy: Toy, site: Path, 
     finally:
         end(driver)
     assert driver.returncode == 130, err
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 15
     assert [line.split(":")[0].strip() for line in err.splitlines()] == ["error", "where", "next"], err
     until(lambda: not left(mark), "the end of its processes", 10)
     assert list((toy.folder / "store" / "leases").iterdir()) == []

@@ -77,7 +77,6 @@ def test_a_driver_killed_in_mid_stage_is_succeeded_at_once(
     record = planned(path)["total"].record
     assert record is not None
     assert record.attempt.startswith("000002-")
-    # Ray's own agents may try for a minute to report the loss of their node; nothing else may outlive the driver.
     until(lambda: not left(mark), "the end of its processes", 15)
 
 
