@@ -65,7 +65,7 @@ class Toy:
         ]
 
     def rank(self, rank: int) -> Pulse | None:
-        found = [pulses(attempt)[rank] for attempt in self.attempts() if rank in pulses(attempt)]
+        found = [here[rank] for attempt in self.attempts() if rank in (here := pulses(attempt))]
         return found[-1] if found else None
 
     def total(self) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 from rlhf.cluster.session import Session
 from rlhf.zero.checkpoints import newest_complete, step_of
 from tests.faults.running import Toy, expected_total, moment, seconds_until_gone
-from tests.pipeline.helpers import end, install_toys, left, planned, start, states, until, write_pipeline
+from tests.pipeline.helpers import end, install_toys, marked, planned, start, states, until, until_gone, write_pipeline
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,7 +49,7 @@ def test_sigterm_saves_before_it_ends_a_run(toy: Toy, site: Path, mark: str):
     assert saved is not None, what
     assert where == f"  where: {toy.folder / 'store'}"
     assert following == f"  next:  rlhf run steps cluster.cpus=1 {' '.join(words)} --config {toy.path}"
-    until(lambda: not left(mark), "the end of its processes", 10)
+    until_gone(mark)
     assert list((toy.folder / "store" / "leases").iterdir()) == []
     newest = newest_complete(toy.attempts())
     assert newest is not None
@@ -74,7 +74,7 @@ def test_an_interrupted_group_ends_with_a_line(seed: int, toy: Toy, site: Path, 
     assert driver.returncode == 130, err
     assert time.monotonic() - began < 15
     assert [line.split(":")[0].strip() for line in err.splitlines()] == ["error", "where", "next"], err
-    until(lambda: not left(mark), "the end of its processes", 10)
+    until_gone(mark)
     assert list((toy.folder / "store" / "leases").iterdir()) == []
 
 
@@ -95,10 +95,24 @@ def test_a_dead_drivers_ranks_are_gone_in_ten_seconds(seed: int, session: Sessio
         seconds_until_gone([rank.pid], limit=10)
     finally:
         end(driver)
-    until(lambda: not left(mark), "the end of its processes", 10)
+    until_gone(mark)
     if attached:
         toy.run(session)
         assert toy.total() == expected_total()
+
+
+@pytest.mark.rounds(0, 10)
+def test_a_driver_killed_while_its_ranks_begin_leaves_none(seed: int, toy: Toy, site: Path, mark: str):
+    """A process that has not reached its Ray yet does not look for it for a minute."""
+    driver = start(site, "run", "--config", toy.path, "cluster.cpus=1", mark=mark)
+    try:
+        until(lambda: any(name.startswith("ray::TrainController.run") for name in marked(mark).values()), "a group")
+        time.sleep(moment(seed, 2))
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.communicate()
+    finally:
+        end(driver)
+    until_gone(mark)
 
 
 @pytest.mark.rounds(1, 100)
@@ -113,7 +127,7 @@ def test_a_driver_killed_at_any_moment_loses_nothing_that_was_committed(seed: in
         driver.communicate()
     finally:
         end(driver)
-    until(lambda: not left(mark), "the end of its processes", 10)
+    until_gone(mark)
     store = tmp_path / "store"
     before = {file.name: file.read_bytes() for file in (store / "actions").glob("*.json")} if store.exists() else {}
     again = start(install_toys(tmp_path / "again"), "run", "--config", path, "cluster.cpus=1", mark=mark)
@@ -144,4 +158,4 @@ def test_an_interrupt_in_the_first_half_second_is_quiet(seed: int, tmp_path: Pat
     assert driver.returncode == 130, out + err
     assert err.startswith("error: interrupted")
     assert "Traceback" not in out + err
-    until(lambda: not left(mark), "the end of its processes", 10)
+    until_gone(mark)

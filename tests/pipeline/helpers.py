@@ -135,16 +135,27 @@ def marked(mark: str) -> dict[int, str]:
 
 def left(mark: str) -> list[str]:
     """What still runs of them, without Ray's agents, which may try for a minute to report their node's end."""
-    return [name for pid, name in marked(mark).items() if not _is_agent(pid)]
+    # An agent that has only begun has not given itself its name yet.
+    lines = [line for pid in marked(mark) if (line := _described(pid))]
+    return [line for line in lines if "Agent" not in line and "/agent" not in line]
 
 
-def _is_agent(pid: int) -> bool:
+def until_gone(mark: str, seconds: float = 10.0) -> None:
+    """Wait until nothing of them runs; what outlives that is named."""
+    end = time.monotonic() + seconds
+    while here := left(mark):
+        assert time.monotonic() < end, f"after {seconds:g} s there still run\n" + "\n".join(here)
+        time.sleep(0.05)
+
+
+def _described(pid: int) -> str:
+    """A process's number, state, parent and command; nothing of one that has ended meanwhile."""
+    process = Path(f"/proc/{pid}")
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_text()
+        state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+        return f"{pid} ({state}, of {parent}): {(process / 'cmdline').read_text().replace(chr(0), ' ')}"
     except OSError:
-        return True  # ended meanwhile
-    # One that has only begun has not given itself its name yet.
-    return "Agent" in command or "/agent" in command
+        return ""
 
 
 def end(process: "subprocess.Popen[str]") -> None:
