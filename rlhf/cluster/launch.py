@@ -124,10 +124,10 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
     except ClusterLostError:
         raise  # there is nobody left to ask
     except HangError as error:
-        _end_group(call.context.attempt, thread)
+        _end_group(call.context.attempt, thread, trainer)
         return error
     except RlhfError:
-        _end_group(call.context.attempt, thread)
+        _end_group(call.context.attempt, thread, trainer)
         raise
     error = outcome[0]
     if isinstance(error, RayError):
@@ -138,29 +138,54 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
 
 
 def _lean_trainer() -> type[Any]:
-    """Ray's trainer for torch, without two processes that it would start for each group.
+    """Ray's trainer for torch, without three processes that it would start for each group, and with its controller.
 
-    One serves Ray's datasets, which no stage reads; the other gives back the room of a dead controller, as
-    :func:`_release` does. To import Ray Train takes each of them seconds of a core that the ranks' own imports need.
+    One of them serves Ray's datasets, which no stage reads; one gives back the room of a dead controller, as
+    :func:`_release` does; one asks for room that the placement group asks for too. To import Ray Train takes each of
+    them seconds of a core that the ranks' own imports need. Ray's trainer keeps the controller's handle to itself; by
+    it a group is ended whose processes only import yet.
     """
+    import ray
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    class WithoutAutoscaler(FixedScalingPolicy):
+        def _send_resource_request(self) -> None:
+            pass
+
+        _maybe_send_resource_request = _cancel_resource_request = _send_resource_request
 
     class LeanTrainer(TorchTrainer):
+        controller: Any = None
+
         def _create_default_callbacks(self) -> list[Any]:
             unused = DatasetsCallback | PlacementGroupCleanerCallback
             return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
+
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            here = ray.get_runtime_context().get_node_id()
+            beside_the_driver = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(TrainController)
+            arguments["scaling_policy"] = WithoutAutoscaler(arguments["scaling_policy"].scaling_config)
+            self.controller = beside_the_driver.remote(**arguments)
+            ray.get(self.controller.run.remote())
+            return ray.get(self.controller.get_result.remote())
 
     return LeanTrainer
 
 
 def _tell_controller(path: Path) -> Any:
     """A callback by which Ray Train's controller, which runs on the driver's node, tells what it must be ended by."""
+    from ray.train.v2._internal import constants
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
     class TellController(ControllerCallback, WorkerGroupCallback):
         def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002 - Ray's signature
+            # The ranks have these variables from their session. Given once more, they would make Ray start each rank
+            # through another program, and a rank started so outlives a killed driver by a minute.
+            constants.ENV_VARS_TO_PROPAGATE.clear()
             path.write_text(json.dumps({"pid": os.getpid(), "placement": None}))
 
         def after_worker_group_start(self, worker_group: Any) -> None:
@@ -170,14 +195,19 @@ def _tell_controller(path: Path) -> Any:
     return TellController()
 
 
-def _end_group(attempt: Path, thread: threading.Thread) -> None:
+def _end_group(attempt: Path, thread: threading.Thread, trainer: Any) -> None:
     """End a group whatever its processes are doing.
 
     Ray kills the ranks once their controller is gone, on other nodes too; one that is stopped only after 5 s.
     """
+    import ray
+
     end = time.monotonic() + END_SECONDS
     # Again and again: what is only beginning has not told yet what it must be ended by.
     while thread.is_alive() and time.monotonic() < end:
+        if trainer.controller is not None:
+            ray.kill(trainer.controller)
+        # Ray asks the process to end itself, which a stopped one does not.
         with suppress(OSError, ValueError):
             os.kill(json.loads((attempt / CONTROLLER).read_text())["pid"], signal.SIGKILL)
         for rank in pulse.pulses(attempt).values():

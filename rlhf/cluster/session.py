@@ -28,6 +28,9 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# Of a cluster that is started here and ends with its driver: a worker that only begins when the driver is killed would
+# look for its Ray for a minute.
+LOCAL_ENVIRONMENT = {"RAY_gcs_rpc_server_connect_timeout_s": "2", "RAY_gcs_rpc_server_reconnect_timeout_s": "3"}
 KNOCK_SECONDS = 10.0
 SILENT_SECONDS = 30.0
 """How long a cluster's head may refuse connections before it counts as lost."""
@@ -69,7 +72,8 @@ class Session:
         """
         if self._started:
             return
-        os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+        for name, value in (ENVIRONMENT | ({} if self.address else LOCAL_ENVIRONMENT)).items():
+            os.environ.setdefault(name, value)
         self._show_token()
         import ray
 
