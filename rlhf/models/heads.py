@@ -9,8 +9,10 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import FloatTensor, Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
+from rlhf.models.packing import PACKABLE, pack
 from rlhf.models.text import positions
 from rlhf.rl.distributions import entropy_from_logits, logprobs_of
 
@@ -72,11 +74,27 @@ class SequenceScores(nn.Module):
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw scores ``[batch]``."""
-        classifier = classifier_of(self.model)
-        body = getattr(classifier, classifier.base_model_prefix)
-        hidden = body(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        last = attention_mask.sum(-1) - 1
-        return classifier.score(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()
+        return _last_token_logits(classifier_of(self.model), ids, attention_mask).squeeze(-1).float()
+
+
+def pack_texts(classifier: Any) -> None:
+    """Have a decoder's sequence classifier pack its texts, which are padded on the right."""
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=_last_token_logits(classifier, input_ids, attention_mask))
+
+    classifier.forward = forward
+
+
+def _last_token_logits(classifier: Any, ids: Tensor, attention_mask: Tensor) -> FloatTensor:
+    """``[batch, label]``"""
+    body = getattr(classifier, classifier.base_model_prefix)
+    if body.config.model_type in PACKABLE:
+        texts = pack(ids, attention_mask)
+        hidden = body(input_ids=texts.ids, position_ids=texts.positions, use_cache=False).last_hidden_state
+        return classifier.score(hidden.flatten(0, 1)[texts.ends])
+    hidden = body(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return classifier.score(hidden[torch.arange(len(ids), device=ids.device), attention_mask.sum(-1) - 1])
 
 
 class OwnScores(nn.Module):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf.config.training import Precision
 from rlhf.models import folders, text, trust
-from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, scores_at_last_token
+from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, scores_at_last_token
 from rlhf.models.text import Prompt, Tokenizer
 from rlhf.pipeline import pulse
 from rlhf.zero import group
@@ -116,6 +116,7 @@ def load_scorer(folder: Path, precision: Precision, tokenizer: Tokenizer, head_s
         folder, dtype=DTYPES[precision], num_labels=1, **trust.MODEL
     )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    pack_texts(model)
     if is_reward_model(folder):
         return model
     with gathered([model.score.weight], modify=True):

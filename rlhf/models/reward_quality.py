@@ -31,7 +31,7 @@ def check_padding(
     deviation: float,
     precision: Precision,
 ) -> None:
-    """Refuse a model whose score of a text depends on what it was padded to. A collective.
+    """Refuse a model whose score of a text depends on what it was padded to, or on what shared its row. A collective.
 
     alone      scores texts one by one
     scores     of all texts, in batches
@@ -46,7 +46,7 @@ def check_padding(
     difference = float((alone([texts[index] for index in some]) - scores[some]).abs().max()) / deviation
     if difference > LARGEST_DIFFERENCE[precision]:
         raise StageError(
-            f"a text's score depends on its padding, by up to {difference:.2g} deviations",
+            f"a text's score depends on the batch that it is in, by up to {difference:.2g} deviations",
             "the reward model",
             "its pad token may be read as text: give the tokenizer one of its own",
         )

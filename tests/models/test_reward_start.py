@@ -70,5 +70,5 @@ def test_a_score_that_depends_on_padding_is_refused() -> None:
     check_padding(shifted(0.1), texts, scores, 1.0, "bf16")
     refused: tuple[tuple[float, Precision], ...] = ((0.1, "fp32"), (0.8, "bf16"))
     for by, precision in refused:
-        with pytest.raises(StageError, match="depends on its padding"):
+        with pytest.raises(StageError, match="depends on the batch"):
             check_padding(shifted(by), texts, scores, 1.0, precision)
