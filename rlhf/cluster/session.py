@@ -30,7 +30,7 @@ ENVIRONMENT = {
 }
 # Of a cluster that is started here and ends with its driver: a worker that only begins when the driver is killed would
 # look for its Ray for a minute.
-LOCAL_ENVIRONMENT = {"RAY_gcs_rpc_server_connect_timeout_s": "2", "RAY_gcs_rpc_server_reconnect_timeout_s": "3"}
+LOCAL_ENVIRONMENT = {"RAY_gcs_rpc_server_connect_timeout_s": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
 KNOCK_SECONDS = 10.0
 SILENT_SECONDS = 30.0
 """How long a cluster's head may refuse connections before it counts as lost."""
