@@ -183,8 +183,8 @@ def _tell_controller(path: Path) -> Any:
 
     class TellController(ControllerCallback, WorkerGroupCallback):
         def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002 - Ray's signature
-            # The ranks have these variables from their session. Given once more, they would make Ray start each rank
-            # through another program, and a rank started so outlives a killed driver by a minute.
+            # The ranks have these variables from the session. Given once more, they would make Ray start each rank
+            # through a program of its own, at a second of a core.
             constants.ENV_VARS_TO_PROPAGATE.clear()
             path.write_text(json.dumps({"pid": os.getpid(), "placement": None}))
 

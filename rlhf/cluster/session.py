@@ -28,8 +28,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-# Of a cluster that is started here and ends with its driver: a worker that only begins when the driver is killed would
-# look for its Ray for a minute.
+# For a cluster that is started here and ends with its driver: a worker that only begins when the driver is killed would
+# look for its Ray for up to 70 s.
 LOCAL_ENVIRONMENT = {"RAY_gcs_rpc_server_connect_timeout_s": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
 KNOCK_SECONDS = 10.0
 SILENT_SECONDS = 30.0
@@ -87,7 +87,7 @@ class Session:
             warnings.simplefilter("ignore")
             try:
                 if self.address:
-                    ray.init(address=self.address, runtime_env={"env_vars": ENVIRONMENT}, **common)
+                    ray.init(address=self.address, runtime_env={"env_vars": _for_workers()}, **common)
                 else:
                     ray.init(
                         address="local",
@@ -173,6 +173,11 @@ class Session:
         return Resources(
             cpus=[int(node.get("CPU", 0)) for node in nodes], gpus=[int(node.get("GPU", 0)) for node in nodes]
         )
+
+
+def _for_workers() -> dict[str, str]:
+    """What a cluster's workers are given, with what the user has set of Ray Train's variables; ours inherit them."""
+    return {name: value for name, value in os.environ.items() if name in ENVIRONMENT or name.startswith("RAY_TRAIN_")}
 
 
 def _node() -> Any:

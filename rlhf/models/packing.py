@@ -77,13 +77,14 @@ def rows_of(lengths: Sequence[int]) -> list[list[int]]:
 
     That takes at most 11/9 of the fewest rows possible, and one (Dósa, ESCAPE 2007, doi:10.1007/978-3-540-74450-4_1).
     """
+    width = max(lengths)
     room: list[int] = []
     rows: list[list[int]] = []
     for text in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         row = next((row for row, left in enumerate(room) if left >= lengths[text]), len(rows))
         if row == len(rows):
             rows.append([])
-            room.append(max(lengths))
+            room.append(width)
         rows[row].append(text)
         room[row] -= lengths[text]
     return rows

@@ -1,6 +1,5 @@
 """The driver killed, told to end and interrupted, at any moment."""
 
-import os
 import re
 import signal
 import subprocess
@@ -12,7 +11,18 @@ import pytest
 from rlhf.cluster.session import Session
 from rlhf.zero.checkpoints import newest_complete, step_of
 from tests.faults.running import Toy, expected_total, moment, seconds_until_gone
-from tests.pipeline.helpers import end, install_toys, marked, planned, start, states, until, until_gone, write_pipeline
+from tests.pipeline.helpers import (
+    end,
+    install_toys,
+    kill_alone,
+    marked,
+    outliving,
+    planned,
+    start,
+    states,
+    until,
+    write_pipeline,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,7 +59,7 @@ def test_sigterm_saves_before_it_ends_a_run(toy: Toy, site: Path, mark: str):
     assert saved is not None, what
     assert where == f"  where: {toy.folder / 'store'}"
     assert following == f"  next:  rlhf run steps cluster.cpus=1 {' '.join(words)} --config {toy.path}"
-    until_gone(mark)
+    assert outliving(mark) == []
     assert list((toy.folder / "store" / "leases").iterdir()) == []
     newest = newest_complete(toy.attempts())
     assert newest is not None
@@ -74,7 +84,7 @@ def test_an_interrupted_group_ends_with_a_line(seed: int, toy: Toy, site: Path, 
     assert driver.returncode == 130, err
     assert time.monotonic() - began < 15
     assert [line.split(":")[0].strip() for line in err.splitlines()] == ["error", "where", "next"], err
-    until_gone(mark)
+    assert outliving(mark) == []
     assert list((toy.folder / "store" / "leases").iterdir()) == []
 
 
@@ -90,12 +100,11 @@ def test_a_dead_drivers_ranks_are_gone_in_ten_seconds(seed: int, session: Sessio
         until_step(toy, driver)
         rank = toy.rank(0)
         assert rank is not None
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.communicate()
+        kill_alone(driver)
         seconds_until_gone([rank.pid], limit=10)
     finally:
         end(driver)
-    until_gone(mark)
+    assert outliving(mark) == []
     if attached:
         toy.run(session)
         assert toy.total() == expected_total()
@@ -105,14 +114,9 @@ def test_a_dead_drivers_ranks_are_gone_in_ten_seconds(seed: int, session: Sessio
 def test_a_driver_killed_while_its_ranks_begin_leaves_none(seed: int, toy: Toy, site: Path, mark: str):
     """A process that has not reached its Ray yet does not look for it for a minute."""
     driver = start(site, "run", "--config", toy.path, "cluster.cpus=1", mark=mark)
-    try:
-        until(lambda: any(name.startswith("ray::TrainController.run") for name in marked(mark).values()), "a group")
-        time.sleep(moment(seed, 2))
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.communicate()
-    finally:
-        end(driver)
-    until_gone(mark)
+    until(lambda: any(name.startswith("ray::TrainController.run") for name in marked(mark).values()), "a group")
+    kill_alone(driver, moment(seed, 2))
+    assert outliving(mark) == []
 
 
 @pytest.mark.rounds(1, 100)
@@ -121,13 +125,8 @@ def test_a_driver_killed_at_any_moment_loses_nothing_that_was_committed(seed: in
     path = write_pipeline(tmp_path)
     site = install_toys(tmp_path / "toys")
     driver = start(site, "run", "--config", path, "cluster.cpus=1", mark=mark)
-    try:
-        time.sleep(moment(seed, 10))
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.communicate()
-    finally:
-        end(driver)
-    until_gone(mark)
+    kill_alone(driver, moment(seed, 10))
+    assert outliving(mark) == []
     store = tmp_path / "store"
     before = {file.name: file.read_bytes() for file in (store / "actions").glob("*.json")} if store.exists() else {}
     again = start(install_toys(tmp_path / "again"), "run", "--config", path, "cluster.cpus=1", mark=mark)
@@ -158,4 +157,4 @@ def test_an_interrupt_in_the_first_half_second_is_quiet(seed: int, tmp_path: Pat
     assert driver.returncode == 130, out + err
     assert err.startswith("error: interrupted")
     assert "Traceback" not in out + err
-    until_gone(mark)
+    assert outliving(mark) == []

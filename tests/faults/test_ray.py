@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.running import Toy, expected_total, moment
 from tests.faults.test_drivers import until_step
-from tests.pipeline.helpers import MARK, end, marked, start, until_gone
+from tests.pipeline.helpers import MARK, end, marked, outliving, start
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,7 +43,7 @@ def test_a_run_whose_ray_died_says_so_and_goes_on_when_it_is_run_again(seed: int
     assert time.monotonic() - began < 30
     assert err.startswith(f"error: Ray's {name} died\n")
     assert "Traceback" not in out + err
-    until_gone(mark, 15)
+    assert outliving(mark, 15) == []
     done = toy.done()
 
     again = start(site, *words, mark=mark)

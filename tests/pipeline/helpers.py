@@ -140,12 +140,19 @@ def left(mark: str) -> list[str]:
     return [line for line in lines if "Agent" not in line and "/agent" not in line]
 
 
-def until_gone(mark: str, seconds: float = 10.0) -> None:
-    """Wait until nothing of them runs; what outlives that is named."""
+def outliving(mark: str, seconds: float = 10.0) -> list[str]:
+    """What still runs of them after so long; nothing as soon as nothing does."""
     end = time.monotonic() + seconds
-    while here := left(mark):
-        assert time.monotonic() < end, f"after {seconds:g} s there still run\n" + "\n".join(here)
+    while (here := left(mark)) and time.monotonic() < end:
         time.sleep(0.05)
+    return here
+
+
+def kill_alone(process: "subprocess.Popen[str]", after: float = 0.0) -> None:
+    """Kill a process after so many seconds, and none of those that it started."""
+    time.sleep(after)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def _described(pid: int) -> str:

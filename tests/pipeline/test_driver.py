@@ -19,7 +19,18 @@ from rlhf.pipeline.documents import status_document
 from rlhf.pipeline.runner import Runner
 from rlhf.store import LEASE_SECONDS, Store
 from rlhf.terminal import Display
-from tests.pipeline.helpers import end, load_toy, marked, planned, start, states, until, until_gone, write_pipeline
+from tests.pipeline.helpers import (
+    end,
+    kill_alone,
+    load_toy,
+    marked,
+    outliving,
+    planned,
+    start,
+    states,
+    until,
+    write_pipeline,
+)
 from tests.pipeline.toys import KNOWN
 
 pytestmark = pytest.mark.slow
@@ -59,8 +70,7 @@ def test_a_driver_killed_in_mid_stage_is_succeeded_at_once(
     driver = start(site, "run", "--config", path, f"total.gate={gate}", "cluster.cpus=1", mark=mark)
     try:
         until(lambda: running(gate) or driver.poll() is not None, "the stage's start")
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.communicate()
+        kill_alone(driver)
     finally:
         end(driver)
     store = Store.open(tmp_path / "store")
@@ -77,7 +87,7 @@ def test_a_driver_killed_in_mid_stage_is_succeeded_at_once(
     record = planned(path)["total"].record
     assert record is not None
     assert record.attempt.startswith("000002-")
-    until_gone(mark, 15)
+    assert outliving(mark, 15) == []
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -124,7 +134,7 @@ def test_a_second_interruption_ends_at_once(path: Path, gate: Path, site: Path):
     assert driver.returncode == 130, out + err
     assert err.startswith("error: interrupted; what was committed and the checkpoints stay\n")
     assert time.monotonic() - began < 5
-    until_gone(mark, 15)
+    assert outliving(mark, 15) == []
 
 
 def test_of_two_drivers_one_works_and_the_other_waits_and_adopts(
