@@ -190,6 +190,7 @@ def _ended_by_signals(told: RlhfError, stopping: Stop) -> Generator[None]:
         if number == signal.SIGTERM and stopping.ask():
             timers[1].start()
         else:
+            stopping.abort()  # where the exception is lost, as by compiled modules that are being imported
             raise KeyboardInterrupt
 
     before = {signal_: signal.signal(signal_, stop) for signal_ in (signal.SIGINT, signal.SIGTERM)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import errors
-from rlhf.cluster.worker import Call, Failure, no_room, read_failures
+from rlhf.cluster.worker import Call, Failure, is_out_of_memory, no_room, read_failures
 from rlhf.errors import (
     DivergedError,
     HangError,
@@ -76,9 +76,22 @@ def cause_of(call: Call, error: Exception) -> RlhfError:
                 return no_room(cause, call.context.attempt)
     told = {failure.rank for failure in failures}
     deaths = [(rank, cause) for rank, cause in causes if rank not in told and _is_death(cause)]
-    if deaths or not failures:
-        return _death(call, deaths or causes)
-    return _as_told(failures[0], call)
+    if deaths:
+        return _death(call, deaths)
+    return _as_told(failures[0], call) if failures else _before_our_code(call, *causes[0])
+
+
+def _before_our_code(call: Call, rank: int | None, cause: Exception) -> RlhfError:
+    """What Ray Train met while it prepared a rank, or the whole group."""
+    from ray import exceptions
+
+    stage = call.context.stage
+    # Ray's text of an error that it cannot bring over ends with it.
+    words = first_line(cause) if isinstance(cause, exceptions.RayTaskError) else shortened(str(cause))
+    where = f"{'' if rank is None else f'rank {rank}; '}logs: {call.context.attempt}/log-*.txt"
+    if is_out_of_memory(cause):
+        return OutOfMemoryError(f"{stage} ran out of memory: {words}", where, _less_memory(call))
+    return StageError(f"{stage} failed before it began: {type(cause).__name__}: {words}", where, CONTINUE)
 
 
 def _as_told(failure: Failure, call: Call) -> RlhfError:

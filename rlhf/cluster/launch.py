@@ -14,14 +14,14 @@ from typing import Any
 from rlhf.cluster.causes import cause_of, may_retry
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.watchdog import Watchdog
-from rlhf.cluster.worker import COLLECTIVE_SLACK_MINUTES, RESULT, Call, perform_rank, perform_task
+from rlhf.cluster.worker import RESULT, Call, perform_rank, perform_task
 from rlhf.errors import ClusterLostError, HangError, RlhfError
 from rlhf.pipeline import pulse
 
 POLL_SECONDS = 0.25
 END_SECONDS = 30.0
 """How long the processes of an ended group may take to go."""
-CONTROLLER = "controller.json"
+CONTROLLER = "controller.pid"
 
 
 def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, float]:
@@ -85,22 +85,23 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
     """Run one group to its end; why it failed, or None."""
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    seconds = int(60 * (call.timeout_minutes + COLLECTIVE_SLACK_MINUTES))
-    trainer = _lean_trainer()(
+    from rlhf.cluster.lean_trainer import LeanTrainer, TellController
+
+    # Ray's annotation knows the callbacks for users alone.
+    callbacks: list[Any] = [TellController(call.context.attempt / CONTROLLER)]
+    trainer = LeanTrainer(
         perform_rank,
         train_loop_config={"call": call},
-        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo", timeout_s=seconds),
         scaling_config=ScalingConfig(
             num_workers=resources.count, use_gpu=resources.gpu, resources_per_worker=_per_worker(resources)
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(call.context.attempt / "ray"),
+            storage_path=_room(call.context.attempt),
             failure_config=FailureConfig(max_failures=0),
-            callbacks=[_tell_controller(call.context.attempt / CONTROLLER)],
+            callbacks=callbacks,
         ),
     )
     outcome: list[Exception | None] = []
@@ -137,64 +138,6 @@ def _fit(call: Call, resources: RankResources, name: str, watch: Callable[[], No
     return error
 
 
-def _lean_trainer() -> type[Any]:
-    """Ray's trainer for torch, without three processes that it would start for each group, and with its controller.
-
-    One of them serves Ray's datasets, which no stage reads; one gives back the room of a dead controller, as
-    :func:`_release` does; one asks for room that the placement group asks for too. To import Ray Train takes each of
-    them seconds of a core that the ranks' own imports need. Ray's trainer keeps the controller's handle to itself; by
-    it a group is ended whose processes only import yet.
-    """
-    import ray
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-    from ray.train.v2._internal.execution.controller import TrainController
-    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-
-    class WithoutAutoscaler(FixedScalingPolicy):
-        def _send_resource_request(self) -> None:
-            pass
-
-        _maybe_send_resource_request = _cancel_resource_request = _send_resource_request
-
-    class LeanTrainer(TorchTrainer):
-        controller: Any = None
-
-        def _create_default_callbacks(self) -> list[Any]:
-            unused = DatasetsCallback | PlacementGroupCleanerCallback
-            return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
-
-        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-            here = ray.get_runtime_context().get_node_id()
-            beside_the_driver = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(TrainController)
-            arguments["scaling_policy"] = WithoutAutoscaler(arguments["scaling_policy"].scaling_config)
-            self.controller = beside_the_driver.remote(**arguments)
-            ray.get(self.controller.run.remote())
-            return ray.get(self.controller.get_result.remote())
-
-    return LeanTrainer
-
-
-def _tell_controller(path: Path) -> Any:
-    """A callback by which Ray Train's controller, which runs on the driver's node, tells what it must be ended by."""
-    from ray.train.v2._internal import constants
-    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-
-    class TellController(ControllerCallback, WorkerGroupCallback):
-        def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002 - Ray's signature
-            # The ranks have these variables from the session. Given once more, they would make Ray start each rank
-            # through a program of its own, at a second of a core.
-            constants.ENV_VARS_TO_PROPAGATE.clear()
-            path.write_text(json.dumps({"pid": os.getpid(), "placement": None}))
-
-        def after_worker_group_start(self, worker_group: Any) -> None:
-            placement = worker_group.get_worker_group_state().placement_group_handle.placement_group
-            path.write_text(json.dumps({"pid": os.getpid(), "placement": placement.id.hex()}))
-
-    return TellController()
-
-
 def _end_group(attempt: Path, thread: threading.Thread, trainer: Any) -> None:
     """End a group whatever its processes are doing.
 
@@ -209,7 +152,7 @@ def _end_group(attempt: Path, thread: threading.Thread, trainer: Any) -> None:
             ray.kill(trainer.controller)
         # Ray asks the process to end itself, which a stopped one does not.
         with suppress(OSError, ValueError):
-            os.kill(json.loads((attempt / CONTROLLER).read_text())["pid"], signal.SIGKILL)
+            os.kill(int((attempt / CONTROLLER).read_text()), signal.SIGKILL)
         for rank in pulse.pulses(attempt).values():
             if rank.is_here():
                 with suppress(ProcessLookupError):
@@ -222,20 +165,19 @@ def _end_group(attempt: Path, thread: threading.Thread, trainer: Any) -> None:
 
 
 def _release(attempt: Path) -> None:
-    """Give back the room that a dead controller had taken: Ray would keep it until the driver ends."""
+    """Give back the room that a dead controller has taken or waits for: Ray would keep it until the driver ends."""
     import ray
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-    placement = None
-    with suppress(OSError, ValueError):
-        placement = json.loads((attempt / CONTROLLER).read_text())["placement"]
-    job = ray.get_runtime_context().get_job_id()
     table: dict[str, dict[str, Any]] = placement_group_table()
     for identity, entry in table.items():
-        # What still waits for room has not been told to us. It may be another stage's, which then asks again.
-        waiting = identity.endswith(job) and entry["state"] == "PENDING"
-        if identity == placement or waiting:
+        if entry["name"] == _room(attempt) and entry["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(identity))))
+
+
+def _room(attempt: Path) -> str:
+    """Where Ray Train keeps its own files of an attempt, and the name of the room that it takes for it."""
+    return str(attempt / "ray")
 
 
 def _per_worker(resources: RankResources) -> dict[str, float]:

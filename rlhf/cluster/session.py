@@ -2,15 +2,19 @@
 
 import atexit
 import os
+import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from rlhf.cluster import reaper
 from rlhf.cluster.token import MODE, default_path, entrance, known_token, prepare_token, warning_of_open
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.errors import ClusterLostError, PreflightError, TryAgainError
@@ -25,12 +29,11 @@ ENVIRONMENT = {
     # Each would start an actor of its own. Restarts are ours, whatever ended a group.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Nothing of ours is compiled, but DeepSpeed imports an optimiser that is, and two seconds of compiler with it.
+    "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-# For a cluster that is started here and ends with its driver: a worker that only begins when the driver is killed would
-# look for its Ray for up to 70 s.
-LOCAL_ENVIRONMENT = {"RAY_gcs_rpc_server_connect_timeout_s": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
 KNOCK_SECONDS = 10.0
 SILENT_SECONDS = 30.0
 """How long a cluster's head may refuse connections before it counts as lost."""
@@ -45,6 +48,7 @@ class Session:
         self._settings = settings
         self._started = False
         self._knocked = self._answered = 0.0
+        self._reaped = ExitStack()
         self.notices: list[str] = []
         """What the user should be told of the cluster's entrance, once it has started."""
 
@@ -54,10 +58,11 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._started and isinstance(error, ClusterLostError):
-            _abandon()
-        elif self._started:
-            _shut_down()
+        with self._reaped:
+            if self._started and isinstance(error, ClusterLostError):
+                _abandon()
+            elif self._started:
+                _shut_down()
 
     @property
     def address(self) -> str | None:
@@ -72,7 +77,7 @@ class Session:
         """
         if self._started:
             return
-        for name, value in (ENVIRONMENT | ({} if self.address else LOCAL_ENVIRONMENT)).items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._show_token()
         import ray
@@ -89,6 +94,7 @@ class Session:
                 if self.address:
                     ray.init(address=self.address, runtime_env={"env_vars": _for_workers()}, **common)
                 else:
+                    self._reaped.enter_context(_reaped())
                     ray.init(
                         address="local",
                         num_cpus=self._settings.cpus,
@@ -97,8 +103,10 @@ class Session:
                         object_store_memory=256 * 2**20,
                         **common,
                     )
-            except (OSError, RuntimeError) as error:
+            except Exception as error:  # a bare one where its processes do not come up in time
                 raise _not_there(error, self.address) from error
+            finally:
+                os.environ.pop(reaper.MARK, None)
         self._started = True
         # Ray puts a handler of its own in place of the program's, which aborts whoever cleans up for longer than 3 s.
         if threading.current_thread() is threading.main_thread():
@@ -173,6 +181,22 @@ class Session:
         return Resources(
             cpus=[int(node.get("CPU", 0)) for node in nodes], gpus=[int(node.get("GPU", 0)) for node in nodes]
         )
+
+
+@contextmanager
+def _reaped() -> Generator[None]:
+    """Whoever inherits the environment of now ends with this process, or with the context if that is first."""
+    if sys.platform != "linux":  # no other system shows processes' environments as files
+        yield
+        return
+    mark = os.environ[reaper.MARK] = secrets.token_hex(16)
+    process = reaper.start(mark)
+    try:
+        yield
+    finally:
+        reaper.kill_all(mark)
+        process.kill()
+        process.communicate()
 
 
 def _for_workers() -> dict[str, str]:

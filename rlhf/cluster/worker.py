@@ -1,6 +1,7 @@
 """What runs on a worker: a stage's code with its output in the attempt's log and its errors kept for the driver."""
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -25,6 +26,8 @@ TASK_MINUTES = 24 * 60.0
 """How long a task may go without a note or progress: it has no steps, and one fit of strengths may take hours."""
 COLLECTIVE_SLACK_MINUTES = 1.0
 """Ranks wait so much longer for each other than the driver waits for them, since it can tell which of them hangs."""
+# CUDA outside torch's allocator; that allocator on a CPU; cuBLAS. All three come as a RuntimeError.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,32 @@ def perform_task(call: Call) -> None:
     _perform(call, rank=0)
 
 
+def tell_meeting_point(address: str, port: int) -> None:
+    """Where the ranks of a group find each other: Ray Train calls this on every rank first."""
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
 def perform_rank(arguments: dict[str, Call]) -> None:
     """Run a stage on one rank of a worker group: Ray Train calls this on every rank."""
-    _perform(arguments["call"], rank=int(os.environ["RANK"]), prepare=_join_group)
+    from ray.train import get_context
+
+    place = get_context()
+    os.environ |= {
+        "RANK": str(place.get_world_rank()),
+        "WORLD_SIZE": str(place.get_world_size()),
+        "LOCAL_RANK": str(place.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(place.get_local_world_size()),
+    }
+    _perform(arguments["call"], rank=place.get_world_rank(), prepare=_join_group)
 
 
 def _join_group(call: Call) -> Context[Any]:
+    if call.gpu:
+        import torch
+        from ray.train.torch import get_device
+
+        # A rank sees all devices that its group has on its node, to reach the others directly.
+        torch.cuda.set_device(get_device())
     prepare_deepspeed(call)
     from rlhf.zero.precision import computable
 
@@ -73,11 +96,14 @@ def prepare_deepspeed(call: Call) -> None:
     """Join the process group, on kernels and collectives that can be relied on."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if not call.gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
+        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
     import torch
+
+    pulse.beat()
+    import deepspeed
     from deepspeed.ops import __compatible_ops__
 
+    pulse.beat()
     # cuDNN's attention gives queries that may see no key, as padding on the left has, a gradient that is not a number
     # when the batch is 64 wide (torch 2.11, H200): one such batch ends a run. The other kernels give 0.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -108,6 +134,8 @@ def _perform(call: Call, rank: int, prepare: Callable[[Call], Context[Any]] = la
             _write(context.attempt / RANKS.format(rank), {"host": socket.gethostname(), "device": device})
             pulse.beat()
             code = load(call.code)
+            # What was imported stays. DeepSpeed looks for garbage again and again, half a second each time otherwise.
+            gc.freeze()
             pulse.beat()
             metrics = code(context)
             if rank == 0:
@@ -161,8 +189,9 @@ def no_room(error: OSError, attempt: Path) -> DiskFullError:
 def _failure(error: BaseException, rank: int, attempt: Path) -> Failure:
     if isinstance(error, OSError) and is_no_room(error):
         error = no_room(error, attempt)
-    elif _is_out_of_memory(error):
-        error = OutOfMemoryError(str(error) or type(error).__name__)
+    elif is_out_of_memory(error):
+        # Below their first lines CUDA's errors have advice on debugging kernels.
+        error = OutOfMemoryError(next(iter(str(error).splitlines()), type(error).__name__))
     args = tuple(map(str, error.args)) if isinstance(error, RlhfError) else (str(error),)
     return Failure(
         at=time.time(),
@@ -175,9 +204,9 @@ def _failure(error: BaseException, rank: int, attempt: Path) -> Failure:
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch's allocator on a CPU raises a bare RuntimeError.
-    told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory, on a device or beside it."""
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     torch = sys.modules.get("torch")  # where it was never imported, nothing of it was raised
     return told or isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 

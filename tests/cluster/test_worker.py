@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ray.exceptions import ActorDiedError, RayActorError
 
 from rlhf import errors
 from rlhf.cluster.causes import cause_of, may_retry
@@ -63,7 +65,25 @@ def failed(attempt: Path, *failures: tuple[int, float, str, tuple[str, ...]]) ->
     for rank, at, error, args in failures:
         values = {"at": at, "rank": rank, "host": "node", "pid": 7, "error": error, "args": args, "log": f"log-{rank}"}
         (attempt / f"failure-{rank}.json").write_text(json.dumps(values))
-    return cause_of(call(attempt, "loud"), RuntimeError("first\n  the actor died\n"))
+    return cause_of(call(attempt, "loud"), worker_failed(DiedError("first\n  the actor died\n")))
+
+
+class DiedError(RayActorError):
+    """Ray's account of a death, with its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def worker_failed(cause: Exception, rank: int = 1) -> RuntimeError:
+    """What Ray Train tells of a group when a rank failed."""
+    told = RuntimeError("the group failed")
+    told.__dict__["worker_failures"] = {rank: cause}
+    return told
 
 
 def test_whatever_a_stage_prints_is_in_its_log_and_nowhere_else(attempt: Path):
@@ -202,15 +222,11 @@ def test_failures_of_several_kinds_are_counted_together():
 )
 def test_a_killed_rank_is_told_with_its_signal_step_and_log(attempt: Path, line: str, signal: str):
     """A crash leaves its signal in the log; what leaves nothing was killed."""
-    from ray.exceptions import ActorDiedError
-
     log = attempt / "log-1.txt"
     log.write_text(f"training\n{line}\n")
     with beating(attempt, 1, "", log, 60):
         beat(7)
-        told = RuntimeError("the group failed")
-        told.__dict__["worker_failures"] = {1: ActorDiedError()}
-        error = cause_of(call(attempt, "loud"), told)
+        error = cause_of(call(attempt, "loud"), worker_failed(ActorDiedError()))
     assert type(error) is KilledError
     assert signal in error.what
     assert error.what.startswith("rank 1 of total ")
@@ -225,6 +241,22 @@ def test_a_rank_that_found_no_memory_says_what_to_lower(attempt: Path):
     assert type(error) is errors.OutOfMemoryError
     assert error.what == "total ran out of memory: MemoryError"
     assert error.next_step == "give total a node with more memory"
+
+
+def test_what_goes_wrong_before_a_rank_runs_our_code_is_told_as_it_came(attempt: Path):
+    """Ray Train chooses the device first; nobody was killed."""
+    error = cause_of(call(attempt, "loud"), worker_failed(ValueError("no such\ndevice"), rank=3))
+    assert type(error) is StageError
+    assert error.what == "total failed before it began: ValueError: no such device"
+    assert error.where == f"rank 3; logs: {attempt}/log-*.txt"
+
+
+def test_a_device_too_full_to_begin_is_out_of_memory(attempt: Path):
+    """torch's class for that is no OutOfMemoryError of its own."""
+    full = torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` …\n")
+    error = cause_of(call(attempt, "loud"), worker_failed(full))
+    assert type(error) is errors.OutOfMemoryError
+    assert error.what.startswith("total ran out of memory: CUDA error: out of memory")
 
 
 def test_code_is_named_by_module_and_function():

@@ -63,7 +63,7 @@ def test_a_killed_train_controller_costs_a_restart(seed: int, toy: Toy, site: Pa
     try:
         until_step(toy, driver)
         time.sleep(moment(seed, 2))
-        (pid,) = [pid for pid, program in marked(mark).items() if program.startswith("ray::TrainController")]
+        (pid,) = [pid for pid, program in marked(mark).items() if program.startswith("ray::LeanTrainController")]
         os.kill(pid, signal.SIGKILL)
         out, err = driver.communicate(timeout=120)
     finally:

@@ -5,6 +5,7 @@ Starting a group costs more than all checks together, so one start runs them all
 """
 
 import copy
+import gc
 import json
 import os
 import shutil
@@ -398,6 +399,7 @@ def gathering(tiny: Path) -> Tensor:
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Run all checks in turn, together with the other ranks."""
     torch.set_num_threads(1)
+    gc.freeze()  # as a worker does
     # DeepSpeed would compile its shared-memory collectives, which takes half a minute.
     __compatible_ops__["deepspeed_shm_comm"] = False
     meeting = f"file://{folder / 'meeting'}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf.cluster.session import ENVIRONMENT
 from tests.models.tiny import make_tiny_llama
 from tests.zero.inputs import write_inputs
 
@@ -26,7 +27,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     write_inputs(folder)
     processes: list[tuple[Path, subprocess.Popen[bytes]]] = []
     # Threads of three processes would wait for each other's cores more than they compute on so small a model.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     for world_size in (1, 2):
         (folder / str(world_size)).mkdir()
         for rank in range(world_size):
