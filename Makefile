@@ -42,11 +42,13 @@ check: .venv/ready  ## Lint, types, and the tests that start neither Ray nor tra
 	$(BIN)/basedpyright
 	$(BIN)/pytest -m "not slow and not gpu"
 
+# Two processes with threads for each core would wait for each other.
+test: export OMP_NUM_THREADS := 1
 test: .venv/ready  ## Everything that CI runs: check, then the tests on a real Ray cluster.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
-	$(BIN)/pytest -m "not gpu" --durations=15
+	$(BIN)/pytest -m "not gpu" --durations=15 --numprocesses 2 --no-loadscope-reorder
 
 chaos: .venv/ready  ## The whole fault suite, for hours; interrupted, it goes on. `rm -r .chaos` starts it anew.
 	$(BIN)/pytest tests/faults --chaos

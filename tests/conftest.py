@@ -1,5 +1,7 @@
+import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -8,6 +10,7 @@ from rlhf.cluster.session import Session
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST, fetch
 from tests import buckets
+from tests.scheduler import Scheduler, order
 from tests.small import pipeline, two_ranks, unbroken
 
 __all__ = ["pipeline", "two_ranks", "unbroken"]  # fixtures for all
@@ -16,13 +19,21 @@ __all__ = ["pipeline", "two_ranks", "unbroken"]  # fixtures for all
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
-GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
 
 DOWNLOADS = Path(__file__).parents[1] / "downloads"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos", action="store_true", help="tests/faults: every round, except those passed before")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
+    return Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order(items)
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +80,7 @@ def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
         # DeepSpeed would compile its shared-memory collectives, which takes half a minute.
         __compatible_ops__["deepspeed_shm_comm"] = False
+        gc.freeze()  # as a worker does
         meeting = f"file://{tmp_path_factory.mktemp('group') / 'meeting'}"
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=meeting, rank=0, world_size=1)
     yield

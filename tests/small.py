@@ -64,9 +64,15 @@ class Pipeline:
         display = Display(Console(file=self.output, width=160), list(config.instances))
         return Runner(config, known, store or self.store, self.session, display).run(targets)
 
-    def fresh_store(self, folder: Path, *without: str, source: Store | None = None) -> Store:
-        """A store that has what the shared one or another has, but for the results of some stages."""
-        copy, source = Store.open(folder), source or self.store
+    def fresh_store(
+        self, folder: Path, *without: str, source: Store | None = None, address: str | None = None
+    ) -> Store:
+        """A store that has what the shared one or another has, but for the results of some stages.
+
+        It lies in the folder, or has that for its scratch folder if it has an address.
+        """
+        copy = Store.open(address, scratch=folder) if address else Store.open(folder)
+        source = source or self.store
         for name, ref in source.refs("tiny").items():
             record = source.action(ref.key)
             assert record is not None

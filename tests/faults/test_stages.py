@@ -3,18 +3,22 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from rlhf.pipeline.checkpoints import MARKER
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.pulse import Pulse, pulses
 from rlhf.store import Store
+from tests.buckets import Bucket
 from tests.faults.running import moment
 from tests.pipeline.helpers import until
 from tests.small import TINY, TWO_RANKS, Pipeline
@@ -33,10 +37,17 @@ LONGEST = 8.0
 """Seconds from a rank's begin, within which it is killed; some are done by then."""
 
 
-class Killer(threading.Thread):
-    """Kills a rank once, and notes every step that it sees any process of that rank finish."""
+def has_checkpoint(work: Path) -> bool:
+    return any(work.glob("*/checkpoints/checkpoint-*/complete.json"))
 
-    def __init__(self, work: Path, rank: int, after: float) -> None:
+
+class Killer(threading.Thread):
+    """Kills a rank once, and notes every step that it sees any process of that rank finish.
+
+    ``after`` is how many seconds after the rank's begin; None is the first complete checkpoint.
+    """
+
+    def __init__(self, work: Path, rank: int, after: float | None) -> None:
         super().__init__(daemon=True)
         self._work, self._rank, self._after = work, rank, after
         self.seen: list[Pulse] = []
@@ -52,7 +63,8 @@ class Killer(threading.Thread):
             if not self.seen:
                 continue
             begun = time.monotonic() if begun is None else begun
-            if self.killed is None and time.monotonic() - begun >= self._after:
+            due = has_checkpoint(self._work) if self._after is None else time.monotonic() - begun >= self._after
+            if self.killed is None and due:
                 self.killed = self.seen[-1].pid
                 if self.seen[-1].is_here():
                     os.kill(self.killed, signal.SIGKILL)
@@ -69,8 +81,8 @@ def test_a_rank_killed_at_any_moment_costs_at_most_one_interval(
     seed: int, pipeline: Pipeline, unbroken: dict[str, Planned], request: pytest.FixtureRequest, tmp_path: Path
 ):
     """The group goes on from its newest checkpoint, and what it makes equals an unbroken run's, bit for bit."""
-    stage = tuple(EVERY)[seed % 3]
-    ranks = 1 if seed < 3 else random.Random(seed).choice((1, 2))
+    # Of every twelve seeds each is another stage, number of ranks, and kind of moment.
+    stage, ranks, at_checkpoint = tuple(EVERY)[seed % 3], 1 + seed // 2 % 2, seed % 2 == 0
     source: Store | None = None
     planned = unbroken
     if ranks == 2:
@@ -78,7 +90,8 @@ def test_a_rank_killed_at_any_moment_costs_at_most_one_interval(
     record = planned[stage].record
     assert record is not None
     store = pipeline.fresh_store(tmp_path / "store", stage, source=source)
-    killer = Killer(store.root / "work" / record.key, seed % ranks, moment(seed, LONGEST))
+    after = None if at_checkpoint else moment(seed, LONGEST)
+    killer = Killer(store.root / "work" / record.key, random.Random(seed).randrange(ranks), after)
     killer.start()
     again = pipeline.run(stage, store=store, settings=TWO_RANKS if ranks == 2 else ())
     killer.over.set()
@@ -87,6 +100,7 @@ def test_a_rank_killed_at_any_moment_costs_at_most_one_interval(
     assert result is not None
     assert result.artifact == record.artifact
     assert killer.repeated() <= EVERY[stage]
+    assert not at_checkpoint or "starting again from the newest checkpoint (1 of 3)" in pipeline.output.getvalue()
 
 
 @pytest.mark.rounds(0, 10)
@@ -98,20 +112,45 @@ def test_a_driver_killed_in_mid_training_is_taken_over(
     record = unbroken[stage].record
     assert record is not None
     store = pipeline.fresh_store(tmp_path / "store", stage)
-    command = [sys.executable, "-m", "rlhf", "run", stage, "--config", str(TINY), *pipeline.overrides()]
-    driver = subprocess.Popen([*command, f"store.uri={store.root}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     work = store.root / "work" / record.key
-    until(
-        lambda: any(work.glob("*/checkpoints/checkpoint-*/complete.json")) or driver.poll() is not None,
-        "a checkpoint",
-        120,
-    )
-    assert driver.poll() is None, driver.communicate()
-    time.sleep(moment(seed, 2))
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate()
+    kill_driver(pipeline, stage, store, lambda: has_checkpoint(work), moment(seed, 2))
     result = pipeline.run(stage, store=store)[stage].record
     assert result is not None
     assert result.artifact == record.artifact
     first = (work / result.attempt / "metrics.jsonl").read_text().splitlines()[0]
     assert json.loads(first)["step"] == 1
+
+
+@pytest.mark.rounds(0, 6)
+def test_a_stage_whose_machine_is_lost_in_mid_training_goes_on_from_the_bucket(
+    seed: int, pipeline: Pipeline, unbroken: dict[str, Planned], bucket: Bucket, tmp_path: Path
+):
+    """The driver is killed and its scratch folder is gone; what it had uploaded gives the same result elsewhere."""
+    stage = tuple(EVERY)[seed % 3]
+    record = unbroken[stage].record
+    assert record is not None
+    lost = pipeline.fresh_store(tmp_path / "lost", stage, address=bucket.uri)
+    uploaded = f"work/{record.key}/"
+    kill_driver(
+        pipeline, stage, lost, lambda: any(one.endswith(MARKER) for one in bucket.names(uploaded)), moment(seed, 1)
+    )
+    shutil.rmtree(tmp_path / "lost")
+    again = pipeline.run(stage, store=Store.open(bucket.uri, scratch=tmp_path / "new"))
+    assert f"{stage}: fetched the checkpoint of step " in pipeline.output.getvalue()
+    result = again[stage].record
+    assert result is not None
+    assert result.artifact == record.artifact
+
+
+def kill_driver(pipeline: Pipeline, stage: str, store: Store, begun: Callable[[], bool], after: float) -> None:
+    """Run a stage by a program of its own, and kill that a while after something happened."""
+    words = (*pipeline.overrides(), f"store.uri={store.address}")
+    if store.bucket is not None:
+        words = (*words, f"store.scratch={store.root}")
+    command = [sys.executable, "-m", "rlhf", "run", stage, "--config", str(TINY), *words]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    until(lambda: begun() or driver.poll() is not None, "a checkpoint", 120)
+    assert driver.poll() is None, driver.communicate()
+    time.sleep(after)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate()

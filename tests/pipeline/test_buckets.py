@@ -25,7 +25,7 @@ from tests.pipeline.toys import KNOWN
 
 
 @pytest.fixture
-def pipeline(bucket: Bucket, tmp_path: Path) -> Callable[[str, str], Path]:
+def written(bucket: Bucket, tmp_path: Path) -> Callable[[str, str], Path]:
     """Writes a pipeline file for a machine, by its name, with these stages."""
 
     def write(machine: str, stages: str) -> Path:
@@ -57,18 +57,18 @@ def run(session: Session, path: Path, known: Mapping[str, Stage] = KNOWN) -> tup
 
 @pytest.mark.slow
 def test_what_one_machine_made_is_cached_on_another(
-    session: Session, bucket: Bucket, pipeline: Callable[[str, str], Path], tmp_path: Path
+    session: Session, bucket: Bucket, written: Callable[[str, str], Path], tmp_path: Path
 ):
     """The whole pipeline through a bucket: results, refs and logs are there, and the other machine makes nothing."""
 
-    made, shown = run(session, pipeline("first", THREE))
+    made, shown = run(session, written("first", THREE))
     assert states(made) == {"words": "cached", "count": "cached", "total": "cached"}
     assert shown.count(" done ") == 3
     assert sorted({name.split("/")[0] for name in bucket.files()}) == ["actions", "blobs", "manifests", "refs", "work"]
     total = made["total"].record
     assert total is not None
     assert f"work/{total.key}/{total.attempt}/log-0.txt" in bucket.names("work")
-    found, shown = run(session, pipeline("second", THREE))
+    found, shown = run(session, written("second", THREE))
     assert {name: one.record for name, one in found.items()} == {name: one.record for name, one in made.items()}
     assert shown.count(" cached ") == 3
     assert not (tmp_path / "second" / "work").exists()
@@ -76,7 +76,7 @@ def test_what_one_machine_made_is_cached_on_another(
 
 @pytest.mark.slow
 def test_a_stage_whose_machine_was_lost_goes_on_elsewhere(
-    session: Session, bucket: Bucket, pipeline: Callable[[str, str], Path], tmp_path: Path
+    session: Session, bucket: Bucket, written: Callable[[str, str], Path], tmp_path: Path
 ):
     """kill -9 of the driver, and an empty scratch folder: what had been uploaded is fetched, and no step repeated."""
     info = tmp_path / "site" / "stepping-1.dist-info"
@@ -84,7 +84,7 @@ def test_a_stage_whose_machine_was_lost_goes_on_elsewhere(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stepping\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[rlhf.stages]\nstepping = tests.pipeline.stepping:STEPPING\n")
     gate = tmp_path / "gate"
-    words = ("run", "cluster.cpus=1", f"stepping.gate={gate}", "--config", pipeline("first", "stepping: {}\n"))
+    words = ("run", "cluster.cpus=1", f"stepping.gate={gate}", "--config", written("first", "stepping: {}\n"))
     driver = start(tmp_path / "site", *words)
     try:
         until(
@@ -99,7 +99,7 @@ def test_a_stage_whose_machine_was_lost_goes_on_elsewhere(
     finally:
         end(driver)
         gate.touch()
-    found, shown = run(session, pipeline("second", "stepping: {}\n"), STEPPING)
+    found, shown = run(session, written("second", "stepping: {}\n"), STEPPING)
     assert states(found) == {"stepping": "cached"}
     assert f"stepping: fetched the checkpoint of step 3 from {bucket.uri}" in shown
     (record,) = [json.loads(data) for data in bucket.files("actions").values()]

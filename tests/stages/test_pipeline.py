@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +18,7 @@ from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import ActionRecord, Store
 from rlhf.zero.checkpoints import newest_complete, path_of
-from tests.small import TINY, TWO_RANKS, Pipeline
+from tests.small import TINY, Pipeline
 
 # Two launches of a worker group and their imports on two slow cores.
 pytestmark = [
@@ -115,22 +113,6 @@ def test_two_ranks_equal_one(
     assert first == pytest.approx(record_of(unbroken, "ppo").metrics["objective/scores_first"], abs=0.1)
 
 
-def test_one_killed_rank_of_two_costs_nothing_but_time(
-    pipeline: Pipeline, two_ranks: tuple[Store, dict[str, Planned]], tmp_path: Path
-) -> None:
-    """The other one, which waits for it in a collective, is started again too."""
-    whole, planned = two_ranks
-    store = pipeline.fresh_store(tmp_path / "store", "ppo", source=whole)
-    key = planned["ppo"].key
-    assert key is not None
-    killer = threading.Thread(target=kill_once, args=(store.root / "work" / key,), daemon=True)
-    killer.start()
-    again = pipeline.run("ppo", settings=TWO_RANKS, store=store)
-    killer.join(1)
-    assert "starting again from the newest checkpoint" in pipeline.output.getvalue()
-    assert record_of(again, "ppo").artifact == record_of(planned, "ppo").artifact
-
-
 def test_rewards_of_several_kinds_add_up(pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path) -> None:
     """Two reward models, one of them an adapter that sees the conversation, and a function, in ppo and evaluate."""
     file, function = tmp_path / "rewards.yaml", tmp_path / "reward.py"
@@ -202,23 +184,6 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(pipeline
     attempts = pipeline.store.attempts(planned.key)
     assert len(attempts) == 1
     assert newest_complete(attempts) == path_of(attempts[0], 1)
-
-
-def is_rank(process: psutil.Process) -> bool:
-    return process.name().startswith("ray::RayTrainWorker")
-
-
-def kill_once(work: Path) -> None:
-    """Kill this session's rank as soon as its first checkpoint is complete."""
-    deadline = time.monotonic() + 120
-    while not any(work.glob("*/checkpoints/checkpoint-*/complete.json")):
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.02)
-    for process in psutil.Process().children(recursive=True):
-        if is_rank(process):
-            process.kill()
-            return
 
 
 def test_a_reward_model_starts_from_another_and_says_how_good_it_is(
