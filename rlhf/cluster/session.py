@@ -189,8 +189,9 @@ def _reaped() -> Generator[None]:
     if sys.platform != "linux":  # no other system shows processes' environments as files
         yield
         return
-    mark = os.environ[reaper.MARK] = secrets.token_hex(16)
-    process = reaper.start(mark)
+    mark = secrets.token_hex(16)
+    process = reaper.start(mark)  # before the mark is in the environment, or it would end itself
+    os.environ[reaper.MARK] = mark
     try:
         yield
     finally:
