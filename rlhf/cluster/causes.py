@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import errors
-from rlhf.cluster.worker import Call, Failure, is_out_of_memory, no_room, read_failures
+from rlhf.cluster.worker import Call, Failure, no_room, read_failures
 from rlhf.errors import (
     DivergedError,
     HangError,
@@ -89,8 +89,6 @@ def _before_our_code(call: Call, rank: int | None, cause: Exception) -> RlhfErro
     # Ray's text of an error that it cannot bring over ends with it.
     words = first_line(cause) if isinstance(cause, exceptions.RayTaskError) else shortened(str(cause))
     where = f"{'' if rank is None else f'rank {rank}; '}logs: {call.context.attempt}/log-*.txt"
-    if is_out_of_memory(cause):
-        return OutOfMemoryError(f"{stage} ran out of memory: {words}", where, _less_memory(call))
     return StageError(f"{stage} failed before it began: {type(cause).__name__}: {words}", where, CONTINUE)
 
 

@@ -18,6 +18,7 @@ MARK = "RLHF_RAY"
 GRACE_SECONDS = 1.0
 """How long Ray's processes may take to end by themselves."""
 LAST_SECONDS = 10.0
+"""How long it kills what keeps coming."""
 QUIET_SECONDS = 0.5
 """After so long without a process of that Ray, none can come any more."""
 

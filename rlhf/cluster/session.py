@@ -103,8 +103,11 @@ class Session:
                         object_store_memory=256 * 2**20,
                         **common,
                     )
-            except Exception as error:  # a bare one where its processes do not come up in time
-                raise _not_there(error, self.address) from error
+            except Exception as error:
+                # Ray raises a bare one where its processes do not come up in time.
+                if isinstance(error, OSError | RuntimeError) or type(error) is Exception:
+                    raise _not_there(error, self.address) from error
+                raise
             finally:
                 os.environ.pop(reaper.MARK, None)
         self._started = True

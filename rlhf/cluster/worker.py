@@ -189,7 +189,7 @@ def no_room(error: OSError, attempt: Path) -> DiskFullError:
 def _failure(error: BaseException, rank: int, attempt: Path) -> Failure:
     if isinstance(error, OSError) and is_no_room(error):
         error = no_room(error, attempt)
-    elif is_out_of_memory(error):
+    elif _is_out_of_memory(error):
         # Below their first lines CUDA's errors have advice on debugging kernels.
         error = OutOfMemoryError(next(iter(str(error).splitlines()), type(error).__name__))
     args = tuple(map(str, error.args)) if isinstance(error, RlhfError) else (str(error),)
@@ -204,8 +204,7 @@ def _failure(error: BaseException, rank: int, attempt: Path) -> Failure:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory, on a device or beside it."""
+def _is_out_of_memory(error: BaseException) -> bool:
     told = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     torch = sys.modules.get("torch")  # where it was never imported, nothing of it was raised
     return told or isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))

@@ -20,7 +20,7 @@ from rlhf.pipeline.pulse import Pulse, pulses
 from rlhf.store import Store
 from tests.buckets import Bucket
 from tests.faults.running import moment
-from tests.pipeline.helpers import until
+from tests.pipeline.helpers import kill_alone, until
 from tests.small import TINY, TWO_RANKS, Pipeline
 
 pytestmark = [
@@ -148,9 +148,7 @@ def kill_driver(pipeline: Pipeline, stage: str, store: Store, begun: Callable[[]
     if store.bucket is not None:
         words = (*words, f"store.scratch={store.root}")
     command = [sys.executable, "-m", "rlhf", "run", stage, "--config", str(TINY), *words]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until(lambda: begun() or driver.poll() is not None, "a checkpoint", 120)
     assert driver.poll() is None, driver.communicate()
-    time.sleep(after)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate()
+    kill_alone(driver, after)
