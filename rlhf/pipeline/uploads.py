@@ -166,8 +166,8 @@ class _Uploads:
 
     def stop(self) -> None:
         """End without waiting for what is being uploaded."""
+        self._over.set()  # first, for the upload that is cut off is no reason to say anything
         self._bucket.stop()
-        self._over.set()
         self._thread.join()
 
     def _run(self) -> None:
@@ -179,7 +179,7 @@ class _Uploads:
                     self._upload(last=over)
                 told = False
             except TryAgainError as error:
-                if not told and not over:
+                if not told and not self._over.is_set():
                     self._say(f"{self._stage} goes on, and nothing of it is uploaded for now: {error.what}")
                 told = True
 

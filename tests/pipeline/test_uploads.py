@@ -120,6 +120,18 @@ def test_a_checkpoint_that_the_stage_deletes_while_it_is_uploaded_arrives_whole(
         until(lambda: uploaded(bucket) == [1], "the upload")
 
 
+def test_a_stage_that_ends_while_it_is_uploaded_says_nothing_of_it(bucket: Bucket, machine: Callable[[str], Store]):
+    """The upload is cut off, which is no trouble of the store's: what the stage made is committed next."""
+    store, told = machine("first"), list[str]()
+    attempt = store.new_attempt(KEY)
+    bucket.endpoint.latency = 0.5
+    with uploading(store, attempt, "sft", told.append):
+        write_checkpoint(attempt, 1)
+        until(lambda: (attempt / SNAPSHOT / MARKER).exists(), "the beginning of the upload")
+    assert told == []
+    assert uploaded(bucket) == []
+
+
 def test_a_failed_stage_uploads_its_last_checkpoint_and_logs(
     bucket: Bucket, machine: Callable[[str], Store], monkeypatch: pytest.MonkeyPatch
 ):
