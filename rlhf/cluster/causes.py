@@ -3,7 +3,7 @@
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,17 @@ def may_retry(error: RlhfError, failures: list[RlhfError], max_failures: int) ->
     return len(failures) <= max_failures and (limit is None or of_this_kind <= limit)
 
 
-def cause_of(call: Call, error: Exception) -> RlhfError:
-    """What a failed call means: the ranks' own account first, then what became of their processes, Ray's words last."""
+def cause_of(call: Call, told: Sequence[tuple[int | None, Exception]]) -> RlhfError:
+    """What a failed call means: the ranks' own account first, then what became of their processes, Ray's words last.
+
+    told  what Ray tells, at least one error, each with the rank where it is known
+    """
     failures = read_failures(call.context.attempt)
     # A rank that fails takes its peers down in their next collective: the informative error is one of ours, if any.
     ours = [failure for failure in failures if _class_of(failure) is not None]
     if ours:
         return _as_told(ours[0], call)
-    causes = list(_causes(error))
+    causes = [(rank, _innermost(error)) for rank, error in told]
     if not failures:
         # A worker that could not even open the attempt's folder has only Ray to tell us through.
         for _, cause in causes:
@@ -74,15 +77,15 @@ def cause_of(call: Call, error: Exception) -> RlhfError:
                 return cause
             if isinstance(cause, OSError) and is_no_room(cause):
                 return no_room(cause, call.context.attempt)
-    told = {failure.rank for failure in failures}
-    deaths = [(rank, cause) for rank, cause in causes if rank not in told and _is_death(cause)]
+    wrote = {failure.rank for failure in failures}
+    deaths = [(rank, cause) for rank, cause in causes if rank not in wrote and _is_death(cause)]
     if deaths:
         return _death(call, deaths)
     return _as_told(failures[0], call) if failures else _before_our_code(call, *causes[0])
 
 
 def _before_our_code(call: Call, rank: int | None, cause: Exception) -> RlhfError:
-    """What Ray Train met while it prepared a rank, or the whole group."""
+    """What Ray met while it prepared a rank, or the whole group."""
     from ray import exceptions
 
     stage = call.context.stage
@@ -114,18 +117,9 @@ def _class_of(failure: Failure) -> type[RlhfError] | None:
     return kind if ours else None
 
 
-def _causes(error: Exception) -> Iterator[tuple[int | None, Exception]]:
-    """What Ray tells, unwrapped, with the rank where it names one."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    for rank, failure in [*failures.items(), (None, error)]:
-        yield rank, _innermost(failure)
-
-
 def _innermost(failure: Exception) -> Exception:
-    for name in ("health_check_failure", "controller_failure", "cause"):
-        if isinstance(inner := getattr(failure, name, None), Exception):
-            return _innermost(inner)
-    return failure
+    cause = getattr(failure, "cause", None)
+    return _innermost(cause) if isinstance(cause, Exception) else failure
 
 
 def _is_death(cause: Exception) -> bool:

@@ -21,14 +21,7 @@ from rlhf.errors import ClusterLostError, PreflightError, TryAgainError
 
 # What a worker needs in its environment before it imports anything.
 ENVIRONMENT = {
-    "RAY_TRAIN_V2_ENABLED": "1",
-    # Stages are given absolute paths; a changed working folder would only break relative imports of a checkout.
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Each would start an actor of its own. Restarts are ours, whatever ended a group.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
     # Nothing of ours is compiled, but DeepSpeed imports an optimiser that is, and two seconds of compiler with it.
     "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -204,8 +197,8 @@ def _reaped() -> Generator[None]:
 
 
 def _for_workers() -> dict[str, str]:
-    """What a cluster's workers are given, with what the user has set of Ray Train's variables; ours inherit them."""
-    return {name: value for name, value in os.environ.items() if name in ENVIRONMENT or name.startswith("RAY_TRAIN_")}
+    """What a cluster's workers are given; ours inherit it."""
+    return {name: os.environ[name] for name in ENVIRONMENT}
 
 
 def _node() -> Any:

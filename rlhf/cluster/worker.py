@@ -60,32 +60,49 @@ def perform_task(call: Call) -> None:
     _perform(call, rank=0)
 
 
-def tell_meeting_point(address: str, port: int) -> None:
-    """Where the ranks of a group find each other: Ray Train calls this on every rank first."""
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+@dataclass(frozen=True)
+class Place:
+    """Where Ray has put a process."""
+
+    node: str
+    """Ray's name of it."""
+    address: str
+    port: int
+    """Where a group can meet."""
+    gpus: tuple[str, ...]
+    """Those that are its own."""
 
 
-def perform_rank(arguments: dict[str, Call]) -> None:
-    """Run a stage on one rank of a worker group: Ray Train calls this on every rank."""
-    from ray.train import get_context
+class Rank:
+    """One process of a worker group, as a Ray actor."""
 
-    place = get_context()
-    os.environ |= {
-        "RANK": str(place.get_world_rank()),
-        "WORLD_SIZE": str(place.get_world_size()),
-        "LOCAL_RANK": str(place.get_local_rank()),
-        "LOCAL_WORLD_SIZE": str(place.get_local_world_size()),
-    }
-    _perform(arguments["call"], rank=place.get_world_rank(), prepare=_join_group)
+    def __init__(self) -> None:
+        # Bound as long as it lives, so that nobody is given its port; torch may listen at it all the same.
+        self._meeting_point = socket.socket()
+        self._meeting_point.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._meeting_point.bind(("", 0))
+
+    def place(self) -> Place:
+        """Where it is."""
+        import ray
+
+        here = ray.get_runtime_context()
+        port = self._meeting_point.getsockname()[1]
+        gpus = here.get_accelerator_ids()["GPU"]
+        return Place(here.get_node_id(), ray.util.get_node_ip_address(), port, tuple(gpus))
+
+    def run(self, call: Call, environment: dict[str, str]) -> None:
+        """Run a stage as the rank that the environment says."""
+        os.environ |= environment
+        _perform(call, rank=int(environment["RANK"]), prepare=_join_group)
 
 
 def _join_group(call: Call) -> Context[Any]:
     if call.gpu:
         import torch
-        from ray.train.torch import get_device
 
         # A rank sees all devices that its group has on its node, to reach the others directly.
-        torch.cuda.set_device(get_device())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     prepare_deepspeed(call)
     from rlhf.zero.precision import computable
 

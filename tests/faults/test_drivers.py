@@ -26,7 +26,6 @@ from tests.pipeline.helpers import (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -114,7 +113,7 @@ def test_a_dead_drivers_ranks_are_gone_in_ten_seconds(seed: int, session: Sessio
 def test_a_driver_killed_while_its_ranks_begin_leaves_none(seed: int, toy: Toy, site: Path, mark: str):
     """A process that has not reached its Ray yet does not look for it for a minute."""
     driver = start(site, "run", "--config", toy.path, "cluster.cpus=1", mark=mark)
-    until(lambda: any(name.startswith("ray::LeanTrainController.run") for name in marked(mark).values()), "a group")
+    until(lambda: any(name.startswith("ray::Rank") for name in marked(mark).values()), "a group")
     kill_alone(driver, moment(seed, 2))
     assert outliving(mark) == []
 

@@ -14,8 +14,6 @@ from tests.faults.running import Toy, expected_total, signalled
 
 pytestmark = [
     pytest.mark.slow,
-    # Ray Train's own use of what Ray Data deprecates.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets of dead actors to the collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,23 +57,6 @@ def test_a_run_whose_ray_died_says_so_and_goes_on_when_it_is_run_again(seed: int
     assert toy.total() == expected_total()
 
 
-@pytest.mark.rounds(0, 10)
-def test_a_killed_train_controller_costs_a_restart(seed: int, toy: Toy, site: Path, mark: str):
-    """Its ranks end with it, the room that it held is given back, and the group starts again."""
-    driver = start(site, "run", "--config", toy.path, "cluster.cpus=1", "steps.seconds=0.3", mark=mark)
-    try:
-        until_step(toy, driver)
-        time.sleep(moment(seed, 2))
-        (pid,) = [pid for pid, program in marked(mark).items() if program.startswith("ray::LeanTrainController")]
-        os.kill(pid, signal.SIGKILL)
-        out, err = driver.communicate(timeout=120)
-    finally:
-        end(driver)
-    assert driver.returncode == 0, out + err
-    assert "starting again from the newest checkpoint (1 of 3)" in out
-    assert toy.total() == expected_total()
-
-
 @pytest.mark.rounds(1, 10)
 def test_a_lost_node_costs_a_restart_on_another(
     seed: int, toy: Toy, site: Path, mark: str, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +65,11 @@ def test_a_lost_node_costs_a_restart_on_another(
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv(MARK, mark)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head: dict[str, Any] = {"num_cpus": 0, "include_dashboard": False}
+    if seed % 2 == 0:  # Ray finds out before, not after, it tells that it does not reach the rank
+        quickly = {"initial_delay_ms": 0, "period_ms": 500, "failure_threshold": 2}
+        head["_system_config"] = {f"health_check_{name}": value for name, value in quickly.items()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         words = (f"cluster.address={cluster.address}", "steps.seconds=0.4")

@@ -26,7 +26,6 @@ from tests.small import TINY, TWO_RANKS, Pipeline
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),  # the unbroken run is the first one's
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

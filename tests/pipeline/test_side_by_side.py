@@ -19,7 +19,6 @@ from tests.pipeline.toys import MEET
 
 KNOWN = {"meet": MEET}
 RAY_NOISE = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

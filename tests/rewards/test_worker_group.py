@@ -1,4 +1,4 @@
-"""Rewards in a worker group of two ranks, which Ray Train supervises."""
+"""Rewards in a worker group of two ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from rlhf.zero import checkpoints, group
 
 pytestmark = [
     pytest.mark.slow,
-    # Ray Train's own use of what Ray Data deprecates.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets of dead actors to the collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

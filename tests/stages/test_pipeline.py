@@ -1,4 +1,4 @@
-"""The whole pipeline with real parts, Ray, Ray Train, DeepSpeed ZeRO-3, TRL and PPO, with one rank and with two."""
+"""The whole pipeline with real parts, Ray, DeepSpeed ZeRO-3, TRL and PPO, with one rank and with two."""
 
 import json
 import shutil
@@ -24,8 +24,6 @@ from tests.small import TINY, Pipeline
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(300),
-    # Ray Train's own use of what Ray Data deprecates.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets of dead actors to the collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

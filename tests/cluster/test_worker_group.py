@@ -1,0 +1,73 @@
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.cluster.session import Session
+from rlhf.cluster.worker import Place
+from rlhf.cluster.worker_group import WorkerGroup, environments
+from tests.cluster.test_worker import attempt, call
+
+__all__ = ["attempt"]  # a fixture
+
+
+def place(node: str, *gpus: str) -> Place:
+    return Place(node, f"address of {node}", 1000 + ord(node), gpus)
+
+
+def test_ranks_of_a_node_follow_each_other_by_their_gpus():
+    """Each sees all GPUs of its group there, and its own is the one with its number among them."""
+    places = [place("b", "10"), place("a", "1"), place("b", "9"), place("a", "0"), place("b", "8")]
+    numbered = environments(places)
+    assert [index for index, _ in numbered] == [4, 2, 0, 3, 1]
+    found = [environment for _, environment in numbered]
+    assert [one["RANK"] for one in found] == ["0", "1", "2", "3", "4"]
+    assert [one["LOCAL_RANK"] for one in found] == ["0", "1", "2", "0", "1"]
+    assert [one["LOCAL_WORLD_SIZE"] for one in found] == ["3", "3", "3", "2", "2"]
+    assert {one["WORLD_SIZE"] for one in found} == {"5"}
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == ["8,9,10"] * 3 + ["0,1"] * 2
+    for index, one in numbered:
+        assert one["CUDA_VISIBLE_DEVICES"].split(",")[int(one["LOCAL_RANK"])] == places[index].gpus[0]
+    # Where rank 0 is.
+    assert {(one["MASTER_ADDR"], one["MASTER_PORT"]) for one in found} == {("address of b", str(1000 + ord("b")))}
+
+
+def test_what_ranks_without_gpus_see_is_left_as_it_is():
+    """An empty variable would hide the GPUs from whoever asks what the machine has."""
+    numbered = environments([place("a"), place("a")])
+    assert [environment["LOCAL_RANK"] for _, environment in numbered] == ["0", "1"]
+    assert all("CUDA_VISIBLE_DEVICES" not in environment for _, environment in numbered)
+
+
+def test_nobody_is_given_the_port_that_ranks_meet_at():
+    """Seconds pass until torch listens there, and Ray's own processes connect all the time."""
+    code = "from rlhf.cluster.worker import Rank\nrank = Rank()\nprint(rank._meeting_point.getsockname()[1])\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        with socket.socket() as torchs:
+            torchs.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            torchs.bind(("", port))
+            torchs.listen()
+        process.communicate("\n")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_ended_group_gives_its_room_back(session: Session, attempt: Path):
+    """Also one that only begins, and one that waits for room; the next one has it at once."""
+    both_cores = session.resources().per_rank("total", 2, 1, None)
+    beginning, waiting = (WorkerGroup(call(attempt, "loud"), both_cores) for _ in range(2))
+    waiting.end()
+    beginning.end()
+    group = WorkerGroup(call(attempt, "loud"), both_cores)
+    assert group.run(lambda: None) == []
+    group.end()
+    assert (attempt / "log-1.txt").read_text().endswith("from python\nfrom below\nfrom a child\n")
