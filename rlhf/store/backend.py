@@ -214,9 +214,10 @@ class LocalBackend:
                 raise error
 
         found: list[str] = []
+        before = len(str(self.root)) + 1
         with translated(self.root / folder):
             for here, _, files in os.walk(self.root / folder, onerror=raise_unless_absent):
-                found.extend((Path(here) / file).relative_to(self.root).as_posix() for file in files if file[0] != ".")
+                found.extend(f"{here[before:]}/{file}" for file in files if file[0] != ".")
         return sorted(found)
 
     def move(self, name: str, new: str) -> bool:

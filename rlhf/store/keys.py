@@ -3,11 +3,14 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from rlhf.errors import RequestError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def canonical_json(value: object) -> bytes:
@@ -51,7 +54,7 @@ def _refuse_unstable(value: object, place: str) -> None:
     if value is None or isinstance(value, bool | int):
         return
     if isinstance(value, str):
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if _SURROGATE.search(value):
             raise _unstable(place, "is text with an unpaired surrogate")
     elif isinstance(value, float):
         if not math.isfinite(value):

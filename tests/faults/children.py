@@ -90,6 +90,7 @@ def killed_commit(folder: str, stages: str, steps: str) -> None:
     Says of each what a reader finds afterwards, and what the same run does when it is run again.
     """
     chain = STAGES[: int(stages)]
+    lease.POLL_SECONDS = 0.01  # nobody else is after the lease of the one that was killed
     # Files that are written side by side have no order, and the operation number n would be another in each process.
     blobs._HASHING_THREADS = 1  # pyright: ignore[reportPrivateUsage]
     for step in map(int, steps.split()) if steps else count(1):
@@ -120,12 +121,14 @@ def killed_commit(folder: str, stages: str, steps: str) -> None:
 
 def killed_collection(folder: str) -> None:
     """Collect garbage in processes killed at their first, second, ... operation, each in a store of its own."""
+    whole = Path(folder) / "whole"
+    store = Store.open(whole)
+    run_chain(store, STAGES)
+    needed = results(store)
+    make(store, "ppo", payload("garbage"))
     for step in count(1):
         root = Path(folder) / f"{step:04d}"
-        store = Store.open(root)
-        run_chain(store, STAGES)
-        needed = results(store)
-        make(store, "ppo", payload("garbage"))
+        shutil.copytree(whole, root)
         killed = die_at(step, root, lambda store: store.collect_garbage(0))
         reader = Store.open(root, create=False)
         found = {key: reader.lookup(key) for key in needed}
