@@ -1,4 +1,4 @@
-"""The layout of adapter folders, as far as it needs no torch.
+"""The layout of adapter folders and what lies in all models' folders, as far as it needs no torch.
 
 An *adapter* folder holds a PEFT adapter, the tokenizer, and in ``base/`` the plain folder that the adapter was trained
 on, so that it is whole by itself.
@@ -6,6 +6,7 @@ on, so that it is whole by itself.
 
 import json
 from pathlib import Path
+from typing import Any
 
 ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base"
@@ -21,6 +22,11 @@ def config_file(folder: Path) -> Path:
     that the whole weights are there too.
     """
     return (folder / BASE if is_adapter(folder) else folder) / "config.json"
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The model's configuration, a reward model's score normaliser included."""
+    return json.loads(config_file(folder).read_text())
 
 
 def relocate_adapter(folder: Path) -> None:

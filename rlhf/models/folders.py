@@ -1,23 +1,16 @@
 """Reading and writing the folders in which models travel: plain ones, which ``from_pretrained`` reads, and adapters."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf.models import trust
-from rlhf.models.adapter_folders import ADAPTER_CONFIG, BASE, config_file, is_adapter
+from rlhf.models.adapter_folders import ADAPTER_CONFIG, BASE, config_of, is_adapter
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """The model's configuration, a reward model's score normaliser included."""
-    return json.loads(config_file(folder).read_text())
 
 
 def load_whole(folder: Path, *, scores: bool, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf.config.training import Precision
 from rlhf.models import folders, text, trust
+from rlhf.models.adapter_folders import config_of
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, scores_at_last_token
 from rlhf.models.text import Prompt, Tokenizer
 from rlhf.pipeline import pulse
@@ -60,7 +61,7 @@ class FrozenReward:
     """
 
     def __init__(self, folder: Path, precision: Precision, micro_batch_size: int) -> None:
-        config = folders.config_of(folder)
+        config = config_of(folder)
         self._mean, self._deviation = float(config["score_mean"]), float(config["score_std"])
         low, high = config.get("score_low"), config.get("score_high")
         self.range: tuple[float, float] | None = None if low is None or high is None else (low, high)
@@ -93,7 +94,7 @@ class FrozenReward:
 
 def is_reward_model(folder: Path) -> bool:
     """Whether a folder holds a reward model, with a head that scores, rather than a language model."""
-    return "score_mean" in folders.config_of(folder)
+    return "score_mean" in config_of(folder)
 
 
 def from_scratch(folder: Path, target: Path, seed: int) -> Path:

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf.errors import PreflightError
-from rlhf.models import folders, lengths, trust
+from rlhf.models import lengths, trust
+from rlhf.models.adapter_folders import config_of
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -175,7 +176,7 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def context_length(folder: Path) -> int:
     """The longest sequence that a model's folder says it takes, in tokens."""
-    return lengths.context_length(folders.config_of(folder))
+    return lengths.context_length(config_of(folder))
 
 
 def check_scored_length(folder: Path) -> None:
@@ -184,7 +185,7 @@ def check_scored_length(folder: Path) -> None:
     Raises:
         PreflightError: its ``score_max_length`` is beyond its context.
     """
-    wanted, limit = folders.config_of(folder).get("score_max_length", 0), context_length(folder)
+    wanted, limit = config_of(folder).get("score_max_length", 0), context_length(folder)
     if wanted > limit:
         raise PreflightError(
             f"the reward model's score_max_length is {wanted}, and its context is {limit} tokens",

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.config.training import LoraSettings
 from rlhf.models import adapters, folders
-from rlhf.models.adapter_folders import is_adapter, relocate_adapter
+from rlhf.models.adapter_folders import config_of, is_adapter, relocate_adapter
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -59,8 +59,8 @@ def test_a_saved_model_loads_anywhere_without_our_code(tmp_path: Path, tiny: Pat
     assert copy.chat_template == original.chat_template
     if scores:
         assert {name: getattr(loaded.config, name) for name in NORMALISER} == NORMALISER
-        assert folders.config_of(folder).items() >= NORMALISER.items()
-        assert not folders.config_of(tiny).items() & NORMALISER.items()
+        assert config_of(folder).items() >= NORMALISER.items()
+        assert not config_of(tiny).items() & NORMALISER.items()
 
 
 def test_an_adapter_s_folder_is_small_beside_its_base_and_leaves_the_base_alone(tmp_path: Path, tiny: Path) -> None:
@@ -81,7 +81,7 @@ def test_an_adapter_written_as_a_plain_folder_is_the_same_reward_model(tmp_path:
     adapters.save(model, weights, tiny, tmp_path / "saved", FORMS["adapter"], scores=True, config=NORMALISER)
     plain = folders.write_plain(tmp_path / "saved", tmp_path / "plain", scores=True, dtype=torch.float32)
     assert not is_adapter(plain)
-    assert NORMALISER.items() <= folders.config_of(plain).items()
+    assert NORMALISER.items() <= config_of(plain).items()
     loaded = AutoModelForSequenceClassification.from_pretrained(plain, num_labels=1).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-3, rtol=1e-4)
