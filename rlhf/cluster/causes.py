@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import errors
-from rlhf.cluster.worker import Call, Failure, no_room, read_failures
+from rlhf.cluster.worker import CONTINUE, Call, Failure, no_room, read_failures
 from rlhf.errors import (
     DivergedError,
     HangError,
@@ -35,8 +35,6 @@ RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
 """How often a worker group is started again after an error, by the first class that fits; None is
 ``cluster.max_failures``, which also bounds all of a stage's failures together."""
 
-CONTINUE = "rlhf run"
-"""What goes on from the newest checkpoint; the program adds the stages and the pipeline that it was called with."""
 NODE_SECONDS = 20.0
 """How long Ray may take to find out that a node is gone."""
 _LOG_TAIL = 20_000

@@ -3,8 +3,7 @@
 import re
 import time
 
-from rlhf.cluster.causes import CONTINUE
-from rlhf.cluster.worker import Call
+from rlhf.cluster.worker import CONTINUE, Call
 from rlhf.errors import HangError, TryAgainError
 from rlhf.pipeline.pulse import Pulse, pulses, stack_of
 

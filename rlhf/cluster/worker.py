@@ -16,12 +16,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import DiskFullError, OutOfMemoryError, PreflightError, RlhfError, is_no_room
+from rlhf.errors import DiskFullError, OutOfMemoryError, PreemptedError, PreflightError, RlhfError, is_no_room
 from rlhf.pipeline import pulse
 from rlhf.pipeline.context import Context
 from rlhf.pipeline.spending import RANKS
 
 RESULT = "result.json"
+CONTINUE = "rlhf run"
+"""What goes on from the newest checkpoint; the program adds the stages and the pipeline that it was called with."""
 TASK_MINUTES = 24 * 60.0
 """How long a task may go without a note or progress: it has no steps, and one fit of strengths may take hours."""
 COLLECTIVE_SLACK_MINUTES = 1.0
@@ -160,6 +162,8 @@ def _perform(call: Call, rank: int, prepare: Callable[[Call], Context[Any]] = la
             with suppress(OSError, UnicodeError):  # on a full disk the error itself must reach the driver
                 traceback.print_exc()
             with suppress(OSError):
+                if "SIGTERM" in getattr(error, "ray_terminate_msg", ""):  # of the exception that Ray makes of it
+                    error = PreemptedError(f"rank {rank} of {context.stage} was told to end (SIGTERM)", "", CONTINUE)
                 failure = _failure(error, rank, context.attempt)
                 _write(context.attempt / f"failure-{rank}.json", asdict(failure))
             raise

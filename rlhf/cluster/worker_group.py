@@ -42,8 +42,6 @@ class WorkerGroup:
             actor.options(
                 num_cpus=resources.cpus,
                 num_gpus=gpus,
-                # Of two at a time none is in the process's first thread, where SIGTERM would end in the stage's code.
-                max_concurrency=2,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._room, index),
             ).remote()
             for index in range(resources.count)

@@ -19,7 +19,6 @@ from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, star
 from tests.store.helpers import flip_bit
 
 HEAVY = ("torch", "ray", "aiohttp", "transformers", "datasets", "pyarrow", "scipy", "sklearn")
-SECONDS = 1.0
 
 
 def refused(ask: Ask, *words: str, status: int = 2) -> str:
@@ -258,19 +257,14 @@ def run_python(code: str, site: Path | None = None) -> "subprocess.CompletedProc
 @pytest.mark.parametrize(
     "words", [["--help"], ["plan"], ["plan", "--json"], ["status"], ["config"], ["explain", "ppo"]]
 )
-def test_looking_takes_less_than_a_second_and_imports_nothing_heavy(words: list[str], tmp_path: Path):
+def test_looking_imports_nothing_heavy(words: list[str], tmp_path: Path):
     """The default pipeline, in a fresh process: neither torch nor Ray is needed to say what would run."""
     override = [] if words == ["--help"] else [f"store.uri={tmp_path / 'store'}"]
     code = (
-        "import json, resource, sys\nfrom rlhf.cli import main\n"
-        f"status = main({[*words, *override]!r})\nused = resource.getrusage(resource.RUSAGE_SELF)\n"
-        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules))\n"
-        "print(json.dumps([status, heavy, used.ru_utime + used.ru_stime]))"
+        f"import json, sys\nfrom rlhf.cli import main\nstatus = main({[*words, *override]!r})\n"
+        f"print(json.dumps([status, sorted(set({HEAVY!r}) & set(sys.modules))]))"
     )
-    status, heavy, seconds = json.loads(run_python(code).stdout.splitlines()[-1])
-    assert (status, heavy) == (0, [])
-    # Processor time: other programs on a busy machine are none of ours.
-    assert seconds < SECONDS
+    assert json.loads(run_python(code).stdout.splitlines()[-1]) == [0, []]
 
 
 def test_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixture[str]):

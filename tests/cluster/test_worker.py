@@ -3,8 +3,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import pytest
 import torch
@@ -50,6 +51,13 @@ def greedy(context: Context[Any]) -> dict[str, float]:
 
 def diverged(context: Context[Any]) -> dict[str, float]:
     raise DivergedError("the loss is nan")
+
+
+def preempted(context: Context[Any]) -> dict[str, float]:
+    from ray import _raylet
+
+    raise_exit: Callable[..., Never] = vars(_raylet)["raise_sys_exit_with_custom_error_message"]
+    raise_exit("The process receives a SIGTERM.", exit_code=1)
 
 
 @pytest.fixture
@@ -109,6 +117,16 @@ def test_a_failure_is_kept_for_the_driver_with_its_place(attempt: Path):
     assert type(error) is DivergedError
     assert str(attempt / "log-0.txt") in error.where
     assert not (attempt / RESULT).exists()
+
+
+def test_a_rank_that_is_told_to_end_says_so(attempt: Path):
+    """Ray makes an exception of SIGTERM, which passes through the stage's code."""
+    with pytest.raises(SystemExit):
+        perform_task(call(attempt, "preempted"))
+    error = cause_of(call(attempt, "preempted"), [(None, RuntimeError())])
+    assert type(error) is PreemptedError
+    assert error.what == "rank 0 of total was told to end (SIGTERM)"
+    assert error.next_step == "rlhf run"
 
 
 def test_a_full_disk_is_a_reason_to_try_again(attempt: Path):
