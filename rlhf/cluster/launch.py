@@ -86,7 +86,7 @@ def _run_once(call: Call, resources: RankResources, watch: Callable[[], None]) -
     except HangError as error:
         group.end()
         return error
-    except RlhfError:
+    except BaseException:
         group.end()
         raise
     group.end()
