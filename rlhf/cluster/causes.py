@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import errors
-from rlhf.cluster.worker import CONTINUE, Call, Failure, no_room, read_failures
+from rlhf.cluster.worker import CONTINUE, Call, Failure, no_room
 from rlhf.errors import (
     DivergedError,
     HangError,
@@ -37,6 +37,8 @@ RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
 
 NODE_SECONDS = 20.0
 """How long Ray may take to find out that a node is gone."""
+Told = list[tuple[int | None, Exception]]
+"""What Ray tells of ranks' ends; None where it is not known whose."""
 _LOG_TAIL = 20_000
 # Python's fault handler, and that of Ray's own code.
 _FATAL = re.compile(r"Fatal Python error: ([\w ]+)|\*\*\* (SIG[A-Z]+) received")
@@ -57,12 +59,12 @@ def may_retry(error: RlhfError, failures: list[RlhfError], max_failures: int) ->
     return len(failures) <= max_failures and (limit is None or of_this_kind <= limit)
 
 
-def cause_of(call: Call, told: Sequence[tuple[int | None, Exception]]) -> RlhfError:
+def cause_of(call: Call, told: Told, failures: Sequence[Failure]) -> RlhfError:
     """What a failed call means: the ranks' own account first, then what became of their processes, Ray's words last.
 
-    told  what Ray tells, at least one error, each with the rank where it is known
+    told      at least one
+    failures  the ranks' own accounts, the earliest first
     """
-    failures = read_failures(call.context.attempt)
     # A rank that fails takes its peers down in their next collective: the informative error is one of ours, if any.
     ours = [failure for failure in failures if _class_of(failure) is not None]
     if ours:
@@ -88,7 +90,8 @@ def _before_our_code(call: Call, rank: int | None, cause: Exception) -> RlhfErro
 
     stage = call.context.stage
     # Ray's text of an error that it cannot bring over ends with it.
-    words = first_line(cause) if isinstance(cause, exceptions.RayTaskError) else shortened(str(cause))
+    at_the_end = isinstance(cause, exceptions.RayTaskError | exceptions.RayActorError)
+    words = first_line(cause) if at_the_end else shortened(str(cause))
     where = f"{'' if rank is None else f'rank {rank}; '}logs: {call.context.attempt}/log-*.txt"
     return StageError(f"{stage} failed before it began: {type(cause).__name__}: {words}", where, CONTINUE)
 
@@ -123,6 +126,8 @@ def _innermost(failure: Exception) -> Exception:
 def _is_death(cause: Exception) -> bool:
     from ray import exceptions
 
+    if getattr(cause, "actor_init_failed", False):  # its process lives, but our code could not be imported there
+        return False
     return isinstance(
         cause,
         exceptions.RayActorError

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf.cluster.causes import cause_of, may_retry
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.watchdog import Watchdog
-from rlhf.cluster.worker import RESULT, Call, perform_task
+from rlhf.cluster.worker import RESULT, Call, perform_task, read_failures
 from rlhf.cluster.worker_group import POLL_SECONDS, WorkerGroup
 from rlhf.errors import ClusterLostError, HangError, RlhfError
 from rlhf.pipeline import pulse
@@ -33,10 +33,10 @@ def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, floa
         watch()
         ray.get(reference)
     except RayError as error:
-        raise cause_of(call, [(None, error)]) from error
+        raise cause_of(call, [(None, error)], read_failures(call.context.attempt)) from error
     except ClusterLostError:
         raise  # there is nobody left to ask
-    except RlhfError:
+    except BaseException:
         with suppress(RayError):  # it may have ended, or Ray itself
             ray.cancel(reference, force=True)
         raise
@@ -59,7 +59,7 @@ def run_group(
             path.unlink()
         pulse.forget(call.context.attempt)
         shutil.rmtree(call.context.output, ignore_errors=True)  # what a killed export left there
-        call.context.output.mkdir()
+        call.context.output.mkdir(exist_ok=True)  # where somebody is still about to be ended
         error = _run_once(call, resources, watch)
         if error is None:
             return _result(call.context.attempt)
@@ -73,24 +73,21 @@ def run_group(
 def _run_once(call: Call, resources: RankResources, watch: Callable[[], None]) -> RlhfError | None:
     """Run one group to its end; why it failed, or None."""
     watchdog = Watchdog(call, resources.count)
-
-    def look() -> None:
-        watch()
-        watchdog()
-
     group = WorkerGroup(call, resources)
     try:
-        failures = group.run(look)
+        while not group.is_over(POLL_SECONDS):
+            watch()
+            watchdog()
+        watch()  # once more: where Ray has died, what became of the ranks says nothing
     except ClusterLostError:
         raise  # there is nobody left to ask
     except HangError as error:
-        group.end()
+        group.stop()
         return error
     except BaseException:
-        group.end()
+        group.stop()
         raise
-    group.end()
-    return cause_of(call, failures) if failures else None
+    return group.outcome()
 
 
 def _result(attempt: Path) -> dict[str, float]:

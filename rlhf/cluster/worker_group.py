@@ -6,13 +6,16 @@ core for each group, with nothing that is needed here (docs/design.md, "What dif
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from rlhf.cluster.causes import Told, cause_of
 from rlhf.cluster.session import RankResources
-from rlhf.cluster.worker import Call, Place, Rank
+from rlhf.cluster.worker import Call, Place, Rank, read_failures
+from rlhf.errors import RlhfError
 from rlhf.pipeline.pulse import pulses
 
 POLL_SECONDS = 0.25
@@ -21,55 +24,122 @@ TELL_SECONDS = 3.0
 END_SECONDS = 30.0
 """How long the processes of an ended group may take to go."""
 
-Failures = list[tuple[int | None, Exception]]
-"""Ranks, None where they have no number yet, and what Ray tells of their ends; empty where all went well."""
-
 
 class WorkerGroup:
-    """As many ranks as a stage has, all or none of which find room."""
+    """As many ranks as a stage has, all or none of which find room.
+
+    All its life is one thread's, for Ray's own calls wait for a cluster's head that does not answer, for a minute and
+    more, and then end this process.
+    """
 
     def __init__(self, call: Call, resources: RankResources) -> None:
+        self._call, self._resources = call, resources
+        self._room: Any = None
+        self._processes: list[Any] = []
+        self._stopping = threading.Event()
+        self._outcome: Exception | None = None
+        self._thread = threading.Thread(target=self._live, name=f"ranks of {call.context.stage}", daemon=True)
+        self._thread.start()
+
+    def is_over(self, seconds: float) -> bool:
+        """Wait for so long at most; whether all its ranks have ended and its room is given back."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def outcome(self) -> RlhfError | None:
+        """Why a group that is over failed; None where all its ranks went well.
+
+        Raises:
+            Exception: a mistake of ours, or of Ray's, and no failure of a rank.
+        """
+        if self._outcome is None or isinstance(self._outcome, RlhfError):
+            return self._outcome
+        raise self._outcome
+
+    def stop(self) -> None:
+        """End all ranks, whatever they are doing, and wait for that, but not for ever."""
+        self._stopping.set()
+        self._thread.join(END_SECONDS)
+
+    def _live(self) -> None:
+        try:
+            self._outcome = self._run_and_end()
+        except Exception as error:  # noqa: BLE001 - handed to the stage's thread
+            self._outcome = error
+
+    def _run_and_end(self) -> RlhfError | None:
+        from ray.exceptions import RayError
+
+        told: Told
+        try:
+            try:
+                told = self._run()
+            except RayError as error:  # it could not even be asked for
+                told = [(None, error)]
+            # Before the end: whom we end may tell of that.
+            accounts = read_failures(self._call.context.attempt)
+        finally:
+            self._end()
+        if not told:
+            return None
+        error = cause_of(self._call, told, accounts)
+        error.__cause__ = told[0][1]
+        return error
+
+    def _run(self) -> Told:
+        """Run the code on all ranks to the end of them all, or to the first failure."""
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        self._call = call
-        gpus = 1 if resources.gpu else 0
-        each = {"CPU": float(resources.cpus)} | ({"GPU": 1.0} if gpus else {})
-        self._room = placement_group([each] * resources.count, strategy="PACK")
+        gpus = 1 if self._resources.gpu else 0
+        each = {"CPU": float(self._resources.cpus)} | ({"GPU": 1.0} if gpus else {})
+        self._room = placement_group([each] * self._resources.count, strategy="PACK")
         actor: Any = ray.remote(Rank)
-        self._processes: list[Any] = [
-            actor.options(
-                num_cpus=resources.cpus,
-                num_gpus=gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._room, index),
-            ).remote()
-            for index in range(resources.count)
-        ]
-
-    def run(self, watch: Callable[[], None]) -> Failures:
-        """Run the code on all ranks to the end of them all, or to the first failure.
-
-        Raises:
-            RlhfError: what ``watch`` raised, which is called a few times a second. The ranks then still run.
-        """
-        placed, failures = _wait([one.place.remote() for one in self._processes], watch)
-        if failures:
-            return [(None, error) for _, error in failures]
+        for index in range(self._resources.count):
+            there = PlacementGroupSchedulingStrategy(self._room, index)
+            options = {"num_cpus": self._resources.cpus, "num_gpus": gpus, "scheduling_strategy": there}
+            self._processes.append(actor.options(**options).remote())
+        placed, told = self._wait([one.place.remote() for one in self._processes])
+        if told or self._stopping.is_set():
+            return [(None, error) for _, error in told]
         running: list[Any] = []
         for index, environment in environments(placed):
             running.append(self._processes[index].run.remote(self._call, environment))
-        return _wait(running, watch)[1]
+        return self._wait(running)[1]
 
-    def end(self) -> None:
-        """End all ranks, whatever they are doing, and give back their room."""
+    def _wait(self, references: Sequence[Any]) -> tuple[list[Any], Told]:
+        """Wait for all, or for the first failure and a while longer; results that came, and failures in their order."""
         import ray
+        from ray.exceptions import RayError
+
+        results: list[Any] = [None] * len(references)
+        told: Told = []
+        waiting = list(references)
+        end = float("inf")
+        while waiting and time.monotonic() < end and not self._stopping.is_set():
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
+            for reference in done:
+                rank = references.index(reference)
+                try:
+                    results[rank] = ray.get(reference)
+                except RayError as error:
+                    told.append((rank, error))
+                    end = min(end, time.monotonic() + TELL_SECONDS)
+        return results, told
+
+    def _end(self) -> None:
+        import ray
+        from ray.exceptions import RayError
         from ray.util.placement_group import remove_placement_group
 
         for process in self._processes:
-            ray.kill(process)
-        remove_placement_group(self._room)
-        # A rank that still ran would write into the folder of the group that comes next.
+            with suppress(RayError):  # it has not come to life
+                ray.kill(process)
+        if self._room is not None:
+            with suppress(RayError):
+                remove_placement_group(self._room)
+        # A rank that still ran would write into the folder of the group that comes next. Elsewhere Ray alone ends it.
         end = time.monotonic() + END_SECONDS
         while time.monotonic() < end:
             here = [one.pid for one in pulses(self._call.context.attempt).values() if one.is_here()]
@@ -106,25 +176,3 @@ def environments(places: Sequence[Place]) -> list[tuple[int, dict[str, str]]]:
             }
             numbered.append((index, environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})))
     return numbered
-
-
-def _wait(references: Sequence[Any], watch: Callable[[], None]) -> tuple[list[Any], Failures]:
-    """Wait for all, or for the first failure and a while longer; results that came, and failures, the first first."""
-    import ray
-    from ray.exceptions import RayError
-
-    results: list[Any] = [None] * len(references)
-    failures: Failures = []
-    waiting = list(references)
-    end = float("inf")
-    while waiting and time.monotonic() < end:
-        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
-        for reference in done:
-            rank = references.index(reference)
-            try:
-                results[rank] = ray.get(reference)
-            except RayError as error:
-                failures.append((rank, error))
-                end = min(end, time.monotonic() + TELL_SECONDS)
-        watch()
-    return results, failures

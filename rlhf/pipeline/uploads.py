@@ -154,6 +154,7 @@ class _Uploads:
         self._newest: int | None = None
         self._files_at = 0.0
         self._over = threading.Event()
+        self._cut_off = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"upload {attempt.name}", daemon=True)
 
     def start(self) -> None:
@@ -166,7 +167,8 @@ class _Uploads:
 
     def stop(self) -> None:
         """End without waiting for what is being uploaded."""
-        self._over.set()  # first, for the upload that is cut off is no reason to say anything
+        self._cut_off.set()
+        self._over.set()
         self._bucket.stop()
         self._thread.join()
 
@@ -179,9 +181,13 @@ class _Uploads:
                     self._upload(last=over)
                 told = False
             except TryAgainError as error:
-                if not told and not self._over.is_set():
+                if self._cut_off.is_set():
+                    return
+                if over:
+                    self._say(f"{self._stage}: its newest checkpoint is on this machine alone: {error.what}")
+                elif not told and not self._over.is_set():
                     self._say(f"{self._stage} goes on, and nothing of it is uploaded for now: {error.what}")
-                told = True
+                    told = True
 
     def _upload(self, *, last: bool) -> None:
         newest = newest_complete([self._attempt])

@@ -77,7 +77,7 @@ def failed(attempt: Path, *failures: tuple[int, float, str, tuple[str, ...]]) ->
     for rank, at, error, args in failures:
         values = {"at": at, "rank": rank, "host": "node", "pid": 7, "error": error, "args": args, "log": f"log-{rank}"}
         (attempt / f"failure-{rank}.json").write_text(json.dumps(values))
-    return cause_of(call(attempt, "loud"), [(1, DiedError("first\n  the actor died\n"))])
+    return cause_of(call(attempt, "loud"), [(1, DiedError("first\n  the actor died\n"))], read_failures(attempt))
 
 
 class DiedError(RayActorError):
@@ -113,7 +113,7 @@ def test_a_failure_is_kept_for_the_driver_with_its_place(attempt: Path):
     (failure,) = read_failures(attempt)
     assert (failure.error, failure.args, failure.rank) == ("DivergedError", ("the loss is nan", "", ""), 0)
     assert failure.pid == os.getpid()
-    error = cause_of(call(attempt, "diverged"), [(None, RuntimeError())])
+    error = cause_of(call(attempt, "diverged"), [(None, RuntimeError())], read_failures(attempt))
     assert type(error) is DivergedError
     assert str(attempt / "log-0.txt") in error.where
     assert not (attempt / RESULT).exists()
@@ -123,7 +123,7 @@ def test_a_rank_that_is_told_to_end_says_so(attempt: Path):
     """Ray makes an exception of SIGTERM, which passes through the stage's code."""
     with pytest.raises(SystemExit):
         perform_task(call(attempt, "preempted"))
-    error = cause_of(call(attempt, "preempted"), [(None, RuntimeError())])
+    error = cause_of(call(attempt, "preempted"), [(None, RuntimeError())], read_failures(attempt))
     assert type(error) is PreemptedError
     assert error.what == "rank 0 of total was told to end (SIGTERM)"
     assert error.next_step == "rlhf run"
@@ -133,7 +133,7 @@ def test_a_full_disk_is_a_reason_to_try_again(attempt: Path):
     """Status 75, and the file that could not be written."""
     with pytest.raises(OSError, match="No space left"):
         perform_task(call(attempt, "full"))
-    error = cause_of(call(attempt, "full"), [(None, RuntimeError())])
+    error = cause_of(call(attempt, "full"), [(None, RuntimeError())], read_failures(attempt))
     assert type(error) is DiskFullError
     assert error.exit_status == 75
     assert "model.safetensors" in error.where
@@ -143,7 +143,7 @@ def test_a_disk_too_full_to_tell_of_it_is_a_reason_to_try_again_too(attempt: Pat
     """No failure could be written: Ray alone brings the cause."""
     told = RuntimeError("the task failed")
     told.__dict__["cause"] = OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
-    error = cause_of(call(attempt, "loud"), [(None, told)])
+    error = cause_of(call(attempt, "loud"), [(None, told)], read_failures(attempt))
     assert type(error) is DiskFullError
     assert error.where == "metrics.jsonl"
 
@@ -241,7 +241,7 @@ def test_a_killed_rank_is_told_with_its_signal_step_and_log(attempt: Path, line:
     log.write_text(f"training\n{line}\n")
     with beating(attempt, 1, "", log, 60):
         beat(7)
-        error = cause_of(call(attempt, "loud"), [(1, ActorDiedError())])
+        error = cause_of(call(attempt, "loud"), [(1, ActorDiedError())], read_failures(attempt))
     assert type(error) is KilledError
     assert signal in error.what
     assert error.what.startswith("rank 1 of total ")
@@ -252,7 +252,7 @@ def test_a_rank_that_found_no_memory_says_what_to_lower(attempt: Path):
     """torch's errors are not ours, but one of them has a name that is."""
     with pytest.raises(MemoryError):
         perform_task(call(attempt, "greedy"))
-    error = cause_of(call(attempt, "greedy"), [(None, RuntimeError())])
+    error = cause_of(call(attempt, "greedy"), [(None, RuntimeError())], read_failures(attempt))
     assert type(error) is errors.OutOfMemoryError
     assert error.what == "total ran out of memory: MemoryError"
     assert error.next_step == "give total a node with more memory"
@@ -260,7 +260,7 @@ def test_a_rank_that_found_no_memory_says_what_to_lower(attempt: Path):
 
 def test_what_goes_wrong_before_a_rank_runs_our_code_is_told_as_it_came(attempt: Path):
     """Nobody was killed."""
-    error = cause_of(call(attempt, "loud"), [(3, ValueError("no such\ndevice"))])
+    error = cause_of(call(attempt, "loud"), [(3, ValueError("no such\ndevice"))], read_failures(attempt))
     assert type(error) is StageError
     assert error.what == "total failed before it began: ValueError: no such device"
     assert error.where == f"rank 3; logs: {attempt}/log-*.txt"
@@ -270,7 +270,7 @@ def test_a_device_too_full_to_begin_is_out_of_memory(attempt: Path):
     """torch's class for that is no OutOfMemoryError of its own, and its advice is for who writes kernels."""
     with pytest.raises(torch.AcceleratorError):
         perform_task(call(attempt, "crowded"))
-    error = cause_of(call(attempt, "crowded"), [(None, RuntimeError())])
+    error = cause_of(call(attempt, "crowded"), [(None, RuntimeError())], read_failures(attempt))
     assert type(error) is errors.OutOfMemoryError
     assert error.what == "total ran out of memory: CUDA error: out of memory"
 

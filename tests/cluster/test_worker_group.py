@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.cluster.session import Session
-from rlhf.cluster.worker import Place
+from rlhf.cluster.worker import Place, Rank
 from rlhf.cluster.worker_group import WorkerGroup, environments
+from rlhf.errors import StageError
 from tests.cluster.test_worker import attempt, call
 
 __all__ = ["attempt"]  # a fixture
@@ -65,9 +66,32 @@ def test_an_ended_group_gives_its_room_back(session: Session, attempt: Path):
     """Also one that only begins, and one that waits for room; the next one has it at once."""
     both_cores = session.resources().per_rank("total", 2, 1, None)
     beginning, waiting = (WorkerGroup(call(attempt, "loud"), both_cores) for _ in range(2))
-    waiting.end()
-    beginning.end()
+    waiting.stop()
+    beginning.stop()
     group = WorkerGroup(call(attempt, "loud"), both_cores)
-    assert group.run(lambda: None) == []
-    group.end()
+    assert group.is_over(60)
+    assert group.outcome() is None
     assert (attempt / "log-1.txt").read_text().endswith("from python\nfrom below\nfrom a child\n")
+
+
+class Misplaced(Rank):
+    """As on a node that has not got our code."""
+
+    def __init__(self) -> None:
+        raise ModuleNotFoundError("No module named 'rlhf'")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_keeps_a_rank_from_being_made_is_told_as_it_came(
+    session: Session, attempt: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nobody was killed, though Ray says that an actor died."""
+    monkeypatch.setattr("rlhf.cluster.worker_group.Rank", Misplaced)
+    group = WorkerGroup(call(attempt, "loud"), session.resources().per_rank("total", 1, 1, None))
+    assert group.is_over(60)
+    error = group.outcome()
+    assert type(error) is StageError
+    assert error.what.startswith("total failed before it began: ")
+    assert error.what.endswith("ModuleNotFoundError: No module named 'rlhf'")

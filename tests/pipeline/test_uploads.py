@@ -151,6 +151,20 @@ def test_a_failed_stage_uploads_its_last_checkpoint_and_logs(
     assert bucket.files("work")[f"work/{KEY}/{attempt.name}/log-0.txt"] == b"why"
 
 
+def test_a_failed_stage_whose_last_checkpoint_cannot_be_uploaded_says_so(
+    bucket: Bucket, machine: Callable[[str], Store], monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever goes on elsewhere would go on from an earlier one."""
+    monkeypatch.setattr(objects, "PATIENCE_SECONDS", 0.05)
+    store, told = machine("first"), list[str]()
+    attempt = store.new_attempt(KEY)
+    write_checkpoint(attempt, 3)
+    bucket.endpoint.fail("drops")
+    with pytest.raises(StageError), uploading(store, attempt, "sft", told.append):
+        raise StageError("failed")
+    assert told[-1].startswith("sft: its newest checkpoint is on this machine alone: ")
+
+
 def test_after_the_commit_the_checkpoints_are_deleted_and_the_logs_stay(
     bucket: Bucket, machine: Callable[[str], Store], monkeypatch: pytest.MonkeyPatch
 ):

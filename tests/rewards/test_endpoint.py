@@ -154,8 +154,8 @@ def test_a_service_that_is_too_slow_is_tried_again_and_then_given_up() -> None:
         return scored([0, 0])
 
     with serving(slow) as service:
-        with pytest.raises(TryAgainError, match=r"no whole answer in 0\.1 s"):
-            ask(service, timeout_s=0.1, retries=1)
+        with pytest.raises(TryAgainError, match="no whole answer in 1 s"):
+            ask(service, timeout_s=1.0, retries=1)
         done.set()
     assert len(service.documents) == 2
 
