@@ -91,3 +91,28 @@ def test_a_lost_node_costs_a_restart_on_another(
     (told,) = [line for line in out.splitlines() if "starting again" in line]
     assert told.startswith("steps: rank 0 of steps was lost together with its node; starting again"), told + err
     assert toy.total() == expected_total()
+
+
+@pytest.mark.rounds(0, 5)
+def test_a_lost_head_that_had_the_rank_too_is_told_of(
+    seed: int, toy: Toy, site: Path, mark: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever the driver asks Ray about the rank's end waits for a minute, after which Ray would end the driver."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv(MARK, mark)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    driver = start(
+        site, "run", "--config", toy.path, f"cluster.address={cluster.address}", "steps.seconds=0.4", mark=mark
+    )
+    try:
+        until_step(toy, driver)
+        time.sleep(moment(seed, 2))
+        began = time.monotonic()
+        cluster.remove_node(cluster.head_node, allow_graceful=False)
+        out, err = driver.communicate(timeout=90)
+    finally:
+        end(driver)
+    assert driver.returncode == 75, out + err
+    assert time.monotonic() - began < 45
+    assert err.startswith("error: the head of the Ray cluster does not answer: ")
