@@ -1,7 +1,7 @@
 """A stage's ranks as Ray actors, which are placed, started, watched and ended together.
 
-Ray Train would start them too, with a controller, and would have every process of a group import it: ten seconds of a
-core for each group, with nothing that is needed here (docs/design.md, "What differs").
+Ray Train would start them too, with a controller, and would have every process of a group import it, which took half of
+a short group's time, for nothing that is needed here (docs/design.md, "What differs").
 """
 
 import os

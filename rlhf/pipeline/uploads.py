@@ -184,7 +184,7 @@ class _Uploads:
                 if self._cut_off.is_set():
                     return
                 if over:
-                    self._say(f"{self._stage}: its newest checkpoint is on this machine alone: {error.what}")
+                    self._say(f"{self._stage}: what it wrote last is on this machine alone: {error.what}")
                 elif not told and not self._over.is_set():
                     self._say(f"{self._stage} goes on, and nothing of it is uploaded for now: {error.what}")
                     told = True
