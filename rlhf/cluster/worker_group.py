@@ -103,10 +103,10 @@ class WorkerGroup:
         placed, told = self._wait([one.place.remote() for one in self._processes])
         if told or self._stopping.is_set():
             return [(None, error) for _, error in told]
-        running: list[Any] = []
-        for index, environment in environments(placed):
-            running.append(self._processes[index].run.remote(self._call, environment))
-        return self._wait(running)[1]
+        numbered = environments(placed)
+        return self._wait([self._processes[index].run.remote(self._call, variables) for index, variables in numbered])[
+            1
+        ]
 
     def _wait(self, references: Sequence[Any]) -> tuple[list[Any], Told]:
         """Wait for all, or for the first failure and a while longer; results that came, and failures in their order."""

@@ -214,10 +214,11 @@ class LocalBackend:
                 raise error
 
         found: list[str] = []
-        before = len(str(self.root)) + 1
-        with translated(self.root / folder):
-            for here, _, files in os.walk(self.root / folder, onerror=raise_unless_absent):
-                found.extend(f"{here[before:]}/{file}" for file in files if file[0] != ".")
+        start = self.root / folder
+        with translated(start):
+            for here, _, files in os.walk(start, onerror=raise_unless_absent):
+                below = here[len(str(start)) :]
+                found.extend(f"{folder}{below}/{file}" for file in files if file[0] != ".")
         return sorted(found)
 
     def move(self, name: str, new: str) -> bool:

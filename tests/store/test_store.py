@@ -9,6 +9,7 @@ import pytest
 
 from rlhf.errors import DamageError, RequestError, SettingsError, StoreUnreachableError
 from rlhf.store import PayloadFile, Ref, Store, digest_file, digest_of
+from rlhf.store.backend import LocalBackend
 from tests.store.helpers import KEY, commit, files_under, put, record_of, small_payload, write_files
 from tests.store.places import Place
 
@@ -262,6 +263,16 @@ def test_a_store_is_found_by_path_and_by_file_address(tmp_path: Path, monkeypatc
                 Store.open(address, create=create)
     with pytest.raises(StoreUnreachableError):
         Store.open("/proc/store")
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_files_are_listed_by_their_names_wherever_the_store_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
+):
+    """Also in the working folder itself."""
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, {"refs/one/sft": b"", "refs/.unfinished": b"", "refs/last": b"", "other": b""})
+    assert LocalBackend(Path() if relative else tmp_path).names("refs") == ["refs/last", "refs/one/sft"]
 
 
 def test_refs_remember_the_last_key_of_each_stage(place: Place):
