@@ -15,9 +15,9 @@ Role = Literal["semantic", "runtime", "source"]
 
 
 class Settings(BaseModel):
-    """Frozen settings; unknown fields are refused; the line under a field is its help text."""
+    """Frozen settings; unknown fields are refused; the text under a field is its help (:mod:`rlhf.config.fields`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 def semantic(default: Any = ..., **constraints: Any) -> Any:

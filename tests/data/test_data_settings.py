@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rlhf.config.base import Settings, role_of, semantic_values
-from rlhf.config.data import SNIPPET_BLOCKS, DataSettings, RankSettings, SnippetSettings, is_local, sources
+from rlhf.config.base import semantic_values
+from rlhf.config.data import SNIPPET_BLOCKS, DataSettings, SnippetSettings, is_local, sources
 from rlhf.errors import SettingsError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -94,11 +94,3 @@ def test_more_blocks_than_there_are_are_refused() -> None:
     assert SnippetSettings(comparisons=defaults.comparisons + spare)
     with pytest.raises(ValidationError, match=r"354 blocks are asked for, and the movie snippets have 353"):
         SnippetSettings(comparisons=defaults.comparisons + spare + 1)
-
-
-@pytest.mark.parametrize("model", [DataSettings, SnippetSettings, RankSettings])
-def test_every_field_is_marked_and_explained(model: type[Settings]) -> None:
-    """An unmarked field would be left out of keys in silence."""
-    for name, field in model.model_fields.items():
-        assert role_of(model, name) is not None, name
-        assert field.description, name
