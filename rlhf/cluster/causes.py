@@ -32,8 +32,8 @@ RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
     (StageError, None),  # an exception: a failed collective or a driver's fault as well as a mistake
     (RlhfError, 0),  # settings, data, a full disk, an unreachable store, an interruption
 )
-"""How often a worker group is started again after an error, by the first class that fits; None is
-``cluster.max_failures``, which also bounds all of a stage's failures together."""
+"""How often a worker group is started again after an error, by the first class that fits; None is as often as
+:class:`Retries` allows for all of them together."""
 
 NODE_SECONDS = 20.0
 """How long Ray may take to find out that a node is gone."""
@@ -52,11 +52,31 @@ _SIGNALS = {
 }
 
 
-def may_retry(error: RlhfError, failures: list[RlhfError], max_failures: int) -> bool:
-    """Whether a group is started again after an error; ``failures`` are all of the stage so far, this one included."""
-    kind, limit = next((kind, limit) for kind, limit in RETRIES if isinstance(error, kind))
-    of_this_kind = sum(isinstance(one, kind) for one in failures)
-    return len(failures) <= max_failures and (limit is None or of_this_kind <= limit)
+class Retries:
+    """Says whether a stage's group may start again: it may go on failing for as long as it gets on in between.
+
+    max_failures  how often it may without a new checkpoint
+    """
+
+    def __init__(self, max_failures: int) -> None:
+        self.max_failures = max_failures
+        self.count = 0
+        """Failures since the last one that had come further than those before."""
+        self._errors: list[RlhfError] = []
+        self._reached = -1
+
+    def allow(self, error: RlhfError, reached: int) -> bool:
+        """Count a failure, and say whether the group is started again after it.
+
+        reached  the step of the newest complete checkpoint, -1 where there is none
+        """
+        if reached > self._reached:
+            self.count, self._reached = 0, reached
+        self.count += 1
+        self._errors.append(error)
+        kind, limit = next((kind, limit) for kind, limit in RETRIES if isinstance(error, kind))
+        of_this_kind = sum(isinstance(one, kind) for one in self._errors)
+        return self.count <= self.max_failures and (limit is None or of_this_kind <= limit)
 
 
 def cause_of(call: Call, told: Told, failures: Sequence[Failure]) -> RlhfError:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from rlhf.cluster.causes import cause_of, may_retry
+from rlhf.cluster.causes import Retries, cause_of
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.watchdog import Watchdog
 from rlhf.cluster.worker import RESULT, Call, perform_task, read_failures
 from rlhf.cluster.worker_group import POLL_SECONDS, WorkerGroup
 from rlhf.errors import ClusterLostError, HangError, RlhfError
 from rlhf.pipeline import pulse
+from rlhf.pipeline.checkpoints import newest_complete, step_of
 
 
 def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, float]:
@@ -48,12 +49,14 @@ def run_group(
 ) -> dict[str, float]:
     """Run the code on a worker group; after a failure the whole group starts again from its newest checkpoint.
 
+    max_failures  how often in a row without a new checkpoint
+
     What ``watch``, which is called a few times a second, raises ends the group.
 
     Raises:
         RlhfError: the code's own error, what became of a rank once the retries are used up, or what ``watch`` raised.
     """
-    failures: list[RlhfError] = []
+    retries = Retries(max_failures)
     while True:
         for path in call.context.attempt.glob("failure-*.json"):
             path.unlink()
@@ -63,10 +66,10 @@ def run_group(
         error = _run_once(call, resources, watch)
         if error is None:
             return _result(call.context.attempt)
-        failures.append(error)
-        if not may_retry(error, failures, max_failures):
+        checkpoint = newest_complete([call.context.attempt])
+        if not retries.allow(error, step_of(checkpoint) if checkpoint else -1):
             raise error
-        again = f"starting again from the newest checkpoint ({len(failures)} of {max_failures})"
+        again = f"starting again from the newest checkpoint ({retries.count} of {max_failures})"
         say(f"{call.context.stage}: {error.what}; {again}; {error.where}")
 
 

@@ -39,7 +39,8 @@ class ClusterSettings(Settings):
     gpus: int | None = runtime(None, ge=0)
     """GPUs that a cluster started here may use; null allows all of the machine's."""
     max_failures: int = runtime(3, ge=0)
-    """How often a stage's worker group is restarted from its newest checkpoint before the stage fails."""
+    """How often in a row a stage's worker group is restarted from the same checkpoint before the stage fails. Each new
+    checkpoint allows as many restarts again."""
 
 
 class TrackingSettings(Settings):

@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import ActorDiedError, RayActorError
 
 from rlhf import errors
-from rlhf.cluster.causes import cause_of, may_retry
+from rlhf.cluster.causes import Retries, cause_of
 from rlhf.cluster.worker import RESULT, Call, load, perform_task, read_failures
 from rlhf.errors import (
     DiskFullError,
@@ -212,19 +212,25 @@ def test_every_error_of_ours_comes_back_from_a_worker_as_itself(attempt: Path, k
 )
 def test_each_cause_has_its_number_of_retries(kind: type[RlhfError], retries: int):
     """What would go wrong again is not tried again, and nothing more often than the settings say."""
-    failures: list[RlhfError] = []
-    while True:
-        failures.append(kind("it failed"))
-        if not may_retry(failures[-1], failures, max_failures=3):
-            break
-    assert len(failures) - 1 == retries
+    allowed = Retries(max_failures=3)
+    assert [allowed.allow(kind("it failed"), reached=2) for _ in range(5)] == [one < retries for one in range(5)]
 
 
 def test_failures_of_several_kinds_are_counted_together():
     """A group that always finds another way to die ends too."""
-    failures: list[RlhfError] = [HangError("stood still"), KilledError("killed"), PreemptedError("gone")]
-    assert not may_retry(failures[-1], failures, max_failures=2)
-    assert may_retry(failures[-1], failures, max_failures=3)
+    retries = Retries(max_failures=2)
+    kinds = (HangError, KilledError, PreemptedError)
+    assert [retries.allow(kind("it failed"), reached=-1) for kind in kinds] == [True, True, False]
+
+
+def test_a_group_that_gets_on_between_its_failures_is_started_again_for_as_long_as_it_does():
+    """A run of weeks on machines that come and go; out of memory a second time is no such thing."""
+    retries = Retries(max_failures=1)
+    assert all(retries.allow(PreemptedError("gone"), reached=step) for step in range(0, 100, 10))
+    assert retries.count == 1
+    assert not retries.allow(PreemptedError("gone"), reached=90)
+    assert retries.allow(errors.OutOfMemoryError("too large"), reached=100)
+    assert not retries.allow(errors.OutOfMemoryError("too large"), reached=110)
 
 
 @pytest.mark.parametrize(

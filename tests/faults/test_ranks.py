@@ -1,5 +1,6 @@
 """Ranks that are killed, that stand still, and that are asked to stop."""
 
+import os
 import signal
 import threading
 import time
@@ -33,6 +34,30 @@ def test_a_rank_that_stands_still_is_named_and_its_group_starts_again(session: S
     (line,) = [line for line in toy.output.getvalue().splitlines() if "starting again" in line]
     assert line.startswith("steps: rank 1 of steps stood still for 0.2 minutes: its process is stopped")
     assert f"rank 1 on {hit[0].host} (pid {hit[0].pid}), last step {hit[0].step}; log: " in line
+    assert toy.total() == expected_total()
+
+
+@pytest.mark.rounds(0, 3)
+def test_a_rank_killed_after_every_checkpoint_costs_no_more_than_restarts(session: Session, toy: Toy, seed: int):
+    """More often than a group may fail at one place: each time it has come further, and goes on."""
+    killed: set[int] = set()
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.02):
+            for complete in toy.folder.glob("store/work/*/*/checkpoints/checkpoint-*/complete.json"):
+                step = int(complete.parent.name.removeprefix("checkpoint-"))
+                rank = toy.rank(seed % 2)
+                if step not in killed and rank is not None and rank.step is not None and rank.step >= step:
+                    os.kill(rank.pid, signal.SIGKILL)
+                    killed.add(step)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    toy.run(session, TWO, "steps.checkpoint_every=3", "steps.seconds=0.5", "cluster.max_failures=1")
+    over.set()
+    thread.join()
+    assert toy.output.getvalue().count("starting again from the newest checkpoint (1 of 1)") >= 3
     assert toy.total() == expected_total()
 
 
