@@ -74,7 +74,11 @@ class Session:
             os.environ.setdefault(name, value)
         self._show_token()
         import ray
+        import ray._private.worker
 
+        # Of a process or a node that dies it prints a paragraph on standard output, and no option stops that. We tell
+        # it ourselves, with what it means.
+        ray._private.worker._worker_logs_enabled = False  # pyright: ignore[reportPrivateUsage]
         at_termination = signal.getsignal(signal.SIGTERM)
         common: dict[str, Any] = {
             "log_to_driver": False,

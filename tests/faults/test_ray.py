@@ -90,6 +90,7 @@ def test_a_lost_node_costs_a_restart_on_another(
     assert driver.returncode == 0, out + err
     (told,) = [line for line in out.splitlines() if "starting again" in line]
     assert told.startswith("steps: rank 0 of steps was lost together with its node; starting again"), told + err
+    assert "raylet" not in out + err
     assert toy.total() == expected_total()
 
 

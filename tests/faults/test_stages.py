@@ -77,7 +77,12 @@ class Killer(threading.Thread):
 
 @pytest.mark.rounds(3, 60)
 def test_a_rank_killed_at_any_moment_costs_at_most_one_interval(
-    seed: int, pipeline: Pipeline, unbroken: dict[str, Planned], request: pytest.FixtureRequest, tmp_path: Path
+    seed: int,
+    pipeline: Pipeline,
+    unbroken: dict[str, Planned],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     """The group goes on from its newest checkpoint, and what it makes equals an unbroken run's, bit for bit."""
     # Of every twelve seeds each is another stage, number of ranks, and kind of moment.
@@ -100,6 +105,7 @@ def test_a_rank_killed_at_any_moment_costs_at_most_one_interval(
     assert result.artifact == record.artifact
     assert killer.repeated() <= EVERY[stage]
     assert not at_checkpoint or "starting again from the newest checkpoint (1 of 3)" in pipeline.output.getvalue()
+    assert "(raylet)" not in capsys.readouterr().out  # Ray's own account, which says less in more words
 
 
 @pytest.mark.rounds(0, 10)
