@@ -233,6 +233,7 @@ def gc_table(document: Mapping[str, Any]) -> Table:
     stages = Counter(str(one["stage"]) for one in document["results"])
     named = {
         "records": "results",
+        "copies": "local copies",
         "unfinished": "unfinished writes",
         "quarantine": "quarantined",
         "leases": "stale leases",

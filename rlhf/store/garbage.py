@@ -50,7 +50,7 @@ class GarbageReport:
     """What garbage collection removed, or would remove."""
 
     removed: dict[str, Heap]
-    """By kind: records, manifests, blobs, attempts, leases, quarantine, unfinished."""
+    """By kind: records, manifests, blobs, copies, attempts, leases, quarantine, unfinished."""
     results: list[ActionRecord]
     """The results that went."""
     needed: dict[str, list[str]]
@@ -70,15 +70,17 @@ class _Readable(Protocol):
 _Document = TypeVar("_Document", bound=_Readable)
 
 
-def collect(backend: Backend, work: Path, grace: float, *, dry_run: bool, uploads: bool = False) -> GarbageReport:
+def collect(
+    backend: Backend, work: Path, grace: float, *, dry_run: bool, copies: Backend | None = None
+) -> GarbageReport:
     """Remove what is garbage and older than ``grace`` seconds by the storage's own clock, or only find it.
 
-    work     the folder of the attempts, which is a local one
-    uploads  whether the storage has copies of attempts
+    work    the folder of the attempts, which is a local one
+    copies  this machine's copies of blobs, for a storage elsewhere, which has copies of attempts in turn
 
     Raises DamageError where a damaged record, manifest or ref hides what it refers to: nothing is removed then.
     """
-    return _Collection(backend, work, grace, dry_run, uploads).run()
+    return _Collection(backend, work, grace, dry_run, copies).run()
 
 
 @dataclass
@@ -87,7 +89,7 @@ class _Collection:
     work: Path
     grace: float
     dry_run: bool
-    uploads: bool
+    copies: Backend | None
     token: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def run(self) -> GarbageReport:
@@ -115,8 +117,10 @@ class _Collection:
         owned = _owned(manifest for name, manifest in self._manifests().items() if name not in condemned)
         lying = self._names(BLOBS, lambda name: blob_name(PurePosixPath(name).name))
         condemned = [name for name in lying if name not in owned and self._is_old(name)]
-        kept_blobs = self._heap(set(lying) - set(condemned))
+        kept_lying = set(lying) - set(condemned)
+        kept_blobs = self._heap(kept_lying)
         removed["blobs"] = self._sweep(BLOBS, condemned, self._wanted_blobs)
+        removed["copies"] = self._sweep_copies(kept_lying)
 
         removed["leases"] = self._sweep_leases()
         made_by = {key: records[key].attempt for key in kept}
@@ -242,13 +246,28 @@ class _Collection:
         """Remove the copies of what of attempts is not kept here either."""
         limit = max(self.grace, _UNFINISHED_SECONDS)
         doomed: list[str] = []
-        for name in self.backend.names("work") if self.uploads else ():
+        for name in self.backend.names("work") if self.copies else ():
             _, key, attempt, *inside = PurePosixPath(name).parts
             if key in live or (kept.get(key) == attempt and inside[0] not in SCRATCH):
                 continue
             if key in kept or self._is_old(name, limit):
                 doomed.append(name)
         return self._remove(doomed)
+
+    def _sweep_copies(self, kept: set[str]) -> Heap:
+        """Remove the copies of blobs that are not kept; whoever needs one after all downloads it again."""
+        done = Heap()
+        if self.copies is None or not (lying := self.copies.names(BLOBS)):
+            return done
+        # A younger one may be that of a blob that was put after we looked.
+        before = self.copies.now() - max(self.grace, _UNFINISHED_SECONDS)
+        for name in lying:
+            state, stamped = self.copies.state(name), self.copies.stamped(name)
+            if name not in kept and state is not None and stamped is not None and stamped <= before:
+                done += Heap(1, state.size)
+                if not self.dry_run:
+                    self.copies.delete(name)
+        return done
 
     def _discard(self, path: Path) -> Heap:
         """Remove a folder of an attempt: by a rename at once, so that nobody sees a half of it."""

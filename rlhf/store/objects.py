@@ -125,7 +125,9 @@ class ObjectBackend:
             )
         self._scratch = scratch
         copies = scratch / "cache" / "copies"
-        self._copies, self._known = LocalBackend(copies), Blobs(LocalBackend(copies), copies)
+        self.copies = LocalBackend(copies)
+        """Blobs that this machine has downloaded or made; they may go at any time."""
+        self._known = Blobs(self.copies, copies)
         self._stopped = threading.Event()
         self._files = S3FileSystem(
             skip_instance_cache=True,
@@ -184,7 +186,7 @@ class ObjectBackend:
             small = source.read_bytes() if size <= PART_BYTES else None
         created = self.create(name, small) if small is not None else self._create_in_parts(name, source, size)
         if link:
-            self._copies.create_from(name, source, link=True)
+            self.copies.create_from(name, source, link=True)
         return created
 
     def put(self, name: str, data: bytes) -> None:
@@ -222,13 +224,13 @@ class ObjectBackend:
         Raises DamageError where the blob is missing or fails its digest.
         """
         sha256 = PurePosixPath(name).name
-        copy = self._copies.state(name)
+        copy = self.copies.state(name)
         if copy is not None and self._known.damaged([PayloadFile("", copy.size, sha256)]):
-            self._copies.delete(name)
+            self.copies.delete(name)
             copy = None
         if copy is None:
             self._fetch_copy(name, sha256)
-        self._copies.fetch(name, target)
+        self.copies.fetch(name, target)
 
     def download(self, name: str, target: Path) -> None:
         """Write an object's bytes to a file, whole or not at all. Raises DamageError where there is none."""
@@ -366,10 +368,10 @@ class ObjectBackend:
                 self.download(name, temporary)
                 if (found := digest_file(temporary)) != sha256:
                     raise DamageError(f"{name} has the digest {found}")
-                self._copies.create_from(name, temporary, link=True)
+                self.copies.create_from(name, temporary, link=True)
             finally:
                 temporary.unlink(missing_ok=True)
-        if (copy := self._copies.state(name)) is not None:
+        if (copy := self.copies.state(name)) is not None:
             self._known.remember({sha256: copy})
 
     # ---- requests

@@ -407,7 +407,8 @@ class Store:
         A result's age is the time since a ref last named it, or since its commit. With ``dry_run`` nothing is changed.
         Raises DamageError where a damaged file hides what it refers to.
         """
-        return collect(self._backend, self.root / "work", grace, dry_run=dry_run, uploads=self.bucket is not None)
+        copies = self.bucket.copies if self.bucket is not None else None
+        return collect(self._backend, self.root / "work", grace, dry_run=dry_run, copies=copies)
 
     def usage(self) -> Usage:
         """Count what the store holds, by its manifests; damaged ones are left out."""

@@ -64,6 +64,27 @@ def test_of_a_bucket_the_copies_of_attempts_go_that_are_not_kept_here_either(buc
     }
 
 
+def test_of_this_machine_s_copies_those_go_whose_blobs_are_garbage(
+    bucket_place: BucketPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Here or elsewhere, and not within the first hour; what is needed is not downloaded again."""
+    store = bucket_place.open()
+    kept = make(store, "data", {"a.json": b"data"}, pipeline="one")
+    make(store, "data", {"b.json": b"more"})
+    copies = store.root / "cache" / "copies" / "blobs"
+    assert len(files_under(copies)) == 2
+    bucket_place.open(machine="elsewhere").collect_garbage(0)
+    assert store.collect_garbage(0).removed["copies"].files == 0
+    monkeypatch.setattr("rlhf.store.garbage._UNFINISHED_SECONDS", 0)
+    assert store.collect_garbage(0, dry_run=True).removed["copies"].files == 1
+    assert len(files_under(copies)) == 2
+    assert store.collect_garbage(0).removed["copies"].bytes == len(b"more")
+    assert list(files_under(copies).values()) == [b"data"]
+    bucket_place.bucket.endpoint.calm()
+    store.checkout(kept.artifact, tmp_path / "out")
+    assert not [one for one in bucket_place.bucket.endpoint.served if one.startswith("GET") and "/blobs/" in one]
+
+
 def test_what_is_stamped_in_a_bucket_is_the_same_blob_and_younger(bucket_place: BucketPlace):
     """A reused blob must not look old to a collection; its digest's note and its version stay, so nothing is reread."""
     record = make(bucket_place.open(), "data", {"a.json": b"data"})
