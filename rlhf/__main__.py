@@ -14,10 +14,11 @@ def main() -> NoReturn:
         os.write(2, b"error: interrupted\n")
         os._exit(130)
 
-    before = signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGINT, end)
     from rlhf.cli import main
 
-    signal.signal(signal.SIGINT, before)
+    # Also where it was ignored, as in the background of a script: what it asks for, to stop and lose nothing, is safe.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status = main()
     with suppress(OSError):  # the reader is gone, as that of a pipe to `head`
         sys.stdout.flush()

@@ -190,14 +190,20 @@ def _ended_by_signals(told: RlhfError, stopping: Stop) -> Generator[None]:
         if number == signal.SIGTERM and stopping.ask():
             timers[1].start()
         else:
-            stopping.abort()  # where the exception is lost, as by compiled modules that are being imported
+            stopping.abort()  # where the exception is lost, as by compiled modules that are being imported: see `lost`
             raise KeyboardInterrupt
+
+    def lost(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            at_lost(unraisable)
 
     before = {signal_: signal.signal(signal_, stop) for signal_ in (signal.SIGINT, signal.SIGTERM)}
     at_alarm = signal.signal(signal.SIGALRM, interrupt)
+    at_lost, sys.unraisablehook = sys.unraisablehook, lost
     try:
         yield
     finally:
+        sys.unraisablehook = at_lost
         for timer in timers:
             timer.cancel()
         for signal_, handler in (before | {signal.SIGALRM: at_alarm}).items():
