@@ -103,10 +103,9 @@ class WorkerGroup:
         placed, told = self._wait([one.place.remote() for one in self._processes])
         if told or self._stopping.is_set():
             return [(None, error) for _, error in told]
-        numbered = environments(placed)
-        return self._wait([self._processes[index].run.remote(self._call, variables) for index, variables in numbered])[
-            1
-        ]
+        ranks = [self._processes[index].run.remote(self._call, variables) for index, variables in environments(placed)]
+        _, told = self._wait(ranks)
+        return told
 
     def _wait(self, references: Sequence[Any]) -> tuple[list[Any], Told]:
         """Wait for all, or for the first failure and a while longer; results that came, and failures in their order."""

@@ -246,7 +246,7 @@ class _Collection:
         """Remove the copies of what of attempts is not kept here either."""
         limit = max(self.grace, _UNFINISHED_SECONDS)
         doomed: list[str] = []
-        for name in self.backend.names("work") if self.copies else ():
+        for name in self.backend.names("work") if self.copies is not None else ():
             _, key, attempt, *inside = PurePosixPath(name).parts
             if key in live or (kept.get(key) == attempt and inside[0] not in SCRATCH):
                 continue

@@ -1,5 +1,9 @@
 import signal
+import subprocess
+import sys
 from contextlib import suppress
+
+import pytest
 
 from rlhf.cli import _ended_by_signals  # pyright: ignore[reportPrivateUsage] - nothing else can lose the exception
 from rlhf.errors import InterruptedRunError
@@ -12,3 +16,39 @@ def test_an_interrupt_whose_exception_is_lost_still_stops_the_run():
     with _ended_by_signals(InterruptedRunError("interrupted"), stop), suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert stop.aborted
+
+
+def test_of_exceptions_that_are_lost_all_but_an_interrupt_are_told(monkeypatch: pytest.MonkeyPatch):
+    """That the run was interrupted is told at its end, in one line."""
+    told: list[BaseException | None] = []
+
+    class Last:
+        def __init__(self, error: BaseException) -> None:
+            self._error = error
+
+        def __del__(self) -> None:
+            raise self._error
+
+    def tell(lost: "sys.UnraisableHookArgs") -> None:
+        told.append(lost.exc_value)
+
+    mistake = ValueError("a mistake")
+    monkeypatch.setattr(sys, "unraisablehook", tell)
+    with _ended_by_signals(InterruptedRunError("interrupted"), Stop()):
+        Last(KeyboardInterrupt())
+        Last(mistake)
+    assert told == [mistake]
+    assert sys.unraisablehook is tell
+
+
+@pytest.mark.parametrize("at_start", [signal.SIG_IGN, signal.SIG_DFL])
+def test_sigint_is_an_interrupt_however_the_program_was_started(at_start: signal.Handlers):
+    """What a script puts into the background is started with it ignored."""
+    looks = "cli.main = lambda: int(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
+    program = f"import signal; from rlhf import cli; {looks}; from rlhf.__main__ import main; main()"
+    before = signal.signal(signal.SIGINT, at_start)
+    try:
+        process = subprocess.Popen([sys.executable, "-c", program])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.wait(60) == 0

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf.cluster.session import Session
 from rlhf.errors import InterruptedRunError, OutOfMemoryError
+from rlhf.pipeline.checkpoints import newest_complete, step_of
 from rlhf.pipeline.stop import Stop
 from tests.faults.running import Toy, expected_total, signalled
 
@@ -45,18 +46,20 @@ def test_a_rank_killed_after_every_checkpoint_costs_no_more_than_restarts(sessio
 
     def kill() -> None:
         while not over.wait(0.02):
-            for complete in toy.folder.glob("store/work/*/*/checkpoints/checkpoint-*/complete.json"):
-                step = int(complete.parent.name.removeprefix("checkpoint-"))
-                rank = toy.rank(seed % 2)
-                if step not in killed and rank is not None and rank.step is not None and rank.step >= step:
-                    os.kill(rank.pid, signal.SIGKILL)
-                    killed.add(step)
+            checkpoint, rank = newest_complete(toy.attempts()), toy.rank(seed % 2)
+            if checkpoint is None or rank is None or step_of(checkpoint) in killed:
+                continue
+            if rank.is_here() and (rank.step or 0) >= step_of(checkpoint):
+                os.kill(rank.pid, signal.SIGKILL)
+                killed.add(step_of(checkpoint))
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    toy.run(session, TWO, "steps.checkpoint_every=3", "steps.seconds=0.5", "cluster.max_failures=1")
-    over.set()
-    thread.join()
+    try:
+        toy.run(session, TWO, "steps.checkpoint_every=3", "steps.seconds=0.5", "cluster.max_failures=1")
+    finally:
+        over.set()
+        thread.join()
     assert toy.output.getvalue().count("starting again from the newest checkpoint (1 of 1)") >= 3
     assert toy.total() == expected_total()
 

@@ -11,6 +11,7 @@ from rlhf.store import Store, digest_of, objects
 from tests.buckets import Bucket
 from tests.pipeline.helpers import until
 from tests.pipeline.stepping import write_checkpoint
+from tests.store.helpers import files_under
 
 KEY = digest_of("a key")
 
@@ -114,10 +115,13 @@ def test_a_checkpoint_that_the_stage_deletes_while_it_is_uploaded_arrives_whole(
     bucket.endpoint.latency = 0.2
     with uploading(store, attempt, "sft", quiet):
         folder = write_checkpoint(attempt, 1)
+        written = files_under(folder)
         until(lambda: (attempt / SNAPSHOT / MARKER).exists(), "the beginning of the upload")
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         until(lambda: uploaded(bucket) == [1], "the upload")
+    arrived = bucket.files(f"work/{KEY}/{attempt.name}/checkpoints/checkpoint-1/")
+    assert {name.partition("checkpoint-1/")[2]: data for name, data in arrived.items()} == written
 
 
 def test_a_stage_that_ends_while_it_is_uploaded_says_nothing_of_it(bucket: Bucket, machine: Callable[[str], Store]):
