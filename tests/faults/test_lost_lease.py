@@ -20,6 +20,8 @@ pytestmark = [
 
 
 LONG = "steps.steps=100"
+BEAT = 0.2
+"""Seconds between two moves of the run's counter."""
 
 
 class Usurper(threading.Thread):
@@ -39,10 +41,12 @@ class Usurper(threading.Thread):
         key = planned.key
         assert key is not None
         lease = toy.folder / "store" / "leases" / key
-        ours = dataclasses.replace(Holder.here(), host="elsewhere", machine="another", token="another", pid=1)
+        ours = dataclasses.replace(Holder.here(), host="elsewhere", machine="another", token="another", pid=1).to_json()
         taken = lease.with_name(".taken")
-        taken.write_bytes(ours.to_json())
-        taken.replace(lease)
+        while lease.read_bytes() != ours:  # a beat of the run that had looked just before may have come after it
+            taken.write_bytes(ours)
+            taken.replace(lease)
+            time.sleep(3 * BEAT)
 
         end = time.monotonic() + 30
         while rank.is_here() and time.monotonic() < end:
@@ -74,7 +78,7 @@ def test_a_lost_lease_ends_the_stage_and_its_successors_result_is_adopted(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The group stops computing what somebody else computes, and the run waits for whom, and goes on with that."""
-    monkeypatch.setattr("rlhf.store.lease.BEAT_SECONDS", 0.2)
+    monkeypatch.setattr("rlhf.store.lease.BEAT_SECONDS", BEAT)
     toy = Toy(tmp_path)
     usurper = Usurper(toy)
     usurper.start()
