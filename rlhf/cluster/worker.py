@@ -116,13 +116,10 @@ def prepare_deepspeed(call: Call) -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if not call.gpu:
         os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
-    import torch
-
-    pulse.beat()
     import deepspeed
+    import torch
     from deepspeed.ops import __compatible_ops__
 
-    pulse.beat()
     # cuDNN's attention gives queries that may see no key, as padding on the left has, a gradient that is not a number
     # when the batch is 64 wide (torch 2.11, H200): one such batch ends a run. The other kernels give 0.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -171,16 +168,27 @@ def _perform(call: Call, rank: int, prepare: Callable[[Call], Context[Any]] = la
 
 @contextmanager
 def _importing() -> Generator[None]:
-    """Inside nobody looks for garbage, which costs imports a tenth of their time; and what they made stays.
+    """Inside each module that is imported is a sign of life: from a slow file system all of them take minutes.
 
-    DeepSpeed looks for garbage again and again, half a second each time otherwise.
+    Nobody looks for garbage meanwhile, which costs imports a tenth of their time; and what they made stays. DeepSpeed
+    looks for garbage again and again, half a second each time otherwise.
     """
     gc.disable()
+    sys.meta_path.insert(0, _BeatAtImports)
     try:
         yield
     finally:
+        sys.meta_path.remove(_BeatAtImports)
         gc.freeze()
         gc.enable()
+
+
+class _BeatAtImports:
+    """A finder that is asked for every module, and finds none."""
+
+    @staticmethod
+    def find_spec(_name: str, _path: object = None, _target: object = None) -> None:
+        pulse.beat()
 
 
 def _device(call: Call, context: Context[Any]) -> str:

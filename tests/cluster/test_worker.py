@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Never
 
@@ -24,6 +25,7 @@ from rlhf.errors import (
     RlhfError,
     StageError,
 )
+from rlhf.pipeline import pulse
 from rlhf.pipeline.context import Context
 from rlhf.pipeline.pulse import beat, beating
 from tests.pipeline.helpers import REPOSITORY
@@ -279,6 +281,25 @@ def test_a_device_too_full_to_begin_is_out_of_memory(attempt: Path):
     error = cause_of(call(attempt, "crowded"), [(None, RuntimeError())], read_failures(attempt))
     assert type(error) is errors.OutOfMemoryError
     assert error.what == "total ran out of memory: CUDA error: out of memory"
+
+
+def test_each_module_that_a_stage_imports_is_a_sign_of_life(
+    attempt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They may take long to come from a slow file system, and are no standstill; one that never comes is."""
+    parts = [f"part_{number}" for number in range(5)]
+    for part in parts:
+        (tmp_path / f"{part}.py").touch()
+    imports = "".join(f"import {part}\n" for part in parts)
+    told = "def run(context):\n    return {'beats': pulses(context.attempt)[0].beat}\n"
+    (tmp_path / "slow_stage.py").write_text(f"from rlhf.pipeline.pulse import pulses\n{imports}{told}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.0)
+    finders = list(sys.meta_path)
+    perform_task(replace(call(attempt, "loud"), code="slow_stage:run"))
+    # Each part, the stage itself, the process's begin, and what comes before and after the stage's import.
+    assert json.loads((attempt / RESULT).read_text()) == {"beats": len(parts) + 4}
+    assert sys.meta_path == finders
 
 
 def test_code_is_named_by_module_and_function():
