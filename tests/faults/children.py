@@ -119,14 +119,15 @@ def killed_commit(folder: str, stages: str, steps: str) -> None:
             return
 
 
-def killed_collection(folder: str) -> None:
-    """Collect garbage in processes killed at their first, second, ... operation, each in a store of its own."""
+def killed_collection(folder: str, first: str, every: str) -> None:
+    """Collect garbage in processes killed at their first, and then every so many later, operation, each in a store of
+    its own."""
     whole = Path(folder) / "whole"
     store = Store.open(whole)
     run_chain(store, STAGES)
     needed = results(store)
     make(store, "ppo", payload("garbage"))
-    for step in count(1):
+    for step in count(int(first), int(every)):
         root = Path(folder) / f"{step:04d}"
         shutil.copytree(whole, root)
         killed = die_at(step, root, lambda store: store.collect_garbage(0))

@@ -19,7 +19,6 @@ from rlhf.config.pipeline import PipelineConfig
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.pulse import Pulse, pulses
 from rlhf.pipeline.runner import Runner
-from rlhf.pipeline.stop import Stop
 from rlhf.store import Store
 from rlhf.terminal import Display
 from tests.faults.toys import DONE, KNOWN
@@ -50,10 +49,10 @@ class Toy:
     def planned(self, *overrides: str) -> dict[str, Planned]:
         return plan(self.config(*overrides), KNOWN, self.store)
 
-    def run(self, session: Session, *overrides: str, stop: Stop | None = None) -> dict[str, Planned]:
+    def run(self, session: Session, *overrides: str) -> dict[str, Planned]:
         config = self.config(*overrides)
         display = Display(Console(file=self.output, width=250), list(config.instances))
-        return Runner(config, KNOWN, self.store, session, display, stop or Stop()).run(())
+        return Runner(config, KNOWN, self.store, session, display).run(())
 
     def attempts(self) -> list[Path]:
         return sorted((self.folder / "store" / "work").glob("*/*"))

@@ -40,10 +40,10 @@ def until_step(toy: Toy, driver: "subprocess.Popen[str]", step: int = 2) -> None
     until(begun, "the step", 120)
 
 
-def test_sigterm_saves_before_it_ends_a_run(toy: Toy, site: Path, mark: str):
-    """Preemption costs no step: status 130, the command that goes on, a complete checkpoint, no process left."""
-    words = ("steps.checkpoint_every=100", "steps.seconds=0.3")
-    driver = start(site, "run", "steps", "--config", toy.path, "cluster.cpus=1", *words, mark=mark)
+def test_sigterm_saves_before_it_ends_a_run(session: Session, toy: Toy, site: Path, mark: str):
+    """Preemption costs no step: status 130, the command that goes on, a checkpoint of all ranks, no process left."""
+    words = ("steps.workers.count=2", "steps.checkpoint_every=100", "steps.seconds=0.3")
+    driver = start(site, "run", "steps", "--config", toy.path, "cluster.cpus=2", *words, mark=mark)
     try:
         until_step(toy, driver)
         began = time.monotonic()
@@ -53,16 +53,20 @@ def test_sigterm_saves_before_it_ends_a_run(toy: Toy, site: Path, mark: str):
         end(driver)
     assert driver.returncode == 130, out + err
     assert time.monotonic() - began < 25
+    assert "starting again" not in out
     what, where, following = err.splitlines()
     saved = re.fullmatch(r"error: interrupted; saved at step (\d+); what was committed and the checkpoints stay", what)
     assert saved is not None, what
     assert where == f"  where: {toy.folder / 'store'}"
-    assert following == f"  next:  rlhf run steps cluster.cpus=1 {' '.join(words)} --config {toy.path}"
+    assert following == f"  next:  rlhf run steps cluster.cpus=2 {' '.join(words)} --config {toy.path}"
     assert outliving(mark) == []
     assert list((toy.folder / "store" / "leases").iterdir()) == []
     newest = newest_complete(toy.attempts())
     assert newest is not None
-    assert step_of(newest) == len(toy.done()) == int(saved[1])
+    assert step_of(newest) == len(toy.done()) == int(saved[1]) < 12
+    toy.run(session, "steps.workers.count=2")
+    assert toy.done() == list(range(12))
+    assert toy.total() == expected_total()
 
 
 @pytest.mark.rounds(1, 20)

@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -57,7 +57,13 @@ def collect(store: Store) -> ActionRecord | None:
 
 Actor = Callable[[Store], ActionRecord | None]
 ACTORS: list[Actor] = [commit_the_same_files, commit_a_sibling, adopt, collect]
+EVERY = 3
+"""A round takes so many steps at once, each actor others; as many rounds take all."""
 actors = pytest.mark.parametrize("actor", ACTORS, ids=lambda actor: actor.__name__)
+
+
+def steps_of(actor: Actor, seed: int) -> Iterator[int]:
+    return count(1 + (ACTORS.index(actor) + seed) % EVERY, EVERY)
 
 
 def check(root: Path, record: ActionRecord | None, out: Path) -> None:
@@ -81,9 +87,12 @@ def sibling_digest(record: ActionRecord, store: Store) -> str:
 
 
 @actors
-def test_whatever_happens_between_two_steps_of_a_collection_nothing_needed_is_lost(quick: Path, actor: Actor):
-    """A commit, an adoption or another collection at each of its steps in turn."""
-    for step in count(1):
+@pytest.mark.rounds(1, EVERY)
+def test_whatever_happens_between_two_steps_of_a_collection_nothing_needed_is_lost(
+    quick: Path, actor: Actor, seed: int
+):
+    """A commit, an adoption or another collection at one of its steps after the other."""
+    for step in steps_of(actor, seed):
         root, told = quick / f"{step}", list[ActionRecord | None]()
         prepare(root)
 
@@ -99,9 +108,10 @@ def test_whatever_happens_between_two_steps_of_a_collection_nothing_needed_is_lo
 
 
 @actors
-def test_a_collection_between_any_two_steps_of_a_commit_takes_nothing_from_it(quick: Path, actor: Actor):
+@pytest.mark.rounds(1, EVERY)
+def test_a_collection_between_any_two_steps_of_a_commit_takes_nothing_from_it(quick: Path, actor: Actor, seed: int):
     """The writer finds what was taken from it and puts it again, or is told that there is no such result."""
-    for step in count(1):
+    for step in steps_of(actor, seed):
         root, done = quick / f"{step}", list[int]()
         prepare(root)
 

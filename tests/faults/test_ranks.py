@@ -1,17 +1,14 @@
-"""Ranks that are killed, that stand still, and that are asked to stop."""
+"""Ranks that are killed, and that stand still."""
 
 import os
 import signal
 import threading
-import time
-from pathlib import Path
 
 import pytest
 
 from rlhf.cluster.session import Session
-from rlhf.errors import InterruptedRunError, OutOfMemoryError
+from rlhf.errors import OutOfMemoryError
 from rlhf.pipeline.checkpoints import newest_complete, step_of
-from rlhf.pipeline.stop import Stop
 from tests.faults.running import Toy, expected_total, signalled
 
 pytestmark = [
@@ -23,17 +20,12 @@ pytestmark = [
 TWO = "steps.workers.count=2"
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Toy:
-    return Toy(tmp_path)
-
-
 def test_a_rank_that_stands_still_is_named_and_its_group_starts_again(session: Session, toy: Toy):
     """One process of two is stopped and the other waits for it: after the deadline it goes on with two new ones."""
     with signalled(toy, rank=1, number=signal.SIGSTOP) as hit:
-        toy.run(session, TWO, "steps.workers.timeout_minutes=0.2", "steps.seconds=0.2")
+        toy.run(session, TWO, "steps.workers.timeout_minutes=0.1", "steps.seconds=0.2")
     (line,) = [line for line in toy.output.getvalue().splitlines() if "starting again" in line]
-    assert line.startswith("steps: rank 1 of steps stood still for 0.2 minutes: its process is stopped")
+    assert line.startswith("steps: rank 1 of steps stood still for 0.1 minutes: its process is stopped")
     assert f"rank 1 on {hit[0].host} (pid {hit[0].pid}), last step {hit[0].step}; log: " in line
     assert toy.total() == expected_total()
 
@@ -72,25 +64,3 @@ def test_out_of_memory_is_tried_once_more_and_then_says_what_to_lower(session: S
     assert caught.value.what == "steps ran out of memory: MemoryError"
     assert "steps.micro_batch_size=2" in caught.value.next_step
     assert "rank 0 on " in caught.value.where
-
-
-def test_a_group_that_is_asked_to_stop_saves_first_and_goes_on_from_there(session: Session, toy: Toy):
-    """Between two checkpoints: all ranks save the step that they are at, and no step is done twice."""
-    stop = Stop()
-
-    def ask() -> None:
-        while (rank := toy.rank(1)) is None or (rank.step or 0) < 2:
-            time.sleep(0.02)
-        assert stop.ask(), "nobody heeds it"
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    with pytest.raises(InterruptedRunError, match=r"interrupted; saved at step \d") as caught:
-        toy.run(session, TWO, "steps.checkpoint_every=100", "steps.seconds=0.3", stop=stop)
-    asking.join()
-    assert "starting again" not in toy.output.getvalue()
-    saved = int(caught.value.what.rsplit(" ", 1)[1])
-    assert saved < 12
-    toy.run(session, TWO)
-    assert toy.done() == list(range(12))
-    assert toy.total() == expected_total()

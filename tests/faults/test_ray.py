@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.cluster.session import Session
 from tests.faults.running import Toy, expected_total, moment
 from tests.faults.test_drivers import until_step
 from tests.pipeline.helpers import MARK, end, marked, outliving, start
@@ -27,11 +28,13 @@ def process_of(mark: str, name: str) -> int:
 
 
 @pytest.mark.rounds(1, 20)
-def test_a_run_whose_ray_died_says_so_and_goes_on_when_it_is_run_again(seed: int, toy: Toy, site: Path, mark: str):
+def test_a_run_whose_ray_died_says_so_and_goes_on_when_it_is_run_again(
+    seed: int, session: Session, toy: Toy, site: Path, mark: str
+):
     """Status 75 within seconds, nothing left running; and only what came after the checkpoint is repeated."""
     name = ("gcs_server", "raylet")[seed % 2]
-    words = ("run", "--config", toy.path, "cluster.cpus=1", "steps.checkpoint_every=2")
-    driver = start(site, *words, "steps.seconds=0.5", mark=mark)
+    words = ("cluster.cpus=1", "steps.checkpoint_every=2", "steps.seconds=0.5")
+    driver = start(site, "run", "--config", toy.path, *words, mark=mark)
     try:
         until_step(toy, driver, 3)
         time.sleep(moment(seed, 2))
@@ -47,12 +50,7 @@ def test_a_run_whose_ray_died_says_so_and_goes_on_when_it_is_run_again(seed: int
     assert outliving(mark, 15) == []
     done = toy.done()
 
-    again = start(site, *words, mark=mark)
-    try:
-        out, err = again.communicate(timeout=60)
-    finally:
-        end(again)
-    assert again.returncode == 0, out + err
+    toy.run(session, "steps.checkpoint_every=2")
     assert toy.done()[len(done)] >= len(done) - 2
     assert toy.total() == expected_total()
 

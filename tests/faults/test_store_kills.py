@@ -7,6 +7,9 @@ import pytest
 
 from tests.faults.processes import child, finish
 
+EVERY = 3
+"""A round of the collection's kills takes so many operations at once; as many rounds take all."""
+
 
 def test_a_commit_killed_at_any_file_operation_is_whole_or_absent(quick: Path):
     """Before its first, second, ... last operation, from the lease to the ref: no half result is seen, what was
@@ -31,10 +34,11 @@ def test_a_run_of_several_stages_killed_anywhere_goes_on_from_what_was_committed
     assert all(step["kept"] and step["right"] for step in steps)
 
 
-def test_a_collection_killed_at_any_file_operation_loses_nothing(quick: Path):
+@pytest.mark.rounds(1, EVERY)
+def test_a_collection_killed_at_any_file_operation_loses_nothing(quick: Path, seed: int):
     """What was hidden is found by readers; the next collection settles the rest."""
-    steps = finish(child("killed_collection", quick))
-    assert len(steps) > 60
+    steps = finish(child("killed_collection", quick, str(1 + seed), str(EVERY)))
+    assert len(steps) > 60 // EVERY
     assert [step["killed"] for step in steps] == [True] * (len(steps) - 1) + [False]
     assert all(step["kept"] and step["damaged"] == step["notices"] == [] for step in steps)
     assert {step["trash"] for step in steps} == {0}
