@@ -63,6 +63,9 @@ class Toy:
             int(line) for one in self.attempts() if (one / DONE).exists() for line in (one / DONE).read_text().split()
         ]
 
+    def ranks(self) -> list[Pulse]:
+        return [one for attempt in self.attempts() for one in pulses(attempt).values()]
+
     def rank(self, rank: int) -> Pulse | None:
         found = [here[rank] for attempt in self.attempts() if rank in (here := pulses(attempt))]
         return found[-1] if found else None

@@ -20,6 +20,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
+LEAN: dict[str, Any] = {"include_dashboard": False, "include_log_monitor": False}
+"""Nodes without what nobody here looks at, and what takes a second of a core for each."""
+
 
 def process_of(mark: str, name: str) -> int:
     """The one process of a test whose program or title ends so."""
@@ -63,13 +66,13 @@ def test_a_lost_node_costs_a_restart_on_another(
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv(MARK, mark)
-    head: dict[str, Any] = {"num_cpus": 0, "include_dashboard": False}
+    head: dict[str, Any] = LEAN | {"num_cpus": 0, "no_monitor": True}
     if seed % 2 == 0:  # Ray finds out before, not after, it tells that it does not reach the rank
         quickly = {"initial_delay_ms": 0, "period_ms": 500, "failure_threshold": 2}
         head["_system_config"] = {f"health_check_{name}": value for name, value in quickly.items()}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        nodes = [cluster.add_node(num_cpus=1, **LEAN) for _ in range(2)]
         words = (f"cluster.address={cluster.address}", "steps.seconds=0.4")
         driver = start(site, "run", "--config", toy.path, *words, mark=mark)
         try:
@@ -100,7 +103,7 @@ def test_a_lost_head_that_had_the_rank_too_is_told_of(
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv(MARK, mark)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args=LEAN | {"num_cpus": 1})
     driver = start(
         site, "run", "--config", toy.path, f"cluster.address={cluster.address}", "steps.seconds=0.4", mark=mark
     )
