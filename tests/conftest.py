@@ -51,6 +51,14 @@ def session() -> Iterator[Session]:
 
 
 @pytest.fixture(scope="session")
+def cluster(session: Session) -> str:
+    """The address at which other processes attach to that session."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture(scope="session")
 def endpoint() -> Iterator[buckets.Endpoint]:
     """One S3 endpoint for all tests."""
     with buckets.endpoint() as endpoint:

@@ -57,7 +57,7 @@ def collect(store: Store) -> ActionRecord | None:
 
 Actor = Callable[[Store], ActionRecord | None]
 ACTORS: list[Actor] = [commit_the_same_files, commit_a_sibling, adopt, collect]
-EVERY = 5
+EVERY = 3
 """A round takes so many steps at once, each actor others; as many rounds take all."""
 actors = pytest.mark.parametrize("actor", ACTORS, ids=lambda actor: actor.__name__)
 

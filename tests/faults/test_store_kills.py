@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults.processes import child, finish
 
-EVERY = 5
+EVERY = 3
 """A round of the collection's kills takes so many operations at once; as many rounds take all."""
 
 

@@ -74,7 +74,7 @@ def servers() -> Iterator[dict[str, Callable[[], int]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.rounds(2, 20)
+@pytest.mark.rounds(4, 20)
 def test_a_wandb_that_does_not_serve_costs_one_line(seed: int, servers: dict[str, Callable[[], int]], tmp_path: Path):
     """Every metric is in the file, no step waits, the end is not held up, and one line says why, without the key."""
     fault = FAULTS[seed % len(FAULTS)]

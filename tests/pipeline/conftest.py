@@ -2,16 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cluster.session import Session
 from tests.pipeline.helpers import install_toys
-
-
-@pytest.fixture(scope="session")
-def cluster(session: Session) -> str:
-    """The address at which other processes attach to that session."""
-    import ray
-
-    return ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture
