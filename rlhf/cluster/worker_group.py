@@ -21,6 +21,8 @@ from rlhf.pipeline.pulse import pulses
 POLL_SECONDS = 0.25
 TELL_SECONDS = 3.0
 """How long the others have to tell of their ends after the first failure: theirs may be the cause."""
+TELL_AFTER_A_DEATH_SECONDS = 0.5
+"""The same after a process died: had another's error brought that about, its account would be there already."""
 END_SECONDS = 30.0
 """How long the processes of an ended group may take to go."""
 
@@ -110,7 +112,7 @@ class WorkerGroup:
     def _wait(self, references: Sequence[Any]) -> tuple[list[Any], Told]:
         """Wait for all, or for the first failure and a while longer; results that came, and failures in their order."""
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import ActorDiedError, RayError
 
         results: list[Any] = [None] * len(references)
         told: Told = []
@@ -124,7 +126,8 @@ class WorkerGroup:
                     results[rank] = ray.get(reference)
                 except RayError as error:
                     told.append((rank, error))
-                    end = min(end, time.monotonic() + TELL_SECONDS)
+                    died = isinstance(error, ActorDiedError)
+                    end = min(end, time.monotonic() + (TELL_AFTER_A_DEATH_SECONDS if died else TELL_SECONDS))
         return results, told
 
     def _end(self) -> None:
