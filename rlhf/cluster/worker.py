@@ -120,6 +120,9 @@ def prepare_deepspeed(call: Call) -> None:
     import torch
     from deepspeed.ops import __compatible_ops__
 
+    # Ray says how many threads are a worker's own; torch looks there as it is imported, in a forked rank before that.
+    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+        torch.set_num_threads(int(threads))
     # cuDNN's attention gives queries that may see no key, as padding on the left has, a gradient that is not a number
     # when the batch is 64 wide (torch 2.11, H200): one such batch ends a run. The other kernels give 0.
     torch.backends.cuda.enable_cudnn_sdp(False)

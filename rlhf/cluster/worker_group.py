@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from rlhf.cluster import fork_server
 from rlhf.cluster.causes import Told, cause_of
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.worker import Call, Place, Rank, read_failures
@@ -98,10 +99,12 @@ class WorkerGroup:
         each = {"CPU": float(self._resources.cpus)} | ({"GPU": 1.0} if gpus else {})
         self._room = placement_group([each] * self._resources.count, strategy="PACK")
         actor: Any = ray.remote(Rank)
+        raylets = [node["RayletSocketName"] for node in ray.nodes() if node["Alive"]]
+        start = fork_server.runtime_env(self._call.code, self._resources.gpu, raylets)
         for index in range(self._resources.count):
             there = PlacementGroupSchedulingStrategy(self._room, index)
             options = {"num_cpus": self._resources.cpus, "num_gpus": gpus, "scheduling_strategy": there}
-            self._processes.append(actor.options(**options).remote())
+            self._processes.append(actor.options(**options, runtime_env=start).remote())
         placed, told = self._wait([one.place.remote() for one in self._processes])
         if told or self._stopping.is_set():
             return [(None, error) for _, error in told]

@@ -80,8 +80,7 @@ def test_a_lost_node_costs_a_restart_on_another(
             time.sleep(moment(seed, 2))
             rank = toy.rank(0)
             assert rank is not None
-            raylet = int(Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()[1])
-            (lost,) = [node for node in nodes if node.all_processes["raylet"][0].process.pid == raylet]
+            (lost,) = [node for node in nodes if node.node_id == rank.node]
             cluster.remove_node(lost, allow_graceful=False)
             out, err = driver.communicate(timeout=120)
         finally:

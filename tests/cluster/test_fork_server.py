@@ -1,0 +1,230 @@
+"""Ranks that are forked from a process that has imported what they need."""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.cluster import fork_server
+from rlhf.cluster.session import Session
+from rlhf.cluster.worker_group import WorkerGroup
+from rlhf.pipeline.context import Context
+from tests.cluster.test_worker import attempt, call
+from tests.faults.running import gone
+from tests.pipeline.helpers import until
+
+__all__ = ["attempt"]  # a fixture
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux only")
+
+IMPORTS = "RLHF_FORK_SERVER_IMPORTS"
+PROGRAM = """
+import json, os, sys
+told = {"arguments": sys.argv, "path": sys.path[0], "folder": os.getcwd(), "value": os.environ.get("VALUE"),
+        "pid": os.getpid(), "own group": os.getpgid(0) == os.getpid(), "forked": "torch" in sys.modules}
+print(json.dumps(told), flush=True)
+print("an error", file=sys.stderr, flush=True)
+sys.stdin.read()
+"""
+# Instead of seconds of imports, with what a forked process asks torch.
+SERVER = """
+import sys
+from types import SimpleNamespace
+from rlhf.cluster import fork_server
+fork_server.IDLE_SECONDS = {idle}
+sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(_is_in_bad_fork=lambda: {bad}))
+fork_server.main(sys.argv[1:])
+"""
+
+
+@dataclass
+class Machine:
+    """A server of this test's alone, and starters that find it by their environment, to which Python adds nothing."""
+
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    processes: "list[subprocess.Popen[str]]" = field(default_factory=list)
+
+    def serve(self, idle: float = 60.0, bad: bool = False) -> "subprocess.Popen[str]":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.address())
+            listener.listen()
+            command = [sys.executable, "-c", SERVER.format(idle=idle, bad=bad), "--serve", str(listener.fileno())]
+            environment = os.environ | self.environment
+            server = subprocess.Popen(
+                command, pass_fds=[listener.fileno()], env=environment, stderr=subprocess.PIPE, text=True
+            )
+        self.processes.append(server)
+        return server
+
+    def start(self, **variables: str) -> "subprocess.Popen[str]":
+        """Run the starter as Ray does; the standard streams are the worker's too."""
+        program = self.folder / "program.py"
+        program.write_text(PROGRAM)
+        command = [sys.executable, "-I", "-S", fork_server.__file__, str(program), "--worker-id=7"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        starter = subprocess.Popen(command, **pipes, text=True, cwd=self.folder, env=self.environment | variables)
+        self.processes.append(starter)
+        return starter
+
+    def told(self, starter: "subprocess.Popen[str]") -> dict[str, Any]:
+        """What the worker says of itself, which then waits for the end of its standard input."""
+        assert starter.stdout is not None
+        told = json.loads(starter.stdout.readline())
+        assert told["arguments"] == [str(self.folder / "program.py"), "--worker-id=7"]
+        assert (told["path"], told["folder"]) == (str(self.folder), str(self.folder))
+        return told
+
+    def address(self) -> str:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for name in list(os.environ):
+                monkeypatch.delenv(name)
+            for name, value in self.environment.items():
+                monkeypatch.setenv(name, value)
+            return fork_server.address()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path.resolve(), {"TEST": str(tmp_path), "LC_ALL": "C.UTF-8", IMPORTS: "json"})
+    yield machine
+    for process in machine.processes:
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def test_a_forked_worker_is_what_ray_asked_for(machine: Machine):
+    """Its arguments, environment, folder and standard streams are the starter's, which has ended; so has its group."""
+    machine.serve()
+    starter = machine.start(RAY_JOB_ID="1")
+    told = machine.told(starter)
+    assert starter.wait(10) == 0
+    assert told["pid"] != starter.pid
+    assert (told["forked"], told["own group"], told["value"]) == (True, True, None)
+    _, errors = starter.communicate()
+    assert errors == "an error\n"
+    until(lambda: gone(told["pid"]), "the end of the worker, whose standard input has ended", 10)
+
+
+def test_a_server_that_is_killed_or_cannot_import_costs_time_and_nothing_else(machine: Machine):
+    """The worker that was forked lives on, and the next starter becomes its worker itself."""
+    server = machine.serve()
+    worker = machine.told(machine.start())
+    server.kill()
+    server.wait()
+    broken = machine.start(**{IMPORTS: "no_such_library"})
+    told = machine.told(broken)
+    assert (told["pid"], told["forked"]) == (broken.pid, False)
+    assert "no fork server: " in broken.communicate()[1]
+    assert not gone(worker["pid"])
+
+
+def test_after_an_import_that_has_called_cuda_the_worker_imports_anew(machine: Machine):
+    """CUDA does not survive a fork; the process is the same, but Python begins again."""
+    machine.serve(bad=True)
+    starter = machine.start()
+    told = machine.told(starter)
+    assert not told["forked"]
+    assert told["pid"] != starter.pid
+    assert "no forked rank: an import has initialised CUDA" in starter.communicate()[1]
+
+
+def test_a_server_ends_once_it_has_had_no_rank_for_a_while(machine: Machine):
+    """As long as there is one it stays, since that may fail and be started again."""
+    server = machine.serve(idle=0.5)
+    starter = machine.start()
+    told = machine.told(starter)
+    time.sleep(1)
+    assert server.poll() is None
+    os.kill(told["pid"], signal.SIGKILL)
+    assert server.wait(10) == 0
+    assert gone(told["pid"])
+
+
+def test_another_environment_is_another_servers(machine: Machine):
+    """Libraries read it as they are imported; but Ray's own variables differ from worker to worker."""
+    one = machine.address()
+    machine.environment["RAY_JOB_ID"] = "7"
+    assert machine.address() == one
+    machine.environment["HF_HOME"] = "/elsewhere"
+    assert machine.address() != one
+
+
+def test_who_knocks_and_says_nothing_or_nonsense_keeps_nobody_from_being_served(machine: Machine):
+    """Such as a starter that gave up, or that was killed in the middle."""
+    server = machine.serve()
+    for words in (b"", b"\0", b"\0{", b'\0{"arguments": 7}'):
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(machine.address())
+            other.sendall(words)
+    assert machine.told(machine.start())["forked"]
+    assert server.poll() is None
+
+
+LARGE = {"accelerate", "datasets", "deepspeed", "peft", "scipy", "sklearn", "torch", "transformers", "trl", "wandb"}
+
+
+def forked(context: Context[Any]) -> dict[str, float]:
+    """A stage: whom it was forked from."""
+    del context
+    return {"parent": float(os.getppid())}
+
+
+def imports(context: Context[Any]) -> dict[str, float]:
+    """A stage that imports ours, which find of others' large libraries all that they need."""
+    del context
+    before = set(sys.modules)
+    for stage in ("sft", "rm", "ppo", "evaluate"):
+        importlib.import_module(f"stages.{stage}")
+    late = {name for name in sys.modules.keys() - before if name.split(".")[0] in LARGE}
+    assert not late, late
+    return {}
+
+
+def run(session: Session, attempt: Path, count: int, stage: Callable[[Context[Any]], dict[str, float]]) -> Any:
+    """What the stage returns."""
+    group = WorkerGroup(
+        replace(call(attempt, ""), code=f"{__name__}:{stage.__name__}"),
+        session.resources().per_rank("total", count, 1, None),
+    )
+    assert group.is_over(120)
+    assert group.outcome() is None
+    return json.loads((attempt / "result.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+class TestOnRay:
+    def test_ranks_are_forked_from_one_process_and_from_another_when_it_is_gone(self, session: Session, attempt: Path):
+        """Those of another group too."""
+        server = run(session, attempt, 2, forked)
+        assert run(session, attempt, 1, forked) == server
+        os.kill(int(server["parent"]), signal.SIGKILL)
+        assert run(session, attempt, 2, forked) != server
+
+    def test_our_stages_find_imported_what_they_need(
+        self, session: Session, attempt: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """This one is no stage of ours by its name."""
+        monkeypatch.setattr(fork_server, "ALL_RANKS", fork_server.OUR_STAGES)
+        assert run(session, attempt, 1, imports) == {}
+
+
+def test_where_python_may_lie_elsewhere_or_is_another_users_nobody_is_forked(tmp_path: Path):
+    """Ray's nodes are known by their sockets, which only this machine and this user have."""
+    here = tmp_path / "raylet"
+    here.touch()
+    assert fork_server.runtime_env("stages.rm:run", True, [str(here)]) is not None
+    assert fork_server.runtime_env("stages.rm:run", True, [str(here), str(tmp_path / "of another host")]) is None
+    assert fork_server.runtime_env("stages.rm:run", True, [str(here), "/proc/1/environ"]) is None or os.getuid() == 0
