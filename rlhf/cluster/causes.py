@@ -35,8 +35,8 @@ RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
 """How often a worker group is started again after an error, by the first class that fits; None is as often as
 :class:`Retries` allows for all of them together."""
 
-NODE_SECONDS = 20.0
-"""How long Ray may take to find out that a node is gone."""
+NODE_SECONDS = 30.0
+"""How long Ray may take to find out that a node is gone: 15 to 18 s as it is set, more where much else runs."""
 Told = list[tuple[int | None, Exception]]
 """What Ray tells of ranks' ends; None where it is not known whose."""
 _LOG_TAIL = 20_000
