@@ -24,6 +24,7 @@ import shlex
 import socket
 import struct
 import sys
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ REQUEST_SECONDS = 5.0
 """How long a starter may take to say what it wants once it was told to."""
 TRIES = 100
 """How often a starter knocks at an address that another one has just taken."""
+PAUSE_SECONDS = 0.01
 IDLE_SECONDS = 60.0
 """How long a server stays without a rank: the next stage's may be about to come."""
 _SERVE = "--serve"
@@ -216,8 +218,10 @@ def _server() -> Generator[socket.socket]:
                 server.connect(here)
                 break
             except ConnectionRefusedError:
-                with suppress(OSError):  # another starter has the address already, but does not listen yet
+                try:
                     _start_server(here)
+                except OSError:  # another starter has the address already, but does not listen yet
+                    time.sleep(PAUSE_SECONDS)
         else:
             raise ConnectionRefusedError("nobody listens at its address")
         if _user(server) != os.getuid():

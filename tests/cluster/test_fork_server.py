@@ -30,8 +30,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forke
 IMPORTS = "RLHF_FORK_SERVER_IMPORTS"
 PROGRAM = """
 import json, os, sys
-told = {"arguments": sys.argv, "path": sys.path[0], "folder": os.getcwd(), "value": os.environ.get("VALUE"),
-        "pid": os.getpid(), "own group": os.getpgid(0) == os.getpid(), "forked": "torch" in sys.modules}
+told = {"arguments": sys.argv, "path": sys.path[0], "folder": os.getcwd(), "environment": dict(os.environ),
+        "pid": os.getpid(), "parent": os.getppid(), "own group": os.getpgid(0) == os.getpid(),
+        "forked": "torch" in sys.modules}
 print(json.dumps(told), flush=True)
 print("an error", file=sys.stderr, flush=True)
 sys.stdin.read()
@@ -106,14 +107,27 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 def test_a_forked_worker_is_what_ray_asked_for(machine: Machine):
     """Its arguments, environment, folder and standard streams are the starter's, which has ended; so has its group."""
     machine.serve()
-    starter = machine.start(RAY_JOB_ID="1")
+    starter = machine.start(RAY_JOB_ID="1")  # the server's environment has more, and not this
     told = machine.told(starter)
     assert starter.wait(10) == 0
     assert told["pid"] != starter.pid
-    assert (told["forked"], told["own group"], told["value"]) == (True, True, None)
+    assert (told["forked"], told["own group"]) == (True, True)
+    assert told["environment"] == machine.environment | {"RAY_JOB_ID": "1"}
     _, errors = starter.communicate()
     assert errors == "an error\n"
     until(lambda: gone(told["pid"]), "the end of the worker, whose standard input has ended", 10)
+
+
+def test_starters_that_come_at_once_share_one_server(machine: Machine):
+    """The first of them starts it."""
+    (machine.folder / "torch.py").write_text("class cuda:\n    _is_in_bad_fork = staticmethod(lambda: False)")
+    machine.environment |= {IMPORTS: "torch", "PYTHONPATH": str(machine.folder)}
+    starters = [machine.start() for _ in range(8)]
+    told = [machine.told(one) for one in starters]
+    (server,) = {one["parent"] for one in told}
+    os.kill(server, signal.SIGKILL)
+    assert len({one["pid"] for one in told}) == 8
+    assert server not in {one.pid for one in starters}
 
 
 def test_a_server_that_is_killed_or_cannot_import_costs_time_and_nothing_else(machine: Machine):
