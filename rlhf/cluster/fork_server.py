@@ -96,7 +96,7 @@ def _is_ours(path: str) -> bool:
 def start(arguments: list[str]) -> None:
     """Have Python run with the arguments, in a process that the server forks, or else in this one."""
     try:
-        with _server() as server:
+        with connected() as server:
             server.settimeout(READY_SECONDS)
             _expect_byte(server)
             wanted = {
@@ -205,7 +205,7 @@ def _asked(listener: socket.socket) -> Worker | None:
 
 
 @contextmanager
-def _server() -> Generator[socket.socket]:
+def connected() -> Generator[socket.socket]:
     """A connection to this machine's server, which is started where there is none.
 
     Raises:

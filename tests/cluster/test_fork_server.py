@@ -39,10 +39,12 @@ sys.stdin.read()
 """
 # Instead of seconds of imports, with what a forked process asks torch.
 SERVER = """
-import sys
+import os, sys
 from types import SimpleNamespace
 from rlhf.cluster import fork_server
 fork_server.IDLE_SECONDS = {idle}
+user = os.getuid() + {other_user}
+os.getuid = lambda: user
 sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(_is_in_bad_fork=lambda: {bad}))
 fork_server.main(sys.argv[1:])
 """
@@ -56,11 +58,12 @@ class Machine:
     environment: dict[str, str] = field(default_factory=dict)
     processes: "list[subprocess.Popen[str]]" = field(default_factory=list)
 
-    def serve(self, idle: float = 60.0, bad: bool = False) -> "subprocess.Popen[str]":
+    def serve(self, idle: float = 60.0, bad: bool = False, other_user: bool = False) -> "subprocess.Popen[str]":
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self.address())
             listener.listen()
-            command = [sys.executable, "-c", SERVER.format(idle=idle, bad=bad), "--serve", str(listener.fileno())]
+            code = SERVER.format(idle=idle, bad=bad, other_user=int(other_user))
+            command = [sys.executable, "-c", code, "--serve", str(listener.fileno())]
             environment = os.environ | self.environment
             server = subprocess.Popen(
                 command, pass_fds=[listener.fileno()], env=environment, stderr=subprocess.PIPE, text=True
@@ -153,6 +156,20 @@ def test_after_an_import_that_has_called_cuda_the_worker_imports_anew(machine: M
     assert "no forked rank: an import has initialised CUDA" in starter.communicate()[1]
 
 
+def test_a_server_and_who_asks_it_talk_to_nobody_elses_processes(machine: Machine, monkeypatch: pytest.MonkeyPatch):
+    """Whoever is asked to fork would run anything as its own user, and is told the whole environment."""
+    server = machine.serve(other_user=True)
+    starter = machine.start()
+    assert machine.told(starter)["pid"] == starter.pid
+    assert "no fork server: " in starter.communicate()[1]
+    assert server.poll() is None
+    address, mine = machine.address(), os.getuid()
+    monkeypatch.setattr(fork_server, "address", lambda: address)
+    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    with pytest.raises(PermissionError, match="another user's process has its address"), fork_server.connected():
+        pass
+
+
 def test_a_server_ends_once_it_has_had_no_rank_for_a_while(machine: Machine):
     """As long as there is one it stays, since that may fail and be started again."""
     server = machine.serve(idle=0.5)
@@ -235,10 +252,13 @@ class TestOnRay:
         assert run(session, attempt, 1, imports) == {}
 
 
-def test_where_python_may_lie_elsewhere_or_is_another_users_nobody_is_forked(tmp_path: Path):
+def test_where_python_may_lie_elsewhere_or_is_another_users_nobody_is_forked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Ray's nodes are known by their sockets, which only this machine and this user have."""
     here = tmp_path / "raylet"
     here.touch()
     assert fork_server.runtime_env("stages.rm:run", True, [str(here)]) is not None
     assert fork_server.runtime_env("stages.rm:run", True, [str(here), str(tmp_path / "of another host")]) is None
-    assert fork_server.runtime_env("stages.rm:run", True, [str(here), "/proc/1/environ"]) is None or os.getuid() == 0
+    monkeypatch.setattr(os, "getuid", lambda: here.stat().st_uid + 1)
+    assert fork_server.runtime_env("stages.rm:run", True, [str(here)]) is None
