@@ -7,7 +7,7 @@ import torch
 from tokenizers import decoders, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf.models.text import Tokenizer
+from rlhf.models.templates import Tokenizer
 
 PAD, EOS = "<pad>", "<eos>"
 

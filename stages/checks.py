@@ -8,6 +8,7 @@ from rlhf.collect.judges import judge_of
 from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
+from rlhf.data.demonstrations import tokenised
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import PreflightError
 from rlhf.models.text import (
@@ -16,14 +17,16 @@ from rlhf.models.text import (
     check_scored_length,
     context_length,
     load_tokenizer,
-    plain_text,
     prompt_ids,
+    reads_messages,
+    response_ids,
+    text_start,
 )
 from rlhf.pipeline.context import Context
 from rlhf.rewards.endpoint import EndpointReward
 from rlhf.rewards.function import load_function
 from rlhf.rollout.demonstrations import DemonstrationStream
-from rlhf.rollout.prompts import PromptStream
+from rlhf.rollout.prompts import PromptStream, read_prompts
 
 
 def sft(context: Context[SftSettings]) -> dict[str, float]:
@@ -33,12 +36,10 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
     _fits(context, settings.max_length, "max_length")
     _batch_divides(context)
     _has_heldout(context, "demonstrations")
-    rows = read_rows(context.inputs["demonstrations"] / "train.jsonl")
-    lengths = [
-        len(prompt_ids(tokenizer, row["prompt"])) + len(tokenizer(plain_text(row["completion"]))["input_ids"])
-        for row in rows
-    ]
-    prompts_only = sum(len(prompt_ids(tokenizer, row["prompt"])) >= settings.max_length for row in rows)
+    rows = tokenised(context.inputs["demonstrations"] / "train.jsonl", tokenizer)
+    tokenised(context.inputs["demonstrations"] / "heldout.jsonl", tokenizer)
+    lengths = [row.length for row in rows]
+    prompts_only = sum(len(row.prompt) >= settings.max_length for row in rows)
     if prompts_only:
         raise PreflightError(
             f"{prompts_only} demonstrations have prompts of {settings.max_length} tokens or more: "
@@ -49,7 +50,8 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
     over = sum(length > settings.max_length for length in lengths)
     if over:
         context.note(
-            f"{over} of {len(rows)} demonstrations are longer than {settings.max_length} tokens and are cut at the end"
+            f"{over} of {len(rows)} demonstrations are longer than {settings.max_length} tokens: they are cut at the "
+            "end, and nothing is learned of how they end"
         )
     return {"demonstrations/too_long": float(over)}
 
@@ -64,14 +66,20 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
         return {}
     _has_heldout(context, "comparisons")
     over = total = 0
-    for row in read_rows(context.inputs["comparisons"] / "train.jsonl"):
-        prompt = len(prompt_ids(tokenizer, row["prompt"])) if settings.sees == "conversation" else 0
-        lengths = [prompt + len(tokenizer(response)["input_ids"]) + 1 for response in row["responses"]]
-        total += len(lengths)
-        over += sum(length > settings.max_length for length in lengths)
+    for part in ("train", "heldout"):
+        for number, row in enumerate(read_rows(context.inputs["comparisons"] / f"{part}.jsonl"), start=1):
+            place = f"comparisons/{part}.jsonl, row {number}"
+            alone = settings.sees == "response"
+            before = text_start(tokenizer) if alone else prompt_ids(tokenizer, row["prompt"], place)
+            lengths = [len(before) + len(response_ids(tokenizer, response)) for response in row["responses"]]
+            total += len(lengths)
+            over += sum(length > settings.max_length for length in lengths)
+    if settings.sees == "conversation":
+        tokenised(context.inputs["demonstrations"] / "train.jsonl", tokenizer)
     if over:
         context.note(
-            f"{over} of {total} responses are longer than {settings.max_length} tokens and are cut at the start"
+            f"{over} of {total} responses are, with their prompts, longer than {settings.max_length} tokens: they are "
+            "cut at the start"
         )
     return {"responses/too_long": float(over)}
 
@@ -95,6 +103,7 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     tokenizer = load_tokenizer(context.inputs["policy"])
     _demonstrations_fit(context, tokenizer)
     PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
+    _rewards_read_prompts(context, "train")
     _leaves_room(context, "policy", settings.sampling.max_new_tokens, "sampling.max_new_tokens")
     return {}
 
@@ -139,6 +148,7 @@ def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
     if "before" in context.inputs and "prompts" in context.inputs:
         tokenizer = load_tokenizer(context.inputs["before"])
         PromptStream(context.inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
+        _rewards_read_prompts(context, "heldout")
         _leaves_room(context, "before", settings.sampling.max_new_tokens, "sampling.max_new_tokens")
     return {}
 
@@ -171,6 +181,16 @@ def _rewards_are_there(context: Context[PpoSettings] | Context[EvaluateSettings]
     for role, folder in context.inputs.items():
         if role.startswith("reward"):
             check_scored_length(folder)
+
+
+def _rewards_read_prompts(context: Context[PpoSettings] | Context[EvaluateSettings], part: str) -> None:
+    # A reward model may have another chat template than the policy, which refuses other prompts.
+    prompts = read_prompts(context.inputs["prompts"] / f"{part}.jsonl")
+    for role, folder in context.inputs.items():
+        if role.startswith("reward") and reads_messages(folder):
+            tokenizer = load_tokenizer(folder)
+            for number, prompt in enumerate(prompts, start=1):
+                prompt_ids(tokenizer, prompt, f"prompts/{part}.jsonl, row {number}, as {role} reads it")
 
 
 def _batch_divides(context: Context[SftSettings] | Context[RmSettings]) -> None:

@@ -31,4 +31,5 @@ def run(context: Context[ModelSettings]) -> dict[str, float]:
             base.copy_local(folder, context.output)
             origin = {"source": folder, "license": licence_of(Path(folder).expanduser())}
     context.origin({"model": origin})
+    base.write_template_date(context.output, settings.template_date)
     return {"parameters": base.check(context.output)}

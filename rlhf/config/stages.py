@@ -1,5 +1,6 @@
 """Settings of the stages model, sft, rm and evaluate. Those of data and rank are in ``data``, of ppo in ``ppo``."""
 
+import datetime
 import re
 from pathlib import Path
 from typing import Literal
@@ -42,6 +43,9 @@ class ModelSettings(Settings):
     """The 40-hex commit of a hub model; required for one, refused otherwise."""
     seed: int = semantic(0, ge=0, lt=1 << 32)
     """Seeds the weights of a model from scratch."""
+    template_date: datetime.date = semantic(datetime.date(2024, 7, 26))
+    """The date that a chat template which prints today's, as those of Llama 3.1 and 3.2 do, is given instead, in every
+    stage: otherwise prompts would change by the day."""
     scratch: ScratchSettings = semantic(ScratchSettings())
     """Shape of the model when ``base`` is ``scratch``."""
     downloads: Path | None = runtime(None)

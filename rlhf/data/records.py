@@ -85,7 +85,7 @@ Response = Annotated[String, BeforeValidator(_reply_text)]
 
 
 class Demonstration(_Record):
-    """A prompt and the completion to be imitated."""
+    """A prompt and the completion to be imitated: a text, or one message of the assistant's."""
 
     prompt: Text
     completion: Text
@@ -93,8 +93,15 @@ class Demonstration(_Record):
     @field_validator("completion")
     @classmethod
     def _completion_is_an_assistants(cls, completion: str | list[Message]) -> str | list[Message]:
-        if not isinstance(completion, str) and completion[-1].role != "assistant":
+        if isinstance(completion, str):
+            return completion
+        if completion[-1].role != "assistant":
             raise ValueError(f"ends with a message of the role {completion[-1].role!r}, and is to end with 'assistant'")
+        if len(completion) > 1:
+            raise ValueError(
+                f"has {len(completion)} messages, and is to be one message of the assistant's: put those before it "
+                "into the prompt"
+            )
         return completion
 
 

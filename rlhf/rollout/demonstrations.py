@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.config.ppo import PpoSettings, PtxSettings
-from rlhf.data.jsonl import read_rows
+from rlhf.data.demonstrations import tokenised
 from rlhf.errors import PreflightError
-from rlhf.models import text
-from rlhf.models.text import Tokenizer
+from rlhf.models.templates import Tokenizer
 from rlhf.pipeline.context import Context
 from rlhf.rollout.experience import Minibatch, minibatch_of
 from rlhf.rollout.sequences import Sequences, lay_out
@@ -18,11 +17,11 @@ class DemonstrationStream:
     """Demonstrations in shuffled passes over a JSONL file."""
 
     def __init__(self, file: Path, tokenizer: Tokenizer, settings: PtxSettings, seed: int) -> None:
-        rows = [text.demonstration_ids(tokenizer, row["prompt"], row["completion"]) for row in read_rows(file)]
+        rows = tokenised(file, tokenizer)
         # Cut at the end, prompts included: a prompt that fills the length leaves nothing to learn.
         room = [(prompt, completion[: max(0, settings.max_length - len(prompt))]) for prompt, completion in rows]
         kept = [(prompt, completion) for prompt, completion in room if completion]
-        self.cut = sum(len(prompt) + len(completion) > settings.max_length for prompt, completion in rows)
+        self.cut = sum(row.length > settings.max_length for row in rows)
         self.left_out = len(rows) - len(kept)
         if not kept:
             raise PreflightError(

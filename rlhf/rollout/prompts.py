@@ -9,7 +9,8 @@ import numpy as np
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import PreflightError
 from rlhf.models import text
-from rlhf.models.text import Prompt, Tokenizer
+from rlhf.models.templates import Tokenizer
+from rlhf.models.text import Prompt
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,13 @@ class PromptStream:
 
     def __init__(self, file: Path, tokenizer: Tokenizer, max_length: int, seed: int = 0) -> None:
         self._prompts = read_prompts(file)
-        self._ids = [text.prompt_ids(tokenizer, prompt) for prompt in self._prompts]
         self._seed = seed
-        check_lengths(self._ids, f"{file.parent.name}/{file.name}", max_length)
+        place = f"{file.parent.name}/{file.name}"
+        self._ids = [
+            text.prompt_ids(tokenizer, prompt, f"{place}, row {number}")
+            for number, prompt in enumerate(self._prompts, start=1)
+        ]
+        check_lengths(self._ids, place, max_length)
 
     def batch(self, iteration: int, size: int) -> PromptBatch:
         """The ``size`` prompts of an iteration."""

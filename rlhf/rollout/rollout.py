@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rlhf.models import text
-from rlhf.models.text import Prompt, Tokenizer
+from rlhf.models.templates import Tokenizer
+from rlhf.models.text import Prompt
 from rlhf.rl.masks import ended, response_mask
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.sampling import uniforms
@@ -31,7 +32,7 @@ class Rollout:
 
     prompts: Sequence[Prompt]
     texts: list[str]
-    """The responses, decoded, without special tokens."""
+    """The responses, decoded, without the EOS that ends them."""
     sequences: Sequences
     ended: Tensor
     """``[sample]``, True where the response ended in EOS within the limit."""
@@ -57,7 +58,7 @@ def roll_out(policy: Samples, batch: PromptBatch, seed: int, max_new_tokens: int
     prompt_ids, prompt_mask = text.pad(batch.ids, tokenizer.pad_token_id, "left")
     return Rollout(
         prompts=batch.prompts,
-        texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
+        texts=[text.response_text(tokenizer, row[real].tolist()) for row, real in zip(responses, mask, strict=True)],
         sequences=Sequences(
             ids=torch.cat([prompt_ids, responses], dim=1),
             attention_mask=torch.cat([prompt_mask, mask.long()], dim=1),

@@ -28,7 +28,7 @@ from rlhf.errors import DivergedError
 from rlhf.models import adapters, reward_losses
 from rlhf.models.response_lists import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.reward import raw_scores
-from rlhf.models.text import Tokenizer
+from rlhf.models.templates import Tokenizer
 from rlhf.pipeline import pulse
 from rlhf.pipeline.context import Context
 from rlhf.zero import checkpoints, group

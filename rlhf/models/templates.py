@@ -1,0 +1,220 @@
+"""Chat templates: the text that a tokenizer's template makes of a conversation, and the token that closes a turn.
+
+A template is a program, and may drop a message, rewrite it, refuse its role or print today's date. Whatever would make
+the model read something else than the record says is refused here.
+"""
+
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from rlhf.errors import PreflightError, RecordError
+
+# transformers types a token's id as any of five things; of a tokenizer that `load_tokenizer` returned it is an int.
+Tokenizer = Any
+Message = Mapping[str, Any]
+
+DATE_FIELD = "template_date"
+"""The field of ``tokenizer_config.json`` that holds the date which templates print as today's."""
+DATE = "2024-07-26"
+"""That date where the field is missing: Llama 3.1's template has it for places without a clock."""
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
+
+
+def check_rendered(tokenizer: Tokenizer, messages: Sequence[Message], place: str) -> None:
+    """Refuse a conversation that the template does not render whole, message by message.
+
+    place  where the conversation stands, for errors
+
+    Raises:
+        RecordError: the template refuses a message's role, leaves a message out, or changes its text; or the last
+            message is the assistant's, so that there is nothing to answer.
+    """
+    if messages[-1]["role"] == "assistant":
+        raise RecordError(
+            "the prompt ends with a message of the assistant's, so there is nothing to answer",
+            place,
+            "end the prompt with the user's message",
+        )
+    try:
+        text = as_text(tokenizer, messages, generation=True)
+    except (TemplateError, TypeError) as error:
+        number = _first_refused(tokenizer, messages)
+        raise RecordError(
+            f"the chat template refuses message {number + 1}, of the role {messages[number]['role']!r}: {error}",
+            place,
+            "give it a role that the template takes there, or put its text into another message",
+        ) from error
+    roles = tuple(str(message["role"]) for message in messages)
+    number = _first_left_out(tokenizer, str(tokenizer.chat_template), roles)
+    if number is not None:
+        raise RecordError(
+            f"the chat template leaves out message {number + 1}, of the role {roles[number]!r}",
+            place,
+            "name its role as the template does: 'system', 'user' and 'assistant' are usual",
+        )
+    for number, message in enumerate(messages):
+        if message["content"].strip() not in text:
+            raise RecordError(
+                f"the chat template changes the text of message {number + 1}, of the role {roles[number]!r}, "
+                "or leaves a part of it out",
+                place,
+                "remove what the template drops (reasoning of earlier turns, for instance), or use another template",
+            )
+
+
+def as_text(tokenizer: Tokenizer, messages: Sequence[Message], *, generation: bool, **variables: str) -> str:
+    """Return what the template makes of the messages; with ``generation`` the assistant's turn is opened at the end.
+
+    variables  of the template, in place of the tokenizer's own
+
+    Raises:
+        jinja2.exceptions.TemplateError: the template refuses them.
+    """
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation, **variables)
+
+
+def with_fixed_date(template: str, day: str, place: str) -> str:
+    """Return the template with the clock stopped: otherwise prompts would change by the day, and no key with them.
+
+    day    the date that it prints as today's, as ``2024-07-26``
+    place  the tokenizer's folder, for errors
+
+    Raises:
+        PreflightError: the format in which it prints the date is computed, so that the date cannot be put in its place.
+    """
+    date = datetime.date.fromisoformat(day)
+    fixed = _CLOCK.sub(lambda call: repr(date.strftime(call[2])), template)
+    if "strftime_now(" in fixed:
+        raise PreflightError(
+            "the chat template prints today's date in a format that it computes, so that its prompts change by the day",
+            place,
+            "write the date into the template",
+        )
+    return fixed
+
+
+def prints_the_date(tokenizer: Tokenizer) -> bool:
+    """Return whether the chat template asks for today's date."""
+    return tokenizer.chat_template is not None and "strftime_now(" in tokenizer.get_chat_template()
+
+
+def end_of_turn(tokenizer: Tokenizer, place: str) -> str | None:
+    """Return the token that the template closes the assistant's turn with, or None where it writes none.
+
+    place  the tokenizer's folder, for errors
+
+    Raises:
+        PreflightError: the template leaves out the assistant's answers, or opens them with special tokens that its
+            generation prompt lacks, so that a policy would have to write these itself.
+    """
+    question, answer, _ = conversation = _conversation("user", "assistant", "user")
+    try:
+        opened = as_text(tokenizer, [question], generation=True)
+        answered = as_text(tokenizer, [question, answer], generation=False)
+        history = as_text(tokenizer, conversation, generation=False)
+    except (TemplateError, TypeError) as error:
+        raise PreflightError(
+            f"the chat template refuses a question and its answer: {error}", place, "use a model with a chat template"
+        ) from error
+    before, found, after = answered.partition(answer["content"])
+    if not found or question["content"] not in before:
+        raise PreflightError(
+            "the chat template leaves out a user's question or the assistant's answer",
+            place,
+            "use a template that renders messages of the roles 'user' and 'assistant' whose content is a text",
+        )
+    opening = before.removeprefix(opened) if before.startswith(opened) else ""
+    markers = [token for token in _special_tokens(tokenizer) if token in history]
+    if any(marker in opening for marker in markers):
+        raise PreflightError(
+            f"the chat template opens an answer with {opening!r}, and its generation prompt does not: the policy would "
+            "have to write that itself",
+            place,
+            "use a template whose generation prompt ends where the answer's text begins",
+        )
+    closing = re.match(rf"\s*({'|'.join(map(re.escape, _added_tokens(tokenizer)))})", after)
+    return closing[1] if closing else None
+
+
+def without_turn_markers(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Return the text in pieces, so cut that no piece holds a token with which the template marks turns.
+
+    Tokenizers keep only those of their added tokens apart from texts that they call special, and DeepSeek's
+    ``<｜User｜>``, for instance, is not.
+    """
+    if tokenizer.chat_template is None:
+        return [text]
+    markers = _turn_markers(tokenizer, str(tokenizer.chat_template))
+    cuts = [match.start() + 1 for match in re.finditer("|".join(map(re.escape, markers)), text)] if markers else []
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+def check_unchanged(tokenizer: Tokenizer, other_eos: str, place: str) -> None:
+    """Refuse a template that writes ``eos_token`` inside conversations while it closes turns with another token.
+
+    Raises:
+        PreflightError: a conversation reads differently with the tokenizer's EOS token and with ``other_eos``.
+    """
+    messages = _conversation("user", "assistant", "user")
+    if as_text(tokenizer, messages, generation=True) != as_text(
+        tokenizer, messages, generation=True, eos_token=other_eos
+    ):
+        raise PreflightError(
+            f"the chat template closes the last answer with {other_eos} and earlier turns with {tokenizer.eos_token}",
+            place,
+            "use a template that closes all of the assistant's turns alike",
+        )
+
+
+def _conversation(*roles: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": f"\ue000message {number}\ue000"} for number, role in enumerate(roles)]
+
+
+def _added_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Return the tokenizer's added tokens, the longest first, without those that are white space."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token))
+
+
+def _special_tokens(tokenizer: Tokenizer) -> set[str]:
+    return {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+
+def _first_refused(tokenizer: Tokenizer, messages: Sequence[Message]) -> int:
+    for number in range(len(messages)):
+        try:
+            as_text(tokenizer, messages[: number + 1], generation=True)
+        except (TemplateError, TypeError):
+            return number
+    return len(messages) - 1
+
+
+@lru_cache(maxsize=16)
+def _turn_markers(tokenizer: Tokenizer, template: str) -> list[str]:  # noqa: ARG001 - a key
+    question, answer, other = _conversation("user", "assistant", "user")
+    history = as_text(tokenizer, [question, answer, other], generation=False)
+    # Not in the history alone: some templates write marks of reasoning into earlier answers, which texts may have too.
+    opened = as_text(tokenizer, [question], generation=True)
+    special = _special_tokens(tokenizer)
+    return [
+        token for token in _added_tokens(tokenizer) if token in history and token in opened and token not in special
+    ]
+
+
+@lru_cache(maxsize=256)
+def _first_left_out(tokenizer: Tokenizer, template: str, roles: tuple[str, ...]) -> int | None:  # noqa: ARG001 - a key
+    """Return the number of the first message that does not appear, in its order, whatever its text."""
+    messages = _conversation(*roles)
+    text, end = as_text(tokenizer, messages, generation=True), 0
+    for number, message in enumerate(messages):
+        start = text.find(message["content"], end)
+        if start < 0:
+            return number
+        end = start + len(message["content"])
+    return None

@@ -1,0 +1,233 @@
+"""One reading of a text: whatever the template and the record, all stages turn it into the same token ids."""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import disable_progress_bars
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf.config.ppo import PtxSettings
+from rlhf.data.demonstrations import as_dataset
+from rlhf.errors import PreflightError, RecordError
+from rlhf.models import base, templates, text
+from rlhf.rollout.demonstrations import DemonstrationStream
+from rlhf.rollout.prompts import PromptStream
+from tests.models.families import FAMILIES, Family, make_tokenizer, template_of, write
+
+pytestmark = [
+    # DeepSpeed's and torch's own.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.usefixtures("group_of_one"),
+]
+
+USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+
+
+def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def records(family: Family) -> list[dict[str, Any]]:
+    """Records that have been read in several ways, with every added token of the family written out in them."""
+    written = " ".join([*family.special, *family.other])
+    tricks = [
+        {"prompt": "what is the capital of france ?", "completion": "paris ."},
+        {"prompt": messages((USER, "what ?")), "completion": messages((ASSISTANT, "paris ."))},
+        {"prompt": "the answer ends in a space : ", "completion": "paris ."},
+        {"prompt": "say\n\nso", "completion": "  between spaces \n"},
+        {"prompt": f"what is {written} ?", "completion": f"use {written} in html , not{family.ends}."},
+        {"prompt": f"{family.ends}", "completion": f"{family.ends}"},
+        {"prompt": "a", "completion": "日本 \ue000 ünï"},
+        {"prompt": messages((USER, "a ?"), (ASSISTANT, "b ."), (USER, "c ?")), "completion": "d ."},
+    ]
+    system = messages((SYSTEM, "be short"), (USER, "what ?"))
+    if family.template not in ("gemma",) and "[INST]" not in str(family.template):
+        tricks.append({"prompt": system, "completion": "paris ."})
+    return tricks
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_stages_read_a_record_alike(name: str, tmp_path: Path) -> None:
+    """sft's context is ppo's prompt, sft's learned ids are what a policy that says the completion emits, ptx's are
+    sft's, and the reward model reads prompt and those ids; nothing that a text says is a control token.
+    """
+    family = FAMILIES[name]
+    tokenizer = text.load_tokenizer(write(family, tmp_path / "tokenizer"))
+    rows = records(family)
+    file = write_rows(tmp_path / "data", rows)
+    prompts = PromptStream(file, tokenizer, 1000).first(len(rows)).ids
+    learned: Any = as_dataset(file, tokenizer)
+    ptx = DemonstrationStream(file, tokenizer, PtxSettings(coef=1.0, batch_size=len(rows), max_length=1000), seed=0)
+    mixed = ptx.minibatch(0, len(rows)).parts[0]
+    mixed_rows = sorted(ids[seen.bool()].tolist() for ids, seen in zip(mixed.ids, mixed.attention_mask, strict=True))
+    markers = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+    control = {markers[token] for token in markers if token not in ("<think>", "</think>")}
+    assert tokenizer.eos_token == family.ends
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+    for row, prompt, demonstration in zip(rows, prompts, learned, strict=True):
+        mask = demonstration["completion_mask"]
+        context = [number for number, learns in zip(demonstration["input_ids"], mask, strict=True) if not learns]
+        emitted = [number for number, learns in zip(demonstration["input_ids"], mask, strict=True) if learns]
+        completion = text.plain_text(row["completion"])
+        assert context == prompt
+        assert demonstration["input_ids"] == [*context, *emitted]
+        assert emitted[-1] == tokenizer.eos_token_id
+        assert not control & set(emitted[:-1])
+        assert text.response_text(tokenizer, emitted) == completion
+        assert text.scored_ids(tokenizer, row["prompt"], completion, 1000) == [*prompt, *emitted]
+        assert text.scored_ids(tokenizer, None, completion, 1000) == [*text.text_start(tokenizer), *emitted]
+        # What the prompt says itself: as many control tokens as the template writes around plain words.
+        plain: Any = [{**message, "content": "a"} for message in text.as_messages(row["prompt"])]
+        expected = text.prompt_ids(tokenizer, plain if tokenizer.chat_template else "a")
+        assert [number for number in prompt if number in control] == [n for n in expected if n in control]
+        said = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert all(m["content"].strip().replace("\ue000", "") in said for m in text.as_messages(row["prompt"]))
+    assert mixed_rows == sorted(demonstration["input_ids"] for demonstration in learned)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.template and name != "llama 3.2"])
+def test_a_prompt_is_the_templates_own(name: str) -> None:
+    """Where no text spells a control token the ids are transformers' own, generation prompt included.
+
+    Llama 3.2's template prints the date; it differs in that from Llama 3.1's.
+    """
+    family = FAMILIES[name]
+    tokenizer = make_tokenizer(family)
+    for row in records(family):
+        if any(token in str(row["prompt"]) for token in (*family.special, *family.other, "\ue000")):
+            continue
+        asked = text.as_messages(row["prompt"])
+        rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
+        assert text.prompt_ids(tokenizer, row["prompt"]) == rendered["input_ids"]
+
+
+def test_trl_learns_the_ids_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The labels of sft's trainer are the completion's ids, and nothing else, EOS included."""
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    disable_progress_bars()
+    family = FAMILIES["qwen2.5 base"]
+    tokenizer = text.load_tokenizer(write(family, tmp_path / "tokenizer"))
+    file = write_rows(tmp_path / "data", records(family))
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        max_length=1000,
+        packing=False,
+        completion_only_loss=True,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    )
+    data: Any = as_dataset(file, tokenizer)
+    trainer = SFTTrainer(model=LlamaForCausalLM(shape), args=arguments, train_dataset=data, processing_class=tokenizer)
+    prepared: Any = trainer.train_dataset
+    for given, row in zip(data, prepared, strict=True):
+        assert row["input_ids"] == given["input_ids"]
+        assert row["labels"] == [
+            number if learns else -100
+            for number, learns in zip(given["input_ids"], given["completion_mask"], strict=True)
+        ]
+
+
+REFUSED = {
+    "role": ("gemma", messages((SYSTEM, "be short"), (USER, "what ?")), r"refuses message 1, of the role 'system'"),
+    "order": ("gemma", messages((USER, "a ?"), (USER, "b ?")), r"refuses message 2, of the role 'user'"),
+    "left out": ("qwen2.5 base", messages(("human", "what ?")), r"leaves out message 1, of the role 'human'"),
+    "left out, last": ("deepseek v3", messages((USER, "a ?"), ("human", "b")), r"leaves out message 2"),
+    "reasoning": (
+        "deepseek r1 distill",
+        messages((USER, "a ?"), (ASSISTANT, "<think>why</think>b ."), (USER, "c ?")),
+        r"changes the text of message 2, of the role 'assistant'",
+    ),
+    "nothing to answer": ("qwen2.5 base", messages((USER, "a ?"), (ASSISTANT, "b .")), r"there is nothing to answer"),
+    "mistral": ("mistral", messages((SYSTEM, "be short"), (USER, "what ?")), r"message 1, of the role 'system': Only"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_conversation_that_is_not_rendered_whole_is_refused_by_row_and_role(case: str, tmp_path: Path) -> None:
+    """Before anything trains, in sft, ppo and ptx, with the reason that the template gives."""
+    family, prompt, message = REFUSED[case]
+    tokenizer = text.load_tokenizer(write(FAMILIES[family], tmp_path / "tokenizer"))
+    good = {"prompt": "what ?", "completion": "paris ."}
+    file = write_rows(tmp_path / "data", [good, {"prompt": prompt, "completion": "paris ."}])
+    for read in (
+        lambda: as_dataset(file, tokenizer),
+        lambda: PromptStream(file, tokenizer, 1000),
+        lambda: DemonstrationStream(file, tokenizer, PtxSettings(coef=1.0), seed=0),
+    ):
+        with pytest.raises(RecordError, match=message) as caught:
+            read()
+        assert caught.value.where == "data/train.jsonl, row 2"
+
+
+UNUSABLE = {
+    "opens answers with control tokens": (template_of("gptoss"), r"opens an answer with '<\|channel\|>final"),
+    "has no generation prompt": (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}",
+        r"opens an answer with '<\|assistant\|>'",
+    ),
+    "drops answers": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",
+        r"leaves out a user's question or the assistant's answer",
+    ),
+    "wants content in parts": (template_of("llava_next"), r"refuses a question and its answer"),
+    "ends turns in two ways": (
+        "{% for m in messages %}{{ m['content'] }}{{ '<|end|>' if loop.last else eos_token }}{% endfor %}",
+        r"closes the last answer with <\|end\|> and earlier turns with <\|return\|>",
+    ),
+    "computes the date's format": (
+        "{{ strftime_now('%d' + '%b') }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}",
+        r"prints today's date in a format that it computes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_template_with_which_stages_could_not_agree_is_refused(case: str, tmp_path: Path) -> None:
+    """When the tokenizer is loaded, which the checks before a run do."""
+    template, message = UNUSABLE[case]
+    tokens = ("<|return|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>", "<|user|>", "<|assistant|>", "<pad>")
+    folder = write(Family(tokens, "<|return|>", "<|end|>", pad="<pad>", template=template), tmp_path)
+    with pytest.raises(PreflightError, match=message) as caught:
+        text.load_tokenizer(folder)
+    assert caught.value.where == str(tmp_path)
+
+
+def test_a_template_that_prints_the_date_prints_the_models(tmp_path: Path) -> None:
+    """Whatever day it is: the date is a setting of the model stage, and travels with the tokenizer."""
+    family = FAMILIES["llama 3.2"]
+    folder = write(family, tmp_path)
+    tokenizer = text.load_tokenizer(folder)
+    assert "Today Date: 26 Jul 2024" in tokenizer.decode(text.prompt_ids(tokenizer, "what ?"))
+    base.write_template_date(folder, datetime.date(2031, 2, 3))
+    tokenizer = text.load_tokenizer(folder)
+    assert "Today Date: 03 Feb 2031" in tokenizer.decode(text.prompt_ids(tokenizer, "what ?"))
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())[templates.DATE_FIELD] == "2031-02-03"
+
+
+def test_only_a_template_that_prints_the_date_is_given_one(tmp_path: Path) -> None:
+    """Other folders stay as they are, byte for byte."""
+    folder = write(FAMILIES["qwen2.5 base"], tmp_path)
+    before = (folder / "tokenizer_config.json").read_bytes()
+    base.write_template_date(folder, datetime.date(2031, 2, 3))
+    assert (folder / "tokenizer_config.json").read_bytes() == before
