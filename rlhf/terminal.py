@@ -21,7 +21,7 @@ from rich.text import Text
 
 from rlhf.errors import RlhfError
 
-State = Literal["waiting", "running", "cached", "done", "failed", "missing", "blocked"]
+State = Literal["waiting", "running", "cached", "done", "failed", "missing", "blocked", "unused"]
 
 _STYLES: dict[str, str] = {
     "cached": "cyan",
@@ -31,6 +31,7 @@ _STYLES: dict[str, str] = {
     "waiting": "dim",
     "missing": "yellow",
     "blocked": "dim",
+    "unused": "dim",
 }
 _GAP = 2
 _WHY_STUB = 10

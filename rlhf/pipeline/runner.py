@@ -30,7 +30,7 @@ from rlhf.errors import (
     TryAgainError,
 )
 from rlhf.pipeline.context import FAILURE, NOTES, ORIGIN, PROGRESS, STOP, Context
-from rlhf.pipeline.plan import Planned, needed, plan
+from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.side_by_side import SideBySide
 from rlhf.pipeline.spending import begin, earlier_attempts, resources_of
@@ -67,14 +67,17 @@ class Runner:
         taken: dict[str, RankResources] = {}
         started = checked = False
         while True:
-            planned = needed(plan(self.config, self.known, self.store), targets)
+            planned = plan(self.config, self.known, self.store, targets)
             self._tell_notices()
             for one in planned.values():
                 if one.record is not None and one.name not in told and self._adopt(one):
                     told.add(one.name)
             if any(one.record is not None and one.name not in told for one in planned.values()):
                 continue  # collected as garbage between the look and the ref
-            missing = [one for one in planned.values() if one.record is None]
+            for one in planned.values():
+                if one.state == "unused":
+                    self.display.update(one.name, state="unused", why=one.why)
+            missing = [one for one in planned.values() if one.record is None and one.state != "unused"]
             _refuse_lost_imports(missing)
             if not missing and not running.names:
                 return planned
