@@ -40,7 +40,7 @@ from rlhf.config.tree import to_yaml
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
 from rlhf.narration import diff_view, explain_view, lineage_view
 from rlhf.pipeline import documents
-from rlhf.pipeline.plan import Planned, instance_of, plan
+from rlhf.pipeline.plan import Planned, instance_of, plan, result_of
 from rlhf.pipeline.stage import stages
 from rlhf.pipeline.stop import Stop
 from rlhf.store import GRACE_SECONDS, Store
@@ -307,16 +307,15 @@ def leaderboard(request: Request) -> None:
     if len(request.names) > 1:
         raise RequestError("leaderboard takes one stage", "command line", "rlhf leaderboard rank")
     one = request.one(request.names[0] if request.names else "rank")
-    if one.record is None:
-        raise RequestError(f"{one.name} has no result yet", one.why, f"rlhf run {one.name}")
-    held = {file.path for file in request.store().manifest(one.record.artifact).files}
+    record = result_of(one)
+    held = {file.path for file in request.store().manifest(record.artifact).files}
     if "leaderboard.json" not in held:
         raise RequestError(
             f"{one.name} has no leaderboard: no training set names the models that wrote its responses",
             f"stage {one.name}",
             'write "models": [name, …] beside the responses of the comparison sets, or have stage collect write them',
         )
-    rows = json.loads(request.store().read_file(one.record.artifact, "leaderboard.json"))
+    rows = json.loads(request.store().read_file(record.artifact, "leaderboard.json"))
     request.answer({"models": rows}, lambda: request.out.print(leaderboard_table(rows)))
 
 
@@ -386,9 +385,7 @@ def generate(request: Request) -> None:
         raise RequestError(
             f"{one.name} makes a {one.stage.kind}, which answers nothing", "command line", "name sft or ppo"
         )
-    if one.record is None:
-        command = command_line(request, "run", one.name)
-        raise RequestError(f"{one.name} has no result yet", one.why, command)
+    record = result_of(one)
     given = request.arguments
     for option, value, least in (
         ("--temperature", given.temperature, 0),
@@ -405,7 +402,7 @@ def generate(request: Request) -> None:
     from rlhf.rollout.speak import answers
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = request.store().checkout(one.record.artifact, Path(scratch) / "policy")
+        folder = request.store().checkout(record.artifact, Path(scratch) / "policy")
         for answer in answers(folder, prompts, given.temperature, given.max_new_tokens, given.seed):
             # A pipe is given what the model wrote; on a terminal, it could repaint the screen or worse.
             print(printable_lines(answer) if sys.stdout.isatty() else answer)
@@ -506,10 +503,9 @@ def annotate(request: Request) -> None:
     one = request.one(source)
     if one.stage.kind != "responses":
         raise RequestError(f"{source} makes {one.stage.kind}, and no responses to rank", "command line", "name collect")
-    if one.record is None:
-        raise RequestError(f"{source} has no result yet", one.why, f"rlhf run {source}")
+    record = result_of(one)
     with tempfile.TemporaryDirectory() as scratch:
-        _annotate(request, str(request.store().checkout(one.record.artifact, Path(scratch) / source)), Path(out))
+        _annotate(request, str(request.store().checkout(record.artifact, Path(scratch) / source)), Path(out))
 
 
 def _annotate(request: Request, source: str, out: Path) -> None:

@@ -148,8 +148,8 @@ def stages_table(rows: Sequence[StageRow], etas: Mapping[str, float | None], wid
 def plan_table(stages: Sequence[Mapping[str, Any]], *, metrics: bool = False) -> Table:
     """Return the table of ``rlhf plan``, and with ``metrics`` that of ``rlhf status``, of what ``--json`` prints.
 
-    Columns that would be empty are left out. The last takes what width there is, and folds: why, and below it the first
-    few metrics.
+    Columns that would be empty are left out. The last takes what width there is, and folds: why, and below it how far a
+    running stage is, or the first few metrics.
     """
     rows: list[dict[str, str]] = [
         {
@@ -157,7 +157,7 @@ def plan_table(stages: Sequence[Mapping[str, Any]], *, metrics: bool = False) ->
             "state": str(stage["state"]),
             "key": short_key(stage["key"]),
             "time": "" if stage["seconds"] is None else duration(stage["seconds"]),
-            "why": printable(stage["why"]) + (_metrics(stage["metrics"] or {}) if metrics else ""),
+            "why": printable(stage["why"]) + _progress(stage) + (_metrics(stage["metrics"] or {}) if metrics else ""),
         }
         for stage in stages
     ]
@@ -168,6 +168,17 @@ def plan_table(stages: Sequence[Mapping[str, Any]], *, metrics: bool = False) ->
     for row in rows:
         table.add_row(*(_cell(name, row[name]) for name in shown))
     return table
+
+
+def _progress(stage: Mapping[str, Any]) -> str:
+    """How far a running stage is, on a line of its own; empty before it says so."""
+    progress = stage.get("progress")
+    if progress is None:
+        return ""
+    row = StageRow(
+        stage["stage"], "running", message=progress["message"], done=progress["done"], total=progress["total"]
+    )
+    return f"\n  {progress_text(row, progress['eta_seconds'])}"
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

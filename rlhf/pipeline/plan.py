@@ -108,6 +108,19 @@ def instance_of(config: PipelineConfig, name: str) -> StageInstance:
     return config.instances[name]
 
 
+def result_of(one: Planned) -> ActionRecord:
+    """Return a stage's result.
+
+    Raises:
+        RequestError: it has none yet.
+    """
+    if one.record is None:
+        raise RequestError(
+            f"{one.name} has no result yet", f"stage {one.name}: {one.state}, {one.why}", f"rlhf run {one.name}"
+        )
+    return one.record
+
+
 def _upstream(wires: Mapping[str, Mapping[str, Wire]], names: Iterable[str], stop: Collection[str]) -> set[str]:
     """Return the names and all that they are made from, without following the inputs of those in ``stop``."""
     reached: set[str] = set()

@@ -148,7 +148,9 @@ class Runner:
         record = self.store.lookup(one.key)
         if record is None or not self.store.set_ref(self.config.name, one.name, record.key):
             return False
-        self.display.update(one.name, state="cached", key=record.key, why="made by another run")
+        self.display.update(
+            one.name, state="cached", key=record.key, why="made by another run", message="", done=0, total=0
+        )
         return True
 
     def _produce(self, one: Planned, lost: Sequence[str]) -> None:
@@ -159,7 +161,7 @@ class Runner:
         assert one.key is not None
         fetch_attempts(self.store, one.key, one.name, self.display.line)
         attempt = self.store.new_attempt(one.key)
-        self.display.update(one.name, state="running", key=one.key, why=one.why)
+        self.display.update(one.name, state="running", key=one.key, why=one.why, message="", done=0, total=0)
         try:
             with self.stop.heeded():
                 context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
