@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.errors import RlhfError
+from rlhf.units import size
 
 State = Literal["waiting", "running", "cached", "done", "failed", "missing", "blocked", "unused"]
 
@@ -253,13 +254,13 @@ def gc_table(document: Mapping[str, Any]) -> Table:
     values: dict[str, str] = {}
     for kind, heap in document["removed"].items():
         if heap["files"]:
-            files = f"{heap['files']} {'file' if heap['files'] == 1 else 'files'}, {_bytes(heap['bytes'])}"
+            files = f"{heap['files']} {'file' if heap['files'] == 1 else 'files'}, {size(heap['bytes'])}"
             of_stages = ", ".join(f"{stage} {count}" for stage, count in sorted(stages.items()))
             values[named.get(kind, kind)] = f"{heap['files']}: {of_stages}" if kind == "records" else files
     kept = document["kept"]
     young = f", {kept['young']} of them younger than {document['grace_hours']:g} hours" if kept["young"] else ""
     needed = "; ".join(f"{pipeline}: {', '.join(names)}" for pipeline, names in sorted(kept["pipelines"].items()))
-    values["stays"] = f"{kept['results']} results{young}, {_bytes(kept['blobs']['bytes'])} of blobs"
+    values["stays"] = f"{kept['results']} results{young}, {size(kept['blobs']['bytes'])} of blobs"
     if needed:
         values["needed by"] = needed
     table = key_values(values)
@@ -272,15 +273,8 @@ def gc_table(document: Mapping[str, Any]) -> Table:
 
 def usage_line(usage: Mapping[str, int]) -> str:
     """Return how much the store holds, in one line: the same files twice take their room once."""
-    files, blobs, free = (_bytes(usage[name]) for name in ("file_bytes", "blob_bytes", "free_bytes"))
+    files, blobs, free = (size(usage[name]) for name in ("file_bytes", "blob_bytes", "free_bytes"))
     return f"store: {usage['artifacts']} artifacts, {files} of files in {blobs} of blobs, {free} free"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def print_error(console: Console, error: RlhfError) -> None:

@@ -4,6 +4,8 @@ Each takes the context that its stage will have, with the inputs that exist by n
 trained, the one that it will be trained from.
 """
 
+import math
+
 from rlhf.collect.judges import judge_of
 from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
@@ -19,7 +21,9 @@ from rlhf.models.text import (
     plain_text,
     prompt_ids,
 )
+from rlhf.pipeline import disk
 from rlhf.pipeline.context import Context
+from rlhf.ranking.lists import draw_lists
 from rlhf.rewards.endpoint import EndpointReward
 from rlhf.rewards.function import load_function
 from rlhf.rollout.demonstrations import DemonstrationStream
@@ -51,7 +55,11 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
         context.note(
             f"{over} of {len(rows)} demonstrations are longer than {settings.max_length} tokens and are cut at the end"
         )
-    return {"demonstrations/too_long": float(over)}
+    # Fewer than two of the sequences that rows are packed into are half empty.
+    tokens = sum(min(length, settings.max_length) for length in lengths)
+    sequences = min(len(rows), 2 * tokens // settings.max_length + 1) if settings.packing else len(rows)
+    steps = math.ceil(settings.epochs * -(-sequences // settings.batch_size))
+    return {"demonstrations/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
 def rm(context: Context[RmSettings]) -> dict[str, float]:
@@ -64,7 +72,8 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
         return {}
     _has_heldout(context, "comparisons")
     over = total = 0
-    for row in read_rows(context.inputs["comparisons"] / "train.jsonl"):
+    sets = read_rows(context.inputs["comparisons"] / "train.jsonl")
+    for row in sets:
         prompt = len(prompt_ids(tokenizer, row["prompt"])) if settings.sees == "conversation" else 0
         lengths = [prompt + len(tokenizer(response)["input_ids"]) + 1 for response in row["responses"]]
         total += len(lengths)
@@ -73,7 +82,9 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
         context.note(
             f"{over} of {total} responses are longer than {settings.max_length} tokens and are cut at the start"
         )
-    return {"responses/too_long": float(over)}
+    lists = draw_lists(sets, settings.responses_per_list, settings.lists_per_response, settings.seed)
+    steps = math.ceil(settings.epochs * -(-len(lists) // settings.batch_size))
+    return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
@@ -96,7 +107,9 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     _demonstrations_fit(context, tokenizer)
     PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     _leaves_room(context, "policy", settings.sampling.max_new_tokens, "sampling.max_new_tokens")
-    return {}
+    valued = "reward" if settings.value_init == "reward" and "reward" in context.inputs else "policy"
+    models = [context.inputs[role] for role in ("policy", valued)]
+    return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
 
 def _leaves_room(
@@ -140,7 +153,7 @@ def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
         tokenizer = load_tokenizer(context.inputs["before"])
         PromptStream(context.inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
         _leaves_room(context, "before", settings.sampling.max_new_tokens, "sampling.max_new_tokens")
-    return {}
+    return disk.written(context)
 
 
 def collect(context: Context[CollectSettings]) -> dict[str, float]:
@@ -153,7 +166,7 @@ def collect(context: Context[CollectSettings]) -> dict[str, float]:
                 for part in ("train", "heldout"):
                     PromptStream(context.inputs["prompts"] / f"{part}.jsonl", tokenizer, settings.max_prompt_length)
                 _leaves_room(context, role, settings.max_new_tokens, "max_new_tokens")
-    return {}
+    return disk.written(context)
 
 
 def compare(context: Context[CompareSettings]) -> dict[str, float]:

@@ -21,7 +21,6 @@ from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.training import WorkerSettings
 from rlhf.errors import (
     DamageError,
-    DiskFullError,
     InterruptedRunError,
     LeaseLostError,
     RequestError,
@@ -29,6 +28,7 @@ from rlhf.errors import (
     StageError,
     TryAgainError,
 )
+from rlhf.pipeline import disk
 from rlhf.pipeline.context import FAILURE, NOTES, ORIGIN, PROGRESS, STOP, Context
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.provenance import provenance
@@ -291,13 +291,14 @@ class Runner:
 
     def _preflight(self, missing: Sequence[Planned], planned: Mapping[str, Planned]) -> None:
         """Run the checks of the worker stages that need models and data, all before the first of them starts."""
+        found: dict[str, Mapping[str, float]] = {}
         for one in missing:
             if one.stage.preflight is None:
                 continue
             # A folder of this process alone, so that it can be removed whole.
             attempt = self.store.new_attempt(digest_of({"preflight": one.name, "by": uuid4().hex}))
             try:
-                self._check_one(one, one.stage.preflight, planned, attempt)
+                found[one.name] = self._check_one(one, one.stage.preflight, planned, attempt)
             except StageError:
                 shutil.rmtree(attempt / "inputs", ignore_errors=True)  # its message names the log
                 raise
@@ -305,30 +306,19 @@ class Runner:
                 shutil.rmtree(attempt.parent, ignore_errors=True)
                 raise
             shutil.rmtree(attempt.parent, ignore_errors=True)
+        disk.check(found, self.store)
 
-    def _check_one(self, one: Planned, code: str, planned: Mapping[str, Planned], attempt: Path) -> None:
+    def _check_one(self, one: Planned, code: str, planned: Mapping[str, Planned], attempt: Path) -> Mapping[str, float]:
         inputs = {
             role: self.store.checkout(artifact, attempt / "inputs" / role, wire.part)
             for role, wire in one.wires.items()
             if (artifact := _standing_in(planned, wire.instance)) is not None
         }
-        self._check_disk(one, attempt / "inputs")
+        earlier = tuple(self.store.attempts(one.key)) if one.key else ()
         context: Context[Any] = Context(
-            one.name, "preflight", one.instance.settings, inputs, attempt / "output", attempt, self._cache
+            one.name, "preflight", one.instance.settings, inputs, attempt / "output", attempt, self._cache, earlier
         )
-        launch.run_task(Call(code, context), 1, Watch(self.display, one.name, attempt))
-
-    def _check_disk(self, one: Planned, inputs: Path) -> None:
-        models = sum(path.stat().st_size for path in inputs.rglob("*.safetensors"))
-        # Full fine-tuning writes fp32 weights and two moments twice over, then the result; adapters hardly anything.
-        factor = 3 if getattr(one.instance.settings, "lora", None) is not None else 16
-        free = self.store.free_bytes()
-        if free < factor * models:
-            raise DiskFullError(
-                f"{one.name} may write {factor * models / 1e9:.1f} GB of checkpoints, and {free / 1e9:.1f} GB are free",
-                str(self.store.root),
-                "free some space, or put the store (or store.scratch) elsewhere",
-            )
+        return launch.run_task(Call(code, context), 1, Watch(self.display, one.name, attempt))
 
     @property
     def _cache(self) -> Path:
