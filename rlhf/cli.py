@@ -40,7 +40,7 @@ from rlhf.config.tree import to_yaml
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
 from rlhf.narration import diff_view, explain_view, lineage_view
 from rlhf.pipeline import documents
-from rlhf.pipeline.plan import Planned, needed, plan
+from rlhf.pipeline.plan import Planned, instance_of, plan, result_of
 from rlhf.pipeline.stage import stages
 from rlhf.pipeline.stop import Stop
 from rlhf.store import GRACE_SECONDS, Store
@@ -108,13 +108,13 @@ class Request:
             for notice in self._store.notices:
                 print(printable_lines(notice), file=sys.stderr)
 
-    def planned(self) -> dict[str, Planned]:
-        """The pipeline's plan."""
-        return plan(self.config, self.known, self.store())
+    def planned(self, targets: Sequence[str] | None = None) -> dict[str, Planned]:
+        """Plan the targets, as :func:`rlhf.pipeline.plan.plan` takes them."""
+        return plan(self.config, self.known, self.store(), targets)
 
-    def one(self, planned: dict[str, Planned], name: str) -> Planned:
-        """A stage of the plan by name."""
-        return needed(planned, [name])[name]
+    def one(self, name: str) -> Planned:
+        """Plan a stage and what it needs, and return the stage."""
+        return self.planned([name])[name]
 
     def answer(self, document: Any, show: Callable[[], None]) -> None:
         """Print one JSON document under ``--json``, or what ``show`` prints."""
@@ -130,7 +130,7 @@ def run(request: Request) -> None:
     from rlhf.pipeline.runner import Runner
 
     targets = request.names
-    names = list(needed(request.planned(), targets))
+    names = list(request.planned(targets))
     store = request.store(create=True)
     stop = Stop()
 
@@ -227,21 +227,20 @@ def command_line(request: Request, *words: str) -> str:
 
 def _summary(request: Request, planned: dict[str, Planned], store: Store) -> None:
     """Show samples where there are some, and say where everything is."""
-    for one in planned.values():
-        assert one.record is not None
+    made = [(one, one.record) for one in planned.values() if one.record is not None]
+    for one, record in made:
         if one.stage.kind == "report":
-            samples = _samples(store, one.record.artifact)
+            samples = _samples(store, record.artifact)
             request.out.print()
             request.out.print(samples_table(samples[:5]))
-            request.out.print(key_values(one.record.metrics))
+            request.out.print(key_values(record.metrics))
     request.out.print("metrics, logs and W&B files:")
-    for one in planned.values():
-        assert one.record is not None
-        attempt = store.root / "work" / one.record.key / one.record.attempt
+    for one, record in made:
+        attempt = store.root / "work" / record.key / record.attempt
         if one.stage.runs == "workers" and attempt.is_dir():
             # Not broken into lines, so that it can be copied whole.
             request.out.print(f"  {one.name}: {_near(attempt)}", soft_wrap=True, markup=False)
-    policies = [one.name for one in planned.values() if one.stage.kind == "policy"]
+    policies = [one.name for one, _ in made if one.stage.kind == "policy"]
     if policies:
         generate_command = command_line(request, "generate", policies[-1])
         export_command = command_line(request, "export", policies[-1], "DIR")
@@ -256,13 +255,13 @@ def _samples(store: Store, artifact: str) -> list[dict[str, Any]]:
 
 def plan_(request: Request) -> None:
     """Show what would run, and why."""
-    document = documents.plan_document(request.config, needed(request.planned(), request.names), request.store())
+    document = documents.plan_document(request.config, request.planned(request.names), request.store())
     request.answer(document, lambda: request.out.print(plan_table(document["stages"])))
 
 
 def status(request: Request) -> None:
     """Show what is done, running and failed."""
-    document = documents.status_document(request.config, needed(request.planned(), request.names), request.store())
+    document = documents.status_document(request.config, request.planned(request.names), request.store())
 
     def show() -> None:
         request.out.print(plan_table(document["stages"], metrics=True))
@@ -273,9 +272,9 @@ def status(request: Request) -> None:
 
 def explain(request: Request) -> None:
     """Say why a stage is cached or would run again, or did."""
-    planned = request.planned()
-    one = request.one(planned, _single(request, "STAGE"))
-    document = documents.explain_document(one, planned, request.store())
+    name = _single(request, "STAGE")
+    planned = request.planned([name])
+    document = documents.explain_document(planned[name], planned, request.store())
 
     def show() -> None:
         request.out.print(explain_view(document), soft_wrap=True)
@@ -307,17 +306,16 @@ def leaderboard(request: Request) -> None:
     """Rank the models that wrote the responses, by what people said: rlhf leaderboard [STAGE]."""
     if len(request.names) > 1:
         raise RequestError("leaderboard takes one stage", "command line", "rlhf leaderboard rank")
-    one = request.one(request.planned(), request.names[0] if request.names else "rank")
-    if one.record is None:
-        raise RequestError(f"{one.name} has no result yet", one.why, f"rlhf run {one.name}")
-    held = {file.path for file in request.store().manifest(one.record.artifact).files}
+    one = request.one(request.names[0] if request.names else "rank")
+    record = result_of(one)
+    held = {file.path for file in request.store().manifest(record.artifact).files}
     if "leaderboard.json" not in held:
         raise RequestError(
             f"{one.name} has no leaderboard: no training set names the models that wrote its responses",
             f"stage {one.name}",
             'write "models": [name, …] beside the responses of the comparison sets, or have stage collect write them',
         )
-    rows = json.loads(request.store().read_file(one.record.artifact, "leaderboard.json"))
+    rows = json.loads(request.store().read_file(record.artifact, "leaderboard.json"))
     request.answer({"models": rows}, lambda: request.out.print(leaderboard_table(rows)))
 
 
@@ -356,7 +354,7 @@ def import_(request: Request) -> None:
     from rlhf.pipeline.transfer import import_folder
 
     instance = request.arguments.as_
-    one = request.one(request.planned(), instance)
+    stage = request.known[instance_of(request.config, instance).uses]
     store = request.store(create=True)
     if request.arguments.forget:
         ref = store.refs(request.config.name).get(instance)
@@ -365,7 +363,7 @@ def import_(request: Request) -> None:
         store.delete_ref(request.config.name, instance)
         request.out.print(f"{instance} is made by its stage again")
         return
-    record = import_folder(Path(_single(request, "DIR")), request.config, instance, one.stage, store)
+    record = import_folder(Path(_single(request, "DIR")), request.config, instance, stage, store)
     undo = command_line(request, "import", "--forget", "--as", instance)
     request.out.print(f"{instance} is artifact {record.artifact[:12]} until: {undo}", soft_wrap=True, markup=False)
 
@@ -376,20 +374,18 @@ def export(request: Request) -> None:
 
     if len(request.names) != 2:
         raise RequestError("export takes a stage and a folder", "command line", "rlhf export STAGE DIR")
-    one = request.one(request.planned(), request.names[0])
+    one = request.one(request.names[0])
     request.out.print(f"wrote {export_artifact(one, Path(request.names[1]), request.store())}")
 
 
 def generate(request: Request) -> None:
     """Let a policy answer prompts."""
-    one = request.one(request.planned(), _single(request, "STAGE"))
+    one = request.one(_single(request, "STAGE"))
     if one.stage.kind != "policy":
         raise RequestError(
             f"{one.name} makes a {one.stage.kind}, which answers nothing", "command line", "name sft or ppo"
         )
-    if one.record is None:
-        command = command_line(request, "run", one.name)
-        raise RequestError(f"{one.name} has no result yet", one.why, command)
+    record = result_of(one)
     given = request.arguments
     for option, value, least in (
         ("--temperature", given.temperature, 0),
@@ -406,7 +402,7 @@ def generate(request: Request) -> None:
     from rlhf.rollout.speak import answers
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = request.store().checkout(one.record.artifact, Path(scratch) / "policy")
+        folder = request.store().checkout(record.artifact, Path(scratch) / "policy")
         for answer in answers(folder, prompts, given.temperature, given.max_new_tokens, given.seed):
             # A pipe is given what the model wrote; on a terminal, it could repaint the screen or worse.
             print(printable_lines(answer) if sys.stdout.isatty() else answer)
@@ -504,13 +500,12 @@ def annotate(request: Request) -> None:
     if not re.fullmatch(NAME_PATTERN, source) or Path(source).exists():
         _annotate(request, source, Path(out))
         return
-    one = request.one(request.planned(), source)
+    one = request.one(source)
     if one.stage.kind != "responses":
         raise RequestError(f"{source} makes {one.stage.kind}, and no responses to rank", "command line", "name collect")
-    if one.record is None:
-        raise RequestError(f"{source} has no result yet", one.why, f"rlhf run {source}")
+    record = result_of(one)
     with tempfile.TemporaryDirectory() as scratch:
-        _annotate(request, str(request.store().checkout(one.record.artifact, Path(scratch) / source)), Path(out))
+        _annotate(request, str(request.store().checkout(record.artifact, Path(scratch) / source)), Path(out))
 
 
 def _annotate(request: Request, source: str, out: Path) -> None:

@@ -20,8 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.errors import RlhfError
+from rlhf.units import size
 
-State = Literal["waiting", "running", "cached", "done", "failed", "missing", "blocked"]
+State = Literal["waiting", "running", "cached", "done", "failed", "missing", "blocked", "unused"]
 
 _STYLES: dict[str, str] = {
     "cached": "cyan",
@@ -31,6 +32,7 @@ _STYLES: dict[str, str] = {
     "waiting": "dim",
     "missing": "yellow",
     "blocked": "dim",
+    "unused": "dim",
 }
 _GAP = 2
 _WHY_STUB = 10
@@ -147,8 +149,8 @@ def stages_table(rows: Sequence[StageRow], etas: Mapping[str, float | None], wid
 def plan_table(stages: Sequence[Mapping[str, Any]], *, metrics: bool = False) -> Table:
     """Return the table of ``rlhf plan``, and with ``metrics`` that of ``rlhf status``, of what ``--json`` prints.
 
-    Columns that would be empty are left out. The last takes what width there is, and folds: why, and below it the first
-    few metrics.
+    Columns that would be empty are left out. The last takes what width there is, and folds: why, and below it how far a
+    running stage is, or the first few metrics.
     """
     rows: list[dict[str, str]] = [
         {
@@ -156,7 +158,7 @@ def plan_table(stages: Sequence[Mapping[str, Any]], *, metrics: bool = False) ->
             "state": str(stage["state"]),
             "key": short_key(stage["key"]),
             "time": "" if stage["seconds"] is None else duration(stage["seconds"]),
-            "why": printable(stage["why"]) + (_metrics(stage["metrics"] or {}) if metrics else ""),
+            "why": printable(stage["why"]) + _progress(stage) + (_metrics(stage["metrics"] or {}) if metrics else ""),
         }
         for stage in stages
     ]
@@ -167,6 +169,17 @@ def plan_table(stages: Sequence[Mapping[str, Any]], *, metrics: bool = False) ->
     for row in rows:
         table.add_row(*(_cell(name, row[name]) for name in shown))
     return table
+
+
+def _progress(stage: Mapping[str, Any]) -> str:
+    """How far a running stage is, on a line of its own; empty before it says so."""
+    progress = stage.get("progress")
+    if progress is None:
+        return ""
+    row = StageRow(
+        stage["stage"], "running", message=progress["message"], done=progress["done"], total=progress["total"]
+    )
+    return f"\n  {progress_text(row, progress['eta_seconds'])}"
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
@@ -241,13 +254,13 @@ def gc_table(document: Mapping[str, Any]) -> Table:
     values: dict[str, str] = {}
     for kind, heap in document["removed"].items():
         if heap["files"]:
-            files = f"{heap['files']} {'file' if heap['files'] == 1 else 'files'}, {_bytes(heap['bytes'])}"
+            files = f"{heap['files']} {'file' if heap['files'] == 1 else 'files'}, {size(heap['bytes'])}"
             of_stages = ", ".join(f"{stage} {count}" for stage, count in sorted(stages.items()))
             values[named.get(kind, kind)] = f"{heap['files']}: {of_stages}" if kind == "records" else files
     kept = document["kept"]
     young = f", {kept['young']} of them younger than {document['grace_hours']:g} hours" if kept["young"] else ""
     needed = "; ".join(f"{pipeline}: {', '.join(names)}" for pipeline, names in sorted(kept["pipelines"].items()))
-    values["stays"] = f"{kept['results']} results{young}, {_bytes(kept['blobs']['bytes'])} of blobs"
+    values["stays"] = f"{kept['results']} results{young}, {size(kept['blobs']['bytes'])} of blobs"
     if needed:
         values["needed by"] = needed
     table = key_values(values)
@@ -260,15 +273,8 @@ def gc_table(document: Mapping[str, Any]) -> Table:
 
 def usage_line(usage: Mapping[str, int]) -> str:
     """Return how much the store holds, in one line: the same files twice take their room once."""
-    files, blobs, free = (_bytes(usage[name]) for name in ("file_bytes", "blob_bytes", "free_bytes"))
+    files, blobs, free = (size(usage[name]) for name in ("file_bytes", "blob_bytes", "free_bytes"))
     return f"store: {usage['artifacts']} artifacts, {files} of files in {blobs} of blobs, {free} free"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def print_error(console: Console, error: RlhfError) -> None:

@@ -4,6 +4,8 @@ Each takes the context that its stage will have, with the inputs that exist by n
 trained, the one that it will be trained from.
 """
 
+import math
+
 from rlhf.collect.judges import judge_of
 from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
@@ -22,7 +24,9 @@ from rlhf.models.text import (
     response_ids,
     text_start,
 )
+from rlhf.pipeline import disk
 from rlhf.pipeline.context import Context
+from rlhf.ranking.lists import draw_lists
 from rlhf.rewards.endpoint import EndpointReward
 from rlhf.rewards.function import load_function
 from rlhf.rollout.demonstrations import DemonstrationStream
@@ -53,7 +57,11 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
             f"{over} of {len(rows)} demonstrations are longer than {settings.max_length} tokens: they are cut at the "
             "end, and nothing is learned of how they end"
         )
-    return {"demonstrations/too_long": float(over)}
+    # Fewer than two of the sequences that rows are packed into are half empty.
+    tokens = sum(min(length, settings.max_length) for length in lengths)
+    sequences = min(len(rows), 2 * tokens // settings.max_length + 1) if settings.packing else len(rows)
+    steps = math.ceil(settings.epochs * -(-sequences // settings.batch_size))
+    return {"demonstrations/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
 def rm(context: Context[RmSettings]) -> dict[str, float]:
@@ -66,8 +74,9 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
         return {}
     _has_heldout(context, "comparisons")
     over = total = 0
-    for part in ("train", "heldout"):
-        for number, row in enumerate(read_rows(context.inputs["comparisons"] / f"{part}.jsonl"), start=1):
+    sets = {part: read_rows(context.inputs["comparisons"] / f"{part}.jsonl") for part in ("train", "heldout")}
+    for part, rows in sets.items():
+        for number, row in enumerate(rows, start=1):
             place = f"comparisons/{part}.jsonl, row {number}"
             alone = settings.sees == "response"
             before = text_start(tokenizer) if alone else prompt_ids(tokenizer, row["prompt"], place)
@@ -81,7 +90,9 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
             f"{over} of {total} responses are, with their prompts, longer than {settings.max_length} tokens: they are "
             "cut at the start"
         )
-    return {"responses/too_long": float(over)}
+    lists = draw_lists(sets["train"], settings.responses_per_list, settings.lists_per_response, settings.seed)
+    steps = math.ceil(settings.epochs * -(-len(lists) // settings.batch_size))
+    return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
@@ -105,7 +116,9 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     _rewards_read_prompts(context, "train")
     _leaves_room(context, "policy", settings.sampling.max_new_tokens, "sampling.max_new_tokens")
-    return {}
+    valued = "reward" if settings.value_init == "reward" and "reward" in context.inputs else "policy"
+    models = [context.inputs[role] for role in ("policy", valued)]
+    return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
 
 def _leaves_room(
@@ -150,7 +163,7 @@ def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
         PromptStream(context.inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
         _rewards_read_prompts(context, "heldout")
         _leaves_room(context, "before", settings.sampling.max_new_tokens, "sampling.max_new_tokens")
-    return {}
+    return disk.written(context)
 
 
 def collect(context: Context[CollectSettings]) -> dict[str, float]:
@@ -163,7 +176,7 @@ def collect(context: Context[CollectSettings]) -> dict[str, float]:
                 for part in ("train", "heldout"):
                     PromptStream(context.inputs["prompts"] / f"{part}.jsonl", tokenizer, settings.max_prompt_length)
                 _leaves_room(context, role, settings.max_new_tokens, "max_new_tokens")
-    return {}
+    return disk.written(context)
 
 
 def compare(context: Context[CompareSettings]) -> dict[str, float]:

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rlhf.units import size
+
 NEEDED = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "accelerate", "wandb")
 
 
@@ -52,13 +54,13 @@ def _memory() -> dict[str, Any]:
 
 def _disk(store: Path) -> dict[str, Any]:
     existing = next(path for path in (store, *store.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free / 2**30
+    free = shutil.disk_usage(existing).free
     writable = os.access(existing, os.W_OK)
     then = "free some space, or set store.uri" if writable else f"make {existing} writable, or set store.uri"
     return _entry(
         "store",
-        f"{store}: {free:.0f} GiB free{'' if writable else ', not writable'}",
-        ok=free >= 5 and writable,
+        f"{store}: {size(free)} free{'' if writable else ', not writable'}",
+        ok=free >= 5 * 10**9 and writable,
         then=then,
     )
 

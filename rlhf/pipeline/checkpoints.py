@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 MARKER = "complete.json"
+KEPT = 2
+"""How many of an attempt's checkpoints stay when one is complete, itself included."""
 
 
 def path_of(attempt: Path, step: int) -> Path:

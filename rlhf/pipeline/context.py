@@ -14,6 +14,10 @@ from rlhf.pipeline import pulse
 S = TypeVar("S", bound=Settings)
 
 PROGRESS = "progress.json"
+"""In an attempt: the message, the steps done and their total, and when steps were done, from which the time left is
+measured."""
+_TIMES_KEPT = 64
+"""A long stage's earlier times are thinned out to about so many."""
 NOTES = "notes.jsonl"
 ORIGIN = "origin.json"
 """In an attempt: what a stage says of the things that came from outside."""
@@ -48,11 +52,20 @@ class Context(Generic[S]):
     """Weights & Biases: mode, project, entity and group."""
 
     def progress(self, message: str, done: int = 0, total: int = 0) -> None:
-        """Tell the user how far the stage is."""
-        path = self.attempt / PROGRESS
+        """Tell the user how far the stage is.
+
+        done, total  steps; total 0 means that they are not counted
+        """
+        path, now = self.attempt / PROGRESS, time.time()
+        times = _times(path, done, total)
+        if total and (not times or done > times[-1][1]):
+            times.append((now, done))
+        if len(times) > _TIMES_KEPT:
+            times = [*times[:-1:2], times[-1]]
         # Several ranks may tell at once: each its own file, and the last one stands.
         temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
-        temporary.write_text(json.dumps({"message": message, "done": done, "total": total, "at": time.time()}))
+        values = {"message": message, "done": done, "total": total, "at": now, "times": times}
+        temporary.write_text(json.dumps(values))
         temporary.replace(path)
         pulse.beat()
 
@@ -65,3 +78,12 @@ class Context(Generic[S]):
         pulse.beat()
         with (self.attempt / NOTES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"note": line}) + "\n")
+
+
+def _times(path: Path, done: int, total: int) -> list[tuple[float, int]]:
+    """Return when earlier steps were done, as (seconds since 1970, steps), or nothing where the stage began anew."""
+    if not path.exists():
+        return []
+    values = json.loads(path.read_text())
+    times = [(float(at), int(step)) for at, step in values["times"]]
+    return times if values["total"] == total and all(step <= done for _, step in times) else []

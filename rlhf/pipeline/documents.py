@@ -9,10 +9,12 @@ from typing import Any
 from rlhf.config.nearest import suggestion
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError
-from rlhf.pipeline.context import FAILURE
+from rlhf.pipeline.context import FAILURE, PROGRESS
 from rlhf.pipeline.differences import Difference, differences, of_record
-from rlhf.pipeline.plan import Planned, recipe
+from rlhf.pipeline.plan import Planned, recipe, result_of
+from rlhf.pipeline.uploads import read_newest
 from rlhf.store import ActionRecord, GarbageReport, Store
+from rlhf.terminal import Eta
 
 Document = dict[str, Any]
 LEAST_DIGITS = 6
@@ -33,7 +35,7 @@ def status_document(config: PipelineConfig, planned: Mapping[str, Planned], stor
     return {
         "pipeline": config.name,
         "store": store.address,
-        "stages": [_stage(one, *_status(one, store)) for one in planned.values()],
+        "stages": [_stage_status(one, store) for one in planned.values()],
         "usage": asdict(store.usage()),
     }
 
@@ -50,6 +52,27 @@ def _stage(one: Planned, state: str, why: str) -> Document:
         "metrics": record.metrics if record else None,
         "seconds": record.seconds if record else None,
     }
+
+
+def _stage_status(one: Planned, store: Store) -> Document:
+    state, why = _status(one, store)
+    return _stage(one, state, why) | {"progress": _progress(one, store) if state == "running" else None}
+
+
+def _progress(one: Planned, store: Store) -> Document | None:
+    """How far a running stage is, and the seconds left when it said so; None before it first does.
+
+    The seconds left are measured from the times in the file alone: the reader's clock need not agree with the rank's.
+    """
+    assert one.key is not None
+    text = read_newest(store, one.key, PROGRESS)
+    if text is None:
+        return None
+    values = json.loads(text)
+    eta = Eta()
+    for at, done in values["times"]:
+        eta.observe(at, done, values["total"])
+    return {name: values[name] for name in ("message", "done", "total")} | {"eta_seconds": eta.remaining(values["at"])}
 
 
 def _status(one: Planned, store: Store) -> tuple[str, str]:
@@ -223,18 +246,11 @@ def find_record(target: str | None, planned: Mapping[str, Planned], store: Store
             raise RequestError("no stage has a result yet", store.address, "rlhf run")
         return committed[-1]
     if target in planned:
-        return _result_of(target, planned)
+        return result_of(planned[target])
     pipeline, slash, stage = target.partition("/")
     if slash:
         return _result_elsewhere(pipeline, stage, store)
     return _result_by_digits(target, planned, store)
-
-
-def _result_of(name: str, planned: Mapping[str, Planned]) -> ActionRecord:
-    record = planned[name].record
-    if record is None:
-        raise RequestError(f"{name} has no result yet", planned[name].why, f"rlhf run {name}")
-    return record
 
 
 def _result_elsewhere(pipeline: str, stage: str, store: Store) -> ActionRecord:

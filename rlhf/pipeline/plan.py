@@ -1,6 +1,6 @@
 """What would run, and why: keys out of the pipeline file and the store alone. Pure: no Ray, no torch."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -15,7 +15,7 @@ from rlhf.pipeline.sources import digest_source
 from rlhf.pipeline.stage import Stage
 from rlhf.store import ActionRecord, Ref, Store, key_of
 
-State = Literal["cached", "missing", "blocked"]
+State = Literal["cached", "missing", "blocked", "unused"]
 IMPORTED = "imported"
 """Why a stage is cached whose result somebody brought from outside."""
 
@@ -62,35 +62,95 @@ class Planned:
         return self.instance.name
 
 
-def plan(config: PipelineConfig, known: Mapping[str, Stage], store: Store) -> dict[str, Planned]:
-    """Every instance of the pipeline by name, producers before consumers.
+def plan(
+    config: PipelineConfig, known: Mapping[str, Stage], store: Store, targets: Sequence[str] | None = None
+) -> dict[str, Planned]:
+    """Plan the targets and what they are made from, by name, producers before consumers.
+
+    targets  stages to bring up to date; an empty sequence stands for those that no other stage reads, and None for a
+             look at every stage, needed or not
+
+    Of a stage that only imported stages read nothing is looked at, neither its sources nor its result: it is *unused*.
 
     Raises:
+        RequestError: a target is no stage of the pipeline.
         SettingsError: an input names no instance, or instances need each other in a circle.
     """
     wires = {name: _wires(config, instance, known) for name, instance in config.instances.items()}
     refs = store.refs(config.name)
+    imported = {name for name, ref in refs.items() if ref.imported}
+    order = _order(config, wires)
+    read = {wire.instance for taken in wires.values() for wire in taken.values()}
+    for target in targets or ():
+        instance_of(config, target)
+    wanted = order if targets is None else targets or [name for name in order if name not in read]
+    shown = _upstream(wires, wanted, stop=())
+    needed = shown if targets is None else _upstream(wires, wanted, stop=imported)
     planned: dict[str, Planned] = {}
-    for name in _order(config, wires):
-        instance = config.instances[name]
-        planned[name] = _plan_one(instance, known[instance.uses], wires[name], planned, store, refs.get(name))
+    for name in order:
+        if name in needed:
+            instance = config.instances[name]
+            planned[name] = _plan_one(instance, known[instance.uses], wires[name], planned, store, refs.get(name))
+        elif name in shown:
+            readers = [pin for pin in order if pin in imported & needed and name in _upstream(wires, [pin], stop=())]
+            planned[name] = _unused(config.instances[name], known, wires[name], readers)
     return planned
 
 
-def needed(planned: Mapping[str, Planned], targets: Sequence[str]) -> dict[str, Planned]:
-    """The targets and what they are made from, in order; all instances where no target is named.
+def instance_of(config: PipelineConfig, name: str) -> StageInstance:
+    """Return a stage of the pipeline by name.
 
     Raises:
-        RequestError: a target is no instance of the pipeline.
+        RequestError: the pipeline has no such stage.
     """
-    for target in targets:
-        if target not in planned:
-            raise RequestError(f"the pipeline has no stage {target!r}", "command line", suggestion(target, planned))
-    wanted = set(targets or planned)
-    for name in reversed(list(planned)):
-        if name in wanted:
-            wanted.update(wire.instance for wire in planned[name].wires.values())
-    return {name: one for name, one in planned.items() if name in wanted}
+    if name not in config.instances:
+        raise RequestError(f"the pipeline has no stage {name!r}", "command line", suggestion(name, config.instances))
+    return config.instances[name]
+
+
+def result_of(one: Planned) -> ActionRecord:
+    """Return a stage's result.
+
+    Raises:
+        RequestError: it has none yet.
+    """
+    if one.record is None:
+        raise RequestError(
+            f"{one.name} has no result yet", f"stage {one.name}: {one.state}, {one.why}", f"rlhf run {one.name}"
+        )
+    return one.record
+
+
+def _upstream(wires: Mapping[str, Mapping[str, Wire]], names: Iterable[str], stop: Collection[str]) -> set[str]:
+    """Return the names and all that they are made from, without following the inputs of those in ``stop``."""
+    reached: set[str] = set()
+    ahead = list(names)
+    while ahead:
+        name = ahead.pop()
+        if name not in reached:
+            reached.add(name)
+            ahead += [] if name in stop else [wire.instance for wire in wires[name].values()]
+    return reached
+
+
+def _unused(
+    instance: StageInstance, known: Mapping[str, Stage], wires: Mapping[str, Wire], readers: Sequence[str]
+) -> Planned:
+    why = f"not needed: {', '.join(readers)} {'is' if len(readers) == 1 else 'are'} imported"
+    return Planned(
+        instance,
+        known[instance.uses],
+        wires,
+        "unused",
+        why,
+        (),
+        None,
+        key=None,
+        settings={},
+        inputs={},
+        record=None,
+        before=None,
+    )
 
 
 def _wires(config: PipelineConfig, instance: StageInstance, known: Mapping[str, Stage]) -> dict[str, Wire]:

@@ -21,7 +21,6 @@ from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.training import WorkerSettings
 from rlhf.errors import (
     DamageError,
-    DiskFullError,
     InterruptedRunError,
     LeaseLostError,
     RequestError,
@@ -29,8 +28,9 @@ from rlhf.errors import (
     StageError,
     TryAgainError,
 )
+from rlhf.pipeline import disk
 from rlhf.pipeline.context import FAILURE, NOTES, ORIGIN, PROGRESS, STOP, Context
-from rlhf.pipeline.plan import Planned, needed, plan
+from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.side_by_side import SideBySide
 from rlhf.pipeline.spending import begin, earlier_attempts, resources_of
@@ -67,14 +67,17 @@ class Runner:
         taken: dict[str, RankResources] = {}
         started = checked = False
         while True:
-            planned = needed(plan(self.config, self.known, self.store), targets)
+            planned = plan(self.config, self.known, self.store, targets)
             self._tell_notices()
             for one in planned.values():
                 if one.record is not None and one.name not in told and self._adopt(one):
                     told.add(one.name)
             if any(one.record is not None and one.name not in told for one in planned.values()):
                 continue  # collected as garbage between the look and the ref
-            missing = [one for one in planned.values() if one.record is None]
+            for one in planned.values():
+                if one.state == "unused":
+                    self.display.update(one.name, state="unused", why=one.why)
+            missing = [one for one in planned.values() if one.record is None and one.state != "unused"]
             _refuse_lost_imports(missing)
             if not missing and not running.names:
                 return planned
@@ -145,7 +148,9 @@ class Runner:
         record = self.store.lookup(one.key)
         if record is None or not self.store.set_ref(self.config.name, one.name, record.key):
             return False
-        self.display.update(one.name, state="cached", key=record.key, why="made by another run")
+        self.display.update(
+            one.name, state="cached", key=record.key, why="made by another run", message="", done=0, total=0
+        )
         return True
 
     def _produce(self, one: Planned, lost: Sequence[str]) -> None:
@@ -156,7 +161,7 @@ class Runner:
         assert one.key is not None
         fetch_attempts(self.store, one.key, one.name, self.display.line)
         attempt = self.store.new_attempt(one.key)
-        self.display.update(one.name, state="running", key=one.key, why=one.why)
+        self.display.update(one.name, state="running", key=one.key, why=one.why, message="", done=0, total=0)
         try:
             with self.stop.heeded():
                 context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
@@ -286,13 +291,14 @@ class Runner:
 
     def _preflight(self, missing: Sequence[Planned], planned: Mapping[str, Planned]) -> None:
         """Run the checks of the worker stages that need models and data, all before the first of them starts."""
+        found: dict[str, Mapping[str, float]] = {}
         for one in missing:
             if one.stage.preflight is None:
                 continue
             # A folder of this process alone, so that it can be removed whole.
             attempt = self.store.new_attempt(digest_of({"preflight": one.name, "by": uuid4().hex}))
             try:
-                self._check_one(one, one.stage.preflight, planned, attempt)
+                found[one.name] = self._check_one(one, one.stage.preflight, planned, attempt)
             except StageError:
                 shutil.rmtree(attempt / "inputs", ignore_errors=True)  # its message names the log
                 raise
@@ -300,30 +306,19 @@ class Runner:
                 shutil.rmtree(attempt.parent, ignore_errors=True)
                 raise
             shutil.rmtree(attempt.parent, ignore_errors=True)
+        disk.check(found, self.store)
 
-    def _check_one(self, one: Planned, code: str, planned: Mapping[str, Planned], attempt: Path) -> None:
+    def _check_one(self, one: Planned, code: str, planned: Mapping[str, Planned], attempt: Path) -> Mapping[str, float]:
         inputs = {
             role: self.store.checkout(artifact, attempt / "inputs" / role, wire.part)
             for role, wire in one.wires.items()
             if (artifact := _standing_in(planned, wire.instance)) is not None
         }
-        self._check_disk(one, attempt / "inputs")
+        earlier = tuple(self.store.attempts(one.key)) if one.key else ()
         context: Context[Any] = Context(
-            one.name, "preflight", one.instance.settings, inputs, attempt / "output", attempt, self._cache
+            one.name, "preflight", one.instance.settings, inputs, attempt / "output", attempt, self._cache, earlier
         )
-        launch.run_task(Call(code, context), 1, Watch(self.display, one.name, attempt))
-
-    def _check_disk(self, one: Planned, inputs: Path) -> None:
-        models = sum(path.stat().st_size for path in inputs.rglob("*.safetensors"))
-        # Full fine-tuning writes fp32 weights and two moments twice over, then the result; adapters hardly anything.
-        factor = 3 if getattr(one.instance.settings, "lora", None) is not None else 16
-        free = self.store.free_bytes()
-        if free < factor * models:
-            raise DiskFullError(
-                f"{one.name} may write {factor * models / 1e9:.1f} GB of checkpoints, and {free / 1e9:.1f} GB are free",
-                str(self.store.root),
-                "free some space, or put the store (or store.scratch) elsewhere",
-            )
+        return launch.run_task(Call(code, context), 1, Watch(self.display, one.name, attempt))
 
     @property
     def _cache(self) -> Path:

@@ -16,7 +16,7 @@ from rlhf.models.cards import licence_of
 from rlhf.models.lengths import UNBOUNDED, context_length
 from rlhf.models.trust import CODE, refuse_code, refuse_foreign_links
 from rlhf.models.weights import count_parameters
-from rlhf.pipeline.plan import Planned
+from rlhf.pipeline.plan import Planned, result_of
 from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
 from rlhf.store import ActionRecord, Store, key_of
@@ -163,15 +163,14 @@ def export_artifact(one: Planned, target: Path, store: Store) -> Path:
     """
     from rlhf.models.adapter_folders import is_adapter, relocate_adapter
 
-    if one.record is None:
-        raise RequestError(f"{one.name} has no result yet", one.why, f"rlhf run {one.name}")
+    record = result_of(one)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RequestError("the folder to export to is not empty", str(target), "name a folder that does not exist")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target and not in the store, which may be read-only to whoever exports.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            linked = store.checkout(one.record.artifact, Path(scratch) / "linked")
+            linked = store.checkout(record.artifact, Path(scratch) / "linked")
             # Copies, not links: what the user does with an exported file must not reach the store.
             shutil.copytree(linked, target, dirs_exist_ok=True)
         for path in target.rglob("*"):

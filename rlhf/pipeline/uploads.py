@@ -85,6 +85,25 @@ def uploading(store: Store, attempt: Path, stage: str, say: Callable[[str], None
         uploads.stop()
 
 
+def read_newest(store: Store, key: str, name: str) -> str | None:
+    """Return the text of a file of the newest attempt at a key, also of one that runs on another machine.
+
+    None where that attempt has no such file, or there is no attempt. In a bucket it is as old as its last upload.
+    """
+    here = {path.name: path for path in store.attempts(key)}
+    elsewhere = {one.attempt for one in _uploaded(store.bucket, key)} if store.bucket is not None else set[str]()
+    newest = max(here.keys() | elsewhere, default=None)
+    if newest is None:
+        return None
+    if newest in here:
+        with suppress(FileNotFoundError):
+            return (here[newest] / name).read_text(encoding="utf-8")
+        return None
+    assert store.bucket is not None
+    data = store.bucket.read(f"work/{key}/{newest}/{name}")
+    return data.decode() if data is not None else None
+
+
 def clear_checkpoints(store: Store, key: str, attempt: Path) -> None:
     """After a commit, delete the uploaded checkpoints of a key and upload the last state of the attempt's files."""
     if store.bucket is None:

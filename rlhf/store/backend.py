@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from rlhf.errors import DiskFullError, StoreUnreachableError, is_no_room
+from rlhf.units import size
 
 # The answers where a hard link cannot be made: another device, no such feature, too many links, not permitted.
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -306,7 +307,7 @@ def no_room(path: Path, needed: int, why: str = "") -> DiskFullError:
     """Say that ``needed`` bytes do not fit at a path."""
     reason = f" ({why})" if why else ""
     return DiskFullError(
-        f"No room for a file: {needed} bytes needed, {free_bytes_at(path)} bytes free{reason}.",
+        f"No room for a file: {size(needed)} needed, {size(free_bytes_at(path))} free{reason}.",
         where=str(path),
         next_step="Free some space (rlhf gc removes what nothing needs), or put store.uri or store.scratch on a larger "
         "file system; then run the same command again.",

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import DiskFullError, PreflightError, is_no_room
-from rlhf.pipeline.checkpoints import MARKER, is_complete, marker, newest_complete, path_of, step_of
+from rlhf.pipeline.checkpoints import KEPT, MARKER, is_complete, marker, newest_complete, path_of, step_of
 from rlhf.pipeline.context import Context
+from rlhf.units import size
 from rlhf.zero import group
 from rlhf.zero.precision import precision_of
-
-KEPT = 2
 
 
 def checkpoint_to_resume(context: Context[Any]) -> Path | None:
@@ -124,8 +123,7 @@ def _make_room(checkpoint: Path, attempts: Sequence[Path], estimate: int) -> int
 
 def _disk_full(checkpoint: Path, needed: int, free: int) -> DiskFullError:
     return DiskFullError(
-        f"no room for the checkpoint of step {step_of(checkpoint)}: {needed / 1e6:,.1f} MB needed, "
-        f"{free / 1e6:,.1f} MB free",
+        f"no room for the checkpoint of step {step_of(checkpoint)}: {size(needed)} needed, {size(free)} free",
         str(checkpoint.parent),
         "free some space and run the same command again: it goes on from the newest complete checkpoint",
     )

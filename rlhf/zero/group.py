@@ -45,6 +45,13 @@ def all_sum(value: Tensor) -> Tensor:
     return total
 
 
+def all_max(value: Tensor) -> Tensor:
+    """The largest of each entry of ``value`` over ranks, on every rank."""
+    largest = value.detach().clone().to(device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
 def all_concatenated(shard: Tensor) -> Tensor:
     """The ranks' flat tensors, all of one length, one after the other, on every rank, on the CPU."""
     mine = shard.detach().to(device()).contiguous()

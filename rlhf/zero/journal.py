@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from rlhf.config.base import semantic_values
 from rlhf.pipeline import pulse
 from rlhf.pipeline.context import Context
@@ -45,13 +47,14 @@ class Journal:
         self._seconds[part] += time.perf_counter() - start
 
     def log(self, step: int, metrics: Mapping[str, float], tokens: int | None = None) -> None:
-        """Report a finished step, numbered from 1.
+        """Report a finished step, numbered from 1. A collective.
 
         tokens  real response tokens of the step, for ``perf/tokens_per_s``
         """
         row = dict(metrics) | {f"time/{part}_s": seconds for part, seconds in self._seconds.items()}
         if tokens is not None:
             row["perf/tokens_per_s"] = tokens / sum(self._seconds.values())
+        row |= gpu_memory()
         self._seconds.clear()
         self._rows.append(row)
         if self._tracker is not None:
@@ -117,6 +120,20 @@ class Journal:
             config=semantic_values(self._context.settings),
             warn=self._context.note,
         )
+
+
+def gpu_memory() -> dict[str, float]:
+    """Return the memory that torch took on GPUs since the last call, of the rank that took most; empty on a CPU.
+
+    A collective. ``memory/peak_gb`` is the most that tensors took, ``memory/reserved_gb`` the most that the allocator
+    held for them, in 10^9 bytes.
+    """
+    if not torch.cuda.is_initialized():
+        return {}
+    taken = torch.tensor([torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()], dtype=torch.float64)
+    torch.cuda.reset_peak_memory_stats()
+    reserved, peak = (group.all_max(taken) / 1e9).tolist()
+    return {"memory/reserved_gb": reserved, "memory/peak_gb": peak}
 
 
 def _rewind_samples(path: Path, step: int) -> None:

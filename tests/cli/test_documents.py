@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rlhf.pipeline.context import Context
 from rlhf.store import Store
 from tests.cli.conftest import Ask
 from tests.pipeline.helpers import make, planned, states, write_weights
+from tests.pipeline.toys import TotalSettings
 
 STAGE = {
     "stage": str,
@@ -34,7 +37,7 @@ def test_plan_and_status_before_anything_is_made(ask: Ask, path: Path, command: 
     assert list(document) == ["pipeline", "store", "stages"] + ["usage"] * (command == "status")
     assert (document["pipeline"], document["store"]) == ("toy", str(path.parent / "store"))
     for stage in document["stages"]:
-        assert list(stage) == list(STAGE)
+        assert list(stage) == [*STAGE, *["progress"] * (command == "status")]
         assert all(isinstance(stage[name], kind) for name, kind in STAGE.items())
     words, count, total = document["stages"]
     assert (words["stage"], words["state"], words["why"], words["needs"]) == ("words", "missing", "new", [])
@@ -62,7 +65,7 @@ def test_plan_and_status_of_what_is_made(ask: Ask, made: Path, command: str):
             "needs": [],
             "metrics": record.metrics,
             "seconds": 1.5,
-        }
+        } | ({"progress": None} if command == "status" else {})
 
 
 def test_plan_speaks_of_the_asked_for_stages_with_the_asked_for_settings(ask: Ask, made: Path):
@@ -97,6 +100,43 @@ def test_status_knows_what_runs_and_what_failed(ask: Ask, made: Path):
     assert total() == ("failed", "it broke (rank 0)")
     store.new_attempt(key)
     assert total()[0] == "missing", "the latest attempt decides"
+
+
+def test_status_of_a_running_stage_says_how_far_it_is(ask: Ask, made: Path):
+    """Its step and the time left, out of the store alone, by the pace of its last steps and not the reader's clock."""
+    store, override = store_of(made), "total.factor=2.0"
+    key = planned(made, override)["total"].key
+    assert key is not None
+
+    def progress() -> Any:
+        return ask("status", override, "--json").document["stages"][-1]["progress"]
+
+    old = store.new_attempt(key)
+    (old / "progress.json").write_text(json.dumps({"message": "old", "done": 9, "total": 9, "at": 0.0, "times": []}))
+    assert progress() is None, "nobody holds the lease"
+    with store.lease(key):
+        attempt = store.new_attempt(key)
+        assert progress() is None, "the attempt that runs has not said anything"
+        context = Context("total", key, TotalSettings(), {}, attempt / "output", attempt, store.root / "cache")
+        for step in range(1, 5):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("time.time", lambda step=step: 1000.0 + 90 * step)
+                context.progress(f"step {step}/10  loss 0.5", step, 10)
+        assert progress() == {"message": "step 4/10  loss 0.5", "done": 4, "total": 10, "eta_seconds": 540.0}
+        shown = [line.strip() for line in ask("status", override).out.splitlines()]
+        assert "eta 9:00   step 4/10  loss 0.5" in shown
+        context.progress("step 2/10", 2, 10)
+        assert progress()["eta_seconds"] is None, "begun again"
+    assert progress() is None
+
+
+def test_a_stage_without_a_result_is_named_with_its_state(ask: Ask, made: Path, tmp_path: Path):
+    """In every command that needs one; the reason alone says nothing."""
+    for words in (("lineage", "total"), ("diff", "total", "count"), ("export", "total", str(tmp_path / "out"))):
+        answer = ask(*words, "total.factor=2.0")
+        assert answer.status == 2
+        assert "error: total has no result yet\n  where: stage total: missing, factor 1.0 → 2.0\n" in answer.err
+    assert "where: stage total: blocked, waits for count" in ask("lineage", "total", "count.step=3").err
 
 
 def test_explain_names_what_changed(ask: Ask, made: Path):

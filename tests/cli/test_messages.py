@@ -154,6 +154,22 @@ def test_an_import_pins_a_stage_until_it_is_forgotten(ask: Ask, made: Path, tmp_
     assert "it makes a data" in refused(ask, "import", str(tmp_path / "model"), "--as", "words")
 
 
+def test_a_run_leaves_out_what_only_imported_stages_read(ask: Ask, path: Path, tmp_path: Path):
+    """In an empty store, with the last stage imported, nothing runs and no source is read; plan and run say why."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    write_weights(tmp_path / "model")
+    gone = f"words.file={tmp_path / 'gone'}"
+    assert ask("import", str(tmp_path / "model"), "--as", "total", gone).status == 0
+    for command in ("plan", "run"):
+        answer = ask(command, gone)
+        assert answer.status == 0
+        for stage in ("words", "count"):
+            (line,) = [line for line in answer.out.splitlines() if line.startswith(stage)]
+            assert line.split(maxsplit=2)[1:] == ["unused", "not needed: total is imported"]
+    assert "gone" in refused(ask, "run", "count", gone)
+
+
 def test_an_import_that_is_damaged_is_never_replaced_by_training(ask: Ask, made: Path, tmp_path: Path):
     """Neither at once nor later, when its record is gone: the program says so until it is imported again or undone."""
     (tmp_path / "model").mkdir()

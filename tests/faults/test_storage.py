@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from rlhf.store import Store
+from rlhf.units import size
 from tests.faults.processes import child, finish, surroundings
 from tests.pipeline.helpers import make, write_pipeline
 from tests.store.helpers import files_under, write_files
@@ -29,14 +30,14 @@ def test_a_disk_full_at_any_byte_commits_nothing_and_the_same_command_goes_on(tm
     room = rng.randint(0, 4 * WEIGHTS) if seed % 5 == 0 else 4 * WEIGHTS + 4096 * rng.randint(0, 5)
     (told,) = finish(child("fill", disk, model, config, str(room), within=within))
     assert told["status"] == 75, told["err"]
-    assert "bytes needed" in told["err"]
-    assert "bytes free" in told["err"]
+    assert " needed, " in told["err"]
+    assert " free" in told["err"]
     assert "Free some space" in told["err"]
     # The record is the commit: with it written, room for the ref alone may still be missing.
     assert told["records"] == ("/refs/" in told["err"])
     assert told["damaged"] == 0
     if room < 4 * WEIGHTS:
-        assert f"{told['free']} bytes free" in told["err"]
+        assert f"{size(told['free'])} free" in told["err"]
         assert told["blobs"] == 0
     assert told["again"]["status"] == 0, told["again"]["err"]
     assert told["verified"] == 0

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,11 @@ def load_toy(path: Path, *overrides: str) -> PipelineConfig:
     return load_pipeline(path, overrides, {name: stage.settings for name, stage in KNOWN.items()})
 
 
-def planned(path: Path, *overrides: str, known: Mapping[str, Stage] = KNOWN) -> dict[str, Planned]:
+def planned(
+    path: Path, *overrides: str, known: Mapping[str, Stage] = KNOWN, targets: Sequence[str] | None = None
+) -> dict[str, Planned]:
     config = load_toy(path, *overrides)
-    return plan(config, known, Store.open(config.store.uri, create=False))
+    return plan(config, known, Store.open(config.store.uri, create=False), targets)
 
 
 def states(found: Mapping[str, Planned]) -> dict[str, str]:

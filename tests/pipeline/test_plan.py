@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.errors import RequestError, SettingsError
 from rlhf.pipeline.differences import flatten
-from rlhf.pipeline.plan import needed, plan
+from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import taking
 from rlhf.store import Store
 from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline
@@ -216,9 +216,63 @@ def test_a_stage_may_be_used_twice(tmp_path: Path):
 
 def test_targets_bring_what_they_need_and_no_more(path: Path):
     """The needed stages come producers first; without a target all of them."""
-    found = planned(path)
-    assert list(needed(found, ["count"])) == ["words", "count"]
-    assert list(needed(found, [])) == ["words", "count", "total"]
+    assert list(planned(path, targets=["count"])) == ["words", "count"]
+    assert list(planned(path, targets=[])) == ["words", "count", "total"]
+
+
+DIAMOND = """
+words: {}
+count: {}
+total: {}
+more: {uses: words, left: a b c}
+tally: {uses: count, inputs: {words: more/left}}
+sum: {uses: total, inputs: {count: tally}}
+last: {uses: group, inputs: {policy: sum}}
+"""
+
+
+def pin(path: Path, *names: str):
+    """Make stages imported, as ``rlhf import`` does, with results that were made elsewhere."""
+    elsewhere = write_pipeline(path.parent, DIAMOND.split("last:")[0], "elsewhere.yaml")
+    make(elsewhere)
+    store = Store.open(path.parent / "store")
+    for name in names:
+        store.set_ref("toy", name, store.refs("elsewhere")[name].key, imported=True)
+
+
+def test_nothing_runs_for_imported_stages(tmp_path: Path):
+    """What only they read is unused, with or without targets, however far up; the rest of the pipeline is planned."""
+    path = write_pipeline(tmp_path, DIAMOND)
+    pin(path, "sum")
+    cut = {"more": "unused", "tally": "unused", "sum": "cached"}
+    assert states(planned(path, targets=["last"])) == cut | {"last": "missing"}
+    assert states(planned(path, targets=["sum"])) == cut
+    override = "words.left=not made yet"
+    found = planned(path, override, targets=[])
+    whole = cut | {"words": "missing", "count": "blocked", "total": "blocked", "last": "missing"}
+    assert states(found) == whole
+    assert (found["more"].why, found["more"].key) == ("not needed: sum is imported", None)
+    assert planned(path, override, targets=["tally"])["more"].state == "cached", "a target is needed"
+
+
+def test_a_stage_that_anything_else_reads_is_not_unused(tmp_path: Path):
+    """Two readers, of which one is imported."""
+    path = write_pipeline(tmp_path, "words: {}\ncount: {}\ntotal: {}\nagain: {uses: total}\n")
+    pin(path, "total")
+    override = "words.left=not made yet"
+    found = planned(path, override, targets=["total", "again"])
+    assert states(found) == {"words": "missing", "count": "blocked", "total": "cached", "again": "blocked"}
+    assert states(planned(path, override, targets=["total"]))["words"] == "unused"
+
+
+def test_of_an_unused_stage_nothing_is_looked_at(tmp_path: Path):
+    """A source that is gone is no obstacle where nothing needs it."""
+    path = write_pipeline(tmp_path)
+    pin(path, "total")
+    override = f"words.file={tmp_path / 'gone'}"
+    assert states(planned(path, override, targets=[])) == {"words": "unused", "count": "unused", "total": "cached"}
+    with pytest.raises(SettingsError, match="gone"):
+        planned(path, override, targets=["count"])
 
 
 def test_the_plan_has_producers_first_whatever_the_files_order(tmp_path: Path):
@@ -230,7 +284,7 @@ def test_the_plan_has_producers_first_whatever_the_files_order(tmp_path: Path):
 def test_an_unknown_target_is_answered_with_the_nearest(path: Path):
     """A misspelt stage is no request for nothing."""
     with pytest.raises(RequestError, match="no stage 'totl'") as caught:
-        needed(planned(path), ["totl"])
+        planned(path, targets=["totl"])
     assert "did you mean total?" in caught.value.next_step
 
 

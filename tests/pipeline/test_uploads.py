@@ -6,7 +6,7 @@ import pytest
 from rlhf.errors import StageError
 from rlhf.pipeline import uploads
 from rlhf.pipeline.checkpoints import MARKER, newest_complete, path_of, step_of
-from rlhf.pipeline.uploads import SNAPSHOT, clear_checkpoints, fetch_attempts, uploading
+from rlhf.pipeline.uploads import SNAPSHOT, clear_checkpoints, fetch_attempts, read_newest, uploading
 from rlhf.store import Store, digest_of, objects
 from tests.buckets import Bucket
 from tests.pipeline.helpers import until
@@ -210,3 +210,24 @@ def test_a_store_in_a_folder_needs_none_of_it(tmp_path: Path):
         checkpoint = write_checkpoint(attempt, 1)
     clear_checkpoints(store, KEY, attempt)
     assert newest_complete(store.attempts(KEY)) == checkpoint
+
+
+def test_how_far_a_stage_is_can_be_read_on_another_machine(bucket: Bucket, machine: Callable[[str], Store]):
+    """Of the newest attempt, wherever it is; an older one's files are not taken for it."""
+    first, second = machine("first"), machine("second")
+    assert read_newest(second, KEY, "progress.json") is None
+    old = second.new_attempt(KEY)
+    (old / "progress.json").write_text("old")
+    assert read_newest(second, KEY, "progress.json") == "old"
+    fetch_attempts(first, KEY, "sft", quiet)
+    bucket.write(f"work/{KEY}/{old.name}/progress.json", b"old")
+    fetch_attempts(first, KEY, "sft", quiet)
+    attempt = first.new_attempt(KEY)
+    with uploading(first, attempt, "sft", quiet):
+        (attempt / "resources.json").write_text("{}")
+        until(lambda: bool([name for name in bucket.names("work") if attempt.name in name]), "the first upload")
+        assert read_newest(second, KEY, "progress.json") is None
+        (attempt / "progress.json").write_text("new")
+        write_checkpoint(attempt, 1)
+        until(lambda: uploaded(bucket) == [1], "the upload")
+    assert read_newest(second, KEY, "progress.json") == read_newest(first, KEY, "progress.json") == "new"

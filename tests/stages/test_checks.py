@@ -8,6 +8,8 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import EndpointSettings, RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
 from rlhf.errors import PreflightError
+from rlhf.models.weights import count_parameters
+from rlhf.pipeline import disk
 from rlhf.pipeline.context import Context
 from stages import checks
 from tests.models.tiny import make_tiny_llama
@@ -44,7 +46,7 @@ def test_what_is_too_long_is_counted_and_told(base: Path, tmp_path: Path) -> Non
     """Rows that are cut are never cut silently; a prompt that leaves no room for its completion is refused."""
     long = {"prompt": "a film", "completion": "dull , " * 24}
     told = context(SftSettings(max_length=32), base, tmp_path, "demonstrations", [DEMONSTRATION, long], [DEMONSTRATION])
-    assert checks.sft(told) == {"demonstrations/too_long": 1.0}
+    assert checks.sft(told)["demonstrations/too_long"] == 1.0
     assert "1 of 2 demonstrations are longer than 32 tokens" in (tmp_path / "notes.jsonl").read_text()
 
     (folder := tmp_path / "other").mkdir()
@@ -112,3 +114,21 @@ def test_a_reward_that_is_not_there_is_refused_before_any_rank_starts(
         )
         with pytest.raises(PreflightError, match=said):
             checks.evaluate(evaluate)
+
+
+def test_the_checks_say_what_will_be_written(base: Path, tmp_path: Path) -> None:
+    """No checkpoint where none falls due in so few rows, packed ones too; the newest two and the next at most."""
+    parameters = count_parameters(base)
+    rows: dict[str, Any] = {"demonstrations": DEMONSTRATION, "comparisons": SET}
+    for check, kind, role in ((checks.sft, SftSettings, "demonstrations"), (checks.rm, RmSettings, "comparisons")):
+        for every, batch, checkpoints in ((50, 1, 0), (1, 1, 3), (1, 40, 0), (1, 20, 1)):
+            values = {"max_length": 32, "batch_size": batch, "checkpoint_every": every}
+            settings = kind.model_validate(values | ({"packing": False} if kind is SftSettings else {}))
+            (folder := tmp_path / f"{role}-{every}-{batch}").mkdir()
+            found = check(context(settings, base, folder, role, [rows[role]] * 40, [rows[role]]))
+            assert found[disk.RESULT] == 4 * parameters
+            assert found[disk.MEANWHILE] == checkpoints * 16 * parameters
+    (folder := tmp_path / "packed").mkdir()
+    settings = SftSettings(max_length=64, batch_size=20, checkpoint_every=1)
+    packed = context(settings, base, folder, "demonstrations", [DEMONSTRATION] * 40, [DEMONSTRATION])
+    assert checks.sft(packed)[disk.MEANWHILE] == 0

@@ -12,6 +12,7 @@ import pytest
 
 from rlhf.errors import DamageError
 from rlhf.store import Store
+from rlhf.units import size
 from tests.store.helpers import (
     KEY,
     REPOSITORY,
@@ -257,8 +258,7 @@ def test_a_read_only_store_gives_hits_and_refuses_writes_by_name(public_folder: 
 
 def check_disk_full(told: dict[str, object], needed: int) -> None:
     assert told["type"] == "DiskFullError"
-    assert f"{needed} bytes needed" in str(told["what"])
-    assert "bytes free" in str(told["what"])
+    assert f"{size(needed)} needed" in str(told["what"])
     assert told["left"] == [], "what did not fit must not stay"
 
 
@@ -289,7 +289,7 @@ def test_a_full_file_system_is_disk_full_and_leaves_nothing(tmp_path: Path):
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
     check_disk_full(told, 1 << 20)
-    assert f"{told['free']} bytes free" in told["what"]
+    assert f"{size(told['free'])} free" in told["what"]
 
 
 def test_a_commit_on_a_store_with_no_room_can_be_repeated_when_there_is_some(tmp_path: Path):

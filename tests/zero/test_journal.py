@@ -1,14 +1,18 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from rlhf.config.collect import CompareSettings
 from rlhf.pipeline.context import Context
-from rlhf.zero.journal import SAMPLES, Journal
+from rlhf.tracking.metrics import read_metrics
+from rlhf.zero.journal import METRICS, SAMPLES, Journal
 
 
-def test_samples_with_line_ends_of_other_alphabets_are_read_again(group: None, tmp_path: Path) -> None:
-    """A model may write U+2028: its rows are still one line each when a killed stage goes on, and a torn one goes."""
-    context = Context(
+@pytest.fixture
+def context(tmp_path: Path) -> Context[CompareSettings]:
+    """Of a stage whose attempt is the test's folder."""
+    return Context(
         "ppo",
         "key",
         CompareSettings(function="f.py:f"),
@@ -19,8 +23,36 @@ def test_samples_with_line_ends_of_other_alphabets_are_read_again(group: None, t
         attempts=(tmp_path,),
         tracking={"mode": "disabled"},
     )
+
+
+def test_samples_with_line_ends_of_other_alphabets_are_read_again(
+    group: None, context: Context[CompareSettings], tmp_path: Path
+) -> None:
+    """A model may write U+2028: its rows are still one line each when a killed stage goes on, and a torn one goes."""
     path = tmp_path / SAMPLES
     rows = [{"step": 0, "response": "a\u2028b\x85c"}, {"step": 1, "response": "later"}]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"step": 0, "resp')
     Journal(context, 3, unit="step", shown=())
     assert [json.loads(row) for row in path.read_bytes().splitlines()] == rows[:1]
+
+
+def test_a_row_has_the_gpus_highest_memory_since_the_row_before_and_on_a_cpu_none(
+    group: None, context: Context[CompareSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In GB; torch's own counters are begun anew with each row, and without a GPU there is no such metric."""
+    journal = Journal(context, 3, unit="step", shown=())
+    journal.log(1, {"loss": 1.0})
+    held = {"reserved": 3_000_000_000, "allocated": 2_500_000_000}
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda: held["reserved"])
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: held["allocated"])
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: held.update(reserved=10**9, allocated=5 * 10**8))
+    journal.log(2, {"loss": 1.0})
+    journal.log(3, {"loss": 1.0})
+    rows = read_metrics(tmp_path / METRICS)
+    measured = [{name: value for name, value in row.items() if name.startswith("memory/")} for row in rows]
+    assert measured == [
+        {},
+        {"memory/reserved_gb": 3.0, "memory/peak_gb": 2.5},
+        {"memory/reserved_gb": 1.0, "memory/peak_gb": 0.5},
+    ]
