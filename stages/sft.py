@@ -29,6 +29,6 @@ def run(context: Context[SftSettings]) -> dict[str, float]:
         as_dataset(demonstrations / "heldout.jsonl", tokenizer),
     )
     trainers.train(trainer, context)
-    heldout = trainer.evaluate()
+    loss = trainers.heldout_loss(trainer, settings.micro_batch_size)
     trainers.export(trainer, base, context, scores=False)
-    return {"eval/loss": heldout["eval_loss"]}
+    return {"eval/loss": loss}

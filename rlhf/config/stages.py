@@ -99,7 +99,8 @@ class SftSettings(Settings):
     max_length: int = semantic(256, ge=8)
     """Longest sequence in tokens, prompt and completion together; what is longer is cut at the end and counted."""
     packing: bool = semantic(True)
-    """Pack several demonstrations into one sequence of ``max_length``, none attending to another."""
+    """Pack several demonstrations into one sequence of ``max_length``, none attending to another. Models that could not
+    keep them apart (OPT, Bloom, MPT, …) get each padded instead, and a line says so."""
     micro_batch_size: int = runtime(1, ge=1)
     """Sequences of one forward pass of one rank. Packed ones are laid end to end: without flash attention their cost
     grows with the square of ``micro_batch_size`` · ``max_length``."""

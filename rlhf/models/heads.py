@@ -12,7 +12,7 @@ import torch
 from torch import FloatTensor, Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rlhf.models.packing import PACKABLE, pack
+from rlhf.models.packing import keeps_texts_apart, pack
 from rlhf.models.text import positions
 from rlhf.rl.distributions import entropy_from_logits, logprobs_of
 
@@ -89,7 +89,7 @@ def pack_texts(classifier: Any) -> None:
 def _last_token_logits(classifier: Any, ids: Tensor, attention_mask: Tensor) -> FloatTensor:
     """``[batch, label]``"""
     body = getattr(classifier, classifier.base_model_prefix)
-    if body.config.model_type in PACKABLE:
+    if keeps_texts_apart(body.config):
         texts = pack(ids, attention_mask)
         hidden = body(input_ids=texts.ids, position_ids=texts.positions, use_cache=False).last_hidden_state
         return classifier.score(hidden.flatten(0, 1)[texts.ends])

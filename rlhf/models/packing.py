@@ -5,28 +5,44 @@ ids begin anew with each text (``transformers.masking_utils``; flash attention g
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 PACKABLE = frozenset(
     {
+        "apertus",
         "arcee",
+        "codegen",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "exaone4",
+        "falcon",
         "gemma",
         "gemma2",
         "gemma3_text",
         "glm",
         "glm4",
         "gpt2",
+        "gpt_bigcode",
         "gpt_neox",
+        "gptj",
+        "granite",
+        "granitemoe",
+        "helium",
+        "hunyuan_v1_dense",
         "llama",
         "ministral",
         "mistral",
         "mixtral",
+        "nemotron",
         "olmo",
         "olmo2",
         "olmo3",
+        "olmoe",
+        "persimmon",
         "phi",
         "phi3",
         "qwen2",
@@ -40,6 +56,15 @@ PACKABLE = frozenset(
     }
 )
 """The model types that keep texts of one row apart, as a test sees of each: OPT or gpt-oss read on, without a word."""
+
+
+def keeps_texts_apart(config: Any) -> bool:
+    """Return whether a model with this configuration computes of a packed text what it computes of the text alone.
+
+    config  transformers' configuration of the model
+    """
+    # ALiBi adds the place in the row, in bf16: the later a text begins, the coarser its own places become.
+    return config.model_type in PACKABLE and not getattr(config, "alibi", False)
 
 
 class PackedTexts(NamedTuple):

@@ -26,9 +26,6 @@ class Training:
 
     def start(self, module: nn.Module, precision: Precision) -> Engine:
         """Put the module under ZeRO-3 with its optimiser."""
-        for part in module.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0
         return Engine(
             module, precision, name=self.name, learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm
         )

@@ -33,6 +33,9 @@ def zero3_config(precision: Precision, **overrides: Any) -> dict[str, Any]:
             "contiguous_gradients": True,
         },
         "bf16": {"enabled": precision == "bf16"},
+        # In bf16, whose numbers have three digits, a sum over micro batches or ranks loses what is small beside it.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 2**31,
@@ -71,7 +74,8 @@ def mark_leaves(model: nn.Module) -> None:
 
 
 class Engine:
-    """A module under ZeRO-3. Frozen unless a learning rate is given; then AdamW trains what requires a gradient.
+    """A module under ZeRO-3, in eval mode. Frozen unless a learning rate is given; then AdamW trains what requires a
+    gradient.
 
     name  what errors call it
     """
@@ -93,7 +97,9 @@ class Engine:
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
             optimizer = torch.optim.AdamW(trainable, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
         self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
-        self._engine.train(learning_rate is not None)
+        # In training too: with dropout, layer drop or router noise, two passes over the same tokens differ, which PPO
+        # takes for a change of the policy. Gradients flow in either mode.
+        self._engine.eval()
 
     @property
     def module(self) -> Any:

@@ -26,6 +26,7 @@ from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.data.order import learning_order
 from rlhf.errors import DivergedError
 from rlhf.models import adapters, reward_losses
+from rlhf.models.packing import keeps_texts_apart
 from rlhf.models.response_lists import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.reward import raw_scores
 from rlhf.models.templates import Tokenizer
@@ -55,7 +56,6 @@ def common_arguments(context: Context[Any], settings: TrainingSettings) -> dict[
         "output_dir": str(context.attempt / "checkpoints"),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": share // micro,
-        "per_device_eval_batch_size": settings.micro_batch_size,
         "learning_rate": settings.optimizer.learning_rate,
         "weight_decay": settings.optimizer.weight_decay,
         "warmup_steps": settings.optimizer.warmup_fraction,
@@ -68,8 +68,8 @@ def common_arguments(context: Context[Any], settings: TrainingSettings) -> dict[
         "bf16": settings.precision == "bf16",
         "deepspeed": zero3_config(settings.precision, gradient_clipping="auto", **automatic),
         "accelerator_config": {"use_configured_state": True},
-        "save_steps": settings.checkpoint_every,
-        "save_total_limit": None,
+        # Else the last step would be saved too, which the result makes superfluous: Reports says when.
+        "save_strategy": "no",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": "none",
@@ -115,15 +115,14 @@ class Reports(TrainerCallback):
         """Say that a micro batch is done."""
         pulse.beat()
 
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """Say that a held-out batch is done."""
-        pulse.beat()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - positional
-        """Say that a step is done, and have it saved and the training stopped where that is asked for."""
-        self._stopping = ends_here(self._context, state.global_step)
+        """Say that a step is done; have it saved where that is due, and training stopped where that is asked for."""
+        step = state.global_step
+        self._stopping = ends_here(self._context, step)
+        due = step % self._context.settings.checkpoint_every == 0 and step < state.max_steps
+        control.should_save = self._stopping or due
         if self._stopping:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002 - positional
         """Close the journal; a training that was asked to stop goes no further, and has no time for that."""
@@ -248,21 +247,26 @@ def sft_trainer(
     demonstrations: Dataset,
     heldout: Dataset,
 ) -> Any:
-    """TRL's SFTTrainer: loss on completions alone, several demonstrations packed into a sequence.
+    """TRL's SFTTrainer: loss on completions alone; several demonstrations are packed into a sequence where that is set
+    and the model keeps them apart.
 
     load  loads the model; called when transformers already knows of ZeRO-3, so that it is sharded as it is read
     """
     settings = context.settings
     with _bf16_anywhere():
         arguments = SFTConfig(
-            **common_arguments(context, settings),
-            max_length=settings.max_length,
-            packing=settings.packing,
-            completion_only_loss=True,
+            **common_arguments(context, settings), max_length=settings.max_length, completion_only_loss=True
+        )
+    model = _prepared(load())
+    arguments.packing = settings.packing and keeps_texts_apart(model.config)
+    if settings.packing and not arguments.packing and group.is_main():
+        context.note(
+            f"{model.config.model_type} models do not keep packed texts apart: each demonstration is padded instead, "
+            "and batch_size counts demonstrations"
         )
     return _SftTrainer(
         context,
-        model=_prepared(load()),
+        model=model,
         args=arguments,
         train_dataset=demonstrations,
         eval_dataset=heldout,
@@ -313,6 +317,35 @@ def export(
     if group.is_main():
         adapters.save(trainer.model, weights, source, context.output, lora, scores=scores, config=config)
     group.barrier()
+
+
+def heldout_loss(trainer: Any, at_once: int) -> float:
+    """Return the mean negative log-likelihood of the held-out rows, in nats per token that is learned of. A collective.
+
+    at_once  rows of a forward pass; changes the result by rounding only
+    """
+    rows, engine = trainer.eval_dataset, trainer.model_wrapped
+    engine.eval()
+    batches = torch.arange(len(rows)).split(at_once)
+
+    def sums(numbers: Tensor) -> Tensor:
+        """``[batch, 2]``: the sum over a batch's tokens, and their number."""
+        found = torch.zeros(len(numbers), 2, dtype=torch.float64)
+        for place, number in enumerate(numbers.tolist()):
+            batch = trainer.data_collator([rows[row] for row in batches[number].tolist()])
+            # As in training, TRL's forward pass answers log-probabilities without keeping the logits.
+            outputs = engine(**_on_device(batch), use_cache=False, fused_lm_head=True)
+            found[place, 0], found[place, 1] = -outputs.log_probs.double().sum(), outputs.label_mask.sum()
+            pulse.beat()
+        return found
+
+    with torch.no_grad():
+        total, tokens = group.spread(len(batches), sums).sum(0).tolist()
+    return total / tokens
+
+
+def _on_device(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(group.device()) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def scores(trainer: Any, texts: Sequence[list[int]], at_once: int) -> Tensor:

@@ -5,37 +5,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rlhf.models.heads import SequenceScores, pack_texts
-from rlhf.models.packing import PACKABLE, pack, rows_of
+from rlhf.models.packing import PACKABLE, keeps_texts_apart, pack, rows_of
 from rlhf.models.text import pad
+from tests.models.tiny import tiny_config
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-    # Shorter than most texts, so that a window's mask is tried as well.
-    "sliding_window": 6,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "num_labels": 1,
-}
+# Each with a classifier in transformers, and without packing.
+OTHERS = ("opt", "bloom")
+CLASSIFIERS = sorted(PACKABLE & MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys())
 
 
 def classifier_of_type(model_type: str) -> Any:
     torch.manual_seed(0)
-    config = type(AutoConfig.for_model(model_type))(**SMALL)
-    return AutoModelForSequenceClassification.from_config(config).eval()
+    return AutoModelForSequenceClassification.from_config(tiny_config(model_type, num_labels=1)).eval()
 
 
 def some_texts() -> list[list[int]]:
@@ -45,7 +30,7 @@ def some_texts() -> list[list[int]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", [*sorted(PACKABLE), "opt", "bloom"])
+@pytest.mark.parametrize("model_type", [*CLASSIFIERS, *OTHERS])
 def test_a_packed_text_scores_what_it_scores_alone(model_type: str) -> None:
     """Whatever stands before it in its row: for every type that is packed, and for types that must not be."""
     classifier, texts = classifier_of_type(model_type), some_texts()
@@ -53,6 +38,29 @@ def test_a_packed_text_scores_what_it_scores_alone(model_type: str) -> None:
     scores = SequenceScores(classifier)(*pad(texts, 0, "right"))
     torch.testing.assert_close(scores, alone, atol=2e-5, rtol=0)
     assert alone.std() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", sorted(PACKABLE))
+def test_a_packed_text_is_predicted_as_alone(model_type: str) -> None:
+    """By every type that sft packs: its logits are those that it has in a row of its own."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
+    texts = some_texts()
+    alone = torch.cat([model(input_ids=torch.tensor([text]), use_cache=False).logits[0] for text in texts])
+    places = torch.cat([torch.arange(len(text)) for text in texts])
+    ids = torch.tensor([token for text in texts for token in text])
+    packed = model(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0]
+    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=0)
+    assert alone.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    "config", [*map(tiny_config, ("opt", "gpt_oss", "bloom", "mpt")), tiny_config("falcon", alibi=True)]
+)
+def test_models_that_read_on_into_the_next_text_are_not_packed(config: Any) -> None:
+    """Nor those whose ALiBi rounds places in a long row."""
+    assert not keeps_texts_apart(config)
 
 
 def test_gradients_are_those_of_padded_rows() -> None:

@@ -1,16 +1,51 @@
-"""A Llama of two layers, made once for many tests."""
+"""Tiny models: a Llama of two layers, made once for many tests, and the configuration of any other architecture."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.stages import ScratchSettings
 from rlhf.models.base import make_from_scratch
 
 SHAPE = ScratchSettings(vocabulary=300, hidden_size=32, layers=2, heads=2, context=64)
 TEXTS = ["a film of two halves", "the film is a joy", "dull , dull , dull"]
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rotary_dim": 4,
+    "intermediate_size": 48,
+    "ffn_dim": 48,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    # Shorter than most texts, so that a window's mask is tried as well.
+    "sliding_window": 6,
+    # So large that the model has opinions.
+    "initializer_range": 0.3,
+    "init_std": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_config(model_type: str, **more: Any) -> Any:
+    """The configuration of a tiny model of this type, of what it knows by these names."""
+    default: Any = AutoConfig.for_model(model_type)
+    known = default.to_dict().keys() | default.attribute_map.keys()
+    return type(default)(**{name: value for name, value in SMALL.items() if name in known} | more)
 
 
 def make_tiny_llama(folder: Path) -> Path:

@@ -88,14 +88,14 @@ def _ppo(data: Path, **more: Any) -> PpoSettings:
 _PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
 
 STAGES = {
-    # Inside the first epoch, at its end, inside the second; and at the very end, before the result is written.
-    "sft": Stage(sft.run, _sft, {"base": "tiny", "demonstrations": "demonstrations"}, (2, 3, 6), 5, 4),
+    # Inside the first epoch, at its end, and inside the second.
+    "sft": Stage(sft.run, _sft, {"base": "tiny", "demonstrations": "demonstrations"}, (2, 3), 5, 4),
     "rm": Stage(
         rm.run,
         _rm,
         {"base": "tiny", "demonstrations": "demonstrations", "comparisons": "comparisons"},
         (3,),
-        6,
+        5,
         4,
     ),
     # While the value model alone is trained; then with everything.
@@ -177,8 +177,10 @@ def _outcome(stage: Stage, context: Context[Any]) -> dict[str, Any]:
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(context.output.rglob("*.safetensors")):
         weights |= {f"{file.name} {name}": tensor for name, tensor in load_file(file).items()}
+    newest = checkpoints.newest_complete([context.attempt])
     return {
         "metrics": metrics,
+        "newest": newest and newest.name,
         "rows": [{name: value for name, value in row.items() if not name.startswith(("time", "perf"))} for row in rows],
         "weights": weights,
         "samples": samples.read_text() if (samples := context.attempt / "samples.jsonl").exists() else None,

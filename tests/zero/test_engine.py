@@ -1,16 +1,20 @@
 """What an optimiser step under ZeRO-3 does, in a group of one."""
 
-from pathlib import Path
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from rlhf.models.heads import TokenLogprobs, TokenValues
+from rlhf.config.training import LoraSettings
+from rlhf.models import adapters
+from rlhf.models.packing import PACKABLE
 from rlhf.models.training import Training
 from rlhf.zero.engine import Engine, whole_weights
+from tests.models.tiny import tiny_config
 
 pytestmark = [
     # DeepSpeed's and torch's own.
@@ -45,28 +49,69 @@ def test_a_step_is_adam_s_with_its_epsilon_after_clipping(slope: float, max_grad
     assert step_of(slope, max_grad_norm) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("head", [TokenLogprobs, TokenValues])
-def test_the_models_that_learn_have_no_dropout(head: Any, tmp_path: Path) -> None:
-    """Theirs is switched off, wherever the architecture has it: two passes answer the same."""
+def test_small_gradients_count_beside_large_ones_in_bf16() -> None:
+    """1 + 64 · 2⁻⁹ is 1.125, and 1 where each sum is rounded to bf16."""
+    engine = Engine(nn.Linear(1, 1, bias=False, dtype=torch.bfloat16), "bf16", learning_rate=0.1)
+    slopes = [1.0] + 64 * [2.0**-9]
+    for number, slope in enumerate(slopes, start=1):
+        engine.backward(slope * engine(torch.ones(1, 1, dtype=torch.bfloat16)).sum(), last=number == len(slopes))
+    assert engine.step(0.1) == pytest.approx(1.125, rel=1e-6)
+
+
+def with_noise(config: Any) -> Any:
+    """The configuration with everything at 0.1 that drops or shakes something in training."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            with_noise(value)
+        elif ("drop" in name or "jitter" in name) and type(value) in (int, float):
+            vars(config)[name] = 0.1  # past the type of a field that says int
+    return config
+
+
+def noisy_model(model_type: str, lora: LoraSettings | None) -> Any:
+    """In training mode, where two passes differ."""
     torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "n_layer": 1,
-        "n_head": 2,
-        "n_embd": 16,
-        "vocab_size": 40,
-        "n_positions": 16,
-        "pad_token_id": 0,
-    }
-    config = GPT2Config(**shape, attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5)
-    config.num_labels = 1
-    model = (GPT2LMHeadModel if head is TokenLogprobs else GPT2ForSequenceClassification)(config)
-    engine = Training("policy", learning_rate=0.1, max_grad_norm=1.0).start(head(model), "fp32")
-    assert engine.module.training
-    ids = torch.arange(12).reshape(2, 6)
-    arguments: tuple[Any, ...] = (ids, torch.ones_like(ids), 3)
-    if head is TokenLogprobs:
-        first, second = (engine(*arguments, 1.0, False)[0] for _ in range(2))
-    else:
-        first, second = (engine(*arguments) for _ in range(2))
-    assert torch.equal(first, second)
-    assert first.std() > 0
+    model: Any = AutoModelForCausalLM.from_config(with_noise(tiny_config(model_type)))
+    model = adapters.with_lora(model, lora, scores=False, seed=0).train()
+    with torch.no_grad():
+        assert loss_of(model) != loss_of(model)
+    return model
+
+
+def loss_of(model: Any) -> Tensor:
+    ids = torch.arange(1, 21).reshape(2, 10)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return logits.log_softmax(-1)[..., 5].sum()
+
+
+# ERNIE 4.5 has no dropout.
+TYPES = [*sorted(PACKABLE - {"ernie4_5"}), "biogpt", "bloom", "gpt_oss", "mpt", "opt", "phimoe", "xglm"]
+ADAPTERS = LoraSettings(rank=2, dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "lora"),
+    [(name, None) for name in TYPES] + [(name, ADAPTERS) for name in ("llama", "opt")],
+)
+def test_models_that_ppo_trains_compute_alike_every_time(model_type: str, lora: LoraSettings | None) -> None:
+    """Two passes agree bit for bit, and gradients are plain torch's without dropout, wherever a type has it."""
+    model = noisy_model(model_type, lora)
+    plain = copy.deepcopy(model).eval()
+    loss_of(plain).backward()
+    engine = Training("policy", learning_rate=0.1, max_grad_norm=1.0).start(model, "fp32")
+    with torch.no_grad():
+        first = loss_of(engine)
+    loss = loss_of(engine)
+    assert loss == first == loss_of(plain)
+    engine.backward(loss, last=True)
+    for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if found.requires_grad:
+            torch.testing.assert_close(safe_get_full_grad(found), expected.grad, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["opt", "mixtral"])
+def test_frozen_models_compute_alike_every_time(model_type: str) -> None:
+    """The reference, the reward model, and the policies of evaluate."""
+    engine = Engine(noisy_model(model_type, None), "fp32")
+    assert loss_of(engine) == loss_of(engine)

@@ -159,11 +159,19 @@ def test_ppo_s_first_iteration_is_the_same_however_it_is_split(results: Results)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_a_stage_stopped_over_and_over_equals_one_in_one_go(results: Results, stage: str, size: int) -> None:
-    """Bit for bit: weights, final metrics and every step's row, wherever in an epoch it was stopped, and at its end."""
+    """Bit for bit: weights, final metrics and every step's row, wherever in an epoch it was stopped."""
     found = results[size][0][stage]
     assert_same_weights(found["resumed"]["weights"], found["unbroken"]["weights"])
     assert found["resumed"]["rows"] == found["unbroken"]["rows"]
     assert found["resumed"]["metrics"] == found["unbroken"]["metrics"]
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_the_last_step_is_not_saved(results: Results, stage: str) -> None:
+    """The result is all that is left of it: the newest checkpoint is that of the step before."""
+    for found in (ranks[0][stage]["unbroken"] for ranks in results.values()):
+        last = found["rows"][-1]["step"]
+        assert found["newest"] == f"checkpoint-{last - 1}"
 
 
 def test_the_stages_epochs_end_at_the_steps_that_they_are_stopped_at(results: Results) -> None:

@@ -1,0 +1,99 @@
+"""The sft stage in a group of one, against transformers alone."""
+
+import gc
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers import AutoModelForCausalLM
+
+from rlhf.config.stages import SftSettings
+from rlhf.models import folders
+from rlhf.models.text import demonstration_ids, load_tokenizer
+from rlhf.pipeline.context import NOTES, Context
+from stages import sft
+from tests.models.tiny import make_tiny_llama, tiny_config
+
+pytestmark = [
+    # DeepSpeed's, torch's, TRL's and transformers' own.
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("group", "new_accelerator"),
+]
+
+
+@pytest.fixture
+def new_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Begin as a new process would, and leave nothing to the tests after."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    yield
+    # Private, but what accelerate's own tests use.
+    states: list[Any] = [AcceleratorState, GradientState, PartialState]
+    for state in states:
+        state._reset_state()
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model that keeps packed texts apart, and one that does not, with the same tokenizer."""
+    llama = make_tiny_llama(tmp_path_factory.mktemp("llama"))
+    opt = tmp_path_factory.mktemp("opt")
+    torch.manual_seed(0)
+    config = tiny_config("opt", vocab_size=300, max_position_embeddings=64, dropout=0.0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(opt)
+    folders.copy_tokenizer(llama, opt)
+    return {"llama": llama, "opt": opt}
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out completions of very different lengths."""
+    folder, draw = tmp_path_factory.mktemp("demonstrations"), random.Random(0)
+    for part, lengths in (("train", (3, 4)), ("heldout", (1, 9, 2, 1, 5))):
+        rows = [
+            {"prompt": "a film", "completion": " ".join(draw.choices(("joy", "dull", "the", "two"), k=length))}
+            for length in lengths
+        ]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def trained(base: Path, demonstrations: Path, folder: Path, **settings: Any) -> dict[str, float]:
+    (folder / "out").mkdir()
+    values = {"batch_size": 1, "max_length": 64, "optimizer": {"learning_rate": 1e-12}, **settings}
+    inputs = {"base": base, "demonstrations": demonstrations}
+    given: Any = SftSettings.model_validate(values)
+    tracking = {"mode": "disabled"}
+    return sft.run(Context("sft", "0" * 64, given, inputs, folder / "out", folder, folder, (folder,), tracking))
+
+
+def loss_alone(base: Path, demonstrations: Path) -> float:
+    """Nats per held-out completion token, each demonstration by itself."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base).eval()
+    tokenizer, losses = load_tokenizer(base), []
+    for line in (demonstrations / "heldout.jsonl").read_text().splitlines():
+        prompt, completion = demonstration_ids(tokenizer, *json.loads(line).values())
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+        losses += (-logprobs[range(len(prompt) - 1, len(prompt + completion) - 1), completion]).tolist()
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_the_held_out_loss_is_a_mean_over_tokens_each_text_read_alone(
+    bases: dict[str, Path], demonstrations: Path, tmp_path: Path, kind: str, micro_batch_size: int, packing: bool
+) -> None:
+    """Whatever shares a batch or a row with it, also of a model that would read on into the next text."""
+    expected = loss_alone(bases[kind], demonstrations)  # first: later, transformers would shard what it loads
+    settings = {"packing": packing, "micro_batch_size": micro_batch_size}
+    found = trained(bases[kind], demonstrations, tmp_path, **settings)["eval/loss"]
+    assert found == pytest.approx(expected, abs=1e-5)
+    padded_instead = (tmp_path / NOTES).exists() and "do not keep packed texts apart" in (tmp_path / NOTES).read_text()
+    assert padded_instead == (packing and kind == "opt")
