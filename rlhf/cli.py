@@ -466,15 +466,17 @@ def _validate(source: str, kind: str | None) -> None:
         raise RequestError(f"there is no kind of record {kind!r}", "--kind", suggestion(kind, KINDS))
     found = validate_file(source, kind)
     print(f"{source}: {found.rows} rows of {found.kind}, all well")
+    if found.forms:
+        print(found.forms)
 
 
 def _convert(request: Request, source: str, target: Path) -> None:
-    from rlhf.data.imports.convert import TOOLS, convert_file
+    from rlhf.data.imports.convert import ORIGINS, convert_file
     from rlhf.data.imports.layout import Wanted
 
     given = request.arguments
-    if given.from_ is not None and given.from_ not in TOOLS:
-        raise RequestError(f"there is no tool {given.from_!r}", "--from", suggestion(given.from_, TOOLS))
+    if given.from_ is not None and given.from_ not in ORIGINS:
+        raise RequestError(f"there is no tool or data set {given.from_!r}", "--from", suggestion(given.from_, ORIGINS))
     responses, questions, groups = (
         tuple(name.strip() for name in (listed or "").split(",") if name.strip())
         for listed in (given.responses, given.question, given.groups)
@@ -482,9 +484,11 @@ def _convert(request: Request, source: str, target: Path) -> None:
     found = convert_file(source, target, given.from_, Wanted(given.prompt, responses, questions, groups))
     left_out = ", ".join(f"{count} {what}" for what, count in sorted(found.left_out.items())) or "nothing"
     status = f"; status unknown, taken as submitted: {found.unknown_status} responses" if found.unknown_status else ""
+    by = f" by {found.annotators} annotators" if found.annotators else ""
+    rated = f", rated by {found.rated}," if found.rated else ""
     print(
-        f"{source}: {found.records} records read, {found.sets} comparison sets by {found.annotators} annotators "
-        f"written to {target}; left out: {left_out}{status}"
+        f"{source}: {found.records} records read, {found.sets} comparison sets{by}{rated} written to {target}; "
+        f"left out: {left_out}{status}"
     )
 
 
@@ -599,7 +603,7 @@ def parser_of(command: str) -> Parser:
         case "data":
             kinds = "demonstrations, comparisons, prompts or judge"
             parser.add_argument("--kind", help=f"what the rows are: {kinds} (default: told by the first row's fields)")
-            tools = "argilla or label-studio (default: told by the first record)"
+            tools = "argilla, label-studio, helpsteer, shp, oasst or ultrafeedback (default: told by the first record)"
             parser.add_argument("--from", dest="from_", metavar="TOOL", help=f"what wrote the file to convert: {tools}")
             parser.add_argument("--prompt", metavar="FIELD", help="the field with the prompt (default: told by names)")
             parser.add_argument(

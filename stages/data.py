@@ -52,14 +52,14 @@ def run(context: Context[DataSettings]) -> dict[str, float]:
             reader = _reader(context, kind, source, model)
             split = write_split(output / kind, reader, settings.heldout_fraction, settings.seed)
             rows |= {f"{kind}/{part}": count for part, count in split._asdict().items()}
-            _note_refused(context, kind, reader)
+            _note_reading(context, kind, reader)
 
     if settings.judge == MOVIE_SNIPPETS:
         rows["judge/ratings"] = write_jsonl(output / "judge" / "ratings.jsonl", snippets["judge/ratings"])
     elif settings.judge is not None:
         reader = _reader(context, "judge", settings.judge, JudgeRating)
         rows["judge/ratings"] = write_jsonl(output / "judge" / "ratings.jsonl", reader)
-        _note_refused(context, "judge", reader)
+        _note_reading(context, "judge", reader)
 
     _write_sources(context, rows)
     return {name: float(count) for name, count in rows.items()}
@@ -83,7 +83,9 @@ def _reader(context: Context[DataSettings], kind: str, source: str, model: type[
     return RecordReader(source, model, quarantine, context.settings.max_bad_fraction)
 
 
-def _note_refused(context: Context[DataSettings], kind: str, reader: RecordReader[Any]) -> None:
+def _note_reading(context: Context[DataSettings], kind: str, reader: RecordReader[Any]) -> None:
+    if forms := reader.forms.line():
+        context.note(f"{kind}: {forms}")
     if reader.bad:
         total = reader.good + reader.bad
         context.note(f"{kind}: {reader.bad} of {total} rows are malformed and left out; see {reader.quarantine}")

@@ -13,8 +13,18 @@ OTHER_SNIPPETS = "other-snippets"
 KNOWN_WORDS = frozenset({MOVIE_SNIPPETS, OTHER_SNIPPETS, "smollm2-135m", "scratch"})
 """Words that name something built in; a file that happens to have such a name is written ``./scratch``."""
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
-"""The kinds of file that records are read from."""
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json")
+ARROW_SUFFIXES = (".arrow", ".feather")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+"""Compressions of text files; Parquet and Arrow have their own inside."""
+
+FILE_SUFFIXES = (
+    *TEXT_SUFFIXES,
+    ".parquet",
+    *ARROW_SUFFIXES,
+    *(text + compressed for text in TEXT_SUFFIXES for compressed in COMPRESSED_SUFFIXES),
+)
+"""The kinds of file that records are read from, in lower case."""
 
 
 class HubDataset(NamedTuple):
@@ -29,7 +39,7 @@ def is_local(source: str) -> bool:
     """Tell whether a source names a file or folder: something there, or what can only have been meant as a path."""
     if source in KNOWN_WORDS:
         return False
-    looks_like_path = source.startswith((".", "/", "~")) or source.endswith(FILE_SUFFIXES)
+    looks_like_path = source.startswith((".", "/", "~")) or source.casefold().endswith(FILE_SUFFIXES)
     # os.path takes what no path can be, too long or with a zero byte, for a path to nothing.
     return looks_like_path or os.path.exists(os.path.expanduser(source))  # noqa: PTH110, PTH111
 

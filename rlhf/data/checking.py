@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic
 
+from rlhf.data.forms import FormReader
+from rlhf.data.imports.convert import refuse_exports
 from rlhf.data.readers import Row, read_rows
-from rlhf.data.records import R, Reason, parse_record
+from rlhf.data.records import R, Reason
 from rlhf.errors import RecordError
 
 NAMED_BAD_ROWS = 3
@@ -17,7 +19,8 @@ class RecordReader(Generic[R]):
     """The records of a source, one by one; every row is checked.
 
     A bad row goes to the quarantine file, one JSON object a line with its file, line (or row), reasons and the row
-    itself. The file is made only when there is a bad row. ``good`` and ``bad`` count the rows seen so far.
+    itself. The file is made only when there is a bad row. ``good`` and ``bad`` count the rows seen so far; ``forms``
+    says as what they were read.
     """
 
     def __init__(self, source: str, model: type[R], quarantine: Path, max_bad_fraction: float = 0.0) -> None:
@@ -27,21 +30,25 @@ class RecordReader(Generic[R]):
         self.max_bad_fraction = max_bad_fraction
         self.good = 0
         self.bad = 0
+        self.forms = FormReader()
         self._named: list[str] = []
 
     def __iter__(self) -> Iterator[R]:
         """Read the source from its beginning.
 
         Raises:
-            RecordError: after the last row, when more than ``max_bad_fraction`` of the rows are bad or none is good.
+            RecordError: after the last row, when more than ``max_bad_fraction`` of the rows are bad or none is good;
+                or at a row that must be converted first.
             SettingsError, IndexUnreachableError: the source cannot be read at all.
 
         """
         self.good = self.bad = 0
+        self.forms = FormReader()
         self._named = []
         self.quarantine.unlink(missing_ok=True)
         for row in read_rows(self.source):
-            record = [Reason("", row.problem)] if row.problem else parse_record(row.value, self.model)
+            refuse_exports(row, self.source)
+            record = [Reason("", row.problem)] if row.problem else self.forms.parse(row.value, self.model)
             if isinstance(record, list):
                 self._refuse(row, record)
             else:

@@ -1,21 +1,41 @@
-"""Rows out of JSONL, JSON and Parquet files, folders of those, and datasets on the Hugging Face hub.
+"""Rows out of JSONL, JSON, Parquet and Arrow files, folders of those, and datasets on the Hugging Face hub.
 
-Files are streamed: beside the rows in hand, a reader holds one line, one element of an array or one batch of a Parquet
-file. What cannot be read is a row with a problem rather than an exception, so that one bad line hides no other.
+Files are streamed: beside the rows in hand, a reader holds one line, one element of an array or one batch of a table.
+What cannot be read is a row with a problem rather than an exception, so that one bad line hides no other.
 """
 
+import bz2
+import gzip
+import io
 import json
-import os
+import lzma
+import math
+import shlex
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from rlhf.config.sources import FILE_SUFFIXES, HubDataset, is_local, parse_hub_dataset
+from rlhf.config.sources import ARROW_SUFFIXES, HubDataset, is_local, parse_hub_dataset
+from rlhf.data.folders import record_files
 from rlhf.errors import IndexUnreachableError, RecordError, SettingsError
 
 CHUNK_CHARACTERS = 1 << 20
-PARQUET_BATCH_ROWS = 1024
+BATCH_ROWS = 1024
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+_FOREIGN = {
+    b"\x1f\x8b": ("gzip-compressed", ".gz"),
+    b"BZh": ("bzip2-compressed", ".bz2"),
+    b"\xfd7zXZ\x00": ("xz-compressed", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("zstd-compressed", ".zst"),
+    b"PK\x03\x04": ("a zip archive", ".zip"),
+    b"PAR1": ("Parquet", ".parquet"),
+    b"ARROW1": ("Arrow", ".arrow"),
+}
+"""How files begin that JSON never does: what they are, and the suffix that says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +62,9 @@ def read_rows(source: str) -> Iterator[Row]:
     """Read the rows of a source in order; a folder's files are read in the order of their paths.
 
     Raises:
-        SettingsError: the source is neither there nor a pinned hub name, or it is no kind of file that is read here.
-        RecordError: a Parquet file is damaged as a whole.
+        SettingsError: the source is neither there nor a pinned hub name.
+        RequestError: a file is of a kind that is not read here, or a folder mixes splits.
+        RecordError: a file is damaged as a whole, or is something else than its name says.
         IndexUnreachableError: the hub does not answer.
 
     """
@@ -53,39 +74,88 @@ def read_rows(source: str) -> Iterator[Row]:
         except ValueError as problem:
             raise SettingsError(str(problem), source) from None
         return _hub_rows(dataset)
-    return (row for file in _files(Path(source).expanduser()) for row in _file_rows(file))
-
-
-def _files(path: Path) -> list[Path]:
-    if not os.path.exists(path):  # noqa: PTH110 - of a name that is too long it says that there is none
-        raise SettingsError(f"there is no file or folder {path}", str(path), "correct the path")
-    if path.is_file():
-        files = [path] if path.suffix in FILE_SUFFIXES else []
-    else:
-        files = sorted(file for file in path.rglob("*") if file.suffix in FILE_SUFFIXES and file.is_file())
-    if not files:
-        raise SettingsError(
-            f"records are read from {', '.join(FILE_SUFFIXES)} files, and there is none",
-            str(path),
-            "name such a file, or a folder that holds some",
-        )
-    return files
+    return (row for file in record_files(Path(source).expanduser()) for row in _file_rows(file))
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
+    name = path.name.casefold()
     try:
-        if path.suffix == ".parquet":
-            yield from _parquet_rows(path)
-        elif path.suffix == ".json" and _begins_with_bracket(path):
-            yield from _array_rows(path)
+        if name.endswith((".parquet", *ARROW_SUFFIXES)):
+            _check_content(path, is_text=False)
+            yield from _table_rows(path, _parquet_batches(path) if name.endswith(".parquet") else _arrow_batches(path))
         else:
-            yield from _line_rows(path)
+            _check_content(path, is_text=True)
+            is_array = ".jsonl" not in name and ".ndjson" not in name and _begins_with_bracket(path)
+            yield from _array_rows(path) if is_array else _line_rows(path)
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(path, error) from error
     except OSError as error:
+        # A compressed stream that breaks off is an OSError without a number.
+        if error.errno is None:
+            raise _damaged(path, error) from error
         raise SettingsError(f"the file cannot be read: {error.strerror}", str(path), "allow it to be read") from error
 
 
+def _damaged(path: Path, error: Exception) -> RecordError:
+    return RecordError(f"the file is damaged: {error}", str(path), "write or download the file again")
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a text file's bytes, decompressed as its name says."""
+    match path.suffix.casefold():
+        case ".gz":
+            return gzip.open(path)  # type: ignore[return-value]  # a file of bytes in all but its class
+        case ".bz2":
+            return bz2.open(path)  # type: ignore[return-value]
+        case ".xz":
+            return lzma.open(path)  # type: ignore[return-value]
+        case ".zst":
+            import pyarrow
+
+            return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))  # type: ignore[return-value]
+        case _:
+            return path.open("rb")
+
+
+def _check_content(path: Path, *, is_text: bool) -> None:
+    """Refuse a file that is something else than its name says.
+
+    Raises:
+        RecordError: it is a Git LFS pointer, or text that is compressed, UTF-16 or UTF-32.
+
+    """
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise RecordError(
+            "the file is a Git LFS pointer, and the data it stands for was not downloaded",
+            str(path),
+            f"git -C {shlex.quote(str(path.parent))} lfs pull",
+        )
+    if not is_text:
+        return
+    with _open(path) as file:
+        start = file.read(len(_LFS_POINTER))
+    for beginning, (kind, suffix) in _FOREIGN.items():
+        if start.startswith(beginning):
+            raise RecordError(f"the file is {kind}, and its name says JSON", str(path), f"let its name end in {suffix}")
+    encoding = json.detect_encoding(start)
+    if not encoding.startswith("utf-8"):
+        name = encoding.upper()
+        raise RecordError(
+            f"the file is {name}, and JSON is read as UTF-8",
+            str(path),
+            f"iconv -f {name} -t UTF-8 {shlex.quote(str(path))} > utf8{path.suffix}",
+        )
+
+
+def _text(path: Path) -> io.TextIOWrapper:
+    # Bytes that are not UTF-8 become lone surrogates, which the check of the field they stand in refuses.
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape")
+
+
 def _begins_with_bracket(path: Path) -> bool:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+    with _text(path) as file:
         while character := file.read(1):
             if not character.isspace():
                 return character == "["
@@ -106,7 +176,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -130,8 +200,7 @@ class _Window:
     """A sliding window over a text file, which knows the line it has come to."""
 
     def __init__(self, path: Path) -> None:
-        # Bytes that are not UTF-8 become lone surrogates, which the check of the field they stand in refuses.
-        self.file = path.open(encoding="utf-8-sig", errors="surrogateescape")
+        self.file = _text(path)
         self.text = ""
         self.at = 0
         self.line = 1
@@ -210,19 +279,42 @@ def _array_rows(path: Path) -> Iterator[Row]:
             yield Row(str(path), window.line, "", f"invalid JSON: {character!r} after the end of the array")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _table_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
     import pyarrow
+
+    number = 0
+    try:
+        for batch in batches:
+            for value, problem in _batch_values(batch):
+                number += 1
+                yield Row(str(path), number, value, problem, counts_lines=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise _damaged(path, error) from error
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
-                for value, problem in _batch_values(batch):
-                    number += 1
-                    yield Row(str(path), number, value, problem, counts_lines=False)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise RecordError(f"the Parquet file cannot be read: {error}", str(path), "write the file again") from error
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield from file.iter_batches(BATCH_ROWS)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """Read both of Arrow's forms: the stream that ``save_to_disk`` writes, and the file, which is Feather's too."""
+    import pyarrow
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(str(path)) as source:
+        if source.read(len(b"ARROW1")) == b"ARROW1":
+            file = pyarrow.ipc.open_file(source)
+            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            source.seek(0)
+            batches = iter(pyarrow.ipc.open_stream(source))
+        for batch in batches:
+            yield from (batch.slice(start, BATCH_ROWS) for start in range(0, batch.num_rows, BATCH_ROWS))
 
 
 def _batch_values(batch: Any) -> Iterator[tuple[Any, str]]:
@@ -232,11 +324,24 @@ def _batch_values(batch: Any) -> Iterator[tuple[Any, str]]:
         # Parquet promises UTF-8 and does not check it: find the rows that break the promise.
         for index in range(batch.num_rows):
             try:
-                yield batch.slice(index, 1).to_pylist()[0], ""
+                yield _nan_as_null(batch.slice(index, 1).to_pylist()[0]), ""
             except UnicodeDecodeError as error:
                 yield None, f"byte 0x{error.object[error.start]:02x} in a text is not UTF-8"
         return
-    yield from ((value, "") for value in values)
+    yield from ((_nan_as_null(value), "") for value in values)
+
+
+def _nan_as_null(value: Any) -> Any:
+    """Replace NaN by None: pandas and numpy write it where there is no number."""
+    match value:
+        case float():
+            return None if math.isnan(value) else value
+        case list():
+            return [_nan_as_null(item) for item in value]
+        case dict():
+            return {key: _nan_as_null(item) for key, item in value.items()}
+        case _:
+            return value
 
 
 def _hub_rows(dataset: HubDataset) -> Iterator[Row]:
@@ -249,7 +354,7 @@ def _hub_rows(dataset: HubDataset) -> Iterator[Row]:
             dataset.name, revision=dataset.revision, split=dataset.split, streaming=True
         )
         for number, value in enumerate(rows, 1):
-            yield Row(dataset.name, number, dict(value), counts_lines=False)
+            yield Row(dataset.name, number, _nan_as_null(dict(value)), counts_lines=False)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise SettingsError(f"the hub does not show the dataset: {error}", where, "check name and access") from error
     except ValueError as error:

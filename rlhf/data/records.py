@@ -288,24 +288,37 @@ class Reason(NamedTuple):
 R = TypeVar("R", bound=Demonstration | ComparisonSet | ResponseSet | Prompt | JudgeRating)
 
 
-def model_of(value: Any) -> type[Demonstration] | type[ComparisonSet] | type[Prompt] | type[JudgeRating]:
-    """Return the kind of record that a row's fields tell of; a prompt where they tell of none."""
-    fields = set(value) if isinstance(value, Mapping) else set[str]()
-    if fields & {"responses", "ratings", "rankings", "winners", "chosen", "rejected"}:
-        return ComparisonSet
-    if "completion" in fields:
-        return Demonstration
-    return JudgeRating if fields & {"text", "rating"} else Prompt
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without its null fields, those of its messages included: Parquet writes every absent field as null.
+
+    What a message says stays, for a null to be refused by name: ``content``, or ``value`` where ShareGPT wrote it.
+    """
+    return {str(name): _without_nulls(value) for name, value in row.items() if value is not None}
+
+
+def _without_nulls(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {
+                name: _without_nulls(content)
+                for name, content in value.items()
+                if content is not None or name in ("content", "value")
+            }
+        case list():
+            return [_without_nulls(item) for item in value]
+        case _:
+            return value
 
 
 def parse_record(value: Any, model: type[R]) -> R | list[Reason]:
-    """Make a record of a row's value, or give the reasons why it is none."""
+    """Make a record of a row's value, or give the reasons why it is none. A null field is an absent one."""
     if not isinstance(value, Mapping):
         return [Reason("", f"a row must be an object with fields, not {type(value).__name__}")]
+    value = without_nulls(value)
     is_pair = issubclass(model, ComparisonSet) and not value.keys().isdisjoint({"chosen", "rejected"})
     form = PreferencePair if is_pair else model
     try:
-        record = form.model_validate(dict(value))
+        record = form.model_validate(value)
     except ValidationError as error:
         return _reasons(error, form)
     return record.as_comparison_set() if isinstance(record, PreferencePair) else record  # type: ignore[return-value]

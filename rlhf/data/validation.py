@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from rlhf.data.readers import Row, read_rows
-from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, Reason, model_of, parse_record
+from rlhf.data.forms import FormReader, model_of
+from rlhf.data.imports.convert import refuse_exports
+from rlhf.data.readers import read_rows
+from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, Reason
 from rlhf.errors import RecordError
 
 KINDS = {"demonstrations": Demonstration, "comparisons": ComparisonSet, "prompts": Prompt, "judge": JudgeRating}
@@ -19,6 +21,8 @@ class Checked(NamedTuple):
 
     kind: str
     rows: int
+    forms: str
+    """As what rows were read that are not in our own form; empty where all are."""
 
 
 def validate_file(source: str, kind: str | None) -> Checked:
@@ -32,18 +36,21 @@ def validate_file(source: str, kind: str | None) -> Checked:
     """
     told, total = kind, 0
     bad: list[str] = []
+    forms = FormReader()
     for row in read_rows(source):
         total += 1
+        refuse_exports(row, source)
         if told is None and not row.problem and isinstance(row.value, Mapping):
             told = next(name for name, model in KINDS.items() if model is model_of(row.value))
-        if reasons := _reasons(row, told):
-            bad.append(f"{row.place}: {'; '.join(map(str, reasons))}")
+        found = [Reason("", row.problem)] if row.problem else forms.parse(row.value, KINDS[told or "prompts"])
+        if isinstance(found, list):
+            bad.append(f"{row.place}: {'; '.join(map(str, found))}")
     if bad:
         correct = "correct them" if kind else f"correct them, or say with --kind what they are: {', '.join(KINDS)}"
         raise malformed(bad, total, f" as {told}" if told else "", correct)
     if told is None:
         raise RecordError("there are no rows", source, "name a file that has some")
-    return Checked(told, total)
+    return Checked(told, total, forms.line())
 
 
 def malformed(bad: Sequence[str], total: int, as_what: str, next_step: str) -> RecordError:
@@ -51,10 +58,3 @@ def malformed(bad: Sequence[str], total: int, as_what: str, next_step: str) -> R
     more = f"\n  and {len(bad) - NAMED_BAD_ROWS} more" if len(bad) > NAMED_BAD_ROWS else ""
     what = f"{len(bad)} of {total} rows are malformed{as_what}"
     return RecordError(what, "\n  ".join(bad[:NAMED_BAD_ROWS]) + more, next_step)
-
-
-def _reasons(row: Row, kind: str | None) -> list[Reason]:
-    if row.problem:
-        return [Reason("", row.problem)]
-    found = parse_record(row.value, KINDS[kind or "prompts"])
-    return found if isinstance(found, list) else []

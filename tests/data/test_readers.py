@@ -1,8 +1,14 @@
+import bz2
+import gzip
 import json
+import lzma
+import math
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.feather
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from hypothesis import given
@@ -26,17 +32,96 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "b.json").write_text(json.dumps(ROWS, indent=1, ensure_ascii=False), encoding="utf-8")
     (tmp_path / "c.json").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "d.parquet")
-    for name in ("a.jsonl", "b.json", "c.json", "d.parquet"):
-        assert [row.value for row in rows_of(tmp_path / name)] == ROWS, name
+    table = pyarrow.Table.from_pylist(ROWS)
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    pyarrow.feather.write_feather(table, tmp_path / "e.feather")
+    with pyarrow.ipc.new_stream(tmp_path / "f.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+    for source in ("a.jsonl", "b.json"):
+        content = (tmp_path / source).read_bytes()
+        for suffix, compressed in compressions(content).items():
+            (tmp_path / f"{source}{suffix}").write_bytes(compressed)
+            (tmp_path / f"{source}{suffix}".upper()).write_bytes(compressed)
+    (tmp_path / "g.NDJSON").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    for path in sorted(tmp_path.iterdir()):
+        assert [row.value for row in rows_of(path)] == ROWS, path.name
+
+
+def compressions(content: bytes) -> dict[str, bytes]:
+    zstd = pyarrow.compress(content, codec="zstd", asbytes=True)
+    return {
+        ".gz": gzip.compress(content),
+        ".bz2": bz2.compress(content),
+        ".xz": lzma.compress(content),
+        ".zst": zstd,
+    }
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_file_that_breaks_off_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
+    """The rows before the break must not pass for the whole file."""
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(compressions(b'{"n": 1}\n' * 1000)[suffix][:-6])
+    with pytest.raises(RecordError, match="the file is damaged") as caught:
+        rows_of(path)
+    assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what", "next_step"),
+    [
+        (
+            "a.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "Git LFS pointer",
+            "lfs pull",
+        ),
+        (
+            "a.json",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "Git LFS pointer",
+            "lfs pull",
+        ),
+        ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer", "lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer", "lfs pull"),
+        ("a.arrow", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer", "lfs pull"),
+        ("a.jsonl", '{"n": 1}\n'.encode("utf-16"), "the file is UTF-16", "iconv -f UTF-16 -t UTF-8"),
+        ("a.json", '[{"n": 1}]'.encode("utf-16-be"), "the file is UTF-16-BE", "iconv -f UTF-16-BE -t UTF-8"),
+        ("a.ndjson", '{"n": 1}'.encode("utf-32"), "the file is UTF-32", "iconv -f UTF-32 -t UTF-8"),
+        ("a.jsonl", gzip.compress(b'{"n": 1}\n'), "the file is gzip-compressed", "end in .gz"),
+        ("a.json", b"PAR1....PAR1", "the file is Parquet", "end in .parquet"),
+    ],
+)
+def test_a_file_that_is_something_else_than_its_name_says_is_called_that(
+    tmp_path: Path, name: str, content: bytes, what: str, next_step: str
+) -> None:
+    """Its lines as bad rows would hide what is wrong with all of them."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecordError, match=what) as caught:
+        rows_of(tmp_path / name)
+    assert caught.value.where == str(tmp_path / name)
+    assert next_step in caught.value.next_step
+
+
+def test_nan_in_a_table_is_null_at_any_depth(tmp_path: Path) -> None:
+    """Pandas and numpy write NaN where there is no number; JSON has null for that, and its NaN stays a mistake."""
+    nan = float("nan")
+    table = pyarrow.table({"margin": [nan, 1.0], "ratings": [[[1.0, nan]], [[nan, 2.0]]]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"margin": NaN}\n')
+    assert [row.value for row in rows_of(tmp_path / "a.parquet")] == [
+        {"margin": None, "ratings": [[1.0, None]]},
+        {"margin": 1.0, "ratings": [[None, 2.0]]},
+    ]
+    (row,) = rows_of(tmp_path / "a.jsonl")
+    assert math.isnan(row.value["margin"])
 
 
 def test_a_folder_is_read_file_by_file_in_the_order_of_paths(tmp_path: Path) -> None:
-    """The order of rows must not depend on how a file system lists a folder; other files are passed over."""
+    """The order of rows must not depend on how a file system lists a folder."""
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "1.jsonl").write_text('{"n": 2}\n')
     (tmp_path / "a.jsonl").write_text('{"n": 0}\n{"n": 1}\n')
-    (tmp_path / "README.md").write_text("not data")
     assert [(row.value["n"], row.number) for row in rows_of(tmp_path)] == [(0, 1), (1, 2), (2, 1)]
 
 
@@ -127,21 +212,22 @@ def test_a_parquet_row_that_is_not_utf8_is_named_by_its_number(tmp_path: Path) -
     assert "byte 0xe9" in bad.problem
 
 
-def test_a_damaged_parquet_file_is_refused_by_name(tmp_path: Path) -> None:
-    """A file that is no Parquet file has no rows to name: the error names the file."""
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(RecordError) as caught:
-        rows_of(tmp_path / "a.parquet")
-    assert caught.value.where == str(tmp_path / "a.parquet")
+def test_a_damaged_table_is_refused_by_name(tmp_path: Path) -> None:
+    """A file that is no table has no rows to name: the error names the file."""
+    for name in ("a.parquet", "a.arrow", "a.feather"):
+        for content in (b"PAR1 nothing", b"ARROW1 nothing", b"nothing at all"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(RecordError, match="damaged") as caught:
+                rows_of(tmp_path / name)
+            assert caught.value.where == str(tmp_path / name)
 
 
 def test_a_source_that_is_not_there_says_what_would_be(tmp_path: Path) -> None:
-    """A missing path, an empty folder, an unknown kind of file and an unpinned hub name are each refused."""
-    (tmp_path / "a.csv").write_text("n\n1\n")
+    """A missing path, an empty folder and an unpinned hub name are each refused."""
+    (tmp_path / "empty").mkdir()
     for source, reason in [
         (str(tmp_path / "no.jsonl"), "there is no file or folder"),
-        (str(tmp_path), "there is none"),
-        (str(tmp_path / "a.csv"), "there is none"),
+        (str(tmp_path / "empty"), "there is none"),
         ("someone/dataset", "40 hexadecimal digits"),
         ("someone/dataset@main", "Files and versions"),
     ]:

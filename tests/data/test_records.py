@@ -2,12 +2,12 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.forms import model_of
 from rlhf.data.records import (
     ComparisonSet,
     Demonstration,
     JudgeRating,
     Prompt,
-    model_of,
     parse_record,
 )
 
@@ -68,7 +68,7 @@ def test_a_trl_pair_becomes_a_set_of_two_with_its_winner_and_margin() -> None:
         ({"prompt": " \n"}, Prompt, "prompt: is empty"),
         ({"prompt": []}, Prompt, "prompt: is empty"),
         ({"prompt": 3}, Prompt, "prompt: must be a text or a list of messages"),
-        ({"prompt": None}, Prompt, "prompt: must be a text or a list of messages"),
+        ({"prompt": None}, Prompt, "prompt: is missing"),
         ({"prompt": "half \ud800"}, Prompt, "prompt: holds bytes that are not UTF-8, or half a surrogate pair"),
         ({"prompt": [{"role": "user", "content": " "}]}, Prompt, "prompt: is empty"),
         ({"prompt": [{"role": "user"}]}, Prompt, "prompt[0].content: is missing"),

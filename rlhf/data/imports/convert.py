@@ -1,8 +1,10 @@
-"""An annotation tool's export as a file of comparison sets."""
+"""An annotation tool's export, or a public data set's ratings and rankings, as a file of comparison sets."""
 
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from rlhf.config.nearest import suggestion
 from rlhf.data.imports import argilla, label_studio
 from rlhf.data.imports.answers import Annotated, MalformedError
 from rlhf.data.imports.layout import Layout, Wanted, find_layout
+from rlhf.data.imports.public import PUBLIC_SETS, Place, Placed, PublicSet
 from rlhf.data.jsonl import to_line
 from rlhf.data.readers import Row, read_rows
 from rlhf.data.records import ComparisonSet, Reason, parse_record
@@ -24,6 +27,7 @@ Records = Sequence[Mapping[str, Any]]
 class Tool(NamedTuple):
     """How one annotation tool's records are read."""
 
+    title: str
     recognises: Callable[[Mapping[str, Any]], bool]
     fields_of: Callable[[Records], Mapping[str, Any]]
     read: Callable[[Records, Layout, Wanted], Annotated]
@@ -32,9 +36,14 @@ class Tool(NamedTuple):
 
 
 TOOLS = {
-    "argilla": Tool(argilla.recognises, argilla.fields_of, argilla.read, lambda *_: False),
-    "label-studio": Tool(label_studio.recognises, label_studio.fields_of, label_studio.read, label_studio.belongs),
+    "argilla": Tool("Argilla", argilla.recognises, argilla.fields_of, argilla.read, lambda *_: False),
+    "label-studio": Tool(
+        "Label Studio", label_studio.recognises, label_studio.fields_of, label_studio.read, label_studio.belongs
+    ),
 }
+
+ORIGINS = TOOLS | PUBLIC_SETS
+"""Whatever comparison sets are made of, by its name on the command line."""
 
 
 class Converted(NamedTuple):
@@ -47,12 +56,14 @@ class Converted(NamedTuple):
     """Answers taken although the export does not say whether they were submitted."""
     left_out: Counter[str]
     """How much was not written, by what it is."""
+    rated: str = ""
+    """The field of the ratings, where a data set has several."""
 
 
 def convert_file(source: str, target: Path, tool: str | None, wanted: Wanted) -> Converted:
     """Write the comparison sets of an export, or nothing where one of its records is malformed.
 
-    ``tool`` is one of ``TOOLS``; None has the first readable record tell it.
+    ``tool`` is one of ``ORIGINS``; None has the first readable record tell it.
 
     Raises:
         RequestError: the target is there already or cannot be; a wanted field or question is in no record.
@@ -77,13 +88,32 @@ def convert_file(source: str, target: Path, tool: str | None, wanted: Wanted) ->
     return converted
 
 
+def refuse_exports(row: Row, source: str) -> None:
+    """Refuse a row that records are made of only by converting its file.
+
+    Raises:
+        RecordError: an annotation tool or a public data set has such rows; the next step is the command to run.
+
+    """
+    # Pairs that are scored besides are read as they are.
+    if not isinstance(row.value, Mapping) or {"chosen", "rejected"} <= row.value.keys():
+        return
+    for origin in ORIGINS.values():
+        if origin.recognises(row.value):
+            raise RecordError(
+                f"the rows are those of {origin.title}, which are no records yet: comparison sets are made of them",
+                row.place,
+                f"rlhf data convert {shlex.quote(source)} comparisons.jsonl",
+            )
+
+
 class _Conversion:
     """One pass over an export, and what it came upon."""
 
     def __init__(self, source: str, tool: str | None, wanted: Wanted) -> None:
         self.source = source
         self.wanted = wanted
-        self.tool: Tool | None = TOOLS[tool] if tool else None
+        self.tool: Tool | PublicSet | None = ORIGINS[tool] if tool else None
         self.fields: dict[str, Any] = {}
         self.layout: Layout | None = None
         self.records = 0
@@ -92,13 +122,22 @@ class _Conversion:
         self.annotators: set[str] = set()
         self.questions: set[str] = set()
         self.left_out = Counter[str]()
-        self.bad: list[str] = []
+        self.bad: list[tuple[Place, Reason]] = []
+        self.rated = ""
 
     def sets(self, rows: Iterable[Row]) -> Iterator[ComparisonSet]:
         """Every record's comparison set; the malformed are noted and the empty counted."""
-        for place, records in self._joined(rows):
+        records = self._records(rows)
+        if (first := next(records, None)) is None:
+            return
+        tool = self.tool or self._recognised(*first)
+        records = chain([first], records)
+        yield from self._public(tool, records) if isinstance(tool, PublicSet) else self._exported(tool, records)
+
+    def _exported(self, tool: Tool, records: Iterable[Placed]) -> Iterator[ComparisonSet]:
+        for place, together in self._joined(tool, records):
             try:
-                annotated = self._read(records, place)
+                annotated = tool.read(together, self._layout(tool.fields_of(together), place), self.wanted)
                 made = self._checked(annotated)
             except MalformedError as error:
                 self._note(place, error.reason)
@@ -111,51 +150,73 @@ class _Conversion:
                 self.annotators.update(made.annotators or ())
                 yield made
 
-    def _joined(self, rows: Iterable[Row]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-        """The records with their places; those that belong together at the place of the first."""
-        place, together = "", list[Mapping[str, Any]]()
+    def _public(self, public: PublicSet, records: Iterable[Placed]) -> Iterator[ComparisonSet]:
+        if len(self.wanted.questions) > 1:
+            raise RequestError(
+                "ratings are taken of one field", "--question", f"name one: {', '.join(public.questions)}"
+            )
+        self.questions |= {*public.questions}
+        self.rated = next(iter((*self.wanted.questions, *public.questions)), "")
+        if public.questions and self.rated not in public.questions:
+            raise RequestError(
+                f"{public.title} has no ratings {self.rated!r}", "--question", suggestion(self.rated, public.questions)
+            )
+        for place, row in public.sets(self._of(public, records), self.rated, self.left_out):
+            made = row.reason if isinstance(row, MalformedError) else parse_record(row, ComparisonSet)
+            if isinstance(made, ComparisonSet):
+                self.written += 1
+                yield made
+            else:
+                self._note(place, made[0] if isinstance(made, list) else made)
+
+    def _of(self, public: PublicSet, records: Iterable[Placed]) -> Iterator[Placed]:
+        for place, record in records:
+            if public.recognises(record):
+                yield place, record
+            else:
+                self._note(place, Reason("", f"is no record of {public.title}; its fields are {', '.join(record)}"))
+
+    def _records(self, rows: Iterable[Row]) -> Iterator[Placed]:
+        """The readable records with their places."""
         for row in rows:
             self.records += 1
             # A whole JSON array may stand on one line, so that only the number finds the record.
-            here = f"{row.place}, record {self.records}" if row.counts_lines else row.place
+            shown = f"{row.place}, record {self.records}" if row.counts_lines else row.place
+            place = Place(self.records, shown)
             if row.problem or not isinstance(row.value, Mapping):
-                if together:
-                    yield place, together
-                    together = []
                 problem = row.problem or f"a record must be an object with fields, not {type(row.value).__name__}"
-                self._note(here, Reason("", problem))
-                continue
-            if together and self.tool is not None and self.tool.belongs(row.value, together[-1]):
-                together.append(row.value)
+                self._note(place, Reason("", problem))
+            else:
+                yield place, row.value
+
+    def _joined(self, tool: Tool, records: Iterable[Placed]) -> Iterator[tuple[Place, list[Mapping[str, Any]]]]:
+        """The records that belong together, at the place of the first."""
+        place, together = Place(0, ""), list[Mapping[str, Any]]()
+        for here, record in records:
+            if together and tool.belongs(record, together[-1]):
+                together.append(record)
                 continue
             if together:
                 yield place, together
-            place, together = here, [row.value]
-            self._recognise(row.value, here)
+            place, together = here, [record]
         if together:
             yield place, together
 
-    def _note(self, place: str, reason: Reason) -> None:
-        self.bad.append(f"{place}: {reason}")
+    def _note(self, place: Place, reason: Reason) -> None:
+        self.bad.append((place, reason))
 
-    def _recognise(self, record: Mapping[str, Any], place: str) -> None:
-        if self.tool is not None:
-            return
-        self.tool = next((tool for tool in TOOLS.values() if tool.recognises(record)), None)
-        if self.tool is None:
+    def _recognised(self, place: Place, record: Mapping[str, Any]) -> Tool | PublicSet:
+        found = next((origin for origin in ORIGINS.values() if origin.recognises(record)), None)
+        if found is None:
             keys = ", ".join(map(str, record)) or "none"
-            tools = " or ".join(TOOLS)
             raise RecordError(
-                f"neither Argilla nor Label Studio writes such records; its fields are {keys}",
-                place,
-                f"name an export, or say --from {tools}; comparison sets need no converting",
+                f"no tool or data set that is known here writes such records; their fields are {keys}",
+                place.shown,
+                f"name an export, or say --from {' or '.join(ORIGINS)}; comparison sets need no converting",
             )
+        return found
 
-    def _read(self, records: list[Mapping[str, Any]], place: str) -> Annotated:
-        assert self.tool is not None, "the first record told it"
-        return self.tool.read(records, self._layout(self.tool.fields_of(records), place), self.wanted)
-
-    def _layout(self, fields: Mapping[str, Any], place: str) -> Layout:
+    def _layout(self, fields: Mapping[str, Any], place: Place) -> Layout:
         """The layout by all fields seen so far: a record may lack optional ones, of which it has nothing to lose."""
         unseen = {
             name: value
@@ -168,7 +229,7 @@ class _Conversion:
                 self.layout = find_layout(self.fields, self.wanted)
             except MalformedError as error:
                 next_step = "say which they are: --prompt FIELD --responses FIELD,FIELD"
-                raise RecordError(error.reason.problem, place, next_step) from None
+                raise RecordError(error.reason.problem, place.shown, next_step) from None
         return self.layout
 
     def _checked(self, annotated: Annotated) -> ComparisonSet | None:
@@ -199,11 +260,12 @@ class _Conversion:
                 if self.fields and name not in self.fields:
                     raise RequestError(f"there is no field {name!r}", option, suggestion(name, self.fields))
         if self.bad:
+            named = [f"{place.shown}: {reason}" for place, reason in sorted(self.bad)[:NAMED_BAD_RECORDS]]
             more = f"\n  and {len(self.bad) - NAMED_BAD_RECORDS} more" if len(self.bad) > NAMED_BAD_RECORDS else ""
             raise RecordError(
                 f"{len(self.bad)} of {self.records} records are malformed, and nothing is written",
-                "\n  ".join(self.bad[:NAMED_BAD_RECORDS]) + more,
-                "correct them in the tool and export again",
+                "\n  ".join(named) + more,
+                "correct them, in the tool that wrote them if there is one",
             )
         if not self.records:
             raise RecordError("there are no records", self.source, "name a file that has some")
@@ -219,7 +281,9 @@ class _Conversion:
                 self.source,
                 "name an export with annotations, or say --question or --responses",
             )
-        return Converted(self.records, self.written, len(self.annotators), self.unknown_status, self.left_out)
+        return Converted(
+            self.records, self.written, len(self.annotators), self.unknown_status, self.left_out, self.rated
+        )
 
 
 def _field_in_export(field: str, layout: Layout, names: list[str]) -> str:

@@ -18,7 +18,7 @@ class Wanted(NamedTuple):
     responses: tuple[str, ...] = ()
     """Fields with a response each, or one field that lists them all."""
     questions: tuple[str, ...] = ()
-    """Questions to take answers from."""
+    """Questions to take answers from; of a public data set the field of the ratings."""
     groups: tuple[str, ...] = ()
     """Groups that responses were sorted into, best first."""
 

@@ -52,7 +52,7 @@ def test_an_export_of_argilla_becomes_comparison_sets(tmp_path: Path, tool: str 
         "annotators": ["ann"],
     }
     assert read_rows(tmp_path / "out.jsonl") == [row, row]
-    assert validate_file(str(tmp_path / "out.jsonl"), None) == ("comparisons", 2)
+    assert validate_file(str(tmp_path / "out.jsonl"), None) == ("comparisons", 2, "")
 
 
 @pytest.mark.parametrize("tool", [None, "label-studio"])
@@ -175,9 +175,9 @@ def test_bytes_that_are_not_utf8_are_a_malformed_record(tmp_path: Path) -> None:
         ([task(PAIR, annotation(1, pairwise("left"), was_cancelled=True))], "1 cancelled annotations"),
         (
             [{"prompt": "p", "chosen": "a"}],
-            "neither Argilla nor Label Studio writes such records; its fields are prompt, chosen",
+            "no tool or data set that is known here writes such records; their fields are prompt, chosen",
         ),
-        ([{}], "its fields are none"),
+        ([{}], "their fields are none"),
         ([server_record(fields={"text": "p", "good": "a"})], "which fields are the responses cannot be told"),
     ],
 )
