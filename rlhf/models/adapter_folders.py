@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "base"
 
 

@@ -1,42 +1,102 @@
 """Reading and writing the folders in which models travel: plain ones, which ``from_pretrained`` reads, and adapters."""
 
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils.integrations import gather_params_ctx
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf.models import trust
-from rlhf.models.adapter_folders import ADAPTER_CONFIG, BASE, config_of, is_adapter
+from rlhf.errors import PreflightError
+from rlhf.models import heads, text, trust
+from rlhf.models.adapter_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, is_adapter
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def load_whole(folder: Path, *, scores: bool, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder, unsharded and on the CPU, any adapter folded into the weights."""
+def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
+    """Load a folder's model; an adapter stays beside the weights of its base.
+
+    Inside ``rlhf.zero.engine.sharded_loading`` the weights are sharded as they are read, and this is a collective.
+
+    Raises:
+        PreflightError: the model needs code of its own, or an adapter's weights are not those of its configuration.
+    """
+    trust.refuse_code(folder)
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     named = {"num_labels": 1} if scores else {}
-    trust.refuse_code(folder)
-    if not is_adapter(folder):
-        return auto.from_pretrained(folder, dtype=dtype, **named, **trust.MODEL)
-    base = auto.from_pretrained(folder / BASE, dtype=dtype, **named, **trust.MODEL)
-    return PeftModel.from_pretrained(base, str(folder), local_files_only=True).merge_and_unload()  # pyright: ignore[reportCallIssue] - PEFT proxies it
+    plain = folder / BASE if is_adapter(folder) else folder
+    model = auto.from_pretrained(plain, dtype=dtype, **named, **trust.MODEL)
+    return _with_adapter(model, folder) if is_adapter(folder) else model
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    config = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+    config.base_model_name_or_path = None
+    # PEFT's own loading copies into whole weights only. Adapters get the base's type, as in training.
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    own = dict(adapted.named_parameters())
+    adapter: dict[str, torch.nn.Parameter] = get_peft_model_state_dict(
+        adapted, state_dict=own, save_embedding_layers=False
+    )
+    # Of what an adapter may also hold, embeddings above all, the file has the parameters' own names.
+    parameters = own | adapter
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    unknown = sorted((saved.keys() - parameters.keys()) | (adapter.keys() - saved.keys()))
+    if unknown:
+        raise PreflightError(
+            f"{len(unknown)} of the adapter's weights do not fit its configuration and base; the first is {unknown[0]}",
+            str(folder / ADAPTER_WEIGHTS),
+            "save the adapter again with PEFT's save_pretrained, beside the model that it was trained on",
+        )
+    with torch.no_grad(), gather_params_ctx([parameters[name] for name in saved]):
+        for name, weight in saved.items():
+            parameters[name].copy_(weight)
+    return adapted
+
+
+def load_policy(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a language model as :func:`load` does, giving tokens that its tokenizer does not have the probability 0."""
+    model = load(folder, scores=False, dtype=dtype)
+    heads.forbid_rows_without_token(heads.unwrapped(model), text.load_tokenizer(folder))
+    return model
+
+
+def load_whole(folder: Path, *, scores: bool, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a folder's model unsharded, any adapter folded into the weights: in fp32, and cast to ``dtype`` once."""
+    with _unsharded():
+        if not is_adapter(folder):
+            return load(folder, scores=scores, dtype=dtype)
+        model = load(folder, scores=scores, dtype=torch.float32).merge_and_unload()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@contextmanager
+def _unsharded() -> Generator[None]:
+    # transformers shards whatever is loaded while a trainer with ZeRO-3 lives.
+    with patch("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None):
+        yield
 
 
 def write_plain(folder: Path, target: Path, *, scores: bool, dtype: torch.dtype) -> Path:
-    """Write an adapter folder as a plain one at ``target``, tokenizer included."""
-    model = load_whole(folder, scores=scores, dtype=dtype)
-    for name in ("score_mean", "score_std", "score_low", "score_high", "score_max_length", "sees"):
-        if name in (config := config_of(folder)):
-            setattr(model.config, name, config[name])
-    model.save_pretrained(target)
+    """Write an adapter folder as a plain one at ``target``, tokenizer included; folded as :func:`load_whole` does."""
+    load_whole(folder, scores=scores, dtype=dtype).save_pretrained(target)
     copy_tokenizer(folder, target)
     return target
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what is neither weights nor a model's configuration: the tokenizer and its chat template."""
+    """Copy what is neither weights nor a model's configuration: the tokenizer, its chat template, and
+    ``generation_config.json``, which no stage obeys and users of the folder may.
+    """
     for path in source.iterdir():
         if path.is_file() and path.name not in ("config.json", ADAPTER_CONFIG, "README.md") and not is_weights(path):
             shutil.copyfile(path, target / path.name)

@@ -65,8 +65,9 @@ def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, Froze
     settings = context.settings
 
     def policy(role: str) -> FrozenPolicy:
-        folder = plain_folder(context.inputs[role], context.attempt / "policy" / role, settings.precision, scores=False)
-        return FrozenPolicy(folder, settings.precision, settings.sampling.temperature, settings.micro_batch_size)
+        return FrozenPolicy(
+            context.inputs[role], settings.precision, settings.sampling.temperature, settings.micro_batch_size
+        )
 
     return policy("before"), policy("after"), load_rewards(context, settings.micro_batch_size)
 
@@ -75,24 +76,23 @@ def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Wr
     """Load a model that writes responses. A collective."""
     settings = context.settings
     role = next(role for role, model in writer_inputs(settings).items() if model == writer.model)
-    folder = plain_folder(context.inputs[role], context.attempt / "policy" / role, settings.precision, scores=False)
     temperature = settings.temperature if writer.temperature is None else writer.temperature
-    return Writer(folder, settings.precision, temperature, settings.micro_batch_size)
+    return Writer(context.inputs[role], settings.precision, temperature, settings.micro_batch_size)
 
 
 def load_rewards(context: Context[PpoSettings] | Context[EvaluateSettings], micro_batch_size: int) -> Rewards:
     """Load what scores responses. A collective."""
     settings = context.settings
-    folders_of_models = {
-        role: plain_folder(folder, context.attempt / "reward" / role, settings.precision, scores=True)
-        for role, folder in context.inputs.items()
-        if role.startswith("reward")
-    }
-    return Rewards(settings.rewards, folders_of_models, settings.precision, micro_batch_size)
+    models = {role: folder for role, folder in context.inputs.items() if role.startswith("reward")}
+    return Rewards(settings.rewards, models, settings.precision, micro_batch_size)
 
 
 def plain_folder(folder: Path, target: Path, precision: Precision, *, scores: bool) -> Path:
-    """The folder with any adapter folded into the weights; written to ``target`` only if there is one. A collective."""
+    """The folder that training starts from: any adapter is folded into the weights, once. A collective.
+
+    Folded in fp32 and then cast, so that what is trained, its reference and its sampler all begin at the same weights.
+    Written to ``target``, and only if there is an adapter.
+    """
     if not is_adapter(folder):
         return folder
     if group.is_main() and not (target / "config.json").exists():

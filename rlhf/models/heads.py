@@ -13,6 +13,7 @@ from torch import FloatTensor, Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.models.packing import keeps_texts_apart, pack
+from rlhf.models.templates import Tokenizer
 from rlhf.models.text import positions
 from rlhf.rl.distributions import entropy_from_logits, logprobs_of
 
@@ -57,7 +58,7 @@ class TokenValues(nn.Module):
 
     def forward(self, ids: Tensor, attention_mask: Tensor, time: int) -> Tensor:
         """Values before each of the last ``time`` tokens."""
-        classifier = classifier_of(self.model)
+        classifier = unwrapped(self.model)
         body = getattr(classifier, classifier.base_model_prefix)
         hidden = body(
             input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
@@ -74,7 +75,7 @@ class SequenceScores(nn.Module):
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw scores ``[batch]``."""
-        return _last_token_logits(classifier_of(self.model), ids, attention_mask).squeeze(-1).float()
+        return _last_token_logits(unwrapped(self.model), ids, attention_mask).squeeze(-1).float()
 
 
 def pack_texts(classifier: Any) -> None:
@@ -118,12 +119,28 @@ class OwnScores(nn.Module):
 
 def scores_at_last_token(model: Any) -> bool:
     """Whether a sequence classifier is a decoder's: a linear head ``score`` on the last token's state."""
-    return hasattr(classifier_of(model), "score")
+    return hasattr(unwrapped(model), "score")
 
 
-def classifier_of(model: Any) -> Any:
-    """The sequence classifier inside a PEFT wrapper, or the model itself."""
+def unwrapped(model: Any) -> Any:
+    """Return the model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def forbid_rows_without_token(model: Any, tokenizer: Tokenizer) -> None:
+    """Have a language model give probability 0 to every row of its embeddings that no token of the tokenizer has.
+
+    Embeddings are padded to round sizes, and what is sampled there decodes to nothing. Done where the logits leave the
+    model, the sampler and every log-probability and entropy agree on it.
+    """
+    tokens = set(tokenizer.get_vocab().values())
+    rows = torch.tensor([row for row in range(model.config.get_text_config().vocab_size) if row not in tokens])
+    if len(rows):
+
+        def forbid(module: nn.Module, arguments: Any, output: Any) -> None:  # noqa: ARG001 - torch's signature
+            output.logits.index_fill_(-1, rows.to(output.logits.device), -math.inf)
+
+        model.register_forward_hook(forbid)
 
 
 def initialise_head(weight: Tensor, seed: int) -> None:

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from rlhf.config.training import LoraSettings, Precision
-from rlhf.models import adapters, text, trust
+from rlhf.models import adapters, folders, text
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.training import Training
 from rlhf.rl.losses import PolicySums, demonstration_loss
 from rlhf.rollout.experience import Experience, Minibatch
 from rlhf.rollout.replica import Replica
+from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Sequences
 from rlhf.zero import group
 from rlhf.zero.average import MovingAverage
@@ -27,8 +27,11 @@ PolicyLoss = Callable[..., tuple[Tensor, PolicySums]]
 class FrozenPolicy:
     """A policy that only answers: it samples, and tells log-probabilities.
 
-    folder  a plain model folder
+    folder  a plain folder or an adapter's
     """
+
+    _lora: LoraSettings | None = None
+    """Adapters that are trained on top of the folder's weights."""
 
     def __init__(self, folder: Path, precision: Precision, temperature: float, micro_batch_size: int) -> None:
         self.folder = folder
@@ -42,13 +45,13 @@ class FrozenPolicy:
 
     def _build(self) -> Any:
         with sharded_loading(self._precision):
-            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=DTYPES[self._precision], **trust.MODEL)
+            return folders.load_policy(self.folder, DTYPES[self._precision])
 
     def _start(self) -> Engine:
         return Engine(TokenLogprobs(self._model), self._precision)
 
-    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Tensor:
-        """Sample a response to each prompt: ids ``[sample, time]``, padded after an EOS. A collective.
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+        """Sample a response to each prompt. A collective.
 
         noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
         """
@@ -62,6 +65,7 @@ class FrozenPolicy:
                 self._precision,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
+                lora=self._lora,
             )
         return self._replica
 
@@ -89,7 +93,10 @@ class FrozenPolicy:
 
 
 class TrainedPolicy(FrozenPolicy):
-    """The policy under PPO, with its reference: the same weights with the adapter off, or a frozen copy."""
+    """The policy under PPO, with its reference: the same weights with the adapter off, or a frozen copy.
+
+    folder  a plain folder
+    """
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf.config.training import Precision
 from rlhf.models import folders, text, trust
 from rlhf.models.adapter_folders import config_of
-from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, scores_at_last_token
+from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, scores_at_last_token, unwrapped
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.pipeline import pulse
@@ -54,7 +54,7 @@ class FrozenReward:
     """A reward model's folder, scoring text: the policy may have another tokenizer, and the reward model may be an
     encoder.
 
-    folder  a plain reward-model folder whose ``config.json`` has ``score_mean``, ``score_std`` and ``sees``, and may
+    folder  a plain reward-model folder or an adapter's, whose ``config.json`` has ``score_mean``, ``score_std`` and ``sees``, and may
             have ``score_low`` and ``score_high``: the range of the normalised scores that it gave people's responses
 
     Raises:
@@ -70,12 +70,10 @@ class FrozenReward:
         self._max_length = int(config["score_max_length"])
         text.check_scored_length(folder)
         with sharded_loading(precision):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=DTYPES[precision], num_labels=1, **trust.MODEL
-            )
+            model = folders.load(folder, scores=True, dtype=DTYPES[precision])
         self._decodes = scores_at_last_token(model)
         self.tokenizer = text.load_tokenizer(folder) if self._decodes else text.load_encoder_tokenizer(folder)
-        self._engine = Engine(SequenceScores(model) if self._decodes else OwnScores(model), precision)
+        self._engine = Engine(SequenceScores(model) if self._decodes else OwnScores(unwrapped(model)), precision)
         self._micro_batch_size = micro_batch_size
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:

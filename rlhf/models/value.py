@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.config.training import LoraSettings, Precision
 from rlhf.models import adapters, trust
-from rlhf.models.heads import TokenValues, classifier_of, initialise_head
+from rlhf.models.heads import TokenValues, unwrapped, initialise_head
 from rlhf.models.training import Training
 from rlhf.rl.losses import ValueSums
 from rlhf.rollout.experience import Experience, Minibatch
@@ -43,7 +43,7 @@ class TrainedValue:
             )
         lora = lora.model_copy(update={"dropout": 0.0}) if lora else None
         model = adapters.with_lora(model, lora, scores=True, seed=seed)
-        heads = [weight for weight in classifier_of(model).score.parameters() if weight.requires_grad]
+        heads = [weight for weight in unwrapped(model).score.parameters() if weight.requires_grad]
         with gathered(heads, modify=True):
             for head in heads:
                 if group.is_main():

@@ -12,7 +12,7 @@ from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.rl.masks import ended, response_mask
 from rlhf.rollout.prompts import PromptBatch
-from rlhf.rollout.sampling import uniforms
+from rlhf.rollout.sampling import Responses, uniforms
 from rlhf.rollout.sequences import Sequences
 
 
@@ -21,8 +21,8 @@ class Samples(Protocol):
 
     tokenizer: Tokenizer
 
-    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Tensor:
-        """Sample a response to each prompt: ids ``[sample, time]``. A collective."""
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+        """Sample a response to each prompt. A collective."""
         ...
 
 
@@ -36,6 +36,8 @@ class Rollout:
     sequences: Sequences
     ended: Tensor
     """``[sample]``, True where the response ended in EOS within the limit."""
+    logprobs: Tensor
+    """``[sample, time]``, of the responses' tokens under the distributions that they were drawn from, nats."""
 
     @property
     def mask(self) -> Tensor:
@@ -52,7 +54,7 @@ class Rollout:
 def roll_out(policy: Samples, batch: PromptBatch, seed: int, max_new_tokens: int) -> Rollout:
     """Sample a response to each prompt. A collective."""
     tokenizer = policy.tokenizer
-    responses = policy.sample(batch.ids, uniforms(seed, batch.samples, max_new_tokens))
+    responses, logprobs = policy.sample(batch.ids, uniforms(seed, batch.samples, max_new_tokens))
     mask = response_mask(responses, tokenizer.eos_token_id)
     responses = torch.where(mask, responses, tokenizer.pad_token_id)
     prompt_ids, prompt_mask = text.pad(batch.ids, tokenizer.pad_token_id, "left")
@@ -65,4 +67,5 @@ def roll_out(policy: Samples, batch: PromptBatch, seed: int, max_new_tokens: int
             mask=mask,
         ),
         ended=ended(responses, tokenizer.eos_token_id),
+        logprobs=logprobs,
     )

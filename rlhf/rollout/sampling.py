@@ -1,14 +1,28 @@
-"""Sampling that depends on the seed and on the sample's global index, never on rank or batch.
+"""Sampling from the policy's softmax alone, as the seed and the sample's global index say, never the rank or the batch.
 
 Each token of each sample has one uniform number of its own; the token is where the cumulative distribution passes it.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import DynamicCache
+
+from rlhf.models import text
+from rlhf.pipeline import pulse
+from rlhf.rl.distributions import logprobs_of
+
+
+class Responses(NamedTuple):
+    """Sampled responses; both tensors are ``[sample, time]``."""
+
+    ids: Tensor
+    """Token ids, EOS included, with padding after it."""
+    logprobs: Tensor
+    """Log-probabilities of these tokens under the distributions that they were drawn from, nats; 0 on padding."""
 
 
 def uniforms(seed: int, samples: Sequence[int], length: int) -> Tensor:
@@ -17,22 +31,61 @@ def uniforms(seed: int, samples: Sequence[int], length: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-class InverseTransformSampling(LogitsProcessor):
-    """Leaves only the sampled token standing, so that a greedy search picks it.
+def inverse_transform(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:
+    """Return the first token whose cumulative probability under softmax(logits / temperature) exceeds its number.
 
-    The token is the first whose cumulative probability under softmax(logits / temperature) exceeds the uniform number.
+    logits       ``[batch, vocabulary]``; -inf stands for probability 0
+    numbers      ``[batch]``, float64 in [0, 1)
+    temperature  above 0
+    returns      token ids ``[batch]``
     """
+    cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    # Rounding leaves the last sum a little off 1; scaling by it keeps every number inside.
+    threshold = numbers[:, None].to(logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
-    def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float) -> None:
-        self._uniforms = uniforms
-        self._prompt_length = prompt_length
-        self._temperature = temperature
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - Tensor is torch's LongTensor's base
-        """Scores ``[batch, vocabulary]`` with everything but the sampled token at -inf."""
-        step = input_ids.shape[1] - self._prompt_length
-        cumulative = torch.softmax(scores.float() / self._temperature, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-        # Rounding leaves the last sum a little off 1; scaling by it keeps every number inside.
-        threshold = self._uniforms[:, step, None].to(scores.device) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True)
-        return torch.full_like(scores, float("-inf")).scatter(-1, tokens, 0.0)
+@torch.no_grad()
+def sample_responses(
+    model: Any, prompts: Sequence[list[int]], numbers: Tensor, temperature: float, *, eos_token_id: int, pad: int
+) -> Responses:
+    """Sample a response to each prompt from softmax(logits / temperature) and nothing else.
+
+    transformers' ``generate`` would merge the model's own generation_config.json into what it is asked for: penalties,
+    suppressed and forced tokens, filters, more EOS tokens. None of that is part of the policy whose log-probabilities
+    are compared, and so this loop asks the model for logits alone.
+
+    model        a causal language model, unsharded
+    prompts      token ids
+    numbers      ``[prompt, time]``, see :func:`uniforms`; their width is the longest response
+    temperature  0 takes the likeliest token, whatever the numbers, and gives it the log-probability 0
+    pad          the id that fills rows up
+    """
+    ids, mask = (tensor.to(model.device) for tensor in text.pad(prompts, pad, "left"))
+    positions = text.positions(mask)
+    responses = torch.full(numbers.shape, pad, device=model.device)
+    logprobs = torch.zeros(numbers.shape, device=model.device)
+    running = torch.ones(len(ids), dtype=torch.bool, device=model.device)
+    cache = DynamicCache(config=model.config)
+    for step in range(numbers.shape[1]):
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if temperature:
+            tokens = inverse_transform(logits, numbers[:, step], temperature)
+            logprobs[:, step] = torch.where(running, logprobs_of(logits, tokens, temperature), 0.0)
+        else:
+            tokens = logits.argmax(-1)
+        responses[:, step] = torch.where(running, tokens, pad)
+        running &= tokens != eos_token_id
+        pulse.beat()
+        if not running.any():
+            break
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    return Responses(responses.cpu(), logprobs.cpu())

@@ -1,15 +1,13 @@
 """``rlhf generate``: what a policy answers, without Ray or ZeRO."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf.errors import RequestError
 from rlhf.models import folders, text
-from rlhf.rollout.sampling import InverseTransformSampling, uniforms
+from rlhf.rollout.sampling import sample_responses, uniforms
 
 
 def answers(folder: Path, prompts: list[str], temperature: float, max_new_tokens: int, seed: int) -> list[str]:
@@ -29,20 +27,12 @@ def answers(folder: Path, prompts: list[str], temperature: float, max_new_tokens
                 f"prompt {number}",
                 f"shorten it, or --max-new-tokens {max(1, limit - len(row))}",
             )
-    model: Any = folders.load_whole(folder, scores=False, dtype=torch.float32).eval()
-    ids, mask = text.pad(rows, tokenizer.pad_token_id, "left")
-    noise = uniforms(seed, range(len(prompts)), max_new_tokens)
-    sampling = [InverseTransformSampling(noise, ids.shape[1], temperature)] if temperature > 0 else []
-    with torch.no_grad():
-        generated = model.generate(
-            ids,
-            attention_mask=mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            ),
-            logits_processor=LogitsProcessorList(sampling),
-        )
-    return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+    responses = sample_responses(
+        folders.load_policy(folder, torch.float32).eval(),
+        rows,
+        uniforms(seed, range(len(prompts)), max_new_tokens),
+        temperature,
+        eos_token_id=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+    )
+    return tokenizer.batch_decode(responses.ids, skip_special_tokens=True)

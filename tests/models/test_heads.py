@@ -5,16 +5,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
 )
 
 from rlhf.models import text
-from rlhf.models.heads import SequenceScores, TokenLogprobs, TokenValues, initialise_head
+from rlhf.models.heads import (
+    SequenceScores,
+    TokenLogprobs,
+    TokenValues,
+    forbid_rows_without_token,
+    initialise_head,
+)
 
 PROMPTS = [[5, 17, 40, 41, 99], [7], [12, 13, 200]]
 RESPONSES = [[60, 61, 62, 4], [70, 4], [80, 81, 82, 83]]
@@ -95,6 +105,44 @@ def test_scores_are_the_logits_of_the_plain_classifier(tiny: Path, classifier: A
     scores = SequenceScores(classifier)(ids, mask)
     torch.testing.assert_close(scores, classifier(input_ids=ids, attention_mask=mask).logits.squeeze(-1))
     assert scores.std() > 0.01
+
+
+# Padding at the end, and holes in the middle.
+HOLES = sorted({*range(250, 300), 30, 31, 222})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_rows_that_no_token_has_are_no_part_of_any_distribution(tiny: Path, family: str) -> None:
+    """Log-probabilities and entropies are over the tokens alone, and nothing is learned of the other rows' logits.
+
+    Gemma 2 squashes its logits after the last layer: minus infinity would not outlive that.
+    """
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    config = Gemma2Config(vocab_size=300, hidden_size=32, head_dim=16, final_logit_softcapping=5.0, **small)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny) if family == "llama" else Gemma2ForCausalLM(config)
+    plain = copy.deepcopy(model).double().eval()
+    tokens = [row for row in range(300) if row not in HOLES]
+    words = Tokenizer(models.WordLevel({f"w{row}": row for row in tokens}, unk_token="w0"))
+    forbid_rows_without_token(model.eval(), PreTrainedTokenizerFast(tokenizer_object=words))
+    ids, attention_mask, mask = batch()
+    logprobs, entropies = TokenLogprobs(model)(ids, attention_mask, TIME, 0.7, True)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, tokens]
+        expected = torch.log_softmax(logits / 0.7, dim=-1)
+        places = torch.tensor([tokens.index(token) for token in response])
+        picked = expected.gather(-1, places[:, None]).squeeze(-1)
+        torch.testing.assert_close(logprobs[row][mask[row]].double(), picked, atol=1e-4, rtol=0)
+        entropy = -(expected.exp() * expected).sum(-1)
+        torch.testing.assert_close(entropies[row][mask[row]].double(), entropy, atol=1e-4, rtol=0)
+    head = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head.weight = head  # apart from the embeddings, whose rows learn as inputs
+    logprobs, entropies = TokenLogprobs(model)(ids, attention_mask, TIME, 0.7, True)
+    (logprobs + entropies)[mask].sum().backward()
+    assert head.grad is not None
+    assert head.grad[HOLES].abs().max() == 0
+    assert head.grad[tokens].abs().max() > 0
 
 
 def test_a_head_is_drawn_with_the_deviation_asked_for_and_by_its_seed() -> None:

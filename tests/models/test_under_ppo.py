@@ -7,17 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.config.ppo import PpoSettings
-from rlhf.models.four import load_models
-from rlhf.models.policy import TrainedPolicy
+from rlhf.config.training import LoraSettings, Precision
+from rlhf.models import adapters, folders, text
+from rlhf.models.four import load_models, plain_folder
+from rlhf.models.policy import FrozenPolicy, TrainedPolicy
+from rlhf.models.reward import FrozenReward
 from rlhf.models.training import Training
 from rlhf.pipeline.context import Context
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rollout.experience import Experience, minibatch_of
+from rlhf.rollout.prompts import PromptBatch
+from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.rollout.sequences import Sequences, lay_out
 from rlhf.zero.engine import whole_weights
 
@@ -34,9 +40,15 @@ RESPONSES = [[40, 41], [42, 43, 44, 3], [45]]
 LOSS = partial(clipped_policy_loss, clip=0.2)
 
 
-def policy_of(tiny: Path, temperature: float = 1.0, **more: Any) -> TrainedPolicy:
+def policy_of(
+    tiny: Path,
+    temperature: float = 1.0,
+    precision: Precision = "fp32",
+    lora: LoraSettings | None = None,
+    **more: Any,
+) -> TrainedPolicy:
     training = Training("policy", learning_rate=0.01, max_grad_norm=1.0)
-    return TrainedPolicy(tiny, "fp32", temperature, 2, lora=None, seed=0, training=training, **more)
+    return TrainedPolicy(tiny, precision, temperature, 2, lora=lora, seed=0, training=training, **more)
 
 
 def sequences() -> Sequences:
@@ -57,14 +69,16 @@ def experience(policy: TrainedPolicy, advantage: float) -> Experience:
 
 
 def test_every_log_probability_is_at_the_temperature_of_the_sampling(tiny: Path) -> None:
-    """The policy's and the reference's, each token's by transformers alone on its row alone."""
+    """The policy's and the reference's, each token's by transformers alone on its row alone, over real tokens."""
     policy = policy_of(tiny, temperature=0.7)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    tokens = len(policy.tokenizer)
+    assert tokens < model.config.vocab_size
     found = policy.logprobs(sequences())
     torch.testing.assert_close(policy.reference_logprobs(sequences()), found)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].double() / 0.7
+            logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1, :tokens].double() / 0.7
         expected = logits.log_softmax(-1)[range(len(response)), response]
         torch.testing.assert_close(found[row, : len(response)].double(), expected, atol=1e-4, rtol=0)
 
@@ -123,3 +137,79 @@ def test_the_value_model_starts_from_the_weights_asked_for(tiny: Path, tmp_path:
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
         assert torch.equal(found[name], sources[name])
     assert not torch.equal(found["score.weight"], load_file(reward / "model.safetensors")["score.weight"])
+
+
+LORA = LoraSettings(rank=4, alpha=8.0)
+
+
+def sampled(policy: FrozenPolicy) -> Rollout:
+    return roll_out(policy, PromptBatch(["a"] * 12, PROMPTS * 4, list(range(12))), 0, 8)
+
+
+def divergence(policy: FrozenPolicy, other: FrozenPolicy, rollout: Rollout) -> float:
+    """Root mean square difference of log-probabilities, nats a token."""
+    gaps = policy.logprobs(rollout.sequences) - other.logprobs(rollout.sequences)
+    return float(gaps[rollout.mask].square().mean().sqrt())
+
+
+@pytest.mark.parametrize("form", ["full", "adapter"])
+def test_in_bf16_what_samples_and_what_is_evaluated_is_what_is_trained(tiny: Path, tmp_path: Path, form: str) -> None:
+    """Updates too small for the weights of a base in bf16 reach the sampler, and whoever reads the exported adapter."""
+    policy = policy_of(tiny, precision="bf16", lora=LORA if form == "adapter" else None)
+    start = policy_of(tiny, precision="bf16")
+    for _ in range(4):
+        policy.update(minibatch_of(experience(policy, 1.0), [0, 1, 2], 2), LOSS, 4e-4)
+    rollout = sampled(policy)
+    gap = (rollout.logprobs - policy.logprobs(rollout.sequences))[rollout.mask]
+    moved = divergence(policy, start, rollout)
+    assert moved > 0.02
+    assert gap.abs().max() < moved / 10
+    policy.export(tmp_path / "out")
+    exported = FrozenPolicy(tmp_path / "out", "bf16", 1.0, 2)
+    assert divergence(exported, policy, rollout) < moved / 30
+    assert torch.equal(sampled(exported).sequences.ids, rollout.sequences.ids)
+    if form == "adapter":
+        # Otherwise the updates were no test.
+        folders.write_plain(tmp_path / "out", tmp_path / "folded", scores=False, dtype=torch.bfloat16)
+        assert divergence(FrozenPolicy(tmp_path / "folded", "bf16", 1.0, 2), policy, rollout) > moved / 5
+
+
+NORMALISER = {"score_mean": 0.5, "score_std": 2.0, "sees": "response", "score_max_length": 32}
+
+
+def reward_adapter(tiny: Path, folder: Path) -> Path:
+    """A reward model in bf16: an adapter whose part in each weight is below a step of bf16."""
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, dtype=torch.bfloat16)
+    model = adapters.with_lora(base, LORA, scores=True, seed=0)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for name, weight in trained.items():
+            weight += (0.002 if "lora" in name else 1.0) * torch.randn(weight.shape)
+    weights = {name: weight.detach().clone() for name, weight in trained.items()}
+    adapters.save(model, weights, tiny, folder, LORA, scores=True, config=NORMALISER)
+    return folder
+
+
+def test_an_adapter_scores_beside_its_base_and_is_folded_in_fp32_where_training_starts(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """The reward model is the one that was trained; the value model's first weights are the nearest to it in bf16."""
+    folder = reward_adapter(tiny, tmp_path / "reward")
+    texts = ["a film", "the joy of two halves", "dull , dull"]
+    beside = FrozenReward(folder, "bf16", 2)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1, dtype=torch.bfloat16)
+    trained: Any = PeftModel.from_pretrained(plain, str(folder), autocast_adapter_dtype=False).eval().get_base_model()
+    rows = [text.scored_ids(beside.tokenizer, None, one, 32) for one in texts]
+    with torch.no_grad():
+        hidden = [trained.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+        expected = (torch.cat([trained.score(state).float() for state in hidden]) - 0.5) / 2
+    torch.testing.assert_close(beside.score(["", "", ""], texts), expected, atol=0.01, rtol=0.005)
+
+    start = plain_folder(folder, tmp_path / "start", "bf16", scores=True)
+    found, base = (load_file(one / "model.safetensors") for one in (start, tiny))
+    folded = folders.load_whole(folder, scores=True, dtype=torch.float32).state_dict()
+    for name, weight in found.items():
+        assert torch.equal(weight, folded[name].bfloat16())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert 0 < (found[name] != base[name].bfloat16()).double().mean() < 0.9

@@ -1,23 +1,22 @@
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import AutoModelForCausalLM
 
-from rlhf.rollout.sampling import InverseTransformSampling, uniforms
+from rlhf.models import folders, text
+from rlhf.rollout.sampling import inverse_transform, sample_responses, uniforms
 from rlhf.rollout.speak import answers
-
-IDS = torch.zeros((1, 3), dtype=torch.long)
 
 
 def sampled(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The tokens that the processor leaves standing, one a number."""
-    count = len(numbers)
-    processor = InverseTransformSampling(numbers[:, None], prompt_length=3, temperature=temperature)
-    scores = processor(IDS.expand(count, -1), logits.expand(count, -1))
-    assert (scores.isfinite().sum(-1) == 1).all()
-    return scores.argmax(-1)
+    """One token a number."""
+    return inverse_transform(logits.expand(len(numbers), -1), numbers, temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -61,3 +60,90 @@ def test_a_response_does_not_depend_on_its_neighbours_in_the_batch(tiny: Path) -
     greedy = answers(tiny, prompts, 0.0, max_new_tokens=12, seed=0)
     assert greedy == answers(tiny, prompts, 0.0, max_new_tokens=12, seed=1)
     assert greedy == answers(tiny, prompts, 1e-4, max_new_tokens=12, seed=2)
+
+
+# Every kind that ``generate`` knows: filters, penalties, forced and forbidden tokens, more and other ends.
+OBEYED = {
+    "do_sample": True,
+    "temperature": 0.3,
+    "top_k": 2,
+    "top_p": 0.5,
+    "min_p": 0.2,
+    "typical_p": 0.4,
+    "repetition_penalty": 1.8,
+    "encoder_repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "min_new_tokens": 9,
+    "min_length": 20,
+    "suppress_tokens": list(range(40, 60)),
+    "begin_suppress_tokens": list(range(60, 160)),
+    "bad_words_ids": [[170], [171]],
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 9,
+    "exponential_decay_length_penalty": [1, 1.5],
+    "sequence_bias": [[[61], 9.0]],
+    "eos_token_id": [8, 9, 10, 11, 12],
+    "max_new_tokens": 2,
+    "num_beams": 3,
+    "guidance_scale": 2.0,
+    "use_cache": False,
+}
+
+
+@torch.no_grad()
+def written_out(model: Any, prompt: list[int], numbers: list[float], temperature: float, eos: int, tokens: int) -> Any:
+    """Ids and log-probabilities of one response: the definition, one whole forward pass a token, in float64."""
+    ids: list[int] = []
+    logprobs: list[float] = []
+    for number in numbers:
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, -1, :tokens] / temperature
+        probabilities = torch.softmax(logits, -1)
+        total = 0.0
+        for token, probability in enumerate(probabilities.tolist()):
+            total += probability
+            if total > number:
+                break
+        ids.append(token)
+        logprobs.append(float(probabilities[token].log()))
+        if token == eos:
+            break
+    return ids, logprobs
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_what_the_model_s_folder_says_of_generating_is_no_part_of_the_policy(
+    tiny: Path, tmp_path: Path, temperature: float
+) -> None:
+    """Tokens and their log-probabilities are those of softmax(logits / temperature), whatever else it asks for."""
+    folder = tmp_path / "opinionated"
+    shutil.copytree(tiny, folder)
+    (folder / "generation_config.json").write_text(json.dumps(OBEYED))
+    tokenizer, numbers = text.load_tokenizer(folder), uniforms(3, range(40), 12)
+    prompts = [[20 + row % 30] * (1 + row % 3) for row in range(40)]
+    model, pad = folders.load_policy(folder, torch.float32).eval(), tokenizer.pad_token_id
+    # The commonest token ends a response, so that they end everywhere.
+    eos = int(sample_responses(model, prompts, numbers, temperature, eos_token_id=-1, pad=pad).ids.flatten().mode()[0])
+    found = sample_responses(model, prompts, numbers, temperature, eos_token_id=eos, pad=pad)
+    exact: Any = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval()
+    lengths: set[int] = set()
+    for row, prompt in enumerate(prompts):
+        ids, logprobs = written_out(exact, prompt, numbers[row].tolist(), temperature, eos, len(tokenizer))
+        assert found.ids[row].tolist() == ids + [pad] * (12 - len(ids))
+        expected = torch.tensor(logprobs + [0.0] * (12 - len(ids)))
+        torch.testing.assert_close(found.logprobs[row], expected, atol=1e-4, rtol=0)
+        lengths.add(len(ids))
+    assert len(lengths) > 2
+
+
+def test_sampling_stops_when_every_response_has_ended(tiny: Path) -> None:
+    """The model is asked for as many tokens as the longest response has, and not for those beyond."""
+    passes: list[int] = []
+    model = folders.load_policy(tiny, torch.float32).eval()
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    prompts, numbers = [[20], [21, 22]], uniforms(0, range(2), 30)
+    free = sample_responses(model, prompts, numbers, 1.0, eos_token_id=-1, pad=0).ids
+    assert len(passes) == 30
+    end = next(token for token in free[0].tolist() if token in free[1])
+    passes.clear()
+    sample_responses(model, prompts, numbers, 1.0, eos_token_id=end, pad=0)
+    assert len(passes) == max(row.tolist().index(end) for row in free) + 1 < 30

@@ -134,7 +134,7 @@ def test_every_load_of_ours_refuses_code_and_pickles():
             given = " ".join(ast.unparse(keyword) for keyword in node.keywords)
             if node.func.attr == "from_pretrained":
                 loads += 1
-                if called == "PeftModel.from_pretrained":
+                if called == "PeftConfig.from_pretrained":
                     assert "local_files_only=True" in given, place
                 elif "Tokenizer" in called or "Config" in called:
                     assert "trust.TOKENIZER" in given or "**named" in given, place

@@ -16,6 +16,7 @@ from rlhf.models import text
 from rlhf.pipeline.context import Context
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.experience import Experience, Minibatch
+from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Sequences
 from tests.models.tiny import make_tiny_llama
 
@@ -71,14 +72,14 @@ class MadeUpPolicy(Model):
     updates: list[Update] = field(default_factory=list)
     rollouts: list[Tensor] = field(default_factory=list)
 
-    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Tensor:
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
         self.iteration += 1
         generator = torch.Generator().manual_seed(self.iteration)
         ids = torch.randint(20, 250, (len(prompts), TIME), generator=generator)
         for row in range(1, len(prompts)):  # the first is cut off; the others end at their own place
             ids[row, row % TIME] = self.tokenizer.eos_token_id
         self.rollouts.append(ids)
-        return ids
+        return Responses(ids, torch.zeros(ids.shape))
 
     def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         return of_sequences(sequences, 0), of_sequences(sequences, 3) + 2

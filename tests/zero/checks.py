@@ -312,25 +312,24 @@ def computed_precision(folder: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def replica(tiny: Path, folder: Path) -> dict[str, Any]:
-    """Responses of an unsharded copy before and after a refresh, and of the exported model, adapter folded in."""
+    """Responses of an unsharded copy before and after a refresh, and of the exported model, whose adapter is beside it."""
     found: dict[str, Any] = {}
     noise = uniforms(0, range(6), 12)
     prompts = [[5 + row, 40, 41 + row] for row in range(6)]
 
     def generate(one: Replica) -> Tensor:
-        return one.generate(prompts, noise, 1.0)
+        return one.generate(prompts, noise, 1.0).ids
 
     for form, lora in FORMS.items():
         learner = Learner(tiny, lora)
         for _ in range(3):
             learner.step(0.05)
-        copied = Replica(tiny, "fp32", eos_token_id=EOS, pad_token_id=PAD)
+        copied = Replica(tiny, "fp32", eos_token_id=EOS, pad_token_id=PAD, lora=lora)
         before = generate(copied)
         copied.refresh(learner.model)
         exported, weights = folder / f"replica-{form}", learner.weights()
         if group.is_main():
-            merged = lora.model_copy(update={"merge": True}) if lora else None
-            adapters.save(learner.model, weights, tiny, exported, merged, scores=False)
+            adapters.save(learner.model, weights, tiny, exported, lora, scores=False)
         group.barrier()
         plain = Replica(exported, "fp32", eos_token_id=EOS, pad_token_id=PAD)
         found[form] = {"before": before, "refreshed": generate(copied), "exported": generate(plain)}

@@ -234,7 +234,7 @@ def test_a_group_computes_in_bf16_where_all_its_cpus_can(results: Results, size:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_refreshed_replica_samples_as_the_exported_model_does(results: Results, form: str, size: int) -> None:
-    """With the trained weights, any adapter folded in, and no longer as the model that training began with."""
+    """With the trained weights, an adapter beside its base, and no longer as the model that training began with."""
     for found in results[size]:
         tokens = found["replica"][form]
         assert torch.equal(tokens["refreshed"], tokens["exported"])
