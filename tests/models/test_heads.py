@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from tokenizers import Tokenizer, models
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
