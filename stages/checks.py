@@ -83,7 +83,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
             lengths = [len(before) + len(response_ids(tokenizer, response)) for response in row["responses"]]
             total += len(lengths)
             over += sum(length > settings.max_length for length in lengths)
-    if settings.sees == "conversation":
+    if settings.sees == "conversation" and "demonstrations" in context.inputs:
         tokenised(context.inputs["demonstrations"] / "train.jsonl", tokenizer)
     if over:
         context.note(

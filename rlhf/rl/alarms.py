@@ -70,6 +70,11 @@ def _negative_kl(now: Metrics, _: Watched) -> str | None:
 
 def _eos(now: Metrics, watched: Watched) -> str | None:
     rate, first = (row["val/num_eos_tokens"] / watched.rollouts for row in (now, watched.first))
+    if not rate:
+        return (
+            f"no response ends within {watched.max_new_tokens} tokens: the policy has not learned to end, or has no room "
+            "to; train sft for longer on demonstrations that end, or raise sampling.max_new_tokens"
+        )
     if not (first >= 0.2 and rate <= 0.05):
         return None
     return (

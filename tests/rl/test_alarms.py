@@ -53,9 +53,17 @@ def test_noise_is_no_alarm() -> None:
 
 
 def test_what_was_so_from_the_start_is_no_alarm() -> None:
-    """A policy that never ended its responses, or always filled the limit, has not got worse."""
-    first = FIRST | {"val/num_eos_tokens": 0.0, "length/mean": 64.0}
+    """A policy that seldom ended its responses, or always filled the limit, has not got worse."""
+    first = FIRST | {"val/num_eos_tokens": 1.0, "length/mean": 64.0}
     assert not alarms(first, Watched(first, "fp32", max_new_tokens=64, rollouts=64))
+
+
+def test_responses_that_never_end_raise_an_alarm_from_the_start() -> None:
+    """With an EOS that the policy does not know it would be so for good."""
+    first = FIRST | {"val/num_eos_tokens": 0.0}
+    raised = alarms(first, Watched(first, "fp32", max_new_tokens=64, rollouts=64))
+    assert list(raised) == ["eos"]
+    assert "no response ends within 64 tokens" in raised["eos"]
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
