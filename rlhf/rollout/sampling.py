@@ -1,5 +1,6 @@
-"""Sampling that depends on the seed and on the sample's global index, never on rank or batch.
+"""Sampling by random numbers that depend on the seed and the sample's global index, never on rank or batch.
 
+The logits' rounding may differ with what shares the batch, and then so does what is drawn: docs/ppo.md says how often.
 Each token of each sample has one uniform number of its own; the token is where the cumulative distribution passes it.
 """
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from rlhf.randomness import stream
+
 
 def uniforms(seed: int, samples: Sequence[int], length: int) -> Tensor:
     """Float64 in [0, 1), ``[sample, length]``, of a counter-based generator keyed by seed and sample index."""
-    rows = [np.random.Generator(np.random.Philox(key=[seed, sample])).random(length) for sample in samples]
+    rows = [stream("sampling", seed, sample).random(length) for sample in samples]
     return torch.from_numpy(np.stack(rows))
 
 
