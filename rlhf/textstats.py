@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from rlhf.randomness import stream
+
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 Floats = npt.NDArray[np.float64]
@@ -62,7 +64,7 @@ def paired_interval(before: npt.ArrayLike, after: npt.ArrayLike, level: float = 
 def seeded_pairs(n_items: int, n_pairs: int, seed: int) -> Pairs:
     """Return ``n_pairs`` different pairs of two items each, shape [pairs, 2], or all pairs where there are fewer."""
     n_possible = n_items * (n_items - 1) // 2
-    rng = np.random.default_rng(seed)
+    rng = stream("pairs", seed)
     index = (
         rng.choice(n_possible, size=min(n_pairs, n_possible), replace=False) if n_possible else np.empty(0, np.int64)
     )

@@ -4,7 +4,8 @@ In: the models, prompts.
 Out: ``train.jsonl`` and ``heldout.jsonl``, rows ``{"prompt", "responses", "models"}``.
 
 All models answer the same prompts, each response with random numbers of its own, so that neither the order in which
-things are done nor the number of ranks changes a response. Left out: choosing prompts by what the models are unsure of.
+things are done nor the number of ranks changes a response, but for rounding in bf16 (docs/ppo.md). Left out: choosing
+prompts by what the models are unsure of.
 """
 
 from rlhf.collect.written import Written

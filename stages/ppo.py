@@ -75,7 +75,9 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
         metrics |= {"kl/coef": kl.value} | reward.out_of_range(scores)
         check_health(metrics, journal.first_row(metrics), settings.kl.limit)
 
-        penalties = Penalties(kl.in_loss, settings.kl.estimator, settings.entropy_bonus)
+        penalties = Penalties(
+            kl.in_loss, settings.kl.estimator, settings.kl.importance_weights, entropy_bonus=settings.entropy_bonus
+        )
         policy_loss = partial(clipped_policy_loss, clip=settings.policy_clip, penalties=penalties)
         policy_sums: list[PolicySums] = []
         value_sums: list[ValueSums] = []
@@ -92,7 +94,8 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
                 if settings.early_stop_kl and policy_sums[-1].approximate_kl > settings.early_stop_kl:
                     break
 
-        kl.adapt(metrics["objective/kl"], settings.rollouts)
+        if iteration >= settings.value_warmup:
+            kl.adapt(metrics["objective/kl"], settings.rollouts)
         metrics |= update_metrics(policy_sums, value_sums)
         metrics |= {
             "lr": settings.policy_learning_rate * rate(iteration * updates),

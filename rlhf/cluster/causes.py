@@ -216,7 +216,7 @@ def _less_memory(call: Call) -> str:
         return (
             f"raise {stage}.workers.count, which shares the model's states out; {stage}.micro_batch_size is 1 already"
         )
-    return f"lower {stage}.micro_batch_size, which changes no result: {stage}.micro_batch_size={micro // 2}"
+    return f"lower {stage}.micro_batch_size, which is in no key: {stage}.micro_batch_size={micro // 2}"
 
 
 def _fatal_signal(log: Path) -> str | None:

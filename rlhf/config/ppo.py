@@ -28,10 +28,13 @@ class KlSettings(Settings):
     place: Literal["reward", "loss"] = semantic("reward")
     """Where the penalty stands: in each token's reward, or as a term of the policy's loss (k2 or k3 only: the expected
     gradient of k1 is 0 there)."""
+    importance_weights: bool = semantic(True)
+    """With place loss, multiply each token's estimate by its ratio π/π_old (DeepSeek-V3.2, arXiv:2512.02556, eq. 7), so
+    that its gradient is that of KL(π ‖ π_ref). Without, k3's never is, and k2's at an iteration's first update only."""
     target: float | None = semantic(None, gt=0)
     """Mean KL in nats a response that β is adapted to (Ziegler et al. 2019, §2.2); null keeps β fixed. 6 is usual."""
     horizon: int = semantic(10_000, ge=1)
-    """Responses over which β changes by up to a fifth towards the target."""
+    """Responses over which β changes by up to a fifth towards the target; an iteration of more changes it no more."""
     limit: float = semantic(200.0, gt=0)
     """Mean KL in nats a response beyond which the run stops as diverged."""
 

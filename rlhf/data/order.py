@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rlhf.randomness import stream
+
 
 def learning_order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
     """The numbers of the rows, batch after batch, all of one size, through all epochs: a function of these arguments.
@@ -20,7 +22,7 @@ def learning_order(lengths: Sequence[int], batch_size: int, epochs: float, seed:
     lengths_of = np.asarray(lengths)
     found: list[int] = []
     for epoch in range(math.ceil(epochs)):
-        order = np.resize(np.random.default_rng([seed, epoch]).permutation(len(lengths)), (batches, batch_size))
+        order = np.resize(stream("learning order", seed, epoch).permutation(len(lengths)), (batches, batch_size))
         for batch in order:
             found += batch[np.argsort(-lengths_of[batch], kind="stable")].tolist()
     return found[: math.ceil(epochs * batches) * batch_size]

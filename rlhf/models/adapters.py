@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rlhf.config.training import LoraSettings
 from rlhf.models import folders
 from rlhf.models.adapter_folders import ADAPTER_CONFIG, BASE
+from rlhf.randomness import seed_of
 
 
 def lora_config(lora: LoraSettings, *, scores: bool) -> LoraConfig:
@@ -33,7 +34,7 @@ def with_lora(model: PreTrainedModel, lora: LoraSettings | None, *, scores: bool
     """The model with fresh adapters, or as it is."""
     if lora is None:
         return model
-    torch.manual_seed(seed)
+    torch.manual_seed(seed_of("adapters", seed, scores))
     # ZeRO-3 gathers small weights together and takes the type of the first for all: adapters must have the base's.
     return get_peft_model(model, lora_config(lora, scores=scores), autocast_adapter_dtype=False)
 

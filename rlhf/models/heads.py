@@ -15,6 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rlhf.models.packing import keeps_texts_apart, pack
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import positions
+from rlhf.randomness import Domain, seed_of
 from rlhf.rl.distributions import entropy_from_logits, logprobs_of
 
 
@@ -143,9 +144,9 @@ def forbid_rows_without_token(model: Any, tokenizer: Tokenizer) -> None:
         model.register_forward_hook(forbid)
 
 
-def initialise_head(weight: Tensor, seed: int) -> None:
+def initialise_head(weight: Tensor, domain: Domain, seed: int) -> None:
     """Draw a head from N(0, 1/√(d + 1)), d its input width: Stiennon et al. 2020; Huang et al. 2024, detail 11."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_of(domain, seed))
     deviation = 1 / math.sqrt(weight.shape[-1] + 1)
     with torch.no_grad():
         weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)

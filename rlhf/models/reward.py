@@ -15,6 +15,7 @@ from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_t
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.pipeline import pulse
+from rlhf.randomness import seed_of
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, Engine, gathered, sharded_loading
 
@@ -100,7 +101,7 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
     """Write a model of the same shape and tokenizer with random weights. A collective."""
     if group.is_main() and not (target / "config.json").exists():
         # Built whole and read back sharded: transformers does not initialise what is built in shards.
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_of("reward model from scratch", seed))
         config = AutoConfig.from_pretrained(folder, **trust.TOKENIZER)
         # What a reward model says of its scores is not true of the new one.
         vars(config).pop("score_mean", None)
@@ -121,5 +122,5 @@ def load_scorer(folder: Path, precision: Precision, tokenizer: Tokenizer, head_s
         return model
     with gathered([model.score.weight], modify=True):
         if group.is_main():
-            initialise_head(model.score.weight, head_seed)
+            initialise_head(model.score.weight, "reward head", head_seed)
     return model

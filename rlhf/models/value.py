@@ -47,7 +47,7 @@ class TrainedValue:
         with gathered(heads, modify=True):
             for head in heads:
                 if group.is_main():
-                    initialise_head(head, seed)
+                    initialise_head(head, "value head", seed)
         self._training = training
         self._engine = training.start(TokenValues(model), precision)
         self._micro_batch_size = micro_batch_size

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from rlhf.randomness import stream
 from rlhf.ranking.comparisons import NOBODY, Comparisons, FloatArray, IntArray
 
 
@@ -17,7 +18,7 @@ def bridges(ratings: list[FloatArray], set_of: IntArray, per_response: int, seed
     set_of        ``[N]``, each response's set; responses of one set are not bridged
     per_response  rounds, in each of which every response meets up to two others; one without ratings meets none
     """
-    rng = np.random.default_rng([seed, len(ratings)])
+    rng = stream("bridges", seed, len(ratings))
     rows: list[tuple[int, int, float, float, float]] = []
     for _ in range(per_response):
         circle = rng.permutation(len(ratings))

@@ -12,6 +12,7 @@ Shapes: N responses, E pairs, B components of one size K, R probes. Variances ar
 
 import numpy as np
 
+from rlhf.randomness import stream
 from rlhf.ranking.comparisons import FloatArray, IntArray, add_up
 from rlhf.ranking.information import Components, Sparse, components_of, information, solve
 
@@ -75,7 +76,7 @@ def _sampled(first: IntArray, second: IntArray, weights: FloatArray, precision: 
     components = components_of(count, first, second)
     matrix = information(count, first, second, weights, precision)
     diagonal: FloatArray = matrix.diagonal()
-    rng = np.random.default_rng(0)
+    rng = stream("probes")
     root = np.sqrt(weights)
     square = np.zeros(count)
     for _ in range(0, PROBES, PROBES_AT_ONCE):

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf.randomness import stream
+
 
 class Place(NamedTuple):
     """Where a response stands: the number of its set, and its number in the set."""
@@ -41,7 +43,7 @@ def _drawn(sets: Sequence[Mapping[str, Any]], size: int, per_response: float, se
     return [
         [places[index] for index in group]
         for pool, places in pools.items()
-        for group in _groups(len(places), min(size, len(places)), per_response, np.random.default_rng([seed, pool]))
+        for group in _groups(len(places), min(size, len(places)), per_response, stream("lists", seed, pool))
     ]
 
 

@@ -13,6 +13,7 @@ Shapes: N responses, S comparisons in a stream, O orders.
 
 import numpy as np
 
+from rlhf.randomness import stream
 from rlhf.ranking.bradley_terry import ELO_SCALE, Strengths
 from rlhf.ranking.comparisons import Comparisons, FloatArray, IntArray
 
@@ -24,7 +25,7 @@ def fit_online(count: int, comparisons: Comparisons, k_factor: float, orders: in
     each in an order of its own.
     """
     first, second, outcome = _stream(comparisons)
-    rng = np.random.default_rng(seed)
+    rng = stream("online orders", seed)
     permuted = np.stack([rng.permutation(len(first)) for _ in range(orders)])
     drawn = rng.integers(len(first), size=(orders, len(first)))
     ratings = _run(count, first, second, outcome, np.concatenate([permuted, drawn]), k_factor)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from rlhf.randomness import stream
 from rlhf.ranking.bradley_terry import sigmoid
 from rlhf.ranking.comparisons import compare, rating_table
 from rlhf.ranking.heldout import heldout_pairs, mean_ratings
@@ -75,7 +76,7 @@ def _share(pairs: Pairs, n_sets: int, seed: int) -> Document:
     """
     if not len(pairs.right):
         return {"pairs": 0}
-    drawn = np.random.default_rng(seed).multinomial(n_sets, np.full(n_sets, 1 / n_sets), RESAMPLES)
+    drawn = stream("sets drawn", seed).multinomial(n_sets, np.full(n_sets, 1 / n_sets), RESAMPLES)
     shares: list[float] = []
     for times in drawn:
         weight = times[pairs.sets[:, 0]] * np.where(pairs.sets[:, 0] == pairs.sets[:, 1], 1, times[pairs.sets[:, 1]])

@@ -42,9 +42,14 @@ def adapted_coefficient(coef: float, kl: float, target: float, horizon: int, res
     """The KL coefficient after ``responses`` more: the proportional controller of Ziegler et al. 2019, section 2.2.
 
         e    = clip((kl - target) / target, -0.2, 0.2)
-        coef = coef * (1 + e * responses / horizon)
+        coef = coef * (1 + e * min(responses / horizon, 1))
 
-    kl      mean KL of those responses, nats a response
+    so that it changes by a fifth at most and stays above 0, where responses may outnumber the horizon.
+
+    coef     above 0
+    kl       mean KL of those responses, nats a response
+    target   nats a response, above 0
+    horizon  responses, at least 1
     """
     error = min(max(kl / target - 1, -LARGEST_ERROR), LARGEST_ERROR)
-    return coef * (1 + error * responses / horizon)
+    return coef * (1 + error * min(responses / horizon, 1))

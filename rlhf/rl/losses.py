@@ -98,6 +98,8 @@ class Penalties:
     kl_coef: float = 0.0
     """β, where the KL penalty is a term of the loss."""
     kl_estimator: Estimator = "k2"
+    kl_importance_weights: bool = True
+    """Whether each token's estimate of the KL is multiplied by its ratio r."""
     entropy_bonus: float = 0.0
     """Weight of the mean entropy a token."""
 
@@ -116,8 +118,13 @@ def clipped_policy_loss(
 ) -> tuple[Tensor, PolicySums]:
     """The negative of Schulman et al. 2017 (arXiv:1707.06347), Eqs. 7 and 9, with r = exp(logprob - old logprob):
 
-        -sum over real tokens of [ min(r * A, clamp(r, 1 - clip, 1 + clip) * A) - kl_coef * k + entropy_bonus * H ]
+        -sum over real tokens of [ min(r * A, clamp(r, 1 - clip, 1 + clip) * A) - kl_coef * w * k + entropy_bonus * H ]
             / num_tokens
+
+    w is r with ``kl_importance_weights``, otherwise 1. In expectation over tokens of the old policy, r * k3 is
+    KL(policy ‖ reference) (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv:2512.02556, Eq. 7), and r * k2, with r a constant,
+    has its gradient. Of one token both have the gradient r * d * grad log policy, d being the log-ratio to the
+    reference.
 
     logprobs            ``[batch, time]``, of the sampled tokens now; takes a gradient
     entropies           ``[batch, time]``, H, of the distributions they were drawn from, now; takes a gradient
@@ -139,6 +146,10 @@ def clipped_policy_loss(
     kl_term = entropy_term = torch.zeros_like(loss)
     if penalties.kl_coef:
         estimates = kl_estimates(logprobs, reference_logprobs.detach(), mask, penalties.kl_estimator)
+        if penalties.kl_importance_weights:
+            # k2 is biased and has the right gradient: its weight is a constant. Of k3, which is unbiased, the weight's
+            # gradient is a part of the divergence's.
+            estimates = estimates * (ratio.detach() if penalties.kl_estimator == "k2" else ratio)
         kl_term = penalties.kl_coef * estimates.sum()
     if penalties.entropy_bonus:
         entropy_term = -penalties.entropy_bonus * masked_sum(entropies, mask)

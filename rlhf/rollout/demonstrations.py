@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from rlhf.config.ppo import PpoSettings, PtxSettings
 from rlhf.data.demonstrations import tokenised
 from rlhf.errors import PreflightError
 from rlhf.models.templates import Tokenizer
 from rlhf.pipeline.context import Context
+from rlhf.randomness import stream
 from rlhf.rollout.experience import Minibatch, minibatch_of
 from rlhf.rollout.sequences import Sequences, lay_out
 
@@ -46,10 +45,7 @@ class DemonstrationStream:
         """The demonstrations of an update, counted from 0."""
         count, size = len(self._sequences.ids), self._settings.batch_size
         places = range(update * size, (update + 1) * size)
-        # A stream of its own: prompts are drawn by [seed, pass].
-        orders = {
-            turn: np.random.default_rng([self._seed, turn, 1]).permutation(count)
-            for turn in {place // count for place in places}
-        }
+        turns = {place // count for place in places}
+        orders = {turn: stream("demonstrations in PPO", self._seed, turn).permutation(count) for turn in turns}
         rows = [int(orders[place // count][place % count]) for place in places]
         return minibatch_of(self._sequences, rows, micro_batch_size)

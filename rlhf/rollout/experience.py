@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.ppo import PpoSettings
+from rlhf.randomness import stream
 from rlhf.rollout.sequences import Sequences
 from rlhf.zero import group
 
@@ -45,7 +46,7 @@ class Experience(Sequences):
 
         The order is a function of ``seed`` alone.
         """
-        order = np.random.default_rng(list(seed)).permutation(len(self.ids))
+        order = stream("minibatches", *seed).permutation(len(self.ids))
         for indices in np.split(order, count):
             yield minibatch_of(self, indices.tolist(), micro_batch_size)
 

@@ -11,6 +11,7 @@ from rlhf.errors import PreflightError
 from rlhf.models import text
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
+from rlhf.randomness import stream
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,8 @@ class PromptStream:
         """The ``size`` prompts of an iteration."""
         samples = list(range(iteration * size, (iteration + 1) * size))
         count = len(self._prompts)
-        orders = {
-            turn: np.random.default_rng([self._seed, turn]).permutation(count) for turn in {s // count for s in samples}
-        }
+        turns = {sample // count for sample in samples}
+        orders = {turn: stream("prompts", self._seed, turn).permutation(count) for turn in turns}
         rows = [int(orders[sample // count][sample % count]) for sample in samples]
         return PromptBatch([self._prompts[row] for row in rows], [self._ids[row] for row in rows], samples)
 
@@ -53,7 +53,7 @@ class PromptStream:
 
 def draw(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
     """So many of the prompts, or all, in an order of the seed's."""
-    return [prompts[row] for row in np.random.default_rng(seed).permutation(len(prompts))[:count]]
+    return [prompts[row] for row in stream("collected prompts", seed).permutation(len(prompts))[:count]]
 
 
 def prompt_batch(prompts: list[Prompt], samples: Sequence[int], tokenizer: Tokenizer, max_length: int) -> PromptBatch:

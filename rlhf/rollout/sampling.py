@@ -1,5 +1,6 @@
-"""Sampling from the policy's softmax alone, as the seed and the sample's global index say, never the rank or the batch.
+"""Sampling from the policy's softmax alone, by random numbers of the seed and the sample's global index.
 
+The logits' rounding may differ with what shares the batch, and then so does what is drawn: docs/ppo.md says how often.
 Each token of each sample has one uniform number of its own; the token is where the cumulative distribution passes it.
 """
 
@@ -13,6 +14,7 @@ from transformers import DynamicCache
 
 from rlhf.models import text
 from rlhf.pipeline import pulse
+from rlhf.randomness import stream
 from rlhf.rl.distributions import logprobs_of
 
 
@@ -27,7 +29,7 @@ class Responses(NamedTuple):
 
 def uniforms(seed: int, samples: Sequence[int], length: int) -> Tensor:
     """Float64 in [0, 1), ``[sample, length]``, of a counter-based generator keyed by seed and sample index."""
-    rows = [np.random.Generator(np.random.Philox(key=[seed, sample])).random(length) for sample in samples]
+    rows = [stream("sampling", seed, sample).random(length) for sample in samples]
     return torch.from_numpy(np.stack(rows))
 
 

@@ -32,6 +32,7 @@ from rlhf.models.reward import raw_scores
 from rlhf.models.templates import Tokenizer
 from rlhf.pipeline import pulse
 from rlhf.pipeline.context import Context
+from rlhf.randomness import seed_of
 from rlhf.zero import checkpoints, group
 from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3_config
 from rlhf.zero.journal import Journal
@@ -64,7 +65,7 @@ def common_arguments(context: Context[Any], settings: TrainingSettings) -> dict[
         # The rows come in the order in which they are learned from, all epochs' together.
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
-        "seed": settings.seed,
+        "seed": seed_of("trainer", settings.seed),
         "bf16": settings.precision == "bf16",
         "deepspeed": zero3_config(settings.precision, gradient_clipping="auto", **automatic),
         "accelerator_config": {"use_configured_state": True},

@@ -55,7 +55,7 @@ def test_a2c_fills_in_what_it_is() -> None:
 
 
 def test_workers_and_micro_batches_are_in_no_key() -> None:
-    """Where and in which portions it runs changes no result, and which responses are kept to be read neither."""
+    """Where and in which portions it runs changes results by rounding alone; which responses are kept changes none."""
     plain = semantic_values(ppo())
     same = ppo("ppo.workers.count=2", "ppo.micro_batch_size=7", "ppo.samples_kept=0", "ppo.checkpoint_every=3")
     assert semantic_values(same) == plain

@@ -150,8 +150,10 @@ def test_a_head_is_drawn_with_the_deviation_asked_for_and_by_its_seed() -> None:
     width = 100_000
     first, again, other = (torch.empty(1, width) for _ in range(3))
     for head, seed in ((first, 0), (again, 0), (other, 1)):
-        initialise_head(head, seed)
+        initialise_head(head, "value head", seed)
     assert first.std().item() == pytest.approx((width + 1) ** -0.5, rel=0.02)
     assert abs(first.mean().item()) < 5 / width
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    initialise_head(again, "reward head", 0)
+    assert not torch.equal(first, again)

@@ -83,16 +83,30 @@ def test_k1_in_the_loss_would_do_nothing_and_k2_pulls_towards_the_reference() ->
     torch.testing.assert_close(expected["k2"], logits.grad)
 
 
-@given(coef=st.floats(1e-3, 10), kl=st.floats(-1, 100), target=st.floats(0.1, 20), responses=st.integers(1, 512))
+@given(
+    coef=st.floats(1e-3, 10),
+    kl=st.floats(-1, 100),
+    target=st.floats(0.1, 20),
+    horizon=st.integers(1, 20_000),
+    responses=st.integers(1, 100_000),
+)
 def test_the_controller_moves_towards_its_target_and_never_far(
-    coef: float, kl: float, target: float, responses: int
+    coef: float, kl: float, target: float, horizon: int, responses: int
 ) -> None:
-    """Too much KL raises β, too little lowers it, by at most a fifth over the horizon."""
-    moved = adapted_coefficient(coef, kl, target, 10_000, responses)
-    assert moved > 0
-    assert abs(moved / coef - 1) <= 0.2 * responses / 10_000 + 1e-12
+    """Too much KL raises β, too little lowers it, by at most a fifth over the horizon, and never to 0 or below."""
+    moved = adapted_coefficient(coef, kl, target, horizon, responses)
+    assert 0.79 * coef < moved < 1.21 * coef
+    assert abs(moved / coef - 1) <= 0.2 * responses / horizon + 1e-12
     assert (moved > coef) == (kl > target) or math.isclose(moved, coef)
-    assert adapted_coefficient(coef, target, target, 10_000, responses) == coef
+    assert adapted_coefficient(coef, target, target, horizon, responses) == coef
+
+
+@given(kl=st.floats(-1, 100), share=st.floats(0.001, 1))
+def test_the_controller_is_ziegler_s_where_the_horizon_is_longer(kl: float, share: float) -> None:
+    """Section 2.2, written out."""
+    error = sorted([-0.2, (kl - 6.0) / 6.0, 0.2])[1]
+    responses = round(10_000 * share)
+    assert adapted_coefficient(0.5, kl, 6.0, 10_000, responses) == pytest.approx(0.5 * (1 + error * responses / 10_000))
 
 
 def test_the_controller_holds_a_policy_at_its_target() -> None:

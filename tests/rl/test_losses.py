@@ -1,5 +1,6 @@
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlhf.rl.kl import Estimator
 from rlhf.rl.losses import Penalties, PolicySums, clipped_value_loss, demonstration_loss
 from rlhf.rl.losses import clipped_policy_loss as whole_policy_loss
 from tests.rl.batches import JUNK, Batch, batches
@@ -147,7 +149,7 @@ def test_penalties_add_kl_and_subtract_entropy(batch: Batch, junk: float, kl: fl
     logprobs, entropies = tensors[0].requires_grad_(), tensors[1].requires_grad_()
     old, reference = tensors[0].detach().clone(), tensors[2]
     none = torch.zeros_like(old)
-    penalties = Penalties(kl, "k2", bonus)
+    penalties = Penalties(kl, "k2", entropy_bonus=bonus)
     loss, sums = whole_policy_loss(
         logprobs, entropies, old, reference, none, batch.mask, clip=0.2, num_tokens=5, penalties=penalties
     )
@@ -160,6 +162,45 @@ def test_penalties_add_kl_and_subtract_entropy(batch: Batch, junk: float, kl: fl
     torch.testing.assert_close(sums.entropy_term, entropy_term.detach())
     torch.testing.assert_close(logprobs.grad, kl * distance / 5)
     torch.testing.assert_close(entropies.grad, torch.where(real, -bonus / 5, 0.0).double())
+
+
+def kl_gradient(estimator: Estimator, *, weights: bool) -> tuple[Tensor, Tensor]:
+    """The expected gradient of the KL term over all responses of two tokens of three, and that of the divergence.
+
+    The responses are those of a policy whose logits are about one away. The divergence is the sum of the two tokens'
+    KL(policy ‖ reference), the second's being the mean over the first tokens that this policy sampled.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # The first row holds the first token's logits, the others those of the second after each first.
+    logits, reference, away = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    logits.requires_grad_()
+    now, fixed = logits.log_softmax(-1), reference.log_softmax(-1)
+    old = (logits.detach() + away).log_softmax(-1)
+    penalties = Penalties(0.7, estimator, weights)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+
+    def of_response(table: Tensor, first: int, second: int) -> Tensor:
+        return torch.stack([table[0, first], table[1 + first, second]])[None]
+
+    total = torch.zeros((), dtype=torch.float64)
+    for first, second in product(range(3), range(3)):
+        here, before, there = (of_response(table, first, second) for table in (now, old, fixed))
+        none = torch.zeros_like(before)
+        loss, _ = whole_policy_loss(here, none, before, there, none, mask, clip=0.2, num_tokens=1, penalties=penalties)
+        total = total + before.sum().exp() * loss
+    divergences = (now.exp() * (now - fixed)).sum(-1)
+    exact = 0.7 * (divergences[0] + old[0].exp() @ divergences[1:])
+    found, expected = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (total, exact))
+    return found, expected
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_weighted_kl_in_the_loss_pulls_along_the_divergence_whoever_sampled(estimator: Estimator) -> None:
+    """By enumeration; without weights the gradient is another."""
+    found, expected = kl_gradient(estimator, weights=True)
+    torch.testing.assert_close(found, expected)
+    found, expected = kl_gradient(estimator, weights=False)
+    assert (found - expected).norm() > 0.3 * expected.norm()
 
 
 @given(batch=batches(min_length=1), junk=st.sampled_from(JUNK))

@@ -18,6 +18,7 @@ from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.experience import Experience, Minibatch
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Sequences
+from rlhf.tracking.metrics import read_metrics
 from tests.models.tiny import make_tiny_llama
 
 pytestmark = [
@@ -240,7 +241,7 @@ def parts_of(updates: Sequence[Update], iteration: int) -> list[Experience]:
         {"kl": {"coef": 0.4, "estimator": "k3"}, "score_clip": 1.5, "missing_eos_penalty": 0.7},
         {"missing_eos_score": -2.0, "whiten_rewards": True},
         {"whiten_rewards": True, "whiten_advantages": False, "gae_lambda": 1.0},
-        {"kl": {"coef": 0.4, "estimator": "k2", "place": "loss"}},
+        {"kl": {"coef": 0.4, "estimator": "k2", "place": "loss", "importance_weights": False}},
         {"kl": {"coef": 0.4, "target": 0.3, "horizon": 20}},
     ],
 )
@@ -267,8 +268,10 @@ def test_both_models_learn_from_what_the_definition_says(
             for epoch in range(settings.epochs):
                 assert sorted(seen[epoch * ROLLOUTS : (epoch + 1) * ROLLOUTS]) == list(range(ROLLOUTS))
         for update in (one for one in policy.updates if one.iteration == iteration):
-            in_loss = update.loss.keywords["penalties"].kl_coef
-            assert in_loss == (beta if settings.kl.place == "loss" else 0.0)
+            penalties = update.loss.keywords["penalties"]
+            assert penalties.kl_coef == (beta if settings.kl.place == "loss" else 0.0)
+            assert penalties.kl_estimator == settings.kl.estimator
+            assert penalties.kl_importance_weights == settings.kl.importance_weights
             assert update.minibatch.num_tokens == sum(int(part.mask.sum()) for part in update.minibatch.parts)
         if settings.kl.target is not None:
             error = min(max(expected.kl / settings.kl.target - 1, -0.2), 0.2)
@@ -290,14 +293,22 @@ def test_the_losses_are_clipped_as_asked(tmp_path: Path, monkeypatch: pytest.Mon
     _, policy, value = run(tmp_path, monkeypatch, policy_clip=0.3, value_clip=None, entropy_bonus=0.01)
     assert policy.updates[0].loss.keywords["clip"] == 0.3
     assert policy.updates[0].loss.keywords["penalties"].entropy_bonus == 0.01
+    assert policy.updates[0].loss.keywords["penalties"].kl_importance_weights
     assert value.updates[0].loss.keywords["clip"] is None
 
 
 def test_the_value_model_warms_up_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the first iterations asked for, the policy stays as it is."""
-    _, policy, value = run(tmp_path, monkeypatch, value_warmup=2)
-    assert {update.iteration for update in policy.updates} == {2}
+    """In the first iterations asked for, the policy and β stay as they are; β moves after the first that trains it."""
+    kl = {"coef": 0.4, "target": 0.3, "horizon": 20}
+    settings, policy, value = run(tmp_path, monkeypatch, value_warmup=1, kl=kl)
+    assert {update.iteration for update in policy.updates} == {1, 2}
     assert {update.iteration for update in value.updates} == {0, 1, 2}
+    first, second, third = (row["kl/coef"] for row in read_metrics(tmp_path / "attempt" / "metrics.jsonl"))
+    assert first == second == 0.4
+    measured = written_out(policy.rollouts[1], policy.tokenizer.eos_token_id, settings, 0.4).kl
+    error = min(max(measured / 0.3 - 1, -0.2), 0.2)
+    assert third == pytest.approx(0.4 * (1 + error * ROLLOUTS / 20))
+    assert third != 0.4
 
 
 def test_an_update_that_went_too_far_is_the_iteration_s_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
