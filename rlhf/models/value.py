@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.config.training import LoraSettings, Precision
 from rlhf.models import adapters, trust
-from rlhf.models.heads import TokenValues, unwrapped, initialise_head
+from rlhf.models.heads import TokenValues, initialise_head, unwrapped
 from rlhf.models.training import Training
 from rlhf.rl.losses import ValueSums
 from rlhf.rollout.experience import Experience, Minibatch
