@@ -14,8 +14,9 @@ from rlhf.models.four import load_models
 from rlhf.pipeline.context import Context
 from rlhf.rl.advantages import generalised_advantages, masked_moments, whiten
 from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_health
+from rlhf.rl.importance import truncated_importance_weights
 from rlhf.rl.losses import Penalties, PolicySums, ValueSums, clipped_policy_loss, clipped_value_loss
-from rlhf.rl.metrics import rollout_metrics, update_metrics
+from rlhf.rl.metrics import mismatch_metrics, rollout_metrics, update_metrics
 from rlhf.rl.rewards import kl_penalised_rewards, shaped_scores
 from rlhf.rl.schedules import learning_rate_share
 from rlhf.rollout.demonstrations import DemonstrationStream
@@ -67,11 +68,14 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
         advantages, returns = generalised_advantages(rewards, values, mask, settings.discount, settings.gae_lambda)
         if settings.whiten_advantages:
             advantages = whiten(advantages, mask, masked_moments(advantages, mask))
+        if settings.importance_cap:
+            advantages *= truncated_importance_weights(logprobs, rollout.logprobs, mask, settings.importance_cap)
         experience = Experience.of(rollout.sequences, logprobs, reference_logprobs, values, advantages, returns)
 
         metrics = rollout_metrics(
             scores, rollout.ended, logprobs, reference_logprobs, entropies, mask, kl.in_reward, settings.kl.estimator
         )
+        metrics |= mismatch_metrics(rollout.logprobs, logprobs, mask)
         metrics |= {"kl/coef": kl.value} | reward.out_of_range(scores)
         check_health(metrics, journal.first_row(metrics), settings.kl.limit)
 

@@ -104,6 +104,10 @@ class PpoSettings(Settings):
     """Shift and scale advantages to mean 0 and variance 1 over the real tokens of all ranks."""
     policy_clip: float | None = semantic(0.2, gt=0)
     """ε of the clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7); null leaves the ratio as it is."""
+    importance_cap: float | None = semantic(None, gt=0)
+    """Cap C of truncated importance sampling: each token's advantage is multiplied by min(π_trained / π_sampler, C)
+    (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; 2 is usual). Null for
+    none: the sampler here has the trained weights, and ``rollout/kl_to_trained`` measures that it has."""
     value_clip: float | None = semantic(0.2, gt=0)
     """How far a value may move from its old value before its loss is clipped; null leaves it unclipped."""
     entropy_bonus: float = semantic(0.0, ge=0)

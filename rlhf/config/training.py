@@ -41,3 +41,6 @@ class SamplingSettings(Settings):
     """Divides the logits wherever a probability is computed."""
     max_new_tokens: int = semantic(64, ge=1)
     """Longest response, in tokens."""
+    fp32_head: bool = semantic(True)
+    """Compute the logits in fp32 with ``precision: bf16`` too, here and in every log-probability: bf16 has three
+    digits, and logits are large numbers with small differences."""

@@ -61,9 +61,16 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     return adapted
 
 
-def load_policy(folder: Path, dtype: torch.dtype) -> Any:
-    """Load a language model as :func:`load` does, giving tokens that its tokenizer does not have the probability 0."""
+def load_policy(folder: Path, dtype: torch.dtype, *, fp32_head: bool = True) -> Any:
+    """Load a language model as :func:`load` does, for sampling or log-probabilities.
+
+    Rows of its embeddings that no token has get the probability 0.
+
+    fp32_head  whether the logits are computed in fp32, whatever ``dtype`` is
+    """
     model = load(folder, scores=False, dtype=dtype)
+    if fp32_head:
+        heads.compute_in_fp32(heads.unwrapped(model).get_output_embeddings())
     heads.forbid_rows_without_token(heads.unwrapped(model), text.load_tokenizer(folder))
     return model
 

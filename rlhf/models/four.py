@@ -37,6 +37,7 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
         lora=settings.lora,
         seed=settings.seed,
         training=Training("policy", settings.policy_learning_rate, settings.max_grad_norm),
+        fp32_head=settings.sampling.fp32_head,
         learns_entropy=settings.entropy_bonus > 0,
         ptx_coef=settings.ptx.coef,
         average_decay=settings.average_decay,
@@ -66,7 +67,11 @@ def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, Froze
 
     def policy(role: str) -> FrozenPolicy:
         return FrozenPolicy(
-            context.inputs[role], settings.precision, settings.sampling.temperature, settings.micro_batch_size
+            context.inputs[role],
+            settings.precision,
+            settings.sampling.temperature,
+            settings.micro_batch_size,
+            fp32_head=settings.sampling.fp32_head,
         )
 
     return policy("before"), policy("after"), load_rewards(context, settings.micro_batch_size)

@@ -6,10 +6,12 @@ Shapes: ids and attention masks ``[batch, prompt + time]``, prompts padded on th
 
 import inspect
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import FloatTensor, Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.models.packing import keeps_texts_apart, pack
@@ -56,6 +58,7 @@ class TokenValues(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        compute_in_fp32(unwrapped(model).score)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, time: int) -> Tensor:
         """Values before each of the last ``time`` tokens."""
@@ -73,6 +76,7 @@ class SequenceScores(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        compute_in_fp32(unwrapped(model).score)
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw scores ``[batch]``."""
@@ -80,7 +84,8 @@ class SequenceScores(nn.Module):
 
 
 def pack_texts(classifier: Any) -> None:
-    """Have a decoder's sequence classifier pack its texts, which are padded on the right."""
+    """Have a decoder's sequence classifier pack its texts, which are padded on the right, and score in fp32."""
+    compute_in_fp32(classifier.score)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=_last_token_logits(classifier, input_ids, attention_mask))
@@ -126,6 +131,37 @@ def scores_at_last_token(model: Any) -> bool:
 def unwrapped(model: Any) -> Any:
     """Return the model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def compute_in_fp32(head: nn.Module) -> None:
+    """Have every linear layer of a head multiply in float32, whatever type its input and weights have."""
+    for part in head.modules():
+        if isinstance(part, nn.Linear):
+            part.forward = partial(_linear_in_fp32, part)
+
+
+def _linear_in_fp32(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    product = _Fp32Product.apply(hidden, layer.weight)
+    return product if layer.bias is None else product + layer.bias.float()
+
+
+class _Fp32Product(torch.autograd.Function):
+    # Casting the weight outside would keep a copy in fp32 of the largest matrix of all for the backward pass.
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return nn.functional.linear(hidden.float(), weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch passes gradients by position
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        of_hidden = (grad @ weight.float()).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        rows = grad.flatten(0, -2).T @ hidden.flatten(0, -2).float() if ctx.needs_input_grad[1] else None
+        return of_hidden, None if rows is None else rows.to(weight.dtype)
 
 
 def forbid_rows_without_token(model: Any, tokenizer: Tokenizer) -> None:

@@ -33,11 +33,19 @@ class FrozenPolicy:
     _lora: LoraSettings | None = None
     """Adapters that are trained on top of the folder's weights."""
 
-    def __init__(self, folder: Path, precision: Precision, temperature: float, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision,
+        temperature: float,
+        micro_batch_size: int,
+        *,
+        fp32_head: bool = True,
+    ) -> None:
         self.folder = folder
         self.tokenizer = text.load_tokenizer(folder)
         self._precision: Precision = precision
-        self._temperature = temperature
+        self._temperature, self._fp32_head = temperature, fp32_head
         self._micro_batch_size = micro_batch_size
         self._replica: Replica | None = None
         self._model = self._build()
@@ -45,7 +53,7 @@ class FrozenPolicy:
 
     def _build(self) -> Any:
         with sharded_loading(self._precision):
-            return folders.load_policy(self.folder, DTYPES[self._precision])
+            return folders.load_policy(self.folder, DTYPES[self._precision], fp32_head=self._fp32_head)
 
     def _start(self) -> Engine:
         return Engine(TokenLogprobs(self._model), self._precision)
@@ -65,6 +73,7 @@ class FrozenPolicy:
                 self._precision,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
+                fp32_head=self._fp32_head,
                 lora=self._lora,
             )
         return self._replica
@@ -108,15 +117,17 @@ class TrainedPolicy(FrozenPolicy):
         lora: LoraSettings | None,
         seed: int,
         training: Training,
+        fp32_head: bool = True,
         learns_entropy: bool = False,
         ptx_coef: float = 0.0,
         average_decay: float | None = None,
     ) -> None:
         self._lora, self._seed, self._training = lora, seed, training
         self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
-        super().__init__(folder, precision, temperature, micro_batch_size)
+        answers = folder, precision, temperature, micro_batch_size
+        super().__init__(*answers, fp32_head=fp32_head)
         self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
-        self._reference = None if lora else FrozenPolicy(folder, precision, temperature, micro_batch_size)
+        self._reference = None if lora else FrozenPolicy(*answers, fp32_head=fp32_head)
 
     def _build(self) -> Any:
         # PPO switches all dropout off: otherwise old and new log-probabilities differ by chance.

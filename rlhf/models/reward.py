@@ -55,8 +55,9 @@ class FrozenReward:
     """A reward model's folder, scoring text: the policy may have another tokenizer, and the reward model may be an
     encoder.
 
-    folder  a plain reward-model folder or an adapter's, whose ``config.json`` has ``score_mean``, ``score_std`` and ``sees``, and may
-            have ``score_low`` and ``score_high``: the range of the normalised scores that it gave people's responses
+    folder  a plain reward-model folder or an adapter's, whose ``config.json`` has ``score_mean``, ``score_std`` and
+            ``sees``, and may have ``score_low`` and ``score_high``: the range of the normalised scores that it gave
+            people's responses
 
     Raises:
         PreflightError: it says that it scores longer texts than it takes, or its tokenizer lacks what it needs.

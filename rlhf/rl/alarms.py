@@ -17,6 +17,10 @@ Metrics = Mapping[str, float]
 # difference stays below these, nats² a token: measured 1e-14 in fp32, and up to 1.6e-3 in bf16, which has three digits.
 FIRST_KL_BOUNDS: Mapping[Precision, float] = {"fp32": 5e-9, "bf16": 5e-3}
 
+# Where the sampler has the trained weights, log-probabilities differ by rounding alone. The mean difference, nats a token,
+# stays below these: largest measured 1.5e-8 in fp32 and 1.5e-4 in bf16 (128 responses of 45 tokens; docs/ppo.md).
+SAMPLER_KL_BOUNDS: Mapping[Precision, float] = {"fp32": 1e-5, "bf16": 5e-3}
+
 
 @dataclass(frozen=True)
 class Watched:
@@ -54,6 +58,19 @@ def _ratio(now: Metrics, watched: Watched) -> str | None:
     return (
         f"the policy's ratio was not 1 before its first update: policy/approxkl_first is {found:.2g}, above "
         f"{bound:g}; old and new log-probabilities come from different computations"
+    )
+
+
+def _sampler(now: Metrics, watched: Watched) -> str | None:
+    # Either sign: the log-ratio's mean is a KL, which is not negative, only if the tokens came from the sampler's
+    # probabilities that it is taken of.
+    kl, bound = now.get("rollout/kl_to_trained", 0.0), SAMPLER_KL_BOUNDS[watched.precision] * now["length/mean"]
+    if abs(kl) <= bound:
+        return None
+    return (
+        f"the responses were not sampled from the policy that is trained: rollout/kl_to_trained is {kl:.2g} nats a "
+        f"response, beyond {bound:.2g}, and rollout/largest_gap {now['rollout/largest_gap']:.2g} nats; if that cannot be "
+        "mended, set importance_cap"
     )
 
 
@@ -115,6 +132,7 @@ def _score_range(now: Metrics, _: Watched) -> str | None:
 
 _CHECKS: Mapping[str, Callable[[Metrics, Watched], str | None]] = {
     "ratio": _ratio,
+    "sampler": _sampler,
     "negative_kl": _negative_kl,
     "eos": _eos,
     "length": _length,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.rl.kl import Estimator, kl_estimates
 from rlhf.rl.losses import PolicySums, ValueSums
-from rlhf.rl.masks import masked_mean, masked_sum
+from rlhf.rl.masks import masked, masked_mean, masked_sum
 
 
 def rollout_metrics(
@@ -43,6 +43,23 @@ def rollout_metrics(
         "val/num_eos_tokens": float(ended.sum().item()),
         "length/mean": lengths.mean().item(),
         "length/max": lengths.max().item(),
+    }
+
+
+def mismatch_metrics(sampler_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -> dict[str, float]:
+    """Measure how far the distribution that was sampled from is from the policy that is trained.
+
+    ``rollout/kl_to_trained`` is the mean over responses of the sum over tokens of log sampler - log trained, an
+    unbiased estimate of KL(sampler || trained) in nats a response; ``rollout/largest_gap`` the largest difference of a
+    single token's two log-probabilities, nats.
+
+    sampler_logprobs  ``[sample, time]``, of the tokens as they were sampled
+    logprobs          ``[sample, time]``, of the same tokens by the trained policy, before any update
+    """
+    gaps = masked(sampler_logprobs - logprobs, mask).double()
+    return {
+        "rollout/kl_to_trained": gaps.sum(-1).mean().item(),
+        "rollout/largest_gap": gaps.abs().max().item(),
     }
 
 

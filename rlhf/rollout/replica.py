@@ -32,9 +32,11 @@ class Replica:
         *,
         eos_token_id: int,
         pad_token_id: int,
+        fp32_head: bool = True,
         lora: LoraSettings | None = None,
     ) -> None:
-        model = adapters.with_lora(folders.load_policy(folder, DTYPES[precision]), lora, scores=False, seed=0)
+        model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
+        model = adapters.with_lora(model, lora, scores=False, seed=0)
         self._model: Any = model.to(group.device()).eval()
         self._eos, self._pad = eos_token_id, pad_token_id
 

@@ -22,6 +22,7 @@ from rlhf.models.heads import (
     SequenceScores,
     TokenLogprobs,
     TokenValues,
+    compute_in_fp32,
     forbid_rows_without_token,
     initialise_head,
 )
@@ -105,6 +106,26 @@ def test_scores_are_the_logits_of_the_plain_classifier(tiny: Path, classifier: A
     scores = SequenceScores(classifier)(ids, mask)
     torch.testing.assert_close(scores, classifier(input_ids=ids, attention_mask=mask).logits.squeeze(-1))
     assert scores.std() > 0.01
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_in_fp32_gives_fp32_s_products_and_gradients(bias: bool) -> None:
+    """Of input and weights in bf16, as if both had been cast; three digits are not enough for a logit."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 300, bias=bias, dtype=torch.bfloat16)
+    hidden = (8 * torch.randn(2, 5, 64)).bfloat16().requires_grad_()
+    direction = torch.randn(2, 5, 300)
+    inputs = [hidden, *head.parameters()]
+    rounded = head(hidden)
+    product = torch.nn.functional.linear(hidden.float(), *(one.float() for one in head.parameters()))
+    expected = torch.autograd.grad((product * direction).sum(), inputs)
+    compute_in_fp32(head)
+    found = head(hidden)
+    torch.testing.assert_close(found, product)
+    assert (rounded.float() - product).abs().max() > 0.01
+    for ours, theirs in zip(torch.autograd.grad((found * direction).sum(), inputs), expected, strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs)
 
 
 # Padding at the end, and holes in the middle.

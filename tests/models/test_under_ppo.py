@@ -174,6 +174,26 @@ def test_in_bf16_what_samples_and_what_is_evaluated_is_what_is_trained(tiny: Pat
         assert divergence(FrozenPolicy(tmp_path / "folded", "bf16", 1.0, 2), policy, rollout) > moved / 5
 
 
+@pytest.mark.parametrize("fp32_head", [True, False])
+def test_the_sampler_and_every_log_probability_have_the_head_asked_for(tiny: Path, fp32_head: bool) -> None:
+    """In bf16 too the logits are fp32's products of the last layer's states, or bf16's where that is asked for."""
+    policy = policy_of(tiny, precision="bf16", fp32_head=fp32_head)
+    rollout = sampled(policy)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).eval()
+    tokens = len(policy.tokenizer)
+    for found in (rollout.logprobs, policy.logprobs(rollout.sequences), policy.reference_logprobs(rollout.sequences)):
+        gaps: list[float] = []
+        for row, ids in enumerate(rollout.sequences.ids):
+            real = ids[rollout.sequences.attention_mask[row].bool()]
+            response = real[-int(rollout.mask[row].sum()) :]
+            with torch.no_grad():
+                states = model.model(real[None]).last_hidden_state[0, -len(response) - 1 : -1]
+                logits = (states.float() @ model.lm_head.weight.float().T)[:, :tokens]
+            expected = logits.log_softmax(-1)[range(len(response)), response]
+            gaps.append(float((found[row, : len(response)] - expected).abs().max()))
+        assert max(gaps) < 1e-4 if fp32_head else max(gaps) > 0.002
+
+
 NORMALISER = {"score_mean": 0.5, "score_std": 2.0, "sees": "response", "score_max_length": 32}
 
 

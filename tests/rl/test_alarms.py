@@ -30,6 +30,8 @@ def test_a_healthy_run_raises_no_alarm() -> None:
     ("name", "wrong", "words"),
     [
         ("ratio", {"policy/approxkl_first": 1e-4}, "ratio was not 1"),
+        ("sampler", {"rollout/kl_to_trained": 4e-4, "rollout/largest_gap": 0.1}, "not sampled from the policy"),
+        ("sampler", {"rollout/kl_to_trained": -4e-4, "rollout/largest_gap": 0.1}, "not sampled from the policy"),
         ("negative_kl", {"objective/kl": -0.5}, "negative beyond noise"),
         ("eos", {"val/num_eos_tokens": 2.0}, "no longer end"),
         ("length", {"length/mean": 63.0}, "grown to the limit"),
@@ -50,6 +52,8 @@ def test_noise_is_no_alarm() -> None:
     assert not alarms(HEALTHY | {"objective/kl": -0.3}, WATCHED)
     bf16 = Watched(FIRST, "bf16", max_new_tokens=64, rollouts=64)
     assert not alarms(HEALTHY | {"policy/approxkl_first": 1.5e-4}, bf16)
+    assert not alarms(HEALTHY | {"rollout/kl_to_trained": 1e-5}, WATCHED)
+    assert not alarms(HEALTHY | {"rollout/kl_to_trained": -0.02}, bf16)
 
 
 def test_what_was_so_from_the_start_is_no_alarm() -> None:

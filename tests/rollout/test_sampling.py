@@ -98,11 +98,10 @@ def written_out(model: Any, prompt: list[int], numbers: list[float], temperature
     for number in numbers:
         logits = model(torch.tensor([[*prompt, *ids]])).logits[0, -1, :tokens] / temperature
         probabilities = torch.softmax(logits, -1)
-        total = 0.0
-        for token, probability in enumerate(probabilities.tolist()):
-            total += probability
-            if total > number:
-                break
+        token, total = 0, float(probabilities[0])
+        while total <= number:
+            token += 1
+            total += float(probabilities[token])
         ids.append(token)
         logprobs.append(float(probabilities[token].log()))
         if token == eos:

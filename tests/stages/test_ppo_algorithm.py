@@ -80,7 +80,8 @@ class MadeUpPolicy(Model):
         for row in range(1, len(prompts)):  # the first is cut off; the others end at their own place
             ids[row, row % TIME] = self.tokenizer.eos_token_id
         self.rollouts.append(ids)
-        return Responses(ids, torch.zeros(ids.shape))
+        sequences = Sequences(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
+        return Responses(ids, of_sequences(sequences, 4))
 
     def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         return of_sequences(sequences, 0), of_sequences(sequences, 3) + 2
@@ -130,6 +131,8 @@ class Written:
     advantages: list[Row]
     returns: list[Row]
     kl: float
+    gaps: list[Row]
+    """How much likelier the sampler found each token than the policy does."""
 
 
 def estimate(name: str, policy: float, reference: float) -> float:
@@ -152,7 +155,7 @@ def spread(rows: list[Row]) -> tuple[float, float]:
 def written_out(ids: Tensor, eos: int, settings: PpoSettings, beta: float) -> Written:
     """One iteration: the definition, token by token."""
     sequences = Sequences(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
-    policy, reference, value = (of_sequences(sequences, kind).double().tolist() for kind in (0, 1, 2))
+    policy, reference, value, sampler = (of_sequences(sequences, kind).double().tolist() for kind in (0, 1, 2, 4))
     lengths = [row.index(eos) + 1 if eos in row else TIME for row in ids.tolist()]
     rewards: list[Row] = []
     kls: list[float] = []
@@ -183,7 +186,11 @@ def written_out(ids: Tensor, eos: int, settings: PpoSettings, beta: float) -> Wr
     if settings.whiten_advantages:
         mean, deviation = spread(advantages)
         advantages = [[(one - mean) / deviation for one in row] for row in advantages]
-    return Written(advantages, returns, sum(kls) / len(kls))
+    gaps = [[s - p for s, p in zip(sampler[n], policy[n], strict=True)][:length] for n, length in enumerate(lengths)]
+    if settings.importance_cap is not None:
+        weights = [[min(math.exp(-gap), settings.importance_cap) for gap in row] for row in gaps]
+        advantages = [[a * w for a, w in zip(*rows, strict=True)] for rows in zip(advantages, weights, strict=True)]
+    return Written(advantages, returns, sum(kls) / len(kls), gaps)
 
 
 def run(
@@ -243,6 +250,7 @@ def parts_of(updates: Sequence[Update], iteration: int) -> list[Experience]:
         {"whiten_rewards": True, "whiten_advantages": False, "gae_lambda": 1.0},
         {"kl": {"coef": 0.4, "estimator": "k2", "place": "loss", "importance_weights": False}},
         {"kl": {"coef": 0.4, "target": 0.3, "horizon": 20}},
+        {"importance_cap": 1.1},
     ],
 )
 def test_both_models_learn_from_what_the_definition_says(
@@ -273,6 +281,11 @@ def test_both_models_learn_from_what_the_definition_says(
             assert penalties.kl_estimator == settings.kl.estimator
             assert penalties.kl_importance_weights == settings.kl.importance_weights
             assert update.minibatch.num_tokens == sum(int(part.mask.sum()) for part in update.minibatch.parts)
+        row = read_metrics(tmp_path / "attempt" / "metrics.jsonl")[iteration]
+        assert row["rollout/kl_to_trained"] == pytest.approx(sum(map(sum, expected.gaps)) / ROLLOUTS, abs=1e-5)
+        assert row["rollout/largest_gap"] == pytest.approx(
+            max(abs(gap) for one in expected.gaps for gap in one), abs=1e-5
+        )
         if settings.kl.target is not None:
             error = min(max(expected.kl / settings.kl.target - 1, -0.2), 0.2)
             beta *= 1 + error * ROLLOUTS / settings.kl.horizon

@@ -312,7 +312,7 @@ def computed_precision(folder: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def replica(tiny: Path, folder: Path) -> dict[str, Any]:
-    """Responses of an unsharded copy before and after a refresh, and of the exported model, whose adapter is beside it."""
+    """Responses of an unsharded copy before and after a refresh, and of the exported model."""
     found: dict[str, Any] = {}
     noise = uniforms(0, range(6), 12)
     prompts = [[5 + row, 40, 41 + row] for row in range(6)]
