@@ -3,7 +3,7 @@
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +17,7 @@ from rlhf.pipeline.runner import Runner
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store
 from rlhf.terminal import Display
+from rlhf.tracking.metrics import read_metrics
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Pipeline:
     """Holds the store, the inputs, and the results that were asked for."""
     session: Session
     store: Store
+    records: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The action records of the instances that have run, by name."""
 
     def run(self, overrides: Sequence[str], *names: str) -> list[Path]:
         """Bring stage instances up to date; the folders of their results, in the order of the names."""
@@ -39,7 +42,13 @@ class Pipeline:
         )
         display = Display(Console(stderr=True), list(config.instances))
         planned = Runner(config, known, self.store, self.session, display).run(names)
+        self.records |= {name: planned[name].record for name in names}
         return [self._result(planned[name].record) for name in names]
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """What every step of an instance that has run reported."""
+        record = self.records[name]
+        return read_metrics(self.store.root / "work" / record.key / record.attempt / "metrics.jsonl")
 
     def _result(self, record: Any) -> Path:
         target = self.folder / "results" / record.artifact
@@ -47,9 +56,12 @@ class Pipeline:
 
 
 @contextmanager
-def opened(file: Path, folder: Path | None) -> Generator[Pipeline]:
-    """A pipeline in a folder, where what it finished before need not run again; None takes one that is removed."""
-    with TemporaryDirectory() as temporary, Session(ClusterSettings(gpus=0)) as session:
+def opened(file: Path, folder: Path | None, gpus: int | None = 0) -> Generator[Pipeline]:
+    """A pipeline in a folder, where what it finished before need not run again; None takes one that is removed.
+
+    gpus  that stages may use; None allows all there are
+    """
+    with TemporaryDirectory() as temporary, Session(ClusterSettings(gpus=gpus)) as session:
         place = (folder or Path(temporary)).absolute()
         place.mkdir(parents=True, exist_ok=True)
         yield Pipeline(file, place, session, Store.open(place / "store"))
