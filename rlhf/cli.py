@@ -246,12 +246,16 @@ def _summary(request: Request, planned: dict[str, Planned], store: Store) -> Non
             request.out.print()
             request.out.print(samples_table(samples[:5]))
             request.out.print(key_values(record.metrics))
-    request.out.print("metrics, logs and W&B files:")
-    for one, record in made:
-        attempt = store.root / "work" / record.key / record.attempt
-        if one.stage.runs == "workers" and attempt.is_dir():
-            # Not broken into lines, so that it can be copied whole.
-            request.out.print(f"  {one.name}: {_near(attempt)}", soft_wrap=True, markup=False)
+    attempts = {
+        one.name: attempt
+        for one, record in made
+        if one.stage.runs == "workers" and (attempt := store.root / "work" / record.key / record.attempt).is_dir()
+    }
+    if attempts:
+        request.out.print("metrics, logs and W&B files:")
+    for name, attempt in attempts.items():
+        # Not broken into lines, so that it can be copied whole.
+        request.out.print(f"  {name}: {_near(attempt)}", soft_wrap=True, markup=False)
     policies = [one.name for one, _ in made if one.stage.kind == "policy"]
     if policies:
         generate_command = command_line(request, "generate", policies[-1])
