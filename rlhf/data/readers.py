@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.sources import FILE_SUFFIXES, HubDataset, is_local, parse_hub_dataset
-from rlhf.errors import IndexUnreachableError, RecordError, SettingsError
+from rlhf.errors import IndexUnreachableError, RecordError, SettingsError, refused_cache
 
 CHUNK_CHARACTERS = 1 << 20
 PARQUET_BATCH_ROWS = 1024
@@ -255,7 +255,7 @@ def _hub_rows(dataset: HubDataset) -> Iterator[Row]:
     except ValueError as error:
         raise SettingsError(f"the dataset cannot be read: {error}", where, "check name, revision and split") from error
     except OSError as error:
-        raise IndexUnreachableError(
+        raise refused_cache(error) or IndexUnreachableError(
             f"the hub did not answer: {error}",
             where,
             "try again, or download the dataset where there is a network and name the folder",
