@@ -5,6 +5,7 @@ Nothing heavy is imported here: ``--help`` and ``plan`` answer in well under a s
 
 import _thread
 import argparse
+import io
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +38,7 @@ from rlhf.config.pipeline import (
     resolved,
 )
 from rlhf.config.tree import to_yaml
-from rlhf.errors import InterruptedRunError, RequestError, RlhfError
+from rlhf.errors import DiskFullError, InterruptedRunError, RequestError, RlhfError, is_no_room
 from rlhf.narration import diff_view, explain_view, lineage_view
 from rlhf.pipeline import documents
 from rlhf.pipeline.plan import Planned, instance_of, plan, result_of
@@ -58,6 +59,8 @@ from rlhf.terminal import (
 )
 
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
+_LEAST_COLUMNS = 20
+"""Of a narrower COLUMNS the terminal is asked instead: no table can be read there."""
 SECONDS_TO_SAVE = 25.0
 """How long after SIGTERM the ranks may take to save; whoever preempts a machine waits 30 s as a rule."""
 SECONDS_TO_STOP = 30.0
@@ -119,9 +122,18 @@ class Request:
     def answer(self, document: Any, show: Callable[[], None]) -> None:
         """Print one JSON document under ``--json``, or what ``show`` prints."""
         if self.arguments.json:
-            print(json.dumps(document, indent=2, ensure_ascii=False))
+            _print_exactly(json.dumps(document, indent=2, ensure_ascii=False), lambda: json.dumps(document, indent=2))
         else:
             show()
+
+
+def _print_exactly(text: str, in_ascii: Callable[[], str]) -> None:
+    """Print a document for a program to read, in ASCII where standard output has not all of its characters."""
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = in_ascii()
+    print(text)
 
 
 def run(request: Request) -> None:
@@ -234,12 +246,16 @@ def _summary(request: Request, planned: dict[str, Planned], store: Store) -> Non
             request.out.print()
             request.out.print(samples_table(samples[:5]))
             request.out.print(key_values(record.metrics))
-    request.out.print("metrics, logs and W&B files:")
-    for one, record in made:
-        attempt = store.root / "work" / record.key / record.attempt
-        if one.stage.runs == "workers" and attempt.is_dir():
-            # Not broken into lines, so that it can be copied whole.
-            request.out.print(f"  {one.name}: {_near(attempt)}", soft_wrap=True, markup=False)
+    attempts = {
+        one.name: attempt
+        for one, record in made
+        if one.stage.runs == "workers" and (attempt := store.root / "work" / record.key / record.attempt).is_dir()
+    }
+    if attempts:
+        request.out.print("metrics, logs and W&B files:")
+    for name, attempt in attempts.items():
+        # Not broken into lines, so that it can be copied whole.
+        request.out.print(f"  {name}: {_near(attempt)}", soft_wrap=True, markup=False)
     policies = [one.name for one, _ in made if one.stage.kind == "policy"]
     if policies:
         generate_command = command_line(request, "generate", policies[-1])
@@ -411,7 +427,8 @@ def generate(request: Request) -> None:
 def config(request: Request) -> None:
     """Print the settings with every default filled in, or what each of them means."""
     if not request.arguments.fields:
-        print(to_yaml(resolved(request.config)), end="")
+        values = resolved(request.config)
+        _print_exactly(to_yaml(values).rstrip("\n"), lambda: to_yaml(values, ascii_only=True).rstrip("\n"))
         return
     sections: dict[str, type[Settings]] = {
         "store": StoreSettings,
@@ -648,6 +665,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _prepare_output()
     try:
         status = _dispatch(words)
         sys.stdout.flush()
@@ -660,9 +678,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception as error:  # noqa: BLE001 - the traceback is one option away
+        if (known := _of_the_environment(error)) is not None:
+            return _report(known, words)
         what = f"unforeseen {type(error).__name__}: {error}"
         return _report(RlhfError(what, "rlhf itself", shlex.join(["rlhf", *words, "--debug"])), words)
     return status
+
+
+def _prepare_output() -> None:
+    """Make printing safe where streams are closed or lack characters, and where COLUMNS or LINES are no sizes."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(
+                os.devnull, os.O_RDWR
+            )  # the lowest free number, or the next file opened would be taken for the stream
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - for good
+        elif isinstance(stream, io.TextIOWrapper) and mode == "w":
+            stream.reconfigure(errors="replace")
+    for name, least in (("COLUMNS", _LEAST_COLUMNS), ("LINES", 2)):
+        given = os.environ.get(name, "")
+        if not (given.isdecimal() and int(given) >= least):
+            os.environ.pop(name, None)
 
 
 def _dispatch(words: Sequence[str]) -> int:
@@ -690,11 +731,40 @@ def _dispatch(words: Sequence[str]) -> int:
         request.tell_notices()
 
 
+def _of_the_environment(error: Exception) -> RlhfError | None:
+    """Say what is wrong around the program, where an error of Python's tells that and not of a mistake of ours."""
+    if isinstance(error, OSError) and is_no_room(error):
+        return DiskFullError(
+            "there is no room left to write", str(error.filename or "standard output"), "free some space"
+        )
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib, for a path that begins with ~
+        return RequestError(
+            "a path begins with ~, and there is no such home folder",
+            f"HOME={os.environ.get('HOME', '')}",
+            "set HOME, or write paths without ~",
+        )
+    if isinstance(error, FileNotFoundError) and not _working_folder_exists():
+        return RequestError("the working folder was deleted", "this process", "change to a folder that exists")
+    return None
+
+
+def _working_folder_exists() -> bool:
+    try:
+        return bool(os.stat(os.getcwd()))  # noqa: PTH109, PTH116
+    except FileNotFoundError:
+        return False
+
+
 def _report(error: RlhfError, words: Sequence[str]) -> int:
     if "--debug" in words:
         traceback.print_exc()
-    if "--json" in words:
-        print(json.dumps({"error": {"what": error.what, "where": error.where, "next": error.next_step}}))
-    else:
+    with suppress(OSError):  # where nothing can be written, the status alone can tell
+        if "--json" in words:
+            with suppress(OSError):
+                print(
+                    json.dumps({"error": {"what": error.what, "where": error.where, "next": error.next_step}}),
+                    flush=True,
+                )
+                return error.exit_status
         print_error(Console(stderr=True, highlight=False), error)
     return error.exit_status

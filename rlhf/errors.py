@@ -33,12 +33,24 @@ import os
 from typing import ClassVar
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 
 
 def is_no_room(error: BaseException) -> bool:
     """Whether an error says that a file system, a quota or a limit on files has no room left."""
     # Libraries such as safetensors keep the words alone.
     return getattr(error, "errno", None) in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error)
+
+
+def refused_cache(error: BaseException) -> "PreflightError | None":
+    """Say that the cache of Hugging Face's libraries cannot be written, where an error of theirs comes from that."""
+    if not isinstance(error, OSError) or error.errno not in _NOT_WRITABLE or not error.filename:
+        return None
+    return PreflightError(
+        f"the cache of Hugging Face's libraries cannot be written: {os.strerror(error.errno)}",
+        str(error.filename),
+        "set HF_HOME to a folder that you can write",
+    )
 
 
 class RlhfError(Exception):

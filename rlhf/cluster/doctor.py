@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rlhf.cluster.temporary import check_temporary_folder
+from rlhf.errors import RlhfError
 from rlhf.units import size
 
 NEEDED = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "accelerate", "wandb")
@@ -21,6 +23,7 @@ def diagnose(store: Path, address: str | None) -> list[dict[str, Any]]:
         _cpus(),
         _memory(),
         _disk(store),
+        *([] if address else [_temporary()]),
         _accelerators(),
         _tracking(),
         {"name": "cluster", "ok": True, "found": address or "none named: Ray is started on this machine", "next": ""},
@@ -63,6 +66,14 @@ def _disk(store: Path) -> dict[str, Any]:
         ok=free >= 5 * 10**9 and writable,
         then=then,
     )
+
+
+def _temporary() -> dict[str, Any]:
+    try:
+        check_temporary_folder()
+    except RlhfError as error:
+        return _entry("temporary", f"{error.where}: {error.what}", ok=False, then=error.next_step)
+    return _entry("temporary", "Ray can use it")
 
 
 def _accelerators() -> dict[str, Any]:

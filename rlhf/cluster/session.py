@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rlhf.cluster import reaper
+from rlhf.cluster.temporary import check_temporary_folder
 from rlhf.cluster.token import MODE, default_path, entrance, known_token, prepare_token, warning_of_open
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.errors import ClusterLostError, PreflightError, TryAgainError
@@ -25,6 +26,8 @@ ENVIRONMENT = {
     # Nothing of ours is compiled, but DeepSpeed imports an optimiser that is, and two seconds of compiler with it.
     "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Text files are UTF-8, also those that libraries read and write, whatever the locale says.
+    "PYTHONUTF8": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 KNOCK_SECONDS = 10.0
@@ -67,11 +70,16 @@ class Session:
 
         Raises:
             TryAgainError: the cluster cannot be reached, or Ray does not start.
+            PreflightError: this machine's temporary or home folder cannot be used.
         """
         if self._started:
             return
+        if self.address is None:
+            check_temporary_folder()
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        # It is meant for this program's output. That of the workers is logs, whose texts must not fail for a character.
+        os.environ.pop("PYTHONIOENCODING", None)
         self._show_token()
         import ray
         import ray._private.worker

@@ -30,7 +30,7 @@ def prepare_token() -> str | None:
     the environment sets is the user's choice and is left as it is.
 
     Raises:
-        PreflightError: the token's file belongs to somebody else, who would be let in.
+        PreflightError: the token's file belongs to somebody else, who would be let in; or it cannot be written.
     """
     if os.environ.get(MODE, "token").lower() != "token":
         return (
@@ -39,11 +39,22 @@ def prepare_token() -> str | None:
         )
     if os.environ.get(TOKEN):
         return None
-    path = default_path()
     if os.environ.get(TOKEN_PATH):
         if not known_token():
             raise PreflightError(f"there is no token in the file that {TOKEN_PATH} names", os.environ[TOKEN_PATH])
         return None
+    path = default_path()
+    try:
+        return _made_private(path)
+    except OSError as error:
+        raise PreflightError(
+            f"Ray's token cannot be kept in the home folder: {error.strerror or error}",
+            f"{path} (HOME={os.environ.get('HOME', '')})",
+            f"set HOME to a folder that you can write, or {TOKEN_PATH} to a file with a token of yours",
+        ) from error
+
+
+def _made_private(path: Path) -> str | None:
     if not path.exists():
         _create(path)
     state = path.stat()

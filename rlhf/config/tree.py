@@ -71,9 +71,10 @@ for _resolved_by in (_CoreLoader, _CoreDumper):
         _resolved_by.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def to_yaml(values: Mapping[str, Any]) -> str:
+def to_yaml(values: Mapping[str, Any], *, ascii_only: bool = False) -> str:
     """Write JSON values as YAML that :func:`read_tree` reads back to the same values."""
-    return yaml.dump(dict(values), Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
+    unicode = not ascii_only
+    return yaml.dump(dict(values), Dumper=_CoreDumper, sort_keys=False, allow_unicode=unicode, default_flow_style=False)
 
 
 def dotted(path: KeyPath) -> str:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from rlhf.config.sources import ARROW_SUFFIXES, HubDataset, is_local, parse_hub_dataset
 from rlhf.data.folders import record_files
-from rlhf.errors import IndexUnreachableError, RecordError, SettingsError
+from rlhf.errors import IndexUnreachableError, RecordError, SettingsError, refused_cache
 
 CHUNK_CHARACTERS = 1 << 20
 BATCH_ROWS = 1024
@@ -360,7 +360,7 @@ def _hub_rows(dataset: HubDataset) -> Iterator[Row]:
     except ValueError as error:
         raise SettingsError(f"the dataset cannot be read: {error}", where, "check name, revision and split") from error
     except OSError as error:
-        raise IndexUnreachableError(
+        raise refused_cache(error) or IndexUnreachableError(
             f"the hub did not answer: {error}",
             where,
             "try again, or download the dataset where there is a network and name the folder",

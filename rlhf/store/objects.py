@@ -153,9 +153,17 @@ class ObjectBackend:
     def probe(self) -> None:
         """Show that both the scratch folder and the bucket can be written, and that conditions are kept.
 
-        Raises SettingsError for an endpoint that ignores them.
+        Raises SettingsError for an endpoint that ignores them, and for a scratch folder that cannot be written.
         """
-        LocalBackend(self._scratch).probe()
+        try:
+            LocalBackend(self._scratch).probe()
+        except StoreUnreachableError as error:
+            raise SettingsError(
+                f"The scratch folder of a store in a bucket cannot be written: {error.what}",
+                str(self._scratch),
+                "Set store.scratch to a folder that you can write; without it, the folder lies under XDG_CACHE_HOME "
+                "or HOME.",
+            ) from error
         name = f".probe-{secrets.token_hex(8)}"
         self.create(name, b"first")
         try:

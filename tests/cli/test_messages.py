@@ -167,6 +167,7 @@ def test_a_run_leaves_out_what_only_imported_stages_read(ask: Ask, path: Path, t
         for stage in ("words", "count"):
             (line,) = [line for line in answer.out.splitlines() if line.startswith(stage)]
             assert line.split(maxsplit=2)[1:] == ["unused", "not needed: total is imported"]
+        assert "metrics, logs" not in answer.out, "nothing has any here"
     assert "gone" in refused(ask, "run", "count", gone)
 
 

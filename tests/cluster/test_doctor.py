@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from rlhf.cluster.doctor import diagnose
 
 
@@ -21,3 +23,12 @@ def test_the_cluster_to_attach_to_is_named():
     """Nobody starts a job on a cluster that the environment named unseen."""
     entries = diagnose(Path("store"), "head:6379")
     assert {"name": "cluster", "ok": True, "found": "head:6379", "next": ""} in entries
+
+
+def test_a_temporary_folder_that_ray_cannot_use_is_bad(monkeypatch: pytest.MonkeyPatch):
+    """As a run would say, unless Ray runs elsewhere."""
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/none")
+    (entry,) = [entry for entry in diagnose(Path("store"), None) if entry["name"] == "temporary"]
+    assert not entry["ok"]
+    assert entry["found"].startswith("RAY_TMPDIR=/proc/none: Ray's temporary folder cannot be written")
+    assert "temporary" not in [entry["name"] for entry in diagnose(Path("store"), "head:6379")]

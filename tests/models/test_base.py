@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import shutil
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.errors import PreflightError
+from rlhf.errors import IndexUnreachableError, PreflightError, RlhfError
 from rlhf.models import base
 from tests.models.tiny import SHAPE, TEXTS
 
@@ -95,3 +96,27 @@ def test_a_copied_folder_has_no_pickles_and_nothing_hidden(tmp_path: Path, tiny:
     base.copy_local(str(source), tmp_path / "target")
     assert {path.name for path in (tmp_path / "target").iterdir()} == {path.name for path in tiny.iterdir()}
     assert base.check(tmp_path / "target") == base.check(tiny)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/dev/null/hub"), PreflightError, "HF_HOME"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/.cache"), PreflightError, "HF_HOME"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), IndexUnreachableError, "network"),
+    ],
+)
+def test_a_hub_cache_that_cannot_be_written_is_no_fault_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[RlhfError], said: str
+) -> None:
+    """The variable that places it is named; what the network does wrong stays an error of the network."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(kind) as caught:
+        base.fetch_from_hub("owner/model", "0" * 40, tmp_path)
+    assert said in caught.value.next_step
+    if error.filename:
+        assert caught.value.where == error.filename

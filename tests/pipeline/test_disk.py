@@ -41,7 +41,7 @@ def test_a_checkpoint_and_a_result_take_what_was_said(base: Path, tmp_path: Path
     trained: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
     masters = [weight.detach().float().clone().requires_grad_() for weight in trained]
     optimiser = torch.optim.AdamW(masters)
-    sum(weight.sum() for weight in masters).backward()
+    torch.stack([weight.sum() for weight in masters]).sum().backward()
     optimiser.step()
     moments = [state[name] for state in optimiser.state.values() for name in ("exp_avg", "exp_avg_sq")]
     checkpoint = sum(tensor.nbytes for tensor in [*trained, *masters, *moments])

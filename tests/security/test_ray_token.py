@@ -186,3 +186,13 @@ def test_a_cluster_without_authentication_is_named_to_who_starts_it_and_who_atta
         answer = attach(address, tmp_path)
         assert answer.startswith("in 7")
         assert "asks for no token" in answer
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/none", "/proc/none"])
+def test_a_home_folder_that_cannot_hold_a_token_is_named(monkeypatch: pytest.MonkeyPatch, folder: str):
+    """With its variable, the cause, and the variable that makes it unnecessary."""
+    monkeypatch.setenv("HOME", folder)
+    with pytest.raises(PreflightError, match=r"cannot be kept in the home folder: (Not a|No such)") as caught:
+        prepare_token()
+    assert caught.value.where == f"{folder}/.ray/auth_token (HOME={folder})"
+    assert token.TOKEN_PATH in caught.value.next_step

@@ -330,6 +330,17 @@ def test_a_store_in_a_folder_imports_nothing_of_buckets(tmp_path: Path):
     assert not {"s3fs", "fsspec", "botocore", "aiohttp"} & set(loaded)
 
 
+def test_a_scratch_folder_that_cannot_be_written_is_named_with_its_variables(
+    bucket_place: BucketPlace, monkeypatch: pytest.MonkeyPatch
+):
+    """It is chosen by the environment where no setting does; the bucket is not to blame."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    with pytest.raises(SettingsError, match=r"scratch folder .* cannot be written: .*No such file") as caught:
+        Store.open(bucket_place.uri)
+    assert caught.value.where.startswith("/proc/none/rlhf/")
+    assert "XDG_CACHE_HOME" in caught.value.next_step
+
+
 def test_scratch_lies_in_the_users_cache_unless_it_is_named(
     bucket_place: BucketPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

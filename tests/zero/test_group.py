@@ -195,7 +195,7 @@ def test_no_room_for_a_checkpoint_stops_every_rank_before_it_is_begun(results: R
         for found in (rank[stage]["full"] for rank in ranks):
             step = int(found["newest"].removeprefix("checkpoint-")) + 1
             assert re.fullmatch(
-                rf"no room for the checkpoint of step {step}: [\d.]+ \w+ needed, 1.0 kB free", found["error"].what
+                rf"no room for the checkpoint of step {step}: [\d.]+ \w+ needed, 1\.0 kB free", found["error"].what
             )
             assert not found["begun"]
 
