@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rlhf.rl.alarms import out_of_range
-from rlhf.rl.losses import Penalties, clipped_policy_loss, clipped_value_loss, demonstration_loss
+from rlhf.rl.losses import Penalties, ValueSums, clipped_policy_loss, clipped_value_loss, demonstration_loss
 from rlhf.rl.metrics import rollout_metrics, update_metrics
 from tests.rl.batches import JUNK, Batch, batches
 
@@ -94,22 +94,29 @@ def test_what_is_said_of_updates_is_of_all_their_tokens(first: Batch, second: Ba
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
+def no_value_loss() -> ValueSums:
+    zeros = torch.zeros(1, 2)
+    return clipped_value_loss(zeros, zeros, zeros, torch.tensor([[True, True]]), clip=0.2, num_tokens=2)[1]
+
+
 def test_demonstrations_are_averaged_over_updates() -> None:
     """Each update's mean counts alike."""
     sums = []
     for likelihood in (-1.0, -4.0):
         logprobs = torch.full((1, 2), likelihood, dtype=torch.float64)
         mask = torch.tensor([[True, True]])
-        _, rollout = clipped_policy_loss(*5 * [logprobs], mask, clip=0.2, num_tokens=2)
+        _, rollout = clipped_policy_loss(logprobs, logprobs, logprobs, logprobs, logprobs, mask, clip=0.2, num_tokens=2)
         sums.append(rollout + demonstration_loss(logprobs, mask, coef=0.5, num_tokens=2)[1])
-    values = clipped_value_loss(*3 * [torch.zeros(1, 2)], torch.tensor([[True, True]]), clip=0.2, num_tokens=2)[1]
-    assert update_metrics(sums, [values])["loss/ptx_avg"] == pytest.approx(2.5)
+    assert update_metrics(sums, [no_value_loss()])["loss/ptx_avg"] == pytest.approx(2.5)
 
 
 def test_while_the_value_model_warms_up_the_policy_has_no_metrics() -> None:
     """But for the number of its updates."""
-    values = clipped_value_loss(*3 * [torch.zeros(1, 2)], torch.tensor([[True, True]]), clip=0.2, num_tokens=2)[1]
-    assert update_metrics([], [values]) == {"loss/value_avg": 0.0, "val/clipfrac_avg": 0.0, "policy/updates": 0.0}
+    assert update_metrics([], [no_value_loss()]) == {
+        "loss/value_avg": 0.0,
+        "val/clipfrac_avg": 0.0,
+        "policy/updates": 0.0,
+    }
 
 
 def test_scores_at_the_ends_of_the_range_are_inside_it() -> None:
