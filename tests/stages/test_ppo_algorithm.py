@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rlhf.config.ppo import PpoSettings
+from rlhf.errors import DivergedError
 from rlhf.models import text
-from rlhf.pipeline.context import Context
+from rlhf.pipeline.context import NOTES, Context
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.experience import Experience, Minibatch
 from rlhf.rollout.sampling import Responses
@@ -72,6 +73,7 @@ class MadeUpPolicy(Model):
     """How far each update moves the log-probabilities."""
     updates: list[Update] = field(default_factory=list)
     rollouts: list[Tensor] = field(default_factory=list)
+    exported: list[Path] = field(default_factory=list)
 
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
         self.iteration += 1
@@ -99,7 +101,7 @@ class MadeUpPolicy(Model):
         return sum(sums[1:], start=sums[0])
 
     def export(self, target: Path) -> None:
-        """Nothing was learned."""
+        self.exported.append(target)
 
 
 @dataclass
@@ -116,12 +118,15 @@ class MadeUpValue(Model):
         return loss(part.values, part.values, part.returns, part.mask, num_tokens=minibatch.num_tokens)[1]
 
 
+@dataclass
 class MadeUpReward:
+    scale: float
+
     def score(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
-        return torch.tensor([3 * math.sin(number + 1.0) for number in range(len(responses))])
+        return torch.tensor([self.scale * math.sin(number + 1.0) for number in range(len(responses))])
 
     def out_of_range(self, scores: Tensor) -> dict[str, float]:
-        return {}
+        return {"score/out_of_range": 0.05}
 
 
 @dataclass
@@ -194,7 +199,7 @@ def written_out(ids: Tensor, eos: int, settings: PpoSettings, beta: float) -> Wr
 
 
 def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: float = 0.0, **more: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: float = 0.0, scale: float = 3.0, **more: Any
 ) -> tuple[PpoSettings, MadeUpPolicy, MadeUpValue]:
     from stages import ppo
 
@@ -204,7 +209,7 @@ def run(
     (tmp_path / "prompts" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policy = MadeUpPolicy(text.load_tokenizer(folder), drift)
     value = MadeUpValue(policy)
-    monkeypatch.setattr(ppo, "load_models", lambda _: (policy, value, MadeUpReward()))
+    monkeypatch.setattr(ppo, "load_models", lambda _: (policy, value, MadeUpReward(scale)))
     values: dict[str, Any] = {
         "rewards": [{"function": "unused.py:reward"}],
         "value_init": "policy",
@@ -234,6 +239,10 @@ def run(
         )
     )
     return settings, policy, value
+
+
+def rows_of(tmp_path: Path) -> list[dict[str, Any]]:
+    return read_metrics(tmp_path / "attempt" / "metrics.jsonl")
 
 
 def parts_of(updates: Sequence[Update], iteration: int) -> list[Experience]:
@@ -316,7 +325,7 @@ def test_the_value_model_warms_up_alone(tmp_path: Path, monkeypatch: pytest.Monk
     settings, policy, value = run(tmp_path, monkeypatch, value_warmup=1, kl=kl)
     assert {update.iteration for update in policy.updates} == {1, 2}
     assert {update.iteration for update in value.updates} == {0, 1, 2}
-    first, second, third = (row["kl/coef"] for row in read_metrics(tmp_path / "attempt" / "metrics.jsonl"))
+    first, second, third = (row["kl/coef"] for row in rows_of(tmp_path))
     assert first == second == 0.4
     measured = written_out(policy.rollouts[1], policy.tokenizer.eos_token_id, settings, 0.4).kl
     error = min(max(measured / 0.3 - 1, -0.2), 0.2)
@@ -344,3 +353,48 @@ def test_a2c_takes_one_unclipped_step_a_rollout(tmp_path: Path, monkeypatch: pyt
         assert [update.iteration for update in model.updates] == [0, 1, 2]
         assert all(len(update.minibatch.parts) == ROLLOUTS for update in model.updates)
         assert all(update.loss.keywords["clip"] is None for update in model.updates)
+
+
+def test_each_iteration_reports_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbered from 1, with its own KL, scores, rate and responses; the policy is exported at the end."""
+    settings, policy, _ = run(tmp_path, monkeypatch, drift=0.1)
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["episode"] for row in rows] == [6, 12, 18]
+    assert [row["lr"] for row in rows] == pytest.approx([0.5, 0.5 * 2 / 3, 0.5 / 3])
+    eos = policy.tokenizer.eos_token_id
+    for row, ids in zip(rows, policy.rollouts, strict=True):
+        expected = written_out(ids, eos, settings, settings.kl.coef)
+        assert row["objective/kl"] == pytest.approx(expected.kl, abs=1e-5)
+        assert row["objective/scores"] == pytest.approx(sum(3 * math.sin(n + 1.0) for n in range(ROLLOUTS)) / ROLLOUTS)
+        assert row["policy/approxkl_first"] == pytest.approx(0.005, abs=1e-6)
+        assert row["policy/updates"] == settings.epochs * settings.minibatches
+        assert row["score/out_of_range"] == 0.05
+        assert row["perf/tokens_per_s"] > 0
+    samples = [json.loads(line) for line in (tmp_path / "attempt" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {1, 2, 3}
+    assert policy.exported == [tmp_path]
+
+
+def test_the_user_is_told_of_an_alarm_once_and_each_row_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that moves before its first update is one."""
+    run(tmp_path, monkeypatch, drift=0.1)
+    assert [row["alarm/ratio"] for row in rows_of(tmp_path)] == [1, 1, 1]
+    assert (tmp_path / "attempt" / NOTES).read_text().count("ratio was not 1") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [({"scale": math.nan}, "scores of 6 of 6 responses are no finite numbers"), ({"kl": {"limit": 0.01}}, "drifted")],
+)
+def test_a_run_that_diverged_stops_before_any_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], words: str
+) -> None:
+    """And exports nothing."""
+    updates: list[Any] = []
+    monkeypatch.setattr(MadeUpPolicy, "update", lambda *given: updates.append(given))
+    monkeypatch.setattr(MadeUpValue, "update", lambda *given: updates.append(given))
+    monkeypatch.setattr(MadeUpPolicy, "export", lambda *given: updates.append(given))
+    with pytest.raises(DivergedError, match=words):
+        run(tmp_path, monkeypatch, **more)
+    assert not updates
