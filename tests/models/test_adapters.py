@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.config.training import LoraSettings
+from rlhf.errors import PreflightError
 from rlhf.models import adapters, folders, text
 from rlhf.models.adapter_folders import config_of, is_adapter
 from rlhf.models.heads import SequenceScores
@@ -41,10 +42,16 @@ def trained(tiny: Path, lora: LoraSettings | None, *, scores: bool) -> tuple[Any
 @pytest.mark.parametrize("scores", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_saved_model_loads_anywhere_without_our_code(tmp_path: Path, tiny: Path, form: str, scores: bool) -> None:
-    """Moved away from its base, the folder gives the trained model's outputs, tokenizer and normaliser."""
-    lora = FORMS[form]
-    model, weights = trained(tiny, lora, scores=scores)
-    adapters.save(model, weights, tiny, tmp_path / "saved", lora, scores=scores, config=NORMALISER if scores else None)
+    """Moved away from its base, the folder gives the trained model's outputs, tokenizer and normaliser.
+
+    What its users' programs sample by, `generation_config.json`, is the base's.
+    """
+    lora, base = FORMS[form], tmp_path / "base"
+    shutil.copytree(tiny, base)
+    (base / "generation_config.json").write_text('{"do_sample": true, "top_k": 20, "repetition_penalty": 1.1}')
+    model, weights = trained(base, lora, scores=scores)
+    adapters.save(model, weights, base, tmp_path / "saved", lora, scores=scores, config=NORMALISER if scores else None)
+    shutil.rmtree(base)
     folder = tmp_path / "moved"
     shutil.move(tmp_path / "saved", folder)
     assert is_adapter(folder) == (form == "adapter")
@@ -62,6 +69,8 @@ def test_a_saved_model_loads_anywhere_without_our_code(tmp_path: Path, tiny: Pat
     original, copy = AutoTokenizer.from_pretrained(tiny), AutoTokenizer.from_pretrained(folder)
     assert copy.get_vocab() == original.get_vocab()
     assert copy.chat_template == original.chat_template
+    sampling = json.loads((folder / "generation_config.json").read_text())
+    assert sampling == {"do_sample": True, "top_k": 20, "repetition_penalty": 1.1}
     if scores:
         assert {name: getattr(loaded.config, name) for name in NORMALISER} == NORMALISER
         assert config_of(folder).items() >= NORMALISER.items()
@@ -90,6 +99,27 @@ def test_an_adapter_written_as_a_plain_folder_is_the_same_reward_model(tmp_path:
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-3, rtol=1e-4)
     assert AutoTokenizer.from_pretrained(plain).chat_template
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "LoRA begun by pissa_niter_4"),
+        ({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}, "PROMPT_TUNING"),
+        ({"r": 2}, "do not fit"),
+        ({"target_modules": ["q_proj"]}, "do not fit its configuration and base; the first is base_model.model"),
+    ],
+)
+def test_an_adapter_that_cannot_stand_beside_its_base_is_refused(
+    tmp_path: Path, tiny: Path, entries: dict[str, Any], words: str
+) -> None:
+    """By name, and never read in part."""
+    model, weights = trained(tiny, FORMS["adapter"], scores=False)
+    adapters.save(model, weights, tiny, tmp_path / "saved", FORMS["adapter"], scores=False)
+    file = tmp_path / "saved" / "adapter_config.json"
+    file.write_text(json.dumps(entries if "peft_type" in entries else json.loads(file.read_text()) | entries))
+    with pytest.raises(PreflightError, match=words):
+        folders.load(tmp_path / "saved", scores=False, dtype=torch.float32)
 
 
 def test_fresh_adapters_change_nothing_and_follow_the_seed(tiny: Path) -> None:
