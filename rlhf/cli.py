@@ -390,8 +390,8 @@ def export(request: Request) -> None:
 
     if len(request.names) != 2:
         raise RequestError("export takes a stage and a folder", "command line", "rlhf export STAGE DIR")
-    one = request.one(request.names[0])
-    request.out.print(f"wrote {export_artifact(one, Path(request.names[1]), request.store())}")
+    one, target = request.one(request.names[0]), Path(request.names[1])
+    request.out.print(f"wrote {export_artifact(one, target, request.store(), adapter=request.arguments.adapter)}")
 
 
 def generate(request: Request) -> None:
@@ -608,6 +608,8 @@ def parser_of(command: str) -> Parser:
         case "import":
             parser.add_argument("--as", dest="as_", metavar="STAGE", default="sft", help="the stage whose result it is")
             parser.add_argument("--forget", action="store_true", help="undo the import of a stage")
+        case "export":
+            parser.add_argument("--adapter", action="store_true", help="keep an adapter beside its base, not folded in")
         case "generate":
             parser.add_argument(
                 "--prompt", action="append", help="a prompt; may be given again; else lines of standard input"

@@ -69,7 +69,8 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
         if settings.whiten_advantages:
             advantages = whiten(advantages, mask, masked_moments(advantages, mask))
         if settings.importance_cap:
-            advantages *= truncated_importance_weights(logprobs, rollout.logprobs, mask, settings.importance_cap)
+            cap = settings.importance_cap
+            advantages = advantages * truncated_importance_weights(logprobs, rollout.logprobs, mask, cap)
         experience = Experience.of(rollout.sequences, logprobs, reference_logprobs, values, advantages, returns)
 
         metrics = rollout_metrics(

@@ -17,7 +17,8 @@ class LoraSettings(Settings):
     dropout: float = semantic(0.0, ge=0, lt=1)
     """Dropout on the adapter's input while the SFT and reward models train. PPO switches all dropout off."""
     merge: bool = semantic(False)
-    """Fold the adapter into the weights of the result. Otherwise the result is a PEFT adapter beside its base."""
+    """Fold the adapter into the weights of the result, which are then fp32. Otherwise the result is a PEFT adapter
+    beside its base; a later stage in bf16 reads that exactly, and rounds folded weights."""
 
 
 class WorkerSettings(Settings):

@@ -28,11 +28,3 @@ def config_file(folder: Path) -> Path:
 def config_of(folder: Path) -> dict[str, Any]:
     """The model's configuration, a reward model's score normaliser included."""
     return json.loads(config_file(folder).read_text())
-
-
-def relocate_adapter(folder: Path) -> None:
-    """Point an adapter at its ``base/`` by absolute path, so that ``from_pretrained(folder)`` finds it."""
-    path = folder / ADAPTER_CONFIG
-    config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = str((folder / BASE).resolve())
-    path.write_text(json.dumps(config, indent=2))

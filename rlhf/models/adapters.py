@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config.training import LoraSettings
-from rlhf.models import folders
+from rlhf.models import folders, reward_folders
 from rlhf.models.adapter_folders import ADAPTER_CONFIG, BASE
 from rlhf.randomness import seed_of
 
@@ -53,20 +53,22 @@ def save(
 
     weights  the trained weights by name, whole, as ``rlhf.zero.engine.whole_weights`` gives them
     source   the plain folder that the model was loaded from
-    config   entries to add to ``config.json``
+    config   entries to add to ``config.json``; of a reward model its normaliser and what it reads
     """
     if lora is None:
         model.save_pretrained(target, state_dict=weights)
         folders.copy_tokenizer(source, target)
         _add_to_config(target / "config.json", target / "config.json", config or {})
-        return
-    if lora.merge:
+    elif lora.merge:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             adapter = Path(scratch)
             _save_adapter(model, weights, source, adapter, config or {})
-            folders.write_plain(adapter, target, scores=scores, dtype=next(iter(weights.values())).dtype)
-        return
-    _save_adapter(model, weights, source, target, config or {})
+            # In bf16 updates below half a step of a weight would be lost.
+            folders.write_plain(adapter, target, scores=scores, dtype=torch.float32)
+    else:
+        _save_adapter(model, weights, source, target, config or {})
+    if scores:
+        reward_folders.complete(target)
 
 
 def _save_adapter(

@@ -18,6 +18,8 @@ from rlhf.models import heads, text, trust
 from rlhf.models.adapter_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, is_adapter
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""Ways of PEFT to begin an adapter that also change the weights under it, which can only be done with whole weights."""
 
 
 def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
@@ -38,6 +40,14 @@ def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
 
 def _with_adapter(model: Any, folder: Path) -> Any:
     config = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+    begun = str(getattr(config, "init_lora_weights", "")).lower()
+    if config.is_prompt_learning or begun.startswith(CHANGES_THE_BASE):
+        kind = config.peft_type.value if config.is_prompt_learning else f"LoRA begun by {begun}"
+        raise PreflightError(
+            f"the adapter, {kind}, cannot be read beside its base's weights: it changes them, or the text before it",
+            str(folder / ADAPTER_CONFIG),
+            "convert it to plain LoRA, or merge it into the weights (PEFT's merge_and_unload), and import that",
+        )
     config.base_model_name_or_path = None
     # PEFT's own loading copies into whole weights only. Adapters get the base's type, as in training.
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -48,14 +58,15 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     # Of what an adapter may also hold, embeddings above all, the file has the parameters' own names.
     parameters = own | adapter
     saved = load_file(folder / ADAPTER_WEIGHTS)
-    unknown = sorted((saved.keys() - parameters.keys()) | (adapter.keys() - saved.keys()))
-    if unknown:
-        raise PreflightError(
-            f"{len(unknown)} of the adapter's weights do not fit its configuration and base; the first is {unknown[0]}",
-            str(folder / ADAPTER_WEIGHTS),
-            "save the adapter again with PEFT's save_pretrained, beside the model that it was trained on",
-        )
-    with torch.no_grad(), gather_params_ctx([parameters[name] for name in saved]):
+    wrong = (saved.keys() - parameters.keys()) | (adapter.keys() - saved.keys())
+    with torch.no_grad(), gather_params_ctx([parameters[name] for name in saved.keys() - wrong]):
+        wrong |= {name for name in saved.keys() - wrong if saved[name].shape != parameters[name].shape}
+        if wrong:
+            raise PreflightError(
+                f"{len(wrong)} weights of the adapter do not fit its configuration and base; the first is {min(wrong)}",
+                str(folder / ADAPTER_WEIGHTS),
+                "save the adapter again with PEFT's save_pretrained, beside the model that it was trained on",
+            )
         for name, weight in saved.items():
             parameters[name].copy_(weight)
     return adapted

@@ -155,14 +155,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def export_artifact(one: Planned, target: Path, store: Store) -> Path:
-    """Write a stage's result to a folder of the user's.
+def export_artifact(one: Planned, target: Path, store: Store, *, adapter: bool = False) -> Path:
+    """Write a stage's result to a folder of the user's, which works wherever it is moved.
+
+    adapter  whether an adapter stays beside its base. Otherwise it is folded into the weights, in fp32: in bf16 updates
+             below half a step of a weight would be lost
 
     Raises:
         RequestError: there is no result yet, or the folder is not empty or cannot be written.
     """
-    from rlhf.models.adapter_folders import is_adapter, relocate_adapter
-
     record = result_of(one)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RequestError("the folder to export to is not empty", str(target), "name a folder that does not exist")
@@ -171,14 +172,27 @@ def export_artifact(one: Planned, target: Path, store: Store) -> Path:
         # Beside the target and not in the store, which may be read-only to whoever exports.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             linked = store.checkout(record.artifact, Path(scratch) / "linked")
-            # Copies, not links: what the user does with an exported file must not reach the store.
-            shutil.copytree(linked, target, dirs_exist_ok=True)
+            if is_adapter(linked) and not adapter:
+                _fold(linked, target, scores=one.stage.kind == "reward-model")
+            else:
+                # Copies, not links: what the user does with an exported file must not reach the store.
+                shutil.copytree(linked, target, dirs_exist_ok=True)
         for path in target.rglob("*"):
             path.chmod((0o755 if path.is_dir() else 0o644) & ~umask())
     except OSError as error:
         raise RequestError(
             f"the folder to export to cannot be written: {error.strerror or error}", str(target), "name another folder"
         ) from error
-    if is_adapter(target):
-        relocate_adapter(target)
     return target
+
+
+def _fold(folder: Path, target: Path, *, scores: bool) -> None:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from rlhf.models import folders, reward_folders
+
+    disable_progress_bar()
+    folders.write_plain(folder, target, scores=scores, dtype=torch.float32)
+    if (folder / "README.md").exists():
+        reward_folders.write_card(target)

@@ -17,8 +17,8 @@ Metrics = Mapping[str, float]
 # difference stays below these, nats² a token: measured 1e-14 in fp32, and up to 1.6e-3 in bf16, which has three digits.
 FIRST_KL_BOUNDS: Mapping[Precision, float] = {"fp32": 5e-9, "bf16": 5e-3}
 
-# Where the sampler has the trained weights, log-probabilities differ by rounding alone. The mean difference, nats a token,
-# stays below these: largest measured 1.5e-8 in fp32 and 1.5e-4 in bf16 (128 responses of 45 tokens; docs/ppo.md).
+# Where the sampler has the trained weights, log-probabilities differ by rounding alone. The mean difference, nats a
+# token, stays below these: largest measured 1.5e-8 in fp32 and 1.5e-4 in bf16, of 128 responses of 45 tokens.
 SAMPLER_KL_BOUNDS: Mapping[Precision, float] = {"fp32": 1e-5, "bf16": 5e-3}
 
 
@@ -69,8 +69,8 @@ def _sampler(now: Metrics, watched: Watched) -> str | None:
         return None
     return (
         f"the responses were not sampled from the policy that is trained: rollout/kl_to_trained is {kl:.2g} nats a "
-        f"response, beyond {bound:.2g}, and rollout/largest_gap {now['rollout/largest_gap']:.2g} nats; if that cannot be "
-        "mended, set importance_cap"
+        f"response, beyond {bound:.2g}, and rollout/largest_gap {now['rollout/largest_gap']:.2g} nats; "
+        "if that cannot be mended, set importance_cap"
     )
 
 
@@ -89,8 +89,8 @@ def _eos(now: Metrics, watched: Watched) -> str | None:
     rate, first = (row["val/num_eos_tokens"] / watched.rollouts for row in (now, watched.first))
     if not rate:
         return (
-            f"no response ends within {watched.max_new_tokens} tokens: the policy has not learned to end, or has no room "
-            "to; train sft for longer on demonstrations that end, or raise sampling.max_new_tokens"
+            f"no response ends within {watched.max_new_tokens} tokens: the policy has not learned to end, or has no "
+            "room to; train sft for longer on demonstrations that end, or raise sampling.max_new_tokens"
         )
     if not (first >= 0.2 and rate <= 0.05):
         return None

@@ -1,15 +1,21 @@
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.config.training import LoraSettings
-from rlhf.models import adapters, folders
-from rlhf.models.adapter_folders import config_of, is_adapter, relocate_adapter
+from rlhf.errors import PreflightError
+from rlhf.models import adapters, folders, text
+from rlhf.models.adapter_folders import config_of, is_adapter
+from rlhf.models.heads import SequenceScores
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -36,18 +42,24 @@ def trained(tiny: Path, lora: LoraSettings | None, *, scores: bool) -> tuple[Any
 @pytest.mark.parametrize("scores", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_saved_model_loads_anywhere_without_our_code(tmp_path: Path, tiny: Path, form: str, scores: bool) -> None:
-    """Moved away from its base, the folder gives the trained model's outputs, tokenizer and normaliser."""
-    lora = FORMS[form]
-    model, weights = trained(tiny, lora, scores=scores)
-    adapters.save(model, weights, tiny, tmp_path / "saved", lora, scores=scores, config=NORMALISER if scores else None)
+    """Moved away from its base, the folder gives the trained model's outputs, tokenizer and normaliser.
+
+    What its users' programs sample by, `generation_config.json`, is the base's.
+    """
+    lora, base = FORMS[form], tmp_path / "base"
+    shutil.copytree(tiny, base)
+    (base / "generation_config.json").write_text('{"do_sample": true, "top_k": 20, "repetition_penalty": 1.1}')
+    model, weights = trained(base, lora, scores=scores)
+    adapters.save(model, weights, base, tmp_path / "saved", lora, scores=scores, config=NORMALISER if scores else None)
+    shutil.rmtree(base)
     folder = tmp_path / "moved"
     shutil.move(tmp_path / "saved", folder)
     assert is_adapter(folder) == (form == "adapter")
-    if is_adapter(folder):
-        relocate_adapter(folder)
 
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    loaded = auto.from_pretrained(folder, **({"num_labels": 1} if scores else {})).eval()
+    plain = folder / "base" if is_adapter(folder) else folder
+    loaded = auto.from_pretrained(plain, **({"num_labels": 1} if scores else {}))
+    loaded = (PeftModel.from_pretrained(loaded, str(folder)) if is_adapter(folder) else loaded).eval()
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-3, rtol=1e-4)
     whole = folders.load_whole(folder, scores=scores, dtype=torch.float32).eval()
     torch.testing.assert_close(whole(IDS).logits, model(IDS).logits, atol=1e-3, rtol=1e-4)
@@ -57,6 +69,8 @@ def test_a_saved_model_loads_anywhere_without_our_code(tmp_path: Path, tiny: Pat
     original, copy = AutoTokenizer.from_pretrained(tiny), AutoTokenizer.from_pretrained(folder)
     assert copy.get_vocab() == original.get_vocab()
     assert copy.chat_template == original.chat_template
+    sampling = json.loads((folder / "generation_config.json").read_text())
+    assert sampling == {"do_sample": True, "top_k": 20, "repetition_penalty": 1.1}
     if scores:
         assert {name: getattr(loaded.config, name) for name in NORMALISER} == NORMALISER
         assert config_of(folder).items() >= NORMALISER.items()
@@ -68,7 +82,6 @@ def test_an_adapter_s_folder_is_small_beside_its_base_and_leaves_the_base_alone(
     before = {path.name: path.read_bytes() for path in tiny.iterdir()}
     model, weights = trained(tiny, FORMS["adapter"], scores=False)
     adapters.save(model, weights, tiny, tmp_path / "saved", FORMS["adapter"], scores=False)
-    relocate_adapter(tmp_path / "saved")
     assert {path.name: path.read_bytes() for path in (tmp_path / "saved" / "base").iterdir()} == before
     assert {path.name: path.read_bytes() for path in tiny.iterdir()} == before
     assert sum(weight.numel() for weight in weights.values()) * 4 < len(before["model.safetensors"])
@@ -88,6 +101,27 @@ def test_an_adapter_written_as_a_plain_folder_is_the_same_reward_model(tmp_path:
     assert AutoTokenizer.from_pretrained(plain).chat_template
 
 
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "LoRA begun by pissa_niter_4"),
+        ({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}, "PROMPT_TUNING"),
+        ({"r": 2}, "do not fit"),
+        ({"target_modules": ["q_proj"]}, "do not fit its configuration and base; the first is base_model.model"),
+    ],
+)
+def test_an_adapter_that_cannot_stand_beside_its_base_is_refused(
+    tmp_path: Path, tiny: Path, entries: dict[str, Any], words: str
+) -> None:
+    """By name, and never read in part."""
+    model, weights = trained(tiny, FORMS["adapter"], scores=False)
+    adapters.save(model, weights, tiny, tmp_path / "saved", FORMS["adapter"], scores=False)
+    file = tmp_path / "saved" / "adapter_config.json"
+    file.write_text(json.dumps(entries if "peft_type" in entries else json.loads(file.read_text()) | entries))
+    with pytest.raises(PreflightError, match=words):
+        folders.load(tmp_path / "saved", scores=False, dtype=torch.float32)
+
+
 def test_fresh_adapters_change_nothing_and_follow_the_seed(tiny: Path) -> None:
     """LoRA's B begins at 0, so that training starts from the base model."""
     base: Any = AutoModelForCausalLM.from_pretrained(tiny).eval()
@@ -102,3 +136,65 @@ def test_fresh_adapters_change_nothing_and_follow_the_seed(tiny: Path) -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+PAIRS = [
+    ("a film", "a joy"),
+    ("say so", "dull , dull , dull , dull , dull , dull , dull , dull , dull , dull , dull , dull"),
+    ("a", ""),
+    ("two halves", "the film is a joy"),
+]
+# Nothing but the card's own lines, and then what a user may do who knows transformers and not this project.
+FRESH = """
+import json, os, re, sys
+found = {}
+for folder in sys.argv[2:]:
+    os.chdir(folder)
+    card = {}
+    exec(re.search("```python\\n(.*?)```", open("README.md").read(), re.S)[1], card)
+    prompts, responses = zip(*json.loads(sys.argv[1]))
+    found[folder] = {"card": card["score"](prompts, responses).tolist()}
+    rows = [card["ids"](*pair) for pair in zip(prompts, responses)]
+    with card["torch"].no_grad():
+        for side in ("left", "right"):
+            batch = card["tokenizer"].pad({"input_ids": rows}, return_tensors="pt", padding_side=side)
+            found[folder][side] = card["model"](**batch).logits[:, 0].tolist()
+        alone = [card["model"](card["torch"].tensor([row])).logits.item() for row in rows]
+        found[folder]["alone"] = alone
+print(json.dumps(found))
+"""
+
+
+@torch.no_grad()
+def test_a_reward_model_s_card_scores_as_we_do_in_a_fresh_process(tmp_path: Path, tiny: Path) -> None:
+    """Whatever its form and what it reads, padded on either side, cut, and from a base whose padding is its EOS."""
+    base = tmp_path / "origin"
+    shutil.copytree(tiny, base)
+    for name, entries in (("config", {"pad_token_id": 3}), ("tokenizer_config", {"pad_token": "<|end|>"})):
+        file = base / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    expected: dict[str, Tensor] = {}
+    for form, lora in FORMS.items():
+        for sees in ("response", "conversation"):
+            normaliser = NORMALISER | {"sees": sees, "score_max_length": 24}
+            model, weights = trained(base, lora, scores=True)
+            folder = tmp_path / f"{form}-{sees}"
+            adapters.save(model, weights, base, folder, lora, scores=True, config=normaliser)
+            tokenizer = text.load_tokenizer(base)
+            rows = [
+                text.scored_ids(tokenizer, prompt if sees == "conversation" else None, response, 24)
+                for prompt, response in PAIRS
+            ]
+            assert max(map(len, rows)) == 24
+            ids, mask = text.pad(rows, tokenizer.pad_token_id, "right")
+            expected[str(folder)] = SequenceScores(model)(ids, mask)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, json.dumps(PAIRS), *expected], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for folder, found in json.loads(done.stdout.splitlines()[-1]).items():
+        raw = expected[folder]
+        torch.testing.assert_close(torch.tensor(found["card"]), (raw - 0.25) / 1.5, atol=1e-3, rtol=1e-4)
+        for padded in ("left", "right", "alone"):
+            torch.testing.assert_close(torch.tensor(found[padded]), raw, atol=1e-3, rtol=1e-4)
+    assert str(tmp_path) not in (tmp_path / "adapter-response" / "README.md").read_text()

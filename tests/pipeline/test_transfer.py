@@ -1,12 +1,18 @@
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import RequestError
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.transfer import export_artifact, import_folder
 from rlhf.store import ActionRecord, Store
+from tests.models.tiny import make_tiny_llama
 from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline, write_weights
 from tests.pipeline.toys import KNOWN
 
@@ -134,3 +140,34 @@ def test_an_export_never_mixes_with_what_is_there(path: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     export_artifact(one(path, "words"), tmp_path / "empty", store)
     assert (tmp_path / "empty" / "left" / "text.txt").read_text() == "one two"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+@torch.no_grad()
+def test_an_exported_adapter_is_the_trained_model_wherever_it_is_moved(path: Path, tmp_path: Path):
+    """By default folded into a base in bf16 without losing what bf16 could not hold; with `adapter` beside its base."""
+    base = make_tiny_llama(tmp_path / "tiny")
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    plain.save_pretrained(tmp_path / "adapter" / "base")
+    (base / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copyfile(base / name, tmp_path / "adapter" / name)
+    model: Any = get_peft_model(plain.float(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight += 0.002 * torch.randn(weight.shape)
+    model.save_pretrained(tmp_path / "adapter")
+    imported(path, tmp_path / "adapter")
+    store, ids = Store.open(tmp_path / "store"), torch.tensor([[5, 17, 40, 41, 99, 60]])
+    for adapter in (False, True):
+        export_artifact(one(path, "total"), tmp_path / "first", store, adapter=adapter)
+        moved = (tmp_path / "first").rename(tmp_path / f"moved-{adapter}")
+        whole = AutoModelForCausalLM.from_pretrained(moved / "base" if adapter else moved, dtype="auto").float()
+        found: Any = PeftModel.from_pretrained(whole, str(moved)) if adapter else whole
+        torch.testing.assert_close(found.eval()(ids).logits, model.eval()(ids).logits, atol=1e-3, rtol=1e-4)
+        with model.disable_adapter():
+            assert (found(ids).logits - model(ids).logits).abs().max() > 0.01
+        assert AutoTokenizer.from_pretrained(moved).chat_template
+        assert json.loads((moved / "generation_config.json").read_text()) == {"repetition_penalty": 1.1}
+        assert adapter or not [file.name for file in moved.rglob("*.json") if str(tmp_path) in file.read_text()]

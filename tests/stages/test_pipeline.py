@@ -1,7 +1,6 @@
 """The whole pipeline with real parts, Ray, DeepSpeed ZeRO-3, TRL and PPO, with one rank and with two."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import DivergedError
-from rlhf.models.adapter_folders import relocate_adapter
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import stages
+from rlhf.pipeline.transfer import export_artifact
 from rlhf.store import ActionRecord, Store
 from rlhf.zero.checkpoints import newest_complete, path_of
 from tests.small import TINY, Pipeline
@@ -34,6 +33,7 @@ VALUES = "max_length: 128, batch_size: 4, micro_batch_size: 2"
 MORE = f"""
 pmp: {{uses: rm, {VALUES}, lora: {{rank: 4}}, loss: soft-share, optimizer: {{learning_rate: 1.0e-2}}}}
 fine: {{uses: rm, {VALUES}, sees: response, inputs: {{base: pmp}}, loss: listwise, responses_per_list: 8,
+        lora: {{rank: 4, merge: true}},
         optimizer: {{learning_rate: 1.0e-3}}}}
 """
 
@@ -112,21 +112,26 @@ def test_two_ranks_equal_one(
 
 
 def test_rewards_of_several_kinds_add_up(pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path) -> None:
-    """Two reward models, one of them an adapter that sees the conversation, and a function, in ppo and evaluate."""
+    """Two reward models, one of them an adapter that sees the conversation, and a function, in ppo and evaluate.
+
+    The policies are adapters that are folded in.
+    """
     file, function = tmp_path / "rewards.yaml", tmp_path / "reward.py"
     file.write_text(TINY.read_text() + MORE)
     function.write_text("def reward(prompts, responses):\n    return [float(len(one)) for one in responses]\n")
     parts = f"[{{model: rm, weight: 0.5}}, {{model: pmp, weight: 2}}, {{function: '{function}:reward', std: 40}}]"
-    settings = (f"ppo.rewards={parts}", f"evaluate.rewards={parts}", "ppo.samples_kept=16")
+    merged = "lora={rank: 4, merge: true}"
+    settings = (
+        f"ppo.rewards={parts}",
+        f"evaluate.rewards={parts}",
+        "ppo.samples_kept=16",
+        f"sft.{merged}",
+        f"ppo.{merged}",
+    )
     planned = pipeline.run("evaluate", settings=settings, file=file)
     assert planned["rm"].key == unbroken["rm"].key
 
-    models: dict[str, Path] = {}
-    for name in ("rm", "pmp"):
-        linked = pipeline.store.checkout(record_of(planned, name).artifact, tmp_path / "linked" / name)
-        # Links into the store, and the adapter's is changed below.
-        models[name] = shutil.copytree(linked, tmp_path / "models" / name)
-    relocate_adapter(models["pmp"])
+    models = {name: export_artifact(planned[name], tmp_path / name, pipeline.store) for name in ("rm", "pmp")}
 
     def expected(prompt: str, response: str) -> float:
         scores = {name: score_alone(folder, prompt, response) for name, folder in models.items()}
@@ -187,7 +192,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(pipeline
 def test_a_reward_model_starts_from_another_and_says_how_good_it_is(
     pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path
 ) -> None:
-    """Preference-model pre-training is a second instance, here with another loss, of an adapter."""
+    """Preference-model pre-training is a second instance, here with another loss, of an adapter, and folded in."""
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY.read_text() + MORE)
     planned = pipeline.run("fine", file=file)

@@ -50,7 +50,7 @@ from rlhf.rollout.sequences import Sequences
 from rlhf.zero import checkpoints, group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
 from rlhf.zero.precision import computable
-from tests.zero.resuming import STAGES, KilledError, first_iterations, unbroken_and_resumed
+from tests.zero.resuming import STAGES, KilledError, first_iterations, forms, unbroken_and_resumed
 
 LORA = LoraSettings(rank=4)
 FORMS: dict[str, LoraSettings | None] = {"full": None, "lora": LORA}
@@ -420,6 +420,8 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "policies": partial(policies, tiny, folder),
     }
     checks["first_iterations"] = partial(first_iterations, folder.parent, folder / "first")
+    if world_size > 1:
+        checks["forms"] = partial(forms, folder.parent, folder / "forms")
     for name in STAGES:
         checks[name] = partial(unbroken_and_resumed, name, folder.parent, folder / name.replace(" ", "-"))
     results: dict[str, Any] = {}

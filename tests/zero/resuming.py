@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.errors import DiskFullError, InterruptedRunError
+from rlhf.models import folders
+from rlhf.models.adapter_folders import is_adapter
 from rlhf.pipeline.context import STOP, Context
 from rlhf.tracking.metrics import read_metrics
 from rlhf.zero import checkpoints, group
@@ -87,6 +89,8 @@ def _ppo(data: Path, **more: Any) -> PpoSettings:
 
 _PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
 
+LORAS: dict[str, Any] = {"full": None, "adapter": {"rank": 4}, "merged": {"rank": 4, "merge": True}}
+
 STAGES = {
     # Inside the first epoch, at its end, and inside the second.
     "sft": Stage(sft.run, _sft, {"base": "tiny", "demonstrations": "demonstrations"}, (2, 3), 5, 4),
@@ -112,6 +116,24 @@ def first_iterations(data: Path, folder: Path) -> dict[int, Any]:
         once = {"iterations": 1, "value_warmup": 0, "warmup_fraction": 0.0, "micro_batch_size": size}
         stage = replace(STAGES["ppo"], settings=partial(_ppo, **once))
         found[size] = _outcome(stage, _attempt(_context("ppo", stage, data, folder), folder / str(size), ()))
+    return found
+
+
+def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """What each stage writes when it trains every weight, an adapter, and one that it folds in: all weights, folded."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("sft", "rm", "ppo"):
+        found[name] = {}
+        for form, lora in LORAS.items():
+            short = {"lora": lora, "checkpoint_every": 100} | ({"iterations": 2} if name == "ppo" else {"epochs": 1})
+            known = STAGES[name].settings(data)
+            settings = type(known).model_validate(known.model_dump() | short)
+            stage = replace(STAGES[name], settings=lambda _, settings=settings: settings)
+            context = _attempt(_context(name, stage, data, folder), folder / f"{name}-{form}", ())
+            stage.run(context)
+            _forget()
+            model = folders.load_whole(context.output, scores=name == "rm", dtype=torch.float32)
+            found[name][form] = {"adapter": is_adapter(context.output), "weights": model.state_dict()}
     return found
 
 

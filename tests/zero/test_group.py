@@ -180,6 +180,22 @@ def test_the_stages_epochs_end_at_the_steps_that_they_are_stopped_at(results: Re
         assert [row["step"] for row in results[2][0][name]["unbroken"]["rows"]] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_every_stage_writes_every_form_of_what_it_trained(
+    results: Results, tiny_weights: dict[str, torch.Tensor], stage: str
+) -> None:
+    """A folded adapter is the one that would have stayed beside its base; no form is the model that it began with."""
+    found = results[2][0]["forms"][stage]
+    assert {form: one["adapter"] for form, one in found.items()} == {"full": False, "adapter": True, "merged": False}
+    for one in found.values():
+        assert any(
+            not torch.equal(one["weights"][name], weight)
+            for name, weight in tiny_weights.items()
+            if name in one["weights"]
+        )
+    assert_same_weights(found["merged"]["weights"], found["adapter"]["weights"], tolerance=1e-6)
+
+
 @pytest.mark.parametrize("name", ["ppo", "ppo with adapters"])
 def test_the_resumed_ppo_has_state_to_lose(results: Results, name: str) -> None:
     """The KL coefficient moved, and demonstrations were mixed in."""

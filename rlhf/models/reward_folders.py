@@ -1,0 +1,90 @@
+"""What lets a reward model's folder score in plain transformers as it does here: padding, truncation, and a card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf.models import text
+from rlhf.models.adapter_folders import BASE, config_file, config_of, is_adapter
+
+_CARD = """# A reward model
+
+Scores are normalised: 0 is the mean of the demonstrations, and 1 lies their standard deviation above it. {sees}
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "."  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{load}
+
+
+def ids(prompt, response):
+    {ids}
+    return (read if read[-1:] == [{end}] else [*read, {end}])[-{longest}:]
+
+
+def score(prompts, responses):
+    rows = [ids(prompt, response) for prompt, response in zip(prompts, responses)]
+    batch = tokenizer.pad({{"input_ids": rows}}, return_tensors="pt")
+    with torch.no_grad():
+        return (model(**batch).logits[:, 0].float() - {mean!r}) / {deviation!r}
+```
+"""
+_PLAIN = "model = AutoModelForSequenceClassification.from_pretrained(folder).eval()"
+_ADAPTER = f"""from peft import PeftModel
+
+base = AutoModelForSequenceClassification.from_pretrained(folder + "/{BASE}", num_labels=1)
+model = PeftModel.from_pretrained(base, folder).eval()"""
+_RESPONSE = 'read = tokenizer(response)["input_ids"]'
+_AFTER = 'read = [*before, *tokenizer(response, add_special_tokens=False)["input_ids"]]'
+_TEXT = f"""before = tokenizer(prompt)["input_ids"]
+    {_AFTER}"""
+_CHAT = f"""messages = prompt if isinstance(prompt, list) else [{{"role": "user", "content": prompt}}]
+    before = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    {_AFTER}"""
+
+
+def complete(folder: Path) -> None:
+    """Have a reward model's folder say how its texts are padded and cut, and write its card.
+
+    transformers reads the score at the last token that is not padding: a base whose pad token is its EOS token would
+    score every text without its end. So a pad token of its own is written into configuration and tokenizer.
+
+    folder  a plain folder or an adapter's, with its normaliser in ``config.json``
+    """
+    tokenizer = text.load_tokenizer(folder)
+    config = config_of(folder)
+    padding = {"pad_token_id": tokenizer.pad_token_id}
+    if "text_config" in config:
+        padding["text_config"] = config["text_config"] | padding
+    _update(config_file(folder), padding)
+    special = folder / "special_tokens_map.json"
+    if special.exists():
+        _update(special, {"pad_token": tokenizer.pad_token})
+    sides = {"padding_side": "right", "truncation_side": "left", "model_max_length": config["score_max_length"]}
+    _update(folder / "tokenizer_config.json", sides | {"pad_token": tokenizer.pad_token})
+    write_card(folder)
+
+
+def write_card(folder: Path) -> None:
+    """Write ``README.md`` with the code that scores in plain transformers, in the form that the folder has."""
+    tokenizer, config = text.load_tokenizer(folder), config_of(folder)
+    alone = config["sees"] == "response"
+    card = _CARD.format(
+        sees="It reads the response alone." if alone else "It reads prompt and response.",
+        load=_ADAPTER if is_adapter(folder) else _PLAIN,
+        ids=_RESPONSE if alone else _TEXT if tokenizer.chat_template is None else _CHAT,
+        end=tokenizer.eos_token_id,
+        longest=config["score_max_length"],
+        mean=config["score_mean"],
+        deviation=config["score_std"],
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _update(path: Path, entries: dict[str, Any]) -> None:
+    content = json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries, indent=2, ensure_ascii=False)
+    path.unlink()  # it may be a link to a file of the base's, which stays as it is
+    path.write_text(content, encoding="utf-8")
