@@ -69,6 +69,8 @@ def save(
         _save_adapter(model, weights, source, target, config or {})
     if scores:
         reward_folders.complete(target)
+    else:
+        folders.write_end_of_turn(target)
 
 
 def _save_adapter(

@@ -143,7 +143,7 @@ def copy_local(folder: str, target: Path) -> None:
 def write_template_date(folder: Path, day: datetime.date) -> None:
     """Write down which date a chat template that prints today's is given; models made of this one keep it."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, **trust.TOKENIZER)
-    if templates.prints_the_date(tokenizer):
+    if tokenizer.chat_template and templates.prints_the_date(tokenizer.get_chat_template()):
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8")) | {templates.DATE_FIELD: day.isoformat()}
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")

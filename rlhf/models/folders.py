@@ -1,5 +1,6 @@
 """Reading and writing the folders in which models travel: plain ones, which ``from_pretrained`` reads, and adapters."""
 
+import json
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.errors import PreflightError
 from rlhf.models import heads, text, trust
-from rlhf.models.adapter_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, is_adapter
+from rlhf.models.adapter_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, config_file, is_adapter
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
@@ -118,6 +119,23 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.name not in ("config.json", ADAPTER_CONFIG, "README.md") and not is_weights(path):
             shutil.copyfile(path, target / path.name)
+
+
+def write_end_of_turn(folder: Path) -> None:
+    """Have a folder's ``generation_config.json`` end responses at the token that its chat template closes turns with.
+
+    Other programs generate by that file, and a base model's names the tokenizer's EOS alone, which its template may not
+    write.
+    """
+    end = text.load_tokenizer(folder).eos_token_id
+    # An adapter's users generate with its base's configuration.
+    for path in {place / "generation_config.json" for place in (folder, config_file(folder).parent)}:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        named = content.get("eos_token_id")
+        ends = named if isinstance(named, list) else [] if named is None else [named]
+        if end not in ends:
+            path.unlink(missing_ok=True)  # it may be a link to a file of the base's, which stays as it is
+            path.write_text(json.dumps(content | {"eos_token_id": [end, *ends] if ends else end}, indent=2))
 
 
 def is_weights(path: Path) -> bool:

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf.models import text
+from rlhf.models import templates, text
 from rlhf.models.adapter_folders import BASE, config_file, config_of, is_adapter
+from rlhf.models.templates import Tokenizer
 
 _CARD = """# A reward model
 
@@ -37,12 +38,14 @@ _ADAPTER = f"""from peft import PeftModel
 
 base = AutoModelForSequenceClassification.from_pretrained(folder + "/{BASE}", num_labels=1)
 model = PeftModel.from_pretrained(base, folder).eval()"""
-_RESPONSE = 'read = tokenizer(response)["input_ids"]'
-_AFTER = 'read = [*before, *tokenizer(response, add_special_tokens=False)["input_ids"]]'
-_TEXT = f"""before = tokenizer(prompt)["input_ids"]
+_RESPONSE = 'read = tokenizer(response, split_special_tokens=True)["input_ids"]'
+_AFTER = """after = tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    read = [*before, *after]"""
+_TEXT = f"""before = tokenizer(prompt, split_special_tokens=True)["input_ids"]
     {_AFTER}"""
 _CHAT = f"""messages = prompt if isinstance(prompt, list) else [{{"role": "user", "content": prompt}}]
-    before = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    options = {{"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True}}
+    before = tokenizer.apply_chat_template(messages, **options)["input_ids"]
     {_AFTER}"""
 
 
@@ -65,7 +68,18 @@ def complete(folder: Path) -> None:
         _update(special, {"pad_token": tokenizer.pad_token})
     sides = {"padding_side": "right", "truncation_side": "left", "model_max_length": config["score_max_length"]}
     _update(folder / "tokenizer_config.json", sides | {"pad_token": tokenizer.pad_token})
+    _stop_the_clock(folder, tokenizer)
     write_card(folder)
+
+
+def _stop_the_clock(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write the date that prompts had in training into a template that would print today's."""
+    # transformers writes a template into a file of its own, and reads it from tokenizer_config.json too.
+    template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if template.exists() and templates.prints_the_date(template.read_text(encoding="utf-8")):
+        template.write_text(tokenizer.chat_template, encoding="utf-8")
+    elif templates.prints_the_date(json.loads(config.read_text(encoding="utf-8")).get("chat_template")):
+        _update(config, {"chat_template": tokenizer.chat_template})
 
 
 def write_card(folder: Path) -> None:

@@ -99,9 +99,9 @@ def with_fixed_date(template: str, day: str, place: str) -> str:
     return fixed
 
 
-def prints_the_date(tokenizer: Tokenizer) -> bool:
-    """Return whether the chat template asks for today's date."""
-    return tokenizer.chat_template is not None and "strftime_now(" in tokenizer.get_chat_template()
+def prints_the_date(template: object) -> bool:
+    """Return whether a chat template, where there is one, asks for today's date."""
+    return isinstance(template, str) and "strftime_now(" in template
 
 
 def end_of_turn(tokenizer: Tokenizer, place: str) -> str | None:

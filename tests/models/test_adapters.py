@@ -44,11 +44,12 @@ def trained(tiny: Path, lora: LoraSettings | None, *, scores: bool) -> tuple[Any
 def test_a_saved_model_loads_anywhere_without_our_code(tmp_path: Path, tiny: Path, form: str, scores: bool) -> None:
     """Moved away from its base, the folder gives the trained model's outputs, tokenizer and normaliser.
 
-    What its users' programs sample by, `generation_config.json`, is the base's.
+    What its users' programs sample by, `generation_config.json`, is the base's; a policy's also names the token that
+    the chat template closes turns with.
     """
     lora, base = FORMS[form], tmp_path / "base"
     shutil.copytree(tiny, base)
-    (base / "generation_config.json").write_text('{"do_sample": true, "top_k": 20, "repetition_penalty": 1.1}')
+    (base / "generation_config.json").write_text('{"do_sample": true, "top_k": 20, "eos_token_id": 1}')
     model, weights = trained(base, lora, scores=scores)
     adapters.save(model, weights, base, tmp_path / "saved", lora, scores=scores, config=NORMALISER if scores else None)
     shutil.rmtree(base)
@@ -70,7 +71,10 @@ def test_a_saved_model_loads_anywhere_without_our_code(tmp_path: Path, tiny: Pat
     assert copy.get_vocab() == original.get_vocab()
     assert copy.chat_template == original.chat_template
     sampling = json.loads((folder / "generation_config.json").read_text())
-    assert sampling == {"do_sample": True, "top_k": 20, "repetition_penalty": 1.1}
+    end = text.load_tokenizer(folder).eos_token_id
+    assert sampling == {"do_sample": True, "top_k": 20, "eos_token_id": 1 if scores else [end, 1]}
+    if not scores:
+        assert loaded.generation_config.eos_token_id == [end, 1]
     if scores:
         assert {name: getattr(loaded.config, name) for name in NORMALISER} == NORMALISER
         assert config_of(folder).items() >= NORMALISER.items()
@@ -143,6 +147,7 @@ PAIRS = [
     ("say so", "dull , dull , dull , dull , dull , dull , dull , dull , dull , dull , dull , dull"),
     ("a", ""),
     ("two halves", "the film is a joy"),
+    ("say <|end|>", "a <|end|> joy"),
 ]
 # Nothing but the card's own lines, and then what a user may do who knows transformers and not this project.
 FRESH = """
