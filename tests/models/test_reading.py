@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from datasets import disable_progress_bars
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf.config.ppo import PtxSettings
 from rlhf.data.demonstrations import as_dataset
 from rlhf.errors import PreflightError, RecordError
-from rlhf.models import base, templates, text
+from rlhf.models import base, reward_folders, templates, text
 from rlhf.rollout.demonstrations import DemonstrationStream
 from rlhf.rollout.prompts import PromptStream
 from tests.models.families import FAMILIES, Family, make_tokenizer, template_of, write
@@ -231,3 +231,15 @@ def test_only_a_template_that_prints_the_date_is_given_one(tmp_path: Path) -> No
     before = (folder / "tokenizer_config.json").read_bytes()
     base.write_template_date(folder, datetime.date(2031, 2, 3))
     assert (folder / "tokenizer_config.json").read_bytes() == before
+
+
+def test_a_reward_model_s_folder_keeps_the_date_that_it_was_trained_with(tmp_path: Path) -> None:
+    """For programs that are not ours and would print the day's."""
+    folder = write(FAMILIES["llama 3.2"], tmp_path)
+    scale = {"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 64}
+    (folder / "config.json").write_text(json.dumps(scale))
+    base.write_template_date(folder, datetime.date(2031, 2, 3))
+    reward_folders.complete(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    rendered = tokenizer.apply_chat_template(text.as_messages("what ?"), tokenize=False, add_generation_prompt=True)
+    assert "Today Date: 03 Feb 2031" in rendered
