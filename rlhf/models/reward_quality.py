@@ -84,7 +84,8 @@ def write_quality(
         "eval/accuracy_high": found["accuracy"].get("high"),
         "eval/kendall_tau": found.get("kendall_tau", {}).get("mean"),
         "eval/calibration_error": found.get("calibration", {}).get("expected_error"),
-        "eval/annotator_accuracy": found.get("annotators", {}).get("share"),
+        "eval/human_accuracy": found["beside_people"]["all"].get("ties_half", {}).get("human"),
+        "eval/human_accuracy_within": found["beside_people"]["within"].get("ties_half", {}).get("human"),
     }
     return {name: value for name, value in shown.items() if value is not None}
 

@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float64]
 def heldout_accuracy(
     sets: Sequence[Mapping[str, Any]], scores: npt.ArrayLike, n_pairs: int, seed: int
 ) -> dict[str, float]:
-    """``eval/accuracy`` and ``eval/accuracy_confident``: how often two responses are ordered as people do.
+    """``eval/accuracy``, ``_within`` and ``_confident``: how often scores order two responses as people do.
 
     sets     ranked comparison sets; where annotators gave ratings their mean decides the order, else the strengths
     scores   one a response, in the order of the sets
@@ -23,8 +23,9 @@ def heldout_accuracy(
 
     A pair counts where both were rated and the annotators' means are not equal. It is *confident* where the means lie
     at least 1 apart, or where 3 of 4 annotators who rated both agree, which only responses of one set can show.
+    ``_within`` is of all pairs of one set. Identical texts have one score, so they count half.
     """
-    scores = np.asarray(scores, dtype=np.float64)
+    scores = one_score_a_text(sets, scores)
     means, pairs = heldout_pairs(sets, n_pairs, seed)
     set_of = np.repeat(np.arange(len(sets)), [len(one["responses"]) for one in sets])
     confident = confident_pairs(means, pairs)
@@ -38,7 +39,27 @@ def heldout_accuracy(
     found = {"eval/accuracy": pair_accuracy(scores, means, pairs)}
     if (means[pairs[confident, 0]] != means[pairs[confident, 1]]).any():
         found["eval/accuracy_confident"] = pair_accuracy(scores, means, pairs[confident])
+    within = pairs_within(sets, means)
+    if (means[within[:, 0]] != means[within[:, 1]]).any():
+        found["eval/accuracy_within"] = pair_accuracy(scores, means, within)
     return found
+
+
+def one_score_a_text(sets: Sequence[Mapping[str, Any]], scores: npt.ArrayLike) -> Floats:
+    """Scores ``[N]`` with identical texts of one pool at their mean, so that padding and packing order none of them."""
+    place: dict[tuple[int, str], int] = {}
+    texts = np.array([place.setdefault((one["pool"], text), len(place)) for one in sets for text in one["responses"]])
+    values = np.asarray(scores, dtype=np.float64)
+    return (np.bincount(texts, values) / np.bincount(texts))[texts]
+
+
+def pairs_within(sets: Sequence[Mapping[str, Any]], means: Floats) -> npt.NDArray[np.int64]:
+    """All pairs ``[P, 2]`` of rated responses of one set; means ``[N]`` are NaN where nobody rated."""
+    sizes = [len(one["responses"]) for one in sets]
+    starts = np.cumsum([0, *sizes[:-1]])
+    pairs = [np.stack(np.triu_indices(size, k=1), axis=1) + start for size, start in zip(sizes, starts, strict=True)]
+    together = np.concatenate(pairs)
+    return together[~np.isnan(means[together]).any(axis=1)]
 
 
 def heldout_pairs(sets: Sequence[Mapping[str, Any]], n_pairs: int, seed: int) -> tuple[Floats, npt.NDArray[np.int64]]:

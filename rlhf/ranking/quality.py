@@ -12,19 +12,19 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from rlhf.randomness import stream
 from rlhf.ranking.bradley_terry import sigmoid
 from rlhf.ranking.comparisons import compare, rating_table
-from rlhf.ranking.heldout import heldout_pairs, mean_ratings
+from rlhf.ranking.heldout import heldout_pairs, mean_ratings, one_score_a_text, pairs_within
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Document = dict[str, Any]
 
-RESAMPLES = 1000
 GAP_BINS = 4
 CALIBRATION_BINS = 10
 LEVEL = 0.95
+FEWEST_DRAWS = 10
+"""Below which groups of sets with the same raters are too few for an interval over them."""
 
 
 class Pairs(NamedTuple):
@@ -34,8 +34,8 @@ class Pairs(NamedTuple):
     """``[P]``: 1 where scores order the pair as people's mean does, 0 where not, 0.5 where they are equal."""
     gap: Floats
     """``[P]``: the distance of the means, above 0."""
-    sets: Ints
-    """``[P, 2]``: whose sets' responses they are."""
+    draws: Ints
+    """``[P, 2]``: which draw of the population each response came with."""
 
 
 def quality(
@@ -43,13 +43,23 @@ def quality(
 ) -> Document:
     """All that is known of how well scores ``[N]`` order held-out responses; lengths ``[N]`` are in tokens.
 
-    Numbers that the data does not give, such as the annotators' own accuracy where there is one a set, are absent.
+    Numbers that the data does not give, such as people's own accuracy where each response has one rater, are absent.
     """
-    values, tokens = np.asarray(scores, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
+    values, tokens = one_score_a_text(sets, scores), np.asarray(lengths, dtype=np.float64)
     starts = np.cumsum([0, *(len(one["responses"]) for one in sets)])
-    pairs = _decided_pairs(sets, values, starts, n_pairs, seed)
-    found: Document = {"accuracy": _share(pairs, len(sets), seed), "accuracy_by_gap": _by_gap(pairs, len(sets), seed)}
-    found |= _beside_annotators(sets, values, starts)
+    means, drawn = heldout_pairs(sets, n_pairs, seed)
+    drawn, within = (rows[means[rows[:, 0]] != means[rows[:, 1]]] for rows in (drawn, pairs_within(sets, means)))
+    draw_of = np.repeat(_draws(sets), np.diff(starts))
+    pairs, inside = (_judged(values, means, draw_of, rows) for rows in (drawn, within))
+    found: Document = {
+        "accuracy": _share(pairs),
+        "accuracy_within": _share(inside),
+        "accuracy_by_gap": _by_gap(pairs),
+        "beside_people": {
+            "all": _beside_people(sets, values, starts, drawn),
+            "within": _beside_people(sets, values, starts, within),
+        },
+    }
     found |= _kendall(sets, values, starts)
     found |= _calibration(sets, values, starts)
     people = np.concatenate([mean_ratings(one) for one in sets])
@@ -61,32 +71,52 @@ def quality(
     return found
 
 
-def _decided_pairs(sets: Sequence[Mapping[str, Any]], scores: Floats, starts: Ints, n_pairs: int, seed: int) -> Pairs:
-    means, indices = heldout_pairs(sets, n_pairs, seed)
-    gap = means[indices[:, 0]] - means[indices[:, 1]]
-    indices, gap = indices[gap != 0], gap[gap != 0]
-    agreement = np.sign(gap) * np.sign(scores[indices[:, 0]] - scores[indices[:, 1]])
-    return Pairs((agreement + 1) / 2, np.abs(gap), np.searchsorted(starts, indices, side="right") - 1)
+def _draws(sets: Sequence[Mapping[str, Any]]) -> Ints:
+    """``[sets]``: the number of the draw that each set is part of.
 
-
-def _share(pairs: Pairs, n_sets: int, seed: int) -> Document:
-    """A share of pairs with its interval, by the bootstrap over sets: pairs that share a set are not independent.
-
-    A pair of two sets counts as often as both were drawn (Owen 2007, Annals of Applied Statistics 1:386).
+    Sets with the same named raters were drawn together, as the blocks of the movie snippets are, and may share errors
+    of raters and scores alike. Where there are fewer than ``FEWEST_DRAWS`` such groups, each set is a draw.
     """
-    if not len(pairs.right):
+    raters = [number if one.get("annotators") is None else tuple(one["annotators"]) for number, one in enumerate(sets)]
+    place: dict[Any, int] = {}
+    draws = np.array([place.setdefault(names, len(place)) for names in raters], np.int64)
+    return draws if len(place) >= FEWEST_DRAWS else np.arange(len(sets))
+
+
+def _judged(scores: Floats, means: Floats, draw_of: Ints, indices: Ints) -> Pairs:
+    gap = means[indices[:, 0]] - means[indices[:, 1]]
+    agreement = np.sign(gap) * np.sign(scores[indices[:, 0]] - scores[indices[:, 1]])
+    return Pairs((agreement + 1) / 2, np.abs(gap), draw_of[indices])
+
+
+def _share(pairs: Pairs) -> Document:
+    """Return a share of pairs with its 95 % interval; pairs that share a draw of the population are not independent.
+
+    The variance of the mean sums the products of the residuals of any two pairs that share a draw (Fafchamps & Gubert
+    2007, Journal of Development Economics 83:326; Aronow, Samii & Assenova 2015, Political Analysis 23:564), and is at
+    least that of independent pairs. A pair of two draws is in the sums of both, so its square is subtracted once. The
+    interval is Student's, and absent where all pairs are of one draw.
+    """
+    number = len(pairs.right)
+    if not number:
         return {"pairs": 0}
-    drawn = stream("sets drawn", seed).multinomial(n_sets, np.full(n_sets, 1 / n_sets), RESAMPLES)
-    shares: list[float] = []
-    for times in drawn:
-        weight = times[pairs.sets[:, 0]] * np.where(pairs.sets[:, 0] == pairs.sets[:, 1], 1, times[pairs.sets[:, 1]])
-        if weight.any():
-            shares.append(float(np.average(pairs.right, weights=weight)))
-    low, high = np.quantile(shares, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return {"share": float(pairs.right.mean()), "low": float(low), "high": float(high), "pairs": len(pairs.right)}
+    share = float(pairs.right.mean())
+    residual = pairs.right - share
+    draws = len(np.unique(pairs.draws))
+    found: Document = {"share": share, "pairs": number, "draws": draws}
+    if draws < 2:
+        return found
+    across = pairs.draws[:, 0] != pairs.draws[:, 1]
+    count = int(pairs.draws.max()) + 1
+    of_draw = np.bincount(pairs.draws[:, 0], residual, count)
+    of_draw += np.bincount(pairs.draws[across, 1], residual[across], count)
+    variance = draws / (draws - 1) * float((of_draw**2).sum()) - float((residual[across] ** 2).sum())
+    error = np.sqrt(max(variance, float((residual**2).sum()))) / number
+    half = float(stats.t.ppf((1 + LEVEL) / 2, draws - 1)) * error
+    return found | {"low": max(0.0, share - half), "high": min(1.0, share + half)}
 
 
-def _by_gap(pairs: Pairs, n_sets: int, seed: int) -> list[Document]:
+def _by_gap(pairs: Pairs) -> list[Document]:
     """The same for a quarter of the pairs each, from the closest means to the farthest."""
     if len(pairs.gap) < GAP_BINS:
         return []
@@ -94,36 +124,58 @@ def _by_gap(pairs: Pairs, n_sets: int, seed: int) -> list[Document]:
     rows: list[Document] = []
     for number, (low, high) in enumerate(pairwise(edges)):
         inside = (pairs.gap >= low) & ((pairs.gap < high) | (number == len(edges) - 2))
-        part = Pairs(pairs.right[inside], pairs.gap[inside], pairs.sets[inside])
-        rows.append({"gap_from": float(low), "gap_to": float(high)} | _share(part, n_sets, seed))
+        part = Pairs(pairs.right[inside], pairs.gap[inside], pairs.draws[inside])
+        rows.append({"gap_from": float(low), "gap_to": float(high)} | _share(part))
     return rows
 
 
-def _beside_annotators(sets: Sequence[Mapping[str, Any]], scores: Floats, starts: Ints) -> Document:
-    """How often one annotator orders two responses of a set as the mean of the others does, and how often scores do.
+def _beside_people(sets: Sequence[Mapping[str, Any]], scores: Floats, starts: Ints, pairs: Ints) -> Document:
+    """How often one rater orders pairs ``[P, 2]`` as the mean of the others does, and how often scores do.
 
-    Both are asked about the same pairs and measured by the same mean, which the annotator has no part in.
+    Both answer the same questions: a pair, and the order of its means without the raters asked. A pair is asked of
+    everybody who rated both responses. Where nobody did, as across sets, it is asked as if any rater of the first were
+    any rater of the second, which assumes, as bridges do, that a rating means the same in every set. A pair's questions
+    together weigh as much as another's. Identical texts have no order for anybody.
+
+    Returns ``ties_half``, where a rater's tie counts half like a tie of scores, and ``ties_left_out``, of the questions
+    on which the rater has a preference; either is absent without such questions.
     """
-    of_annotator, of_scores = [], []
-    for one, start in zip(sets, starts, strict=False):
-        if one.get("ratings") is None:
-            continue
-        table = rating_table(len(one["responses"]), one["ratings"], None)
-        i, j = np.triu_indices(len(table), k=1)
-        for annotator in range(table.shape[1]):
-            others = np.delete(table, annotator, axis=1)
-            known = (~np.isnan(others)).sum(axis=1)
-            means = np.divide(np.nansum(others, axis=1), known, out=np.full(len(known), np.nan), where=known > 0)
-            own, mean = np.sign(table[i, annotator] - table[j, annotator]), np.sign(means[i] - means[j])
-            # NaN is unequal to 0 and fails the first comparison.
-            asked = (np.abs(own) > 0) & (np.abs(mean) > 0)
-            of_annotator.append((own[asked] == mean[asked]).astype(np.float64))
-            order = np.sign(scores[start + i] - scores[start + j])[asked]
-            of_scores.append((order * mean[asked] + 1) / 2)
-    theirs, ours = (np.concatenate([np.empty(0), *parts]) for parts in (of_annotator, of_scores))
-    if not len(theirs):
-        return {}
-    return {"annotators": {"share": float(theirs.mean()), "scores": float(ours.mean()), "pairs": len(theirs)}}
+    tables = [rating_table(len(one["responses"]), one.get("ratings"), None) for one in sets]
+    names = [_raters(one, number, table.shape[1]) for number, (one, table) in enumerate(zip(sets, tables, strict=True))]
+    texts = [text for one in sets for text in one["responses"]]
+    set_of = np.searchsorted(starts, pairs, side="right") - 1
+    answers: dict[str, list[Floats]] = {"ties_half": [], "ties_left_out": []}
+    for (i, j), (first, second) in zip(pairs, set_of, strict=True):
+        a, b = tables[first][i - starts[first]], tables[second][j - starts[second]]
+        if min((~np.isnan(a)).sum(), (~np.isnan(b)).sum()) < 2:
+            continue  # nobody's mean is left without the rater asked
+        rated = ~np.isnan(a)[:, None] & ~np.isnan(b)
+        both = rated & (names[first][:, None] == names[second])
+        rater, other = np.nonzero(both if both.any() else rated)
+        mean = np.sign(_mean_of_others(a)[rater] - _mean_of_others(b)[other])
+        own = mean * np.sign(a[rater] - b[other]) * (texts[i] != texts[j])
+        ours = mean * np.sign(scores[i] - scores[j])
+        for name, asked in (("ties_half", mean != 0), ("ties_left_out", own != 0)):
+            sums = np.array([asked.sum(), (own[asked] + 1).sum() / 2, (ours[asked] + 1).sum() / 2])
+            answers[name].append(sums / len(mean))
+    found: Document = {}
+    for name, rows in answers.items():
+        asked, human, ours = np.sum(rows, axis=0) if rows else np.zeros(3)
+        if asked > 0:
+            number = sum(bool(row[0]) for row in rows)
+            found[name] = {"human": float(human / asked), "scores": float(ours / asked), "pairs": number}
+    return found
+
+
+def _raters(one: Mapping[str, Any], number: int, columns: int) -> npt.NDArray[np.str_]:
+    """The names of a set's columns of ratings; those of a set without names are its own."""
+    named = one.get("annotators")
+    return np.array([f"{number}/{column}" for column in range(columns)] if named is None else named[:columns], np.str_)
+
+
+def _mean_of_others(ratings: Floats) -> Floats:
+    """``[A]``: the mean rating without each rater's own, of two raters or more; NaN for who gave none."""
+    return (np.nansum(ratings) - ratings) / ((~np.isnan(ratings)).sum() - 1)
 
 
 def _kendall(sets: Sequence[Mapping[str, Any]], scores: Floats, starts: Ints) -> Document:
@@ -152,7 +204,9 @@ def _calibration(sets: Sequence[Mapping[str, Any]], scores: Floats, starts: Ints
     for one, start in zip(sets, starts, strict=False):
         made = compare(len(one["responses"]), one.get("ratings"), one.get("rankings"), one.get("winners"))
         gap = scores[start + made.first] - scores[start + made.second]
-        won = np.where(gap >= 0, made.wins, made.losses) + 0.5 * made.ties
+        # Of equal scores neither comes first.
+        won = np.where(gap > 0, made.wins, np.where(gap < 0, made.losses, 0.5 * (made.wins + made.losses)))
+        won += 0.5 * made.ties
         said_parts.append(sigmoid(np.abs(gap)))
         won_parts.append(won)
         number_parts.append(made.wins + made.losses + made.ties)

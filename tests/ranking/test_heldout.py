@@ -22,7 +22,8 @@ def ranked_sets(draw: st.DrawFn) -> list[Set]:
         row = st.lists(rating, min_size=annotators, max_size=annotators)
         ratings = draw(st.none() | st.lists(row, min_size=size, max_size=size))
         pool = draw(st.integers(0, 1)) if ratings else 2 + len(sets)
-        one = {"prompt": "p", "responses": ["text"] * size, "strengths": [value / 2 for value in strengths]}
+        texts = [f"{len(sets)} {number}" for number in range(size)]
+        one = {"prompt": "p", "responses": texts, "strengths": [value / 2 for value in strengths]}
         sets.append(one | ({"ratings": ratings} if ratings else {}) | {"pool": pool})
     return sets
 
@@ -30,7 +31,9 @@ def ranked_sets(draw: st.DrawFn) -> list[Set]:
 def slow(sets: list[Set], scores: list[float]) -> dict[str, float]:
     """Every pair of one pool, as the definition reads."""
     items = [(one, index, number) for number, one in enumerate(sets) for index in range(len(one["responses"]))]
-    right: dict[str, list[float]] = {"eval/accuracy": [], "eval/accuracy_confident": []}
+    right: dict[str, list[float]] = {
+        name: [] for name in ("eval/accuracy", "eval/accuracy_confident", "eval/accuracy_within")
+    }
     for a, b in combinations(range(len(items)), 2):
         (one, i, first), (other, j, second) = items[a], items[b]
         if one["pool"] != other["pool"]:
@@ -47,6 +50,8 @@ def slow(sets: list[Set], scores: list[float]) -> dict[str, float]:
                     agreeing += (x - y) * gap > 0
         correct = 0.5 if scores[a] == scores[b] else float((scores[a] - scores[b]) * gap > 0)
         right["eval/accuracy"].append(correct)
+        if first == second:
+            right["eval/accuracy_within"].append(correct)
         if abs(gap) >= 1 - 1e-9 or (agreeing >= 3 and agreeing >= 0.75 * judging):
             right["eval/accuracy_confident"].append(correct)
     return {name: float(np.mean(values)) for name, values in right.items() if values}
@@ -75,7 +80,12 @@ def test_a_sample_of_pairs_is_seeded_and_near_the_whole() -> None:
     """4,000 of 79,800 pairs tell the accuracy within two points."""
     rng = np.random.default_rng(0)
     sets: list[Set] = [
-        {"responses": ["text"] * 4, "ratings": rng.normal(size=(4, 5)).tolist(), "pool": 0} for _ in range(100)
+        {
+            "responses": [f"{number}{letter}" for letter in "abcd"],
+            "ratings": rng.normal(size=(4, 5)).tolist(),
+            "pool": 0,
+        }
+        for number in range(100)
     ]
     means = np.concatenate([np.mean(one["ratings"], axis=1) for one in sets])
     scores = means + rng.normal(0, 0.5, 400)
@@ -85,3 +95,16 @@ def test_a_sample_of_pairs_is_seeded_and_near_the_whole() -> None:
     assert sample != heldout_accuracy(sets, scores, 4000, seed=1)
     assert sample["eval/accuracy"] == pytest.approx(whole["eval/accuracy"], abs=0.02)
     assert sample["eval/accuracy_confident"] > sample["eval/accuracy"]
+
+
+def test_identical_texts_of_a_pool_are_half_right_and_of_two_pools_apart() -> None:
+    """The same string twice has no order for scores, which rounding may tell apart; other prompts are other texts."""
+    same: Set = {"responses": ["text", "text"], "ratings": [[2.0], [0.0]], "pool": 0}
+    for scores in ([0.1, 0.0], [0.0, 0.1]):
+        found = heldout_accuracy([same], scores, 10, seed=0)
+        assert found == {"eval/accuracy": 0.5, "eval/accuracy_confident": 0.5, "eval/accuracy_within": 0.5}
+    other: Set = {"responses": ["text", "else"], "ratings": [[2.0], [0.0]], "pool": 1}
+    found = heldout_accuracy(
+        [{"responses": ["text", "b"], "ratings": [[0.0], [2.0]], "pool": 0}, other], [0, 9, 9, 5], 10, 0
+    )
+    assert found["eval/accuracy"] == 1

@@ -205,5 +205,6 @@ def test_a_reward_model_starts_from_another_and_says_how_good_it_is(
     quality = json.loads((folder / "quality.json").read_text())
     assert quality["accuracy"]["share"] == pytest.approx(record.metrics["eval/accuracy"], abs=0.02)
     assert record.metrics["eval/accuracy_low"] <= quality["accuracy"]["share"] <= record.metrics["eval/accuracy_high"]
-    assert 0.5 < record.metrics["eval/annotator_accuracy"] < 1
+    assert 0.5 < record.metrics["eval/human_accuracy_within"] < record.metrics["eval/human_accuracy"] < 1
+    assert quality["accuracy_within"]["share"] == pytest.approx(record.metrics["eval/accuracy_within"])
     assert (folder / "reliability.svg").read_text().startswith("<?xml")
