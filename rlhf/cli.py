@@ -111,8 +111,8 @@ class Request:
             for notice in self._store.notices:
                 print(printable_lines(notice), file=sys.stderr)
 
-    def planned(self, targets: Sequence[str] | None = None) -> dict[str, Planned]:
-        """Plan the targets, as :func:`rlhf.pipeline.plan.plan` takes them."""
+    def planned(self, targets: Sequence[str]) -> dict[str, Planned]:
+        """Plan the targets, or where there are none the whole pipeline."""
         return plan(self.config, self.known, self.store(), targets)
 
     def one(self, name: str) -> Planned:
@@ -303,16 +303,21 @@ def lineage(request: Request) -> None:
     if len(request.names) > 1:
         raise RequestError("lineage takes one stage or artifact", "command line", "rlhf diff A B compares two")
     target = request.names[0] if request.names else None
-    record = documents.find_record(target, request.planned(), request.store())
+    record = documents.find_record(target, request.planned(_stages_among(request)), request.store())
     document = documents.lineage_document(record, request.store())
     request.answer(document, lambda: request.out.print(lineage_view(document)))
+
+
+def _stages_among(request: Request) -> list[str]:
+    """The names of the command line that are stages of the pipeline, and not keys or another pipeline's stages."""
+    return [name for name in request.names if name in request.config.instances]
 
 
 def diff(request: Request) -> None:
     """Compare two results: rlhf diff A B, each a stage, pipeline/stage, key or artifact."""
     if len(request.names) != 2:
         raise RequestError("diff takes two stages, keys or artifacts", "command line", "rlhf diff A B")
-    planned, store = request.planned(), request.store()
+    planned, store = request.planned(_stages_among(request)), request.store()
     old, new = (documents.find_record(name, planned, store) for name in request.names)
     document = documents.diff_document(old, new, store)
     request.answer(document, lambda: request.out.print(diff_view(document)))

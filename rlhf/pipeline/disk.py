@@ -62,7 +62,7 @@ def check(stages: Mapping[str, Mapping[str, float]], store: Store) -> None:
         result, meanwhile = found.get(RESULT, 0.0), found.get(MEANWHILE, 0.0)
         if kept + meanwhile + result > free:
             parts = {"checkpoints": meanwhile, "its result": result, "results before it": kept}
-            listed = ", ".join(f"{size(bytes_)} {what}" for what, bytes_ in parts.items() if bytes_)
+            listed = ", ".join(f"{size(bytes_)} for {what}" for what, bytes_ in parts.items() if bytes_)
             raise DiskFullError(
                 f"{name} will need {size(kept + meanwhile + result)} on disk ({listed}), and {size(free)} are free",
                 str(store.root),

@@ -70,7 +70,7 @@ def _progress(one: Planned, store: Store) -> Document | None:
         return None
     values = json.loads(text)
     eta = Eta()
-    for at, done in values["times"]:
+    for at, done in values.get("times", []):  # a run of an older version may be under way
         eta.observe(at, done, values["total"])
     return {name: values[name] for name in ("message", "done", "total")} | {"eta_seconds": eta.remaining(values["at"])}
 

@@ -63,12 +63,11 @@ class Planned:
 
 
 def plan(
-    config: PipelineConfig, known: Mapping[str, Stage], store: Store, targets: Sequence[str] | None = None
+    config: PipelineConfig, known: Mapping[str, Stage], store: Store, targets: Sequence[str] = ()
 ) -> dict[str, Planned]:
     """Plan the targets and what they are made from, by name, producers before consumers.
 
-    targets  stages to bring up to date; an empty sequence stands for those that no other stage reads, and None for a
-             look at every stage, needed or not
+    targets  stages to bring up to date; without any, those that no other stage reads
 
     Of a stage that only imported stages read nothing is looked at, neither its sources nor its result: it is *unused*.
 
@@ -81,11 +80,10 @@ def plan(
     imported = {name for name, ref in refs.items() if ref.imported}
     order = _order(config, wires)
     read = {wire.instance for taken in wires.values() for wire in taken.values()}
-    for target in targets or ():
+    for target in targets:
         instance_of(config, target)
-    wanted = order if targets is None else targets or [name for name in order if name not in read]
-    shown = _upstream(wires, wanted, stop=())
-    needed = shown if targets is None else _upstream(wires, wanted, stop=imported)
+    wanted = targets or [name for name in order if name not in read]
+    shown, needed = _upstream(wires, wanted, stop=()), _upstream(wires, wanted, stop=imported)
     planned: dict[str, Planned] = {}
     for name in order:
         if name in needed:

@@ -168,6 +168,8 @@ def test_a_run_leaves_out_what_only_imported_stages_read(ask: Ask, path: Path, t
             (line,) = [line for line in answer.out.splitlines() if line.startswith(stage)]
             assert line.split(maxsplit=2)[1:] == ["unused", "not needed: total is imported"]
         assert "metrics, logs" not in answer.out, "nothing has any here"
+    for words in (("status",), ("lineage",), ("lineage", "total"), ("explain", "total"), ("diff", "total", "total")):
+        assert ask(*words, gone).status == 0
     assert "gone" in refused(ask, "run", "count", gone)
 
 

@@ -39,7 +39,7 @@ def load_toy(path: Path, *overrides: str) -> PipelineConfig:
 
 
 def planned(
-    path: Path, *overrides: str, known: Mapping[str, Stage] = KNOWN, targets: Sequence[str] | None = None
+    path: Path, *overrides: str, known: Mapping[str, Stage] = KNOWN, targets: Sequence[str] = ()
 ) -> dict[str, Planned]:
     config = load_toy(path, *overrides)
     return plan(config, known, Store.open(config.store.uri, create=False), targets)

@@ -106,8 +106,8 @@ def test_room_is_wanted_for_what_is_written_and_no_more(tmp_path: Path, monkeypa
     with pytest.raises(DiskFullError) as caught:
         disk.check(told, store)
     assert caught.value.what == (
-        "ppo will need 101.0 MB on disk (97.0 MB checkpoints, 2.0 MB its result, 2.0 MB results before it), "
-        "and 100.9 MB are free"
+        "ppo will need 101.0 MB on disk (97.0 MB for checkpoints, 2.0 MB for its result, 2.0 MB for results before it)"
+        ", and 100.9 MB are free"
     )
     assert "ppo.checkpoint_every" in caught.value.next_step
     with pytest.raises(DiskFullError, match=r"sft will need 9\.5 GB .*, and 100\.9 MB are free"):

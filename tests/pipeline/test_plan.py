@@ -217,7 +217,7 @@ def test_a_stage_may_be_used_twice(tmp_path: Path):
 def test_targets_bring_what_they_need_and_no_more(path: Path):
     """The needed stages come producers first; without a target all of them."""
     assert list(planned(path, targets=["count"])) == ["words", "count"]
-    assert list(planned(path, targets=[])) == ["words", "count", "total"]
+    assert list(planned(path)) == ["words", "count", "total"]
 
 
 DIAMOND = """
@@ -248,7 +248,7 @@ def test_nothing_runs_for_imported_stages(tmp_path: Path):
     assert states(planned(path, targets=["last"])) == cut | {"last": "missing"}
     assert states(planned(path, targets=["sum"])) == cut
     override = "words.left=not made yet"
-    found = planned(path, override, targets=[])
+    found = planned(path, override)
     whole = cut | {"words": "missing", "count": "blocked", "total": "blocked", "last": "missing"}
     assert states(found) == whole
     assert (found["more"].why, found["more"].key) == ("not needed: sum is imported", None)
@@ -270,7 +270,7 @@ def test_of_an_unused_stage_nothing_is_looked_at(tmp_path: Path):
     path = write_pipeline(tmp_path)
     pin(path, "total")
     override = f"words.file={tmp_path / 'gone'}"
-    assert states(planned(path, override, targets=[])) == {"words": "unused", "count": "unused", "total": "cached"}
+    assert states(planned(path, override)) == {"words": "unused", "count": "unused", "total": "cached"}
     with pytest.raises(SettingsError, match="gone"):
         planned(path, override, targets=["count"])
 

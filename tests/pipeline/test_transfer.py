@@ -45,7 +45,7 @@ def test_an_import_is_the_stages_result_whatever_its_settings_and_inputs(path: P
     record = imported(path, model_folder(tmp_path / "model"))
     for override in ("total.factor=3.0", "words.left=other"):
         found = planned(path, override)
-        assert states(found) == {"words": "missing", "count": "blocked", "total": "cached"}
+        assert states(found) == {"words": "unused", "count": "unused", "total": "cached"}
         assert (found["total"].key, found["total"].why) == (record.key, "imported")
 
     store = Store.open(tmp_path / "store")

@@ -408,6 +408,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "full_disk": partial(full_disk, tiny, folder),
         "spread": partial(spread, folder),
         "share": partial(share, folder),
+        "largest": lambda: group.all_max(torch.tensor([rank, -rank])).tolist(),
         "gathering": partial(gathering, tiny),
         "whole": partial(whole, tiny),
         "steps": partial(steps, tiny),

@@ -43,6 +43,11 @@ def test_ranks_share_items_out(results: Results) -> None:
     assert [found["share"] for found in results[2]] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
+def test_the_largest_of_each_entry_is_known_to_all_ranks(results: Results) -> None:
+    """As the memory of the fullest GPU is."""
+    assert [found["largest"] for found in results[2]] == [[1, 0], [1, 0]]
+
+
 def test_what_rank_0_changes_in_a_whole_weight_all_ranks_see(results: Results) -> None:
     """A score head is drawn so."""
     for found in results[2]:
