@@ -105,3 +105,10 @@ def test_moments_are_exact_where_float32_sums_are_not() -> None:
     mask = torch.ones_like(values, dtype=torch.bool)
     whitened = whiten(values, mask, masked_moments(values, mask))
     torch.testing.assert_close(whitened.double().var(correction=0).item(), 1.0, atol=0.02, rtol=0.0)
+
+
+def test_values_that_are_all_alike_are_whitened_to_0() -> None:
+    """However large: rounding makes the difference of their moments negative, and no number of it."""
+    values = torch.full((1, 9), 1e7 + 0.1, dtype=torch.float64)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    assert whiten(values, mask, masked_moments(values, mask)).abs().max() < 1e-3

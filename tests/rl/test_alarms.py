@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.errors import DivergedError
-from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_health
+from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_health, out_of_range
 
 FIRST = {
     "policy/approxkl_first": 0.0,
@@ -94,3 +94,74 @@ def test_a_run_that_cannot_be_saved_stops() -> None:
         check_health(collapsed, FIRST, 200.0)
     check_health(collapsed, FIRST | {"length/mean": 1.4}, 200.0)
     check_health(collapsed, collapsed, 200.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "still_fine", "too_much"),
+    [
+        ("ratio", {}, {"policy/approxkl_first": 5e-9}, {"policy/approxkl_first": 5.1e-9}),
+        ("negative_kl", {}, {"objective/kl": -0.4}, {"objective/kl": -0.401}),
+        (
+            "negative_kl",
+            {},
+            {"objective/kl": -1e-3, "objective/kl_stderr": 0.0},
+            {"objective/kl": -1.1e-3, "objective/kl_stderr": 0.0},
+        ),
+        ("eos", {"val/num_eos_tokens": 20.0}, {"val/num_eos_tokens": 6.0}, {"val/num_eos_tokens": 5.0}),
+        ("length", {"length/mean": 79.0}, {"length/mean": 95.0}, {"length/mean": 95.1}),
+        ("entropy", {}, {"policy/entropy_avg": 0.2}, {"policy/entropy_avg": 0.19}),
+        ("entropy", {"policy/entropy_avg": 0.06}, {"policy/entropy_avg": 0.006}, {"policy/entropy_avg": 0.005}),
+        ("score_range", {}, {"score/out_of_range": 0.1}, {"score/out_of_range": 0.11}),
+    ],
+)
+def test_an_alarm_is_raised_beyond_its_bound_and_not_at_it(
+    name: str, first: dict[str, float], still_fine: dict[str, float], too_much: dict[str, float]
+) -> None:
+    """The bounds are those of docs/ppo.md."""
+    watched = Watched(FIRST | first, "fp32", max_new_tokens=100, rollouts=100)
+    healthy = HEALTHY | {"val/num_eos_tokens": 90.0} | first
+    assert not alarms(healthy | still_fine, watched)
+    assert list(alarms(healthy | too_much, watched)) == [name]
+
+
+@pytest.mark.parametrize(
+    ("first", "now"),
+    [
+        ({"val/num_eos_tokens": 19.0}, {"val/num_eos_tokens": 0.0}),
+        ({"length/mean": 80.0}, {"length/mean": 100.0}),
+        ({"policy/entropy_avg": 0.05}, {"policy/entropy_avg": 0.0}),
+    ],
+)
+def test_what_was_nearly_so_from_the_start_is_no_alarm(first: dict[str, float], now: dict[str, float]) -> None:
+    """Few responses that ended, long ones, and a policy that was sure of itself."""
+    watched = Watched(FIRST | first, "fp32", max_new_tokens=100, rollouts=100)
+    assert not alarms(HEALTHY | {"val/num_eos_tokens": 90.0} | first | now, watched)
+
+
+def test_bf16_is_given_its_own_rounding() -> None:
+    """Three digits make the first ratio differ by more, and an alarm beyond that all the same."""
+    bf16 = Watched(FIRST, "bf16", max_new_tokens=64, rollouts=64)
+    assert not alarms(HEALTHY | {"policy/approxkl_first": 5e-3}, bf16)
+    assert list(alarms(HEALTHY | {"policy/approxkl_first": 5.1e-3}, bf16)) == ["ratio"]
+
+
+def test_alarms_say_how_much_it_is_and_was() -> None:
+    """Shares of the responses and of the limit, not their numbers alone."""
+    raised = alarms(HEALTHY | {"val/num_eos_tokens": 2.0, "length/mean": 63.0}, WATCHED)
+    assert "3% have an EOS, and 94% had at first" in raised["eos"]
+    assert "63 of 64 tokens on average, and 20 at first" in raised["length"]
+
+
+def test_the_limits_themselves_are_no_divergence() -> None:
+    """A KL at the limit, and a length at half the first, or at 1.5 tokens where that is less."""
+    check_health(HEALTHY | {"objective/kl": 200.0}, FIRST, 200.0)
+    for first, length in ((20.0, 1.5), (2.0, 1.0)):
+        check_health(HEALTHY | {"length/mean": length}, FIRST | {"length/mean": first}, 200.0)
+        with pytest.raises(DivergedError, match="lone EOS"):
+            check_health(HEALTHY | {"length/mean": length - 0.01}, FIRST | {"length/mean": first}, 200.0)
+
+
+def test_scores_at_the_ends_of_the_range_are_inside_it() -> None:
+    """The share of those beyond, on both sides."""
+    scores = torch.tensor([-2.1, -2.0, 0.0, 1.0, 1.1, 5.0, 0.5, 0.5])
+    assert out_of_range(scores, -2.0, 1.0) == {"score/out_of_range": 3 / 8}

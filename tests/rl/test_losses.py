@@ -1,4 +1,5 @@
 import math
+from dataclasses import fields
 from functools import partial
 from itertools import product
 
@@ -130,6 +131,24 @@ def test_sums_survive_the_vector_that_ranks_add() -> None:
     sums = PolicySums(*(torch.tensor(float(i), dtype=torch.float64) for i in range(9)))
     assert PolicySums.from_tensor(sums.to_tensor()) == sums
     assert (sums + sums).squared_ratio == 10
+
+
+def test_sums_are_kept_in_float64_whatever_the_model_computes_in() -> None:
+    """Those of many micro batches lose nothing."""
+    batch = [torch.randn(2, 3) for _ in range(5)]
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    penalties = Penalties(0.1, "k2", entropy_bonus=0.1)
+    _, policy = whole_policy_loss(*batch, mask, clip=0.2, num_tokens=6, penalties=penalties)  # pyright: ignore[reportCallIssue] - five tensors
+    _, demonstrations = demonstration_loss(batch[0], mask, coef=1.0, num_tokens=6)
+    _, value = clipped_value_loss(*batch[:3], mask, clip=0.2, num_tokens=6)  # pyright: ignore[reportCallIssue] - three
+    for sums in (policy, demonstrations, value):
+        assert {getattr(sums, field.name).dtype for field in fields(sums)} == {torch.float64}
+
+
+def test_rounding_makes_no_variance_negative() -> None:
+    """Ratios that are all alike have the variance 0."""
+    values = torch.tensor([3.0, 0, 0, 0, 3.3, 3.63 - 1e-9, 0, 0, 0], dtype=torch.float64)
+    assert PolicySums.from_tensor(values).ratio_variance == 0
 
 
 def test_only_the_first_input_is_trained() -> None:

@@ -6,7 +6,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rlhf.rl.alarms import out_of_range
 from rlhf.rl.losses import Penalties, ValueSums, clipped_policy_loss, clipped_value_loss, demonstration_loss
 from rlhf.rl.metrics import rollout_metrics, update_metrics
 from tests.rl.batches import JUNK, Batch, batches
@@ -117,9 +116,3 @@ def test_while_the_value_model_warms_up_the_policy_has_no_metrics() -> None:
         "val/clipfrac_avg": 0.0,
         "policy/updates": 0.0,
     }
-
-
-def test_scores_at_the_ends_of_the_range_are_inside_it() -> None:
-    """The share of those beyond, on both sides."""
-    scores = torch.tensor([-2.1, -2.0, 0.0, 1.0, 1.1, 5.0, 0.5, 0.5])
-    assert out_of_range(scores, -2.0, 1.0) == {"score/out_of_range": 3 / 8}

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,3 +31,13 @@ def test_warm_up_is_a_line_from_0_to_the_peak() -> None:
     """Of its updates, the first is not at 0 and the one after the last is at the peak."""
     shares = [learning_rate_share(done, 10, "constant", 0.3) for done in range(5)]
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+
+
+def test_what_follows_warm_up_begins_at_the_peak_and_takes_the_updates_that_are_left() -> None:
+    """Of 10 updates 3 rise; the other 7 fall along a line, or along half a cosine."""
+    assert [learning_rate_share(done, 10, "linear", 0.3) for done in range(3, 10)] == pytest.approx(
+        [1 - left / 7 for left in range(7)]
+    )
+    assert [learning_rate_share(done, 10, "cosine", 0.3) for done in range(3, 10)] == pytest.approx(
+        [(1 + math.cos(math.pi * left / 7)) / 2 for left in range(7)]
+    )
