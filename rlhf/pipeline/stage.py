@@ -85,7 +85,7 @@ def _kinds(role: str) -> tuple[str, ...] | None:
 
 
 OURS = (
-    Stage("data", 2, DataSettings, "stages.data:run", "data", inputs=taking(), sources=_data_sources),
+    Stage("data", 3, DataSettings, "stages.data:run", "data", inputs=taking(), sources=_data_sources),
     Stage(
         "model",
         1,
@@ -97,7 +97,7 @@ OURS = (
     ),
     Stage(
         "collect",
-        1,
+        2,
         CollectSettings,
         "stages.collect:run",
         "responses",
@@ -120,7 +120,7 @@ OURS = (
     ),
     Stage(
         "rank",
-        3,
+        4,
         RankSettings,
         "stages.rank:run",
         "comparisons",
@@ -128,7 +128,7 @@ OURS = (
     ),
     Stage(
         "sft",
-        2,
+        3,
         SftSettings,
         "stages.sft:run",
         "policy",
@@ -140,7 +140,7 @@ OURS = (
     ),
     Stage(
         "rm",
-        4,
+        5,
         RmSettings,
         "stages.rm:run",
         "reward-model",
@@ -152,7 +152,7 @@ OURS = (
     ),
     Stage(
         "ppo",
-        2,
+        3,
         PpoSettings,
         "stages.ppo:run",
         "policy",
@@ -165,7 +165,7 @@ OURS = (
     ),
     Stage(
         "evaluate",
-        2,
+        3,
         EvaluateSettings,
         "stages.evaluate:run",
         "report",
