@@ -49,18 +49,17 @@ def run(context: Context[DataSettings]) -> dict[str, float]:
         source: str = getattr(settings, kind)
         heldout: str | None = getattr(settings.heldout, kind)
         if source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
-            written = (
+            train, held = (
                 write_part(output / kind / f"{part}.jsonl", snippets[f"{kind}/{part}"]) for part in ("train", "heldout")
             )
-            splits[kind] = Split(*written)
+            splits[kind] = Split(train, held)
         elif heldout is not None:
             parts = {
                 part: _reader(context, name, where, model)
                 for part, name, where in (("train", kind, source), ("heldout", f"heldout-{kind}", heldout))
             }
-            splits[kind] = Split(
-                *(write_part(output / kind / f"{part}.jsonl", reader) for part, reader in parts.items())
-            )
+            train, held = (write_part(output / kind / f"{part}.jsonl", reader) for part, reader in parts.items())
+            splits[kind] = Split(train, held)
             _note_reading(context, kind, parts["train"])
             _note_reading(context, f"heldout.{kind}", parts["heldout"])
         else:

@@ -136,8 +136,9 @@ def test_records_that_are_held_out_by_the_user_are_the_held_out_part(tmp_path: P
     rows = {
         "demonstrations": [{"prompt": "P3", "completion": "c"}, {"prompt": "new", "completion": "c"}],
         "comparisons": [{"prompt": "p0", "chosen": "x", "rejected": "y"}],
-        "prompts": [{"prompt": "p4"}, {"prompt": "P5"}, {"prompt": "newer"}],
+        "prompts": [{"prompt": "p4"}, {"prompt": "Q5"}, {"prompt": "newer"}],
     }
+    Path(own["prompts"]).write_text("".join(json.dumps({"prompt": f"q{n}"}) + "\n" for n in range(20)))
     heldout: dict[str, str] = {}
     for kind, values in rows.items():
         heldout[kind] = str(tmp_path / f"heldout-{kind}.jsonl")
@@ -176,3 +177,18 @@ def test_comparison_sets_that_share_one_prompt_are_held_out_by_set(tmp_path: Pat
     metrics = run(context_for(tmp_path / "second", judge=None, **own))
     assert metrics["comparisons/heldout"] == round(0.05 * rows)
     assert metrics["comparisons/train"] + metrics["comparisons/heldout"] == rows
+
+
+def test_the_stage_notes_as_what_the_rows_of_a_source_were_read(tmp_path: Path) -> None:
+    """Once a source; rows of our own form are not mentioned."""
+    own = own_sources(tmp_path / "own")
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]
+    rows = [{"conversations": [turns[0] | {"content": f"p{n}"}, turns[1]]} for n in range(3)]
+    Path(own["demonstrations"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    context = context_for(tmp_path / "run", judge=None, **own)
+    run(context)
+    notes = [json.loads(line)["note"] for line in (context.attempt / "notes.jsonl").read_text().splitlines()]
+    assert [note for note in notes if "read as" in note] == [
+        "demonstrations: 3 rows read as conversations in 'conversations': the last message is the completion, "
+        "all before it the prompt"
+    ]

@@ -101,7 +101,7 @@ def test_prompts_are_distinct_and_the_held_out_ones_unseen(files: dict[str, list
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_held_out_prompt_is_one_that_sft_or_ppo_trains_on(snippets: SnippetBlocks, seed: int) -> None:
     """Openings recur between blocks, in other letter case too; both held-out parts ask for unseen ones."""
-    files = movie_datasets(snippets.blocks, SnippetSettings(), seed)
+    files: dict[str, list[Any]] = dict(movie_datasets(snippets.blocks, SnippetSettings(), seed))
     asked = {
         name: {str(one.prompt).casefold() for one in files[name]} for name in files if not name.startswith("judge")
     }
