@@ -92,7 +92,7 @@ def _shp(records: Iterable[Placed], _: str, left_out: Counter[str]) -> Iterator[
 
 
 def _oasst(records: Iterable[Placed], _: str, left_out: Counter[str]) -> Iterator[Made]:
-    replies: defaultdict[Any, list[Record]] = defaultdict(list)
+    replies: defaultdict[str, list[Record]] = defaultdict(list)
     roots: list[Placed] = []
     for place, record in records:
         if isinstance(record.get("prompt"), Mapping):
@@ -100,18 +100,18 @@ def _oasst(records: Iterable[Placed], _: str, left_out: Counter[str]) -> Iterato
         elif record.get("parent_id") is None:
             roots.append((place, record))
         else:
-            replies[record["parent_id"]].append(record)
+            replies[str(record["parent_id"])].append(record)
 
     def children(message: Record) -> list[Record]:
-        return [*(message.get("replies") or []), *replies.get(message.get("message_id"), [])]
+        return [*(message.get("replies") or []), *replies.get(str(message.get("message_id")), [])]
 
-    known = {message.get("message_id") for message in (*(root for _, root in roots), *chain(*replies.values()))}
+    known = {str(message.get("message_id")) for message in (*(root for _, root in roots), *chain(*replies.values()))}
     if lost := sum(len(some) for parent, some in replies.items() if parent not in known):
         left_out["messages whose parent is not in the file"] = lost
 
     def walk(place: Place, message: Record, before: list[dict[str, Any]]) -> Iterator[Made]:
         role = message.get("role")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             yield place, MalformedError("role", f"is {role!r}; known: {', '.join(_ROLES)}")
             return
         so_far = [*before, {"role": _ROLES[role], "content": message.get("text")}]
