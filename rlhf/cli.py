@@ -627,8 +627,13 @@ def parser_of(command: str) -> Parser:
         case "data":
             kinds = "demonstrations, comparisons, prompts or judge"
             parser.add_argument("--kind", help=f"what the rows are: {kinds} (default: told by the first row's fields)")
-            tools = "argilla, label-studio, helpsteer, shp, oasst or ultrafeedback (default: told by the first record)"
-            parser.add_argument("--from", dest="from_", metavar="TOOL", help=f"what wrote the file to convert: {tools}")
+            tools = "argilla, label-studio, helpsteer, shp, oasst, ultrafeedback or ultrafeedback-binarized"
+            parser.add_argument(
+                "--from",
+                dest="from_",
+                metavar="TOOL",
+                help=f"whose the file to convert is: {tools} (default: told by the first record)",
+            )
             parser.add_argument("--prompt", metavar="FIELD", help="the field with the prompt (default: told by names)")
             parser.add_argument(
                 "--responses", metavar="FIELD,FIELD", help="the fields with the responses (default: told by names)"

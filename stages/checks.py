@@ -221,7 +221,7 @@ def _has_heldout(context: Context[SftSettings] | Context[RmSettings], role: str)
         raise PreflightError(
             f"no {role} are held out, so {context.stage} could not tell how good its result is",
             f"data.{role}",
-            "raise data.heldout_fraction, or give it more than one distinct prompt",
+            f"raise data.heldout_fraction, or name a source of records that you hold out as data.heldout.{role}",
         )
 
 

@@ -39,7 +39,7 @@ def run(context: Context[RankSettings]) -> dict[str, float]:
     settings = context.settings
     names: dict[str, int] = {}
     train = compared_sets(_sets(context, "train"), "train.jsonl", names)
-    found = report(_sets(context, "train"), train, len(names))
+    found = report(_sets(context, "train"), train)
     for line in in_words(found):
         context.note(line)
     if settings.annotators == "reliability" and not names:

@@ -9,7 +9,7 @@ from rlhf.config.base import Settings, runtime, semantic, source
 from rlhf.config.sources import KNOWN_WORDS, MOVIE_SNIPPETS, OTHER_SNIPPETS, is_local, parse_hub_dataset
 from rlhf.errors import SettingsError
 
-__all__ = ["DataSettings", "RankSettings", "SnippetSettings", "is_local", "sources"]
+__all__ = ["DataSettings", "HeldoutSettings", "RankSettings", "SnippetSettings", "is_local", "sources"]
 
 SNIPPET_BLOCKS = 353
 """Blocks of 30 snippets in the movie-snippets data, each rated throughout by the same people."""
@@ -51,9 +51,29 @@ class SnippetSettings(Settings):
         return self
 
 
+class HeldoutSettings(Settings):
+    """Records that you hold out yourself: a file, a folder or a hub dataset each, as for the setting of the same name.
+    All of that source is then trained on, and no share of it is held out.
+    """
+
+    demonstrations: str | None = source(None)
+    """Prompts with completions, behind the SFT model's ``eval/loss``; null holds out a share of the source."""
+    comparisons: str | None = source(None)
+    """Comparison sets, behind the reward model's ``eval/accuracy``; null holds out a share of the source."""
+    prompts: str | None = source(None)
+    """Prompts, which the evaluation has answered; null holds out a share of the source."""
+
+    @field_validator("*")
+    @classmethod
+    def _source_is_readable(cls, value: str | None) -> str | None:
+        if value is not None and not is_local(value):
+            parse_hub_dataset(value)
+        return value
+
+
 class DataSettings(Settings):
-    """Where the records come from. Each source is a JSONL, JSON or Parquet file, a folder of those, a hub dataset
-    ``name@revision`` or ``name@revision#split``, or the word ``movie-snippets``.
+    """Where the records come from. Each source is a JSONL, JSON, Parquet or Arrow file, a folder of those, a hub
+    dataset ``name@revision`` or ``name@revision#split``, or the word ``movie-snippets``.
     """
 
     seed: int = semantic(0, ge=0, lt=1 << 32)
@@ -69,7 +89,10 @@ class DataSettings(Settings):
     """Texts with ratings, ``{"text", "rating"}``, that a judge independent of the reward model is fitted on; null for
     none. Set it to null or to ratings of your own when the other sources are yours."""
     heldout_fraction: float = semantic(0.05, ge=0, lt=1)
-    """Share of the distinct prompts of each source of your own that is held out; at least one unless 0."""
+    """Share of the distinct prompts of each source of your own that is held out; at least one unless 0. Where rows name
+    a ``group``, of the groups; where all share one prompt, of the rows that share no response with others."""
+    heldout: HeldoutSettings = semantic(HeldoutSettings())
+    """Records that you hold out yourself."""
     max_bad_fraction: float = semantic(0.0, ge=0, lt=1)
     """Share of malformed rows of a source above which the stage stops; those below it are left out."""
     snippets: SnippetSettings = semantic(SnippetSettings())
@@ -88,6 +111,15 @@ class DataSettings(Settings):
                 raise ValueError(f"{value!r} names a model, not data")
             parse_hub_dataset(value)
         return value
+
+    @model_validator(mode="after")
+    def _what_is_held_out_is_of_a_source_of_ones_own(self) -> "DataSettings":
+        for kind in HeldoutSettings.model_fields:
+            if getattr(self.heldout, kind) is not None and getattr(self, kind) in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
+                raise ValueError(
+                    f"heldout.{kind} is for {kind} of your own; of {getattr(self, kind)} a part is held out already"
+                )
+        return self
 
 
 class RankSettings(Settings):
@@ -149,8 +181,11 @@ def sources(settings: DataSettings) -> dict[str, Path]:
 
     """
     local: dict[str, Path] = {}
-    for field in ("demonstrations", "comparisons", "prompts", "judge"):
-        value: str | None = getattr(settings, field)
+    named: dict[str, str | None] = {
+        **{field: getattr(settings, field) for field in ("demonstrations", "comparisons", "prompts", "judge")},
+        **{f"heldout.{field}": getattr(settings.heldout, field) for field in HeldoutSettings.model_fields},
+    }
+    for field, value in named.items():
         if value is None or not is_local(value):
             continue
         path = Path(value).expanduser()

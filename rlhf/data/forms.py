@@ -331,7 +331,7 @@ def _messages(turns: Sequence[Mapping[str, Any]], field: str) -> tuple[Messages,
         text = "content"
         if "from" in message:
             text, role = "value", message.pop("from")
-            if role not in _SHAREGPT_ROLES:
+            if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
                 raise _RefusedError(f"{place}.from", f"is {role!r}; known: {', '.join(_SHAREGPT_ROLES)}")
             message["role"] = _SHAREGPT_ROLES[role]
         content = message.pop(text, "")
@@ -340,6 +340,8 @@ def _messages(turns: Sequence[Mapping[str, Any]], field: str) -> tuple[Messages,
         if isinstance(content, list):
             in_parts = True
             content = "".join(_text_of(part, f"{place}.{text}[{index}]") for index, part in enumerate(content))
+        if not isinstance(content, str):
+            raise _RefusedError(f"{place}.{text}", "must be a text or a list of parts")
         for name in message.keys() - {"role"}:
             if message[name] and not _BOOKKEEPING.fullmatch(name.casefold()):
                 raise _RefusedError(f"{place}.{name}", f"is unknown; {suggestion(name, Message.model_fields)}")

@@ -84,11 +84,16 @@ Response = Annotated[String, BeforeValidator(_reply_text)]
 """A response's text; a list of one assistant's message is read as its content. It may be empty, as a policy's may."""
 
 
+Group = Annotated[String, Field(min_length=1)]
+"""A name that rows have in common which must not be torn apart: some are trained on only where all are."""
+
+
 class Demonstration(_Record):
     """A prompt and the completion to be imitated: a text, or one message of the assistant's."""
 
     prompt: Text
     completion: Text
+    group: Group | None = None
 
     @field_validator("completion")
     @classmethod
@@ -109,6 +114,7 @@ class Prompt(_Record):
     """A prompt alone."""
 
     prompt: Text
+    group: Group | None = None
 
 
 class JudgeRating(_Record):
@@ -153,6 +159,7 @@ class ComparisonSet(_Record):
     """The model that wrote each response."""
     margin: float | None = None
     """By how much the first of two responses is better, where the data says so; in units of its own."""
+    group: Group | None = None
 
     @field_validator("ratings")
     @classmethod
@@ -264,6 +271,7 @@ class PreferencePair(_Record):
     chosen: Response
     rejected: Response
     margin: float | None = None
+    group: Group | None = None
 
     def as_comparison_set(self) -> ComparisonSet:
         """Return the same comparison as a set of two responses with one winner."""
@@ -272,6 +280,7 @@ class PreferencePair(_Record):
             responses=[self.chosen, self.rejected],
             winners=[[0, 1, 1]],
             margin=self.margin,
+            group=self.group,
         )
 
 

@@ -12,14 +12,13 @@ import json
 import random
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel
-
 from rlhf.config.data import SnippetSettings
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt
+from rlhf.data.split import prompt_digest
 
 BLOCK_ROWS = 30
 SDIST_MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -79,7 +78,9 @@ def read_movie_snippets(sdist: Path) -> SnippetBlocks:
     return SnippetBlocks(blocks, full - len(seen))
 
 
-def other_comparisons(sdist: Path, set_size: int, heldout_fraction: float, seed: int) -> dict[str, list[BaseModel]]:
+def other_comparisons(
+    sdist: Path, set_size: int, heldout_fraction: float, seed: int
+) -> dict[str, list[Demonstration | ComparisonSet | Prompt | JudgeRating]]:
     """Comparison sets of consecutive sentences of product reviews and of editorials, some held out by the seed.
 
     Each was rated by twenty people. Which of them a column is changes from row to row, so that they have no names; a
@@ -139,11 +140,14 @@ def clean(text: str) -> str:
     return re.sub(r" {2,}", " – ", html.unescape(text).replace("''", '"').strip())
 
 
-def movie_datasets(blocks: list[Block], sizes: SnippetSettings, seed: int) -> dict[str, list[BaseModel]]:
+def movie_datasets(
+    blocks: list[Block], sizes: SnippetSettings, seed: int
+) -> dict[str, list[Demonstration | ComparisonSet | Prompt | JudgeRating]]:
     """Make the records of each file that the data stage writes, by its path without suffix.
 
-    Every file has blocks of its own, drawn by the seed. Openings recur between blocks, so held-out prompts that are
-    also training prompts are left out.
+    Every file has blocks of its own, drawn by the seed. Openings recur between blocks: held-out demonstrations whose
+    prompt is also one of the training demonstrations', and held-out prompts that are trained on by either stage, are
+    left out.
     """
     order = list(range(len(blocks)))
     random.Random(seed).shuffle(order)  # noqa: S311 - a seeded draw, nothing secret
@@ -154,11 +158,17 @@ def movie_datasets(blocks: list[Block], sizes: SnippetSettings, seed: int) -> di
         return [blocks[next(remaining)] for _ in range(size)]
 
     train_prompts = list(prompts(draw(sizes.prompts)))
+    heldout_prompts = draw(sizes.prompts_heldout)
+    shown = list(demonstrations(draw(sizes.demonstrations)))
+    seen = {prompt_digest(one.prompt) for one in shown}
+    trained = seen | {prompt_digest(one.prompt) for one in train_prompts}
     return {
         "prompts/train": [*train_prompts],
-        "prompts/heldout": [*prompts(draw(sizes.prompts_heldout), without=train_prompts)],
-        "demonstrations/train": [*demonstrations(draw(sizes.demonstrations))],
-        "demonstrations/heldout": [*demonstrations(draw(sizes.demonstrations_heldout))],
+        "prompts/heldout": [one for one in prompts(heldout_prompts) if prompt_digest(one.prompt) not in trained],
+        "demonstrations/train": [*shown],
+        "demonstrations/heldout": [
+            one for one in demonstrations(draw(sizes.demonstrations_heldout)) if prompt_digest(one.prompt) not in seen
+        ],
         "comparisons/train": [*comparison_sets(draw(sizes.comparisons), sizes.set_size)],
         "comparisons/heldout": [*comparison_sets(draw(sizes.comparisons_heldout), sizes.set_size)],
         "judge/ratings": [*judge_ratings(draw(sizes.judge))],
@@ -202,9 +212,9 @@ def comparison_sets(blocks: list[Block], set_size: int) -> Iterator[ComparisonSe
             )
 
 
-def prompts(blocks: list[Block], without: Iterable[Prompt] = ()) -> Iterator[Prompt]:
-    """Make the prompts of the blocks' plain openings, each once, without the given ones; letter case aside."""
-    seen = {str(prompt.prompt).casefold() for prompt in without}
+def prompts(blocks: list[Block]) -> Iterator[Prompt]:
+    """Make the prompts of the blocks' plain openings, each once, letter case aside."""
+    seen: set[str] = set()
     for block in blocks:
         for snippet in block:
             if words := opening(snippet.text):

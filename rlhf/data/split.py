@@ -1,56 +1,127 @@
-"""Holding records out by prompt."""
+"""Holding records out: by prompt, by the group that rows name, or by what they answer where all share one prompt."""
 
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
 from rlhf.data.jsonl import to_line
 from rlhf.data.records import ComparisonSet, Demonstration, Prompt
 
+Record = Demonstration | ComparisonSet | Prompt
 
-class SplitCounts(NamedTuple):
-    """Rows of each part."""
 
-    train: int
-    heldout: int
+class Split(NamedTuple):
+    """The rows of each part, as digests of their prompts, in the order of the files."""
+
+    train: Sequence[int]
+    heldout: Sequence[int]
+    note: str = ""
+    """How rows were held out where it was not by prompt."""
 
 
 def write_split(
-    folder: Path, records: Iterable[Demonstration | ComparisonSet | Prompt], fraction: float, seed: int
-) -> SplitCounts:
-    """Write ``train.jsonl`` and ``heldout.jsonl``, the latter with a seeded ``fraction`` of the distinct prompts.
+    folder: Path, records: Iterable[Record], fraction: float, seed: int, trained: Container[int] = frozenset[int]()
+) -> Split:
+    """Write ``train.jsonl`` and ``heldout.jsonl``, the latter with a seeded ``fraction`` of the distinct units.
 
-    The prompts held out are those with the smallest digests of seed and prompt, so neither the order of the rows nor
-    how often a prompt occurs decides. Of two or more prompts at least one goes to either part, unless ``fraction`` is
-    0; a single prompt cannot be in both and is not held out. Beside the files, memory holds 8 bytes a row and one
-    number a distinct prompt.
+    A unit is never in both parts. It is the group that a row names, else the row's prompt, letter case aside. Where
+    that makes all rows one unit, units are rows that share no response (or completion) with another unit's. Those held
+    out have the smallest digests of seed and unit, so neither the order of the rows nor how often a prompt occurs
+    decides. Of two or more units at least one goes to either part, unless ``fraction`` is 0; a single one is not held
+    out. Beside the files, memory holds 16 bytes a row and one number a distinct unit.
+
+    trained  digests of prompts that are trained on elsewhere: units with one of them are held out only where there is
+             no other
     """
     folder.mkdir(parents=True, exist_ok=True)
     everything = folder / "everything.jsonl"
-    digests = array("Q")
+    prompts, units = array("Q"), array("Q")
+    grouped = False
     with everything.open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
-            digests.append(_prompt_digest(record, seed))
+            prompts.append(prompt_digest(record.prompt))
+            units.append(_digest(seed, prompts[-1] if record.group is None else record.group))
+            grouped |= record.group is not None
             file.write(to_line(record))
-    distinct = sorted(set(digests))
-    share = min(max(1, round(fraction * len(distinct))), len(distinct) - 1) if fraction else 0
-    heldout = set(distinct[:share])
+    note = "held out by the groups that rows name" if grouped else ""
+    if fraction and len(units) > 1 and len(set(units)) == 1:
+        units = _connected(everything, seed)
+        note = _by_answers(len(set(units)))
+
+    distinct = sorted(set(units))
+    seen = {unit for unit, prompt in zip(units, prompts, strict=True) if prompt in trained}
+    eligible = [unit for unit in distinct if unit not in seen] or distinct
+    share = min(max(1, round(fraction * len(distinct))), len(distinct) - 1, len(eligible)) if fraction else 0
+    heldout = set(eligible[:share])
+    parts: tuple[array[int], array[int]] = array("Q"), array("Q")
     with (
         everything.open(encoding="utf-8", newline="\n") as rows,
         (folder / "train.jsonl").open("w", encoding="utf-8", newline="\n") as train_file,
         (folder / "heldout.jsonl").open("w", encoding="utf-8", newline="\n") as heldout_file,
     ):
-        for digest, row in zip(digests, rows, strict=True):
-            (heldout_file if digest in heldout else train_file).write(row)
+        for unit, prompt, row in zip(units, prompts, rows, strict=True):
+            (heldout_file if unit in heldout else train_file).write(row)
+            parts[unit in heldout].append(prompt)
     everything.unlink()
-    count = sum(digest in heldout for digest in digests)
-    return SplitCounts(len(digests) - count, count)
+    return Split(*parts, note)
 
 
-def _prompt_digest(record: Demonstration | ComparisonSet | Prompt, seed: int) -> int:
-    prompt = record.model_dump(include={"prompt"})["prompt"]
-    text = json.dumps([seed, prompt], ensure_ascii=False, sort_keys=True)
+def write_part(file: Path, records: Iterable[Record]) -> Sequence[int]:
+    """Write the records as a part, whole, and return the digests of their prompts."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    prompts = array("Q")
+    with file.open("w", encoding="utf-8", newline="\n") as lines:
+        for record in records:
+            prompts.append(prompt_digest(record.prompt))
+            lines.write(to_line(record))
+    return prompts
+
+
+def prompt_digest(prompt: Any) -> int:
+    """Return a number that prompts have in common which differ in letter case alone; a text is a user's message."""
+    messages = [("user", prompt)] if isinstance(prompt, str) else [(one.role, one.content) for one in prompt]
+    return _digest([(role, text.casefold()) for role, text in messages])
+
+
+def _by_answers(count: int) -> str:
+    if count == 1:
+        return "all rows share one prompt, and their responses join them, so nothing is held out"
+    return f"all rows share one prompt, so rows are held out that share no response with others: {count} groups of such"
+
+
+def _connected(file: Path, seed: int) -> "array[int]":
+    """Return each row's unit, where rows with a response in common are one: the smallest digest of their responses."""
+    numbers: dict[int, int] = {}
+    row_of, answer_of = array("q"), array("q")
+    with file.open(encoding="utf-8", newline="\n") as rows:
+        for number, row in enumerate(rows):
+            for answer in _answers(row, seed):
+                row_of.append(number)
+                answer_of.append(numbers.setdefault(answer, len(numbers)))
+    count = row_of[-1] + 1
+    joined = (np.ones(len(row_of)), (np.asarray(row_of), np.asarray(answer_of) + count))
+    graph = sparse.coo_array(joined, shape=(count + len(numbers),) * 2)
+    _, labels = connected_components(graph, directed=False)
+    smallest: dict[int, int] = {}
+    for answer, label in zip(numbers, labels[count:].tolist(), strict=True):
+        smallest[label] = min(answer, smallest.get(label, answer))
+    return array("Q", (smallest[label] for label in labels[:count].tolist()))
+
+
+def _answers(row: str, seed: int) -> Iterator[int]:
+    """Digest what a row answers: its responses or completion, or of a prompt alone the prompt."""
+    fields = json.loads(row)
+    for answer in fields.get("responses") or [fields.get("completion", fields["prompt"])]:
+        yield _digest(seed, json.dumps(answer, ensure_ascii=False).casefold())
+
+
+def _digest(*parts: Any) -> int:
+    text = json.dumps(parts, ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

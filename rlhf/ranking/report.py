@@ -17,17 +17,20 @@ MOST_DISTINCT_RATINGS = 200
 """Beyond which ratings are taken for measurements rather than grades."""
 
 
-def report(records: Iterable[ComparisonSet], compared: Sequence[ComparedSet], annotators: int) -> dict[str, Any]:
+def report(records: Iterable[ComparisonSet], compared: Sequence[ComparedSet]) -> dict[str, Any]:
     """Counts, agreement, and what may be wrong.
 
     records     the sets as they were read, in the order of ``compared``
-    annotators  how many different ones there are
     """
-    repeated = 0
+    repeated = unnamed = 0
+    names: set[str] = set()
     seen: Counter[str] = Counter()
     for one in records:
         repeated += len(one.responses) - len(set(one.responses))
         seen[repr((one.prompt, sorted(one.responses)))] += 1
+        # Who rated a set that names nobody may have rated any other: such people cannot be counted over sets.
+        names.update(one.annotators or ())
+        unnamed += one.annotators is None and bool(one.ratings or one.rankings)
     pairs = never = cyclic = contradicted = 0
     for one in compared:
         merged = merge(one.size, one.comparisons)
@@ -38,7 +41,8 @@ def report(records: Iterable[ComparisonSet], compared: Sequence[ComparedSet], an
     return {
         "sets": len(compared),
         "responses": sum(one.size for one in compared),
-        "annotators": annotators,
+        "annotators": len(names),
+        "sets_of_unnamed_annotators": unnamed,
         "comparisons": sum(one.comparisons.total for one in compared),
         "pairs": pairs,
         "krippendorff_alpha": agreement(compared),
@@ -55,7 +59,7 @@ def in_words(found: dict[str, Any]) -> list[str]:
     agreement_shown = found["krippendorff_alpha"]
     lines = [
         f"{found['sets']} sets of {found['responses']} responses; {found['comparisons']:.0f} comparisons of "
-        f"{found['pairs']} pairs by {found['annotators']} annotators"
+        f"{found['pairs']} pairs{_by_whom(found['annotators'], found['sets_of_unnamed_annotators'])}"
         + ("" if agreement_shown is None else f", who agree to {agreement_shown:.2f} (Krippendorff's alpha)")
     ]
     for name, said in (
@@ -68,6 +72,12 @@ def in_words(found: dict[str, Any]) -> list[str]:
         if found[name]:
             lines.append(f"{found[name]} {said}")
     return lines
+
+
+def _by_whom(annotators: int, unnamed: int) -> str:
+    known = [f"{annotators} annotators"] if annotators else []
+    nameless = [f"annotators without names in {unnamed} sets"] if unnamed else []
+    return "".join(f"{word} by {people}" for word, people in zip(("", " and"), known + nameless, strict=False))
 
 
 def agreement(sets: Sequence[ComparedSet]) -> float | None:

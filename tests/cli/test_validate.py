@@ -30,6 +30,16 @@ def test_a_good_file_is_counted_and_its_kind_told_by_its_fields(ask: Ask, tmp_pa
     assert set(GOOD) == set(KINDS)
 
 
+def test_rows_of_another_form_are_said_to_be_so_in_one_line(ask: Ask, tmp_path: Path):
+    """After the count; what is not read is named there too."""
+    turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It."}]
+    file = write(tmp_path / "rows.jsonl", {"messages": turns, "source": "web"})
+    first, second = ask("data", "validate", file).out.splitlines()
+    assert first == f"{file}: 1 rows of demonstrations, all well"
+    assert second.startswith("1 rows read as conversations in 'messages'")
+    assert second.endswith("fields not read: source")
+
+
 def test_a_bad_row_is_named_by_file_line_and_field(ask: Ask, tmp_path: Path):
     """All bad rows are looked at, not only the first; nothing is written beside the file."""
     good = GOOD["demonstrations"]

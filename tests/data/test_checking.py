@@ -66,7 +66,7 @@ def test_the_quarantine_file_holds_place_reasons_and_content_of_each_bad_row(tmp
         "line": 2,
         "reasons": [
             {"field": "prompt", "problem": "is empty"},
-            {"field": "x", "problem": "is unknown; known: prompt"},
+            {"field": "x", "problem": "is unknown; known: group, prompt"},
         ],
         "content": {"prompt": "", "x": "\ud800"},
     }

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf.config.base import semantic_values
-from rlhf.config.data import SNIPPET_BLOCKS, DataSettings, SnippetSettings, is_local, sources
+from rlhf.config.data import SNIPPET_BLOCKS, DataSettings, HeldoutSettings, SnippetSettings, is_local, sources
 from rlhf.errors import SettingsError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -59,9 +59,31 @@ def test_the_local_sources_are_those_whose_content_a_key_needs(folder: Path) -> 
     """Every path is listed by field, and nothing else; one that is not there is named by its setting."""
     settings = DataSettings(demonstrations="mine.jsonl", comparisons="team/set", prompts=f"a/b@{REVISION}", judge=None)
     assert sources(settings) == {"demonstrations": Path("mine.jsonl"), "comparisons": Path("team/set")}
-    with pytest.raises(SettingsError) as caught:
-        sources(DataSettings(prompts="missing.jsonl"))
-    assert caught.value.where == "data.prompts"
+    heldout = {"demonstrations": "team/set", "comparisons": f"a/b@{REVISION}#test"}
+    mine = DataSettings(
+        demonstrations="mine.jsonl", comparisons=f"a/b@{REVISION}", judge=None, heldout=HeldoutSettings(**heldout)
+    )
+    assert sources(mine) == {"demonstrations": Path("mine.jsonl"), "heldout.demonstrations": Path("team/set")}
+    assert semantic_values(mine)["heldout"] == {
+        "demonstrations": "file",
+        "comparisons": f"a/b@{REVISION}#test",
+        "prompts": None,
+    }
+    for settings, where in (
+        (DataSettings(prompts="missing.jsonl"), "data.prompts"),
+        (DataSettings(prompts="mine.jsonl", heldout=HeldoutSettings(prompts="missing.jsonl")), "data.heldout.prompts"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            sources(settings)
+        assert caught.value.where == where
+
+
+def test_records_to_hold_out_are_for_sources_of_ones_own(folder: Path) -> None:
+    """The movie snippets are dealt out in blocks already, and a name that could change is refused there too."""
+    with pytest.raises(ValidationError, match=r"heldout\.prompts is for prompts of your own"):
+        DataSettings(heldout=HeldoutSettings(prompts="mine.jsonl"))
+    with pytest.raises(ValidationError, match="40 hexadecimal digits"):
+        DataSettings(prompts="mine.jsonl", heldout=HeldoutSettings(prompts="a/b"))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def test_the_movie_snippets_become_every_folder_that_later_stages_read(tmp_path:
     context = context_for(tmp_path, downloads=sdist.parent)
     metrics = run(context)
     models = {"demonstrations": Demonstration, "comparisons": ComparisonSet, "prompts": Prompt, "judge": JudgeRating}
+    assert metrics.pop("demonstrations/heldout_seen") == metrics.pop("prompts/heldout_seen") == 0
     for name, count in metrics.items():
         records = list(read_jsonl(context.output / f"{name}.jsonl", models[name.split("/")[0]]))
         assert len(records) == count > 0, name
@@ -103,6 +104,8 @@ def test_own_sources_need_no_network_and_leave_no_path_in_the_result(
             "comparisons/heldout": 2,
             "prompts/train": 18,
             "prompts/heldout": 2,
+            "demonstrations/heldout_seen": 0,
+            "prompts/heldout_seen": 0,
         }
     assert files_of(tmp_path / "a" / "output") == files_of(tmp_path / "b" / "output")
     assert not (tmp_path / "a" / "output" / "judge").exists()
@@ -125,3 +128,67 @@ def test_malformed_rows_stop_the_stage_or_are_noted(tmp_path: Path) -> None:
     assert "prompts: 1 of 21 rows are malformed" in notes
     assert str(context.attempt / "quarantine-prompts.jsonl") in notes
     assert (context.attempt / "quarantine-prompts.jsonl").exists()
+
+
+def test_records_that_are_held_out_by_the_user_are_the_held_out_part(tmp_path: Path) -> None:
+    """All of the source is trained on then; held-out rows whose prompt is trained on are counted, letter case aside."""
+    own = own_sources(tmp_path / "own")
+    rows = {
+        "demonstrations": [{"prompt": "P3", "completion": "c"}, {"prompt": "new", "completion": "c"}],
+        "comparisons": [{"prompt": "p0", "chosen": "x", "rejected": "y"}],
+        "prompts": [{"prompt": "p4"}, {"prompt": "Q5"}, {"prompt": "newer"}],
+    }
+    Path(own["prompts"]).write_text("".join(json.dumps({"prompt": f"q{n}"}) + "\n" for n in range(20)))
+    heldout: dict[str, str] = {}
+    for kind, values in rows.items():
+        heldout[kind] = str(tmp_path / f"heldout-{kind}.jsonl")
+        Path(heldout[kind]).write_text("".join(json.dumps(value) + "\n" for value in values))
+    context = context_for(tmp_path / "run", judge=None, heldout=heldout, **own)
+    assert run(context) == {
+        "demonstrations/train": 20,
+        "demonstrations/heldout": 2,
+        "comparisons/train": 20,
+        "comparisons/heldout": 1,
+        "prompts/train": 20,
+        "prompts/heldout": 3,
+        "demonstrations/heldout_seen": 1,
+        "prompts/heldout_seen": 2,
+    }
+    origins = json.loads((context.output / "sources" / "sources.json").read_text())
+    assert origins["prompts"]["heldout"] == "file"
+
+
+def test_held_out_prompts_of_ones_own_are_none_that_demonstrations_show(tmp_path: Path) -> None:
+    """Two files with some prompts in common: the evaluation asks what neither stage was trained on."""
+    own = own_sources(tmp_path / "own")
+    rows = [{"prompt": f"P{n}"} for n in range(20)] + [{"prompt": f"q{n}"} for n in range(5)]
+    Path(own["prompts"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in range(5):
+        context = context_for(tmp_path / str(seed), judge=None, heldout_fraction=0.2, seed=seed, **own)
+        metrics = run(context)
+        assert (metrics["prompts/heldout"], metrics["prompts/heldout_seen"]) == (5, 0)
+
+
+def test_comparison_sets_that_share_one_prompt_are_held_out_by_set(tmp_path: Path, sdist: Path) -> None:
+    """The quickstart's own sets, written to a file, can be read back as a source of one's own."""
+    first = context_for(tmp_path / "first", downloads=sdist.parent)
+    rows = run(first)["comparisons/train"]
+    own = own_sources(tmp_path / "own") | {"comparisons": str(first.output / "comparisons" / "train.jsonl")}
+    metrics = run(context_for(tmp_path / "second", judge=None, **own))
+    assert metrics["comparisons/heldout"] == round(0.05 * rows)
+    assert metrics["comparisons/train"] + metrics["comparisons/heldout"] == rows
+
+
+def test_the_stage_notes_as_what_the_rows_of_a_source_were_read(tmp_path: Path) -> None:
+    """Once a source; rows of our own form are not mentioned."""
+    own = own_sources(tmp_path / "own")
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]
+    rows = [{"conversations": [turns[0] | {"content": f"p{n}"}, turns[1]]} for n in range(3)]
+    Path(own["demonstrations"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    context = context_for(tmp_path / "run", judge=None, **own)
+    run(context)
+    notes = [json.loads(line)["note"] for line in (context.attempt / "notes.jsonl").read_text().splitlines()]
+    assert [note for note in notes if "read as" in note] == [
+        "demonstrations: 3 rows read as conversations in 'conversations': the last message is the completion, "
+        "all before it the prompt"
+    ]

@@ -218,6 +218,17 @@ def test_the_line_counts_rows_by_form_and_names_the_fields_that_are_not_read() -
         ),
         (
             Demonstration,
+            {"conversations": [{"from": ["human"], "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "conversations[0].from: is ['human']; "
+            "known: system, human, user, gpt, chatgpt, bing, bard, model, assistant",
+        ),
+        (
+            Demonstration,
+            {"prompt": "p", "messages": [{"role": "user", "content": 5}, GOOD]},
+            "messages[0].content: must be a text or a list of parts",
+        ),
+        (
+            Demonstration,
             {"prompt": "Fry it?", "messages": [USER, GOOD]},
             "prompt: is not what 'messages' begins with, so which of them is meant is not certain",
         ),

@@ -80,7 +80,7 @@ def test_a_trl_pair_becomes_a_set_of_two_with_its_winner_and_margin() -> None:
         (
             {"prompt": "p", "completion": "c", "promt": "p"},
             Demonstration,
-            "promt: is unknown; did you mean prompt? known: completion, prompt",
+            "promt: is unknown; did you mean prompt? known: completion, group, prompt",
         ),
         ({"prompt": "p", "completion": ""}, Demonstration, "completion: is empty"),
         (
@@ -158,7 +158,7 @@ def test_a_trl_pair_becomes_a_set_of_two_with_its_winner_and_margin() -> None:
         (
             {"prompt": "p", "chosen": "a", "rejected": "b", "margins": 1},
             ComparisonSet,
-            "margins: is unknown; did you mean margin? known: chosen, margin, prompt, rejected",
+            "margins: is unknown; did you mean margin? known: chosen, group, margin, prompt, rejected",
         ),
         (
             {"prompt": "p", "chosen": MESSAGES, "rejected": "b"},
@@ -177,7 +177,7 @@ def test_every_bad_field_of_a_row_is_named_at_once() -> None:
     assert reasons({"promt": "p", "completion": ""}, Demonstration) == [
         "prompt: is missing",
         "completion: is empty",
-        "promt: is unknown; did you mean prompt? known: completion, prompt",
+        "promt: is unknown; did you mean prompt? known: completion, group, prompt",
     ]
 
 

@@ -98,6 +98,17 @@ def test_prompts_are_distinct_and_the_held_out_ones_unseen(files: dict[str, list
     assert not set(train) & set(heldout)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_held_out_prompt_is_one_that_sft_or_ppo_trains_on(snippets: SnippetBlocks, seed: int) -> None:
+    """Openings recur between blocks, in other letter case too; both held-out parts ask for unseen ones."""
+    files: dict[str, list[Any]] = dict(movie_datasets(snippets.blocks, SnippetSettings(), seed))
+    asked = {
+        name: {str(one.prompt).casefold() for one in files[name]} for name in files if not name.startswith("judge")
+    }
+    assert not asked["prompts/heldout"] & (asked["prompts/train"] | asked["demonstrations/train"])
+    assert not asked["demonstrations/heldout"] & asked["demonstrations/train"]
+
+
 def test_a_demonstration_begins_with_the_opening_that_its_prompt_asks_for(files: dict[str, list[Any]]) -> None:
     """The completion must be a right answer to the prompt."""
     for record in files["demonstrations/train"]:

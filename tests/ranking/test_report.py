@@ -8,25 +8,42 @@ from rlhf.ranking.pools import ComparedSet, compared_sets
 from rlhf.ranking.report import agreement, in_words, report
 
 
-def read(*rows: dict[str, Any]) -> tuple[list[ComparisonSet], list[ComparedSet], dict[str, int]]:
-    names: dict[str, int] = {}
+def read(*rows: dict[str, Any]) -> tuple[list[ComparisonSet], list[ComparedSet]]:
     records = [ComparisonSet.model_validate({"prompt": "p"} | row) for row in rows]
-    return records, compared_sets(records, "train.jsonl", names), names
+    return records, compared_sets(records, "train.jsonl", {})
 
 
 def test_what_there_is_is_counted() -> None:
     """Annotators by name, pairs once however often they were compared, and a line that says so."""
-    records, compared, names = read(
+    records, compared = read(
         {"responses": ["a", "b", "c"], "ratings": [[2, 1], [1, 0], [0, None]], "annotators": ["x", "y"]},
         {"responses": ["a", "b"], "ratings": [[3], [1]], "annotators": ["x"]},
         {"responses": ["d", "e"], "winners": [[0, 1, 1], [0, 1, 0.5]]},
     )
-    found = report(records, compared, len(names))
+    found = report(records, compared)
     assert (found["sets"], found["responses"], found["annotators"]) == (3, 7, 2)
     assert (found["comparisons"], found["pairs"]) == (4 + 1 + 2, 3 + 1 + 1)
     lines = in_words(found)
     assert len(lines) == 1
     assert lines[0].startswith("3 sets of 7 responses; 7 comparisons of 5 pairs by 2 annotators")
+
+
+@pytest.mark.parametrize(
+    ("named", "unnamed", "said"),
+    [
+        (0, 3, "9 comparisons of 9 pairs by annotators without names in 3 sets"),
+        (2, 3, "15 comparisons of 15 pairs by 2 annotators and by annotators without names in 3 sets"),
+        (0, 0, "1 comparisons of 1 pairs"),
+    ],
+)
+def test_annotators_without_names_are_not_counted_as_different_people(named: int, unnamed: int, said: str) -> None:
+    """One person who rated all sets without a name is one person; how many there are cannot be known."""
+    rated: dict[str, Any] = {"responses": ["a", "b", "c"], "rankings": [[0, 1, 2]]}
+    rows = [rated | {"annotators": [f"name {n}"]} for n in range(named)] + [rated] * unnamed
+    records, compared = read(*(rows or [{"responses": ["a", "b"], "winners": [[0, 1, 1]]}]))
+    found = report(records, compared)
+    assert (found["annotators"], found["sets_of_unnamed_annotators"]) == (named, unnamed)
+    assert in_words(found)[0].split("; ")[1].split(", who agree")[0] == said
 
 
 def test_what_may_be_wrong_is_counted_and_said() -> None:
@@ -35,8 +52,8 @@ def test_what_may_be_wrong_is_counted_and_said() -> None:
     lonely = {"responses": ["a", "b", "c"], "ratings": [[1.0], [2.0], [None]]}
     repeated = {"responses": ["a", "a", "b"], "ratings": [[1.0], [1.0], [0.0]]}
     contradicted = {"responses": ["f", "g"], "ratings": [[2.0], [1.0]], "winners": [[1, 0, 1]]}
-    records, compared, names = read(circle, lonely, repeated, contradicted, contradicted)
-    found = report(records, compared, len(names))
+    records, compared = read(circle, lonely, repeated, contradicted, contradicted)
+    found = report(records, compared)
     assert found["sets_with_cycles"] == 1
     assert found["responses_never_compared"] == 1
     assert found["responses_repeated_in_their_set"] == 1
@@ -59,14 +76,14 @@ def test_agreement_is_krippendorffs_alpha() -> None:
     """With two grades the ordinal metric is the interval's; full agreement is 1, chance 0."""
     rng = np.random.default_rng(0)
     grades = rng.integers(0, 2, (40, 4)).astype(float).tolist()
-    _, compared, _ = read({"responses": [str(n) for n in range(40)], "ratings": grades})
+    _, compared = read({"responses": [str(n) for n in range(40)], "ratings": grades})
     found = agreement(compared)
     assert found is not None
     assert found == pytest.approx(slow_alpha(grades))
     assert abs(found) < 0.15
-    _, compared, _ = read({"responses": ["a", "b", "c"], "ratings": [[1, 1], [2, 2], [3, 3]]})
+    _, compared = read({"responses": ["a", "b", "c"], "ratings": [[1, 1], [2, 2], [3, 3]]})
     assert agreement(compared) == 1
-    _, compared, _ = read({"responses": ["a", "b", "c"], "rankings": [[0, 1, 2], [0, 1, 2]]})
+    _, compared = read({"responses": ["a", "b", "c"], "rankings": [[0, 1, 2], [0, 1, 2]]})
     assert agreement(compared) == 1
 
 
@@ -80,5 +97,5 @@ def test_agreement_is_krippendorffs_alpha() -> None:
 )
 def test_where_there_is_nothing_to_agree_on_there_is_no_number(row: dict[str, Any]) -> None:
     """One annotator, everything alike, or nobody's winners: no figure is made up."""
-    _, compared, _ = read(row)
+    _, compared = read(row)
     assert agreement(compared) is None

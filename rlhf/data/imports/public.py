@@ -3,7 +3,8 @@
     HelpSteer, HelpSteer2   a row per response, five attributes rated       ratings of one attribute
     SHP                     two replies, and which of them was voted up     winners
     OASST                   trees of messages, or a row per message         rankings of the answers to each message
-    UltraFeedback           four responses rated, or the binarized pair     ratings
+    UltraFeedback           four responses rated                            ratings of one field
+    UltraFeedback binarized two of them with their scores                   ratings
 
 The sources are Wang et al. 2024 (arXiv:2406.08673), Ethayarajh et al. 2022 (arXiv:2110.08420), Köpf et al. 2023
 (arXiv:2304.07327) and Cui et al. 2023 (arXiv:2310.01377). Rows of one prompt, and messages of one tree, may stand
@@ -91,7 +92,7 @@ def _shp(records: Iterable[Placed], _: str, left_out: Counter[str]) -> Iterator[
 
 
 def _oasst(records: Iterable[Placed], _: str, left_out: Counter[str]) -> Iterator[Made]:
-    replies: defaultdict[Any, list[Record]] = defaultdict(list)
+    replies: defaultdict[str, list[Record]] = defaultdict(list)
     roots: list[Placed] = []
     for place, record in records:
         if isinstance(record.get("prompt"), Mapping):
@@ -99,19 +100,18 @@ def _oasst(records: Iterable[Placed], _: str, left_out: Counter[str]) -> Iterato
         elif record.get("parent_id") is None:
             roots.append((place, record))
         else:
-            replies[record["parent_id"]].append(record)
+            replies[str(record["parent_id"])].append(record)
 
     def children(message: Record) -> list[Record]:
-        return [*(message.get("replies") or []), *replies.get(message.get("message_id"), [])]
+        return [*(message.get("replies") or []), *replies.get(str(message.get("message_id")), [])]
 
-    known = {message.get("message_id") for message in (*(root for _, root in roots), *chain(*replies.values()))}
-    left_out["messages whose parent is not in the file"] += sum(
-        len(some) for parent, some in replies.items() if parent not in known
-    )
+    known = {str(message.get("message_id")) for message in (*(root for _, root in roots), *chain(*replies.values()))}
+    if lost := sum(len(some) for parent, some in replies.items() if parent not in known):
+        left_out["messages whose parent is not in the file"] = lost
 
     def walk(place: Place, message: Record, before: list[dict[str, Any]]) -> Iterator[Made]:
         role = message.get("role")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             yield place, MalformedError("role", f"is {role!r}; known: {', '.join(_ROLES)}")
             return
         so_far = [*before, {"role": _ROLES[role], "content": message.get("text")}]
@@ -140,16 +140,19 @@ def _oasst(records: Iterable[Placed], _: str, left_out: Counter[str]) -> Iterato
 def _ultrafeedback(records: Iterable[Placed], score: str, left_out: Counter[str]) -> Iterator[Made]:
     del left_out
     for place, record in records:
-        if "completions" in record:
-            completions: list[Record] = record["completions"]
-            row = {
-                "prompt": record["instruction"],
-                "responses": [one.get("response") for one in completions],
-                "ratings": [[one.get(score)] for one in completions],
-            }
-            models = [one.get("model") for one in completions]
-            yield place, row | ({"models": models} if all(isinstance(one, str) for one in models) else {})
-            continue
+        completions: list[Record] = record["completions"]
+        row = {
+            "prompt": record["instruction"],
+            "responses": [one.get("response") for one in completions],
+            "ratings": [[one.get(score)] for one in completions],
+        }
+        models = [one.get("model") for one in completions]
+        yield place, row | ({"models": models} if all(isinstance(one, str) for one in models) else {})
+
+
+def _scored_pairs(records: Iterable[Placed], _: str, left_out: Counter[str]) -> Iterator[Made]:
+    del left_out
+    for place, record in records:
         pair = {name: record[name] for name in ("prompt", "chosen", "rejected") if name in record}
         found = FormReader().parse(pair, ComparisonSet)
         if isinstance(found, list):
@@ -168,9 +171,7 @@ def _is_oasst(record: Record) -> bool:
 def _is_ultrafeedback(record: Record) -> bool:
     completions = record.get("completions")
     rated = isinstance(completions, list) and all(isinstance(one, Mapping) for one in completions)
-    return ("instruction" in record and rated) or {"chosen", "rejected", "score_chosen", "score_rejected"} <= set(
-        record
-    )
+    return "instruction" in record and rated
 
 
 PUBLIC_SETS = {
@@ -182,4 +183,10 @@ PUBLIC_SETS = {
     ),
     "oasst": PublicSet("OASST", _is_oasst, (), _oasst),
     "ultrafeedback": PublicSet("UltraFeedback", _is_ultrafeedback, ULTRAFEEDBACK, _ultrafeedback),
+    "ultrafeedback-binarized": PublicSet(
+        "UltraFeedback binarized",
+        lambda record: {"chosen", "rejected", "score_chosen", "score_rejected"} <= set(record),
+        (),
+        _scored_pairs,
+    ),
 }

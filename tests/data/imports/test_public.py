@@ -150,11 +150,13 @@ def test_ultrafeedback_s_scores_become_ratings(tmp_path: Path) -> None:
         "score_chosen": 7.0,
         "score_rejected": 7.0,
     }
-    _, sets = converted(tmp_path, [{"instruction": "p", "completions": completions}, pair])
-    assert sets == [
-        {"prompt": "p", "responses": ["a", "b"], "ratings": [[8.0], [3.5]], "models": ["ma", "mb"]},
-        {"prompt": messages, "responses": ["a", "b"], "ratings": [[7.0], [7.0]]},
-    ]
+    found, sets = converted(tmp_path, [{"instruction": "p", "completions": completions}])
+    assert sets == [{"prompt": "p", "responses": ["a", "b"], "ratings": [[8.0], [3.5]], "models": ["ma", "mb"]}]
+    assert found.rated == "overall_score"
+    (tmp_path / "out.jsonl").unlink()
+    found, sets = converted(tmp_path, [pair])
+    assert sets == [{"prompt": messages, "responses": ["a", "b"], "ratings": [[7.0], [7.0]]}]
+    assert (found.rated, found.left_out) == ("", {})
 
 
 @pytest.mark.parametrize("model", [Demonstration, ComparisonSet])
