@@ -226,7 +226,8 @@ def leaderboard_table(models: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("Elo", "95 % interval", "comparisons"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in models:
-        interval = f"{one['low']:+.0f} to {one['high']:+.0f}"
+        # Of one set alone no spread over sets is known.
+        interval = "unknown" if one["low"] is None else f"{one['low']:+.0f} to {one['high']:+.0f}"
         table.add_row(Text(printable(one["model"])), f"{one['elo']:+.0f}", interval, f"{one['comparisons']:.0f}")
     return table
 

@@ -26,10 +26,13 @@ from rlhf.pipeline.context import Context
 from rlhf.ranking.bradley_terry import Strengths
 from rlhf.ranking.crowd import Crowd
 from rlhf.ranking.leaderboard import leaderboard
-from rlhf.ranking.normalise import normalised, overall_deviation
-from rlhf.ranking.pools import ComparedSet, Ranked, compared_sets, pool
+from rlhf.ranking.normalise import normalised, overall_deviation, with_partial_views
+from rlhf.ranking.pools import ComparedSet, Pooled, Ranked, compared_sets, pool
 from rlhf.ranking.report import in_words, report
 from rlhf.ranking.strengths import strengths_of
+
+MOST_NAMED = 5
+"""Annotators that a message names."""
 
 
 def run(context: Context[RankSettings]) -> dict[str, float]:
@@ -50,7 +53,7 @@ def run(context: Context[RankSettings]) -> dict[str, float]:
             "rank.annotators=equal",
         )
 
-    pooled = pool(train, settings.bridges, settings.seed)
+    pooled = _pooled(context, "train", train, names)
     strengths, crowd = strengths_of(settings, pooled)
     deviation = overall_deviation(strengths.elo)
     if deviation == 0:
@@ -102,13 +105,40 @@ def _sets(context: Context[RankSettings], part: str) -> Iterator[ComparisonSet]:
         yield from read_jsonl(context.inputs[role] / f"{part}.jsonl", ComparisonSet)
 
 
+def _pooled(
+    context: Context[RankSettings], part: str, compared: Sequence[ComparedSet], names: dict[str, int]
+) -> Pooled:
+    """All comparisons of a part; with ``normalise: annotator``, only if no annotator saw a part of what others joined.
+
+    Raises:
+        RecordError: somebody did.
+    """
+    settings = context.settings
+    pooled = pool(compared, settings.bridges, settings.seed)
+    if settings.normalise == "annotator":
+        partial = with_partial_views(pooled.responses, pooled.comparisons)
+        if len(partial):
+            named = [*names, "winners or bridges"]  # the last is NOBODY, which is -1
+            shown = ", ".join(named[who] for who in partial[:MOST_NAMED])
+            more = f" and {len(partial) - MOST_NAMED} more" if len(partial) > MOST_NAMED else ""
+            raise RecordError(
+                "rank.normalise is annotator, and not all annotators compared the same responses of a prompt: "
+                f"{shown}{more} compared only some of those that others join",
+                f"{part}.jsonl",
+                "set rank.normalise=dataset, or have each annotator of a set compare all its responses (and "
+                "rank.bridges=0 where several sets share a prompt)",
+            )
+    return pooled
+
+
 def _heldout(context: Context[RankSettings], train: Strengths, deviation: float) -> list[Ranked]:
     """The held-out sets' strengths: their own comparisons, on the training sets' scale and parameter of ties."""
     settings = context.settings
-    compared: list[ComparedSet] = compared_sets(_sets(context, "heldout"), "heldout.jsonl", {})
+    names: dict[str, int] = {}
+    compared = compared_sets(_sets(context, "heldout"), "heldout.jsonl", names)
     if not compared:
         return []
-    pooled = pool(compared, settings.bridges, settings.seed)
+    pooled = _pooled(context, "heldout", compared, names)
     strengths, _ = strengths_of(settings, pooled, train.tie_parameter)
     scaled = normalised(settings.normalise, strengths, pooled.pool_of_response, deviation)
     return pooled.share(strengths.elo, scaled)

@@ -14,6 +14,7 @@ from rlhf.terminal import (
     StageRow,
     duration,
     key_values,
+    leaderboard_table,
     plan_table,
     print_error,
     samples_table,
@@ -319,3 +320,12 @@ def test_a_summary_is_one_name_and_value_a_line():
         "prompts  64",
         "kl       4.912",
     ]
+
+
+def test_a_leaderboard_of_one_set_says_that_its_intervals_are_unknown() -> None:
+    """Where there is no number there is a word, and no crash."""
+    row = {"model": "a", "elo": 12.0, "standard_error": None, "low": None, "high": None, "comparisons": 3.0}
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(leaderboard_table([row]))
+    assert capture.get().splitlines()[1].split() == ["a", "+12", "unknown", "3"]

@@ -143,7 +143,8 @@ class RankSettings(Settings):
     (Chen et al. 2013). For the latter name them in the comparison sets' ``annotators``."""
     normalise: Literal["dataset", "prompt", "annotator", "probability"] = semantic("dataset")
     """What strengths are divided by: their deviation over the data set, or over the sets that share a prompt; or the
-    deviation of each annotator's own, of which the mean is then taken. Or they become probabilities, of being preferred
+    deviation of each annotator's own, of which the mean is then taken: only where all annotators of a prompt compared
+    the same responses (with bridges 0, those of a set). Or they become probabilities, of being preferred
     to a response of the mean strength."""
     k_factor: float = semantic(16.0, gt=0)
     """By how many Elo points one comparison moves a rating at most; only with model elo."""

@@ -1,9 +1,9 @@
 """Snippets that people rated from -4 to 4 (Hutto & Gilbert 2014): movie reviews as records for every stage, product
 reviews and editorials as comparisons.
 
-Each run of 30 consecutive rows was rated by the same people in the same order, so in such a block column i is one
-person. Comparisons are made inside a block, and parts are made of whole blocks: no rater of one part is the same
-column of another.
+Each run of 30 consecutive rows is taken as rated by the same people in the same order, so that in such a block column i
+is one person. Comparisons are made inside a block, and parts are made of whole blocks. That no rater of a block is a
+rater of another is an assumption too: the data names nobody.
 """
 
 import html
@@ -39,7 +39,7 @@ class Snippet(NamedTuple):
     text: str
     ratings: tuple[int, ...]
     block: int
-    """The number of its block, whose raters no other has."""
+    """The number of its block, whose raters are assumed to be no other block's."""
 
     @property
     def mean(self) -> float:
@@ -197,7 +197,8 @@ def demonstrations(blocks: list[Block]) -> Iterator[Demonstration]:
 def comparison_sets(blocks: list[Block], set_size: int) -> Iterator[ComparisonSet]:
     """Make sets of consecutive snippets of one block under one general prompt, with every rater's ratings.
 
-    Raters are named by block and column, which is all that is known of who they are.
+    Raters are named by block and column, which is all that is known of who they are: that a column is one person inside
+    a block, and another in the next block, is assumed.
 
     The last set of a block is smaller where ``set_size`` does not divide it; a single snippet left over is left out.
     """

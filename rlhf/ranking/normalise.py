@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf.ranking.bradley_terry import ELO_SCALE, Strengths, sigmoid
 from rlhf.ranking.comparisons import Comparisons, FloatArray, IntArray, add_up
+from rlhf.ranking.information import components_of
 
 Normalisation = Literal["dataset", "prompt", "annotator", "probability"]
 
@@ -53,13 +54,27 @@ def normalised(how: Normalisation, strengths: Strengths, pools: IntArray, deviat
     return Normalised(strengths.elo / deviation, strengths.standard_errors / deviation)
 
 
+def with_partial_views(count: int, comparisons: Comparisons) -> IntArray:
+    """Return the annotators, :data:`~rlhf.ranking.comparisons.NOBODY` among them, who compared a part alone.
+
+    That is some of the responses that a chain of anybody's comparisons joins, and not all. Their own strengths have
+    mean 0 over that part, so a mean over annotators would put a good part level with a bad one.
+    """
+    label = components_of(count, comparisons.first, comparisons.second).label
+    compared, annotator = np.concatenate([comparisons.first, comparisons.second]), np.tile(comparisons.annotator, 2)
+    sizes = np.bincount(label[np.unique(compared)], minlength=count)
+    views = np.unique(np.stack([annotator, label[compared], compared]), axis=1)[:2]
+    (annotators, labels), seen = np.unique(views, axis=1, return_counts=True)
+    return np.unique(annotators[seen < sizes[labels]])
+
+
 def fit_each_annotator(count: int, comparisons: Comparisons, fit: Callable[[int, Comparisons], Strengths]) -> Strengths:
     """The mean, over the annotators who compared a response, of their own strengths brought to one deviation.
 
     So an annotator who sees everything as black or white counts no more than one of fine shades. What is nobody's,
     winners and bridges, counts as one annotator more. The mean is scaled back to the annotators' usual deviation;
     errors take annotators as independent. A response that nobody compared has strength 0, as in any fit, and the
-    largest error.
+    largest error. Right where nobody is :func:`with_partial_views`.
 
     fit  gives the strengths of so many responses
     """

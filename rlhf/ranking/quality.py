@@ -48,7 +48,7 @@ def quality(
     values, tokens = one_score_a_text(sets, scores), np.asarray(lengths, dtype=np.float64)
     starts = np.cumsum([0, *(len(one["responses"]) for one in sets)])
     means, drawn = heldout_pairs(sets, n_pairs, seed)
-    drawn, within = (rows[means[rows[:, 0]] != means[rows[:, 1]]] for rows in (drawn, pairs_within(sets, means)))
+    within = pairs_within(sets, means)
     draw_of = np.repeat(_draws(sets), np.diff(starts))
     pairs, inside = (_judged(values, means, draw_of, rows) for rows in (drawn, within))
     found: Document = {
@@ -85,6 +85,7 @@ def _draws(sets: Sequence[Mapping[str, Any]]) -> Ints:
 
 def _judged(scores: Floats, means: Floats, draw_of: Ints, indices: Ints) -> Pairs:
     gap = means[indices[:, 0]] - means[indices[:, 1]]
+    indices, gap = indices[gap != 0], gap[gap != 0]
     agreement = np.sign(gap) * np.sign(scores[indices[:, 0]] - scores[indices[:, 1]])
     return Pairs((agreement + 1) / 2, np.abs(gap), draw_of[indices])
 
@@ -113,7 +114,7 @@ def _share(pairs: Pairs) -> Document:
     variance = draws / (draws - 1) * float((of_draw**2).sum()) - float((residual[across] ** 2).sum())
     error = np.sqrt(max(variance, float((residual**2).sum()))) / number
     half = float(stats.t.ppf((1 + LEVEL) / 2, draws - 1)) * error
-    return found | {"low": max(0.0, share - half), "high": min(1.0, share + half)}
+    return found | {"low": float(max(0.0, share - half)), "high": float(min(1.0, share + half))}
 
 
 def _by_gap(pairs: Pairs) -> list[Document]:
@@ -135,7 +136,8 @@ def _beside_people(sets: Sequence[Mapping[str, Any]], scores: Floats, starts: In
     Both answer the same questions: a pair, and the order of its means without the raters asked. A pair is asked of
     everybody who rated both responses. Where nobody did, as across sets, it is asked as if any rater of the first were
     any rater of the second, which assumes, as bridges do, that a rating means the same in every set. A pair's questions
-    together weigh as much as another's. Identical texts have no order for anybody.
+    together weigh as much as another's. Whether it is asked must not depend on the rater's own rating, so pairs with
+    equal means of all raters are asked too. Identical texts have no order for anybody.
 
     Returns ``ties_half``, where a rater's tie counts half like a tie of scores, and ``ties_left_out``, of the questions
     on which the rater has a preference; either is absent without such questions.

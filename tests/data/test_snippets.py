@@ -131,7 +131,7 @@ def test_a_set_has_one_prompt_five_snippets_and_everybody_s_ratings(
 
 
 def test_raters_are_named_by_block_and_column(files: dict[str, list[Any]], snippets: SnippetBlocks) -> None:
-    """Sets of one block share their raters, sets of two blocks none."""
+    """Sets of one block share their raters' names, sets of two blocks none: the assumption about who rated."""
     block_of = {snippet.text: number for number, block in enumerate(snippets.blocks) for snippet in block}
     for kind in ("train", "heldout"):
         for one in files[f"comparisons/{kind}"]:

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.ranking.bradley_terry import Strengths, fit
-from rlhf.ranking.comparisons import Comparisons, FloatArray, compare, join
-from rlhf.ranking.normalise import fit_each_annotator, overall_deviation
+from rlhf.ranking.comparisons import NOBODY, Comparisons, FloatArray, compare, join, renumber
+from rlhf.ranking.normalise import fit_each_annotator, overall_deviation, with_partial_views
 
 pools = st.lists(
     st.lists(st.integers(-500, 500), min_size=2, max_size=6).map(
@@ -64,3 +64,14 @@ def test_one_annotator_alone_is_an_ordinary_fit() -> None:
     one = fit_each_annotator(3, said, lambda count, comparisons: fit(count, comparisons, 200.0))
     np.testing.assert_allclose(one.elo, fit(3, said, 200.0).elo, atol=1e-9)
     np.testing.assert_allclose(one.standard_errors, fit(3, said, 200.0).standard_errors, atol=1e-9)
+
+
+def test_annotators_who_saw_a_part_of_what_others_join_are_named() -> None:
+    """Windows of a chain, a rating left out, winners of one pair beside ratings; two sets of two crowds are whole."""
+    windows = compare(4, ratings=[[4, None], [3, 3], [None, 2], [None, 1]])
+    assert with_partial_views(4, windows).tolist() == [0, 1]
+    assert with_partial_views(3, compare(3, ratings=[[1, 2], [2, 3], [3, None]])).tolist() == [1]
+    assert with_partial_views(3, compare(3, ratings=[[1], [2], [3]], winners=[[0, 1, 1]])).tolist() == [NOBODY]
+    whole = compare(3, ratings=[[1, 2], [2, 2], [3, 1]])
+    other = renumber(compare(2, ratings=[[1], [2]])._replace(annotator=np.array([1])), np.array([3, 4]))
+    assert with_partial_views(6, join([whole, other])).tolist() == []

@@ -78,8 +78,6 @@ def slow_beside_people(sets: list[Set], scores: Any, *, within: bool, ties_half:
         if one["pool"] != other["pool"] or (within and first != second):
             continue
         row, column = one["ratings"][i], other["ratings"][j]
-        if np.mean(row) == np.mean(column):
-            continue
         asked = [(k, m) for k in range(len(row)) for m in range(len(column)) if first != second or k == m]
         for k, m in asked:
             gap = np.mean(row[:k] + row[k + 1 :]) - np.mean(column[:m] + column[m + 1 :])

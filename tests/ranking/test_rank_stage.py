@@ -236,6 +236,37 @@ def test_strengths_come_on_the_scale_that_is_asked_for(tmp_path: Path) -> None:
     assert np.corrcoef(np.concatenate(annotator), np.concatenate(dataset))[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_annotators_of_different_responses_cannot_be_normalised_each_alone(tmp_path: Path, part: str) -> None:
+    """All who saw two agree that a > b > c > d, and the mean of what each says alone would put c above b."""
+    ratings = [[4.0] * 10 + [None] * 15, [3.0] * 10 + [None] * 10 + [3.0] * 5, [None] * 10 + [2.0] * 15]
+    ratings.append([None] * 10 + [1.0] * 10 + [None] * 5)
+    names = [f"person {number}" for number in range(25)]
+    windows = {"prompt": "p", "responses": list("abcd"), "ratings": ratings, "annotators": names}
+    whole = {"prompt": "q", "responses": ["a", "b"], "ratings": [[2], [1]]}
+    parts: dict[str, list[dict[str, Any]]] = {"train": [whole], "heldout": []} | {part: [windows]}
+    with pytest.raises(RecordError, match=r"annotator.* person 0, .*person 4 and 20 more") as caught:
+        run(ranked(tmp_path / "refused", parts["train"], parts["heldout"], normalise="annotator"))
+    assert caught.value.where == f"{part}.jsonl"
+    assert "rank.normalise=dataset" in caught.value.next_step
+    context = ranked(tmp_path / "said", parts["train"], parts["heldout"])
+    run(context)
+    strengths = rows(context.output / f"{part}.jsonl")[0]["strengths"]
+    assert strengths == sorted(strengths, reverse=True)
+
+
+def test_bridged_sets_are_refused_where_each_annotator_is_normalised_alone(tmp_path: Path) -> None:
+    """Nobody rated both sets, so that an annotator's own mean of 0 would level a good set with a bad one."""
+    sets = [
+        {"prompt": "p", "responses": ["a", "b"], "ratings": [[4, 3], [3, 2]]},
+        {"prompt": "p", "responses": ["c", "d"], "ratings": [[-3, -3], [-4, -2]]},
+    ]
+    with pytest.raises(RecordError, match=r"train\.jsonl:1, annotator 0") as caught:
+        run(ranked(tmp_path / "bridged", sets, [], normalise="annotator"))
+    assert "rank.bridges=0" in caught.value.next_step
+    run(ranked(tmp_path / "apart", sets, [], normalise="annotator", bridges=0))
+
+
 def test_a_set_too_large_to_compare_is_refused_by_place(tmp_path: Path) -> None:
     """Ten thousand responses make fifty million pairs for each annotator; as winners they are welcome."""
     count = 10_000
