@@ -95,5 +95,7 @@ def test_one_set_alone_has_no_interval_and_alike_sets_that_of_their_comparisons(
     for row in leaderboard(RankSettings(), [agreed]):
         assert (row["standard_error"], row["low"], row["high"]) == (None, None, None)
     own = of_comparisons(RankSettings(), 2, pool_by_model([agreed] * 8)[1])[0].standard_errors
+    for row in leaderboard(RankSettings(), [agreed] * 2):
+        assert row["low"] < row["elo"] < row["high"]
     rows = leaderboard(RankSettings(), [agreed] * 8)
     np.testing.assert_allclose([row["standard_error"] for row in rows], own)

@@ -57,7 +57,7 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context[Evaluate
     def stream(file: Path, tokenizer: Any, max_length: int) -> Any:
         del tokenizer
         assert (file.name, max_length) == ("heldout.jsonl", 256)
-        return SimpleNamespace(first=lambda size: PromptBatch(list("pqrs")[:size], [[1]] * size, list(range(size))))
+        return SimpleNamespace(first=lambda size: PromptBatch([*"pqrs"[:size]], [[1]] * size, list(range(size))))
 
     monkeypatch.setattr(evaluate, "load_frozen", lambda _: (policy("before"), policy("after"), Reward()))
     monkeypatch.setattr(evaluate, "roll_out", roll_out)
