@@ -161,8 +161,8 @@ def clipped_policy_loss(
             squared_log_ratio=log_ratio.double().square().sum(),
             ratio=masked_sum(ratio.double(), mask),
             squared_ratio=masked_sum(ratio.double().square(), mask),
-            kl_term=kl_term.double(),
-            entropy_term=entropy_term.double(),
+            kl_term=kl_term.detach().double(),
+            entropy_term=entropy_term.detach().double(),
             demonstrations=torch.zeros((), dtype=torch.float64, device=loss.device),
         )
     return (loss + kl_term + entropy_term) / num_tokens, sums

@@ -145,6 +145,17 @@ def test_sums_are_kept_in_float64_whatever_the_model_computes_in() -> None:
         assert {getattr(sums, field.name).dtype for field in fields(sums)} == {torch.float64}
 
 
+def test_sums_carry_no_graph() -> None:
+    """They are reported, and would keep a micro batch's activations alive."""
+    now = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    penalties = Penalties(0.1, "k2", entropy_bonus=0.1)
+    policy = whole_policy_loss(now, now, now, now, now, mask, clip=0.2, num_tokens=6, penalties=penalties)[1]
+    demonstrations = demonstration_loss(now, mask, coef=1.0, num_tokens=6)[1]
+    value = clipped_value_loss(now, now, now, mask, clip=0.2, num_tokens=6)[1]
+    assert not any(sums.to_tensor().requires_grad for sums in (policy, demonstrations, value))
+
+
 def test_rounding_makes_no_variance_negative() -> None:
     """Ratios that are all alike have the variance 0."""
     values = torch.tensor([3.0, 0, 0, 0, 3.3, 3.63 - 1e-9, 0, 0, 0], dtype=torch.float64)
