@@ -39,7 +39,7 @@ def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    config = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+    config: Any = PeftConfig.from_pretrained(str(folder), local_files_only=True)
     begun = str(getattr(config, "init_lora_weights", "")).lower()
     if config.is_prompt_learning or begun.startswith(CHANGES_THE_BASE):
         kind = config.peft_type.value if config.is_prompt_learning else f"LoRA begun by {begun}"
@@ -51,10 +51,8 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     config.base_model_name_or_path = None
     # PEFT's own loading copies into whole weights only. Adapters get the base's type, as in training.
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    own = dict(adapted.named_parameters())
-    adapter: dict[str, torch.nn.Parameter] = get_peft_model_state_dict(
-        adapted, state_dict=own, save_embedding_layers=False
-    )
+    own: dict[str, Any] = dict(adapted.named_parameters())
+    adapter: dict[str, Any] = get_peft_model_state_dict(adapted, state_dict=own, save_embedding_layers=False)
     # Of what an adapter may also hold, embeddings above all, the file has the parameters' own names.
     parameters = own | adapter
     saved = load_file(folder / ADAPTER_WEIGHTS)
