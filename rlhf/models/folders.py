@@ -1,6 +1,7 @@
 """Reading and writing the folders in which models travel: plain ones, which ``from_pretrained`` reads, and adapters."""
 
 import shutil
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,8 +50,11 @@ def _with_adapter(model: Any, folder: Path) -> Any:
             "convert it to plain LoRA, or merge it into the weights (PEFT's merge_and_unload), and import that",
         )
     config.base_model_name_or_path = None
-    # PEFT's own loading copies into whole weights only. Adapters get the base's type, as in training.
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        # PEFT's own loading copies into whole weights only. Adapters get the base's type, as in training.
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     own: dict[str, Any] = dict(adapted.named_parameters())
     adapter: dict[str, Any] = get_peft_model_state_dict(adapted, state_dict=own, save_embedding_layers=False)
     # Of what an adapter may also hold, embeddings above all, the file has the parameters' own names.
