@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    config = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+    config: Any = PeftConfig.from_pretrained(str(folder), local_files_only=True)
     begun = str(getattr(config, "init_lora_weights", "")).lower()
     if config.is_prompt_learning or begun.startswith(CHANGES_THE_BASE):
         kind = config.peft_type.value if config.is_prompt_learning else f"LoRA begun by {begun}"
@@ -50,12 +51,13 @@ def _with_adapter(model: Any, folder: Path) -> Any:
             "convert it to plain LoRA, or merge it into the weights (PEFT's merge_and_unload), and import that",
         )
     config.base_model_name_or_path = None
-    # PEFT's own loading copies into whole weights only. Adapters get the base's type, as in training.
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    own = dict(adapted.named_parameters())
-    adapter: dict[str, torch.nn.Parameter] = get_peft_model_state_dict(
-        adapted, state_dict=own, save_embedding_layers=False
-    )
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        # PEFT's own loading copies into whole weights only. Adapters get the base's type, as in training.
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    own: dict[str, Any] = dict(adapted.named_parameters())
+    adapter: dict[str, Any] = get_peft_model_state_dict(adapted, state_dict=own, save_embedding_layers=False)
     # Of what an adapter may also hold, embeddings above all, the file has the parameters' own names.
     parameters = own | adapter
     saved = load_file(folder / ADAPTER_WEIGHTS)

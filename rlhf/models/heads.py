@@ -140,8 +140,8 @@ def compute_in_fp32(head: nn.Module) -> None:
             part.forward = partial(_linear_in_fp32, part)
 
 
-def _linear_in_fp32(layer: nn.Linear, hidden: Tensor) -> Tensor:
-    product = _Fp32Product.apply(hidden, layer.weight)
+def _linear_in_fp32(layer: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+    product = _Fp32Product.apply(input, layer.weight)
     return product if layer.bias is None else product + layer.bias.float()
 
 

@@ -188,11 +188,13 @@ def export_artifact(one: Planned, target: Path, store: Store, *, adapter: bool =
 
 def _fold(folder: Path, target: Path, *, scores: bool) -> None:
     import torch
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from rlhf.models import folders, reward_folders
 
     disable_progress_bar()
+    # transformers reports that a base has no score head, which the adapter has.
+    set_verbosity_error()
     folders.write_plain(folder, target, scores=scores, dtype=torch.float32)
     if (folder / "README.md").exists():
         reward_folders.write_card(target)

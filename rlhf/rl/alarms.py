@@ -18,8 +18,8 @@ Metrics = Mapping[str, float]
 FIRST_KL_BOUNDS: Mapping[Precision, float] = {"fp32": 5e-9, "bf16": 5e-3}
 
 # Where the sampler has the trained weights, log-probabilities differ by rounding alone. The mean difference, nats a
-# token, stays below these: largest measured 1.5e-8 in fp32 and 1.5e-4 in bf16, of 128 responses of 45 tokens.
-SAMPLER_KL_BOUNDS: Mapping[Precision, float] = {"fp32": 1e-5, "bf16": 5e-3}
+# token, stays below these: python -m benchmarks.mismatch measured up to 4e-8 in fp32 and 1.3e-3 in bf16, on a CPU.
+SAMPLER_KL_BOUNDS: Mapping[Precision, float] = {"fp32": 1e-5, "bf16": 1e-2}
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,12 @@ def test_rows_that_no_token_has_are_no_part_of_any_distribution(tiny: Path, fami
     Gemma 2 squashes its logits after the last layer: minus infinity would not outlive that.
     """
     torch.manual_seed(0)
-    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    small: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+    }
     config = Gemma2Config(vocab_size=300, hidden_size=32, head_dim=16, final_logit_softcapping=5.0, **small)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny) if family == "llama" else Gemma2ForCausalLM(config)
     plain = copy.deepcopy(model).double().eval()

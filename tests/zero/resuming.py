@@ -23,7 +23,10 @@ from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.errors import DiskFullError, InterruptedRunError
 from rlhf.models import folders
 from rlhf.models.adapter_folders import is_adapter
+from rlhf.models.policy import FrozenPolicy
+from rlhf.models.reward import FrozenReward
 from rlhf.pipeline.context import STOP, Context
+from rlhf.rollout.sequences import lay_out
 from rlhf.tracking.metrics import read_metrics
 from rlhf.zero import checkpoints, group
 from stages import ppo, rm, sft
@@ -89,6 +92,7 @@ def _ppo(data: Path, **more: Any) -> PpoSettings:
 
 _PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
 
+PROMPTS, RESPONSES = ["a film", "the"], ["a joy", "dull , dull"]
 LORAS: dict[str, Any] = {"full": None, "adapter": {"rank": 4}, "merged": {"rank": 4, "merge": True}}
 
 STAGES = {
@@ -120,7 +124,10 @@ def first_iterations(data: Path, folder: Path) -> dict[int, Any]:
 
 
 def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """What each stage writes when it trains every weight, an adapter, and one that it folds in: all weights, folded."""
+    """What each stage writes when it trains every weight, an adapter, and one that it folds in: all weights, folded.
+
+    And what evaluate reads in it: log-probabilities, or scores.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name in ("sft", "rm", "ppo"):
         found[name] = {}
@@ -133,7 +140,13 @@ def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
             stage.run(context)
             _forget()
             model = folders.load_whole(context.output, scores=name == "rm", dtype=torch.float32)
-            found[name][form] = {"adapter": is_adapter(context.output), "weights": model.state_dict()}
+            if name == "rm":
+                read = FrozenReward(context.output, "fp32", 2).score(PROMPTS, RESPONSES)
+            else:
+                policy = FrozenPolicy(context.output, "fp32", 1.0, 2)
+                sequences = lay_out([[5, 6, 7], [8]], [[40, 41], [42, 43, 44]], pad=0)
+                read = torch.where(sequences.mask, policy.logprobs(sequences), 0.0)
+            found[name][form] = {"adapter": is_adapter(context.output), "weights": model.state_dict(), "read": read}
     return found
 
 

@@ -199,6 +199,8 @@ def test_every_stage_writes_every_form_of_what_it_trained(
             if name in one["weights"]
         )
     assert_same_weights(found["merged"]["weights"], found["adapter"]["weights"], tolerance=1e-6)
+    torch.testing.assert_close(found["merged"]["read"], found["adapter"]["read"], atol=1e-3, rtol=0)
+    assert (found["full"]["read"] - found["adapter"]["read"]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo with adapters"])
