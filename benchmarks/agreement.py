@@ -122,7 +122,7 @@ def table(pipeline: Pipeline, names: list[str], precision: str) -> int:
         off = max(row["rollout/largest_gap"] for row in rows)
         first = max(row["policy/approxkl_first"] for row in rows)
         moved, evaluated = rows[-1]["objective/kl"], pipeline.records[f"{name}-evaluated"].metrics["kl/response"]
-        fine = abs(gap) <= bound and first <= first_bound and min(moved, evaluated) > 10 * bound
+        fine = abs(gap) <= bound and first <= first_bound and min(moved, evaluated) > 2 * bound
         status |= not fine
         figures = f"{gap:14.2g}{off:9.2g}{first:9.2g}{moved:8.2f}{evaluated:11.2f}"
         print(f"{name:18}{figures}{'' if fine else '  out of bounds'}")
