@@ -26,7 +26,7 @@ Domain = Literal[
     "reward head",
     "reward model from scratch",
     "sampling",
-    "sets drawn",
+    "sets left out",
     "trainer",
     "value head",
 ]

@@ -96,6 +96,15 @@ def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
+def new_accelerator() -> Iterator[None]:
+    """Leave nothing of a trainer's to the tests after."""
+    from tests import accelerator
+
+    yield
+    accelerator.forget()
+
+
+@pytest.fixture
 def group(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The group of this process alone, with the environment that DeepSpeed wants."""
     for name, value in GROUP_OF_ONE.items():

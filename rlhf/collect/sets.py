@@ -27,7 +27,8 @@ def read_sets(source: str) -> dict[str, ResponseSet]:
     sets: dict[str, ResponseSet] = {}
     bad: list[str] = []
     total = 0
-    for row in read_rows(source):
+    # People compare the responses to held-out prompts too.
+    for row in read_rows(source, mixes_splits=True):
         total += 1
         found = [Reason("", row.problem)] if row.problem else _parse(row.value)
         if isinstance(found, list):

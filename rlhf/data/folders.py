@@ -48,16 +48,18 @@ _TO_JSONL = (
 )
 
 
-def record_files(path: Path) -> list[Path]:
+def record_files(path: Path, *, mixes_splits: bool = False) -> list[Path]:
     """Return the file itself, or all files of the folder that hold records, in the order of their paths.
 
     Hidden files are passed over, as are markers such as ``_SUCCESS``, checksums, documents and the metadata of the
     ``datasets`` library.
 
+    mixes_splits  whether training and held-out data may lie side by side
+
     Raises:
         SettingsError: there is nothing at the path, or nothing in it to read.
         RequestError: a file of the folder is of a kind that is not read, two files are one and the same data, or the
-            folder mixes splits.
+            folder mixes splits and may not.
 
     """
     if not os.path.exists(path):  # noqa: PTH110 - of a name that is too long it says that there is none
@@ -76,7 +78,8 @@ def record_files(path: Path) -> list[Path]:
             "name such a file, or a folder that holds some",
         )
     _refuse_copies(files)
-    _refuse_mixed_splits(path, files)
+    if not mixes_splits:
+        _refuse_mixed_splits(path, files)
     return files
 
 

@@ -58,12 +58,14 @@ class Row:
         return f"{self.file}:{self.number}" if self.counts_lines else f"{self.file}, row {self.number}"
 
 
-def read_rows(source: str) -> Iterator[Row]:
+def read_rows(source: str, *, mixes_splits: bool = False) -> Iterator[Row]:
     """Read the rows of a source in order; a folder's files are read in the order of their paths.
+
+    mixes_splits  whether a folder may hold training and held-out data side by side
 
     Raises:
         SettingsError: the source is neither there nor a pinned hub name.
-        RequestError: a file is of a kind that is not read here, or a folder mixes splits.
+        RequestError: a file is of a kind that is not read here, or a folder mixes splits and may not.
         RecordError: a file is damaged as a whole, or is something else than its name says.
         IndexUnreachableError: the hub does not answer.
 
@@ -74,7 +76,9 @@ def read_rows(source: str) -> Iterator[Row]:
         except ValueError as problem:
             raise SettingsError(str(problem), source) from None
         return _hub_rows(dataset)
-    return (row for file in record_files(Path(source).expanduser()) for row in _file_rows(file))
+    return (
+        row for file in record_files(Path(source).expanduser(), mixes_splits=mixes_splits) for row in _file_rows(file)
+    )
 
 
 def _file_rows(path: Path) -> Iterator[Row]:

@@ -7,6 +7,7 @@ import numpy as np
 from scipy import stats
 
 from rlhf.config.data import RankSettings
+from rlhf.randomness import stream
 from rlhf.ranking.comparisons import Comparisons, FloatArray, add_up, join, renumber
 from rlhf.ranking.strengths import of_comparisons
 
@@ -67,7 +68,7 @@ def _error_over_sets(
     It takes G fits where a bootstrap takes hundreds.
     """
     number = {name: index for index, name in enumerate(names)}
-    group = np.random.default_rng(settings.seed).permutation(np.arange(len(sets)) % groups)
+    group = stream("sets left out", settings.seed).permutation(np.arange(len(sets)) % groups)
     without: list[FloatArray] = []
     for left_out in range(groups):
         kept, pooled = pool_by_model([one for one, member in zip(sets, group, strict=True) if member != left_out])

@@ -30,7 +30,7 @@ def ppo(*overrides: str) -> PpoSettings:
         ("ppo.kl={place: loss}", "its expected gradient is 0"),
         ("ppo.kl={coef: 0, target: 6}", "coef 0 stays 0"),
         ("ppo.minibatches=3", "rollouts 64 is not a multiple of minibatches 3"),
-        ("ppo.value_warmup=30", "leaves none of 30 iterations"),
+        ("ppo.value_warmup=12", "leaves none of 12 iterations"),
         ("ppo.average_decay=1", "must be a number above 0 and below 1"),
         ("ppo.algorithm=a2c", "algorithm a2c needs epochs 1, and it is 2"),
         ("ppo.algorithm=a3c", "one of ppo, a2c"),

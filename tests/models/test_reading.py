@@ -114,6 +114,7 @@ def test_a_prompt_is_the_templates_own(name: str) -> None:
         assert text.prompt_ids(tokenizer, row["prompt"]) == rendered["input_ids"]
 
 
+@pytest.mark.usefixtures("new_accelerator")
 def test_trl_learns_the_ids_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The labels of sft's trainer are the completion's ids, and nothing else, EOS included."""
     from trl.trainer.sft_config import SFTConfig

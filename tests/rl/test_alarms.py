@@ -127,7 +127,7 @@ def test_an_alarm_is_raised_beyond_its_bound_and_not_at_it(
 @pytest.mark.parametrize(
     ("first", "now"),
     [
-        ({"val/num_eos_tokens": 19.0}, {"val/num_eos_tokens": 0.0}),
+        ({"val/num_eos_tokens": 19.0}, {"val/num_eos_tokens": 1.0}),
         ({"length/mean": 80.0}, {"length/mean": 100.0}),
         ({"policy/entropy_avg": 0.05}, {"policy/entropy_avg": 0.0}),
     ],

@@ -4,7 +4,6 @@ Every stop is an attempt of its own, as after a kill of the driver. What stops a
 checkpoint counts, a disk that is full when the next one is due, or a request to save and stop.
 """
 
-import gc
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from rlhf.config.ppo import PpoSettings
@@ -30,6 +28,7 @@ from rlhf.rollout.sequences import lay_out
 from rlhf.tracking.metrics import read_metrics
 from rlhf.zero import checkpoints, group
 from stages import ppo, rm, sft
+from tests import accelerator
 from tests.zero.inputs import MICRO_BATCH_SIZES, STAGE_NAMES
 
 
@@ -225,11 +224,7 @@ def _outcome(stage: Stage, context: Context[Any]) -> dict[str, Any]:
 def _forget() -> None:
     """Begin the next attempt as a new process would."""
     group.barrier()
-    # Private, but what accelerate's own tests use.
-    states: list[Any] = [AcceleratorState, GradientState, PartialState]
-    for state in states:
-        state._reset_state()
-    gc.collect()
+    accelerator.forget()
 
 
 @contextmanager

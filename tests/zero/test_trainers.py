@@ -1,15 +1,12 @@
 """The sft stage in a group of one, against transformers alone."""
 
-import gc
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.stages import SftSettings
@@ -22,20 +19,14 @@ from tests.models.tiny import make_tiny_llama, tiny_config
 pytestmark = [
     # DeepSpeed's, torch's, TRL's and transformers' own.
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.usefixtures("group", "new_accelerator"),
+    pytest.mark.usefixtures("group", "under_deepspeed"),
 ]
 
 
 @pytest.fixture
-def new_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Begin as a new process would, and leave nothing to the tests after."""
+def under_deepspeed(monkeypatch: pytest.MonkeyPatch, new_accelerator: None) -> None:
+    """As a rank is told before it imports anything."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    yield
-    # Private, but what accelerate's own tests use.
-    states: list[Any] = [AcceleratorState, GradientState, PartialState]
-    for state in states:
-        state._reset_state()
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
