@@ -68,16 +68,16 @@ def instances(kind: str, model: Path, size: str, precision: str) -> dict[str, An
     rewards = json.loads(function("vowels.py", "vowels"))
     sampling = {"temperature": 1.0, "max_new_tokens": 48}
     common = {"precision": precision, "rewards": rewards, "sampling": sampling, "max_prompt_length": 128}
-    found: dict[str, Any] = {f"model-{kind}": {"uses": "model", "base": str(model)}}
+    sections: dict[str, Any] = {f"model-{kind}": {"uses": "model", "base": str(model)}}
     for form, lora in FORMS.items():
         rate = LEARNING_RATES[size][form]
         rates = {"policy_learning_rate": rate, "value_learning_rate": rate}
         ppo = {"uses": "ppo", "inputs": {"policy": f"model-{kind}"}, "value_init": "policy", "iterations": 6}
-        found[f"{kind}-{form}"] = ppo | {"rollouts": 128, "minibatches": 4, "kl": {"coef": 0.01}, "lora": lora}
-        found[f"{kind}-{form}"] |= common | rates
+        sections[f"{kind}-{form}"] = ppo | {"rollouts": 128, "minibatches": 4, "kl": {"coef": 0.01}, "lora": lora}
+        sections[f"{kind}-{form}"] |= common | rates
         inputs = {"before": f"model-{kind}", "after": f"{kind}-{form}"}
-        found[f"{kind}-{form}-evaluated"] = {"uses": "evaluate", "inputs": inputs, "judge": False} | common
-    return found
+        sections[f"{kind}-{form}-evaluated"] = {"uses": "evaluate", "inputs": inputs, "judge": False} | common
+    return sections
 
 
 def main() -> int:
