@@ -21,9 +21,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 {load}
 
 
+def tokens(text):
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def ids(prompt, response):
-    {ids}
-    return (read if read[-1:] == [{end}] else [*read, {end}])[-{longest}:]
+    {before}
+    return [*before, *tokens(response), {end}][-{longest}:]
 
 
 def score(prompts, responses):
@@ -38,15 +42,9 @@ _ADAPTER = f"""from peft import PeftModel
 
 base = AutoModelForSequenceClassification.from_pretrained(folder + "/{BASE}", num_labels=1)
 model = PeftModel.from_pretrained(base, folder).eval()"""
-_RESPONSE = 'read = tokenizer(response, split_special_tokens=True)["input_ids"]'
-_AFTER = """after = tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    read = [*before, *after]"""
-_TEXT = f"""before = tokenizer(prompt, split_special_tokens=True)["input_ids"]
-    {_AFTER}"""
-_CHAT = f"""messages = prompt if isinstance(prompt, list) else [{{"role": "user", "content": prompt}}]
-    options = {{"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True}}
-    before = tokenizer.apply_chat_template(messages, **options)["input_ids"]
-    {_AFTER}"""
+_CHAT = """messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True}
+    before = tokenizer.apply_chat_template(messages, **options)["input_ids"]"""
 
 
 def complete(folder: Path) -> None:
@@ -85,11 +83,12 @@ def _stop_the_clock(folder: Path, tokenizer: Tokenizer) -> None:
 def write_card(folder: Path) -> None:
     """Write ``README.md`` with the code that scores in plain transformers, in the form that the folder has."""
     tokenizer, config = text.load_tokenizer(folder), config_of(folder)
-    alone = config["sees"] == "response"
+    alone, start = config["sees"] == "response", text.text_start(tokenizer)
+    plain = f"before = {start}" if alone else f"before = {start} + tokens(prompt)"
     card = _CARD.format(
         sees="It reads the response alone." if alone else "It reads prompt and response.",
         load=_ADAPTER if is_adapter(folder) else _PLAIN,
-        ids=_RESPONSE if alone else _TEXT if tokenizer.chat_template is None else _CHAT,
+        before=plain if alone or tokenizer.chat_template is None else _CHAT,
         end=tokenizer.eos_token_id,
         longest=config["score_max_length"],
         mean=config["score_mean"],

@@ -244,3 +244,26 @@ def test_a_reward_model_s_folder_keeps_the_date_that_it_was_trained_with(tmp_pat
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     rendered = tokenizer.apply_chat_template(text.as_messages("what ?"), tokenize=False, add_generation_prompt=True)
     assert "Today Date: 03 Feb 2031" in rendered
+
+
+@pytest.mark.parametrize("sees", ["response", "conversation"])
+@pytest.mark.parametrize(
+    "name", ["no template", "no template, no bos", "opt", "closes texts", "first llama 3", "gemma"]
+)
+def test_a_reward_model_s_card_reads_as_all_stages_do(name: str, sees: str, tmp_path: Path) -> None:
+    """Its own lines, without those that load weights, give the ids that were scored in training."""
+    family = FAMILIES[name]
+    folder = write(family, tmp_path)
+    scale = {"score_mean": 0.0, "score_std": 1.0, "sees": sees, "score_max_length": 1000}
+    (folder / "config.json").write_text(json.dumps(scale))
+    reward_folders.complete(folder)
+    lines = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0].splitlines()
+    card: dict[str, Any] = {"folder": str(folder)}
+    exec("\n".join(line for line in lines if not line.startswith(("model =", "folder ="))), card)
+    tokenizer = text.load_tokenizer(folder)
+    for row in records(family):
+        prompt, response = row["prompt"], text.plain_text(row["completion"])
+        if tokenizer.chat_template is None:
+            prompt = text.plain_text(prompt)
+        expected = text.scored_ids(tokenizer, prompt if sees == "conversation" else None, response, 1000)
+        assert card["ids"](prompt, response) == expected
