@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf.models.text import load_tokenizer
+from rlhf.models.text import load_tokenizer, response_text
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 
@@ -40,7 +40,7 @@ def log_probabilities(folder: Path, prompt: str, limit: int) -> tuple[list[str],
         logits = model(ids, attention_mask=torch.ones_like(ids)).logits
         logprobs = logits[0, len(before) - 1 : -1].log_softmax(-1)
         total.append(logprobs[torch.arange(len(response)), torch.tensor(response)].sum())
-    return tokenizer.batch_decode(responses, skip_special_tokens=True), torch.stack(total)
+    return [response_text(tokenizer, response) for response in responses], torch.stack(total)
 
 
 def distance_to_optimum(policy: Path, reference: Path, prompt: str, limit: int, reward: Reward, beta: float) -> float:

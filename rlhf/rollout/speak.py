@@ -7,6 +7,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlhf.errors import RequestError
 from rlhf.models import folders, text
+from rlhf.rl.masks import response_mask
 from rlhf.rollout.sampling import sample_responses, uniforms
 
 
@@ -35,4 +36,6 @@ def answers(folder: Path, prompts: list[str], temperature: float, max_new_tokens
         eos_token_id=tokenizer.eos_token_id,
         pad=tokenizer.pad_token_id,
     )
-    return tokenizer.batch_decode(responses.ids, skip_special_tokens=True)
+    mask = response_mask(responses.ids, tokenizer.eos_token_id)
+    rows = zip(responses.ids, mask, strict=True)
+    return [text.response_text(tokenizer, ids[real].tolist()) for ids, real in rows]
