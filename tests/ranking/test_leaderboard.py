@@ -42,6 +42,12 @@ def test_the_intervals_hold_the_true_order(settings: RankSettings) -> None:
     assert [row["comparisons"] for row in rows] == [400, 400, 400]
 
 
+def test_ties_are_comparisons_of_a_model() -> None:
+    """Three raters of two models, of whom one has a tie: each model was compared three times, in a win and a loss too."""
+    rows = leaderboard(RankSettings(), [(["x", "y"], compare(2, ratings=[[1, 1, 2], [1, 0, 3]]))])
+    assert [row["comparisons"] for row in rows] == [3, 3]
+
+
 def drawn_sets(rng: np.random.Generator, prompts: int, raters: int) -> list[tuple[list[str], Comparisons]]:
     """Three models, whose response to a prompt is better or worse than the model by as much as raters differ."""
     sets: list[tuple[list[str], Comparisons]] = []
