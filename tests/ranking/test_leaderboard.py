@@ -43,7 +43,7 @@ def test_the_intervals_hold_the_true_order(settings: RankSettings) -> None:
 
 
 def test_ties_are_comparisons_of_a_model() -> None:
-    """Three raters of two models, of whom one has a tie: each model was compared three times, in a win and a loss too."""
+    """Of three raters one sees a tie: each of the two models was compared three times."""
     rows = leaderboard(RankSettings(), [(["x", "y"], compare(2, ratings=[[1, 1, 2], [1, 0, 3]]))])
     assert [row["comparisons"] for row in rows] == [3, 3]
 

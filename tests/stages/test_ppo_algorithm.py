@@ -123,6 +123,7 @@ class MadeUpReward:
     scale: float
 
     def score(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
+        assert {prompt[:6] for prompt in prompts} == {"a film"}
         return torch.tensor([self.scale * math.sin(number + 1.0) for number in range(len(responses))])
 
     def out_of_range(self, scores: Tensor) -> dict[str, float]:
@@ -201,6 +202,7 @@ def written_out(ids: Tensor, eos: int, settings: PpoSettings, beta: float) -> Wr
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: float = 0.0, scale: float = 3.0, **more: Any
 ) -> tuple[PpoSettings, MadeUpPolicy, MadeUpValue]:
+    """Run the stage; the final metrics are in the attempt's ``final.json``."""
     from stages import ppo
 
     folder = make_tiny_llama(tmp_path / "tiny")
@@ -225,7 +227,7 @@ def run(
     settings = PpoSettings.model_validate(values | more)
     attempt = tmp_path / "attempt"
     attempt.mkdir()
-    ppo.run(
+    final = ppo.run(
         Context(
             stage="ppo",
             key="key",
@@ -238,6 +240,7 @@ def run(
             tracking={"mode": "disabled"},
         )
     )
+    (attempt / "final.json").write_text(json.dumps(final))
     return settings, policy, value
 
 
@@ -308,6 +311,64 @@ def test_learning_rates_fall_along_one_line_over_all_updates(tmp_path: Path, mon
     shares = [1 - number / total for number in range(total)]
     assert [update.learning_rate for update in policy.updates] == pytest.approx([0.5 * share for share in shares])
     assert [update.learning_rate for update in value.updates] == pytest.approx([0.25 * share for share in shares])
+
+
+def test_learning_rates_rise_before_they_fall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first third of all updates, to the peak that no warm-up would begin at."""
+    settings, policy, value = run(tmp_path, monkeypatch, warmup_fraction=1 / 3)
+    warmup = ITERATIONS * settings.epochs * settings.minibatches // 3
+    for model, peak in ((policy, 0.5), (value, 0.25)):
+        rates = [update.learning_rate for update in model.updates]
+        assert rates[: warmup + 1] == sorted(rates[: warmup + 1])
+        assert rates[0] == pytest.approx(peak / (warmup + 1))
+        assert max(rates) == rates[warmup] == peak
+
+
+def test_the_final_metrics_are_of_the_first_and_the_last_iteration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With scores that fall by 1 an iteration."""
+    passed: list[None] = []
+
+    def score(self: MadeUpReward, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
+        passed.append(None)
+        return torch.arange(len(responses)) - float(len(passed))
+
+    monkeypatch.setattr(MadeUpReward, "score", score)
+    run(tmp_path, monkeypatch)
+    final = json.loads((tmp_path / "attempt" / "final.json").read_text())
+    rows = rows_of(tmp_path)
+    assert final == {
+        "objective/scores_first": pytest.approx(1.5),
+        "objective/scores": pytest.approx(-0.5),
+        "objective/kl": rows[-1]["objective/kl"],
+    }
+    assert rows[-1]["objective/kl"] != rows[0]["objective/kl"]
+
+
+def test_demonstrations_join_every_update_of_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others for each, numbered through epochs and iterations, as many at once as the settings say."""
+    from stages import ppo
+
+    asked: list[tuple[int, int]] = []
+    given: list[Any] = []
+
+    class Demonstrations:
+        def minibatch(self, update: int, micro_batch_size: int) -> tuple[int, int]:
+            asked.append((update, micro_batch_size))
+            return asked[-1]
+
+    original = MadeUpPolicy.update
+
+    def update(self: MadeUpPolicy, *arguments: Any) -> PolicySums:
+        given.append(arguments[-1])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(ppo.DemonstrationStream, "of", lambda *_: Demonstrations())
+    monkeypatch.setattr(MadeUpPolicy, "update", update)
+    settings, _, _ = run(tmp_path, monkeypatch)
+    total = ITERATIONS * settings.epochs * settings.minibatches
+    assert given == asked == [(number, settings.micro_batch_size) for number in range(total)]
 
 
 def test_the_losses_are_clipped_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,6 +442,44 @@ def test_the_user_is_told_of_an_alarm_once_and_each_row_has_it(tmp_path: Path, m
     run(tmp_path, monkeypatch, drift=0.1)
     assert [row["alarm/ratio"] for row in rows_of(tmp_path)] == [1, 1, 1]
     assert (tmp_path / "attempt" / NOTES).read_text().count("ratio was not 1") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "name"),
+    [
+        (MadeUpPolicy, "logprobs_and_entropies", "logprobs"),
+        (MadeUpPolicy, "reference_logprobs", "reference_logprobs"),
+        (MadeUpValue, "values", "values"),
+    ],
+)
+def test_whatever_is_not_finite_stops_the_run_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: type, method: str, name: str
+) -> None:
+    """Before it reaches an optimiser."""
+
+    def broken(_: Any, sequences: Sequences) -> Any:
+        numbers = torch.full((len(sequences.ids), sequences.time), math.nan)
+        return (numbers, numbers) if method == "logprobs_and_entropies" else numbers
+
+    monkeypatch.setattr(model, method, broken)
+    with pytest.raises(DivergedError, match=f"^{name} of "):
+        run(tmp_path, monkeypatch)
+
+
+def test_a_collapse_to_lone_eos_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured against the first iteration, whose responses were longer."""
+    original = MadeUpPolicy.sample
+
+    def sample(self: MadeUpPolicy, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+        responses = original(self, prompts, noise)
+        if self.iteration == 1:
+            responses.ids[:, 0] = self.tokenizer.eos_token_id
+        return responses
+
+    monkeypatch.setattr(MadeUpPolicy, "sample", sample)
+    with pytest.raises(DivergedError, match="most responses are a lone EOS"):
+        run(tmp_path, monkeypatch)
+    assert len(rows_of(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
