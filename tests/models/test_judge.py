@@ -1,5 +1,11 @@
+import math
+import re
+from collections import Counter
+from itertools import pairwise
+
 import numpy as np
 import pytest
+from sklearn.model_selection import KFold
 
 from rlhf.errors import RecordError
 from rlhf.models.judge import Judge
@@ -53,6 +59,71 @@ def test_a_form_of_a_word_never_seen_is_known_by_its_letters(judge: Judge):
     """The characters carry what whole words cannot: an unseen form lands on its relatives' side."""
     good, bad = judge.rate(["wonderfully", "awfully"])
     assert good > bad + 0.5
+
+
+def words_of(text: str) -> list[str]:
+    words = re.findall(r"\w\w+", text.lower())
+    return words + [" ".join(pair) for pair in pairwise(words)]
+
+
+def letters_of(text: str) -> list[str]:
+    padded = [f" {word} " for word in text.lower().split()]
+    grams: list[str] = []
+    for word in padded:
+        for length in range(2, 6):
+            grams += [word[at : at + length] for at in range(max(1, len(word) - length + 1))]
+            if length >= len(word):  # a word shorter than the n-gram counts once
+                break
+    return grams
+
+
+def tf_idf(grams: list[list[str]], least: int) -> np.ndarray:
+    """Rows of length 1: (1 + ln count) (ln((1 + n) / (1 + df)) + 1) of n-grams that at least so many texts have."""
+    seen = Counter(gram for row in grams for gram in set(row))
+    kept = {gram: place for place, gram in enumerate(sorted(gram for gram, df in seen.items() if df >= least))}
+    matrix = np.zeros((len(grams), len(kept)))
+    for number, row in enumerate(grams):
+        for gram, count in Counter(row).items():
+            if gram in kept:
+                idf = math.log((1 + len(grams)) / (1 + seen[gram])) + 1
+                matrix[number, kept[gram]] = (1 + math.log(count)) * idf
+    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+
+
+def ridge(known: np.ndarray, ratings: np.ndarray, new: np.ndarray, alpha: float) -> np.ndarray:
+    """The regression with an intercept, solved in its dual form."""
+    middle, mean = known.mean(axis=0), ratings.mean()
+    centred = known - middle
+    weights = np.linalg.solve(centred @ centred.T + alpha * np.eye(len(known)), ratings - mean)
+    return mean + (new - middle) @ (centred.T @ weights)
+
+
+@pytest.mark.parametrize(("noise", "alpha"), [(0.0, 2**-3), (1.0, None), (10.0, 2**5)])
+def test_the_judge_is_the_ridge_regression_that_its_folds_choose(noise: float, alpha: float | None):
+    """Against tf-idf and ridge written out, at both ends of the penalties on offer and between them."""
+    texts, ratings = rated_texts(80, seed=3, noise=noise)
+    texts = [text if number % 7 else f"{text} {text.split()[0]} ox" for number, text in enumerate(texts)]
+    matrix = np.hstack([tf_idf([words_of(text) for text in texts], 1), tf_idf([letters_of(text) for text in texts], 2)])
+    errors: dict[float, float] = {}
+    for power in range(-3, 6):
+        parts = KFold(5, shuffle=True, random_state=0).split(matrix)
+        errors[2.0**power] = np.mean(
+            [
+                np.mean((ridge(matrix[train], ratings[train], matrix[test], 2.0**power) - ratings[test]) ** 2)
+                for train, test in parts
+            ]
+        )
+    best = min(errors, key=errors.__getitem__)
+    assert alpha is None or best == alpha
+    judge = Judge.fit(texts, ratings)
+    assert judge.alpha == best
+    np.testing.assert_allclose(judge.rate(texts), ridge(matrix, ratings, matrix, best), atol=0.01)
+
+
+def test_five_rated_texts_are_enough():
+    """One for each fold."""
+    texts, ratings = rated_texts(5, seed=0)
+    assert np.isfinite(Judge.fit(texts, ratings).rate(texts)).all()
 
 
 def test_noisier_ratings_are_trusted_less():
