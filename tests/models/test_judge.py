@@ -107,12 +107,8 @@ def test_the_judge_is_the_ridge_regression_that_its_folds_choose(noise: float, a
     errors: dict[float, float] = {}
     for power in range(-3, 6):
         parts = KFold(5, shuffle=True, random_state=0).split(matrix)
-        errors[2.0**power] = np.mean(
-            [
-                np.mean((ridge(matrix[train], ratings[train], matrix[test], 2.0**power) - ratings[test]) ** 2)
-                for train, test in parts
-            ]
-        )
+        squares = [(ridge(matrix[a], ratings[a], matrix[b], 2.0**power) - ratings[b]) ** 2 for a, b in parts]
+        errors[2.0**power] = float(np.mean([row.mean() for row in squares]))
     best = min(errors, key=errors.__getitem__)
     assert alpha is None or best == alpha
     judge = Judge.fit(texts, ratings)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.ranking.heldout import heldout_accuracy
+from rlhf.ranking.heldout import heldout_accuracy, heldout_pairs
 
 Set = dict[str, Any]
 
@@ -95,6 +95,32 @@ def test_a_sample_of_pairs_is_seeded_and_near_the_whole() -> None:
     assert sample != heldout_accuracy(sets, scores, 4000, seed=1)
     assert sample["eval/accuracy"] == pytest.approx(whole["eval/accuracy"], abs=0.02)
     assert sample["eval/accuracy_confident"] > sample["eval/accuracy"]
+
+
+def pool_of(number: int, size: int) -> Set:
+    return {"responses": [f"{number} {i}" for i in range(size)], "strengths": list(range(size)), "pool": number}
+
+
+def test_pools_give_pairs_by_how_many_they_have() -> None:
+    """All different, each of one pool, rounded up so that the smallest pool is heard; a lone response has no pair."""
+    sizes = [40, 20, 1, 3]
+    _, pairs = heldout_pairs([pool_of(number, size) for number, size in enumerate(sizes)], 300, 0)
+    pools = np.repeat(np.arange(len(sizes)), sizes)[pairs]
+    assert (pools[:, 0] == pools[:, 1]).all()
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    assert len({frozenset(pair) for pair in pairs.tolist()}) == len(pairs)
+    possible = [size * (size - 1) // 2 for size in sizes]
+    expected = [-(-300 * pairs_there // sum(possible)) for pairs_there in possible]
+    assert np.bincount(pools[:, 0], minlength=len(sizes)).tolist() == expected
+    assert heldout_pairs([pool_of(0, 1)], 300, 0)[1].shape == (0, 2)
+
+
+def test_pools_of_one_size_draw_other_pairs() -> None:
+    """Each pool draws by a seed of its own, and another seed draws other pairs."""
+    _, pairs = heldout_pairs([pool_of(0, 30), pool_of(1, 30)], 200, 0)
+    first, second = ({frozenset(pair) for pair in (pairs[pairs[:, 0] // 30 == n] - 30 * n).tolist()} for n in (0, 1))
+    assert first != second
+    assert not np.array_equal(pairs, heldout_pairs([pool_of(0, 30), pool_of(1, 30)], 200, 1)[1])
 
 
 def test_identical_texts_of_a_pool_are_half_right_and_of_two_pools_apart() -> None:
