@@ -1,3 +1,7 @@
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -74,3 +78,74 @@ def test_too_few_ratings_to_fit_on_are_the_users_to_fix():
     """Four texts cannot be split into five folds, which is said in the user's words."""
     with pytest.raises(RecordError, match="at least 5 rated texts, and there are 4"):
         Judge.fit(["a film"] * 4, [1.0, 2.0, 3.0, 4.0])
+
+
+def written_out(texts: list[str], ratings: np.ndarray, new: list[str]) -> tuple[float, np.ndarray]:
+    """The chosen penalty and the new ratings, from the definitions of tf-idf, ridge regression and cross-validation."""
+
+    def words(text: str) -> list[str]:
+        found = text.split()
+        return found + [" ".join(pair) for pair in pairwise(found)]
+
+    def letters(text: str) -> list[str]:
+        padded = [f" {word} " for word in text.split()]
+        return [word[i : i + n] for word in padded for n in range(2, 6) for i in range(max(1, len(word) - n + 1))]
+
+    def weights(known: list[str], grams: Callable[[str], list[str]], least: int) -> Callable[[str], np.ndarray]:
+        held = Counter(gram for text in known for gram in set(grams(text)))
+        rarity = {gram: 1 + np.log((1 + len(known)) / (1 + n)) for gram, n in held.items() if n >= least}
+
+        def of(text: str) -> np.ndarray:
+            counts = Counter(grams(text))
+            row = np.array([(1 + np.log(counts[g])) * idf if counts[g] else 0.0 for g, idf in rarity.items()])
+            return row / np.linalg.norm(row)
+
+        return of
+
+    parts = (weights(texts, words, 1), weights(texts, letters, 2))
+
+    def features(of: list[str]) -> np.ndarray:
+        return np.array([np.concatenate([part(text) for part in parts]) for text in of])
+
+    def predicted(x: np.ndarray, y: np.ndarray, at: np.ndarray, alpha: float) -> np.ndarray:
+        centred = x - x.mean(axis=0)
+        dual = np.linalg.solve(centred @ centred.T + alpha * np.eye(len(x)), y - y.mean())
+        return (at - x.mean(axis=0)) @ centred.T @ dual + y.mean()
+
+    x = features(texts)
+    order = np.arange(len(texts))
+    np.random.RandomState(0).shuffle(order)
+    folds = np.array_split(order, 5)
+
+    def error(alpha: float) -> float:
+        return float(
+            np.mean(
+                [
+                    np.mean((predicted(np.delete(x, f, 0), np.delete(ratings, f), x[f], alpha) - ratings[f]) ** 2)
+                    for f in folds
+                ]
+            )
+        )
+
+    alpha = min((1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32), key=error)
+    return alpha, predicted(x, ratings, features(new), alpha)
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.0, 3.0, 4.0, 5.0, 1000.0])
+def test_the_judge_is_the_ridge_regression_that_predicts_best_across_five_folds(noise: float):
+    """On tf-idf weights of 1-2 words and of 2-5 characters within a word, both of length 1, written out."""
+    texts, ratings = rated_texts(45, seed=3, noise=noise)
+    texts[0] += " dull dull film"  # a count above 1 weighs by its logarithm
+    new, _ = rated_texts(20, seed=4)
+    alpha, expected = written_out(texts, ratings, [*new, "dull dull dull film"])
+    judge = Judge.fit(texts, ratings)
+    assert judge.alpha == alpha
+    np.testing.assert_allclose(judge.rate([*new, "dull dull dull film"]), expected, atol=1e-3 * ratings.std())
+    assert (alpha == 1 / 8) == (noise == 0)
+    assert (alpha == 32) == (noise == 1000)
+
+
+def test_five_rated_texts_are_enough():
+    """One for each fold."""
+    ratings = [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert np.isfinite(Judge.fit(["a film", "a dull film", "a story", "a dull story", "a film"], ratings).rate(["a"]))
