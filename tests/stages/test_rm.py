@@ -129,7 +129,7 @@ def start(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 
 
 def read(base: Path, sees: str, prompt: str, response: str, max_length: int) -> list[int]:
-    """What a model reads: the chat up to the assistant's turn where it sees one, the response, EOS; cut at the start."""
+    """What a model reads: the chat up to the assistant's turn where it sees one, response and EOS; cut at the start."""
     tokenizer: Any = load_tokenizer(base)
     before: list[int] = []
     if sees == "conversation":
