@@ -335,6 +335,14 @@ def test_learning_rates_fall_along_one_line_over_all_updates(tmp_path: Path, mon
     assert [update.learning_rate for update in value.updates] == pytest.approx([0.25 * share for share in shares])
 
 
+def test_learning_rates_rise_first_and_keep_to_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a quarter of the 18 updates, rounded up; a constant rate then stays at its peak."""
+    _, policy, value = run(tmp_path, monkeypatch, warmup_fraction=0.25, schedule="constant")
+    shares = [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, *[1.0] * 13]
+    assert [update.learning_rate for update in policy.updates] == pytest.approx([0.5 * share for share in shares])
+    assert [update.learning_rate for update in value.updates] == pytest.approx([0.25 * share for share in shares])
+
+
 def test_the_losses_are_clipped_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings reach the losses."""
     _, policy, value = run(tmp_path, monkeypatch, policy_clip=0.3, value_clip=None, entropy_bonus=0.01)
