@@ -180,6 +180,7 @@ def test_the_value_model_moves_from_its_old_values_towards_the_returns(
     minibatch = minibatch_of(Experience.of(batch, zeros, zeros, values, zeros, wanted), [0, 1, 2], 2)
     real = batch.mask
     errors: list[float] = []
+    kept = values
     for number in range(3):
         expected = value.values(batch)
         seen: list[tuple[Tensor, ...]] = []
