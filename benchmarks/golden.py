@@ -1,9 +1,9 @@
 """The losses of sft, rm and ppo over 20 steps each: whether a change that should change nothing did.
 
-    python -m benchmarks.golden            compare with golden.json, exit status 1 where a number moved by more than 1e-6
+    python -m benchmarks.golden            compare with golden.json, exit status 1 where one moved by more than 1e-6
     python -m benchmarks.golden --record   write golden.json anew
 
-A tiny Llama from random weights, in fp32 on a CPU, through the stages themselves. Other processors and versions of torch
+A tiny Llama from random weights, in fp32 on a CPU, through the stages. Other processors and versions of torch
 round differently: record before a change, and compare after it, on one machine.
 """
 
