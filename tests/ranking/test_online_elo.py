@@ -42,3 +42,18 @@ def test_the_seed_decides_the_orders() -> None:
     one, same, other = (fit_online(6, said, 32.0, 3, seed).elo for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0
+
+
+def test_errors_are_those_of_the_bootstrap_game_by_game() -> None:
+    """Streams drawn with replacement, slowly; a stream that were only shuffled would hardly move with so small a K."""
+    rng = np.random.default_rng(0)
+    games = [(0, 1, 1.0)] * 12 + [(0, 1, 0.0)] * 8 + [(1, 2, 1.0)] * 10 + [(1, 2, 0.5)] * 10
+    streams = np.zeros((500, 3))
+    for rating in streams:
+        for game in rng.integers(len(games), size=len(games)):
+            i, j, outcome = games[game]
+            moved = 8.0 * (outcome - 1 / (1 + 10 ** ((rating[j] - rating[i]) / 400)))
+            rating[i] += moved
+            rating[j] -= moved
+    found = fit_online(3, compare(3, winners=[list(game) for game in games]), k_factor=8.0, orders=500, seed=0)
+    np.testing.assert_allclose(found.standard_errors, streams.std(axis=0, ddof=1), rtol=0.2)

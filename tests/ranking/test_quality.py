@@ -184,3 +184,29 @@ def test_what_the_data_does_not_tell_is_absent() -> None:
     assert found["accuracy"]["share"] == 1
     assert found["beside_people"] == {"all": {}, "within": {}}
     assert "kendall_tau" not in found
+
+
+def test_independent_pairs_have_students_interval_of_their_mean() -> None:
+    """Twelve sets of one pair each, of which scores order eight as people do and one not at all."""
+    right = np.array([1.0] * 8 + [0.5] + [0.0] * 3)
+    sets: list[Set] = [{"responses": ["a", "b"], "strengths": [1.0, 0.0], "pool": number} for number in range(12)]
+    scores = np.stack([right, 1 - right], axis=1).ravel()
+    found = quality(sets, scores, np.ones(24), 100, seed=0)["accuracy"]
+    low, high = stats.t.interval(0.95, 11, loc=right.mean(), scale=stats.sem(right))
+    assert found["share"] == pytest.approx(8.5 / 12)
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+
+
+def test_the_mean_tau_has_students_interval_over_sets() -> None:
+    """Set by set; a set without an order of its own has no correlation and does not count."""
+    sets, truth = rated(6, seed=0)
+    scores = truth + np.random.default_rng(1).normal(size=24)
+    scores[:4] = 1.0
+    taus = []
+    for number, one in enumerate(sets[1:], start=1):
+        tau: Any = stats.kendalltau(scores[4 * number : 4 * number + 4], np.mean(one["ratings"], axis=1))
+        taus.append(float(tau.statistic))
+    found = quality(sets, scores, np.ones(24), 100, seed=0)["kendall_tau"]
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(taus), scale=stats.sem(taus))
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((np.mean(taus), low, high))
+    assert found["sets"] == 5

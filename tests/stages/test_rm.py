@@ -224,10 +224,11 @@ def test_the_final_metrics_are_of_the_held_out_responses_scores(start: Start, ba
         assert [quantiles[name][0], quantiles[name][-1]] == pytest.approx(ends, abs=1e-5)
 
 
-def test_a_model_that_scores_all_demonstrations_alike_has_diverged(start: Start) -> None:
-    """It is no result."""
+@pytest.mark.parametrize("score", [0.25, 0.1, 1.7])
+def test_a_model_that_scores_all_demonstrations_alike_has_diverged(start: Start, score: float) -> None:
+    """It is no result, whatever rounding makes of the mean."""
     training, run = start()
-    training.score = lambda _: 0.25
+    training.score = lambda _: score
     with pytest.raises(DivergedError, match="all demonstrations one score"):
         run()
     assert not training.exported
