@@ -111,7 +111,8 @@ def largest_difference(before: list[dict[str, float]], after: list[dict[str, flo
     for step, (old, new) in enumerate(zip(before, after, strict=True), start=1):
         for name, value in old.items():
             difference = abs(new[name] - value) / max(1.0, abs(value))
-            worst = max(worst, (difference, f"{name} of step {step}"))
+            if difference > worst[0]:
+                worst = difference, f"{name} of step {step}"
     return worst
 
 
