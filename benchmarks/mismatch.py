@@ -31,13 +31,13 @@ from transformers import (
 )
 
 from rlhf.config.training import LoraSettings, Precision
-from rlhf.models.policy import FrozenPolicy, TrainedPolicy
-from rlhf.models.training import Training
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rl.metrics import mismatch_metrics
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import roll_out
+from rlhf.training.learner import Training
+from rlhf.training.policy import FrozenPolicy, TrainedPolicy
 from rlhf.zero import group
 
 VOCABULARY = 2048

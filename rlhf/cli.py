@@ -37,7 +37,7 @@ from rlhf.config.pipeline import (
     TrackingSettings,
     resolved,
 )
-from rlhf.config.tree import to_yaml
+from rlhf.config.yaml_tree import to_yaml
 from rlhf.errors import DiskFullError, InterruptedRunError, RequestError, RlhfError, is_no_room
 from rlhf.narration import diff_view, explain_view, lineage_view
 from rlhf.pipeline import documents
@@ -420,7 +420,7 @@ def generate(request: Request) -> None:
     prompts = request.arguments.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise RequestError("there is no prompt", "command line and standard input", "--prompt 'Write …'")
-    from rlhf.rollout.speak import answers
+    from rlhf.rollout.generate import answers
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = request.store().checkout(record.artifact, Path(scratch) / "policy")

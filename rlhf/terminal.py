@@ -6,7 +6,6 @@ terminal.
 """
 
 import time
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.errors import RlhfError
+from rlhf.pipeline.reporting import Eta
 from rlhf.units import size
 
 State = Literal["waiting", "running", "cached", "done", "failed", "missing", "blocked", "unused"]
@@ -59,37 +59,6 @@ class StageRow:
     done: int = 0
     total: int = 0
     metric_text: str = ""
-
-
-class Eta:
-    """Measures the seconds left from the later half of the steps seen.
-
-    The first step seen never counts: it holds a compilation or a warm-up. Nor do the steps before a resume, which this
-    process has not seen.
-    """
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[float, int]] = []
-        self._total = 0
-
-    def observe(self, now: float, done: int, total: int) -> None:
-        """Note how many of the steps are done; going backwards or another total is a new beginning."""
-        if total != self._total or (self._seen and done < self._seen[-1][1]):
-            self._seen, self._total = [], total
-        if not self._seen or done > self._seen[-1][1]:
-            self._seen.append((now, done))
-
-    def remaining(self, now: float) -> float | None:
-        """Return the seconds left, at least 0, or None before two steps have passed."""
-        seen, total = list(self._seen), self._total  # a drawing thread asks while another observes
-        if len(seen) < 3 or total <= 0:
-            return None
-        last_time, last_done = seen[-1]
-        middle = (seen[0][1] + last_done) / 2
-        index = bisect_left(seen, middle, key=lambda step: step[1])
-        start_time, start_done = seen[min(max(index, 1), len(seen) - 2)]
-        seconds_per_step = (last_time - start_time) / (last_done - start_done)
-        return max(0.0, seconds_per_step * (total - last_done) - (now - last_time))
 
 
 def duration(seconds: float) -> str:

@@ -6,13 +6,14 @@ trained, the one that it will be trained from.
 
 import math
 
+from rlhf.attempt.context import Context
 from rlhf.collect.judges import judge_of
 from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
-from rlhf.data.demonstrations import tokenised
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import PreflightError
+from rlhf.models.demonstrations import tokenised
 from rlhf.models.text import (
     Tokenizer,
     check_same_tokens,
@@ -25,7 +26,6 @@ from rlhf.models.text import (
     text_start,
 )
 from rlhf.pipeline import disk
-from rlhf.pipeline.context import Context
 from rlhf.ranking.lists import draw_lists
 from rlhf.rewards.endpoint import EndpointReward
 from rlhf.rewards.function import load_function

@@ -8,13 +8,13 @@ things are done nor the number of ranks changes a response, but for rounding in 
 prompts by what the models are unsure of.
 """
 
-from rlhf.collect.written import Written
+from rlhf.attempt.context import Context
+from rlhf.collect.collected_responses import Written
 from rlhf.config.collect import CollectSettings
 from rlhf.data.records import ResponseSet
-from rlhf.models.four import load_writer
-from rlhf.pipeline.context import Context
 from rlhf.rollout.prompts import draw, prompt_batch, read_prompts
 from rlhf.rollout.rollout import roll_out
+from rlhf.training.loading import load_writer
 
 
 def run(context: Context[CollectSettings]) -> dict[str, float]:

@@ -7,13 +7,13 @@ The judge is a file of people's answers, a Python function, or a language model 
 of which it says nothing are left out and counted.
 """
 
+from rlhf.attempt.context import Context
 from rlhf.collect.judges import judge_of
-from rlhf.collect.sets import name_of
+from rlhf.collect.response_sets import name_of
 from rlhf.config.collect import CompareSettings
 from rlhf.data.jsonl import read_jsonl, write_jsonl
 from rlhf.data.records import ResponseSet
 from rlhf.errors import RecordError
-from rlhf.pipeline.context import Context
 
 
 def run(context: Context[CompareSettings]) -> dict[str, float]:

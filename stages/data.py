@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlhf.attempt.context import Context
 from rlhf.config.data import DataSettings, is_local
 from rlhf.config.sources import MOVIE_SNIPPETS, OTHER_SNIPPETS, word_in_key
 from rlhf.data.checking import RecordReader
@@ -22,7 +23,6 @@ from rlhf.data.jsonl import write_jsonl
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, R
 from rlhf.data.snippets import movie_datasets, other_comparisons, read_movie_snippets
 from rlhf.data.split import Split, write_part, write_split
-from rlhf.pipeline.context import Context
 
 
 def run(context: Context[DataSettings]) -> dict[str, float]:

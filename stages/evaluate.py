@@ -5,13 +5,13 @@ Both policies answer the same prompts with the same random numbers. KL is the me
 log π_after(y | x) - log π_before(y | x), an unbiased estimate of KL(after ‖ before) in nats a response.
 """
 
+from rlhf.attempt.context import Context
 from rlhf.config.stages import EvaluateSettings
 from rlhf.models import evaluation
-from rlhf.models.four import load_frozen
-from rlhf.pipeline.context import Context
 from rlhf.rl.kl import kl_estimates
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import roll_out
+from rlhf.training.loading import load_frozen
 
 
 def run(context: Context[EvaluateSettings]) -> dict[str, float]:

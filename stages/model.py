@@ -5,10 +5,10 @@ In: for a model from scratch, demonstrations.  Out: a folder that ``from_pretrai
 
 from pathlib import Path
 
+from rlhf.attempt.context import Context
 from rlhf.config.stages import ModelSettings
 from rlhf.models import base
 from rlhf.models.cards import licence_of
-from rlhf.pipeline.context import Context
 
 
 def run(context: Context[ModelSettings]) -> dict[str, float]:

@@ -9,9 +9,8 @@ A2C (Menick et al. 2022, arXiv:2203.11147) is this loop with one update on each 
 
 from functools import partial
 
+from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.models.four import load_models
-from rlhf.pipeline.context import Context
 from rlhf.rl.advantages import generalised_advantages, masked_moments, whiten
 from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_health
 from rlhf.rl.importance import truncated_importance_weights
@@ -23,9 +22,10 @@ from rlhf.rollout.demonstrations import DemonstrationStream
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import roll_out
-from rlhf.zero.coefficient import KlCoefficient
-from rlhf.zero.journal import Journal
-from rlhf.zero.loop import resumable_steps
+from rlhf.training.journal import Journal
+from rlhf.training.kl_coefficient import KlCoefficient
+from rlhf.training.loading import load_models
+from rlhf.training.loop import resumable_steps
 
 
 def run(context: Context[PpoSettings]) -> dict[str, float]:

@@ -21,20 +21,20 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import DivergedError
 from rlhf.models import reward_losses
-from rlhf.models.four import plain_folder
 from rlhf.models.response_lists import ListBatch
 from rlhf.models.reward import from_scratch, is_reward_model, load_scorer
 from rlhf.models.reward_quality import check_padding, write_quality
 from rlhf.models.text import load_tokenizer, plain_text, scored_ids
-from rlhf.pipeline.context import Context
 from rlhf.ranking.heldout import heldout_accuracy
 from rlhf.ranking.lists import Place, draw_lists
 from rlhf.ranking.preferences import by_share, by_strength
-from rlhf.zero import trainers
+from rlhf.training import trl_trainers
+from rlhf.training.loading import plain_folder
 
 
 def run(context: Context[RmSettings]) -> dict[str, float]:
@@ -74,23 +74,23 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
                 found = reward_losses.regression(scores, lists.strengths, lists.present)
         return found + settings.centering * reward_losses.centring(scores, lists.present)
 
-    trainer = trainers.reward_trainer(
+    trainer = trl_trainers.reward_trainer(
         context,
         lambda: load_scorer(base, settings.precision, tokenizer, head_seed=settings.seed),
         tokenizer,
         Dataset.from_list([row(places) for places in lists]),
         loss,
     )
-    trainers.train(trainer, context)
+    trl_trainers.train(trainer, context)
 
     demonstrations = read_rows(context.inputs["demonstrations"] / "train.jsonl")
     # Without gradients there is room for twice as many as in training.
     at_once = 2 * settings.micro_batch_size * max(map(len, lists))
     known_texts = [ids(d["prompt"], plain_text(d["completion"])) for d in demonstrations]
-    normal = trainers.scores(trainer, known_texts, at_once)
+    normal = trl_trainers.scores(trainer, known_texts, at_once)
     heldout = read_rows(context.inputs["comparisons"] / "heldout.jsonl")
     texts = [ids(one["prompt"], text) for one in heldout for text in one["responses"]]
-    scores = trainers.scores(trainer, texts, at_once)
+    scores = trl_trainers.scores(trainer, texts, at_once)
 
     # In float32 the mean of equal scores need not be their value, and the deviation from it is then above 0.
     if not normal.double().std() > 0:
@@ -99,7 +99,7 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
         )
     mean, deviation = normal.mean(), normal.std()
     check_padding(
-        lambda rows: trainers.scores(trainer, rows, at_once=1),
+        lambda rows: trl_trainers.scores(trainer, rows, at_once=1),
         texts,
         scores,
         deviation.item(),
@@ -114,6 +114,6 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
         "score_high": known.max().item(),
     }
     view = {"sees": settings.sees, "score_max_length": settings.max_length}
-    trainers.export(trainer, base, context, scores=True, config=normaliser | view)
+    trl_trainers.export(trainer, base, context, scores=True, config=normaliser | view)
     metrics = heldout_accuracy(heldout, scores.numpy(), settings.eval_pairs, settings.seed)
     return metrics | write_quality(context, heldout, scores, normal, texts) | {"lists": float(len(lists))}

@@ -6,13 +6,13 @@ The loss is the mean negative log-likelihood of the completions' tokens, EOS inc
 
 from transformers import AutoModelForCausalLM
 
+from rlhf.attempt.context import Context
 from rlhf.config.stages import SftSettings
-from rlhf.data.demonstrations import as_dataset
-from rlhf.models import trust
-from rlhf.models.four import plain_folder
+from rlhf.models import safe_loading
+from rlhf.models.demonstrations import as_dataset
 from rlhf.models.text import load_tokenizer
-from rlhf.pipeline.context import Context
-from rlhf.zero import trainers
+from rlhf.training import trl_trainers
+from rlhf.training.loading import plain_folder
 from rlhf.zero.engine import DTYPES
 
 
@@ -21,14 +21,14 @@ def run(context: Context[SftSettings]) -> dict[str, float]:
     settings, demonstrations = context.settings, context.inputs["demonstrations"]
     base = plain_folder(context.inputs["base"], context.attempt / "policy", settings.precision, scores=False)
     tokenizer = load_tokenizer(base)
-    trainer = trainers.sft_trainer(
+    trainer = trl_trainers.sft_trainer(
         context,
-        lambda: AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[settings.precision], **trust.MODEL),
+        lambda: AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[settings.precision], **safe_loading.MODEL),
         tokenizer,
         as_dataset(demonstrations / "train.jsonl", tokenizer),
         as_dataset(demonstrations / "heldout.jsonl", tokenizer),
     )
-    trainers.train(trainer, context)
-    loss = trainers.heldout_loss(trainer, settings.micro_batch_size)
-    trainers.export(trainer, base, context, scores=False)
+    trl_trainers.train(trainer, context)
+    loss = trl_trainers.heldout_loss(trainer, settings.micro_batch_size)
+    trl_trainers.export(trainer, base, context, scores=False)
     return {"eval/loss": loss}

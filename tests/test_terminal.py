@@ -8,9 +8,9 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from rlhf.errors import DiskFullError, SettingsError
+from rlhf.pipeline.reporting import Eta
 from rlhf.terminal import (
     Display,
-    Eta,
     StageRow,
     duration,
     key_values,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import errors
+from rlhf.attempt.liveness import Pulse, oom_kills, pulses
 from rlhf.cluster.worker import CONTINUE, Call, Failure, no_room
 from rlhf.errors import (
     DivergedError,
@@ -20,7 +21,6 @@ from rlhf.errors import (
     StageError,
     is_no_room,
 )
-from rlhf.pipeline.pulse import Pulse, oom_kills, pulses
 
 RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
     (DivergedError, 0),  # it would diverge again

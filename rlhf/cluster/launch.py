@@ -6,14 +6,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from rlhf.attempt import liveness
+from rlhf.attempt.checkpoints import newest_complete, step_of
 from rlhf.cluster.causes import Retries, cause_of
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.watchdog import Watchdog
 from rlhf.cluster.worker import RESULT, Call, perform_task, read_failures
 from rlhf.cluster.worker_group import POLL_SECONDS, WorkerGroup
 from rlhf.errors import ClusterLostError, HangError, RlhfError
-from rlhf.pipeline import pulse
-from rlhf.pipeline.checkpoints import newest_complete, step_of
 
 
 def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, float]:
@@ -60,7 +60,7 @@ def run_group(
     while True:
         for path in call.context.attempt.glob("failure-*.json"):
             path.unlink()
-        pulse.forget(call.context.attempt)
+        liveness.forget(call.context.attempt)
         shutil.rmtree(call.context.output, ignore_errors=True)  # what a killed export left there
         call.context.output.mkdir(exist_ok=True)  # where somebody is still about to be ended
         error = _run_once(call, resources, watch)

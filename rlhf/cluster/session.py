@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from rlhf.cluster import reaper
+from rlhf.cluster.ray_token import MODE, default_path, entrance, known_token, prepare_token, warning_of_open
 from rlhf.cluster.temporary import check_temporary_folder
-from rlhf.cluster.token import MODE, default_path, entrance, known_token, prepare_token, warning_of_open
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.errors import ClusterLostError, PreflightError, TryAgainError
 

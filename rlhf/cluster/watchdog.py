@@ -3,9 +3,9 @@
 import re
 import time
 
+from rlhf.attempt.liveness import Pulse, pulses, stack_of
 from rlhf.cluster.worker import CONTINUE, Call
 from rlhf.errors import HangError, TryAgainError
-from rlhf.pipeline.pulse import Pulse, pulses, stack_of
 
 START_MINUTES = 60.0
 """How long a stage may wait for its first process: somebody else's work may hold the cluster's room."""

@@ -16,10 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from rlhf.attempt import liveness
+from rlhf.attempt.context import Context
+from rlhf.attempt.cost import RANKS
 from rlhf.errors import DiskFullError, OutOfMemoryError, PreemptedError, PreflightError, RlhfError, is_no_room
-from rlhf.pipeline import pulse
-from rlhf.pipeline.context import Context
-from rlhf.pipeline.spending import RANKS
 
 RESULT = "result.json"
 CONTINUE = "rlhf run"
@@ -144,7 +144,7 @@ def _perform(call: Call, rank: int, prepare: Callable[[Call], Context[Any]] = la
             "put store.uri (for a bucket store.scratch) on a file system that every node mounts at the same place",
         )
     log = context.attempt / f"log-{rank}.txt"
-    with _log(log), pulse.beating(context.attempt, rank, _node(), log, 60 * call.timeout_minutes):
+    with _log(log), liveness.beating(context.attempt, rank, _node(), log, 60 * call.timeout_minutes):
         try:
             # A crash below Python leaves its signal in the log.
             faulthandler.enable(file=2)
@@ -152,9 +152,9 @@ def _perform(call: Call, rank: int, prepare: Callable[[Call], Context[Any]] = la
                 context = prepare(call)
                 device = _device(call, context)
                 _write(context.attempt / RANKS.format(rank), {"host": socket.gethostname(), "device": device})
-                pulse.beat()
+                liveness.beat()
                 code = load(call.code)
-            pulse.beat()
+            liveness.beat()
             metrics = code(context)
             if rank == 0:
                 _write(context.attempt / RESULT, {name: float(value) for name, value in metrics.items()})
@@ -191,7 +191,7 @@ class _BeatAtImports:
 
     @staticmethod
     def find_spec(_name: str, _path: object = None, _target: object = None) -> None:
-        pulse.beat()
+        liveness.beat()
 
 
 def _device(call: Call, context: Context[Any]) -> str:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from rlhf.attempt.liveness import pulses
 from rlhf.cluster import fork_server
 from rlhf.cluster.causes import Told, cause_of
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.worker import Call, Place, Rank, read_failures
 from rlhf.errors import RlhfError
-from rlhf.pipeline.pulse import pulses
 
 POLL_SECONDS = 0.25
 TELL_SECONDS = 3.0

@@ -13,11 +13,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.collect.sets import name_of
+from rlhf.attempt.context import Context
+from rlhf.collect.response_sets import name_of
 from rlhf.config.collect import ChatSettings, CompareSettings
 from rlhf.data.records import ComparisonSet, ResponseSet
 from rlhf.errors import RewardError
-from rlhf.pipeline.context import Context
 from rlhf.rewards.service import Service, refuse
 
 JOURNAL = "verdicts.jsonl"

@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 
 from rlhf.collect.annotation import Annotation, Answer, Ranking, renamed, shown_order
 from rlhf.collect.journal import Journal, sync, unfinished_writes_told
-from rlhf.collect.sets import read_sets
+from rlhf.collect.response_sets import read_sets
 from rlhf.data.jsonl import write_jsonl
 from rlhf.errors import RecordError, RequestError
 

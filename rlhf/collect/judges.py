@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from rlhf.attempt.context import Context
 from rlhf.collect.chat import ChatJudge
-from rlhf.collect.sets import name_of
+from rlhf.collect.response_sets import name_of
 from rlhf.config.collect import CompareSettings
 from rlhf.data.checking import RecordReader
 from rlhf.data.records import ComparisonSet, ResponseSet
-from rlhf.pipeline.context import Context
 from rlhf.rewards.checked import checked_scores
 from rlhf.rewards.function import load_function
 

@@ -10,8 +10,8 @@ from rlhf.config.nearest import suggestion
 from rlhf.config.pipeline import NAME_PATTERN, PipelineConfig, PipelineSettings, StageInstance
 from rlhf.config.problems import Problem, raise_problems
 from rlhf.config.secrets import refuse_secret_overrides, refuse_secrets
-from rlhf.config.tree import Tree, read_tree
 from rlhf.config.validation import validated
+from rlhf.config.yaml_tree import Tree, read_tree
 
 _TOP_LEVEL = tuple(PipelineSettings.model_fields)
 _USES, _INPUTS = "uses", "inputs"

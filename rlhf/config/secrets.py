@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf.config.problems import Problem, raise_problems
-from rlhf.config.tree import KeyPath, Tree, dotted
+from rlhf.config.yaml_tree import KeyPath, Tree, dotted
 
 _FORMS = (
     ("a Hugging Face token", r"\bhf_[A-Za-z0-9]{20,}\b"),

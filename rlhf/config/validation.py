@@ -11,7 +11,7 @@ from rlhf.config.base import Settings
 from rlhf.config.fields import describe, in_words, names_at, schema_at
 from rlhf.config.nearest import suggestion
 from rlhf.config.problems import Problem
-from rlhf.config.tree import KeyPath, Tree, dotted
+from rlhf.config.yaml_tree import KeyPath, Tree, dotted
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 

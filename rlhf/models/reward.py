@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf.attempt import liveness
 from rlhf.config.training import Precision
-from rlhf.models import folders, text, trust
+from rlhf.models import folders, safe_loading, text
 from rlhf.models.adapter_folders import config_of
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, scores_at_last_token, unwrapped
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
-from rlhf.pipeline import pulse
 from rlhf.randomness import seed_of
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, Engine, gathered, sharded_loading
@@ -42,7 +42,7 @@ def raw_scores(
             ids, mask = text.pad([texts[index] for index in which], tokenizer.pad_token_id, "right")
             given = [ids, mask] if types is None else [ids, mask, text.pad([types[i] for i in which], 0, "right")[0]]
             parts.append(model(*(tensor.to(group.device()) for tensor in given)))
-            pulse.beat()
+            liveness.beat()
         return torch.cat(parts)
 
     scores = torch.empty(len(texts))
@@ -103,7 +103,7 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
     if group.is_main() and not (target / "config.json").exists():
         # Built whole and read back sharded: transformers does not initialise what is built in shards.
         torch.manual_seed(seed_of("reward model from scratch", seed))
-        config = AutoConfig.from_pretrained(folder, **trust.TOKENIZER)
+        config = AutoConfig.from_pretrained(folder, **safe_loading.TOKENIZER)
         # What a reward model says of its scores is not true of the new one.
         vars(config).pop("score_mean", None)
         AutoModelForCausalLM.from_config(config).save_pretrained(target)
@@ -115,7 +115,7 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
 def load_scorer(folder: Path, precision: Precision, tokenizer: Tokenizer, head_seed: int) -> Any:
     """A model that scores, for training: a language model gets a fresh head, a reward model keeps its own."""
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=DTYPES[precision], num_labels=1, **trust.MODEL
+        folder, dtype=DTYPES[precision], num_labels=1, **safe_loading.MODEL
     )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     pack_texts(model)

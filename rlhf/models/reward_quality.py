@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings
 from rlhf.config.training import Precision
 from rlhf.errors import StageError
-from rlhf.pipeline.context import Context
 from rlhf.ranking.quality import Document, quality
 from rlhf.zero import group
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf.errors import PreflightError
-from rlhf.models import lengths, templates, trust
+from rlhf.models import lengths, safe_loading, templates
 from rlhf.models.adapter_folders import config_of
 from rlhf.models.templates import Tokenizer
 
@@ -30,7 +30,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         PreflightError: no token could end a response, none could serve as padding, or the chat template would have the
             model read something else than records say.
     """
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **trust.TOKENIZER)
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **safe_loading.TOKENIZER)
     if tokenizer.chat_template is not None:
         _prepare_template(tokenizer, str(folder))
     if tokenizer.eos_token_id is None:
@@ -61,7 +61,7 @@ def load_encoder_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         PreflightError: there is no pad token, or the tokenizer is not one of the ``tokenizers`` package.
     """
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **trust.TOKENIZER)
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **safe_loading.TOKENIZER)
     if tokenizer.pad_token_id is None:
         raise PreflightError(
             "the tokenizer has no pad token",
@@ -88,7 +88,9 @@ def check_same_tokens(reward: Path, policy: Path, stage: str) -> None:
     Raises:
         PreflightError: they have different tokenizers.
     """
-    one, other = (AutoTokenizer.from_pretrained(folder, **trust.TOKENIZER).get_vocab() for folder in (reward, policy))
+    one, other = (
+        AutoTokenizer.from_pretrained(folder, **safe_loading.TOKENIZER).get_vocab() for folder in (reward, policy)
+    )
     if one != other:
         raise PreflightError(
             "the reward model and the policy have different tokenizers, "
@@ -194,7 +196,7 @@ def text_start(tokenizer: Tokenizer) -> list[int]:
 
 def reads_messages(reward: Path) -> bool:
     """Return whether a reward model's folder reads prompts, and through a chat template, which may refuse them."""
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(reward, **trust.TOKENIZER)
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(reward, **safe_loading.TOKENIZER)
     return config_of(reward).get("sees") == "conversation" and tokenizer.chat_template is not None
 
 

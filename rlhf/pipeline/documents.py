@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rlhf.attempt.context import FAILURE, PROGRESS
 from rlhf.config.nearest import suggestion
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError
-from rlhf.pipeline.context import FAILURE, PROGRESS
 from rlhf.pipeline.differences import Difference, differences, of_record
 from rlhf.pipeline.plan import Planned, recipe, result_of
+from rlhf.pipeline.reporting import Eta
 from rlhf.pipeline.uploads import read_newest
 from rlhf.store import ActionRecord, GarbageReport, Store
-from rlhf.terminal import Eta
 
 Document = dict[str, Any]
 LEAST_DIGITS = 6

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from rlhf.attempt.context import FAILURE, ORIGIN, STOP, Context
+from rlhf.attempt.cost import begin, earlier_attempts, resources_of
 from rlhf.cluster import launch
 from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
@@ -29,16 +31,14 @@ from rlhf.errors import (
     TryAgainError,
 )
 from rlhf.pipeline import disk
-from rlhf.pipeline.context import FAILURE, NOTES, ORIGIN, PROGRESS, STOP, Context
+from rlhf.pipeline.concurrent_stages import SideBySide
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.provenance import provenance
-from rlhf.pipeline.side_by_side import SideBySide
-from rlhf.pipeline.spending import begin, earlier_attempts, resources_of
+from rlhf.pipeline.reporting import Reporter, Watch
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.stop import Stop
 from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, uploading
 from rlhf.store import SCRATCH, ActionRecord, Store, digest_of
-from rlhf.terminal import Display
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Runner:
     known: Mapping[str, Stage]
     store: Store
     session: Session
-    display: Display
+    reporter: Reporter
     stop: Stop = field(default_factory=Stop)
 
     def run(self, targets: Sequence[str]) -> dict[str, Planned]:
@@ -76,7 +76,7 @@ class Runner:
                 continue  # collected as garbage between the look and the ref
             for one in planned.values():
                 if one.state == "unused":
-                    self.display.update(one.name, state="unused", why=one.why)
+                    self.reporter.update(one.name, state="unused", why=one.why)
             missing = [one for one in planned.values() if one.record is None and one.state != "unused"]
             _refuse_lost_imports(missing)
             if not missing and not running.names:
@@ -103,7 +103,7 @@ class Runner:
                     under_way.add(one.key)
             if not running.names:
                 raise _awaiting_people(missing)
-            running.wait(self.display.line)
+            running.wait(self.reporter.line)
             if self.stop.asked:
                 raise InterruptedRunError("interrupted")
 
@@ -114,7 +114,7 @@ class Runner:
                 self._take(one)
                 return
             except LeaseLostError as error:
-                self.display.line(f"{one.name}: {error.what}; {error.next_step}")
+                self.reporter.line(f"{one.name}: {error.what}; {error.next_step}")
         self._take(one)
 
     def _take(self, one: Planned) -> None:
@@ -136,7 +136,7 @@ class Runner:
                 # Whoever took the lease over may have committed, and removed what this attempt was reading.
                 if not self._adopt_from_another(one):
                     raise
-                self.display.line(f"{one.name}: {error.what}; another run has the result")
+                self.reporter.line(f"{one.name}: {error.what}; another run has the result")
 
     def _refuse_to_go_on(self) -> None:
         if self.stop.asked:
@@ -148,7 +148,7 @@ class Runner:
         record = self.store.lookup(one.key)
         if record is None or not self.store.set_ref(self.config.name, one.name, record.key):
             return False
-        self.display.update(
+        self.reporter.update(
             one.name, state="cached", key=record.key, why="made by another run", message="", done=0, total=0
         )
         return True
@@ -159,29 +159,29 @@ class Runner:
         lost  who holds the lease instead, from the moment it is lost on
         """
         assert one.key is not None
-        fetch_attempts(self.store, one.key, one.name, self.display.line)
+        fetch_attempts(self.store, one.key, one.name, self.reporter.line)
         attempt = self.store.new_attempt(one.key)
-        self.display.update(one.name, state="running", key=one.key, why=one.why, message="", done=0, total=0)
+        self.reporter.update(one.name, state="running", key=one.key, why=one.why, message="", done=0, total=0)
         try:
             with self.stop.heeded():
                 context = self._context(one, attempt, self._checkout(one, attempt / "inputs"))
                 context.output.mkdir()
                 start = time.monotonic()
-                with uploading(self.store, attempt, one.name, self.display.line):
+                with uploading(self.store, attempt, one.name, self.reporter.line):
                     metrics = self._execute(one, context, lost)
                 self._commit(one, attempt, metrics, time.monotonic() - start)
         except (InterruptedRunError, LeaseLostError):
-            self.display.update(one.name, state="waiting")
+            self.reporter.update(one.name, state="waiting")
             raise
         except RlhfError as error:
-            self.display.update(one.name, state="failed")
+            self.reporter.update(one.name, state="failed")
             _write_failure(attempt, error)
             raise
         finally:
             shutil.rmtree(attempt / "inputs", ignore_errors=True)
 
     def _execute(self, one: Planned, context: Context[Any], lost: Sequence[str]) -> dict[str, float]:
-        show = Watch(self.display, one.name, context.attempt)
+        show = Watch(self.reporter, one.name, context.attempt)
 
         def watch() -> None:
             show()
@@ -200,7 +200,7 @@ class Runner:
         ranks = self._ranks(one)
         begin(context.attempt, ranks.count, ranks.count if ranks.gpu else 0)
         call = Call(one.stage.code, context, ranks.gpu, _workers(one).timeout_minutes)
-        return launch.run_group(call, ranks, self.config.cluster.max_failures, watch, self.display.line)
+        return launch.run_group(call, ranks, self.config.cluster.max_failures, watch, self.reporter.line)
 
     def _commit(self, one: Planned, attempt: Path, metrics: dict[str, float], seconds: float) -> None:
         assert one.key is not None
@@ -232,7 +232,7 @@ class Runner:
         # A stage's first metrics are those that tell most; counts of rows by the dozen tell nothing in a line.
         first = list(metrics.items())[:3] if one.stage.runs == "workers" or len(metrics) <= 3 else []
         shown = "  ".join(f"{name} {value:.3g}" for name, value in first)
-        self.display.update(one.name, state="done", message=shown, done=0, total=0, seconds=seconds)
+        self.reporter.update(one.name, state="done", message=shown, done=0, total=0, seconds=seconds)
 
     def _circumstances(self, one: Planned, attempt: Path) -> dict[str, Any]:
         assert one.key is not None
@@ -272,12 +272,12 @@ class Runner:
 
     def _check_resources(self, missing: Sequence[Planned]) -> None:
         """Refuse what the cluster does not have before anything runs: Ray would wait for it for ever."""
-        self.display.line(
+        self.reporter.line(
             "starting Ray" if self.session.address is None else f"attaching to Ray at {self.session.address}"
         )
         self.session.resources().for_task()
         for notice in self.session.notices:
-            self.display.line(notice)
+            self.reporter.line(notice)
         for one in missing:
             if one.stage.runs == "workers":
                 self._ranks(one)
@@ -318,7 +318,7 @@ class Runner:
         context: Context[Any] = Context(
             one.name, "preflight", one.instance.settings, inputs, attempt / "output", attempt, self._cache, earlier
         )
-        return launch.run_task(Call(code, context), 1, Watch(self.display, one.name, attempt))
+        return launch.run_task(Call(code, context), 1, Watch(self.reporter, one.name, attempt))
 
     @property
     def _cache(self) -> Path:
@@ -333,16 +333,16 @@ class Runner:
         ):
             self.store.delete_ref(self.config.name, one.name)
             return False
-        self.display.update(one.name, state="cached", key=one.record.key, why=one.why)
+        self.reporter.update(one.name, state="cached", key=one.record.key, why=one.why)
         return True
 
     def _wait(self, one: Planned, message: str) -> None:
-        self.display.update(one.name, state="waiting", message=message)
-        self.display.line(f"{one.name}: {message}")
+        self.reporter.update(one.name, state="waiting", message=message)
+        self.reporter.line(f"{one.name}: {message}")
 
     def _tell_notices(self) -> None:
         for notice in self.store.notices:
-            self.display.line(notice)
+            self.reporter.line(notice)
         self.store.notices.clear()
 
 
@@ -382,27 +382,3 @@ def _standing_in(planned: Mapping[str, Planned], name: str) -> str | None:
     if one.record is not None:
         return one.record.artifact
     return _standing_in(planned, one.wires[one.stage.continues].instance) if one.stage.continues else None
-
-
-class Watch:
-    """Carries an attempt's progress and notes from its folder to the display, a few times a second."""
-
-    def __init__(self, display: Display, stage: str, attempt: Path) -> None:
-        self._display, self._stage, self._attempt = display, stage, attempt
-        self._notes_shown = 0
-        self._shown = ""
-
-    def __call__(self) -> None:
-        """Look once."""
-        notes = self._attempt / NOTES
-        if notes.exists():
-            # A line that is not ended yet is still being written.
-            lines = notes.read_text(encoding="utf-8").split("\n")[:-1]
-            for line in lines[self._notes_shown :]:
-                self._display.line(f"{self._stage}: {json.loads(line)['note']}")
-            self._notes_shown = len(lines)
-        progress = self._attempt / PROGRESS
-        if progress.exists() and (text := progress.read_text()) != self._shown:
-            self._shown = text
-            values = json.loads(text)
-            self._display.update(self._stage, message=values["message"], done=values["done"], total=values["total"])

@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf.attempt.checkpoints import MARKER, is_complete, newest_complete, path_of, step_of
 from rlhf.errors import DamageError, RlhfError, StoreUnreachableError, TryAgainError
-from rlhf.pipeline.checkpoints import MARKER, is_complete, newest_complete, path_of, step_of
 from rlhf.store import Store
 from rlhf.store.backend import make_folder, translated
 from rlhf.store.blobs import in_parallel

@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from rlhf.data.records import ComparisonSet
 from rlhf.ranking.comparisons import NOBODY, FloatArray, merge
-from rlhf.ranking.pools import ComparedSet
+from rlhf.ranking.shared_scales import ComparedSet
 
 MOST_DISTINCT_RATINGS = 200
 """Beyond which ratings are taken for measurements rather than grades."""

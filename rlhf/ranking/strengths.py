@@ -7,7 +7,7 @@ from rlhf.ranking.crowd import Crowd, fit_crowd
 from rlhf.ranking.normalise import fit_each_annotator
 from rlhf.ranking.online_elo import fit_online
 from rlhf.ranking.plackett_luce import fit_rankings, rankings_of
-from rlhf.ranking.pools import Pooled
+from rlhf.ranking.shared_scales import Pooled
 
 
 def strengths_of(

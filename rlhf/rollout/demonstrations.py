@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings, PtxSettings
-from rlhf.data.demonstrations import tokenised
 from rlhf.errors import PreflightError
+from rlhf.models.demonstrations import tokenised
 from rlhf.models.templates import Tokenizer
-from rlhf.pipeline.context import Context
 from rlhf.randomness import stream
 from rlhf.rollout.experience import Minibatch, minibatch_of
 from rlhf.rollout.sequences import Sequences, lay_out

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from rlhf.attempt import liveness
 from rlhf.models import text
-from rlhf.pipeline import pulse
 from rlhf.randomness import stream
 from rlhf.rl.distributions import logprobs_of
 
@@ -85,7 +85,7 @@ def sample_responses(
             tokens = logits.argmax(-1)
         responses[:, step] = torch.where(running, tokens, pad)
         running &= tokens != eos_token_id
-        pulse.beat()
+        liveness.beat()
         if not running.any():
             break
         ids, positions = tokens[:, None], positions[:, -1:] + 1

@@ -10,8 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from rlhf.attempt import liveness
 from rlhf.models import text
-from rlhf.pipeline import pulse
 from rlhf.zero import group
 
 
@@ -49,7 +49,7 @@ class Sequences:
         """The samples at ``indices``, ``size`` at a time."""
         for part in indices.split(size):
             yield self.rows(part)
-            pulse.beat()
+            liveness.beat()
 
     def compute(self, size: int, forward: Callable[[Self], Tensor]) -> Tensor:
         """What ``forward`` says of every response token, ``[sample, …, time]``, 0 beyond each micro batch's longest

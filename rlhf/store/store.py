@@ -35,12 +35,12 @@ from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote, urlsplit
 
 from rlhf.errors import DamageError, RequestError, SettingsError, TryAgainError
+from rlhf.store.allowed_files import payload_paths
 from rlhf.store.backend import Backend, LocalBackend, make_folder, no_room, translated
 from rlhf.store.blobs import Blobs, blob_name, in_parallel
 from rlhf.store.garbage import GarbageReport, collect
 from rlhf.store.keys import digest_file, key_of
 from rlhf.store.lease import Holder, hold, holder_of
-from rlhf.store.payload import payload_paths
 from rlhf.store.records import DIGEST, ActionRecord, Manifest, PayloadFile, Ref
 from rlhf.store.verify import (
     Damage,

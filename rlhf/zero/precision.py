@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rlhf.pipeline.context import Context
+from rlhf.attempt.context import Context
 from rlhf.zero import group
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 from rlhf.collect.journal import Journal
-from rlhf.collect.sets import read_sets
+from rlhf.collect.response_sets import read_sets
 from tests.cli.conftest import Ask
 
 ROW = {"prompt": "p", "responses": ["a", "b"]}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.pipeline.context import Context
+from rlhf.attempt.context import Context
 from rlhf.store import Store
 from tests.cli.conftest import Ask
 from tests.pipeline.helpers import make, planned, states, write_weights

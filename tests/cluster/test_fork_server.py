@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from rlhf.attempt.context import Context
 from rlhf.cluster import fork_server
 from rlhf.cluster.session import Session
 from rlhf.cluster.worker_group import WorkerGroup
-from rlhf.pipeline.context import Context
 from tests.cluster.test_worker import attempt, call
 from tests.faults.running import gone
 from tests.pipeline.helpers import until

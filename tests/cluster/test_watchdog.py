@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.attempt.context import Context
+from rlhf.attempt.liveness import Pulse, pulse_path, stack_path
 from rlhf.cluster import watchdog
 from rlhf.cluster.watchdog import Watchdog
 from rlhf.cluster.worker import Call
 from rlhf.errors import HangError, TryAgainError
-from rlhf.pipeline.context import Context
-from rlhf.pipeline.pulse import Pulse, pulse_path, stack_path
 from tests.pipeline.toys import TotalSettings
 
 WAITS = (

@@ -13,6 +13,9 @@ import torch
 from ray.exceptions import ActorDiedError, RayActorError
 
 from rlhf import errors
+from rlhf.attempt import liveness
+from rlhf.attempt.context import Context
+from rlhf.attempt.liveness import beat, beating
 from rlhf.cluster.causes import Retries, cause_of
 from rlhf.cluster.worker import RESULT, Call, load, perform_task, read_failures
 from rlhf.errors import (
@@ -25,9 +28,6 @@ from rlhf.errors import (
     RlhfError,
     StageError,
 )
-from rlhf.pipeline import pulse
-from rlhf.pipeline.context import Context
-from rlhf.pipeline.pulse import beat, beating
 from tests.pipeline.helpers import REPOSITORY
 from tests.pipeline.toys import TotalSettings
 
@@ -292,9 +292,9 @@ def test_each_module_that_a_stage_imports_is_a_sign_of_life(
         (tmp_path / f"{part}.py").touch()
     imports = "".join(f"import {part}\n" for part in parts)
     told = "def run(context):\n    return {'beats': pulses(context.attempt)[0].beat}\n"
-    (tmp_path / "slow_stage.py").write_text(f"from rlhf.pipeline.pulse import pulses\n{imports}{told}")
+    (tmp_path / "slow_stage.py").write_text(f"from rlhf.attempt.liveness import pulses\n{imports}{told}")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(liveness, "LEAST_SECONDS", 0.0)
     finders = list(sys.meta_path)
     perform_task(replace(call(attempt, "loud"), code="slow_stage:run"))
     # Each part, the stage itself, the process's begin, and what comes before and after the stage's import.

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from rlhf.attempt.context import Context
 from rlhf.collect.chat import ChatJudge, verdict_in
 from rlhf.config.collect import ChatSettings, CompareSettings
 from rlhf.data.records import ComparisonSet, Message, ResponseSet
 from rlhf.errors import PreflightError, RewardError, TryAgainError
-from rlhf.pipeline.context import Context
 from rlhf.rewards import service
 from tests.rewards.server import Answer, Service, serving
 

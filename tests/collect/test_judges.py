@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from rlhf.attempt.context import NOTES, Context
 from rlhf.collect.collection import Collection
 from rlhf.collect.judges import judge_of
 from rlhf.config.base import semantic_values
@@ -11,7 +12,6 @@ from rlhf.config.collect import CollectSettings, CompareSettings, WriterSettings
 from rlhf.data.jsonl import read_jsonl, write_jsonl
 from rlhf.data.records import ComparisonSet, ResponseSet
 from rlhf.errors import PreflightError, RecordError, RewardError
-from rlhf.pipeline.context import NOTES, Context
 from stages import compare
 
 SETS = [

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf.config.loading import load_pipeline
 from rlhf.config.pipeline import PipelineConfig, resolved
-from rlhf.config.tree import to_yaml
+from rlhf.config.yaml_tree import to_yaml
 from rlhf.pipeline.stage import stages
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlhf.config.loading import load_pipeline
 from rlhf.config.pipeline import ClusterSettings, PipelineConfig, StoreSettings, TrackingSettings, resolved
-from rlhf.config.tree import to_yaml
+from rlhf.config.yaml_tree import to_yaml
 from rlhf.errors import SettingsError
 from tests.config.example import STAGES, AdapterExample, KlExample, ReadExample, TrainExample
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
+from rlhf.attempt.context import Context
 from rlhf.config.data import DataSettings
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST
 from rlhf.data.jsonl import read_jsonl
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt
 from rlhf.errors import RecordError
-from rlhf.pipeline.context import Context
 from stages.data import run
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rlhf.attempt.liveness import Pulse, pulses
 from rlhf.cluster.session import Session
 from rlhf.config.loading import load_pipeline
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.pipeline.plan import Planned, plan
-from rlhf.pipeline.pulse import Pulse, pulses
 from rlhf.pipeline.runner import Runner
 from rlhf.store import Store
 from rlhf.terminal import Display

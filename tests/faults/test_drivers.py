@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.cluster.session import Session
-from rlhf.zero.checkpoints import newest_complete, step_of
+from rlhf.training.checkpoint_writer import newest_complete, step_of
 from tests.faults.running import Toy, expected_total, moment, seconds_until_gone
 from tests.pipeline.helpers import (
     end,

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
+from rlhf.attempt.checkpoints import newest_complete, step_of
 from rlhf.cluster.session import Session
 from rlhf.errors import OutOfMemoryError
-from rlhf.pipeline.checkpoints import newest_complete, step_of
 from tests.faults.running import Toy, expected_total, signalled
 
 pytestmark = [

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.pipeline.checkpoints import MARKER
+from rlhf.attempt.checkpoints import MARKER
+from rlhf.attempt.liveness import Pulse, pulses
 from rlhf.pipeline.plan import Planned
-from rlhf.pipeline.pulse import Pulse, pulses
 from rlhf.store import Store
 from tests.buckets import Bucket
 from tests.faults.running import moment

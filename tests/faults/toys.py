@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from rlhf.attempt.context import Context
 from rlhf.config.base import Settings, runtime, semantic
 from rlhf.config.training import WorkerSettings
-from rlhf.pipeline.context import Context
 from rlhf.pipeline.stage import Stage, taking
 
 DONE = "done.txt"
@@ -67,8 +67,8 @@ class Sum:
 def steps(context: Context[StepsSettings]) -> dict[str, float]:
     import torch
 
+    from rlhf.training.loop import resumable_steps
     from rlhf.zero import group
-    from rlhf.zero.loop import resumable_steps
 
     settings = context.settings
     state = Sum(json.loads((context.inputs["seed"] / "seed.json").read_text()))

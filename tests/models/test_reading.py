@@ -10,9 +10,9 @@ from datasets import disable_progress_bars
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf.config.ppo import PtxSettings
-from rlhf.data.demonstrations import as_dataset
 from rlhf.errors import PreflightError, RecordError
 from rlhf.models import base, reward_folders, templates, text
+from rlhf.models.demonstrations import as_dataset
 from rlhf.rollout.demonstrations import DemonstrationStream
 from rlhf.rollout.prompts import PromptStream
 from tests.models.families import FAMILIES, Family, make_tokenizer, template_of, write

@@ -12,20 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.training import LoraSettings, Precision
 from rlhf.models import adapters, folders, text
-from rlhf.models.four import load_models, plain_folder
-from rlhf.models.policy import FrozenPolicy, TrainedPolicy
 from rlhf.models.reward import FrozenReward
-from rlhf.models.training import Training
-from rlhf.models.value import TrainedValue
-from rlhf.pipeline.context import Context
 from rlhf.rl.losses import ValueSums, clipped_policy_loss, clipped_value_loss
 from rlhf.rollout.experience import Experience, minibatch_of
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.rollout.sequences import Sequences, lay_out
+from rlhf.training.learner import Training
+from rlhf.training.loading import load_models, plain_folder
+from rlhf.training.policy import FrozenPolicy, TrainedPolicy
+from rlhf.training.value import TrainedValue
 from rlhf.zero.engine import whole_weights
 
 pytestmark = [

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from rlhf.attempt.context import Context
 from rlhf.cluster.worker import load
 from rlhf.config.loading import load_pipeline
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.pipeline.context import Context
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import Stage
 from rlhf.store import ActionRecord, Store

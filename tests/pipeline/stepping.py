@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from rlhf.attempt.checkpoints import MARKER, newest_complete, path_of, step_of
+from rlhf.attempt.context import Context
 from rlhf.config.base import Settings, runtime, semantic
-from rlhf.pipeline.checkpoints import MARKER, newest_complete, path_of, step_of
-from rlhf.pipeline.context import Context
 from rlhf.pipeline.stage import Stage, taking
 from tests.pipeline.toys import wait_for
 

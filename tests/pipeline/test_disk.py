@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rlhf.attempt.checkpoints import MARKER, path_of
+from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, SftSettings
 from rlhf.config.training import LoraSettings
@@ -15,8 +17,6 @@ from rlhf.errors import DiskFullError
 from rlhf.models.adapters import with_lora
 from rlhf.models.weights import count_parameters
 from rlhf.pipeline import disk
-from rlhf.pipeline.checkpoints import MARKER, path_of
-from rlhf.pipeline.context import Context
 from rlhf.store import Store
 from tests.models.tiny import make_tiny_llama
 

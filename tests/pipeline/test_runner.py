@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from rlhf.attempt.context import Context
 from rlhf.cluster.launch import run_task
 from rlhf.cluster.session import Session
 from rlhf.cluster.worker import Call
 from rlhf.errors import KilledError, PreflightError, RecordError, RlhfError, StageError
-from rlhf.pipeline.context import Context
 from rlhf.pipeline.documents import status_document
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.runner import Runner

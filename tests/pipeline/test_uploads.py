@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.attempt.checkpoints import MARKER, newest_complete, path_of, step_of
 from rlhf.errors import StageError
 from rlhf.pipeline import uploads
-from rlhf.pipeline.checkpoints import MARKER, newest_complete, path_of, step_of
 from rlhf.pipeline.uploads import SNAPSHOT, clear_checkpoints, fetch_attempts, read_newest, uploading
 from rlhf.store import Store, digest_of, objects
 from tests.buckets import Bucket

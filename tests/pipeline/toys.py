@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.attempt.context import Context
 from rlhf.config.base import Settings, runtime, semantic, source
 from rlhf.config.training import WorkerSettings
 from rlhf.errors import PreflightError, RecordError
-from rlhf.pipeline.context import Context
 from rlhf.pipeline.stage import Stage, taking
 
 Behaviour = Literal["well", "refuses", "raises", "exits", "pickles", "writes nothing", "returns nan", "returns nothing"]

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf.attempt.context import Context
 from rlhf.config.data import RankSettings
 from rlhf.errors import RecordError
-from rlhf.pipeline.context import Context
 from stages.rank import run
 
 TRAIN: list[dict[str, Any]] = [

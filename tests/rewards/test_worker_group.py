@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 
+from rlhf.attempt.context import Context
 from rlhf.cluster.launch import run_group
 from rlhf.cluster.session import Session
 from rlhf.cluster.worker import Call
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.errors import RewardError
-from rlhf.models.rewards import Rewards
-from rlhf.pipeline.context import Context
-from rlhf.zero import checkpoints, group
+from rlhf.rewards.combined import Rewards
+from rlhf.training import checkpoint_writer
+from rlhf.zero import group
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,12 +29,12 @@ def score_after_a_checkpoint(context: Context[PpoSettings]) -> dict[str, float]:
     """What PPO does, in short: a good iteration, its checkpoint, and one in which the second reward fails."""
     good, bad = (Rewards([one], {}, "fp32", 4) for one in context.settings.rewards)
     assert good.score(["a", "b"], ["x", "yy"]).tolist() == [1.0, 2.0]
-    checkpoint = checkpoints.path_of(context.attempt, 1)
+    checkpoint = checkpoint_writer.path_of(context.attempt, 1)
     if group.is_main():
         checkpoint.mkdir(parents=True)
     group.barrier()
     (checkpoint / f"shard-{group.rank()}").write_text("kept")
-    checkpoints.mark_complete(checkpoint, "fp32")
+    checkpoint_writer.mark_complete(checkpoint, "fp32")
     bad.score(["a", "b"], ["x", "yy"])
     raise AssertionError("a reward of NaN was taken")
 
@@ -56,6 +57,6 @@ def test_a_failed_reward_ends_all_ranks_at_once_and_is_not_tried_again(session: 
     assert caught.value.where == f"{FILE}:nan_second, row 1"
     assert said == []
     assert [file.name for file in sorted(tmp_path.glob("failure-*.json"))] == ["failure-0.json", "failure-1.json"]
-    newest = checkpoints.newest_complete([tmp_path])
+    newest = checkpoint_writer.newest_complete([tmp_path])
     assert newest is not None
     assert newest.name == "checkpoint-1"

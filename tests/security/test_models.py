@@ -12,7 +12,7 @@ import torch
 import rlhf.models.folders as folders
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import PreflightError, RequestError
-from rlhf.models import base, trust
+from rlhf.models import base, safe_loading
 from rlhf.models.text import load_tokenizer
 from rlhf.pipeline.stage import stages
 from rlhf.pipeline.transfer import import_folder
@@ -109,7 +109,7 @@ def test_an_adapter_cannot_name_a_module_to_be_imported(model: Path):
         json.dumps({"megatron_config": {"x": 1}, "megatron_core": "antigravity"})
     )
     with pytest.raises(PreflightError, match="names a Python module"):
-        trust.refuse_code(model)
+        safe_loading.refuse_code(model)
 
 
 def test_weights_that_are_pickles_are_never_read(model: Path):

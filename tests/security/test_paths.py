@@ -17,7 +17,7 @@ from rlhf.pipeline.plan import plan
 from rlhf.pipeline.transfer import import_folder
 from rlhf.store import Store, digest_of
 from rlhf.store.records import ActionRecord, Manifest, seal
-from rlhf.zero.checkpoints import refuse_planted
+from rlhf.training.checkpoint_writer import refuse_planted
 from tests.pipeline.helpers import REPOSITORY, load_toy, make, planned, write_pipeline, write_weights
 from tests.pipeline.toys import KNOWN
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cluster import token
-from rlhf.cluster.token import default_path, entrance, known_token, prepare_token
+from rlhf.cluster import ray_token
+from rlhf.cluster.ray_token import default_path, entrance, known_token, prepare_token
 from rlhf.errors import PreflightError
 from tests.pipeline.helpers import REPOSITORY
 
@@ -19,7 +19,7 @@ from tests.pipeline.helpers import REPOSITORY
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home folder without a token, and an environment that says nothing of one."""
-    for name in (token.MODE, token.TOKEN, token.TOKEN_PATH):
+    for name in (ray_token.MODE, ray_token.TOKEN, ray_token.TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
@@ -75,20 +75,20 @@ def test_a_token_of_another_user_is_refused():
 
 def test_what_the_environment_says_of_the_token_is_left_as_it_is(home: Path, monkeypatch: pytest.MonkeyPatch):
     """A token in the environment, a file of the user's, or no authentication at all, which is said aloud."""
-    monkeypatch.setenv(token.TOKEN, "b" * 64)
+    monkeypatch.setenv(ray_token.TOKEN, "b" * 64)
     assert prepare_token() is None
     assert known_token() == "b" * 64
-    monkeypatch.delenv(token.TOKEN)
+    monkeypatch.delenv(ray_token.TOKEN)
 
-    monkeypatch.setenv(token.TOKEN_PATH, str(home / "mine"))
+    monkeypatch.setenv(ray_token.TOKEN_PATH, str(home / "mine"))
     with pytest.raises(PreflightError, match="no token in the file"):
         prepare_token()
     (home / "mine").write_text("c" * 64 + "\n")
     assert prepare_token() is None
     assert known_token() == "c" * 64
-    monkeypatch.delenv(token.TOKEN_PATH)
+    monkeypatch.delenv(ray_token.TOKEN_PATH)
 
-    monkeypatch.setenv(token.MODE, "disabled")
+    monkeypatch.setenv(ray_token.MODE, "disabled")
     notice = prepare_token()
     assert notice is not None
     assert "runs code as you" in notice
@@ -195,4 +195,4 @@ def test_a_home_folder_that_cannot_hold_a_token_is_named(monkeypatch: pytest.Mon
     with pytest.raises(PreflightError, match=r"cannot be kept in the home folder: (Not a|No such)") as caught:
         prepare_token()
     assert caught.value.where == f"{folder}/.ray/auth_token (HOME={folder})"
-    assert token.TOKEN_PATH in caught.value.next_step
+    assert ray_token.TOKEN_PATH in caught.value.next_step

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
+from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import EndpointSettings, RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
 from rlhf.errors import PreflightError
 from rlhf.models.weights import count_parameters
 from rlhf.pipeline import disk
-from rlhf.pipeline.context import Context
 from stages import checks
 from tests.models.tiny import make_tiny_llama
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.attempt.context import Context
 from rlhf.config.stages import EvaluateSettings
-from rlhf.pipeline.context import Context
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.textstats import distinct_ngrams, paired_interval
 from stages import evaluate

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from rlhf.attempt.context import ORIGIN, Context
 from rlhf.config.stages import ModelSettings
 from rlhf.models import base
-from rlhf.pipeline.context import ORIGIN, Context
 from stages import model
 from tests.models.tiny import SHAPE, TEXTS, make_tiny_llama
 

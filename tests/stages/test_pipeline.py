@@ -16,7 +16,7 @@ from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import stages
 from rlhf.pipeline.transfer import export_artifact
 from rlhf.store import ActionRecord, Store
-from rlhf.zero.checkpoints import newest_complete, path_of
+from rlhf.training.checkpoint_writer import newest_complete, path_of
 from tests.small import TINY, Pipeline
 
 # Two launches of a worker group and their imports on two slow cores.

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.attempt.context import NOTES, Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.errors import DivergedError
 from rlhf.models import text
-from rlhf.pipeline.context import NOTES, Context
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.demonstrations import DemonstrationStream
 from rlhf.rollout.experience import Experience, Minibatch
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Sequences
 from rlhf.tracking.metrics import read_metrics
-from rlhf.zero.journal import Journal
+from rlhf.training.journal import Journal
 from tests.models.tiny import make_tiny_llama
 
 pytestmark = [

@@ -8,8 +8,8 @@ import pytest
 from benchmarks import arms
 from benchmarks.closed_form import PROMPT, save_reference
 from benchmarks.exact import distance_to_optimum
+from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.pipeline.context import Context
 
 BETA = 0.5
 

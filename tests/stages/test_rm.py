@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import rlhf.training.trl_trainers
+from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings
 from rlhf.errors import DivergedError, StageError
 from rlhf.models import reward_losses
 from rlhf.models.response_lists import ListBatch, collate
 from rlhf.models.text import load_tokenizer, response_ids
-from rlhf.pipeline.context import Context
 from rlhf.ranking.heldout import heldout_accuracy
 from rlhf.ranking.lists import Place
 from rlhf.ranking.preferences import by_share, by_strength
@@ -122,7 +123,7 @@ def start(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         context = Context("rm", "key", settings, inputs | {"base": given}, tmp_path, tmp_path, tmp_path)
         training = Training(context)
         for name in ("reward_trainer", "train", "scores", "export"):
-            monkeypatch.setattr(rm.trainers, name, getattr(training, name))
+            monkeypatch.setattr(rlhf.training.trl_trainers, name, getattr(training, name))
         return training, lambda: rm.run(context)
 
     return started

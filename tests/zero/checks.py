@@ -20,10 +20,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# Before DeepSpeed and accelerate are imported by whatever comes below.
-os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -32,14 +28,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.training import LoraSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import adapters
 from rlhf.models.heads import TokenLogprobs
-from rlhf.models.policy import TrainedPolicy
-from rlhf.models.training import Training
-from rlhf.pipeline.context import Context
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.prompts import PromptBatch
@@ -47,10 +41,17 @@ from rlhf.rollout.replica import Replica
 from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sampling import uniforms
 from rlhf.rollout.sequences import Sequences
-from rlhf.zero import checkpoints, group
+from rlhf.training import checkpoint_writer
+from rlhf.training.learner import Training
+from rlhf.training.policy import TrainedPolicy
+from rlhf.zero import group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
 from rlhf.zero.precision import computable
 from tests.zero.resuming import STAGES, KilledError, first_iterations, forms, unbroken_and_resumed
+
+# Before DeepSpeed and accelerate are imported by whatever comes below.
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
 LORA = LoraSettings(rank=4)
 FORMS: dict[str, LoraSettings | None] = {"full": None, "lora": LORA}
@@ -184,22 +185,22 @@ def checkpointing(folder: Path) -> dict[str, Any]:
     context = context_of(folder, earlier)
 
     def write(context: Context[Any], step: int) -> None:
-        with suppress(KilledError), checkpoints.writing(context, step, 0) as checkpoint:
+        with suppress(KilledError), checkpoint_writer.writing(context, step, 0) as checkpoint:
             (checkpoint / f"shard-{group.rank()}").write_bytes(b"x" * (step + 1))
             group.barrier()
             if context.attempt == folder and step == 2:
                 raise KilledError
         group.barrier()
-        found = checkpoints.newest_complete([earlier, folder])
+        found = checkpoint_writer.newest_complete([earlier, folder])
         newest.append(str(found and found.relative_to(folder)))
         group.barrier()
 
     if group.is_main():
         earlier.mkdir()
-        left = checkpoints.path_of(folder, 3)
+        left = checkpoint_writer.path_of(folder, 3)
         left.mkdir(parents=True)
         (left / "shard-7").write_bytes(b"half")
-        (left / checkpoints.MARKER).write_text(json.dumps({"ranks": 8, "sizes": {"shard-0": 4, "shard-7": 4}}))
+        (left / checkpoint_writer.MARKER).write_text(json.dumps({"ranks": 8, "sizes": {"shard-0": 4, "shard-7": 4}}))
     group.barrier()
     write(context_of(earlier), 1)
     for step in (2, 3, 4):
@@ -207,7 +208,7 @@ def checkpointing(folder: Path) -> dict[str, Any]:
     return {
         "newest": newest,
         "left": sorted(str(path.relative_to(folder)) for path in folder.glob("**/checkpoint-*")),
-        "third": json.loads((checkpoints.path_of(folder, 3) / checkpoints.MARKER).read_text()),
+        "third": json.loads((checkpoint_writer.path_of(folder, 3) / checkpoint_writer.MARKER).read_text()),
     }
 
 
@@ -236,11 +237,11 @@ def _filled(engine: Engine, context: Context[Any]) -> dict[str, Any]:
     def write(name: str, step: int, save: Callable[[Path], None]) -> None:
         error: DiskFullError | None = None
         try:
-            with checkpoints.writing(context, step, engine.checkpoint_bytes()) as checkpoint:
+            with checkpoint_writer.writing(context, step, engine.checkpoint_bytes()) as checkpoint:
                 save(checkpoint)
         except DiskFullError as full:
             error = full
-        newest = checkpoints.newest_complete(list(context.attempts))
+        newest = checkpoint_writer.newest_complete(list(context.attempts))
         left = sorted(path.name for path in context.attempt.glob("checkpoints/*"))
         found[name] = {"error": error, "newest": newest and newest.name, "left": left}
         filler.unlink(missing_ok=True)
@@ -275,17 +276,17 @@ def _filled(engine: Engine, context: Context[Any]) -> dict[str, Any]:
 def other_groups(folder: Path) -> dict[str, str]:
     """Which checkpoint a stage goes on from; and the errors when the newest is of one rank more, and in bf16."""
     context = context_of(folder)
-    newest = checkpoints.checkpoint_to_resume(context)
+    newest = checkpoint_writer.checkpoint_to_resume(context)
     assert newest is not None
     found = {"newest": newest.name}
-    written = json.loads((newest / checkpoints.MARKER).read_text())
+    written = json.loads((newest / checkpoint_writer.MARKER).read_text())
     for name, other in {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}.items():
         group.barrier()
         if group.is_main():
-            (newest / checkpoints.MARKER).write_text(json.dumps(written | other))
+            (newest / checkpoint_writer.MARKER).write_text(json.dumps(written | other))
         group.barrier()
         try:
-            checkpoints.checkpoint_to_resume(context)
+            checkpoint_writer.checkpoint_to_resume(context)
         except PreflightError as error:
             found[name] = str(error)
     return found

@@ -16,17 +16,18 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import load_file
 
+from rlhf.attempt.context import STOP, Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.errors import DiskFullError, InterruptedRunError
 from rlhf.models import folders
 from rlhf.models.adapter_folders import is_adapter
-from rlhf.models.policy import FrozenPolicy
 from rlhf.models.reward import FrozenReward
-from rlhf.pipeline.context import STOP, Context
 from rlhf.rollout.sequences import lay_out
 from rlhf.tracking.metrics import read_metrics
-from rlhf.zero import checkpoints, group
+from rlhf.training import checkpoint_writer
+from rlhf.training.policy import FrozenPolicy
+from rlhf.zero import group
 from stages import ppo, rm, sft
 from tests import accelerator
 from tests.zero.inputs import MICRO_BATCH_SIZES, STAGE_NAMES
@@ -181,10 +182,10 @@ def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
         except KilledError:
             pass
         except InterruptedRunError as error:
-            newest = checkpoints.newest_complete(list(attempts))
+            newest = checkpoint_writer.newest_complete(list(attempts))
             found["asked"] = {"what": error.what, "newest": newest and newest.name}
         except DiskFullError as error:
-            newest = checkpoints.newest_complete(list(attempts))
+            newest = checkpoint_writer.newest_complete(list(attempts))
             found["full"] = {"error": error, "newest": newest and newest.name, "begun": _has(one, step)}
         else:
             raise AssertionError(f"{name} was not stopped at step {step}")
@@ -194,7 +195,7 @@ def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
 
 
 def _has(context: Context[Any], step: int) -> bool:
-    return checkpoints.path_of(context.attempt, step).exists()
+    return checkpoint_writer.path_of(context.attempt, step).exists()
 
 
 def _attempt(context: Context[Any], folder: Path, earlier: tuple[Path, ...]) -> Context[Any]:
@@ -211,7 +212,7 @@ def _outcome(stage: Stage, context: Context[Any]) -> dict[str, Any]:
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(context.output.rglob("*.safetensors")):
         weights |= {f"{file.name} {name}": tensor for name, tensor in load_file(file).items()}
-    newest = checkpoints.newest_complete([context.attempt])
+    newest = checkpoint_writer.newest_complete([context.attempt])
     return {
         "metrics": metrics,
         "newest": newest and newest.name,
@@ -229,20 +230,20 @@ def _forget() -> None:
 
 @contextmanager
 def _killed_after(step: int) -> Generator[None]:
-    mark_complete = checkpoints.mark_complete
+    mark_complete = checkpoint_writer.mark_complete
 
     def then_die(checkpoint: Path, precision: str) -> None:
         mark_complete(checkpoint, precision)
-        if checkpoints.step_of(checkpoint) == step:
+        if checkpoint_writer.step_of(checkpoint) == step:
             raise KilledError
 
-    with patch.object(checkpoints, "mark_complete", then_die):
+    with patch.object(checkpoint_writer, "mark_complete", then_die):
         yield
 
 
 @contextmanager
 def _full_disk_at(step: int) -> Generator[None]:
-    writing, usage = checkpoints.writing, shutil.disk_usage
+    writing, usage = checkpoint_writer.writing, shutil.disk_usage
 
     @contextmanager
     def with_little_room(context: Context[Any], at: int, estimate: int) -> Generator[Path]:
@@ -251,5 +252,5 @@ def _full_disk_at(step: int) -> Generator[None]:
         with patch.object(shutil, "disk_usage", return_value=little), writing(context, at, estimate) as checkpoint:
             yield checkpoint
 
-    with patch.object(checkpoints, "writing", with_little_room):
+    with patch.object(checkpoint_writer, "writing", with_little_room):
         yield

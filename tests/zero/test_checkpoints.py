@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from rlhf.zero.checkpoints import MARKER, is_complete, newest_complete, path_of, step_of
+from rlhf.training.checkpoint_writer import MARKER, is_complete, newest_complete, path_of, step_of
 
 
 def written(attempt: Path, step: int, *, marked: bool = True) -> Path:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from rlhf.config.training import LoraSettings
 from rlhf.models import adapters
 from rlhf.models.packing import PACKABLE
-from rlhf.models.training import Training
+from rlhf.training.learner import Training
 from rlhf.zero.engine import Engine, whole_weights
 from tests.models.tiny import tiny_config
 

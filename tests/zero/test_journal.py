@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.attempt.context import Context
 from rlhf.config.collect import CompareSettings
-from rlhf.pipeline.context import Context
 from rlhf.tracking.metrics import read_metrics
-from rlhf.zero.journal import METRICS, SAMPLES, Journal
+from rlhf.training.journal import METRICS, SAMPLES, Journal
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf.attempt.context import NOTES, Context
 from rlhf.config.stages import SftSettings
 from rlhf.models import folders
 from rlhf.models.text import demonstration_ids, load_tokenizer
-from rlhf.pipeline.context import NOTES, Context
 from stages import sft
 from tests.models.tiny import make_tiny_llama, tiny_config
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from rlhf.attempt import liveness
 from rlhf.config.training import Precision
-from rlhf.pipeline import pulse
 from rlhf.zero import group
 from rlhf.zero.engine import Engine
 
@@ -41,6 +41,6 @@ class Training:
             loss, measured = measure()
             engine.backward(loss, last=number == len(measures))
             sums.append(measured)
-            pulse.beat()
+            liveness.beat()
         engine.step(learning_rate)
         return group.all_sum(sum(sums[1:], start=sums[0])).cpu()

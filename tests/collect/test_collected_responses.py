@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.collect.written import JOURNAL, Written
+from rlhf.attempt.context import Context
+from rlhf.collect.collected_responses import JOURNAL, Written
 from rlhf.config.collect import CompareSettings
-from rlhf.pipeline.context import Context
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf.attempt.checkpoints import KEPT, MARKER, is_complete, marker, newest_complete, path_of, step_of
+from rlhf.attempt.context import Context
 from rlhf.errors import DiskFullError, PreflightError, is_no_room
-from rlhf.pipeline.checkpoints import KEPT, MARKER, is_complete, marker, newest_complete, path_of, step_of
-from rlhf.pipeline.context import Context
 from rlhf.units import size
 from rlhf.zero import group
 from rlhf.zero.precision import precision_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from rlhf.attempt import liveness
 from rlhf.config.base import Settings
-from rlhf.pipeline import pulse
 
 S = TypeVar("S", bound=Settings)
 
@@ -67,7 +67,7 @@ class Context(Generic[S]):
         values = {"message": message, "done": done, "total": total, "at": now, "times": times}
         temporary.write_text(json.dumps(values))
         temporary.replace(path)
-        pulse.beat()
+        liveness.beat()
 
     def origin(self, values: Mapping[str, object]) -> None:
         """Say where what came from outside came from: source, revision or digest, licence. Only the lineage has it."""
@@ -75,7 +75,7 @@ class Context(Generic[S]):
 
     def note(self, line: str) -> None:
         """Show the user one line and keep it."""
-        pulse.beat()
+        liveness.beat()
         with (self.attempt / NOTES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"note": line}) + "\n")
 

@@ -4,7 +4,7 @@ import pytest
 from rlhf.ranking.bradley_terry import fit
 from rlhf.ranking.comparisons import FloatArray, compare, rating_table
 from rlhf.ranking.normalise import normalised
-from rlhf.ranking.pools import ComparedSet, Ranked, pool
+from rlhf.ranking.shared_scales import ComparedSet, Ranked, pool
 
 PRIOR = 200.0
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from rlhf.config.training import LoraSettings, Precision
 from rlhf.models import adapters, folders, text
 from rlhf.models.heads import TokenLogprobs
-from rlhf.models.training import Training
 from rlhf.rl.losses import PolicySums, demonstration_loss
 from rlhf.rollout.experience import Experience, Minibatch
 from rlhf.rollout.replica import Replica
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Sequences
+from rlhf.training.average import MovingAverage
+from rlhf.training.learner import Training
 from rlhf.zero import group
-from rlhf.zero.average import MovingAverage
 from rlhf.zero.engine import DTYPES, Engine, sharded_loading, whole_weights
 
 PolicyLoss = Callable[..., tuple[Tensor, PolicySums]]

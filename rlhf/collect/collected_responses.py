@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.attempt.context import Context
 from rlhf.data.jsonl import write_jsonl
 from rlhf.data.records import ResponseSet
-from rlhf.pipeline.context import Context
 from rlhf.zero import group
 
 JOURNAL = "written.jsonl"

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.config.training import LoraSettings, Precision
-from rlhf.models import adapters, trust
+from rlhf.models import adapters, safe_loading
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
-from rlhf.models.training import Training
 from rlhf.rl.losses import ValueSums
 from rlhf.rollout.experience import Experience, Minibatch
 from rlhf.rollout.sequences import Sequences
+from rlhf.training.learner import Training
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, gathered, sharded_loading
 
@@ -39,7 +39,7 @@ class TrainedValue:
     ) -> None:
         with sharded_loading(precision):
             model = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=DTYPES[precision], num_labels=1, **trust.MODEL
+                folder, dtype=DTYPES[precision], num_labels=1, **safe_loading.MODEL
             )
         lora = lora.model_copy(update={"dropout": 0.0}) if lora else None
         model = adapters.with_lora(model, lora, scores=True, seed=seed)

@@ -11,13 +11,14 @@ from typing import Any, cast
 
 import torch
 
+from rlhf.attempt import liveness
+from rlhf.attempt.context import Context
 from rlhf.config.base import semantic_values
-from rlhf.pipeline import pulse
-from rlhf.pipeline.context import Context
 from rlhf.tracking.metrics import MetricsLog, read_metrics
 from rlhf.tracking.tracker import Tracker
 from rlhf.tracking.wandb_run import WandbMode, WandbRun
-from rlhf.zero import checkpoints, group
+from rlhf.training import checkpoint_writer
+from rlhf.zero import group
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -41,7 +42,7 @@ class Journal:
     @contextmanager
     def timed(self, part: str) -> Generator[None]:
         """Count the time inside as ``time/<part>_s`` of the next logged step."""
-        pulse.beat()
+        liveness.beat()
         start = time.perf_counter()
         yield
         self._seconds[part] += time.perf_counter() - start
@@ -94,12 +95,12 @@ class Journal:
 
     def _open(self) -> Tracker:
         path = self._context.attempt / METRICS
-        newest = checkpoints.newest_complete(list(self._context.attempts))
+        newest = checkpoint_writer.newest_complete(list(self._context.attempts))
         for name in (METRICS, SAMPLES):
             earlier = newest.parents[1] / name if newest else None
             if earlier is not None and earlier != self._context.attempt / name and earlier.exists():
                 shutil.copyfile(earlier, self._context.attempt / name)
-        step = checkpoints.step_of(newest) if newest else 0
+        step = checkpoint_writer.step_of(newest) if newest else 0
         log = MetricsLog(path)
         log.rewind(step)
         _rewind_samples(self._context.attempt / SAMPLES, step)

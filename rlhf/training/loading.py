@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
+from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings
 from rlhf.config.training import Precision
 from rlhf.models import folders
 from rlhf.models.adapter_folders import is_adapter
-from rlhf.models.policy import FrozenPolicy, TrainedPolicy
-from rlhf.models.rewards import Rewards
 from rlhf.models.text import check_same_tokens
-from rlhf.models.training import Training
-from rlhf.models.value import TrainedValue
-from rlhf.pipeline.context import Context
+from rlhf.rewards.combined import Rewards
 from rlhf.rollout.replica import Writer
+from rlhf.training.learner import Training
+from rlhf.training.policy import FrozenPolicy, TrainedPolicy
+from rlhf.training.value import TrainedValue
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES
 

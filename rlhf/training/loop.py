@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf.attempt import liveness
+from rlhf.attempt.context import STOP, Context
 from rlhf.errors import InterruptedRunError
-from rlhf.pipeline import pulse
-from rlhf.pipeline.context import STOP, Context
-from rlhf.zero import checkpoints, group
+from rlhf.training import checkpoint_writer
+from rlhf.zero import group
 
 
 class Checkpointed(Protocol):
@@ -35,16 +36,16 @@ def resumable_steps(
         DiskFullError: there is no room for a checkpoint; those before it stay.
         InterruptedRunError: the ranks were asked to stop, and have saved the step that they were at.
     """
-    newest = checkpoints.checkpoint_to_resume(context)
+    newest = checkpoint_writer.checkpoint_to_resume(context)
     if newest is not None:
         for part in state:
             part.load(newest)
-    for step in range(checkpoints.step_of(newest) if newest else 0, total):
+    for step in range(checkpoint_writer.step_of(newest) if newest else 0, total):
         yield step
         stopping = ends_here(context, step + 1)
         if stopping or ((step + 1) % checkpoint_every == 0 and step + 1 < total):
             estimate = sum(part.checkpoint_bytes() for part in state)
-            with checkpoints.writing(context, step + 1, estimate) as checkpoint:
+            with checkpoint_writer.writing(context, step + 1, estimate) as checkpoint:
                 for part in state:
                     part.save(checkpoint)
         if stopping:
@@ -53,7 +54,7 @@ def resumable_steps(
 
 def ends_here(context: Context[Any], step: int) -> bool:
     """Say that a step, numbered from 1, is finished; whether the ranks shall save it and stop. A collective."""
-    pulse.beat(step)
+    liveness.beat(step)
     # Rank 0 looks for all: each might see the file at another step.
     return not group.all_true(not (group.is_main() and (context.attempt / STOP).exists()))
 

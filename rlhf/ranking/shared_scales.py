@@ -9,7 +9,6 @@ import numpy as np
 
 from rlhf.data.records import ComparisonSet
 from rlhf.errors import RecordError
-from rlhf.ranking.bridges import bridges
 from rlhf.ranking.comparisons import (
     NOBODY,
     Comparisons,
@@ -20,6 +19,7 @@ from rlhf.ranking.comparisons import (
     rating_table,
     renumber,
 )
+from rlhf.ranking.cross_set_comparisons import bridges
 from rlhf.ranking.normalise import Normalised
 
 MOST_RESPONSES = 1000

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from rlhf.config.data import RankSettings
 from rlhf.data.records import ComparisonSet
 from rlhf.ranking.bradley_terry import Strengths
-from rlhf.ranking.bridges import bridges
 from rlhf.ranking.comparisons import FloatArray, IntArray
-from rlhf.ranking.pools import compared_sets, pool
+from rlhf.ranking.cross_set_comparisons import bridges
+from rlhf.ranking.shared_scales import compared_sets, pool
 from rlhf.ranking.strengths import strengths_of
 
 

@@ -22,6 +22,8 @@ from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from rlhf.attempt import liveness
+from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.data.order import learning_order
 from rlhf.errors import DivergedError
@@ -30,13 +32,12 @@ from rlhf.models.packing import keeps_texts_apart
 from rlhf.models.response_lists import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.reward import raw_scores
 from rlhf.models.templates import Tokenizer
-from rlhf.pipeline import pulse
-from rlhf.pipeline.context import Context
 from rlhf.randomness import seed_of
-from rlhf.zero import checkpoints, group
+from rlhf.training import checkpoint_writer
+from rlhf.training.journal import Journal
+from rlhf.training.loop import ends_here, stopped
+from rlhf.zero import group
 from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3_config
-from rlhf.zero.journal import Journal
-from rlhf.zero.loop import ends_here, stopped
 
 TrainingSettings = SftSettings | RmSettings
 
@@ -114,7 +115,7 @@ class Reports(TrainerCallback):
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Say that a micro batch is done."""
-        pulse.beat()
+        liveness.beat()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - positional
         """Say that a step is done; have it saved where that is due, and training stopped where that is asked for."""
@@ -144,7 +145,7 @@ def train(trainer: Any, context: Context[Any]) -> None:
         DiskFullError: there is no room for a checkpoint; those before it stay.
         InterruptedRunError: the ranks were asked to stop, and have saved the step that they were at.
     """
-    newest = checkpoints.checkpoint_to_resume(context)
+    newest = checkpoint_writer.checkpoint_to_resume(context)
     if newest is not None:
         trainer.go_on_counting(newest)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
@@ -181,7 +182,7 @@ class _Checkpointed:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         above: Any = super()
         estimate = checkpoint_bytes(self.model)
-        with checkpoints.writing(self._context, self.state.global_step, estimate) as checkpoint:
+        with checkpoint_writer.writing(self._context, self.state.global_step, estimate) as checkpoint:
             above._save_checkpoint(model, trial)
             if group.is_main():
                 (checkpoint / TOKENS).write_text(json.dumps({"tokens": self._total_train_tokens}))
@@ -337,7 +338,7 @@ def heldout_loss(trainer: Any, at_once: int) -> float:
             # As in training, TRL's forward pass answers log-probabilities without keeping the logits.
             outputs = engine(**_on_device(batch), use_cache=False, fused_lm_head=True)
             found[place, 0], found[place, 1] = -outputs.log_probs.double().sum(), outputs.label_mask.sum()
-            pulse.beat()
+            liveness.beat()
         return found
 
     with torch.no_grad():

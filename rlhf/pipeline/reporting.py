@@ -1,0 +1,75 @@
+"""How a run reaches its user: a reporter, what an attempt's folder has for it, and the time left."""
+
+import json
+from bisect import bisect_left
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf.attempt.context import NOTES, PROGRESS
+
+
+class Reporter(Protocol):
+    """Shows a run to its user; threads call it as they like."""
+
+    def update(self, stage: str, **changes: Any) -> None:
+        """Change what is shown of a stage."""
+        ...
+
+    def line(self, text: str) -> None:
+        """Show a line that stays."""
+        ...
+
+
+class Watch:
+    """Carries an attempt's progress and notes from its folder to the reporter, a few times a second."""
+
+    def __init__(self, reporter: Reporter, stage: str, attempt: Path) -> None:
+        self._reporter, self._stage, self._attempt = reporter, stage, attempt
+        self._notes_shown = 0
+        self._shown = ""
+
+    def __call__(self) -> None:
+        """Look once."""
+        notes = self._attempt / NOTES
+        if notes.exists():
+            # A line that is not ended yet is still being written.
+            lines = notes.read_text(encoding="utf-8").split("\n")[:-1]
+            for line in lines[self._notes_shown :]:
+                self._reporter.line(f"{self._stage}: {json.loads(line)['note']}")
+            self._notes_shown = len(lines)
+        progress = self._attempt / PROGRESS
+        if progress.exists() and (text := progress.read_text()) != self._shown:
+            self._shown = text
+            values = json.loads(text)
+            self._reporter.update(self._stage, message=values["message"], done=values["done"], total=values["total"])
+
+
+class Eta:
+    """Measures the seconds left from the later half of the steps seen.
+
+    The first step seen never counts: it holds a compilation or a warm-up. Nor do the steps before a resume, which this
+    process has not seen.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, int]] = []
+        self._total = 0
+
+    def observe(self, now: float, done: int, total: int) -> None:
+        """Note how many of the steps are done; going backwards or another total is a new beginning."""
+        if total != self._total or (self._seen and done < self._seen[-1][1]):
+            self._seen, self._total = [], total
+        if not self._seen or done > self._seen[-1][1]:
+            self._seen.append((now, done))
+
+    def remaining(self, now: float) -> float | None:
+        """Return the seconds left, at least 0, or None before two steps have passed."""
+        seen, total = list(self._seen), self._total  # a drawing thread asks while another observes
+        if len(seen) < 3 or total <= 0:
+            return None
+        last_time, last_done = seen[-1]
+        middle = (seen[0][1] + last_done) / 2
+        index = bisect_left(seen, middle, key=lambda step: step[1])
+        start_time, start_done = seen[min(max(index, 1), len(seen) - 2)]
+        seconds_per_step = (last_time - start_time) / (last_done - start_done)
+        return max(0.0, seconds_per_step * (total - last_done) - (now - last_time))
