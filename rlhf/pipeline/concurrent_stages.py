@@ -12,7 +12,7 @@ SECONDS_TO_END = 20.0
 """How long threads may take to end their stages once the driver was interrupted."""
 
 
-class SideBySide:
+class ConcurrentStages:
     """Use it as a context manager: at its end nothing runs any more, unless the driver was interrupted twice.
 
     abort  called where the body ends by an error: what runs must then end soon
