@@ -65,7 +65,8 @@ def complete(folder: Path) -> None:
     if special.exists():
         _update(special, {"pad_token": tokenizer.pad_token})
     sides = {"padding_side": "right", "truncation_side": "left", "model_max_length": config["score_max_length"]}
-    _update(folder / "tokenizer_config.json", sides | {"pad_token": tokenizer.pad_token})
+    named = {"chat_control_tokens": tokenizer.chat_control_tokens} if tokenizer.chat_control_tokens else {}
+    _update(folder / "tokenizer_config.json", sides | named | {"pad_token": tokenizer.pad_token})
     _stop_the_clock(folder, tokenizer)
     write_card(folder)
 

@@ -23,7 +23,9 @@ DATE_FIELD = "template_date"
 DATE = "2024-07-26"
 """That date where the field is missing: Llama 3.1's template has it for places without a clock."""
 
-_CLOCK = re.compile(r"""strftime_now\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
+_CLOCK = re.compile(r"""\bstrftime_now\s*\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
+# Asking whether there is a clock prints nothing; whatever else names it may.
+_USES_CLOCK = re.compile(r"\bstrftime_now\b(?!\s+is\b)")
 
 
 def check_rendered(tokenizer: Tokenizer, messages: Sequence[Message], place: str) -> None:
@@ -58,10 +60,16 @@ def check_rendered(tokenizer: Tokenizer, messages: Sequence[Message], place: str
             place,
             "name its role as the template does: 'system', 'user' and 'assistant' are usual",
         )
+    end = 0
     for number, message in enumerate(messages):
-        if message["content"].strip() not in text:
+        content = message["content"].strip()
+        # Each behind the one before it: a later message may quote what was dropped of an earlier one.
+        start = text.find(content, end)
+        end = start + len(content)
+        if start < 0:
+            changed = _first_changed(tokenizer, messages, number)
             raise RecordError(
-                f"the chat template changes the text of message {number + 1}, of the role {roles[number]!r}, "
+                f"the chat template changes the text of message {changed + 1}, of the role {roles[changed]!r}, "
                 "or leaves a part of it out",
                 place,
                 "remove what the template drops (reasoning of earlier turns, for instance), or use another template",
@@ -90,7 +98,7 @@ def with_fixed_date(template: str, day: str, place: str) -> str:
     """
     date = datetime.date.fromisoformat(day)
     fixed = _CLOCK.sub(lambda call: repr(date.strftime(call[2])), template)
-    if "strftime_now(" in fixed:
+    if prints_the_date(fixed):
         raise PreflightError(
             "the chat template prints today's date in a format that it computes, so that its prompts change by the day",
             place,
@@ -101,7 +109,7 @@ def with_fixed_date(template: str, day: str, place: str) -> str:
 
 def prints_the_date(template: object) -> bool:
     """Return whether a chat template, where there is one, asks for today's date."""
-    return isinstance(template, str) and "strftime_now(" in template
+    return isinstance(template, str) and _USES_CLOCK.search(template) is not None
 
 
 def end_of_turn(tokenizer: Tokenizer, place: str) -> str | None:
@@ -111,7 +119,8 @@ def end_of_turn(tokenizer: Tokenizer, place: str) -> str | None:
 
     Raises:
         PreflightError: the template leaves out the assistant's answers, or opens them with special tokens that its
-            generation prompt lacks, so that a policy would have to write these itself.
+            generation prompt lacks, so that a policy would have to write these itself; or it closes the last answer
+            with another token than those before it.
     """
     question, answer, _ = conversation = _conversation("user", "assistant", "user")
     try:
@@ -138,20 +147,64 @@ def end_of_turn(tokenizer: Tokenizer, place: str) -> str | None:
             place,
             "use a template whose generation prompt ends where the answer's text begins",
         )
-    closing = re.match(rf"\s*({'|'.join(map(re.escape, _added_tokens(tokenizer)))})", after)
-    return closing[1] if closing else None
+    last, earlier = _first_token(tokenizer, after), _end_of_earlier_turn(tokenizer, history, conversation)
+    if last and earlier and last != earlier:
+        raise _closed_in_two_ways(last, earlier, place)
+    # Some templates close the last answer only where another turn is opened behind it.
+    return last or earlier
 
 
-def without_turn_markers(tokenizer: Tokenizer, text: str) -> list[str]:
-    """Return the text in pieces, so cut that no piece holds a token with which the template marks turns.
+def _end_of_earlier_turn(tokenizer: Tokenizer, history: str, conversation: Sequence[Message]) -> str | None:
+    """Return the token that closes an answer with another question behind it; None where none does."""
+    start, _, answer = history.partition(conversation[0]["content"])
+    after_question, _, after_answer = answer.partition(conversation[1]["content"])
+    token = _first_token(tokenizer, after_answer)
+    # Or it opens the user's turn, as that of the first question; a system's turn before it is closed as the user's is.
+    closes = token in (tokenizer.eos_token, _first_token(tokenizer, after_question)) or str(token) not in start
+    return token if closes else None
 
-    Tokenizers keep only those of their added tokens apart from texts that they call special, and DeepSeek's
-    ``<｜User｜>``, for instance, is not.
+
+def _first_token(tokenizer: Tokenizer, text: str) -> str | None:
+    tokens = "|".join(map(re.escape, _added_tokens(tokenizer)))
+    found = re.match(rf"\s*({tokens})", text) if tokens else None
+    return found[1] if found else None
+
+
+def _closed_in_two_ways(last: str, earlier: str, place: str) -> PreflightError:
+    return PreflightError(
+        f"the chat template closes the last answer with {last} and earlier turns with {earlier}",
+        place,
+        "use a template that closes all of the assistant's turns alike",
+    )
+
+
+def control_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the ids of the tokens that no text may become: special ones, and those with which turns are marked."""
+    return frozenset(tokenizer.convert_tokens_to_ids(_control_tokens(tokenizer, str(tokenizer.chat_template))))
+
+
+def name_control_tokens(tokenizer: Tokenizer) -> None:
+    """Have transformers, too, keep the control tokens out of messages that the template puts together from parts.
+
+    It knows special tokens and those that stand whole in the template's source, which ``'<|' + role + '|>'`` hides.
     """
-    if tokenizer.chat_template is None:
-        return [text]
-    markers = _turn_markers(tokenizer, str(tokenizer.chat_template))
-    cuts = [match.start() + 1 for match in re.finditer("|".join(map(re.escape, markers)), text)] if markers else []
+    template = str(tokenizer.chat_template)
+    control, special = _control_tokens(tokenizer, template), _special_tokens(tokenizer)
+    if any(token not in special and token not in template for token in control):
+        tokenizer.chat_control_tokens = [
+            token for token in _added_tokens(tokenizer) if token in control or token in template
+        ]
+
+
+def without_control_tokens(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Return the text in pieces, so cut that no piece spells a control token.
+
+    Tokenizers take a special token in a text apart when they are asked to, but not DeepSeek's ``<｜User｜>``, for
+    instance, which is added without being special, nor any that is a word of their own model, as ``</s>`` is in
+    SentencePiece's unigram models.
+    """
+    markers = _control_tokens(tokenizer, str(tokenizer.chat_template))
+    cuts = [match.start() + 1 for match in re.finditer("|".join(map(re.escape, markers)), text)]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
@@ -165,11 +218,7 @@ def check_unchanged(tokenizer: Tokenizer, other_eos: str, place: str) -> None:
     if as_text(tokenizer, messages, generation=True) != as_text(
         tokenizer, messages, generation=True, eos_token=other_eos
     ):
-        raise PreflightError(
-            f"the chat template closes the last answer with {other_eos} and earlier turns with {tokenizer.eos_token}",
-            place,
-            "use a template that closes all of the assistant's turns alike",
-        )
+        raise _closed_in_two_ways(other_eos, tokenizer.eos_token, place)
 
 
 def _conversation(*roles: str) -> list[dict[str, str]]:
@@ -195,16 +244,31 @@ def _first_refused(tokenizer: Tokenizer, messages: Sequence[Message]) -> int:
     return len(messages) - 1
 
 
+def _first_changed(tokenizer: Tokenizer, messages: Sequence[Message], last: int) -> int:
+    """Return the number of the first message, up to ``last``, whose text is not there when others' texts differ."""
+    others = _conversation(*(str(message["role"]) for message in messages))
+    for number, message in enumerate(messages[:last]):
+        alone = [*others[:number], message, *others[number + 1 :]]
+        if message["content"].strip() not in as_text(tokenizer, alone, generation=True):
+            return number
+    return last
+
+
 @lru_cache(maxsize=16)
-def _turn_markers(tokenizer: Tokenizer, template: str) -> list[str]:  # noqa: ARG001 - a key
-    question, answer, other = _conversation("user", "assistant", "user")
-    history = as_text(tokenizer, [question, answer, other], generation=False)
-    # Not in the history alone: some templates write marks of reasoning into earlier answers, which texts may have too.
-    opened = as_text(tokenizer, [question], generation=True)
-    special = _special_tokens(tokenizer)
-    return [
-        token for token in _added_tokens(tokenizer) if token in history and token in opened and token not in special
-    ]
+def _control_tokens(tokenizer: Tokenizer, template: str) -> list[str]:  # noqa: ARG001 - a key
+    # A text may well become the unknown token.
+    control = (_special_tokens(tokenizer) | {tokenizer.eos_token}) - {tokenizer.unk_token}
+    if tokenizer.chat_template is not None:
+        conversation = _conversation("system", "user", "assistant", "user")
+        try:
+            history = as_text(tokenizer, conversation, generation=False)
+        except (TemplateError, TypeError):
+            conversation = conversation[1:]
+            history = as_text(tokenizer, conversation, generation=False)
+        # Not in the history alone: some templates write marks of reasoning into earlier answers, which texts may have.
+        opened = as_text(tokenizer, conversation[:-2], generation=True)
+        control |= {token for token in _added_tokens(tokenizer) if token in history and token in opened}
+    return [token for token in _added_tokens(tokenizer) if token in control]
 
 
 @lru_cache(maxsize=256)

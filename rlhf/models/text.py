@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from rlhf.errors import PreflightError
+from rlhf.errors import PreflightError, RecordError
 from rlhf.models import lengths, templates, trust
 from rlhf.models.adapter_folders import config_of
 from rlhf.models.templates import Tokenizer
@@ -53,6 +53,7 @@ def _prepare_template(tokenizer: Tokenizer, place: str) -> None:
     if end is not None and end != tokenizer.eos_token:
         templates.check_unchanged(tokenizer, end, place)
         tokenizer.eos_token = end
+    templates.name_control_tokens(tokenizer)
 
 
 def load_encoder_tokenizer(folder: Path) -> Tokenizer:
@@ -129,25 +130,47 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: str = "the prompt") 
     place  where the prompt stands, for errors
 
     Raises:
-        RecordError: the chat template refuses a message, leaves it out or changes it.
+        RecordError: the chat template refuses a message, leaves it out or changes it; or the text of a message would
+            become a control token.
     """
     if tokenizer.chat_template is None:
         return [*text_start(tokenizer), *_text_ids(tokenizer, plain_text(prompt))]
     messages = as_messages(prompt)
     templates.check_rendered(tokenizer, messages, place)
-    rendered = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
+        )
+    except ValueError as error:  # transformers': the tokenizer's own model has the token as a word
+        raise RecordError(
+            f"a message spells a control token, which the tokenizer would make of it: {error}",
+            place,
+            "remove the token from the text",
+        ) from error
     return list(rendered["input_ids"])
 
 
 def response_ids(tokenizer: Tokenizer, response: str) -> list[int]:
     """Return the ids that a policy emits to say the response, and the EOS with which it ends."""
-    pieces = templates.without_turn_markers(tokenizer, response)
-    return [*(number for piece in pieces for number in _text_ids(tokenizer, piece)), tokenizer.eos_token_id]
+    return [*_text_ids(tokenizer, response), tokenizer.eos_token_id]
 
 
 def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return a text's ids, none of which is a control token's."""
+    ids = _split_ids(tokenizer, text)
+    if templates.control_ids(tokenizer).isdisjoint(ids):
+        return ids
+    first, *pieces = templates.without_control_tokens(tokenizer, text)
+    ids, line_break = _split_ids(tokenizer, first), _split_ids(tokenizer, "\n")
+    for piece in pieces:
+        # Behind a line break: some tokenizers put a space before whatever begins a text.
+        behind = _split_ids(tokenizer, f"\n{piece}")
+        is_apart = behind[: len(line_break)] == line_break
+        ids += behind[len(line_break) :] if is_apart else _split_ids(tokenizer, piece)
+    return ids
+
+
+def _split_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 

@@ -158,6 +158,11 @@ REFUSED = {
         messages((USER, "a ?"), (ASSISTANT, "<think>why</think>b ."), (USER, "c ?")),
         r"changes the text of message 2, of the role 'assistant'",
     ),
+    "reasoning that a later message quotes": (
+        "deepseek r1 distill",
+        messages((USER, "a ?"), (ASSISTANT, "<think>why</think>b ."), (USER, "what is <think>why</think>b . ?")),
+        r"changes the text of message 2, of the role 'assistant'",
+    ),
     "nothing to answer": ("qwen2.5 base", messages((USER, "a ?"), (ASSISTANT, "b .")), r"there is nothing to answer"),
     "mistral": ("mistral", messages((SYSTEM, "be short"), (USER, "what ?")), r"message 1, of the role 'system': Only"),
 }
@@ -195,6 +200,14 @@ UNUSABLE = {
         "{% for m in messages %}{{ m['content'] }}{{ '<|end|>' if loop.last else eos_token }}{% endfor %}",
         r"closes the last answer with <\|end\|> and earlier turns with <\|return\|>",
     ),
+    "ends turns in two ways, both written out": (
+        "{% for m in messages %}{{ m['content'] }}{{ '<|end|>' if loop.last else '<|message|>' }}{% endfor %}",
+        r"closes the last answer with <\|end\|> and earlier turns with <\|message\|>",
+    ),
+    "takes the clock by another name": (
+        "{% set now = strftime_now %}{{ now('%d') }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}",
+        r"prints today's date in a format that it computes",
+    ),
     "computes the date's format": (
         "{{ strftime_now('%d' + '%b') }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}",
         r"prints today's date in a format that it computes",
@@ -224,6 +237,26 @@ def test_a_template_that_prints_the_date_prints_the_models(tmp_path: Path) -> No
     assert "Today Date: 03 Feb 2031" in tokenizer.decode(text.prompt_ids(tokenizer, "what ?"))
     tokenizer.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())[templates.DATE_FIELD] == "2031-02-03"
+
+
+def test_the_clock_stops_however_its_call_is_written() -> None:
+    """With spaces, either quote, and beside the question whether there is a clock, which prints nothing."""
+    for call in ("strftime_now('%Y')", 'strftime_now("%Y")', "strftime_now ( '%Y' )", "strftime_now(\n'%Y')"):
+        template = f"{{% if strftime_now is defined %}}{{{{ {call} }}}}{{% endif %}}"
+        assert templates.prints_the_date(template)
+        fixed = templates.with_fixed_date(template, "2031-02-03", "a folder")
+        assert fixed == "{% if strftime_now is defined %}{{ '2031' }}{% endif %}"
+        assert not templates.prints_the_date(fixed)
+
+
+def test_a_control_token_that_the_tokenizers_own_model_has_as_a_word_is_refused_in_messages(tmp_path: Path) -> None:
+    """transformers cannot keep it apart in a template's text; the row is named, and nothing ends in a traceback."""
+    family = FAMILIES["unigram"]._replace(template=FAMILIES["mistral"].template)
+    tokenizer = text.load_tokenizer(write(family, tmp_path / "tokenizer"))
+    assert text.prompt_ids(tokenizer, "what ?")
+    with pytest.raises(RecordError, match=r"spells a control token, .*</s>") as caught:
+        text.prompt_ids(tokenizer, "use </s> here", "data/train.jsonl, row 1")
+    assert caught.value.where == "data/train.jsonl, row 1"
 
 
 def test_only_a_template_that_prints_the_date_is_given_one(tmp_path: Path) -> None:
