@@ -145,13 +145,16 @@ def _unread(source: Path, files: list[Path]) -> RequestError:
 
 
 def _refuse_copies(files: list[Path]) -> None:
-    seen: dict[Path, Path] = {}
+    names: dict[Path, Path] = {}
+    contents: dict[tuple[int, int], Path] = {}
     for file in files:
         plain = file.with_suffix("") if file.suffix.casefold() in COMPRESSED_SUFFIXES else file
-        if (other := seen.setdefault(plain, file)) != file:
-            raise RequestError(
-                "a file and its compressed copy would both be read", _named([other, file]), f"remove {file}"
-            )
+        if (other := names.setdefault(plain.with_suffix(""), file)) != file:
+            copies = "a file and its compressed copy" if plain.suffix == other.suffix else "a file in two forms"
+            raise RequestError(f"{copies} would both be read", _named([other, file]), f"remove {file}")
+        status = file.stat()
+        if (other := contents.setdefault((status.st_dev, status.st_ino), file)) != file:
+            raise RequestError("a file would be read twice, by a link", _named([other, file]), f"remove {file}")
 
 
 def _refuse_mixed_splits(root: Path, files: list[Path]) -> None:
@@ -172,7 +175,8 @@ def _refuse_mixed_splits(root: Path, files: list[Path]) -> None:
 
 def _split_of(file: Path) -> str:
     """Return ``train``, ``validation`` or ``test``, or "" where the path tells none; the last word of a path counts."""
-    words = re.split(r"[\W_\d]+", str(file).casefold())
+    path = re.sub(r"(?i)(held|hold)[\W_]?(out)", r"\1\2", str(file))
+    words = re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=test|rain)(?=set)", "_", path).casefold())
     return next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), "")
 
 

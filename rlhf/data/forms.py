@@ -33,6 +33,14 @@ INSTRUCTIONS = ("instruction", "question", "prompt")
 ADDITIONS = ("input", "context")
 """What an instruction is about; of a question nobody can say where it belongs."""
 ANSWERS = ("output", "response", "answer")
+SYSTEMS = ("system", "system_prompt", "system_message")
+
+_OF_THE_PROMPT = re.compile(
+    r"(audio|document|image|video|choice|option|function)s?|context|history|input|passage|system(_prompt|_message)?"
+)
+"""Fields on which an answer may rest: where a form does not say where they belong, rows that fill them are refused."""
+_JUDGEMENTS = ("correct", "deleted", "is_correct", "label", "labels", "mask", "rejected", "train", "weight")
+"""Fields that may say that an answer is not to be imitated."""
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -91,6 +99,8 @@ class FormReader:
         except _RefusedError as error:
             return [error.reason]
         own = _own_fields(form.row, model)
+        if form.name and (name := _first_meant(form.rest, model)):
+            return [Reason(name, "is not part of the form, and what is asked or learned may rest on it")]
         unread = [name for name in form.rest if _is_beside(name, own, is_foreign=bool(form.name))]
         kept = {name: content for name, content in form.rest.items() if name not in unread}
         record = parse_record(form.row | kept, model)
@@ -143,6 +153,18 @@ def _is_beside(name: str, own: Iterable[str], *, is_foreign: bool) -> bool:
     return is_foreign and all(SequenceMatcher(None, plain, ours).ratio() < MISSPELT for ours in own)
 
 
+def _first_meant(rest: Fields, model: type[Any]) -> str | None:
+    """Return the first field that cannot be left unread; None where all can."""
+    for name, content in rest.items():
+        plain = name.casefold()
+        # Beside an instruction, which was read or is told again by a conversation, an input belongs to it.
+        if _OF_THE_PROMPT.fullmatch(plain) and content and not (plain == "input" and "instruction" in rest):
+            return name
+        if plain in _JUDGEMENTS and issubclass(model, Demonstration):
+            return name
+    return None
+
+
 def _own(row: Fields, model: type[Any]) -> _Form:
     own = {name: value for name, value in row.items() if name in _own_fields(row, model)}
     in_parts = False
@@ -162,6 +184,11 @@ def _own(row: Fields, model: type[Any]) -> _Form:
 def _demonstration(row: Fields) -> _Form:
     if isinstance(row.get("label"), bool):
         raise _RefusedError("label", "says whether the completion is good, and all demonstrations are imitated alike")
+    for key in ("completion", *CONVERSATIONS):
+        last = row[key][-1] if _is_conversation(row.get(key)) else {}
+        if name := next((name for name in last if name in _JUDGEMENTS and not last[name]), None):
+            place = f"{key}[{len(row[key]) - 1}].{name}"
+            raise _RefusedError(place, "says that the answer is not to be learned, and it would be")
     if "completion" in row:
         form = _own(row, Demonstration)
         return _several_turns(form) if _is_conversation(form.row["completion"]) else form
@@ -173,7 +200,7 @@ def _demonstration(row: Fields) -> _Form:
         name = f"conversations in {key!r}: the last message is the completion, all before it the prompt"
         return _Form(
             {"prompt": messages[:-1], "completion": messages[-1]["content"]},
-            _without(row, (key, "system", "prompt")),
+            _without(row, (key, *SYSTEMS, "prompt")),
             name,
         )
     answers = [name for name in ANSWERS if name in row]
@@ -197,7 +224,7 @@ def _several_turns(form: _Form) -> _Form:
 
 
 def _prompt(row: Fields) -> _Form:
-    if "prompt" in row and not row.keys() & {"system", "history"}:
+    if "prompt" in row and not row.keys() & {*SYSTEMS, "history"}:
         form = _own(row, Prompt)
         known = (*CONVERSATIONS, *Demonstration.model_fields, *PreferencePair.model_fields, *ComparisonSet.model_fields)
         others = form.rest.keys() & {*known}
@@ -209,7 +236,7 @@ def _prompt(row: Fields) -> _Form:
             messages = messages[:-1]
         else:
             name = f"prompts in {key!r}"
-        return _Form({"prompt": messages}, _without(row, (key, "system")), name)
+        return _Form({"prompt": messages}, _without(row, (key, *SYSTEMS)), name)
     if {"chosen", "rejected"} <= row.keys():
         form = _comparison(row)
         return _Form(
@@ -283,9 +310,9 @@ def _instruction(row: Fields) -> tuple[str | Messages, tuple[str, ...]] | None:
             used += (name,)
             text += f"\n\n{row[name]}" if row[name].strip() else ""
     earlier: Messages = []
-    if isinstance(system := row.get("system"), str):
-        used += ("system",)
-        earlier += [{"role": "system", "content": system}] if system.strip() else []
+    if name := next((name for name in SYSTEMS if isinstance(row.get(name), str)), None):
+        used += (name,)
+        earlier += [{"role": "system", "content": row[name]}] if row[name].strip() else []
     if isinstance(history := row.get("history"), list):
         used += ("history",)
         for number, turn in enumerate(history):
@@ -297,9 +324,14 @@ def _instruction(row: Fields) -> tuple[str | Messages, tuple[str, ...]] | None:
 
 def _whole_conversation(row: Fields, key: str) -> Messages:
     messages, _ = _messages(row[key], key)
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+    for name in SYSTEMS:
+        system = row.get(name)
+        if not isinstance(system, str) or not system.strip():
+            continue
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        elif messages[0]["content"].strip() != system.strip():
+            raise _RefusedError(name, f"is not what {key!r} begins with, so which of them is meant is not certain")
     return messages
 
 

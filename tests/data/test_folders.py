@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -87,6 +88,8 @@ def test_the_line_that_converts_a_table_of_text_does_convert_it(
         (("train/a.jsonl", "train/b.jsonl", "test/a.jsonl"), "train"),
         (("train.parquet", "validation.parquet"), "train.parquet"),
         (("a.jsonl", "my_eval.jsonl.gz"), "a.jsonl"),
+        (("trainSet.jsonl", "testSet.jsonl"), "trainSet.jsonl"),
+        (("a.jsonl", "held-out.jsonl"), "a.jsonl"),
         (("default/train/0000.parquet", "default/dev/0000.parquet"), "default/train/0000.parquet"),
     ],
 )
@@ -117,6 +120,22 @@ def test_a_file_beside_its_compressed_copy_is_refused(tmp_path: Path) -> None:
     """Every row would count twice."""
     error = refused(fill(tmp_path, "a.jsonl", "a.jsonl.gz"))
     assert error.where == f"{tmp_path / 'a.jsonl'}, {tmp_path / 'a.jsonl.gz'}"
+
+
+@pytest.mark.parametrize("names", [("a.jsonl", "a.json"), ("a.jsonl", "a.parquet"), ("a.jsonl.gz", "a.jsonl.xz")])
+def test_a_file_in_two_forms_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Its rows would count twice."""
+    error = refused(fill(tmp_path, *names))
+    assert "two forms" in error.what
+    assert all(name in error.where for name in names)
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_file_under_two_names_is_refused(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    """Its rows would count twice."""
+    fill(tmp_path, "a.jsonl")
+    link(tmp_path / "b.jsonl", tmp_path / "a.jsonl")
+    assert "read twice" in refused(tmp_path).what
 
 
 def test_a_dataset_that_was_saved_to_disk_is_read_whole(tmp_path: Path) -> None:

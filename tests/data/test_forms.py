@@ -15,6 +15,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [USER, BAD, MORE, GOOD]
 
 PAIR: dict[str, Any] = {"responses": ["Eight minutes.", "No idea."], "winners": [[0, 1, 1]]}
+MEANT = "is not part of the form, and what is asked or learned may rest on it"
 ANSWERED = {"prompt": [USER], "completion": "Eight minutes."}
 HUMAN = "\n\nHuman: Boil an egg?\n\nAssistant: No idea.\n\nHuman: And then?\n\nAssistant: "
 
@@ -133,6 +134,22 @@ def test_a_row_whose_meaning_is_certain_is_read_and_a_line_says_as_what(
     assert reader.line()
 
 
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Boil an egg?", "response": "Eight minutes."},
+        {"conversations": [{"from": "human", "value": "Boil an egg?"}, {"from": "gpt", "value": "Eight minutes."}]},
+    ],
+)
+def test_a_system_prompt_beside_an_instruction_or_a_conversation_begins_the_prompt(
+    row: dict[str, Any], name: str
+) -> None:
+    """By each of its usual names; left out, the answers of OpenOrca would be learned without what they obey."""
+    record = FormReader().parse(row | {name: "Be brief."}, Demonstration)
+    assert record == Demonstration.model_validate({"prompt": [SYSTEM, USER], "completion": "Eight minutes."})
+
+
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
@@ -236,6 +253,24 @@ def test_the_line_counts_rows_by_form_and_names_the_fields_that_are_not_read() -
             Demonstration,
             {"prompt": "p", "completion": "c", "label": False},
             "label: says whether the completion is good, and all demonstrations are imitated alike",
+        ),
+        (Demonstration, {"question": "Who?", "context": "Bob did.", "answer": "Bob"}, f"context: {MEANT}"),
+        (Demonstration, {"question": "Who?", "choices": ["Bob", "Al"], "answer": "A"}, f"choices: {MEANT}"),
+        (Demonstration, {"messages": [USER, GOOD], "images": ["egg.png"]}, f"images: {MEANT}"),
+        (Demonstration, {"instruction": "Boil", "output": "Eight.", "history": "a: b"}, f"history: {MEANT}"),
+        (Demonstration, {"question": "Boil?", "answer": "No.", "is_correct": False}, f"is_correct: {MEANT}"),
+        (Demonstration, {"messages": [USER, GOOD], "mask": [0, 0]}, f"mask: {MEANT}"),
+        (ComparisonSet, {"question": "Who?", "context": "Bob.", "chosen": "a", "rejected": "b"}, f"context: {MEANT}"),
+        (ComparisonSet, {"system": "Hi.", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, f"system: {MEANT}"),
+        (
+            Demonstration,
+            {"messages": [USER, GOOD | {"weight": 0}]},
+            "messages[1].weight: says that the answer is not to be learned, and it would be",
+        ),
+        (
+            Demonstration,
+            {"system": "Be long.", "messages": [SYSTEM, USER, GOOD]},
+            "system: is not what 'messages' begins with, so which of them is meant is not certain",
         ),
         (
             ComparisonSet,
