@@ -6,6 +6,7 @@ the model read something else than the record says is refused here.
 
 import datetime
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,9 @@ from rlhf.errors import PreflightError, RecordError
 # transformers types a token's id as any of five things; of a tokenizer that `load_tokenizer` returned it is an int.
 Tokenizer = Any
 Message = Mapping[str, Any]
+
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+"""How a template fails that cannot render a conversation: by an exception of its own, or in an operation on a value."""
 
 DATE_FIELD = "template_date"
 """The field of ``tokenizer_config.json`` that holds the date which templates print as today's."""
@@ -45,7 +49,7 @@ def check_rendered(tokenizer: Tokenizer, messages: Sequence[Message], place: str
         )
     try:
         text = as_text(tokenizer, messages, generation=True)
-    except (TemplateError, TypeError) as error:
+    except REFUSALS as error:
         number = _first_refused(tokenizer, messages)
         raise RecordError(
             f"the chat template refuses message {number + 1}, of the role {messages[number]['role']!r}: {error}",
@@ -53,16 +57,17 @@ def check_rendered(tokenizer: Tokenizer, messages: Sequence[Message], place: str
             "give it a role that the template takes there, or put its text into another message",
         ) from error
     roles = tuple(str(message["role"]) for message in messages)
-    number = _first_left_out(tokenizer, str(tokenizer.chat_template), roles)
-    if number is not None:
+    order = _rendered_order(tokenizer, str(tokenizer.chat_template), roles)
+    if left_out := sorted(set(range(len(messages))) - set(order)):
+        number = left_out[0]
         raise RecordError(
             f"the chat template leaves out message {number + 1}, of the role {roles[number]!r}",
             place,
             "name its role as the template does: 'system', 'user' and 'assistant' are usual",
         )
     end = 0
-    for number, message in enumerate(messages):
-        content = message["content"].strip()
+    for number in order:
+        content = messages[number]["content"].strip()
         # Each behind the one before it: a later message may quote what was dropped of an earlier one.
         start = text.find(content, end)
         end = start + len(content)
@@ -118,16 +123,16 @@ def end_of_turn(tokenizer: Tokenizer, place: str) -> str | None:
     place  the tokenizer's folder, for errors
 
     Raises:
-        PreflightError: the template leaves out the assistant's answers, or opens them with special tokens that its
-            generation prompt lacks, so that a policy would have to write these itself; or it closes the last answer
-            with another token than those before it.
+        PreflightError: the template leaves out the assistant's answers, or opens them with special tokens or words
+            that its generation prompt lacks, so that a policy would have to write these itself; or it closes the last
+            answer with another token than those before it.
     """
     question, answer, _ = conversation = _conversation("user", "assistant", "user")
     try:
         opened = as_text(tokenizer, [question], generation=True)
         answered = as_text(tokenizer, [question, answer], generation=False)
         history = as_text(tokenizer, conversation, generation=False)
-    except (TemplateError, TypeError) as error:
+    except REFUSALS as error:
         raise PreflightError(
             f"the chat template refuses a question and its answer: {error}", place, "use a model with a chat template"
         ) from error
@@ -140,7 +145,8 @@ def end_of_turn(tokenizer: Tokenizer, place: str) -> str | None:
         )
     opening = before.removeprefix(opened) if before.startswith(opened) else ""
     markers = [token for token in _special_tokens(tokenizer) if token in history]
-    if any(marker in opening for marker in markers):
+    words = re.sub("|".join(map(re.escape, _added_tokens(tokenizer))) or "$^", "", opening)
+    if words.strip() or any(marker in opening for marker in markers):
         raise PreflightError(
             f"the chat template opens an answer with {opening!r}, and its generation prompt does not: the policy would "
             "have to write that itself",
@@ -239,7 +245,7 @@ def _first_refused(tokenizer: Tokenizer, messages: Sequence[Message]) -> int:
     for number in range(len(messages)):
         try:
             as_text(tokenizer, messages[: number + 1], generation=True)
-        except (TemplateError, TypeError):
+        except REFUSALS:
             return number
     return len(messages) - 1
 
@@ -254,6 +260,13 @@ def _first_changed(tokenizer: Tokenizer, messages: Sequence[Message], last: int)
     return last
 
 
+def _is_mark(tokenizer: Tokenizer, token: str, asked: str, opened: str) -> bool:
+    """Return whether an opened answer has the token as a mark of its text, as ``<think>`` with its ``</think>`` is."""
+    other = f"<{token[2:]}" if token.startswith("</") else f"</{token[1:]}"
+    is_paired = token.startswith("<") and other in _added_tokens(tokenizer)
+    return is_paired and token not in asked and not opened.removeprefix(asked).lstrip().startswith(token)
+
+
 @lru_cache(maxsize=16)
 def _control_tokens(tokenizer: Tokenizer, template: str) -> list[str]:  # noqa: ARG001 - a key
     # A text may well become the unknown token.
@@ -262,23 +275,61 @@ def _control_tokens(tokenizer: Tokenizer, template: str) -> list[str]:  # noqa: 
         conversation = _conversation("system", "user", "assistant", "user")
         try:
             history = as_text(tokenizer, conversation, generation=False)
-        except (TemplateError, TypeError):
+        except REFUSALS:
             conversation = conversation[1:]
             history = as_text(tokenizer, conversation, generation=False)
-        # Not in the history alone: some templates write marks of reasoning into earlier answers, which texts may have.
-        opened = as_text(tokenizer, conversation[:-2], generation=True)
-        control |= {token for token in _added_tokens(tokenizer) if token in history and token in opened}
+        asked, opened = (as_text(tokenizer, conversation[:-2], generation=generation) for generation in (False, True))
+        # Texts may have marks of reasoning, which templates write into earlier answers, and into the generation prompt.
+        control |= {
+            token
+            for token in _added_tokens(tokenizer)
+            if token in history and token in opened and not _is_mark(tokenizer, token, asked, opened)
+        }
     return [token for token in _added_tokens(tokenizer) if token in control]
 
 
+def check_control_tokens(tokenizer: Tokenizer, messages: Sequence[Message], ids: Sequence[int], place: str) -> None:
+    """Refuse a conversation of which a text became a control token.
+
+    Which needs no spelling of the token: a normaliser may make ``</s>`` of a text in full-width letters.
+
+    ids    what the tokenizer made of the messages
+    place  where the conversation stands, for errors
+
+    Raises:
+        RecordError: there are other control tokens in it than the template itself writes.
+    """
+    control = control_ids(tokenizer)
+    turns = tuple((str(message["role"]), bool(message["content"].strip())) for message in messages)
+    written = _written_control_ids(tokenizer, str(tokenizer.chat_template), turns)
+    said = Counter(number for number in ids if number in control) - Counter(written)
+    if said:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(list(said)))
+        raise RecordError(
+            f"the tokenizer makes the control token {names} of the text of a message", place, "change the text there"
+        )
+
+
 @lru_cache(maxsize=256)
-def _first_left_out(tokenizer: Tokenizer, template: str, roles: tuple[str, ...]) -> int | None:  # noqa: ARG001 - a key
-    """Return the number of the first message that does not appear, in its order, whatever its text."""
+def _written_control_ids(
+    tokenizer: Tokenizer,
+    template: str,  # noqa: ARG001 - a key
+    turns: tuple[tuple[str, bool], ...],
+) -> list[int]:
+    """Return the control tokens that the template writes around messages of these roles, with and without a text."""
+    messages = [{"role": role, "content": "a" if has_text else ""} for role, has_text in turns]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    control = control_ids(tokenizer)
+    return [number for number in rendered["input_ids"] if number in control]
+
+
+@lru_cache(maxsize=256)
+def _rendered_order(tokenizer: Tokenizer, template: str, roles: tuple[str, ...]) -> list[int]:  # noqa: ARG001 - a key
+    """Return the numbers of the messages that appear, whatever their text, in the order in which they do.
+
+    Mistral's templates write the system's message into the last turn of the user's.
+    """
     messages = _conversation(*roles)
-    text, end = as_text(tokenizer, messages, generation=True), 0
-    for number, message in enumerate(messages):
-        start = text.find(message["content"], end)
-        if start < 0:
-            return number
-        end = start + len(message["content"])
-    return None
+    text = as_text(tokenizer, messages, generation=True)
+    starts = {number: text.find(message["content"]) for number, message in enumerate(messages)}
+    return sorted((number for number, start in starts.items() if start >= 0), key=starts.__getitem__)

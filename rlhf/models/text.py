@@ -46,6 +46,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _prepare_template(tokenizer: Tokenizer, place: str) -> None:
     # A folder may hold several templates, by name; the default is the one that conversations are rendered with.
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise PreflightError(
+            f"the tokenizer has several chat templates, {', '.join(map(repr, sorted(named)))}, and none is the default",
+            place,
+            "name the template of conversations 'default'",
+        )
     template = tokenizer.get_chat_template()
     day = tokenizer.init_kwargs.get(templates.DATE_FIELD, templates.DATE)
     tokenizer.chat_template = templates.with_fixed_date(template, day, place)
@@ -147,6 +154,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: str = "the prompt") 
             place,
             "remove the token from the text",
         ) from error
+    templates.check_control_tokens(tokenizer, messages, rendered["input_ids"], place)
     return list(rendered["input_ids"])
 
 
@@ -160,9 +168,14 @@ def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = _split_ids(tokenizer, text)
     if templates.control_ids(tokenizer).isdisjoint(ids):
         return ids
-    first, *pieces = templates.without_control_tokens(tokenizer, text)
-    ids, line_break = _split_ids(tokenizer, first), _split_ids(tokenizer, "\n")
-    for piece in pieces:
+    ids = _joined_ids(tokenizer, templates.without_control_tokens(tokenizer, text))
+    # Without their spelling, too: a normaliser may make such a token of full-width letters.
+    return ids if templates.control_ids(tokenizer).isdisjoint(ids) else _joined_ids(tokenizer, list(text))
+
+
+def _joined_ids(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[int]:
+    ids, line_break = _split_ids(tokenizer, pieces[0]), _split_ids(tokenizer, "\n")
+    for piece in pieces[1:]:
         # Behind a line break: some tokenizers put a space before whatever begins a text.
         behind = _split_ids(tokenizer, f"\n{piece}")
         is_apart = behind[: len(line_break)] == line_break

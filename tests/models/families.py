@@ -35,6 +35,19 @@ QWEN15 = (
     "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+MISTRAL3 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
+    "{% else %}{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('Only user, system and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+SMOLLM3 = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nToday Date: {{ strftime_now('%d %B %Y') }}<|im_end|>\n"
+    "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n' }}{% endif %}"
+)
 ENDS_ANSWERS = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '<|end|>' }}"
     "{% else %}{{ '\nQ: ' + m['content'] + '\nA: ' }}{% endif %}{% endfor %}"
@@ -128,6 +141,8 @@ FAMILIES = {
     ),
     "lfm 2": Family((*CHATML, "<|startoftext|>"), "<|im_end|>", "<|im_end|>", "<|startoftext|>", template="lfm2"),
     "mistral": Family(PLAIN, "</s>", "</s>", "<s>", "<pad>", MISTRAL, begins=True),
+    "mistral 0.3": Family((*PLAIN, "[INST]", "[/INST]"), "</s>", "</s>", "<s>", template=MISTRAL3, begins=True),
+    "smollm 3": Family(CHATML, "<|im_end|>", "<|im_end|>", template=SMOLLM3, other=("<think>", "</think>")),
     "qwen 1.5 base": Family(CHATML, "<|endoftext|>", "<|im_end|>", pad="<|endoftext|>", template=QWEN15),
     "first phi 3": Family(
         ("<s>", "<|endoftext|>"),
