@@ -113,13 +113,16 @@ def _is_read(file: Path) -> bool:
 
 
 def _is_metadata(file: Path, siblings: Iterable[str]) -> bool:
-    return file.name in _METADATA or (file.name == "state.json" and "dataset_info.json" in siblings)
+    # Beside a saved data set the library keeps what ``map`` and ``filter`` made of it, which are the same rows again.
+    is_cache = file.match("cache-*.arrow") and "state.json" in siblings
+    return file.name in _METADATA or is_cache or (file.name == "state.json" and "dataset_info.json" in siblings)
 
 
 def _holds_no_records(file: Path) -> bool:
     name, suffix = file.name.casefold(), file.suffix.casefold()
     is_notice = suffix in ("", ".txt") and file.stem.casefold() in _NOTICES
-    return not _is_read(file) and (name.startswith("_") or suffix in (*_DOCUMENTS, *_CHECKSUMS) or is_notice)
+    is_marker = name.startswith("_") and not suffix
+    return not _is_read(file) and (is_marker or suffix in (*_DOCUMENTS, *_CHECKSUMS) or is_notice)
 
 
 def _unread(source: Path, files: list[Path]) -> RequestError:

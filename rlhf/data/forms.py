@@ -39,8 +39,12 @@ _OF_THE_PROMPT = re.compile(
     r"(audio|document|image|video|choice|option|function)s?|context|history|input|passage|system(_prompt|_message)?"
 )
 """Fields on which an answer may rest: where a form does not say where they belong, rows that fill them are refused."""
-_JUDGEMENTS = ("correct", "deleted", "is_correct", "label", "labels", "mask", "rejected", "train", "weight")
-"""Fields that may say that an answer is not to be imitated."""
+_PRAISE = re.compile(r"(is_)?(accepted|approved|correct|harmless|safe)|labels?|mask|train|weight")
+_BLAME = re.compile(r"(is_)?(deleted|harmful|rejected|toxic|unsafe)")
+"""Fields that may say that an answer is not to be imitated, the first where they are false, the others where true."""
+
+_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
+"""How messages begin that were written into a text, by JSON or by Python."""
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -134,6 +138,9 @@ def model_of(value: Any) -> type[Demonstration] | type[ComparisonSet] | type[Pro
 def _form_of(row: Fields, model: type[Any]) -> _Form:
     if row.get("tools"):
         raise _RefusedError("tools", "offers tools, and calls of tools are not trained on yet")
+    for name in ("prompt", "completion", "chosen", "rejected"):
+        if isinstance(text := row.get(name), str) and _WRITTEN_MESSAGES.match(text):
+            raise _RefusedError(name, "holds messages written as a text: write them as a list of objects")
     if issubclass(model, ComparisonSet):
         return _comparison(row)
     if issubclass(model, Demonstration):
@@ -160,7 +167,7 @@ def _first_meant(rest: Fields, model: type[Any]) -> str | None:
         # Beside an instruction, which was read or is told again by a conversation, an input belongs to it.
         if _OF_THE_PROMPT.fullmatch(plain) and content and not (plain == "input" and "instruction" in rest):
             return name
-        if plain in _JUDGEMENTS and issubclass(model, Demonstration):
+        if issubclass(model, Demonstration) and (_PRAISE.fullmatch(plain) or (_BLAME.fullmatch(plain) and content)):
             return name
     return None
 
@@ -186,7 +193,7 @@ def _demonstration(row: Fields) -> _Form:
         raise _RefusedError("label", "says whether the completion is good, and all demonstrations are imitated alike")
     for key in ("completion", *CONVERSATIONS):
         last = row[key][-1] if _is_conversation(row.get(key)) else {}
-        if name := next((name for name in last if name in _JUDGEMENTS and not last[name]), None):
+        if name := next((name for name in last if _PRAISE.fullmatch(name) and not last[name]), None):
             place = f"{key}[{len(row[key]) - 1}].{name}"
             raise _RefusedError(place, "says that the answer is not to be learned, and it would be")
     if "completion" in row:
@@ -255,7 +262,7 @@ def _comparison(row: Fields) -> _Form:
         return _own(row, ComparisonSet)
     sides = [row["chosen"], row["rejected"]]
     transcripts = [_transcript(side) for side in sides]
-    if "prompt" not in row and all(transcripts):
+    if all(transcripts):
         found = [turns for turns in transcripts if turns]
         return _compared(row, found, "transcripts of Human and Assistant")
     if all(map(_is_conversation, sides)) and max(map(len, sides)) > 1:
@@ -293,8 +300,9 @@ def _check_prompt(row: Fields, before: Messages, field: str) -> None:
             _messages(prompt, "prompt")[0] == before
         )
     else:
-        users = [one["content"] for one in before if one["role"] == "user"]
-        same = isinstance(prompt, str) and prompt.strip() in (text.strip() for text in users)
+        texts = [one["content"].strip() for one in before if one["role"] == "user"]
+        *turns, last = _transcript(prompt) or [{}]
+        same = isinstance(prompt, str) and (prompt.strip() in texts or (turns == before and not last["content"]))
     if not same:
         raise _RefusedError("prompt", f"is not what {field!r} begins with, so which of them is meant is not certain")
 

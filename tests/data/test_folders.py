@@ -146,3 +146,18 @@ def test_a_dataset_that_was_saved_to_disk_is_read_whole(tmp_path: Path) -> None:
     assert [row.value for row in read_rows(str(tmp_path / "one"))] == rows
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "two")
     assert refused(tmp_path / "two").next_step.startswith(f"name {tmp_path / 'two' / 'train'}")
+
+
+def test_a_table_whose_name_begins_as_a_marker_s_is_not_passed_over(tmp_path: Path) -> None:
+    """Markers have no suffix; ``_part.csv`` may hold records."""
+    assert str(tmp_path / "_part.csv") in refused(fill(tmp_path, "a.jsonl", "_part.csv")).where
+
+
+def test_what_the_datasets_library_computed_beside_a_saved_data_set_is_not_read_again(tmp_path: Path) -> None:
+    """Its caches hold the same rows; without a saved data set beside it such a file is one of somebody's own."""
+    datasets.Dataset.from_list([{"prompt": "p"}, {"prompt": "q"}]).save_to_disk(tmp_path / "saved")
+    loaded = datasets.Dataset.load_from_disk(tmp_path / "saved")
+    loaded.map(lambda row: {"prompt": row["prompt"] + "!"}, load_from_cache_file=False)
+    assert len(list((tmp_path / "saved").glob("*.arrow"))) == 2
+    assert [row.value["prompt"] for row in read_rows(str(tmp_path / "saved"))] == ["p", "q"]
+    assert names_of(fill(tmp_path / "own", "cache-1.arrow")) == ["cache-1.arrow"]

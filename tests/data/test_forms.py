@@ -1,5 +1,6 @@
 """Rows of public data sets. The texts are written here, in the shapes of those sets."""
 
+import json
 from typing import Any
 
 import pytest
@@ -84,7 +85,20 @@ CASES: list[tuple[type[Any], dict[str, Any], dict[str, Any]]] = [
         {"prompt": TURNS[:3], "completion": [GOOD]},
     ),
     (ComparisonSet, {"chosen": HUMAN + "Eight minutes.", "rejected": HUMAN + "No idea."}, PAIR | {"prompt": TURNS[:3]}),
+    *[
+        (
+            ComparisonSet,
+            {"prompt": prompt, "chosen": HUMAN + "Eight minutes.", "rejected": HUMAN + "No idea."},
+            PAIR | {"prompt": TURNS[:3]},
+        )
+        for prompt in (HUMAN, HUMAN.strip(), "And then?")
+    ],
     (ComparisonSet, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, PAIR | {"prompt": [USER]}),
+    (
+        Demonstration,
+        {"messages": [USER, GOOD | {"toxic": False}], "toxic": False, "turn": 1},
+        ANSWERED,
+    ),
     (
         ComparisonSet,
         {
@@ -259,6 +273,29 @@ def test_the_line_counts_rows_by_form_and_names_the_fields_that_are_not_read() -
         (Demonstration, {"messages": [USER, GOOD], "images": ["egg.png"]}, f"images: {MEANT}"),
         (Demonstration, {"instruction": "Boil", "output": "Eight.", "history": "a: b"}, f"history: {MEANT}"),
         (Demonstration, {"question": "Boil?", "answer": "No.", "is_correct": False}, f"is_correct: {MEANT}"),
+        (Demonstration, {"prompt": "p", "response": "c", "is_safe": False}, f"is_safe: {MEANT}"),
+        (Demonstration, {"messages": [USER, GOOD], "toxic": True}, f"toxic: {MEANT}"),
+        *[
+            (
+                model,
+                {"prompt": "p", "completion": "c", "chosen": "c", "rejected": "r"} | {name: written},
+                f"{name}: {why}",
+            )
+            for why in ("holds messages written as a text: write them as a list of objects",)
+            for written in (json.dumps([USER, GOOD]), str([USER, GOOD]))
+            for model, name in (
+                (Prompt, "prompt"),
+                (Demonstration, "prompt"),
+                (Demonstration, "completion"),
+                (ComparisonSet, "prompt"),
+                (ComparisonSet, "rejected"),
+            )
+        ],
+        (
+            ComparisonSet,
+            {"prompt": "Another?", "chosen": HUMAN + "Eight minutes.", "rejected": HUMAN + "No idea."},
+            "prompt: is not what 'chosen' begins with, so which of them is meant is not certain",
+        ),
         (Demonstration, {"messages": [USER, GOOD], "mask": [0, 0]}, f"mask: {MEANT}"),
         (ComparisonSet, {"question": "Who?", "context": "Bob.", "chosen": "a", "rejected": "b"}, f"context: {MEANT}"),
         (ComparisonSet, {"system": "Hi.", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, f"system: {MEANT}"),
