@@ -5,6 +5,7 @@ text says never becomes a control token: ``</s>`` in a text is read as its lette
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -160,27 +161,51 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: str = "the prompt") 
 
 def response_ids(tokenizer: Tokenizer, response: str) -> list[int]:
     """Return the ids that a policy emits to say the response, and the EOS with which it ends."""
-    return [*_text_ids(tokenizer, response), tokenizer.eos_token_id]
+    return [*_text_ids(tokenizer, response, opening(tokenizer)), tokenizer.eos_token_id]
 
 
-def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def opening(tokenizer: Tokenizer) -> str:
+    """Return the text behind which responses are read: a line break, or none.
+
+    SentencePiece's tokenizers put a space before whatever begins a text, and a response to a generation prompt that
+    ends with a line break begins none.
+    """
+    return _opening(tokenizer, tokenizer.chat_template)
+
+
+@lru_cache(maxsize=16)
+def _opening(tokenizer: Tokenizer, template: str | None) -> str:
+    line_break = _split_ids(tokenizer, "\n")
+    if template is None or _split_ids(tokenizer, "\na") == [*line_break, *_split_ids(tokenizer, "a")]:
+        return ""
+    opened = tokenizer.apply_chat_template(as_messages("a"), add_generation_prompt=True, return_dict=True)["input_ids"]
+    # Phi 3's own tokenizer swallows the line break behind <|assistant|>.
+    return "\n" if opened[-1] == line_break[-1] else ""
+
+
+def _text_ids(tokenizer: Tokenizer, text: str, behind: str = "") -> list[int]:
     """Return a text's ids, none of which is a control token's."""
-    ids = _split_ids(tokenizer, text)
-    if templates.control_ids(tokenizer).isdisjoint(ids):
+    control = templates.control_ids(tokenizer)
+    ids = _ids_behind(tokenizer, text, behind)
+    if control.isdisjoint(ids):
         return ids
-    ids = _joined_ids(tokenizer, templates.without_control_tokens(tokenizer, text))
+    ids = _joined_ids(tokenizer, templates.without_control_tokens(tokenizer, text), behind)
     # Without their spelling, too: a normaliser may make such a token of full-width letters.
-    return ids if templates.control_ids(tokenizer).isdisjoint(ids) else _joined_ids(tokenizer, list(text))
+    return ids if control.isdisjoint(ids) else _joined_ids(tokenizer, list(text), behind)
 
 
-def _joined_ids(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[int]:
-    ids, line_break = _split_ids(tokenizer, pieces[0]), _split_ids(tokenizer, "\n")
-    for piece in pieces[1:]:
+def _joined_ids(tokenizer: Tokenizer, pieces: Sequence[str], behind: str) -> list[int]:
+    first, *others = pieces
+    ids = _ids_behind(tokenizer, first, behind)
+    for piece in others:
         # Behind a line break: some tokenizers put a space before whatever begins a text.
-        behind = _split_ids(tokenizer, f"\n{piece}")
-        is_apart = behind[: len(line_break)] == line_break
-        ids += behind[len(line_break) :] if is_apart else _split_ids(tokenizer, piece)
+        ids += _ids_behind(tokenizer, piece, "\n")
     return ids
+
+
+def _ids_behind(tokenizer: Tokenizer, text: str, behind: str) -> list[int]:
+    before, ids = _split_ids(tokenizer, behind), _split_ids(tokenizer, behind + text)
+    return ids[len(before) :] if ids[: len(before)] == before else _split_ids(tokenizer, text)
 
 
 def _split_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -190,7 +215,10 @@ def _split_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def response_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Return what a response's ids say, without the EOS that ends it; other control tokens show as their names."""
     spoken = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    return tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    behind = opening(tokenizer)
+    whole = [*_split_ids(tokenizer, behind), *spoken]
+    said = tokenizer.decode(whole, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return said.removeprefix(behind)
 
 
 def demonstration_ids(

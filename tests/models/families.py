@@ -42,6 +42,10 @@ MISTRAL3 = (
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
     "{% else %}{{ raise_exception('Only user, system and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 SMOLLM3 = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nToday Date: {{ strftime_now('%d %B %Y') }}<|im_end|>\n"
     "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -142,6 +146,7 @@ FAMILIES = {
     "lfm 2": Family((*CHATML, "<|startoftext|>"), "<|im_end|>", "<|im_end|>", "<|startoftext|>", template="lfm2"),
     "mistral": Family(PLAIN, "</s>", "</s>", "<s>", "<pad>", MISTRAL, begins=True),
     "mistral 0.3": Family((*PLAIN, "[INST]", "[/INST]"), "</s>", "</s>", "<s>", template=MISTRAL3, begins=True),
+    "zephyr": Family(PLAIN, "</s>", "</s>", "<s>", template=ZEPHYR, begins=True, pieces="bpe"),
     "smollm 3": Family(CHATML, "<|im_end|>", "<|im_end|>", template=SMOLLM3, other=("<think>", "</think>")),
     "qwen 1.5 base": Family(CHATML, "<|endoftext|>", "<|im_end|>", pad="<|endoftext|>", template=QWEN15),
     "first phi 3": Family(

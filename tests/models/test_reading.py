@@ -117,6 +117,18 @@ def test_a_prompt_is_the_templates_own(name: str) -> None:
         assert text.prompt_ids(tokenizer, row["prompt"]) == rendered["input_ids"]
 
 
+@pytest.mark.parametrize("name", ["zephyr", "first phi 3", "qwen2.5 base", "llama 3.1", "gemma"])
+def test_a_response_goes_on_as_the_templates_own_conversation_does(name: str, tmp_path: Path) -> None:
+    """Without the space that SentencePiece puts before whatever begins a text: behind a line break none begins."""
+    tokenizer = text.load_tokenizer(write(FAMILIES[name], tmp_path))
+    asked = messages((USER, "what ?"))
+    whole = tokenizer.apply_chat_template([*asked, *messages((ASSISTANT, "paris ."))], return_dict=True)["input_ids"]
+    read = text.prompt_ids(tokenizer, asked) + text.response_ids(tokenizer, "paris .")
+    assert whole[: len(read)] == read
+    for said in ("paris .", " paris .", "\nparis", ""):
+        assert text.response_text(tokenizer, text.response_ids(tokenizer, said)) == said
+
+
 @pytest.mark.usefixtures("new_accelerator")
 def test_trl_learns_the_ids_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The labels of sft's trainer are the completion's ids, and nothing else, EOS included."""
@@ -335,7 +347,7 @@ def test_a_reward_model_s_folder_keeps_the_date_that_it_was_trained_with(tmp_pat
 
 @pytest.mark.parametrize("sees", ["response", "conversation"])
 @pytest.mark.parametrize(
-    "name", ["no template", "no template, no bos", "opt", "closes texts", "first llama 3", "gemma"]
+    "name", ["no template", "no template, no bos", "opt", "closes texts", "first llama 3", "gemma", "zephyr"]
 )
 def test_a_reward_model_s_card_reads_as_all_stages_do(name: str, sees: str, tmp_path: Path) -> None:
     """Its own lines, without those that load weights, give the ids that were scored in training."""
