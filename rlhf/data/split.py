@@ -32,12 +32,11 @@ def write_split(
 ) -> Split:
     """Write ``train.jsonl`` and ``heldout.jsonl``, the latter with a seeded ``fraction`` of the distinct units.
 
-    A unit is never in both parts. It is the group that a row names, else the row's prompt, letter case and white space around
-    it aside. Where
-    that makes all rows one unit, units are rows that share no response (or completion) with another unit's. Those held
-    out have the smallest digests of seed and unit, so neither the order of the rows nor how often a prompt occurs
-    decides. Of two or more units at least one goes to either part, unless ``fraction`` is 0; a single one is not held
-    out. Beside the files, memory holds 16 bytes a row and one number a distinct unit.
+    A unit is never in both parts. It is the group that a row names, else the row's prompt, as :func:`prompt_digest` has
+    it. Where that makes all rows one unit, units are rows that share no response (or completion) with another unit's.
+    Those held out have the smallest digests of seed and unit, so neither the order of the rows nor how often a prompt
+    occurs decides. Of two or more units at least one goes to either part, unless ``fraction`` is 0; a single one is not
+    held out. Beside the files, memory holds 16 bytes a row and one number a distinct unit.
 
     trained  digests of prompts that are trained on elsewhere: units with one of them are held out only where there is
              no other

@@ -67,7 +67,7 @@ def test_records_survive_being_written_and_read(tmp_path: Path) -> None:
 
 
 def test_prompts_that_differ_in_letter_case_or_in_form_are_one(tmp_path: Path) -> None:
-    """A text is a user's message, and no new prompt is made by a capital, white space around it or a composed letter."""
+    """A text is a user's message, and a capital, white space around it and a composed letter make no new prompt."""
     rows = [f"what is é {n}" for n in range(20)]
     forms = [*rows, *(row.upper() for row in rows), *([{"role": "user", "content": row}] for row in rows)]
     forms += [*(f" {row}\n" for row in rows), *(unicodedata.normalize("NFD", row) for row in rows)]
