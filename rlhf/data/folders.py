@@ -113,13 +113,16 @@ def _is_read(file: Path) -> bool:
 
 
 def _is_metadata(file: Path, siblings: Iterable[str]) -> bool:
-    return file.name in _METADATA or (file.name == "state.json" and "dataset_info.json" in siblings)
+    # Beside a saved data set the library keeps what ``map`` and ``filter`` made of it, which are the same rows again.
+    is_cache = file.match("cache-*.arrow") and "state.json" in siblings
+    return file.name in _METADATA or is_cache or (file.name == "state.json" and "dataset_info.json" in siblings)
 
 
 def _holds_no_records(file: Path) -> bool:
     name, suffix = file.name.casefold(), file.suffix.casefold()
     is_notice = suffix in ("", ".txt") and file.stem.casefold() in _NOTICES
-    return not _is_read(file) and (name.startswith("_") or suffix in (*_DOCUMENTS, *_CHECKSUMS) or is_notice)
+    is_marker = name.startswith("_") and not suffix
+    return not _is_read(file) and (is_marker or suffix in (*_DOCUMENTS, *_CHECKSUMS) or is_notice)
 
 
 def _unread(source: Path, files: list[Path]) -> RequestError:
@@ -145,13 +148,16 @@ def _unread(source: Path, files: list[Path]) -> RequestError:
 
 
 def _refuse_copies(files: list[Path]) -> None:
-    seen: dict[Path, Path] = {}
+    names: dict[Path, Path] = {}
+    contents: dict[tuple[int, int], Path] = {}
     for file in files:
         plain = file.with_suffix("") if file.suffix.casefold() in COMPRESSED_SUFFIXES else file
-        if (other := seen.setdefault(plain, file)) != file:
-            raise RequestError(
-                "a file and its compressed copy would both be read", _named([other, file]), f"remove {file}"
-            )
+        if (other := names.setdefault(plain.with_suffix(""), file)) != file:
+            copies = "a file and its compressed copy" if plain.suffix == other.suffix else "a file in two forms"
+            raise RequestError(f"{copies} would both be read", _named([other, file]), f"remove {file}")
+        status = file.stat()
+        if (other := contents.setdefault((status.st_dev, status.st_ino), file)) != file:
+            raise RequestError("a file would be read twice, by a link", _named([other, file]), f"remove {file}")
 
 
 def _refuse_mixed_splits(root: Path, files: list[Path]) -> None:
@@ -172,7 +178,8 @@ def _refuse_mixed_splits(root: Path, files: list[Path]) -> None:
 
 def _split_of(file: Path) -> str:
     """Return ``train``, ``validation`` or ``test``, or "" where the path tells none; the last word of a path counts."""
-    words = re.split(r"[\W_\d]+", str(file).casefold())
+    path = re.sub(r"(?i)(held|hold)[\W_]?(out)", r"\1\2", str(file))
+    words = re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=test|rain)(?=set)", "_", path).casefold())
     return next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), "")
 
 

@@ -33,6 +33,18 @@ INSTRUCTIONS = ("instruction", "question", "prompt")
 ADDITIONS = ("input", "context")
 """What an instruction is about; of a question nobody can say where it belongs."""
 ANSWERS = ("output", "response", "answer")
+SYSTEMS = ("system", "system_prompt", "system_message")
+
+_OF_THE_PROMPT = re.compile(
+    r"(audio|document|image|video|choice|option|function)s?|context|history|input|passage|system(_prompt|_message)?"
+)
+"""Fields on which an answer may rest: where a form does not say where they belong, rows that fill them are refused."""
+_PRAISE = re.compile(r"(is_)?(accepted|approved|correct|harmless|safe)|labels?|mask|train|weight")
+_BLAME = re.compile(r"(is_)?(deleted|harmful|rejected|toxic|unsafe)")
+"""Fields that may say that an answer is not to be imitated, the first where they are false, the others where true."""
+
+_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
+"""How messages begin that were written into a text, by JSON or by Python."""
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -91,6 +103,8 @@ class FormReader:
         except _RefusedError as error:
             return [error.reason]
         own = _own_fields(form.row, model)
+        if form.name and (name := _first_meant(form.rest, model)):
+            return [Reason(name, "is not part of the form, and what is asked or learned may rest on it")]
         unread = [name for name in form.rest if _is_beside(name, own, is_foreign=bool(form.name))]
         kept = {name: content for name, content in form.rest.items() if name not in unread}
         record = parse_record(form.row | kept, model)
@@ -124,6 +138,9 @@ def model_of(value: Any) -> type[Demonstration] | type[ComparisonSet] | type[Pro
 def _form_of(row: Fields, model: type[Any]) -> _Form:
     if row.get("tools"):
         raise _RefusedError("tools", "offers tools, and calls of tools are not trained on yet")
+    for name in ("prompt", "completion", "chosen", "rejected"):
+        if isinstance(text := row.get(name), str) and _WRITTEN_MESSAGES.match(text):
+            raise _RefusedError(name, "holds messages written as a text: write them as a list of objects")
     if issubclass(model, ComparisonSet):
         return _comparison(row)
     if issubclass(model, Demonstration):
@@ -141,6 +158,18 @@ def _is_beside(name: str, own: Iterable[str], *, is_foreign: bool) -> bool:
     if _BOOKKEEPING.fullmatch(plain):
         return True
     return is_foreign and all(SequenceMatcher(None, plain, ours).ratio() < MISSPELT for ours in own)
+
+
+def _first_meant(rest: Fields, model: type[Any]) -> str | None:
+    """Return the first field that cannot be left unread; None where all can."""
+    for name, content in rest.items():
+        plain = name.casefold()
+        # Beside an instruction, which was read or is told again by a conversation, an input belongs to it.
+        if _OF_THE_PROMPT.fullmatch(plain) and content and not (plain == "input" and "instruction" in rest):
+            return name
+        if issubclass(model, Demonstration) and (_PRAISE.fullmatch(plain) or (_BLAME.fullmatch(plain) and content)):
+            return name
+    return None
 
 
 def _own(row: Fields, model: type[Any]) -> _Form:
@@ -162,6 +191,11 @@ def _own(row: Fields, model: type[Any]) -> _Form:
 def _demonstration(row: Fields) -> _Form:
     if isinstance(row.get("label"), bool):
         raise _RefusedError("label", "says whether the completion is good, and all demonstrations are imitated alike")
+    for key in ("completion", *CONVERSATIONS):
+        last = row[key][-1] if _is_conversation(row.get(key)) else {}
+        if name := next((name for name in last if _PRAISE.fullmatch(name) and not last[name]), None):
+            place = f"{key}[{len(row[key]) - 1}].{name}"
+            raise _RefusedError(place, "says that the answer is not to be learned, and it would be")
     if "completion" in row:
         form = _own(row, Demonstration)
         return _several_turns(form) if _is_conversation(form.row["completion"]) else form
@@ -173,7 +207,7 @@ def _demonstration(row: Fields) -> _Form:
         name = f"conversations in {key!r}: the last message is the completion, all before it the prompt"
         return _Form(
             {"prompt": messages[:-1], "completion": messages[-1]["content"]},
-            _without(row, (key, "system", "prompt")),
+            _without(row, (key, *SYSTEMS, "prompt")),
             name,
         )
     answers = [name for name in ANSWERS if name in row]
@@ -197,7 +231,7 @@ def _several_turns(form: _Form) -> _Form:
 
 
 def _prompt(row: Fields) -> _Form:
-    if "prompt" in row and not row.keys() & {"system", "history"}:
+    if "prompt" in row and not row.keys() & {*SYSTEMS, "history"}:
         form = _own(row, Prompt)
         known = (*CONVERSATIONS, *Demonstration.model_fields, *PreferencePair.model_fields, *ComparisonSet.model_fields)
         others = form.rest.keys() & {*known}
@@ -209,7 +243,7 @@ def _prompt(row: Fields) -> _Form:
             messages = messages[:-1]
         else:
             name = f"prompts in {key!r}"
-        return _Form({"prompt": messages}, _without(row, (key, "system")), name)
+        return _Form({"prompt": messages}, _without(row, (key, *SYSTEMS)), name)
     if {"chosen", "rejected"} <= row.keys():
         form = _comparison(row)
         return _Form(
@@ -228,7 +262,7 @@ def _comparison(row: Fields) -> _Form:
         return _own(row, ComparisonSet)
     sides = [row["chosen"], row["rejected"]]
     transcripts = [_transcript(side) for side in sides]
-    if "prompt" not in row and all(transcripts):
+    if all(transcripts):
         found = [turns for turns in transcripts if turns]
         return _compared(row, found, "transcripts of Human and Assistant")
     if all(map(_is_conversation, sides)) and max(map(len, sides)) > 1:
@@ -266,8 +300,9 @@ def _check_prompt(row: Fields, before: Messages, field: str) -> None:
             _messages(prompt, "prompt")[0] == before
         )
     else:
-        users = [one["content"] for one in before if one["role"] == "user"]
-        same = isinstance(prompt, str) and prompt.strip() in (text.strip() for text in users)
+        texts = [one["content"].strip() for one in before if one["role"] == "user"]
+        *turns, last = _transcript(prompt) or [{}]
+        same = isinstance(prompt, str) and (prompt.strip() in texts or (turns == before and not last["content"]))
     if not same:
         raise _RefusedError("prompt", f"is not what {field!r} begins with, so which of them is meant is not certain")
 
@@ -283,9 +318,9 @@ def _instruction(row: Fields) -> tuple[str | Messages, tuple[str, ...]] | None:
             used += (name,)
             text += f"\n\n{row[name]}" if row[name].strip() else ""
     earlier: Messages = []
-    if isinstance(system := row.get("system"), str):
-        used += ("system",)
-        earlier += [{"role": "system", "content": system}] if system.strip() else []
+    if name := next((name for name in SYSTEMS if isinstance(row.get(name), str)), None):
+        used += (name,)
+        earlier += [{"role": "system", "content": row[name]}] if row[name].strip() else []
     if isinstance(history := row.get("history"), list):
         used += ("history",)
         for number, turn in enumerate(history):
@@ -297,9 +332,14 @@ def _instruction(row: Fields) -> tuple[str | Messages, tuple[str, ...]] | None:
 
 def _whole_conversation(row: Fields, key: str) -> Messages:
     messages, _ = _messages(row[key], key)
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+    for name in SYSTEMS:
+        system = row.get(name)
+        if not isinstance(system, str) or not system.strip():
+            continue
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        elif messages[0]["content"].strip() != system.strip():
+            raise _RefusedError(name, f"is not what {key!r} begins with, so which of them is meant is not certain")
     return messages
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlhf.config.sources import ARROW_SUFFIXES, HubDataset, is_local, parse_hub_dataset
+from rlhf.config.sources import ARROW_SUFFIXES, COMPRESSED_SUFFIXES, HubDataset, is_local, parse_hub_dataset
 from rlhf.data.folders import record_files
 from rlhf.errors import IndexUnreachableError, RecordError, SettingsError, refused_cache
 
@@ -100,7 +100,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         raise SettingsError(f"the file cannot be read: {error.strerror}", str(path), "allow it to be read") from error
 
 
-def _damaged(path: Path, error: Exception) -> RecordError:
+def _damaged(path: Path, error: Exception | str) -> RecordError:
     return RecordError(f"the file is damaged: {error}", str(path), "write or download the file again")
 
 
@@ -125,7 +125,7 @@ def _check_content(path: Path, *, is_text: bool) -> None:
     """Refuse a file that is something else than its name says.
 
     Raises:
-        RecordError: it is a Git LFS pointer, or text that is compressed, UTF-16 or UTF-32.
+        RecordError: it is a Git LFS pointer, or text that is compressed, UTF-16 or UTF-32, or compressed and empty.
 
     """
     with path.open("rb") as file:
@@ -138,6 +138,9 @@ def _check_content(path: Path, *, is_text: bool) -> None:
         )
     if not is_text:
         return
+    if not start and path.suffix.casefold() in COMPRESSED_SUFFIXES:
+        # Even of no bytes a compressed file has some.
+        raise _damaged(path, "it is empty")
     with _open(path) as file:
         start = file.read(len(_LFS_POINTER))
     for beginning, (kind, suffix) in _FOREIGN.items():
@@ -289,6 +292,7 @@ def _table_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
     number = 0
     try:
         for batch in batches:
+            _check_columns(path, batch.schema.names)
             for value, problem in _batch_values(batch):
                 number += 1
                 yield Row(str(path), number, value, problem, counts_lines=False)
@@ -296,6 +300,11 @@ def _table_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise _damaged(path, error) from error
+
+
+def _check_columns(path: Path, names: list[str]) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecordError(f"the column {twice!r} stands twice", str(path), "write the file again with one of them")
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from array import array
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,11 +32,11 @@ def write_split(
 ) -> Split:
     """Write ``train.jsonl`` and ``heldout.jsonl``, the latter with a seeded ``fraction`` of the distinct units.
 
-    A unit is never in both parts. It is the group that a row names, else the row's prompt, letter case aside. Where
-    that makes all rows one unit, units are rows that share no response (or completion) with another unit's. Those held
-    out have the smallest digests of seed and unit, so neither the order of the rows nor how often a prompt occurs
-    decides. Of two or more units at least one goes to either part, unless ``fraction`` is 0; a single one is not held
-    out. Beside the files, memory holds 16 bytes a row and one number a distinct unit.
+    A unit is never in both parts. It is the group that a row names, else the row's prompt, as :func:`prompt_digest` has
+    it. Where that makes all rows one unit, units are rows that share no response (or completion) with another unit's.
+    Those held out have the smallest digests of seed and unit, so neither the order of the rows nor how often a prompt
+    occurs decides. Of two or more units at least one goes to either part, unless ``fraction`` is 0; a single one is not
+    held out. Beside the files, memory holds 16 bytes a row and one number a distinct unit.
 
     trained  digests of prompts that are trained on elsewhere: units with one of them are held out only where there is
              no other
@@ -85,9 +86,12 @@ def write_part(file: Path, records: Iterable[Record]) -> Sequence[int]:
 
 
 def prompt_digest(prompt: Any) -> int:
-    """Return a number that prompts have in common which differ in letter case alone; a text is a user's message."""
+    """Return a number that prompts have in common which differ in letter case and the white space around them alone.
+
+    A text is a user's message, and one text however Unicode composes its letters.
+    """
     messages = [("user", prompt)] if isinstance(prompt, str) else [(one.role, one.content) for one in prompt]
-    return _digest([(role, text.casefold()) for role, text in messages])
+    return _digest([(role, unicodedata.normalize("NFC", text.strip()).casefold()) for role, text in messages])
 
 
 def _by_answers(count: int) -> str:

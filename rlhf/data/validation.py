@@ -48,7 +48,7 @@ def validate_file(source: str, kind: str | None) -> Checked:
     if bad:
         correct = "correct them" if kind else f"correct them, or say with --kind what they are: {', '.join(KINDS)}"
         raise malformed(bad, total, f" as {told}" if told else "", correct)
-    if told is None:
+    if told is None or not total:
         raise RecordError("there are no rows", source, "name a file that has some")
     return Checked(told, total, forms.line())
 

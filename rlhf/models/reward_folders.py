@@ -27,7 +27,7 @@ def tokens(text):
 
 def ids(prompt, response):
     {before}
-    return [*before, *tokens(response), {end}][-{longest}:]
+    return [*before, *{answer}, {end}][-{longest}:]
 
 
 def score(prompts, responses):
@@ -65,7 +65,8 @@ def complete(folder: Path) -> None:
     if special.exists():
         _update(special, {"pad_token": tokenizer.pad_token})
     sides = {"padding_side": "right", "truncation_side": "left", "model_max_length": config["score_max_length"]}
-    _update(folder / "tokenizer_config.json", sides | {"pad_token": tokenizer.pad_token})
+    named = {"chat_control_tokens": tokenizer.chat_control_tokens} if tokenizer.chat_control_tokens else {}
+    _update(folder / "tokenizer_config.json", sides | named | {"pad_token": tokenizer.pad_token})
     _stop_the_clock(folder, tokenizer)
     write_card(folder)
 
@@ -85,10 +86,13 @@ def write_card(folder: Path) -> None:
     tokenizer, config = text.load_tokenizer(folder), config_of(folder)
     alone, start = config["sees"] == "response", text.text_start(tokenizer)
     plain = f"before = {start}" if alone else f"before = {start} + tokens(prompt)"
+    opening = text.opening(tokenizer)
+    skipped = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
     card = _CARD.format(
         sees="It reads the response alone." if alone else "It reads prompt and response.",
         load=_ADAPTER if is_adapter(folder) else _PLAIN,
         before=plain if alone or tokenizer.chat_template is None else _CHAT,
+        answer=f"tokens({opening!r} + response)[{skipped}:]" if opening else "tokens(response)",
         end=tokenizer.eos_token_id,
         longest=config["score_max_length"],
         mean=config["score_mean"],

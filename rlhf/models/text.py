@@ -5,6 +5,7 @@ text says never becomes a control token: ``</s>`` in a text is read as its lette
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from rlhf.errors import PreflightError
+from rlhf.errors import PreflightError, RecordError
 from rlhf.models import lengths, safe_loading, templates
 from rlhf.models.adapter_folders import config_of
 from rlhf.models.templates import Tokenizer
@@ -46,6 +47,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _prepare_template(tokenizer: Tokenizer, place: str) -> None:
     # A folder may hold several templates, by name; the default is the one that conversations are rendered with.
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise PreflightError(
+            f"the tokenizer has several chat templates, {', '.join(map(repr, sorted(named)))}, and none is the default",
+            place,
+            "name the template of conversations 'default'",
+        )
     template = tokenizer.get_chat_template()
     day = tokenizer.init_kwargs.get(templates.DATE_FIELD, templates.DATE)
     tokenizer.chat_template = templates.with_fixed_date(template, day, place)
@@ -53,6 +61,7 @@ def _prepare_template(tokenizer: Tokenizer, place: str) -> None:
     if end is not None and end != tokenizer.eos_token:
         templates.check_unchanged(tokenizer, end, place)
         tokenizer.eos_token = end
+    templates.name_control_tokens(tokenizer)
 
 
 def load_encoder_tokenizer(folder: Path) -> Tokenizer:
@@ -131,32 +140,87 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: str = "the prompt") 
     place  where the prompt stands, for errors
 
     Raises:
-        RecordError: the chat template refuses a message, leaves it out or changes it.
+        RecordError: the chat template refuses a message, leaves it out or changes it; or the text of a message would
+            become a control token.
     """
     if tokenizer.chat_template is None:
         return [*text_start(tokenizer), *_text_ids(tokenizer, plain_text(prompt))]
     messages = as_messages(prompt)
     templates.check_rendered(tokenizer, messages, place)
-    rendered = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
+        )
+    except ValueError as error:  # transformers': the tokenizer's own model has the token as a word
+        raise RecordError(
+            f"a message spells a control token, which the tokenizer would make of it: {error}",
+            place,
+            "remove the token from the text",
+        ) from error
+    templates.check_control_tokens(tokenizer, messages, rendered["input_ids"], place)
     return list(rendered["input_ids"])
 
 
 def response_ids(tokenizer: Tokenizer, response: str) -> list[int]:
     """Return the ids that a policy emits to say the response, and the EOS with which it ends."""
-    pieces = templates.without_turn_markers(tokenizer, response)
-    return [*(number for piece in pieces for number in _text_ids(tokenizer, piece)), tokenizer.eos_token_id]
+    return [*_text_ids(tokenizer, response, opening(tokenizer)), tokenizer.eos_token_id]
 
 
-def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def opening(tokenizer: Tokenizer) -> str:
+    """Return the text behind which responses are read: a line break, or none.
+
+    SentencePiece's tokenizers put a space before whatever begins a text, and a response to a generation prompt that
+    ends with a line break begins none.
+    """
+    return _opening(tokenizer, tokenizer.chat_template)
+
+
+@lru_cache(maxsize=16)
+def _opening(tokenizer: Tokenizer, template: str | None) -> str:
+    line_break = _split_ids(tokenizer, "\n")
+    if template is None or _split_ids(tokenizer, "\na") == [*line_break, *_split_ids(tokenizer, "a")]:
+        return ""
+    opened = tokenizer.apply_chat_template(as_messages("a"), add_generation_prompt=True, return_dict=True)["input_ids"]
+    # Phi 3's own tokenizer swallows the line break behind <|assistant|>.
+    return "\n" if opened[-1] == line_break[-1] else ""
+
+
+def _text_ids(tokenizer: Tokenizer, text: str, behind: str = "") -> list[int]:
+    """Return a text's ids, none of which is a control token's."""
+    control = templates.control_ids(tokenizer)
+    ids = _ids_behind(tokenizer, text, behind)
+    if control.isdisjoint(ids):
+        return ids
+    ids = _joined_ids(tokenizer, templates.without_control_tokens(tokenizer, text), behind)
+    # Without their spelling, too: a normaliser may make such a token of full-width letters.
+    return ids if control.isdisjoint(ids) else _joined_ids(tokenizer, list(text), behind)
+
+
+def _joined_ids(tokenizer: Tokenizer, pieces: Sequence[str], behind: str) -> list[int]:
+    first, *others = pieces
+    ids = _ids_behind(tokenizer, first, behind)
+    for piece in others:
+        # Behind a line break: some tokenizers put a space before whatever begins a text.
+        ids += _ids_behind(tokenizer, piece, "\n")
+    return ids
+
+
+def _ids_behind(tokenizer: Tokenizer, text: str, behind: str) -> list[int]:
+    before, ids = _split_ids(tokenizer, behind), _split_ids(tokenizer, behind + text)
+    return ids[len(before) :] if ids[: len(before)] == before else _split_ids(tokenizer, text)
+
+
+def _split_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def response_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Return what a response's ids say, without the EOS that ends it; other control tokens show as their names."""
     spoken = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    return tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    behind = opening(tokenizer)
+    whole = [*_split_ids(tokenizer, behind), *spoken]
+    said = tokenizer.decode(whole, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return said.removeprefix(behind)
 
 
 def demonstration_ids(

@@ -85,7 +85,7 @@ def _kinds(role: str) -> tuple[str, ...] | None:
 
 
 OURS = (
-    Stage("data", 3, DataSettings, "stages.data:run", "data", inputs=taking(), sources=_data_sources),
+    Stage("data", 4, DataSettings, "stages.data:run", "data", inputs=taking(), sources=_data_sources),
     Stage(
         "model",
         1,
@@ -97,7 +97,7 @@ OURS = (
     ),
     Stage(
         "collect",
-        2,
+        3,
         CollectSettings,
         "stages.collect:run",
         "responses",
@@ -128,7 +128,7 @@ OURS = (
     ),
     Stage(
         "sft",
-        3,
+        4,
         SftSettings,
         "stages.sft:run",
         "policy",
@@ -140,7 +140,7 @@ OURS = (
     ),
     Stage(
         "rm",
-        5,
+        6,
         RmSettings,
         "stages.rm:run",
         "reward-model",
@@ -152,7 +152,7 @@ OURS = (
     ),
     Stage(
         "ppo",
-        3,
+        4,
         PpoSettings,
         "stages.ppo:run",
         "policy",
@@ -165,7 +165,7 @@ OURS = (
     ),
     Stage(
         "evaluate",
-        3,
+        4,
         EvaluateSettings,
         "stages.evaluate:run",
         "report",

@@ -81,6 +81,7 @@ def test_a_wrong_kind_makes_every_row_bad(ask: Ask, tmp_path: Path):
 def test_what_is_no_file_of_rows_is_refused(ask: Ask, tmp_path: Path):
     """An empty file, a missing one, and a command line without the word or the file."""
     assert "there are no rows" in ask("data", "validate", write(tmp_path / "rows.jsonl")).err
+    assert "there are no rows" in ask("data", "validate", str(tmp_path / "rows.jsonl"), "--kind", "prompts").err
     assert "there is no file" in ask("data", "validate", str(tmp_path / "none.jsonl")).err
     assert "there is no file" in ask("data", "validate", f"{'long' * 2000}.jsonl").err.replace("\n", " ")
     # A file that nobody can read from its start, not even root.

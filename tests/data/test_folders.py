@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -87,6 +88,8 @@ def test_the_line_that_converts_a_table_of_text_does_convert_it(
         (("train/a.jsonl", "train/b.jsonl", "test/a.jsonl"), "train"),
         (("train.parquet", "validation.parquet"), "train.parquet"),
         (("a.jsonl", "my_eval.jsonl.gz"), "a.jsonl"),
+        (("trainSet.jsonl", "testSet.jsonl"), "trainSet.jsonl"),
+        (("a.jsonl", "held-out.jsonl"), "a.jsonl"),
         (("default/train/0000.parquet", "default/dev/0000.parquet"), "default/train/0000.parquet"),
     ],
 )
@@ -119,6 +122,22 @@ def test_a_file_beside_its_compressed_copy_is_refused(tmp_path: Path) -> None:
     assert error.where == f"{tmp_path / 'a.jsonl'}, {tmp_path / 'a.jsonl.gz'}"
 
 
+@pytest.mark.parametrize("names", [("a.jsonl", "a.json"), ("a.jsonl", "a.parquet"), ("a.jsonl.gz", "a.jsonl.xz")])
+def test_a_file_in_two_forms_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Its rows would count twice."""
+    error = refused(fill(tmp_path, *names))
+    assert "two forms" in error.what
+    assert all(name in error.where for name in names)
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_file_under_two_names_is_refused(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    """Its rows would count twice."""
+    fill(tmp_path, "a.jsonl")
+    link(tmp_path / "b.jsonl", tmp_path / "a.jsonl")
+    assert "read twice" in refused(tmp_path).what
+
+
 def test_a_dataset_that_was_saved_to_disk_is_read_whole(tmp_path: Path) -> None:
     """The folder of ``save_to_disk`` has Arrow files beside metadata in JSON; that of several splits is refused."""
     rows = [{"prompt": f"p{n}"} for n in range(5)]
@@ -127,3 +146,18 @@ def test_a_dataset_that_was_saved_to_disk_is_read_whole(tmp_path: Path) -> None:
     assert [row.value for row in read_rows(str(tmp_path / "one"))] == rows
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "two")
     assert refused(tmp_path / "two").next_step.startswith(f"name {tmp_path / 'two' / 'train'}")
+
+
+def test_a_table_whose_name_begins_as_a_marker_s_is_not_passed_over(tmp_path: Path) -> None:
+    """Markers have no suffix; ``_part.csv`` may hold records."""
+    assert str(tmp_path / "_part.csv") in refused(fill(tmp_path, "a.jsonl", "_part.csv")).where
+
+
+def test_what_the_datasets_library_computed_beside_a_saved_data_set_is_not_read_again(tmp_path: Path) -> None:
+    """Its caches hold the same rows; without a saved data set beside it such a file is one of somebody's own."""
+    datasets.Dataset.from_list([{"prompt": "p"}, {"prompt": "q"}]).save_to_disk(tmp_path / "saved")
+    loaded = datasets.Dataset.load_from_disk(tmp_path / "saved")
+    loaded.map(lambda row: {"prompt": row["prompt"] + "!"}, load_from_cache_file=False)
+    assert len(list((tmp_path / "saved").glob("*.arrow"))) == 2
+    assert [row.value["prompt"] for row in read_rows(str(tmp_path / "saved"))] == ["p", "q"]
+    assert names_of(fill(tmp_path / "own", "cache-1.arrow")) == ["cache-1.arrow"]

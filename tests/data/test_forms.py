@@ -1,5 +1,6 @@
 """Rows of public data sets. The texts are written here, in the shapes of those sets."""
 
+import json
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [USER, BAD, MORE, GOOD]
 
 PAIR: dict[str, Any] = {"responses": ["Eight minutes.", "No idea."], "winners": [[0, 1, 1]]}
+MEANT = "is not part of the form, and what is asked or learned may rest on it"
 ANSWERED = {"prompt": [USER], "completion": "Eight minutes."}
 HUMAN = "\n\nHuman: Boil an egg?\n\nAssistant: No idea.\n\nHuman: And then?\n\nAssistant: "
 
@@ -83,7 +85,20 @@ CASES: list[tuple[type[Any], dict[str, Any], dict[str, Any]]] = [
         {"prompt": TURNS[:3], "completion": [GOOD]},
     ),
     (ComparisonSet, {"chosen": HUMAN + "Eight minutes.", "rejected": HUMAN + "No idea."}, PAIR | {"prompt": TURNS[:3]}),
+    *[
+        (
+            ComparisonSet,
+            {"prompt": prompt, "chosen": HUMAN + "Eight minutes.", "rejected": HUMAN + "No idea."},
+            PAIR | {"prompt": TURNS[:3]},
+        )
+        for prompt in (HUMAN, HUMAN.strip(), "And then?")
+    ],
     (ComparisonSet, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, PAIR | {"prompt": [USER]}),
+    (
+        Demonstration,
+        {"messages": [USER, GOOD | {"toxic": False}], "toxic": False, "turn": 1},
+        ANSWERED,
+    ),
     (
         ComparisonSet,
         {
@@ -131,6 +146,22 @@ def test_a_row_whose_meaning_is_certain_is_read_and_a_line_says_as_what(
     assert not isinstance(found, list), found
     assert found.model_dump(exclude_none=True) == record
     assert reader.line()
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Boil an egg?", "response": "Eight minutes."},
+        {"conversations": [{"from": "human", "value": "Boil an egg?"}, {"from": "gpt", "value": "Eight minutes."}]},
+    ],
+)
+def test_a_system_prompt_beside_an_instruction_or_a_conversation_begins_the_prompt(
+    row: dict[str, Any], name: str
+) -> None:
+    """By each of its usual names; left out, the answers of OpenOrca would be learned without what they obey."""
+    record = FormReader().parse(row | {name: "Be brief."}, Demonstration)
+    assert record == Demonstration.model_validate({"prompt": [SYSTEM, USER], "completion": "Eight minutes."})
 
 
 @pytest.mark.parametrize(
@@ -236,6 +267,47 @@ def test_the_line_counts_rows_by_form_and_names_the_fields_that_are_not_read() -
             Demonstration,
             {"prompt": "p", "completion": "c", "label": False},
             "label: says whether the completion is good, and all demonstrations are imitated alike",
+        ),
+        (Demonstration, {"question": "Who?", "context": "Bob did.", "answer": "Bob"}, f"context: {MEANT}"),
+        (Demonstration, {"question": "Who?", "choices": ["Bob", "Al"], "answer": "A"}, f"choices: {MEANT}"),
+        (Demonstration, {"messages": [USER, GOOD], "images": ["egg.png"]}, f"images: {MEANT}"),
+        (Demonstration, {"instruction": "Boil", "output": "Eight.", "history": "a: b"}, f"history: {MEANT}"),
+        (Demonstration, {"question": "Boil?", "answer": "No.", "is_correct": False}, f"is_correct: {MEANT}"),
+        (Demonstration, {"prompt": "p", "response": "c", "is_safe": False}, f"is_safe: {MEANT}"),
+        (Demonstration, {"messages": [USER, GOOD], "toxic": True}, f"toxic: {MEANT}"),
+        *[
+            (
+                model,
+                {"prompt": "p", "completion": "c", "chosen": "c", "rejected": "r"} | {name: written},
+                f"{name}: {why}",
+            )
+            for why in ("holds messages written as a text: write them as a list of objects",)
+            for written in (json.dumps([USER, GOOD]), str([USER, GOOD]))
+            for model, name in (
+                (Prompt, "prompt"),
+                (Demonstration, "prompt"),
+                (Demonstration, "completion"),
+                (ComparisonSet, "prompt"),
+                (ComparisonSet, "rejected"),
+            )
+        ],
+        (
+            ComparisonSet,
+            {"prompt": "Another?", "chosen": HUMAN + "Eight minutes.", "rejected": HUMAN + "No idea."},
+            "prompt: is not what 'chosen' begins with, so which of them is meant is not certain",
+        ),
+        (Demonstration, {"messages": [USER, GOOD], "mask": [0, 0]}, f"mask: {MEANT}"),
+        (ComparisonSet, {"question": "Who?", "context": "Bob.", "chosen": "a", "rejected": "b"}, f"context: {MEANT}"),
+        (ComparisonSet, {"system": "Hi.", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, f"system: {MEANT}"),
+        (
+            Demonstration,
+            {"messages": [USER, GOOD | {"weight": 0}]},
+            "messages[1].weight: says that the answer is not to be learned, and it would be",
+        ),
+        (
+            Demonstration,
+            {"system": "Be long.", "messages": [SYSTEM, USER, GOOD]},
+            "system: is not what 'messages' begins with, so which of them is meant is not certain",
         ),
         (
             ComparisonSet,

@@ -233,3 +233,21 @@ def test_a_source_that_is_not_there_says_what_would_be(tmp_path: Path) -> None:
     ]:
         with pytest.raises(SettingsError, match=reason):
             list(read_rows(source))
+
+
+def test_a_column_that_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
+    """As a field of JSON is; the last would win otherwise."""
+    column = pyarrow.array(["p"])
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays([column, column], ["prompt", "prompt"]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(RecordError, match="the column 'prompt' stands twice"):
+        rows_of(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_file_of_no_bytes_is_damaged(tmp_path: Path, suffix: str) -> None:
+    """A download that did not begin leaves it; a file of no rows has some bytes when it is compressed."""
+    (tmp_path / f"a.jsonl{suffix}").touch()
+    with pytest.raises(RecordError, match="the file is damaged"):
+        rows_of(tmp_path / f"a.jsonl{suffix}")

@@ -1,4 +1,5 @@
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,10 @@ def test_records_survive_being_written_and_read(tmp_path: Path) -> None:
 
 
 def test_prompts_that_differ_in_letter_case_or_in_form_are_one(tmp_path: Path) -> None:
-    """A text is a user's message, and a capital makes no new prompt."""
-    rows = [f"what is {n}" for n in range(20)]
+    """A text is a user's message, and a capital, white space around it and a composed letter make no new prompt."""
+    rows = [f"what is é {n}" for n in range(20)]
     forms = [*rows, *(row.upper() for row in rows), *([{"role": "user", "content": row}] for row in rows)]
+    forms += [*(f" {row}\n" for row in rows), *(unicodedata.normalize("NFD", row) for row in rows)]
     write_split(tmp_path, map(demonstration, forms), 0.3, 0)
     train, heldout = ({prompt_digest(one.prompt) for one in part} for part in parts_of(tmp_path, Demonstration))
     assert (len(train), len(heldout)) == (14, 6)

@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+DATED = ("llama 3.2", "smollm 3")
 
 
 def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
@@ -46,8 +47,10 @@ def records(family: Family) -> list[dict[str, Any]]:
         {"prompt": messages((USER, "a ?"), (ASSISTANT, "b ."), (USER, "c ?")), "completion": "d ."},
     ]
     system = messages((SYSTEM, "be short"), (USER, "what ?"))
-    if family.template not in ("gemma",) and "[INST]" not in str(family.template):
+    if family.template not in ("gemma", FAMILIES["mistral"].template):
         tricks.append({"prompt": system, "completion": "paris ."})
+        several = messages((SYSTEM, "be short"), (USER, "a ?"), (ASSISTANT, "b ."), (USER, "c ?"))
+        tricks.append({"prompt": several, "completion": "d ."})
     return tricks
 
 
@@ -98,11 +101,11 @@ def test_all_stages_read_a_record_alike(name: str, tmp_path: Path) -> None:
     assert mixed_rows == sorted(demonstration["input_ids"] for demonstration in learned)
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.template and name != "llama 3.2"])
+@pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.template and n not in DATED])
 def test_a_prompt_is_the_templates_own(name: str) -> None:
     """Where no text spells a control token the ids are transformers' own, generation prompt included.
 
-    Llama 3.2's template prints the date; it differs in that from Llama 3.1's.
+    Templates that print the date differ in that.
     """
     family = FAMILIES[name]
     tokenizer = make_tokenizer(family)
@@ -112,6 +115,18 @@ def test_a_prompt_is_the_templates_own(name: str) -> None:
         asked = text.as_messages(row["prompt"])
         rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
         assert text.prompt_ids(tokenizer, row["prompt"]) == rendered["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["zephyr", "first phi 3", "qwen2.5 base", "llama 3.1", "gemma"])
+def test_a_response_goes_on_as_the_templates_own_conversation_does(name: str, tmp_path: Path) -> None:
+    """Without the space that SentencePiece puts before whatever begins a text: behind a line break none begins."""
+    tokenizer = text.load_tokenizer(write(FAMILIES[name], tmp_path))
+    asked = messages((USER, "what ?"))
+    whole = tokenizer.apply_chat_template([*asked, *messages((ASSISTANT, "paris ."))], return_dict=True)["input_ids"]
+    read = text.prompt_ids(tokenizer, asked) + text.response_ids(tokenizer, "paris .")
+    assert whole[: len(read)] == read
+    for said in ("paris .", " paris .", "\nparis", ""):
+        assert text.response_text(tokenizer, text.response_ids(tokenizer, said)) == said
 
 
 @pytest.mark.usefixtures("new_accelerator")
@@ -158,6 +173,11 @@ REFUSED = {
         messages((USER, "a ?"), (ASSISTANT, "<think>why</think>b ."), (USER, "c ?")),
         r"changes the text of message 2, of the role 'assistant'",
     ),
+    "reasoning that a later message quotes": (
+        "deepseek r1 distill",
+        messages((USER, "a ?"), (ASSISTANT, "<think>why</think>b ."), (USER, "what is <think>why</think>b . ?")),
+        r"changes the text of message 2, of the role 'assistant'",
+    ),
     "nothing to answer": ("qwen2.5 base", messages((USER, "a ?"), (ASSISTANT, "b .")), r"there is nothing to answer"),
     "mistral": ("mistral", messages((SYSTEM, "be short"), (USER, "what ?")), r"message 1, of the role 'system': Only"),
 }
@@ -180,11 +200,62 @@ def test_a_conversation_that_is_not_rendered_whole_is_refused_by_row_and_role(ca
         assert caught.value.where == "data/train.jsonl, row 2"
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "<think>" in family.other])
+def test_marks_of_reasoning_in_a_response_are_the_tokens_that_a_policy_emits(name: str, tmp_path: Path) -> None:
+    """Also where the generation prompt and earlier answers have them: they open and close no turn."""
+    tokenizer = text.load_tokenizer(write(FAMILIES[name], tmp_path))
+    marks = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    said = text.response_ids(tokenizer, "<think>\nwhy\n</think>\nb .")
+    assert [number for number in said if number in marks] == marks
+
+
+def test_a_normaliser_makes_no_control_token_of_a_text(tmp_path: Path) -> None:
+    """Of full-width letters, for instance: a response is taken apart, and a message refused."""
+    family = FAMILIES["unigram"]
+    wide = "a ＜/s＞ b"
+    for template in (None, FAMILIES["mistral"].template):
+        folder = write(family._replace(template=template), tmp_path / str(template is None))
+        file = folder / "tokenizer.json"
+        written = json.loads(file.read_text())
+        written["normalizer"]["normalizers"].insert(0, {"type": "NFKC"})
+        file.write_text(json.dumps(written))
+        tokenizer = text.load_tokenizer(folder)
+        assert text.response_ids(tokenizer, wide).count(tokenizer.eos_token_id) == 1
+        if template is None:
+            assert tokenizer.eos_token_id not in text.prompt_ids(tokenizer, wide)
+            continue
+        assert text.prompt_ids(tokenizer, messages((USER, "a"), (ASSISTANT, ""), (USER, "b")))
+        with pytest.raises(RecordError, match=r"makes the control token </s> of the text") as caught:
+            text.prompt_ids(tokenizer, wide, "data/train.jsonl, row 1")
+        assert caught.value.where == "data/train.jsonl, row 1"
+
+
+def test_several_templates_without_a_default_are_refused_by_their_names(tmp_path: Path) -> None:
+    """Which of them conversations are rendered with is not ours to guess."""
+    tokenizer = make_tokenizer(FAMILIES["qwen2.5 base"])
+    template = {"chat": tokenizer.chat_template, "rag": "{{ messages }}"}
+    folder = write(FAMILIES["qwen2.5 base"], tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    file = folder / "tokenizer_config.json"
+    named = [{"name": name, "template": source} for name, source in template.items()]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": named}))
+    with pytest.raises(PreflightError, match=r"several chat templates, 'chat', 'rag', and none is the default"):
+        text.load_tokenizer(folder)
+
+
 UNUSABLE = {
     "opens answers with control tokens": (template_of("gptoss"), r"opens an answer with '<\|channel\|>final"),
     "has no generation prompt": (
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}",
         r"opens an answer with '<\|assistant\|>'",
+    ),
+    "has no generation prompt, in words": (
+        "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] }}<|end|>{% endfor %}",
+        r"opens an answer with '### assistant:\\n'",
+    ),
+    "fails in an operation": (
+        "{% for m in messages %}{{ m['content'].index('###') }}<|end|>{% endfor %}",
+        r"refuses a question and its answer: substring not found",
     ),
     "drops answers": (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",
@@ -194,6 +265,14 @@ UNUSABLE = {
     "ends turns in two ways": (
         "{% for m in messages %}{{ m['content'] }}{{ '<|end|>' if loop.last else eos_token }}{% endfor %}",
         r"closes the last answer with <\|end\|> and earlier turns with <\|return\|>",
+    ),
+    "ends turns in two ways, both written out": (
+        "{% for m in messages %}{{ m['content'] }}{{ '<|end|>' if loop.last else '<|message|>' }}{% endfor %}",
+        r"closes the last answer with <\|end\|> and earlier turns with <\|message\|>",
+    ),
+    "takes the clock by another name": (
+        "{% set now = strftime_now %}{{ now('%d') }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}",
+        r"prints today's date in a format that it computes",
     ),
     "computes the date's format": (
         "{{ strftime_now('%d' + '%b') }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}",
@@ -226,6 +305,26 @@ def test_a_template_that_prints_the_date_prints_the_models(tmp_path: Path) -> No
     assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())[templates.DATE_FIELD] == "2031-02-03"
 
 
+def test_the_clock_stops_however_its_call_is_written() -> None:
+    """With spaces, either quote, and beside the question whether there is a clock, which prints nothing."""
+    for call in ("strftime_now('%Y')", 'strftime_now("%Y")', "strftime_now ( '%Y' )", "strftime_now(\n'%Y')"):
+        template = f"{{% if strftime_now is defined %}}{{{{ {call} }}}}{{% endif %}}"
+        assert templates.prints_the_date(template)
+        fixed = templates.with_fixed_date(template, "2031-02-03", "a folder")
+        assert fixed == "{% if strftime_now is defined %}{{ '2031' }}{% endif %}"
+        assert not templates.prints_the_date(fixed)
+
+
+def test_a_control_token_that_the_tokenizers_own_model_has_as_a_word_is_refused_in_messages(tmp_path: Path) -> None:
+    """transformers cannot keep it apart in a template's text; the row is named, and nothing ends in a traceback."""
+    family = FAMILIES["unigram"]._replace(template=FAMILIES["mistral"].template)
+    tokenizer = text.load_tokenizer(write(family, tmp_path / "tokenizer"))
+    assert text.prompt_ids(tokenizer, "what ?")
+    with pytest.raises(RecordError, match=r"spells a control token, .*</s>") as caught:
+        text.prompt_ids(tokenizer, "use </s> here", "data/train.jsonl, row 1")
+    assert caught.value.where == "data/train.jsonl, row 1"
+
+
 def test_only_a_template_that_prints_the_date_is_given_one(tmp_path: Path) -> None:
     """Other folders stay as they are, byte for byte."""
     folder = write(FAMILIES["qwen2.5 base"], tmp_path)
@@ -248,7 +347,7 @@ def test_a_reward_model_s_folder_keeps_the_date_that_it_was_trained_with(tmp_pat
 
 @pytest.mark.parametrize("sees", ["response", "conversation"])
 @pytest.mark.parametrize(
-    "name", ["no template", "no template, no bos", "opt", "closes texts", "first llama 3", "gemma"]
+    "name", ["no template", "no template, no bos", "opt", "closes texts", "first llama 3", "gemma", "zephyr"]
 )
 def test_a_reward_model_s_card_reads_as_all_stages_do(name: str, sees: str, tmp_path: Path) -> None:
     """Its own lines, without those that load weights, give the ids that were scored in training."""

@@ -137,9 +137,9 @@ def test_every_load_of_ours_refuses_code_and_pickles():
                 if called == "PeftConfig.from_pretrained":
                     assert "local_files_only=True" in given, place
                 elif "Tokenizer" in called or "Config" in called:
-                    assert "trust.TOKENIZER" in given or "**named" in given, place
+                    assert "safe_loading.TOKENIZER" in given or "**named" in given, place
                 else:
-                    assert "trust.MODEL" in given or "gguf" in ast.unparse(node) or "**named" in given, place
+                    assert "safe_loading.MODEL" in given or "gguf" in ast.unparse(node) or "**named" in given, place
             assert called not in ("pickle.load", "pickle.loads", "np.load", "numpy.load", "yaml.load"), place
             assert called != "torch.load" or "weights_only=True" in given, place
     assert loads > 10
