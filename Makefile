@@ -12,7 +12,7 @@ GOALS  := $(filter $(STAGES),$(MAKECMDGOALS))
 TARGETS := $(GOALS) $(if $(filter ppo,$(GOALS)),evaluate)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup $(STAGES) run test check chaos format clean
+.PHONY: help setup $(STAGES) run test check golden chaos format clean
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z $$()A-Z_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ test: .venv/ready  ## Everything that CI runs: check, then the tests on a real R
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/pytest -m "not gpu" --durations=15 --numprocesses 2 --no-loadscope-reorder
+
+golden: .venv/ready  ## Compare 20 steps of sft, rm and ppo with the recorded ones; ARGS=--record records them anew.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.golden $(ARGS)
 
 chaos: .venv/ready  ## The whole fault suite, for hours; interrupted, it goes on. `rm -r .chaos` starts it anew.
 	$(BIN)/pytest tests/faults --chaos

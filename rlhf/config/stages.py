@@ -52,7 +52,7 @@ class ModelSettings(Settings):
     """A folder that is looked into before any package index."""
 
     @model_validator(mode="after")
-    def _hub_model_is_pinned(self) -> "ModelSettings":
+    def _base_has_what_it_needs(self) -> "ModelSettings":
         if self.is_hub:
             if self.revision is None or not re.fullmatch(r"[0-9a-f]{40}", self.revision):
                 raise ValueError(
@@ -60,6 +60,8 @@ class ModelSettings(Settings):
                 )
         elif self.revision is not None:
             raise ValueError(f"revision is for hub models; base is {self.base!r}")
+        if self.base != "scratch" and self.scratch != ScratchSettings():
+            raise ValueError(f"scratch is the shape of a model from scratch; base is {self.base!r}, not 'scratch'")
         return self
 
     @property

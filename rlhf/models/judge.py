@@ -46,7 +46,7 @@ class Judge:
             )
         features = make_union(
             TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
-            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=min(2, len(texts)), sublinear_tf=True),
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=2, sublinear_tf=True),
         )
         matrix = features.fit_transform(texts)
         search = GridSearchCV(

@@ -8,10 +8,10 @@ from rlhf.collect.collection import Collection
 from rlhf.collect.judges import judge_of
 from rlhf.config.base import semantic_values
 from rlhf.config.collect import CollectSettings, CompareSettings, WriterSettings, awaited, writer_inputs
-from rlhf.data.jsonl import write_jsonl
+from rlhf.data.jsonl import read_jsonl, write_jsonl
 from rlhf.data.records import ComparisonSet, ResponseSet
 from rlhf.errors import PreflightError, RecordError, RewardError
-from rlhf.pipeline.context import Context
+from rlhf.pipeline.context import NOTES, Context
 from stages import compare
 
 SETS = [
@@ -87,6 +87,32 @@ def test_a_file_about_other_responses_is_refused(tmp_path: Path) -> None:
     settings = CompareSettings(file=str(other))
     with pytest.raises(RecordError, match="nothing was said of any of the responses that were collected"):
         compare.run(Context("compare", "key", settings, inputs, tmp_path, tmp_path, tmp_path, attempts=(tmp_path,)))
+
+
+def test_the_stage_counts_what_is_compared_and_what_is_left_out(tmp_path: Path) -> None:
+    """By part; each part's sets stay in it, and the user hears of sets of which nothing was said."""
+    said = tmp_path / "said.jsonl"
+    rows = [SETS[1].model_copy(update={"prompt": prompt}) for prompt in ("p0", "p1", "p2", "p3", "p4")]
+    write_jsonl(
+        said, [ComparisonSet(prompt=rows[n].prompt, responses=rows[n].responses, rankings=[[0, 1]]) for n in (0, 1, 3)]
+    )
+    (tmp_path / "responses").mkdir()
+    write_jsonl(tmp_path / "responses" / "train.jsonl", rows[:3])
+    write_jsonl(tmp_path / "responses" / "heldout.jsonl", rows[3:])
+    inputs = {"responses": tmp_path / "responses"}
+
+    def run(settings: CompareSettings) -> dict[str, float]:
+        return compare.run(Context("compare", "key", settings, inputs, tmp_path, tmp_path, tmp_path, (tmp_path,)))
+
+    assert run(CompareSettings(file=str(said))) == {"train": 2, "heldout": 1, "left_out": 2}
+    for part, prompts in (("train", ["p0", "p1"]), ("heldout", ["p3"])):
+        assert [one.prompt for one in read_jsonl(tmp_path / f"{part}.jsonl", ComparisonSet)] == prompts
+    notes = tmp_path / NOTES
+    assert "2 sets are left out, because nothing was said of them" in notes.read_text()
+    notes.unlink()
+    judge = function(tmp_path, "return [len(response) for response in responses]")
+    assert run(judge) == {"train": 3, "heldout": 2, "left_out": 0}
+    assert not notes.exists()
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from rlhf.models.four import load_models, plain_folder
 from rlhf.models.policy import FrozenPolicy, TrainedPolicy
 from rlhf.models.reward import FrozenReward
 from rlhf.models.training import Training
+from rlhf.models.value import TrainedValue
 from rlhf.pipeline.context import Context
-from rlhf.rl.losses import clipped_policy_loss
+from rlhf.rl.losses import ValueSums, clipped_policy_loss, clipped_value_loss
 from rlhf.rollout.experience import Experience, minibatch_of
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Rollout, roll_out
@@ -140,6 +141,70 @@ def test_the_value_model_starts_from_the_weights_asked_for(tiny: Path, tmp_path:
 
 
 LORA = LoraSettings(rank=4, alpha=8.0)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, alpha=8.0, dropout=0.5)], ids=["full", "adapter"])
+def test_the_value_model_moves_from_its_old_values_towards_the_returns(
+    tiny: Path, tmp_path: Path, lora: LoraSettings | None
+) -> None:
+    """Before each token of a response a value, by transformers alone; never one that dropout changed."""
+
+    def value_of(seed: int) -> TrainedValue:
+        return TrainedValue(
+            tiny,
+            "fp32",
+            2,
+            lora=lora,
+            seed=seed,
+            training=Training("value model", learning_rate=0.01, max_grad_norm=1.0),
+        )
+
+    def head_of(value: TrainedValue) -> Tensor:
+        # An adapter keeps what the head was beside what it becomes.
+        [*_, head] = [weight for name, weight in weights_of(value).items() if "score" in name and "lora" not in name]
+        return head
+
+    value, batch = value_of(0), sequences()
+    head = head_of(value)
+    assert torch.equal(head_of(value_of(0)), head)
+    assert not torch.equal(head_of(value_of(1)), head)
+    body: Any = AutoModelForCausalLM.from_pretrained(tiny).model.eval()
+    values = value.values(batch)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        with torch.no_grad():
+            states = body(torch.tensor([[*prompt, *response]])).last_hidden_state[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(values[row, : len(response)], (states @ head.T).squeeze(-1), atol=1e-4, rtol=1e-4)
+
+    zeros = torch.zeros_like(values)
+    wanted = values + torch.arange(1.0, values.shape[1] + 1)
+    minibatch = minibatch_of(Experience.of(batch, zeros, zeros, values, zeros, wanted), [0, 1, 2], 2)
+    real = batch.mask
+    errors: list[float] = []
+    kept = values
+    for number in range(3):
+        expected = value.values(batch)
+        seen: list[tuple[Tensor, ...]] = []
+
+        def loss(*given: Tensor, num_tokens: int, seen: list[tuple[Tensor, ...]] = seen) -> tuple[Tensor, ValueSums]:
+            assert num_tokens == int(real.sum())
+            seen.append(given)
+            return clipped_value_loss(*given, clip=None, num_tokens=num_tokens)
+
+        sums = value.update(minibatch, loss, 0.003)
+        # Micro batches are padded no further than they need: of each row the real tokens are compared.
+        now, old, returns = (torch.cat([given[place][given[3]] for given in seen]) for place in range(3))
+        torch.testing.assert_close(now.detach(), expected[real], atol=1e-5, rtol=1e-5)
+        assert torch.equal(old, values[real])
+        assert torch.equal(returns, wanted[real])
+        errors.append(float((expected - wanted)[real].square().mean()))
+        assert sums.mean_loss.item() == pytest.approx(errors[-1] / 2, rel=1e-4)
+        if number == 1:
+            value.save(tmp_path / "checkpoint")
+            kept = value.values(batch)
+    assert errors[2] < 0.95 * errors[0]
+    assert not torch.equal(value.values(batch), kept)
+    value.load(tmp_path / "checkpoint")
+    assert torch.equal(value.values(batch), kept)
 
 
 def sampled(policy: FrozenPolicy) -> Rollout:

@@ -134,6 +134,9 @@ def test_an_encoder_reads_its_own_form_of_two_texts_cut_at_the_start(
         ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 8192}}, 8192),
         ({"model_type": "xlnet", "max_position_embeddings": -1}, lengths.UNBOUNDED),
         ({"model_type": "bloom"}, lengths.UNBOUNDED),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 0}, 513),
+        ({"model_type": "both", "max_position_embeddings": 1, "n_positions": 1024}, 1),
+        ({"model_type": "none", "max_position_embeddings": 0}, lengths.UNBOUNDED),
     ],
 )
 def test_every_architecture_says_how_long_a_text_it_takes(config: dict[str, Any], length: int) -> None:

@@ -17,13 +17,13 @@ from rlhf.textstats import distinct_ngrams, paired_interval
 from stages import evaluate
 
 BEFORE = ["a dull film", "a dull dull film", "an awful story"]
-AFTER = ["a wonderful film", "a wonderful film", "a moving story told"]
+AFTER = ["a wonderful film", "a wonderful film", "a moving story of love"]
 LOGPROBS = {
     "before": torch.tensor([[-1.0, -2.0, -9.0, -9.0], [-1.5, -1.0, -0.5, -9.0], [-3.0, -9.0, -9.0, -9.0]]),
     "after": torch.tensor([[-0.5, -1.0, -1.0, -1.0], [-1.0, -0.5, -0.5, -1.0], [-1.0, -1.0, -1.0, -1.0]]),
 }
 MASKS = {
-    "before": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool),
+    "before": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool),
     "after": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool),
 }
 WORTH = {"dull": -1.0, "awful": -2.0, "wonderful": 2.0, "moving": 1.0}
@@ -80,9 +80,9 @@ def test_every_figure_is_that_of_its_policy(context: Context[EvaluateSettings]) 
     assert metrics["score/after"] == pytest.approx((2 + 2 + 1) / 3)
     # By response: 0.5 + 1, 0.5 + 0.5 + 0, 2; what lies on padding is out.
     assert metrics["kl/response"] == pytest.approx((1.5 + 1.0 + 2.0) / 3)
-    assert (metrics["length/before"], metrics["length/after"]) == pytest.approx((8 / 3, 2))
+    assert (metrics["length/before"], metrics["length/after"]) == pytest.approx((7 / 3, 2))
     assert metrics["distinct_2/before"] == distinct_ngrams(BEFORE, 2) == pytest.approx(5 / 7)
-    assert metrics["distinct_2/after"] == distinct_ngrams(AFTER, 2) == pytest.approx(5 / 7)
+    assert metrics["distinct_2/after"] == distinct_ngrams(AFTER, 2) == pytest.approx(6 / 8)
     samples = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in samples] == ["p", "q", "r"]
     assert [(row["before"], row["after"]) for row in samples] == list(zip(BEFORE, AFTER, strict=True))
@@ -113,3 +113,13 @@ def test_the_judges_difference_is_after_less_before_with_its_interval(context: C
         context.output,
     )
     assert {name for name in metrics if not name.startswith("judge/")} == set(evaluate.run(without))
+
+
+def test_the_user_sees_which_of_the_two_policies_answers(
+    context: Context[EvaluateSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is half of the work."""
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Context, "progress", lambda _, *said: seen.append(said))
+    evaluate.run(context)
+    assert seen == [("the policy before", 0, 2), ("the policy after", 1, 2)]

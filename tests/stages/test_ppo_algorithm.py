@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from rlhf.errors import DivergedError
 from rlhf.models import text
 from rlhf.pipeline.context import NOTES, Context
 from rlhf.rl.losses import PolicySums, ValueSums
+from rlhf.rollout.demonstrations import DemonstrationStream
 from rlhf.rollout.experience import Experience, Minibatch
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Sequences
 from rlhf.tracking.metrics import read_metrics
+from rlhf.zero.journal import Journal
 from tests.models.tiny import make_tiny_llama
 
 pytestmark = [
@@ -48,6 +51,7 @@ class Update:
     minibatch: Minibatch[Any]
     learning_rate: float
     loss: Any
+    examples: Any = None
 
 
 class Model:
@@ -74,6 +78,10 @@ class MadeUpPolicy(Model):
     updates: list[Update] = field(default_factory=list)
     rollouts: list[Tensor] = field(default_factory=list)
     exported: list[Path] = field(default_factory=list)
+    final: dict[str, float] = field(default_factory=dict)
+    """What the stage returned."""
+    lengths = MappingProxyType[int, int]({})
+    """Of all responses of an iteration, where that is given; beyond the limit none of them ends."""
 
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
         self.iteration += 1
@@ -81,6 +89,9 @@ class MadeUpPolicy(Model):
         ids = torch.randint(20, 250, (len(prompts), TIME), generator=generator)
         for row in range(1, len(prompts)):  # the first is cut off; the others end at their own place
             ids[row, row % TIME] = self.tokenizer.eos_token_id
+        if self.iteration in self.lengths:
+            ids = torch.randint(20, 250, (len(prompts), TIME), generator=generator)
+            ids[:, self.lengths[self.iteration] - 1 :] = self.tokenizer.eos_token_id
         self.rollouts.append(ids)
         sequences = Sequences(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
         return Responses(ids, of_sequences(sequences, 4))
@@ -92,7 +103,7 @@ class MadeUpPolicy(Model):
         return of_sequences(sequences, 1)
 
     def update(self, minibatch: Minibatch[Experience], loss: Any, rate: float, examples: Any) -> PolicySums:
-        self.updates.append(Update(self.iteration, minibatch, rate, loss))
+        self.updates.append(Update(self.iteration, minibatch, rate, loss, examples))
         sums: list[PolicySums] = []
         for part in minibatch.parts:
             now = part.logprobs + self.drift
@@ -121,10 +132,14 @@ class MadeUpValue(Model):
 @dataclass
 class MadeUpReward:
     scale: float
+    growth: float = 0.0
+    """How much more each rollout scores than the one before."""
+    asked: int = 0
 
     def score(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
-        assert {prompt[:6] for prompt in prompts} == {"a film"}
-        return torch.tensor([self.scale * math.sin(number + 1.0) for number in range(len(responses))])
+        assert {*prompts} <= {f"a film {number}" for number in range(4)}
+        more, self.asked = self.growth * self.asked, self.asked + 1
+        return torch.tensor([self.scale * math.sin(number + 1.0) + more for number in range(len(responses))])
 
     def out_of_range(self, scores: Tensor) -> dict[str, float]:
         return {"score/out_of_range": 0.05}
@@ -200,18 +215,26 @@ def written_out(ids: Tensor, eos: int, settings: PpoSettings, beta: float) -> Wr
 
 
 def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: float = 0.0, scale: float = 3.0, **more: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    drift: float = 0.0,
+    scale: float = 3.0,
+    growth: float = 0.0,
+    **more: Any,
 ) -> tuple[PpoSettings, MadeUpPolicy, MadeUpValue]:
-    """Run the stage; the final metrics are in the attempt's ``final.json``."""
     from stages import ppo
 
     folder = make_tiny_llama(tmp_path / "tiny")
-    (tmp_path / "prompts").mkdir()
-    rows = [{"prompt": f"a film {number}"} for number in range(4)]
-    (tmp_path / "prompts" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {
+        "prompts": [{"prompt": f"a film {number}"} for number in range(4)],
+        "demonstrations": [{"prompt": "a film", "completion": f"joy {number}"} for number in range(4)],
+    }
+    for role, rows in files.items():
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policy = MadeUpPolicy(text.load_tokenizer(folder), drift)
     value = MadeUpValue(policy)
-    monkeypatch.setattr(ppo, "load_models", lambda _: (policy, value, MadeUpReward(scale)))
+    monkeypatch.setattr(ppo, "load_models", lambda _: (policy, value, MadeUpReward(scale, growth)))
     values: dict[str, Any] = {
         "rewards": [{"function": "unused.py:reward"}],
         "value_init": "policy",
@@ -227,12 +250,12 @@ def run(
     settings = PpoSettings.model_validate(values | more)
     attempt = tmp_path / "attempt"
     attempt.mkdir()
-    final = ppo.run(
+    policy.final = ppo.run(
         Context(
             stage="ppo",
             key="key",
             settings=settings,
-            inputs={"policy": folder, "prompts": tmp_path / "prompts"},
+            inputs={"policy": folder} | {role: tmp_path / role for role in files},
             output=tmp_path,
             attempt=attempt,
             cache=tmp_path,
@@ -240,7 +263,6 @@ def run(
             tracking={"mode": "disabled"},
         )
     )
-    (attempt / "final.json").write_text(json.dumps(final))
     return settings, policy, value
 
 
@@ -313,62 +335,12 @@ def test_learning_rates_fall_along_one_line_over_all_updates(tmp_path: Path, mon
     assert [update.learning_rate for update in value.updates] == pytest.approx([0.25 * share for share in shares])
 
 
-def test_learning_rates_rise_before_they_fall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the first third of all updates, to the peak that no warm-up would begin at."""
-    settings, policy, value = run(tmp_path, monkeypatch, warmup_fraction=1 / 3)
-    warmup = ITERATIONS * settings.epochs * settings.minibatches // 3
-    for model, peak in ((policy, 0.5), (value, 0.25)):
-        rates = [update.learning_rate for update in model.updates]
-        assert rates[: warmup + 1] == sorted(rates[: warmup + 1])
-        assert rates[0] == pytest.approx(peak / (warmup + 1))
-        assert max(rates) == rates[warmup] == peak
-
-
-def test_the_final_metrics_are_of_the_first_and_the_last_iteration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With scores that fall by 1 an iteration."""
-    passed: list[None] = []
-
-    def score(self: MadeUpReward, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
-        passed.append(None)
-        return torch.arange(len(responses)) - float(len(passed))
-
-    monkeypatch.setattr(MadeUpReward, "score", score)
-    run(tmp_path, monkeypatch)
-    final = json.loads((tmp_path / "attempt" / "final.json").read_text())
-    rows = rows_of(tmp_path)
-    assert final == {
-        "objective/scores_first": pytest.approx(1.5),
-        "objective/scores": pytest.approx(-0.5),
-        "objective/kl": rows[-1]["objective/kl"],
-    }
-    assert rows[-1]["objective/kl"] != rows[0]["objective/kl"]
-
-
-def test_demonstrations_join_every_update_of_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others for each, numbered through epochs and iterations, as many at once as the settings say."""
-    from stages import ppo
-
-    asked: list[tuple[int, int]] = []
-    given: list[Any] = []
-
-    class Demonstrations:
-        def minibatch(self, update: int, micro_batch_size: int) -> tuple[int, int]:
-            asked.append((update, micro_batch_size))
-            return asked[-1]
-
-    original = MadeUpPolicy.update
-
-    def update(self: MadeUpPolicy, *arguments: Any) -> PolicySums:
-        given.append(arguments[-1])
-        return original(self, *arguments)
-
-    monkeypatch.setattr(ppo.DemonstrationStream, "of", lambda *_: Demonstrations())
-    monkeypatch.setattr(MadeUpPolicy, "update", update)
-    settings, _, _ = run(tmp_path, monkeypatch)
-    total = ITERATIONS * settings.epochs * settings.minibatches
-    assert given == asked == [(number, settings.micro_batch_size) for number in range(total)]
+def test_learning_rates_rise_first_and_keep_to_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a quarter of the 18 updates, rounded up; a constant rate then stays at its peak."""
+    _, policy, value = run(tmp_path, monkeypatch, warmup_fraction=0.25, schedule="constant")
+    shares = [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, *[1.0] * 13]
+    assert [update.learning_rate for update in policy.updates] == pytest.approx([0.5 * share for share in shares])
+    assert [update.learning_rate for update in value.updates] == pytest.approx([0.25 * share for share in shares])
 
 
 def test_the_losses_are_clipped_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,9 +403,25 @@ def test_each_iteration_reports_what_it_was(tmp_path: Path, monkeypatch: pytest.
         assert row["policy/approxkl_first"] == pytest.approx(0.005, abs=1e-6)
         assert row["policy/updates"] == settings.epochs * settings.minibatches
         assert row["score/out_of_range"] == 0.05
+        penalty = -settings.kl.coef * expected.kl
+        assert row["objective/non_score_reward"] == pytest.approx(penalty, abs=1e-5)
+        assert row["objective/rlhf_reward"] == pytest.approx(row["objective/scores"] + penalty, abs=1e-5)
+        lengths = [len(one) for one in expected.gaps]
+        assert (row["length/mean"], row["length/max"]) == pytest.approx((sum(lengths) / ROLLOUTS, TIME))
+        assert row["val/num_eos_tokens"] == ROLLOUTS - 1
+        sequences = Sequences(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
+        said, unsure = (of_sequences(sequences, kind).tolist() for kind in (0, 3))
+        surprise = -sum(sum(one[:length]) for one, length in zip(said, lengths, strict=True)) / ROLLOUTS
+        entropy = 2 + sum(sum(one[:length]) for one, length in zip(unsure, lengths, strict=True)) / sum(lengths)
+        assert row["objective/entropy"] == pytest.approx(surprise, abs=1e-5)
+        assert row["policy/entropy_avg"] == pytest.approx(entropy, abs=1e-5)
+        assert {"time/rollout_s", "time/score_s", "time/train_s", "loss/value_avg", "loss/policy_avg"} <= row.keys()
         assert row["perf/tokens_per_s"] > 0
     samples = [json.loads(line) for line in (tmp_path / "attempt" / "samples.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == {1, 2, 3}
+    for number, sample in enumerate(samples[: len(samples) // 3]):
+        assert sample["score"] == pytest.approx(3 * math.sin(number + 1.0))
+        assert sample["ended"] == (number > 0)
     assert policy.exported == [tmp_path]
 
 
@@ -442,44 +430,6 @@ def test_the_user_is_told_of_an_alarm_once_and_each_row_has_it(tmp_path: Path, m
     run(tmp_path, monkeypatch, drift=0.1)
     assert [row["alarm/ratio"] for row in rows_of(tmp_path)] == [1, 1, 1]
     assert (tmp_path / "attempt" / NOTES).read_text().count("ratio was not 1") == 1
-
-
-@pytest.mark.parametrize(
-    ("model", "method", "name"),
-    [
-        (MadeUpPolicy, "logprobs_and_entropies", "logprobs"),
-        (MadeUpPolicy, "reference_logprobs", "reference_logprobs"),
-        (MadeUpValue, "values", "values"),
-    ],
-)
-def test_whatever_is_not_finite_stops_the_run_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: type, method: str, name: str
-) -> None:
-    """Before it reaches an optimiser."""
-
-    def broken(_: Any, sequences: Sequences) -> Any:
-        numbers = torch.full((len(sequences.ids), sequences.time), math.nan)
-        return (numbers, numbers) if method == "logprobs_and_entropies" else numbers
-
-    monkeypatch.setattr(model, method, broken)
-    with pytest.raises(DivergedError, match=f"^{name} of "):
-        run(tmp_path, monkeypatch)
-
-
-def test_a_collapse_to_lone_eos_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured against the first iteration, whose responses were longer."""
-    original = MadeUpPolicy.sample
-
-    def sample(self: MadeUpPolicy, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
-        responses = original(self, prompts, noise)
-        if self.iteration == 1:
-            responses.ids[:, 0] = self.tokenizer.eos_token_id
-        return responses
-
-    monkeypatch.setattr(MadeUpPolicy, "sample", sample)
-    with pytest.raises(DivergedError, match="most responses are a lone EOS"):
-        run(tmp_path, monkeypatch)
-    assert len(rows_of(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -497,3 +447,83 @@ def test_a_run_that_diverged_stops_before_any_update(
     with pytest.raises(DivergedError, match=words):
         run(tmp_path, monkeypatch, **more)
     assert not updates
+
+
+@pytest.mark.parametrize("name", ["logprobs", "reference_logprobs", "values"])
+def test_no_update_is_made_of_a_token_without_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whichever model gave none; what it gave is named."""
+
+    def broken(sequences: Sequences) -> Tensor:
+        return of_sequences(sequences, 0).index_fill(0, torch.tensor([2]), math.nan)
+
+    made_up = {
+        "logprobs": (MadeUpPolicy, "logprobs_and_entropies", lambda _, ids: (broken(ids), of_sequences(ids, 3))),
+        "reference_logprobs": (MadeUpPolicy, "reference_logprobs", lambda _, ids: broken(ids)),
+        "values": (MadeUpValue, "values", lambda _, ids: broken(ids)),
+    }
+    monkeypatch.setattr(*made_up[name])
+    with pytest.raises(DivergedError, match=f"^{name} of 1 of {ROLLOUTS} responses"):
+        run(tmp_path, monkeypatch)
+
+
+def test_responses_that_collapse_to_a_lone_eos_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the iteration in which they do, before it is learned from."""
+    monkeypatch.setattr(MadeUpPolicy, "lengths", {1: 1})
+    with pytest.raises(DivergedError, match="collapsed"):
+        run(tmp_path, monkeypatch)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1]
+
+
+def test_responses_that_were_short_from_the_start_are_no_collapse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first iteration is what the others are compared with."""
+    monkeypatch.setattr(MadeUpPolicy, "lengths", {0: 1, 1: 1, 2: 1})
+    run(tmp_path, monkeypatch)
+    assert [row["length/mean"] for row in rows_of(tmp_path)] == [1, 1, 1]
+
+
+def test_alarms_compare_with_the_first_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses that grow to the limit are one, in every iteration in which they are longer than at first."""
+    monkeypatch.setattr(MadeUpPolicy, "lengths", {1: TIME, 2: TIME})
+    run(tmp_path, monkeypatch)
+    assert [row["alarm/length"] for row in rows_of(tmp_path)] == [0, 1, 1]
+
+
+def test_every_update_has_its_demonstrations_where_they_are_mixed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of its number, counted through all iterations, also those that train the value model alone."""
+    ptx = {"coef": 0.5, "batch_size": 3, "max_length": 32}
+    settings, policy, _ = run(tmp_path, monkeypatch, ptx=ptx, value_warmup=1, seed=3)
+    stream = DemonstrationStream(
+        tmp_path / "demonstrations" / "train.jsonl", policy.tokenizer, settings.ptx, settings.seed
+    )
+    for number, update in enumerate(policy.updates, start=settings.epochs * settings.minibatches):
+        expected = stream.minibatch(number, settings.micro_batch_size)
+        assert [part.ids.tolist() for part in update.examples.parts] == [part.ids.tolist() for part in expected.parts]
+
+
+def test_without_a_share_of_demonstrations_none_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there are some."""
+    _, policy, _ = run(tmp_path, monkeypatch)
+    assert {update.examples for update in policy.updates} == {None}
+
+
+def test_the_final_metrics_are_the_first_and_the_last_iterations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores at first and at last, and how far the policy is from its reference at last; the journal is closed."""
+    closed: list[int] = []
+    monkeypatch.setattr(Journal, "finish", lambda _: closed.append(len(rows_of(tmp_path))))
+    settings, policy, _ = run(tmp_path, monkeypatch, growth=0.5)
+    mean = sum(3 * math.sin(number + 1.0) for number in range(ROLLOUTS)) / ROLLOUTS
+    last = written_out(policy.rollouts[-1], policy.tokenizer.eos_token_id, settings, settings.kl.coef)
+    assert policy.final == {
+        "objective/scores_first": pytest.approx(mean, abs=1e-6),
+        "objective/scores": pytest.approx(mean + 0.5 * (ITERATIONS - 1), abs=1e-6),
+        "objective/kl": pytest.approx(last.kl, abs=1e-5),
+    }
+    assert closed == [ITERATIONS]

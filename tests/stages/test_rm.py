@@ -1,10 +1,11 @@
-"""Stage rm, with a trainer and a model that are known: what is learned from, by which loss, and what is said of it."""
+"""Stage rm around a training that is made up: what is learned from, and what the result says of its scores."""
 
 import json
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,232 +17,271 @@ from rlhf.config.stages import RmSettings
 from rlhf.errors import DivergedError, StageError
 from rlhf.models import reward_losses
 from rlhf.models.response_lists import ListBatch, collate
-from rlhf.models.text import load_tokenizer, scored_ids
+from rlhf.models.text import load_tokenizer, response_ids
 from rlhf.pipeline.context import Context
 from rlhf.ranking.heldout import heldout_accuracy
+from rlhf.ranking.lists import Place
+from rlhf.ranking.preferences import by_share, by_strength
 from rlhf.zero import group
-from stages import rm
 from tests.models.tiny import make_tiny_llama
 
-TRAIN: list[dict[str, Any]] = [
-    {"prompt": "a film", "responses": ["a joy", "dull", "of two halves"], "ratings": [[3, 4], [1, 0], [1, 2]]},
-    {"prompt": "the film", "responses": ["is a joy", "is dull"], "ratings": [[2, 2], [1, 3]]},
-]
-STRENGTHS = [[2.0, -1.0, 0.5], [3.0, 0.5]]
+# DeepSpeed's, torch's, TRL's and transformers' own.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def a_set(number: int, prompt: str, responses: list[str], strengths: list[float]) -> dict[str, Any]:
+    ratings = [[strength, strength + 0.5 * (-1) ** place] for place, strength in enumerate(strengths)]
+    elo = [100.0 * strength for strength in strengths]
+    return {
+        "prompt": prompt,
+        "responses": responses,
+        "strengths": strengths,
+        "elo": elo,
+        "ratings": ratings,
+        "pool": number,
+    }
+
+
 TRAIN = [
-    one | {"strengths": strengths, "elo": [100 * strength for strength in strengths], "pool": number}
-    for number, (one, strengths) in enumerate(zip(TRAIN, STRENGTHS, strict=True))
+    a_set(0, "a film", ["a joy", "dull , dull", "two halves of a film"], [2.0, -1.0, 0.25]),
+    a_set(1, "the film", ["a film", "the joy"], [1.0, 3.0]),
+    a_set(2, "two", ["dull", "joy"], [5.0, 5.0]),  # no order to learn from
 ]
-HELDOUT: list[dict[str, Any]] = [
-    one | {"prompt": "two", "responses": ["!", *(f"{text} , dull" for text in one["responses"][1:])]} for one in TRAIN
+HELDOUT = [
+    a_set(0, "halves", ["the", "of a joy", "dull film"], [1.0, -2.0, 0.5]),
+    a_set(1, "a joy", ["film", "two films of joy"], [-1.0, 1.5]),
 ]
-DEMONSTRATIONS = [{"prompt": "a film", "completion": text} for text in ("is a joy", "of joy", "of two dull halves")]
+DEMONSTRATIONS = [{"prompt": "film", "completion": text} for text in ("a joy", "is dull", "the halves of the film")]
 
 
-def raw(ids: Sequence[int]) -> float:
-    """A score that every token changes."""
-    return sum((number + 1) * (token % 17) for number, token in enumerate(ids)) / 1000
+def made_up(ids: Sequence[int]) -> float:
+    """A score that depends on every id of a text and on nothing else."""
+    return 0.3 * math.sin(sum((place + 1) * token for place, token in enumerate(ids)))
 
 
-class Trainers:
-    """Stands for :mod:`rlhf.zero.trainers`, and remembers what it was asked."""
+@dataclass
+class Training:
+    """What the stage gave to training, and what of it was kept."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.loss: Any = None
-        self.calls: list[Any] = []
-        self.scored: list[tuple[list[list[int]], int]] = []
-        self.config: dict[str, Any] = {}
+    context: Context[RmSettings]
+    score: Callable[[Sequence[int]], float] = made_up
+    alone: float = 0.0
+    """By how much a text read alone scores more."""
+    load: Any = None
+    lists: list[dict[str, Any]] = field(default_factory=list)
+    loss: Any = None
+    trained: int = 0
+    at_once: list[int] = field(default_factory=list)
+    exported: list[tuple[Path, bool, dict[str, Any]]] = field(default_factory=list)
 
-    def reward_trainer(self, context: Any, model: Any, tokenizer: Any, rows: Any, loss: Any) -> str:
+    def reward_trainer(self, context: Any, load: Any, tokenizer: Any, lists: Any, loss: Any) -> "Training":
         del context, tokenizer
-        self.rows, self.loss = list(rows), loss
-        self.calls.append(model())
-        return "trainer"
+        self.load, self.lists, self.loss = load, lists.to_list(), loss
+        return self
 
-    def train(self, trainer: str, context: Any) -> None:
-        self.calls.append((trainer, context.stage))
+    def train(self, trainer: Any, context: Any) -> None:
+        assert (trainer, context) == (self, self.context)
+        self.trained += 1
 
-    def scores(self, trainer: str, texts: Sequence[list[int]], at_once: int) -> Tensor:
-        assert self.calls[-1] == (trainer, "rm"), "scores are those of the trained model"
-        self.scored.append((list(texts), at_once))
-        return torch.tensor([raw(ids) for ids in texts])
+    def scores(self, trainer: Any, texts: Sequence[list[int]], at_once: int) -> Tensor:
+        assert trainer is self
+        assert self.trained == 1
+        self.at_once.append(at_once)
+        return torch.tensor([self.score(ids) + self.alone * (at_once == 1) for ids in texts])
 
-    def export(self, trainer: str, base: Path, context: Any, *, scores: bool, config: dict[str, Any]) -> None:
-        self.config = config
-        self.calls.append(("export", trainer, base, context.stage, scores))
+    def export(self, trainer: Any, source: Path, context: Any, *, scores: bool, config: dict[str, Any]) -> None:
+        assert (trainer, context) == (self, self.context)
+        self.exported.append((source, scores, config))
+
+
+Start = Callable[..., tuple[Training, Callable[[], dict[str, float]]]]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("base"))
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
-def trainers(monkeypatch: pytest.MonkeyPatch) -> Trainers:
-    """In the one rank of a group."""
+def start(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    from stages import rm
+
+    for role, parts in (
+        ("comparisons", {"train": TRAIN, "heldout": HELDOUT}),
+        ("demonstrations", {"train": DEMONSTRATIONS}),
+    ):
+        (tmp_path / role).mkdir()
+        for part, rows in parts.items():
+            (tmp_path / role / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs = {"base": base, "comparisons": tmp_path / "comparisons", "demonstrations": tmp_path / "demonstrations"}
     monkeypatch.setattr(group, "is_main", lambda: True)
     monkeypatch.setattr(group, "barrier", lambda: None)
-    monkeypatch.setattr(rm, "load_scorer", lambda *args, **more: ("model", args[:2], more))
-    found = Trainers()
-    monkeypatch.setattr(rm, "trainers", found)
-    return found
+
+    def started(*, given: Path = base, **values: Any) -> tuple[Training, Callable[[], dict[str, float]]]:
+        settings = RmSettings.model_validate({"micro_batch_size": 3, "max_length": 32} | values)
+        context = Context("rm", "key", settings, inputs | {"base": given}, tmp_path, tmp_path, tmp_path)
+        training = Training(context)
+        for name in ("reward_trainer", "train", "scores", "export"):
+            monkeypatch.setattr(rm.trainers, name, getattr(training, name))
+        return training, lambda: rm.run(context)
+
+    return started
 
 
-def context(base: Path, folder: Path, demonstrations: list[Any] = DEMONSTRATIONS, **settings: Any) -> Context[Any]:
-    for name, rows in {
-        "comparisons/train": TRAIN,
-        "comparisons/heldout": HELDOUT,
-        "demonstrations/train": demonstrations,
-    }.items():
-        path = folder / f"{name}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    inputs = {"base": base, "comparisons": folder / "comparisons", "demonstrations": folder / "demonstrations"}
-    return Context("rm", "key", RmSettings(**settings), inputs, folder, folder, folder)
+def read(base: Path, sees: str, prompt: str, response: str, max_length: int) -> list[int]:
+    """What a model reads: the chat up to the assistant's turn where it sees one, response and EOS; cut at the start."""
+    tokenizer: Any = load_tokenizer(base)
+    before: list[int] = []
+    if sees == "conversation":
+        chat = [{"role": "user", "content": prompt}]
+        before = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return [*before, *response_ids(tokenizer, response)][-max_length:]
 
 
-@pytest.mark.parametrize("sees", ["conversation", "response"])
-def test_a_list_is_its_sets_texts_with_strengths_about_their_mean(
-    base: Path, trainers: Trainers, tmp_path: Path, sees: str
+@pytest.mark.parametrize(("sees", "max_length"), [("response", 32), ("conversation", 32), ("conversation", 8)])
+def test_each_list_has_its_responses_as_they_are_read_and_strengths_less_the_mean_of_all(
+    start: Start, base: Path, sees: str, max_length: int
 ) -> None:
-    """The mean is that over all responses of all sets, 1 here; a response alone is encoded without its prompt."""
-    metrics = rm.run(context(base, tmp_path, sees=sees, max_length=8))
-    tokenizer = load_tokenizer(base)
-    assert [row["ids"] for row in trainers.rows] == [
-        [scored_ids(tokenizer, one["prompt"] if sees == "conversation" else None, text, 8) for text in one["responses"]]
-        for one in TRAIN
-    ]
-    assert [row["strengths"] for row in trainers.rows] == [[1.0, -2.0, -0.5], [2.0, -0.5]]
-    assert metrics["lists"] == 2
-    assert "preferences" not in trainers.rows[0]
+    """The set without an order is no list, and its strengths count in the mean."""
+    training, run = start(sees=sees, max_length=max_length)
+    assert run()["lists"] == 2
+    middle = (2 - 1 + 0.25 + 1 + 3 + 5 + 5) / 7
+    for row, one in zip(training.lists, TRAIN[:2], strict=True):
+        assert row["ids"] == [read(base, sees, one["prompt"], text, max_length) for text in one["responses"]]
+        assert row["strengths"] == pytest.approx([strength - middle for strength in one["strengths"]])
+        assert "preferences" not in row
+    assert training.at_once == [2 * 3 * 3, 2 * 3 * 3, 1]
 
 
-def test_drawn_lists_are_as_many_as_are_asked_for(base: Path, trainers: Trainers, tmp_path: Path) -> None:
-    """Three pairs of three responses and one of two, where every response is to be in two and more."""
-    metrics = rm.run(context(base, tmp_path, responses_per_list=2, lists_per_response=9.0))
-    assert [len(row["ids"]) for row in trainers.rows] == [2] * 4
-    assert metrics["lists"] == 4
+@pytest.mark.parametrize(
+    ("name", "smoothing"),
+    [("pairwise", 0.2), ("soft-strengths", 0.2), ("soft-share", 0.0), ("listwise", 0.0), ("regression", 0.0)],
+)
+def test_the_loss_asked_for_is_the_loss_trained_with(start: Start, name: str, smoothing: float) -> None:
+    """With its margin, smoothing, preferences and centring."""
+    training, run = start(loss=name, margin=0.7, label_smoothing=smoothing, centering=0.3)
+    run()
+    lists = ListBatch(**collate(training.lists, padding=0))
+    preferences = {"soft-strengths": by_strength(TRAIN), "soft-share": by_share(TRAIN)}.get(name)
+    if preferences is not None:
+        for number, one in enumerate(TRAIN[:2]):
+            size = len(one["responses"])
+            expected = preferences([Place(number, place) for place in range(size)])
+            np.testing.assert_allclose(lists.preferences[number, :size, :size], expected, rtol=1e-6)
+    scores = torch.tensor([[0.3, -1.0, 2.0], [0.1, 0.9, 0.0]])
+    strengths, present = lists.strengths, lists.present
+    found = {
+        "pairwise": lambda: reward_losses.pairwise(scores, strengths, present, 0.7, 0.2),
+        "soft-strengths": lambda: reward_losses.soft(scores, lists.preferences, 0.2),
+        "soft-share": lambda: reward_losses.soft(scores, lists.preferences),
+        "listwise": lambda: reward_losses.listwise(scores, strengths, present),
+        "regression": lambda: reward_losses.regression(scores, strengths, present),
+    }[name]()
+    # Of the sums of two scores of a list: -0.7, 2.3, 1; 1.
+    centring = 0.3 * torch.tensor([(0.7**2 + 2.3**2 + 1) / 3, 1.0])
+    torch.testing.assert_close(training.loss(scores, lists), found + centring)
 
 
-@pytest.mark.parametrize(("loss", "first"), [("soft-strengths", 1 / (1 + 10**-0.75)), ("soft-share", 1.0)])
-def test_soft_losses_are_given_the_probabilities_of_their_kind(
-    base: Path, trainers: Trainers, tmp_path: Path, loss: str, first: float
+@pytest.mark.parametrize("extreme", ["demonstrations", "heldout"])
+def test_the_exported_normaliser_gives_demonstrations_mean_0_and_deviation_1(
+    start: Start, base: Path, extreme: str
 ) -> None:
-    """300 Elo points apart, and preferred by both annotators."""
-    rm.run(context(base, tmp_path, loss=loss))
-    assert trainers.rows[0]["preferences"][0][1] == pytest.approx(first)
-    assert trainers.rows[0]["preferences"][1][0] == pytest.approx(1 - first)
-
-
-@pytest.mark.parametrize("loss", ["pairwise", "soft-strengths", "soft-share", "listwise", "regression"])
-def test_the_loss_is_that_of_the_settings_and_the_centring(
-    base: Path, trainers: Trainers, tmp_path: Path, loss: str
-) -> None:
-    """With the settings' margin, smoothing and weight of the centring."""
-    smoothing = 0.0 if loss in ("listwise", "regression") else 0.1
-    rm.run(context(base, tmp_path, loss=loss, margin=0.3, label_smoothing=smoothing, centering=0.7))
-    lists = ListBatch(**collate(trainers.rows, padding=0))
-    scores = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.25, 0.0]])
-    expected = {
-        "pairwise": lambda: reward_losses.pairwise(scores, lists.strengths, lists.present, 0.3, 0.1),
-        "soft-strengths": lambda: reward_losses.soft(scores, lists.preferences, 0.1),
-        "soft-share": lambda: reward_losses.soft(scores, lists.preferences, 0.1),
-        "listwise": lambda: reward_losses.listwise(scores, lists.strengths, lists.present),
-        "regression": lambda: reward_losses.regression(scores, lists.strengths, lists.present),
-    }[loss]()
-    torch.testing.assert_close(
-        trainers.loss(scores, lists), expected + 0.7 * reward_losses.centring(scores, lists.present)
-    )
-
-
-def test_the_normaliser_is_that_of_demonstrations_and_the_range_that_of_all_that_was_scored(
-    base: Path, trainers: Trainers, tmp_path: Path
-) -> None:
-    """The model is written with it and with what it sees; the metrics are of held-out responses."""
-    run = context(base, tmp_path, micro_batch_size=3, eval_pairs=5, max_length=20, seed=4)
-    metrics = rm.run(run)
-    tokenizer = load_tokenizer(base)
-    known = [raw(scored_ids(tokenizer, one["prompt"], one["completion"], 20)) for one in DEMONSTRATIONS]
-    texts = [scored_ids(tokenizer, one["prompt"], text, 20) for one in HELDOUT for text in one["responses"]]
-    scores = [raw(text) for text in texts]
-    mean, deviation = statistics.mean(known), statistics.stdev(known)
-    normal = [(score - mean) / deviation for score in known + scores]
-    assert min(normal) < min(normal[:3])
-    assert max(normal) > max(normal[:3])
-    assert trainers.config == {
-        "score_mean": pytest.approx(mean, rel=1e-6),
-        "score_std": pytest.approx(deviation, rel=1e-6),
-        "score_low": pytest.approx(min(normal), rel=1e-5),
-        "score_high": pytest.approx(max(normal), rel=1e-5),
+    """And says between which scores, so normalised, all lay that the model was asked for."""
+    training, run = start(sees="conversation", max_length=30)
+    known = [read(base, "conversation", "film", d["completion"], 30) for d in DEMONSTRATIONS]
+    texts = [read(base, "conversation", one["prompt"], text, 30) for one in HELDOUT for text in one["responses"]]
+    wide = known if extreme == "demonstrations" else texts
+    training.score = lambda ids: made_up(ids) * (3 if ids in wide else 1)
+    run()
+    normal, heldout = [training.score(ids) for ids in known], [training.score(ids) for ids in texts]
+    mean, deviation = statistics.mean(normal), statistics.stdev(normal)
+    normalised = [(score - mean) / deviation for score in normal + heldout]
+    [(source, scores, config)] = training.exported
+    assert source == base
+    assert scores
+    assert config == {
+        "score_mean": pytest.approx(mean, abs=1e-6),
+        "score_std": pytest.approx(deviation, abs=1e-6),
+        "score_low": pytest.approx(min(normalised), abs=1e-5),
+        "score_high": pytest.approx(max(normalised), abs=1e-5),
         "sees": "conversation",
-        "score_max_length": 20,
+        "score_max_length": 30,
     }
-    model, *others = trainers.calls
-    assert model == ("model", (base, "fp32"), {"head_seed": 4})
-    assert others == [("trainer", "rm"), ("export", "trainer", base, "rm", True)]
-    assert trainers.scored[1] == (texts, 2 * 3 * 3), "twice the responses of a micro batch of lists of three"
-    assert trainers.scored[2][1] == 1, "padding is looked for with texts alone"
-    expected = heldout_accuracy(HELDOUT, np.array(scores, np.float32), 5, 4)
-    assert {name: metrics[name] for name in expected} == expected
-    assert metrics.keys() >= {"eval/human_accuracy", "lists"}
-    assert (tmp_path / "quality.json").exists()
 
 
-def test_one_score_for_everything_is_a_divergence(base: Path, trainers: Trainers, tmp_path: Path) -> None:
-    """There is no deviation to divide by, and nothing is written."""
+def test_the_final_metrics_are_of_the_held_out_responses_scores(start: Start, base: Path, tmp_path: Path) -> None:
+    """Against the same measures of the same scores, computed beside the stage."""
+    training, run = start(sees="response", seed=5, eval_pairs=3)
+    metrics = run()
+    texts = [read(base, "response", "", text, 32) for one in HELDOUT for text in one["responses"]]
+    accuracy = heldout_accuracy(HELDOUT, np.array([training.score(ids) for ids in texts]), 3, 5)
+    assert {name: metrics[name] for name in accuracy} == accuracy
+    assert set(metrics) > set(accuracy) | {"lists", "eval/kendall_tau", "eval/human_accuracy"}
+    quantiles = json.loads((tmp_path / "quality.json").read_text())["scores"]
+    normal = [training.score(read(base, "response", "", d["completion"], 32)) for d in DEMONSTRATIONS]
+    for name, scores in (("heldout", [training.score(ids) for ids in texts]), ("demonstrations", normal)):
+        ends = [(end(scores) - statistics.mean(normal)) / statistics.stdev(normal) for end in (min, max)]
+        assert [quantiles[name][0], quantiles[name][-1]] == pytest.approx(ends, abs=1e-5)
+
+
+@pytest.mark.parametrize("score", [0.25, 0.1, 1.7])
+def test_a_model_that_scores_all_demonstrations_alike_has_diverged(start: Start, score: float) -> None:
+    """It is no result, whatever rounding makes of the mean."""
+    training, run = start()
+    training.score = lambda _: score
     with pytest.raises(DivergedError, match="all demonstrations one score"):
-        rm.run(context(base, tmp_path, demonstrations=DEMONSTRATIONS[:1] * 3))
-    assert trainers.config == {}
+        run()
+    assert not training.exported
 
 
-def test_a_score_that_depends_on_the_batch_is_refused(
-    base: Path, trainers: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the model is written."""
-
-    def scores(_: Any, texts: Sequence[list[int]], at_once: int) -> Tensor:
-        return torch.tensor([raw(ids) + (at_once > 1) * len(ids) for ids in texts])
-
-    monkeypatch.setattr(trainers, "scores", scores)
+def test_a_model_whose_scores_depend_on_padding_is_no_result(start: Start) -> None:
+    """Read alone, texts have other scores than in batches."""
+    training, run = start()
+    training.alone = 0.5
     with pytest.raises(StageError, match="depends on the batch"):
-        rm.run(context(base, tmp_path))
-    assert trainers.config == {}
+        run()
+    assert not training.exported
 
 
-def test_from_scratch_the_model_of_random_weights_is_trained_and_written(
-    base: Path, trainers: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_training_begins_at_the_base_or_at_random_weights_of_its_shape(
+    start: Start, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is made by the stage's seed, and the base gives its shape and tokenizer alone."""
-    random = make_tiny_llama(tmp_path / "random")
-    made: list[SimpleNamespace] = []
+    """With a head drawn by the seed; of an adapter, what it adapts is folded in as a reward model or as none."""
+    from stages import rm
 
-    def from_scratch(folder: Path, target: Path, seed: int) -> Path:
-        made.append(SimpleNamespace(folder=folder, target=target, seed=seed))
-        return random
-
-    monkeypatch.setattr(rm, "from_scratch", from_scratch)
-    rm.run(context(base, tmp_path, init="scratch", seed=3))
-    assert made == [SimpleNamespace(folder=base, target=tmp_path / "reward", seed=3)]
-    assert trainers.calls[0][1] == (random, "fp32")
-    assert trainers.calls[-1][2] == random
-
-
-@pytest.mark.parametrize("config", [{}, {"score_mean": 0.5}])
-def test_training_starts_from_plain_weights_of_whichever_kind_is_given(
-    base: Path, trainers: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, float]
-) -> None:
-    """An adapter's are folded in beside the attempt, and a reward model keeps the head that scores."""
-    asked: list[Any] = []
+    loaded: list[tuple[Any, ...]] = []
+    folded: list[tuple[Any, ...]] = []
+    plain = rm.plain_folder
 
     def plain_folder(folder: Path, target: Path, precision: str, *, scores: bool) -> Path:
-        asked.append((folder, target, precision, scores))
-        return base
+        folded.append((folder, target, precision, scores))
+        return plain(folder, target, "fp32", scores=scores)
 
     monkeypatch.setattr(rm, "plain_folder", plain_folder)
-    (given := tmp_path / "given").mkdir()
-    (given / "config.json").write_text(json.dumps(config))
-    run = context(given, tmp_path)
-    rm.run(run)
-    assert asked == [(given, run.attempt / "policy", "fp32", bool(config))]
-    assert trainers.calls[0][1] == (base, "fp32")
+    monkeypatch.setattr(
+        rm,
+        "load_scorer",
+        lambda folder, precision, tokenizer, head_seed: loaded.append(
+            (folder, precision, tokenizer.name_or_path, head_seed)
+        ),
+    )
+    for init, folder in (("base", base), ("scratch", tmp_path / "reward")):
+        training, run = start(init=init, seed=7)
+        run()
+        training.load()
+        assert loaded.pop() == (folder, "fp32", str(folder), 7)
+        assert folded.pop() == (base, tmp_path / "policy", "fp32", False)
+        assert training.exported[0][0] == folder
+    shapes = [json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "reward")]
+    assert shapes[0]["hidden_size"] == shapes[1]["hidden_size"]
+    assert (base / "model.safetensors").read_bytes() != (tmp_path / "reward" / "model.safetensors").read_bytes()
+
+    scorer = tmp_path / "scorer"
+    scorer.mkdir()
+    for file in base.iterdir():
+        (scorer / file.name).symlink_to(file)
+    (scorer / "config.json").unlink()
+    (scorer / "config.json").write_text(json.dumps(shapes[0] | {"score_mean": 0.0}))
+    _, run = start(given=scorer)
+    run()
+    assert folded.pop() == (scorer, tmp_path / "policy", "fp32", True)
