@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -146,6 +147,7 @@ def test_the_picture_shows_each_bin_beside_the_line_of_what_was_said(
     (axes,) = drawn[0].axes
     assert isinstance(axes, Axes)
     (line,), (points,) = axes.lines, axes.collections
+    assert isinstance(points, PathCollection)
     assert np.asarray(line.get_data()).T.tolist() == [[0.5, 0.5], [1, 1]]
     assert np.asarray(points.get_offsets()).tolist() == [[0.5, 1], [0.75, 0.5], [1, 0.875]]
     smallest, *areas = np.asarray(points.get_sizes())[[1, 0, 2]]

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 from scipy.stats import binom
 
 from rlhf.ranking.bradley_terry import ELO_SCALE, TIE_MODELS, TieModel, fit
@@ -142,14 +143,29 @@ def test_a_reliability_of_nothing_but_ties_is_the_priors() -> None:
     """Nine in ten; each is counted with as many comparisons as they made."""
     first, second = np.zeros(3, np.int64), np.ones(3, np.int64)
     counts = np.array([[0.0, 6.0, 3.0], [0.0, 1.0, 0.0], [4.0, 2.0, 0.0]])
-    crowd = fit_crowd(2, Comparisons(first, second, *counts, np.array([0, 1, NOBODY])), PRIOR)
+    wins, losses, ties = counts
+    crowd = fit_crowd(2, Comparisons(first, second, wins, losses, ties, np.array([0, 1, NOBODY])), PRIOR)
     assert crowd.reliability[0] == pytest.approx(0.9)
     assert crowd.comparisons.tolist() == [4, 9]
 
 
+def test_a_reliability_settles_though_it_moves_no_strength() -> None:
+    """A thousand million comparisons of nobody's leave a gap of ln 2 where it is; ten reports all say the opposite.
+
+    The posterior's slope in η is 9 / η - 1 / (1 - η) + 10 (1/3 - 2/3) / (η / 3 + (1 - η) 2/3) there, and 0.
+    """
+    first, second, ties = np.zeros(2, np.int64), np.ones(2, np.int64), np.zeros(2)
+    said = Comparisons(first, second, np.array([2e9, 0.0]), np.array([1e9, 10.0]), ties, np.array([NOBODY, 0]))
+    (honest,) = fit_crowd(2, said, PRIOR).reliability
+    expected = brentq(lambda n: 9 / n - 1 / (1 - n) - 10 / 3 / (n / 3 + (1 - n) * 2 / 3), 0.01, 0.99)
+    assert honest == pytest.approx(expected, abs=1e-4)
+    assert honest < 0.85
+
+
 def test_without_comparisons_nobody_is_known_and_nothing_of_strengths() -> None:
     """As in a plain fit."""
-    nothing = Comparisons(*np.zeros((2, 0), np.int64), *np.zeros((3, 0)), np.zeros(0, np.int64))
+    none, never = np.zeros(0, np.int64), np.zeros(0)
+    nothing = Comparisons(none, none, never, never, never, none)
     crowd = fit_crowd(3, nothing, PRIOR)
     assert crowd.strengths.elo.tolist() == [0, 0, 0]
     np.testing.assert_allclose(crowd.strengths.standard_errors, PRIOR)

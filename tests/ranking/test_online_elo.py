@@ -67,7 +67,8 @@ def test_comparisons_that_were_counted_together_have_their_mean_outcome() -> Non
         ((0.3, 0.1, 0.0), 1, 3 / 4),
         ((0.0, 1.0, 1.4), 2, 0.7 / 2.4),
     ):
-        said = Comparisons(np.array([0]), np.array([1]), *np.array(counts)[:, None], np.array([0]))
+        wins, losses, ties = np.array(counts)[:, None]
+        said = Comparisons(np.array([0]), np.array([1]), wins, losses, ties, np.array([0]))
         rating = 0.0
         for _ in range(times):
             rating += 32 * (outcome - 1 / (1 + 10 ** (-2 * rating / 400)))

@@ -33,7 +33,7 @@ def context(settings: Any, base: Path, folder: Path, role: str, train: list[Any]
 
 
 DEMONSTRATION = {"prompt": "a film", "completion": "of two halves"}
-SET = {"prompt": "a film", "responses": ["a joy", "dull"], "strengths": [1.0, -1.0]}
+SET: dict[str, Any] = {"prompt": "a film", "responses": ["a joy", "dull"], "strengths": [1.0, -1.0]}
 
 
 def test_data_without_a_held_out_part_is_refused(base: Path, tmp_path: Path) -> None:
@@ -163,7 +163,11 @@ def test_responses_that_are_cut_are_counted_in_both_parts(base: Path, tmp_path: 
     """With the prompt or without, as they will be scored; one as long as the limit is whole."""
     tokenizer = load_tokenizer(base)
     before = text_start(tokenizer) if sees == "response" else prompt_ids(tokenizer, SET["prompt"])
-    long = {"prompt": SET["prompt"], "responses": ["dull , " * 3, "dull , " * 6, "a joy"], "strengths": [0.0, 1.0, 2.0]}
+    long: dict[str, Any] = {
+        "prompt": SET["prompt"],
+        "responses": ["dull , " * 3, "dull , " * 6, "a joy"],
+        "strengths": [0.0, 1.0, 2.0],
+    }
     lengths = [len(before) + len(response_ids(tokenizer, text)) for text in long["responses"] + SET["responses"]]
     settings = RmSettings.model_validate({"max_length": lengths[0], "sees": sees})
     made = context(settings, base, tmp_path, "comparisons", [SET], [SET, long])
