@@ -72,6 +72,9 @@ def test_annotators_who_saw_a_part_of_what_others_join_are_named() -> None:
     assert with_partial_views(4, windows).tolist() == [0, 1]
     assert with_partial_views(3, compare(3, ratings=[[1, 2], [2, 3], [3, None]])).tolist() == [1]
     assert with_partial_views(3, compare(3, ratings=[[1], [2], [3]], winners=[[0, 1, 1]])).tolist() == [NOBODY]
+    # Whichever of a pair comes first.
+    both_ways = compare(3, ratings=[[1], [2], [3]], winners=[[0, 1, 1], [1, 0, 1]])
+    assert with_partial_views(3, both_ways).tolist() == [NOBODY]
     whole = compare(3, ratings=[[1, 2], [2, 2], [3, 1]])
     other = renumber(compare(2, ratings=[[1], [2]])._replace(annotator=np.array([1])), np.array([3, 4]))
     assert with_partial_views(6, join([whole, other])).tolist() == []
