@@ -58,6 +58,12 @@ def test_the_interval_is_the_paired_t_tests(pairs: list[tuple[float, float]], le
         assert (low, high) == pytest.approx((expected.low, expected.high))
 
 
+def test_an_interval_is_of_95_per_cent_unless_another_is_asked_for():
+    """Of five pairs."""
+    before, after = [1.0, 2.0, 0.0, 4.0, 2.0], [2.0, 2.5, 1.0, 3.0, 7.0]
+    assert paired_interval(before, after) == paired_interval(before, after, 0.95)
+
+
 def test_the_interval_holds_the_true_difference_as_often_as_it_says():
     """Nine in ten 90 % intervals of eight pairs hold the truth, though what all pairs share is far larger."""
     rng = np.random.default_rng(0)

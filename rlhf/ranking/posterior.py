@@ -141,10 +141,10 @@ def _newton_step(
     likelihood: Likelihood, components: Components, terms: Terms, theta: FloatArray, precision: float
 ) -> _Step:
     # The sum over a component is 0 but for rounding, which a weak prior would blow up into a shift.
-    right = terms.gradient - precision * theta
+    columns = [terms.gradient - precision * theta]
     if terms.tie is not None:
-        right = np.stack([right, terms.tie.border], axis=1)
-    right = components.centred(right.reshape(len(theta), -1))
+        columns.append(terms.tie.border)
+    right = components.centred(np.stack(columns, axis=1))
     moved = components.centred(solve(_matrix(likelihood, terms, precision), right, LINEAR_TOLERANCE))
     if terms.tie is None:
         return _Step(moved[:, 0], 0.0, float(right[:, 0] @ moved[:, 0]))

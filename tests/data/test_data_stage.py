@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.attempt.context import Context
+from rlhf.attempt.context import NOTES, ORIGIN, Context
 from rlhf.config.data import DataSettings
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST
 from rlhf.data.jsonl import read_jsonl
@@ -29,6 +29,10 @@ def context_for(folder: Path, **settings: Any) -> Context[DataSettings]:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def notes_of(context: Context[DataSettings]) -> list[str]:
+    return [json.loads(line)["note"] for line in (context.attempt / NOTES).read_text().splitlines()]
 
 
 def own_sources(folder: Path) -> dict[str, str]:
@@ -154,6 +158,10 @@ def test_records_that_are_held_out_by_the_user_are_the_held_out_part(tmp_path: P
         "demonstrations/heldout_seen": 1,
         "prompts/heldout_seen": 2,
     }
+    assert notes_of(context) == [
+        "demonstrations: 1 of 2 held-out rows have a prompt that is trained on",
+        "prompts: 2 of 3 held-out rows have a prompt that is trained on",
+    ]
     origins = json.loads((context.output / "sources" / "sources.json").read_text())
     assert origins["prompts"]["heldout"] == "file"
 
@@ -174,9 +182,13 @@ def test_comparison_sets_that_share_one_prompt_are_held_out_by_set(tmp_path: Pat
     first = context_for(tmp_path / "first", downloads=sdist.parent)
     rows = run(first)["comparisons/train"]
     own = own_sources(tmp_path / "own") | {"comparisons": str(first.output / "comparisons" / "train.jsonl")}
-    metrics = run(context_for(tmp_path / "second", judge=None, **own))
+    second = context_for(tmp_path / "second", judge=None, **own)
+    metrics = run(second)
     assert metrics["comparisons/heldout"] == round(0.05 * rows)
     assert metrics["comparisons/train"] + metrics["comparisons/heldout"] == rows
+    assert notes_of(first) == ["movie snippets: 10588 in 353 blocks; 2 repeated ones left out"]
+    (note,) = notes_of(second)
+    assert note.startswith("comparisons: all rows share one prompt, so rows are held out that share no response")
 
 
 def test_the_stage_notes_as_what_the_rows_of_a_source_were_read(tmp_path: Path) -> None:
@@ -187,8 +199,49 @@ def test_the_stage_notes_as_what_the_rows_of_a_source_were_read(tmp_path: Path) 
     Path(own["demonstrations"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     context = context_for(tmp_path / "run", judge=None, **own)
     run(context)
-    notes = [json.loads(line)["note"] for line in (context.attempt / "notes.jsonl").read_text().splitlines()]
-    assert [note for note in notes if "read as" in note] == [
+    assert [note for note in notes_of(context) if "read as" in note] == [
         "demonstrations: 3 rows read as conversations in 'conversations': the last message is the completion, "
         "all before it the prompt"
     ]
+
+
+def test_paths_of_ones_own_are_in_the_lineage_and_what_was_read_in_the_result(tmp_path: Path) -> None:
+    """Of each source, of what is held out, and of the judge's ratings; all that was not read is noted by its name."""
+    own = own_sources(tmp_path / "own")
+    judge, heldout = tmp_path / "ratings.jsonl", tmp_path / "held.jsonl"
+    judge.write_text("".join(json.dumps({"text": f"t{n}", "rating": n}) + "\n" for n in range(7)) + "{}\n")
+    heldout.write_text("".join(json.dumps({"instruction": f"h{n}", "output": "c"}) + "\n" for n in range(3)) + "{}\n")
+    held = {"demonstrations": str(heldout)}
+    context = context_for(tmp_path / "run", judge=str(judge), heldout=held, max_bad_fraction=0.5, seed=1, **own)
+    metrics = run(context)
+    assert metrics["judge/ratings"] == 7
+    assert metrics["demonstrations/heldout"] == 3
+    assert len(list(read_jsonl(context.output / "judge" / "ratings.jsonl", JudgeRating))) == 7
+    notes = notes_of(context)
+    assert [note.split(" are ")[0] for note in notes if "malformed" in note] == [
+        "heldout.demonstrations: 1 of 4 rows",
+        "judge: 1 of 8 rows",
+    ]
+    assert [note.split(" as ")[0] for note in notes if " read as " in note] == ["heldout.demonstrations: 3 rows read"]
+    for name in ("heldout-demonstrations", "judge"):
+        assert (context.attempt / f"quarantine-{name}.jsonl").exists()
+
+    result = json.loads((context.output / "sources" / "sources.json").read_text())
+    assert result == {
+        "demonstrations": {
+            "source": "file",
+            "rows": {"demonstrations/train": 20, "demonstrations/heldout": 3},
+            "heldout": "file",
+        },
+        **{
+            kind: {
+                "source": "file",
+                "rows": {name: metrics[name] for name in (f"{kind}/train", f"{kind}/heldout")},
+            }
+            for kind in ("comparisons", "prompts")
+        },
+        "judge": {"source": "file", "rows": {"judge/ratings": 7}},
+    }
+    expected = {kind: row | {"source": (own | {"judge": str(judge)})[kind]} for kind, row in result.items()}
+    expected["demonstrations"]["heldout"] = str(heldout)
+    assert json.loads((context.attempt / ORIGIN).read_text()) == expected

@@ -81,6 +81,51 @@ def test_the_listwise_probabilities_of_all_orders_add_up_to_one(scores: list[flo
     assert torch.exp(-losses).sum().item() == pytest.approx(1)
 
 
+@given(lists, st.floats(0, 0.4), st.integers(0, 2**32))
+def test_the_soft_loss_is_the_mean_cross_entropy_over_pairs_of_which_something_is_known(
+    values: Lists, smoothing: float, seed: int
+) -> None:
+    """Each pair once, with the smoothed probability; pairs of which nothing is known count for nothing."""
+    scores, _, _ = padded(values, rubbish=9.0)
+    generator = torch.Generator().manual_seed(seed)
+    preferences = torch.rand((*scores.shape, scores.shape[1]), generator=generator, dtype=torch.float64)
+    known = torch.rand(preferences.shape, generator=generator) < 0.7
+    wanted: list[float] = []
+    for row, one in enumerate(values):
+        losses: list[float] = []
+        for i, j in combinations(range(scores.shape[1]), 2):
+            if j < len(one) and known[row, i, j]:
+                p = (1 - smoothing) * preferences[row, i, j].item() + smoothing * (1 - preferences[row, i, j].item())
+                gap = one[i][0] - one[j][0]
+                losses.append(-p * log_sigmoid(gap) - (1 - p) * log_sigmoid(-gap))
+            else:
+                preferences[row, i, j] = torch.nan
+            preferences[row, j, i] = 1 - preferences[row, i, j]
+        wanted.append(mean(losses))
+    assert reward_losses.soft(scores, preferences, smoothing).tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+@given(lists)
+def test_accuracy_is_the_share_of_pairs_with_an_order_that_scores_have(values: Lists) -> None:
+    """Pair by pair; a list without such a pair has none."""
+    scores, strengths, present = padded(values, rubbish=9.0)
+    wanted = [mean([float(r > q) for (r, s), (q, t) in permutations(one, 2) if s > t]) for one in values]
+    assert reward_losses.accuracy(scores, strengths, present).tolist() == pytest.approx(wanted)
+
+
+def test_margin_and_smoothing_are_none_unless_they_are_asked_for() -> None:
+    """And a list of one response has no order to learn, nor a mean over no pairs."""
+    scores, strengths, present = padded([[(1.0, 2.0), (0.5, 0.0)], [(3.0, 1.0)]])
+    preferences = torch.full((2, 2, 2), torch.nan, dtype=torch.float64)
+    preferences[0, 1, 0] = 0.0
+    expected = pytest.approx([-log_sigmoid(0.5), 0.0])
+    assert reward_losses.pairwise(scores, strengths, present).tolist() == expected
+    assert reward_losses.soft(scores, preferences).tolist() == expected
+    assert reward_losses.listwise(scores, strengths, present).tolist() == expected
+    assert reward_losses.centring(scores, present).tolist() == [1.5**2, 0.0]
+    assert reward_losses.accuracy(scores, strengths, present).tolist() == [1.0, 0.0]
+
+
 @given(lists)
 def test_losses_of_two_responses_are_all_the_same(values: Lists) -> None:
     """Plackett-Luce of two is Bradley-Terry, and so is certainty as a soft label."""

@@ -6,10 +6,11 @@ import pytest
 from scipy.stats import binom
 
 from rlhf.ranking import covariance
-from rlhf.ranking.bradley_terry import TIE_MODELS, TieModel, fit
+from rlhf.ranking.bradley_terry import TIE_MODELS, PairLikelihood, TieModel, fit
 from rlhf.ranking.comparisons import FloatArray, IntArray
 from rlhf.ranking.covariance import variances
-from rlhf.ranking.information import components_of, information
+from rlhf.ranking.information import components_of, information, solve
+from rlhf.ranking.posterior import most_probable
 from tests.ranking.drawn import drawn, random_pairs
 
 
@@ -41,6 +42,65 @@ def test_small_components_are_exact_and_keep_their_places() -> None:
     weights = rng.exponential(1, len(first))
     found = variances(first, second, weights, components_of(count, first, second), 0.3)
     np.testing.assert_allclose(found, slow_variances(count, first, second, weights, 0.3), rtol=1e-9)
+
+
+@pytest.mark.parametrize("at_once", [1, 5000, 2**22])
+def test_components_are_exact_up_to_the_largest_that_is_inverted_however_many_at_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of 60 where 60 is the largest, in chunks of one and of all."""
+    monkeypatch.setattr(covariance, "LARGEST_DENSE", 60)
+    monkeypatch.setattr(covariance, "ENTRIES_AT_ONCE", at_once)
+    rng = np.random.default_rng(1)
+    count, first, second = several_components(rng)
+    weights = rng.exponential(1, len(first))
+    found = variances(first, second, weights, components_of(count, first, second), 0.3)
+    np.testing.assert_allclose(found, slow_variances(count, first, second, weights, 0.3), rtol=1e-9)
+
+
+def test_large_components_are_sampled_beside_small_ones_that_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of 60, mixed up among the others, come near their own variances, and the others to theirs."""
+    monkeypatch.setattr(covariance, "LARGEST_DENSE", 59)
+    monkeypatch.setattr(covariance, "PROBES", 320)
+    rng = np.random.default_rng(2)
+    count, first, second = several_components(rng)
+    weights = rng.uniform(0.5, 1.5, len(first))
+    components = components_of(count, first, second)
+    ratio = variances(first, second, weights, components, 0.3) / slow_variances(count, first, second, weights, 0.3)
+    large = components.sizes[components.label] == 60
+    np.testing.assert_allclose(ratio[~large], 1, rtol=1e-9)
+    assert ratio[large].mean() == pytest.approx(1, abs=0.01)
+    assert np.sqrt(np.mean((ratio[large] - 1) ** 2)) < 0.03
+    assert (ratio[large] != 1).all()
+
+
+def test_conjugate_gradients_solve_each_right_hand_side_to_its_tolerance() -> None:
+    """Against the dense solution; one that is 0 is solved by 0, beside one that is a billion times another."""
+    rng = np.random.default_rng(0)
+    first, second = random_pairs(rng, 40, 200)
+    matrix = information(40, first, second, rng.exponential(1, 200), 0.01)
+    right = rng.normal(size=(40, 4)) * [1.0, 0.0, 1e9, 1.0]
+    expected = np.linalg.solve(matrix.toarray(), right)
+    diagonal = matrix.diagonal()[:, None]
+    for tolerance in (1e-2, 1e-6):
+        found = solve(matrix, right, tolerance)
+        residual = (((matrix @ found - right) ** 2 / diagonal).sum(axis=0)) ** 0.5
+        whole = ((right**2 / diagonal).sum(axis=0)) ** 0.5
+        assert (residual <= 1.01 * tolerance * whole).all()
+        assert (residual[[0, 2, 3]] > 1e-4 * tolerance * whole[[0, 2, 3]]).all(), "no more is done than is asked for"
+    np.testing.assert_allclose(solve(matrix, right, 1e-12), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_wherever_the_search_starts_the_maximum_is_the_same() -> None:
+    """Far from it, Newton's full step would go astray."""
+    rng = np.random.default_rng(0)
+    said = drawn(rng, np.linspace(-300, 300, 8), *random_pairs(rng, 8, 100), "davidson", 1.5)
+    likelihood = PairLikelihood(8, said, "davidson", fits_tie=True)
+    theta, tie = most_probable(likelihood, 0.5, 0.5)
+    for start, first_tie in ((20 * rng.normal(size=8), 3.0), (np.full(8, 7.0), -4.0)):
+        other, other_tie = most_probable(likelihood, 0.5, first_tie, start)
+        np.testing.assert_allclose(other, theta, atol=1e-8)
+        assert other_tie == pytest.approx(tie, abs=1e-8)
 
 
 def test_a_prior_that_says_next_to_nothing_costs_no_digits() -> None:

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 from scipy.stats import binom
 
 from rlhf.ranking.bradley_terry import ELO_SCALE, TIE_MODELS, TieModel, fit
@@ -104,6 +105,71 @@ def test_without_annotators_it_is_the_plain_fit() -> None:
     np.testing.assert_allclose(crowd.strengths.standard_errors, plain.standard_errors, atol=1e-6)
     each_once = fit_crowd(10, said._replace(annotator=np.arange(100)), PRIOR)
     assert each_once.reliability.min() > 0.8
+
+
+@pytest.mark.parametrize("model", ["half", "davidson"])
+def test_errors_come_from_fishers_information_of_what_was_reported(model: TieModel) -> None:
+    """Two responses, outcome by outcome: the squared slope of its probability over that, by a difference in float64.
+
+    Which does not depend on the outcome under these models; a tie that is half a win says what a comparison would.
+    """
+    wins, losses, ties = np.array([[9.0, 4.0, 2.0], [2.0, 3.0, 1.0], [3.0, 2.0, 1.0]])
+    who = np.array([0, 1, NOBODY])
+    said = Comparisons(np.zeros(3, np.int64), np.ones(3, np.int64), wins, losses, ties, who)
+    crowd = fit_crowd(2, said, PRIOR, model)
+    parameter = crowd.strengths.tie_parameter or 1.0
+    gap = ELO_SCALE * float(crowd.strengths.elo[0] - crowd.strengths.elo[1])
+
+    def reported_probabilities(gap: float, honest: float) -> FloatArray:
+        win, loss, tie = outcome_probabilities(np.array([gap]), model, parameter)[:, 0]
+        outcomes = np.array([honest * win + (1 - honest) * loss, honest * loss + (1 - honest) * win, tie])
+        return outcomes[:2] if model == "half" else outcomes
+
+    information = 0.0
+    for row, honest in enumerate([*crowd.reliability, 1.0]):
+        slope = (reported_probabilities(gap + 1e-5, honest) - reported_probabilities(gap - 1e-5, honest)) / 2e-5
+        of_a_comparison = float((slope**2 / reported_probabilities(gap, honest)).sum())
+        if model == "half":
+            win, loss = reported_probabilities(gap, 1.0)
+            information += (wins[row] + losses[row]) * of_a_comparison + ties[row] * win * loss
+        else:
+            information += (wins[row] + losses[row] + ties[row]) * of_a_comparison
+    # Along (1, -1) / √2 the Laplacian of the pair has the eigenvalue twice its weight.
+    error = math.sqrt(0.5 / (2 * information + 1 / (ELO_SCALE * PRIOR) ** 2)) / ELO_SCALE
+    np.testing.assert_allclose(crowd.strengths.standard_errors, error, rtol=1e-6)
+
+
+def test_a_reliability_of_nothing_but_ties_is_the_priors() -> None:
+    """Nine in ten; each is counted with as many comparisons as they made."""
+    first, second = np.zeros(3, np.int64), np.ones(3, np.int64)
+    counts = np.array([[0.0, 6.0, 3.0], [0.0, 1.0, 0.0], [4.0, 2.0, 0.0]])
+    wins, losses, ties = counts
+    crowd = fit_crowd(2, Comparisons(first, second, wins, losses, ties, np.array([0, 1, NOBODY])), PRIOR)
+    assert crowd.reliability[0] == pytest.approx(0.9)
+    assert crowd.comparisons.tolist() == [4, 9]
+
+
+def test_a_reliability_settles_though_it_moves_no_strength() -> None:
+    """A thousand million comparisons of nobody's leave a gap of ln 2 where it is; ten reports all say the opposite.
+
+    The posterior's slope in η is 9 / η - 1 / (1 - η) + 10 (1/3 - 2/3) / (η / 3 + (1 - η) 2/3) there, and 0.
+    """
+    first, second, ties = np.zeros(2, np.int64), np.ones(2, np.int64), np.zeros(2)
+    said = Comparisons(first, second, np.array([2e9, 0.0]), np.array([1e9, 10.0]), ties, np.array([NOBODY, 0]))
+    (honest,) = fit_crowd(2, said, PRIOR).reliability
+    expected = brentq(lambda n: 9 / n - 1 / (1 - n) - 10 / 3 / (n / 3 + (1 - n) * 2 / 3), 0.01, 0.99)
+    assert honest == pytest.approx(expected, abs=1e-4)
+    assert honest < 0.85
+
+
+def test_without_comparisons_nobody_is_known_and_nothing_of_strengths() -> None:
+    """As in a plain fit."""
+    none, never = np.zeros(0, np.int64), np.zeros(0)
+    nothing = Comparisons(none, none, never, never, never, none)
+    crowd = fit_crowd(3, nothing, PRIOR)
+    assert crowd.strengths.elo.tolist() == [0, 0, 0]
+    np.testing.assert_allclose(crowd.strengths.standard_errors, PRIOR)
+    assert len(crowd.reliability) == len(crowd.comparisons) == 0
 
 
 def test_huge_contradictory_reports_end_in_finite_numbers() -> None:

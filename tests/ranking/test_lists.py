@@ -76,3 +76,10 @@ def test_the_seed_and_the_pool_decide_which_lists() -> None:
     assert [[Place(2 * place.set, place.response) for place in places] for places in alone] == [
         places for places in lists if sets[places[0].set]["pool"] == 0
     ]
+
+
+def test_there_is_a_list_of_every_pool_however_few_are_asked_for() -> None:
+    """Not a response would be learned from otherwise; and never more than were asked for."""
+    sets = ranked_sets([5, 4], [0, 1], levels=10**9)
+    assert [len(places) for places in draw_lists(sets, 2, 0.01, seed=0)] == [2, 2]
+    assert len(draw_lists(sets, 2, 1.2, seed=0)) == 3 + 2

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from rlhf.randomness import stream
 from rlhf.ranking.bradley_terry import ELO_SCALE, fit
-from rlhf.ranking.comparisons import compare
+from rlhf.ranking.comparisons import Comparisons, compare
 from rlhf.ranking.online_elo import fit_online
 from tests.ranking.drawn import drawn, random_pairs
 
@@ -57,3 +58,44 @@ def test_errors_are_those_of_the_bootstrap_game_by_game() -> None:
             rating[j] -= moved
     found = fit_online(3, compare(3, winners=[list(game) for game in games]), k_factor=8.0, orders=500, seed=0)
     np.testing.assert_allclose(found.standard_errors, streams.std(axis=0, ddof=1), rtol=0.2)
+
+
+def test_comparisons_that_were_counted_together_have_their_mean_outcome() -> None:
+    """Three wins and a tie of one row are four of 7/8, and bridges that are less than a comparison count as one."""
+    for counts, times, outcome in (
+        ((3.0, 0.0, 1.0), 4, 7 / 8),
+        ((0.3, 0.1, 0.0), 1, 3 / 4),
+        ((0.0, 1.0, 1.4), 2, 0.7 / 2.4),
+    ):
+        wins, losses, ties = np.array(counts)[:, None]
+        said = Comparisons(np.array([0]), np.array([1]), wins, losses, ties, np.array([0]))
+        rating = 0.0
+        for _ in range(times):
+            rating += 32 * (outcome - 1 / (1 + 10 ** (-2 * rating / 400)))
+        found = fit_online(2, said, k_factor=32.0, orders=2, seed=0)
+        np.testing.assert_allclose(found.elo, [rating, -rating])
+        np.testing.assert_allclose(found.standard_errors, 0, atol=1e-9)
+
+
+def test_ratings_are_the_mean_over_orders_and_errors_the_deviation_over_draws() -> None:
+    """Game by game in plain Python, through the orders and draws that the seed makes."""
+    rng = np.random.default_rng(0)
+    said = drawn(rng, rng.normal(0, 200, 4), *random_pairs(rng, 4, 12), "davidson", 1.5)
+    games = list(zip(said.first, said.second, said.wins + 0.5 * said.ties, strict=True))
+    orders = 5
+
+    def ratings(order: list[int]) -> list[float]:
+        now = [0.0] * 4
+        for game in order:
+            i, j, outcome = games[game]
+            moved = 20 * (outcome - 1 / (1 + 10 ** ((now[j] - now[i]) / 400)))
+            now[i], now[j] = now[i] + moved, now[j] - moved
+        return now
+
+    seeded = stream("online orders", 7)
+    permuted = np.array([ratings(seeded.permutation(12).tolist()) for _ in range(orders)])
+    resampled = np.array([ratings(row) for row in seeded.integers(12, size=(orders, 12)).tolist()])
+    found = fit_online(4, said, k_factor=20.0, orders=orders, seed=7)
+    np.testing.assert_allclose(found.elo, permuted.sum(axis=0) / orders, atol=1e-9)
+    squares = ((resampled - resampled.mean(axis=0)) ** 2).sum(axis=0)
+    np.testing.assert_allclose(found.standard_errors, np.sqrt(squares / (orders - 1)))

@@ -42,3 +42,15 @@ def test_across_sets_of_one_scale_shares_are_of_pairs_of_ratings() -> None:
     assert across[0, 1] == pytest.approx((1 + 1 + 1 + 0 + 1 + 0.5) / 6)
     assert across[0, 1] + across[1, 0] == pytest.approx(1)
     assert np.isnan(share([Place(0, 0), Place(2, 0)])).all()
+
+
+def test_a_single_comparison_is_known_and_a_rating_of_another_scale_is_not() -> None:
+    """Whoever won it; pools are not compared though both have ratings, nor responses that nobody rated."""
+    once: dict[str, Any] = {"responses": ["a", "b"], "winners": [[1, 0, 1]], "pool": 0}
+    share = by_share([once, RATED, RATED | {"pool": 1}, OTHER])
+    assert share([Place(0, 0), Place(0, 1)])[1].tolist()[0] == 1.0
+    assert share([Place(0, 0), Place(0, 1)])[0].tolist()[1] == 0.0
+    for other in (Place(2, 0), Place(0, 0)):
+        assert np.isnan(share([Place(1, 0), other])).tolist()[0][1]
+    for one, other in ((Place(1, 2), Place(3, 0)), (Place(3, 0), Place(1, 2))):
+        assert np.isnan(share([one, other])).tolist()[0][1]

@@ -1,4 +1,5 @@
-from itertools import combinations
+import math
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,13 @@ def slow_beside_people(sets: list[Set], scores: Any, *, within: bool, ties_half:
         if one["pool"] != other["pool"] or (within and first != second):
             continue
         row, column = one["ratings"][i], other["ratings"][j]
-        asked = [(k, m) for k in range(len(row)) for m in range(len(column)) if first != second or k == m]
+        rated_row, rated_column = ([k for k, value in enumerate(x) if value is not None] for x in (row, column))
+        if len(rated_row) < 2 or len(rated_column) < 2:
+            continue
+        same = [(k, k) for k in rated_row if first == second and k in rated_column]
+        asked = same or list(product(rated_row, rated_column))
         for k, m in asked:
-            gap = np.mean(row[:k] + row[k + 1 :]) - np.mean(column[:m] + column[m + 1 :])
+            gap = np.mean([row[o] for o in rated_row if o != k]) - np.mean([column[o] for o in rated_column if o != m])
             own = 0.0 if one["responses"][i] == other["responses"][j] else row[k] - column[m]
             if gap != 0 and (ties_half or own != 0):
                 weight += 1 / len(asked)
@@ -107,6 +112,25 @@ def test_people_and_scores_answer_the_same_questions(pairs: str, ties: str) -> N
     scores[6] = scores[4]
     found = quality(sets, scores, np.ones(24), 10_000, seed=0)["beside_people"][pairs][ties]
     human, ours = slow_beside_people(sets, scores, within=pairs == "within", ties_half=ties == "ties_half")
+    assert (found["human"], found["scores"]) == (pytest.approx(human), pytest.approx(ours))
+
+
+@pytest.mark.parametrize("pairs", ["all", "within"])
+def test_who_did_not_rate_a_response_is_not_asked_of_it(pairs: str) -> None:
+    """The same slow count where ratings are missing: of two raters' responses on, and of the two by the same person."""
+    rng = np.random.default_rng(8)
+    sets: list[Set] = []
+    for number in range(6):
+        ratings: Any = rng.integers(-2, 3, (4, 4)).astype(float).tolist()
+        for row, column in rng.integers(0, 4, (7, 2)):
+            ratings[row][column] = None
+        responses = [f"{number}{letter}" for letter in "abcd"]
+        sets.append({"responses": responses, "ratings": ratings, "pool": number // 3, "strengths": [0.0] * 4})
+    raters = [sum(value is not None for value in row) for one in sets for row in one["ratings"]]
+    assert {1, 2, 3} <= set(raters), "the case has every kind"
+    scores = rng.integers(0, 9, 24).astype(float)
+    found = quality(sets, scores, np.ones(24), 10_000, seed=0)["beside_people"][pairs]["ties_half"]
+    human, ours = slow_beside_people(sets, scores, within=pairs == "within", ties_half=True)
     assert (found["human"], found["scores"]) == (pytest.approx(human), pytest.approx(ours))
 
 
@@ -210,3 +234,182 @@ def test_the_mean_tau_has_students_interval_over_sets() -> None:
     low, high = stats.t.interval(0.95, 4, loc=np.mean(taus), scale=stats.sem(taus))
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((np.mean(taus), low, high))
     assert found["sets"] == 5
+
+
+def ranked_by(strengths: list[list[float]], pools: list[int]) -> list[Set]:
+    """Sets of which nothing but strengths is known."""
+    return [
+        {"responses": [f"{number}.{index}" for index in range(len(one))], "strengths": one, "pool": pool}
+        for number, (one, pool) in enumerate(zip(strengths, pools, strict=True))
+    ]
+
+
+def slow_share(rights: list[tuple[float, set[int]]]) -> tuple[float, float, float]:
+    """A share and its interval, summed draw by draw; of each pair whether it is right, and the draws that it is of."""
+    share = float(np.mean([right for right, _ in rights]))
+    draws = {draw for _, both in rights for draw in both}
+    variance = 0.0
+    for draw in draws:
+        mine = [right - share for right, both in rights if draw in both]
+        variance += sum(a * b for a in mine for b in mine)
+    variance *= len(draws) / (len(draws) - 1)
+    variance -= sum((right - share) ** 2 for right, both in rights if len(both) == 2)
+    variance = max(variance, sum((right - share) ** 2 for right, _ in rights))
+    half = float(stats.t.ppf(0.975, len(draws) - 1)) * math.sqrt(variance) / len(rights)
+    return share, max(0.0, share - half), min(1.0, share + half)
+
+
+def judged(sets: list[Set], scores: Any, *, within: bool) -> list[tuple[float, float, set[int]]]:
+    """Of each pair of a pool with an order: whether scores have it, how far the strengths are apart, and its sets."""
+    items = [(number, one["pool"], value) for number, one in enumerate(sets) for value in one["strengths"]]
+    return [
+        (0.5 + 0.5 * float(np.sign((x - y) * (scores[a] - scores[b]))), abs(x - y), {first, second})
+        for (a, (first, pool, x)), (b, (second, other, y)) in combinations(enumerate(items), 2)
+        if pool == other and x != y and (first == second or not within)
+    ]
+
+
+@pytest.mark.parametrize(("n_sets", "seed"), [(2, 0), (3, 1), (5, 2), (9, 3)])
+def test_a_share_and_its_interval_are_those_of_the_slow_sum(n_sets: int, seed: int) -> None:
+    """Of pairs within sets and across, with ties of scores; the quarters by gap are the pairs from edge to edge."""
+    rng = np.random.default_rng(seed)
+    sets = ranked_by(rng.integers(0, 6, (n_sets, 4)).astype(float).tolist(), [0] * n_sets)
+    scores = np.concatenate([one["strengths"] for one in sets]) + rng.integers(-4, 5, 4 * n_sets)
+    found = quality(sets, scores, np.ones(4 * n_sets), 10_000, seed=0)
+    for name, within in (("accuracy", False), ("accuracy_within", True)):
+        pairs = judged(sets, scores, within=within)
+        assert (found[name]["pairs"], found[name]["draws"]) == (len(pairs), n_sets)
+        slow = slow_share([(right, both) for right, _, both in pairs])
+        assert (found[name]["share"], found[name]["low"], found[name]["high"]) == pytest.approx(slow)
+    pairs = judged(sets, scores, within=False)
+    edges = sorted({float(edge) for edge in np.quantile([gap for _, gap, _ in pairs], [0, 0.25, 0.5, 0.75, 1])})
+    rows = found["accuracy_by_gap"]
+    assert [(row["gap_from"], row["gap_to"]) for row in rows] == list(pairwise(edges))
+    for row, last in zip(rows, [False] * (len(rows) - 1) + [True], strict=True):
+        low, high = row["gap_from"], row["gap_to"]
+        inside = [(right, both) for right, gap, both in pairs if low <= gap < high or (last and gap == high)]
+        assert row["pairs"] == len(inside)
+        if not inside:
+            assert set(row) == {"gap_from", "gap_to", "pairs"}
+            continue
+        slow = slow_share(inside)
+        assert (row["share"], row["low"], row["high"]) == pytest.approx(slow)
+
+
+def test_an_interval_is_at_least_that_of_independent_pairs() -> None:
+    """Two sets of three with one mistake each, of which the sums by set are 0."""
+    sets = ranked_by([[2.0, 1.0, 0.0]] * 2, [0, 1])
+    found = quality(sets, [2.0, 0.0, 1.0] * 2, np.ones(6), 100, seed=0)["accuracy"]
+    half = float(stats.t.ppf(0.975, 1)) * math.sqrt(4 / 9 + 8 / 9) / 6
+    assert found == {
+        "share": pytest.approx(2 / 3),
+        "pairs": 6,
+        "draws": 2,
+        "low": pytest.approx(max(0.0, 2 / 3 - half)),
+        "high": 1.0,
+    }
+
+
+def test_of_fewer_than_four_pairs_there_are_no_quarters() -> None:
+    """And of four there are."""
+    for count, rows in ((3, 0), (4, 4)):
+        sets = ranked_by([[float(gap), -float(gap)] for gap in range(1, count + 1)], list(range(count)))
+        assert len(quality(sets, np.arange(2 * count), np.ones(2 * count), 100, seed=0)["accuracy_by_gap"]) == rows
+
+
+def slow_tau(one: list[float], other: list[float]) -> float:
+    """Kendall's τ_b, pair by pair."""
+    signs = [(np.sign(a - b), np.sign(c - d)) for (a, c), (b, d) in combinations(zip(one, other, strict=True), 2)]
+    ordered = [sum(pair[side] != 0 for pair in signs) for side in (0, 1)]
+    return float(sum(a * b for a, b in signs)) / math.sqrt(ordered[0] * ordered[1])
+
+
+@pytest.mark.parametrize("n_sets", [2, 5])
+def test_kendalls_tau_is_the_mean_over_sets_with_students_interval(n_sets: int) -> None:
+    """Sets in which people or scores have no order are left out, and so are responses that nobody rated."""
+    rng = np.random.default_rng(n_sets)
+    sets: list[Set] = [
+        {"responses": list("abcd"), "ratings": [[0.1 * value] for value in rng.permutation(4)], "pool": number}
+        for number in range(n_sets)
+    ]
+    sets[0]["ratings"][1] = [None]
+    sets[1]["ratings"][0] = sets[1]["ratings"][2]
+    for number, one in enumerate(sets):
+        one["responses"] = [f"{number}{text}" for text in one["responses"]]
+        one["strengths"] = [0.0] * 4
+    scores = [rng.permutation(4).astype(float).tolist() for _ in sets]
+    taus = []
+    for one, row in zip(sets, scores, strict=True):
+        known = [index for index in range(4) if one["ratings"][index] != [None]]
+        taus.append(slow_tau([row[index] for index in known], [one["ratings"][index][0] for index in known]))
+    silent: list[Set] = [
+        {"responses": ["x", "y"], "ratings": [[1.0], [1.0]], "pool": 90, "strengths": [0.0] * 2},
+        {"responses": ["u", "v"], "ratings": [[1.0], [2.0]], "pool": 91, "strengths": [0.0] * 2},
+        {"responses": ["s", "t"], "ratings": [[1.0], [None]], "pool": 92, "strengths": [0.0] * 2},
+    ]
+    values = [*np.concatenate(scores), 0.0, 1.0, 3.0, 3.0, 0.0, 1.0]
+    found = quality(sets + silent, values, np.ones(len(values)), 100, seed=0)["kendall_tau"]
+    half = float(stats.t.ppf(0.975, n_sets - 1)) * float(np.std(taus, ddof=1)) / math.sqrt(n_sets)
+    mean = float(np.mean(taus))
+    assert found == {
+        "mean": pytest.approx(mean),
+        "low": pytest.approx(mean - half),
+        "high": pytest.approx(mean + half),
+        "sets": n_sets,
+    }
+
+
+def test_calibration_is_the_slow_count_over_tenths_of_what_was_said() -> None:
+    """Comparison by comparison: ratings with ties, winners, equal scores, and scores beyond any doubt."""
+    rng = np.random.default_rng(4)
+    sets: list[Set] = [
+        {
+            "responses": [f"{number}{letter}" for letter in "abc"],
+            "ratings": rng.integers(0, 3, (3, 2)).astype(float).tolist(),
+            "winners": [[0, 2, 1.0], [1, 2, 0.5], [2, 1, 0.0]],
+            "pool": number,
+        }
+        for number in range(8)
+    ]
+    scores = rng.normal(0, 1.5, 24)
+    scores[4] = scores[3]
+    scores[6] = scores[7] + 50
+    # One set with one comparison, alone in its tenth.
+    sets.append({"responses": ["x", "y"], "winners": [[0, 1, 1.0]], "strengths": [1.0, 0.0], "pool": 8})
+    scores = np.append(scores, [math.log(0.72 / 0.28), 0.0])
+    said: list[float] = []
+    won: list[float] = []
+    for number, one in enumerate(sets):
+        views = [
+            (i, j, 0.5 + 0.5 * float(np.sign(one["ratings"][i][k] - one["ratings"][j][k])))
+            for i, j in combinations(range(len(one.get("ratings", []))), 2)
+            for k in range(2)
+        ]
+        for i, j, outcome in views + one["winners"]:
+            gap = scores[3 * number + i] - scores[3 * number + j]
+            said.append(1 / (1 + math.exp(-abs(gap))))
+            won.append(0.5 if gap == 0 else outcome if gap > 0 else 1 - outcome)
+    found = quality(sets, scores, np.ones(26), 100, seed=0)["calibration"]
+    rows, error = [], 0.0
+    for tenth in range(10):
+        low, high = 0.5 + tenth / 20, 0.55 + tenth / 20
+        inside = [n for n, value in enumerate(said) if low <= value < high or (tenth == 9 and value == 1)]
+        if inside:
+            predicted, observed = (float(np.mean([of[n] for n in inside])) for of in (said, won))
+            error += abs(predicted - observed) * len(inside) / len(said)
+            rows.append({"predicted": predicted, "observed": observed, "comparisons": float(len(inside))})
+    assert len(rows) > 6
+    assert min(row["comparisons"] for row in rows) == 1, "the case has a bin of a single comparison"
+    assert len(found["bins"]) == len(rows)
+    for row, slow in zip(found["bins"], rows, strict=True):
+        assert row == pytest.approx(slow)
+    assert found["expected_error"] == pytest.approx(error)
+
+
+def test_without_comparisons_there_is_no_calibration() -> None:
+    """Nor a length that people prefer, where there are fewer than three responses or all are of one strength."""
+    found = quality(ranked_by([[1.0, 0.0]], [0]), [1.0, 0.0], [1, 2], 10, seed=0)
+    assert "calibration" not in found
+    assert found["length_correlation"] == {"scores": None, "people": None}
+    found = quality(ranked_by([[0.5, 0.0, 1.0]], [0]), [0.1, 0.1, 0.1], [1, 2, 3], 10, seed=0)
+    assert found["length_correlation"] == {"scores": None, "people": pytest.approx(0.5)}

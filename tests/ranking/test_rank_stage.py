@@ -8,6 +8,7 @@ import pytest
 from rlhf.attempt.context import Context
 from rlhf.config.data import RankSettings
 from rlhf.errors import RecordError
+from rlhf.ranking.report import in_words
 from stages.rank import run
 
 TRAIN: list[dict[str, Any]] = [
@@ -278,3 +279,41 @@ def test_a_set_too_large_to_compare_is_refused_by_place(tmp_path: Path) -> None:
     run(context)
     strengths = rows(context.output / "train.jsonl")[0]["strengths"]
     assert strengths[0] > strengths[5000] > strengths[-1]
+
+
+def test_what_the_report_says_is_noted_and_written(tmp_path: Path) -> None:
+    """In words for who reads the log, in numbers for who reads the result."""
+    context = ranked(tmp_path, [TRAIN[0], TRAIN[0]], HELDOUT)
+    run(context)
+    notes = [json.loads(line)["note"] for line in (context.attempt / "notes.jsonl").read_text().splitlines()]
+    found = json.loads((context.output / "report.json").read_text())
+    assert notes == in_words(found)
+    assert notes[-1] == "1 sets that are there twice"
+
+
+def test_annotators_are_listed_who_compared_anything_at_all(tmp_path: Path) -> None:
+    """One comparison is enough, and a lone rating is none."""
+    ratings = [[1.0, 2.0, None], [2.0, None, 1.0], [0.0, 3.0, None]]
+    one: dict[str, Any] = {"prompt": "p", "responses": ["a", "b", "c"], "ratings": ratings}
+    context = ranked(tmp_path, [one | {"annotators": ["three", "once", "never"]}], [], annotators="reliability")
+    run(context)
+    listed = json.loads((context.output / "annotators.json").read_text())
+    assert {row["name"]: row["comparisons"] for row in listed} == {"three": 3, "once": 1}
+
+
+@pytest.mark.parametrize(("count", "said"), [(5, "n 3, n 4 compared"), (6, "n 3, n 4 and 1 more compared")])
+def test_five_annotators_are_named_and_more_are_counted(tmp_path: Path, count: int, said: str) -> None:
+    """Of those who compared a part."""
+    rows = [[1.0] * count + [1.0], [2.0] * count + [2.0], [None] * count + [3.0]]
+    names = [*(f"n {number}" for number in range(count)), "whole"]
+    one: dict[str, Any] = {"prompt": "p", "responses": ["a", "b", "c"], "ratings": rows, "annotators": names}
+    with pytest.raises(RecordError, match=said):
+        run(ranked(tmp_path, [one], [], normalise="annotator"))
+
+
+def test_a_leaderboard_is_of_the_sets_that_name_their_models(tmp_path: Path) -> None:
+    """Others beside them count for strengths alone."""
+    context = ranked(tmp_path, [TRAIN[0], TRAIN[1] | {"models": ["x", "y"]}], [])
+    run(context)
+    board = json.loads((context.output / "leaderboard.json").read_text())
+    assert [(row["model"], row["comparisons"]) for row in board] == [("x", 1), ("y", 1)]

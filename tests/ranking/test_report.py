@@ -99,3 +99,64 @@ def test_where_there_is_nothing_to_agree_on_there_is_no_number(row: dict[str, An
     """One annotator, everything alike, or nobody's winners: no figure is made up."""
     _, compared = read(row)
     assert agreement(compared) is None
+
+
+def test_where_every_count_is_another_each_stands_under_its_name() -> None:
+    """One circle, two contradictions, three never compared, four repetitions, five sets more than once."""
+    circle = {"responses": ["x", "y", "z"], "rankings": [[0, 1, 2], [1, 2, 0], [2, 0, 1]]}
+    no_circle = {"responses": ["x", "y", "w"], "rankings": [[0, 1, 2], [0, 2, 1], [2, 0, 1], [1, 0, 2]]}
+    contradicted = {
+        "responses": ["f", "g", "h"],
+        "ratings": [[2.0, 2.0, 0.0], [1.0, 1.0, 1.0], [3.0, 3.0, 3.0]],
+        "winners": [[1, 0, 1], [1, 0, 1], [0, 1, 1], [0, 2, 1], [2, 1, 1]],
+    }
+    lonely = {"responses": list("abcde"), "ratings": [[1.0], [2.0], [None], [None], [None]]}
+    repeated = {"responses": ["a", "a", "a", "b", "b", "b"], "rankings": [[0, 1, 2, 3, 4, 5]]}
+    there_again = [{"prompt": "q", "responses": order, "winners": [[0, 1, 1]]} for order in (["s", "t"], ["t", "s"])]
+    other_prompt = {"prompt": "r", "responses": ["s", "t"], "winners": [[0, 1, 0.5]]}
+    rows = [circle, no_circle, contradicted, lonely, repeated, *there_again, *there_again[:1] * 4, other_prompt]
+    found = report(*read(*rows))
+    assert found["sets_with_cycles"] == 1
+    assert found["pairs_where_winners_contradict_annotators"] == 2
+    assert found["responses_never_compared"] == 3
+    assert found["responses_repeated_in_their_set"] == 4
+    assert found["sets_repeated"] == 5
+    assert found["sets_of_unnamed_annotators"] == 5
+    assert in_words(found)[1:] == [
+        "1 sets where majorities go round in a circle",
+        "3 responses that nobody compared with another of their set",
+        "2 pairs whose winners contradict ratings and rankings",
+        "4 responses that stand twice in their set",
+        "5 sets that are there twice",
+    ]
+
+
+@pytest.mark.parametrize("distinct", [200, 201])
+def test_ratings_are_grades_up_to_two_hundred_different_ones_and_then_measurements(distinct: int) -> None:
+    """Grades have an order alone, so that stretching them changes nothing; measurements have distances."""
+    rng = np.random.default_rng(0)
+    rows = np.stack([np.arange(distinct), rng.permutation(distinct)], axis=1).astype(float)
+
+    def alpha_of(ratings: np.ndarray[Any, Any]) -> float:
+        _, compared = read({"responses": [str(n) for n in range(distinct)], "ratings": ratings.tolist()})
+        found = agreement(compared)
+        assert found is not None
+        return found
+
+    straight, stretched = alpha_of(rows), alpha_of(rows**3)
+    if distinct == 200:
+        assert stretched == pytest.approx(straight)
+        assert stretched != pytest.approx(slow_alpha((rows**3).tolist()))
+    else:
+        assert stretched == pytest.approx(slow_alpha((rows**3).tolist()))
+
+
+def test_agreement_is_of_all_responses_with_two_ratings_whoever_gave_them() -> None:
+    """Of sets with other numbers of annotators side by side; rankings count only where nobody rated."""
+    first = {"responses": ["a", "b", "c"], "ratings": [[1, None, 0], [0, 0, None], [None, 1, None]]}
+    second = {"responses": ["d", "e"], "ratings": [[1, 1, 0, 1], [0, None, None, 1]]}
+    ranked = {"responses": ["f", "g"], "rankings": [[0, 1], [1, 0]]}
+    _, compared = read(first, second, ranked)
+    assert agreement(compared) == pytest.approx(slow_alpha([[1, 0], [0, 0], [1], [1, 1, 0, 1], [0, 1]]))
+    _, compared = read(ranked)
+    assert agreement(compared) == pytest.approx(slow_alpha([[0, 1], [1, 0]]))

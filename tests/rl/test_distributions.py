@@ -29,6 +29,13 @@ def test_logprobs_and_entropies_are_those_of_the_definition(seed: int, temperatu
             torch.testing.assert_close(entropies[i, t].item(), -sum(q * math.log(q) for q in p))
 
 
+def test_without_a_temperature_it_is_1() -> None:
+    """The softmax of the logits as they are."""
+    logits, tokens = random_logits(0)
+    assert torch.equal(logprobs_of(logits, tokens), logprobs_of(logits, tokens, 1.0))
+    assert torch.equal(entropy_from_logits(logits), entropy_from_logits(logits, 1.0))
+
+
 @given(seed=st.integers(0, 2**32), temperature=temperatures)
 def test_the_gradient_of_logprobs_is_that_of_finite_differences(seed: int, temperature: float) -> None:
     """The backward pass is written by hand; finite differences know nothing of it."""

@@ -115,3 +115,12 @@ def test_the_controller_holds_a_policy_at_its_target() -> None:
         for _ in range(4000):
             coef = adapted_coefficient(coef, 1 / coef, 6.0, 1000, 64)
         assert 1 / coef == pytest.approx(6.0, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kl", "responses", "factor"),
+    [(6.6, 50, 1.05), (5.4, 50, 0.95), (60.0, 50, 1.1), (0.0, 50, 0.9), (-3.0, 100, 0.8), (6.6, 900, 1.1)],
+)
+def test_the_controller_is_that_of_the_paper(kl: float, responses: int, factor: float) -> None:
+    """A target of 6 nats and a horizon of 100 responses: a tenth too much over half of it is a twentieth."""
+    assert adapted_coefficient(0.3, kl, 6.0, 100, responses) == pytest.approx(0.3 * factor)

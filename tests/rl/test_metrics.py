@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rlhf.rl.losses import Penalties, ValueSums, clipped_policy_loss, clipped_value_loss, demonstration_loss
-from rlhf.rl.metrics import rollout_metrics, update_metrics
+from rlhf.rl.metrics import mismatch_metrics, rollout_metrics, update_metrics
 from tests.rl.batches import JUNK, Batch, batches
 
 
@@ -41,6 +41,20 @@ def test_what_is_said_of_rollouts_is_what_its_definition_says(batch: Batch, junk
         "length/max": max(batch.lengths),
     }
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@settings(max_examples=30)
+@given(batch=batches(min_length=1), junk=st.sampled_from(JUNK))
+def test_the_samplers_distance_is_a_sum_over_tokens_and_a_mean_over_responses(batch: Batch, junk: float) -> None:
+    """Response by response in plain Python; the largest gap is that of a single token, of either sign."""
+    sampled, trained = batch.tensor(junk=junk), batch.tensor(junk=junk)
+    gaps = [(sampled[row, :length] - trained[row, :length]).tolist() for row, length in enumerate(batch.lengths)]
+    assert mismatch_metrics(sampled, trained, batch.mask) == pytest.approx(
+        {
+            "rollout/kl_to_trained": statistics.mean(sum(row) for row in gaps),
+            "rollout/largest_gap": max((abs(gap) for row in gaps for gap in row), default=0.0),
+        }
+    )
 
 
 @settings(max_examples=30)

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.rl.kl import kl_estimates
+from rlhf.rl.kl import Estimator, kl_estimates
 from rlhf.rl.rewards import kl_penalised_rewards, shaped_scores
 from tests.rl.batches import JUNK, Batch, batches
 
@@ -19,6 +19,17 @@ def test_rewards_are_the_penalty_everywhere_and_the_score_at_the_end(batch: Batc
         if length:
             expected[i, length - 1] += scores[i]
     torch.testing.assert_close(kl_penalised_rewards(scores, logprobs, reference, batch.mask, kl_coef), expected)
+
+
+@given(batch=batches(), estimator=st.sampled_from(["k2", "k3"]))
+def test_the_penalty_is_by_the_estimator_that_is_asked_for(batch: Batch, estimator: Estimator) -> None:
+    """What it adds to the same scores without a penalty."""
+    logprobs, reference = batch.tensor(), batch.tensor()
+    scores = torch.zeros(len(batch.lengths), dtype=torch.float64)
+    with_penalty, without = (
+        kl_penalised_rewards(scores, logprobs, reference, batch.mask, coef, estimator) for coef in (0.5, 0.0)
+    )
+    torch.testing.assert_close(with_penalty - without, -0.5 * kl_estimates(logprobs, reference, batch.mask, estimator))
 
 
 @given(batch=batches(min_length=1), kl_coef=st.floats(0, 2))

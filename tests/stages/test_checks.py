@@ -5,14 +5,18 @@ from typing import Any
 import pytest
 
 from rlhf.attempt.context import Context
+from rlhf.config.collect import CollectSettings, CompareSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import EndpointSettings, RewardSettings
-from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
+from rlhf.config.stages import EvaluateSettings, RmSettings, ScratchSettings, SftSettings
 from rlhf.errors import PreflightError
+from rlhf.models.base import make_from_scratch
+from rlhf.models.demonstrations import tokenised
+from rlhf.models.text import load_tokenizer, prompt_ids, response_ids, text_start
 from rlhf.models.weights import count_parameters
 from rlhf.pipeline import disk
 from stages import checks
-from tests.models.tiny import make_tiny_llama
+from tests.models.tiny import TEXTS, make_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def context(settings: Any, base: Path, folder: Path, role: str, train: list[Any]
 
 
 DEMONSTRATION = {"prompt": "a film", "completion": "of two halves"}
-SET = {"prompt": "a film", "responses": ["a joy", "dull"], "strengths": [1.0, -1.0]}
+SET: dict[str, Any] = {"prompt": "a film", "responses": ["a joy", "dull"], "strengths": [1.0, -1.0]}
 
 
 def test_data_without_a_held_out_part_is_refused(base: Path, tmp_path: Path) -> None:
@@ -132,3 +136,188 @@ def test_the_checks_say_what_will_be_written(base: Path, tmp_path: Path) -> None
     settings = SftSettings(max_length=64, batch_size=20, checkpoint_every=1)
     packed = context(settings, base, folder, "demonstrations", [DEMONSTRATION] * 40, [DEMONSTRATION])
     assert checks.sft(packed)[disk.MEANWHILE] == 0
+
+
+def test_a_length_that_is_just_enough_cuts_nothing(base: Path, tmp_path: Path) -> None:
+    """A demonstration as long as the limit is whole, and a prompt as long as it leaves nothing to learn."""
+    long = {"prompt": "the film is a joy of two halves", "completion": "dull , dull , dull"}
+    made = context(SftSettings(), base, tmp_path, "demonstrations", [long], [DEMONSTRATION])
+    (row,) = tokenised(made.inputs["demonstrations"] / "train.jsonl", load_tokenizer(base))
+
+    def at(length: int) -> dict[str, float]:
+        settings = SftSettings(max_length=length)
+        return checks.sft(Context("sft", "key", settings, made.inputs, tmp_path, tmp_path, tmp_path))
+
+    assert 8 < len(row.prompt) + 1 < row.length
+    assert at(row.length)["demonstrations/too_long"] == 0
+    assert not (tmp_path / "notes.jsonl").exists()
+    assert at(row.length - 1)["demonstrations/too_long"] == 1
+    assert at(len(row.prompt) + 1)["demonstrations/too_long"] == 1
+    with pytest.raises(PreflightError, match="1 demonstrations have prompts") as error:
+        at(len(row.prompt))
+    assert f"above {row.length}," in str(error.value.next_step)
+
+
+@pytest.mark.parametrize("sees", ["conversation", "response"])
+def test_responses_that_are_cut_are_counted_in_both_parts(base: Path, tmp_path: Path, sees: str) -> None:
+    """With the prompt or without, as they will be scored; one as long as the limit is whole."""
+    tokenizer = load_tokenizer(base)
+    before = text_start(tokenizer) if sees == "response" else prompt_ids(tokenizer, SET["prompt"])
+    long: dict[str, Any] = {
+        "prompt": SET["prompt"],
+        "responses": ["dull , " * 3, "dull , " * 6, "a joy"],
+        "strengths": [0.0, 1.0, 2.0],
+    }
+    lengths = [len(before) + len(response_ids(tokenizer, text)) for text in long["responses"] + SET["responses"]]
+    settings = RmSettings.model_validate({"max_length": lengths[0], "sees": sees})
+    made = context(settings, base, tmp_path, "comparisons", [SET], [SET, long])
+    assert lengths[1] > lengths[0] == sorted(lengths)[-2]
+    assert checks.rm(made)["responses/too_long"] == 1
+    assert "1 of 7 responses are, with their prompts, longer" in (tmp_path / "notes.jsonl").read_text()
+
+
+def test_nothing_is_said_of_responses_that_are_whole_or_are_yet_to_be_written(base: Path, tmp_path: Path) -> None:
+    """Without comparisons there is nothing to count."""
+    settings = RmSettings(max_length=32)
+    assert checks.rm(context(settings, base, tmp_path, "comparisons", [SET], [SET]))["responses/too_long"] == 0
+    assert not (tmp_path / "notes.jsonl").exists()
+    assert checks.rm(Context("rm", "key", settings, {"base": base}, tmp_path, tmp_path, tmp_path)) == {}
+
+
+@pytest.mark.parametrize(("epochs", "checkpoints"), [(1.0, 0), (1.4, 1), (2.5, 2)])
+def test_steps_are_counted_over_all_epochs_and_lists(
+    base: Path, tmp_path: Path, epochs: float, checkpoints: int
+) -> None:
+    """Of three rows two make a step, and half a step is one: 2, 3 and 5 steps, saved every second but the last."""
+    parameters = count_parameters(base)
+    values = {"max_length": 64, "batch_size": 2, "checkpoint_every": 2, "epochs": epochs}
+    for check, kind, role, row, more in (
+        (checks.sft, SftSettings, "demonstrations", DEMONSTRATION, {"packing": False}),
+        (checks.rm, RmSettings, "comparisons", SET, {}),
+    ):
+        settings = kind.model_validate(values | more)
+        found = check(context(settings, base, tmp_path, role, [row] * 3, [row]))
+        assert found[disk.MEANWHILE] == checkpoints * 16 * parameters
+    # A pool of six responses makes fifteen lists of two.
+    settings = RmSettings.model_validate(values | {"epochs": 1.0, "responses_per_list": 2, "lists_per_response": 99.0})
+    (folder := tmp_path / "lists").mkdir()
+    sets = [SET | {"strengths": [1.0 * n, -1.0 - n], "pool": 0} for n in range(3)]
+    found = checks.rm(context(settings, base, folder, "comparisons", sets, [SET]))
+    assert found[disk.MEANWHILE] == 3 * 16 * parameters
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model with the base's tokenizer, of another shape."""
+    folder = tmp_path_factory.mktemp("reward")
+    shape = ScratchSettings(vocabulary=300, hidden_size=16, layers=1, heads=2, context=64)
+    make_from_scratch(shape, TEXTS, seed=0, target=folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def ppo(base: Path, folder: Path, reward: Path | None = None, **values: Any) -> Context[Any]:
+    """Prompts, demonstrations, and a reward model or a function."""
+    function = folder / "reward.py"
+    function.write_text("def reward(prompts, responses):\n    return [0.0] * len(responses)\n")
+    for name in ("prompts", "demonstrations"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "train.jsonl").write_text((json.dumps(DEMONSTRATION) + "\n") * 3)
+    inputs = {"policy": base, "prompts": folder / "prompts", "demonstrations": folder / "demonstrations"}
+    if reward is None:
+        values = {"rewards": [{"function": f"{function}:reward"}], "value_init": "policy"} | values
+    else:
+        inputs["reward"] = reward
+    given = {"max_prompt_length": 32, "sampling": {"max_new_tokens": 32}, "rollouts": 8} | values
+    return Context("ppo", "key", PpoSettings.model_validate(given), inputs, folder, folder, folder)
+
+
+def test_what_ppo_will_write_is_of_both_models_that_are_trained(base: Path, reward: Path, tmp_path: Path) -> None:
+    """The value model has the weights of the reward model or of the policy; a moving average is kept beside."""
+    policy, scorer = count_parameters(base), count_parameters(reward)
+    assert policy != scorer
+    every = {"iterations": 5, "checkpoint_every": 2}
+    for given, values, expected in (
+        (reward, {}, 16 * (policy + scorer)),
+        (reward, {"value_init": "policy"}, 16 * (policy + policy)),
+        (None, {}, 16 * (policy + policy)),
+        (None, {"average_decay": 0.9}, 16 * (policy + policy) + 4 * policy),
+    ):
+        found = checks.ppo(ppo(base, tmp_path, given, **every, **values))
+        assert found == {disk.RESULT: 4 * policy, disk.MEANWHILE: 2 * expected}
+
+
+def test_rollouts_that_ranks_cannot_share_are_refused_with_the_next_number_that_they_can(
+    base: Path, tmp_path: Path
+) -> None:
+    """Minibatches of five for two ranks: of two, rollouts are a multiple of four."""
+    with pytest.raises(PreflightError, match="a minibatch of 5 rollouts cannot be shared among 2 ranks") as error:
+        checks.ppo(ppo(base, tmp_path, rollouts=10, minibatches=2, workers={"count": 2}))
+    assert error.value.next_step == "ppo.rollouts=12"
+    checks.ppo(ppo(base, tmp_path, rollouts=12, minibatches=2, workers={"count": 2}))
+
+
+def test_ppos_demonstrations_are_shared_among_ranks_and_cut_aloud(base: Path, tmp_path: Path) -> None:
+    """Only where they are mixed in at all."""
+    ptx = {"coef": 0.5, "batch_size": 3, "max_length": 64}
+    checks.ppo(ppo(base, tmp_path, ptx=ptx | {"coef": 0.0}, workers={"count": 2}))
+    with pytest.raises(PreflightError, match=r"ptx\.batch_size 3 cannot be shared among 2 ranks") as error:
+        checks.ppo(ppo(base, tmp_path, ptx=ptx, workers={"count": 2}))
+    assert error.value.next_step == "ppo.ptx.batch_size=4"
+    run = ppo(base, tmp_path, ptx=ptx | {"batch_size": 4}, workers={"count": 2})
+    checks.ppo(run)
+    assert not (tmp_path / "notes.jsonl").exists()
+    (row, *_) = tokenised(tmp_path / "demonstrations" / "train.jsonl", load_tokenizer(base))
+    run = ppo(base, tmp_path, ptx=ptx | {"max_length": row.length - 1})
+    checks.ppo(run)
+    assert (
+        f"3 demonstrations are longer than {row.length - 1} tokens and are cut"
+        in (tmp_path / "notes.jsonl").read_text()
+    )
+
+
+def test_prompts_and_responses_that_just_fit_the_context_are_taken(base: Path, tmp_path: Path) -> None:
+    """64 tokens; beyond, the room that a response leaves is named, or half for it where it leaves none."""
+    checks.ppo(ppo(base, tmp_path, max_prompt_length=44, sampling={"max_new_tokens": 20}))
+    for prompt, response, says in ((45, 20, "max_prompt_length=44"), (32, 64, "sampling.max_new_tokens=32")):
+        with pytest.raises(PreflightError, match=f"prompts of {prompt} and responses of {response} tokens") as error:
+            checks.ppo(ppo(base, tmp_path, max_prompt_length=prompt, sampling={"max_new_tokens": response}))
+        assert error.value.next_step == f"ppo.{says}"
+    with pytest.raises(PreflightError, match="3 of 3 prompts are longer than 1 tokens"):
+        checks.ppo(ppo(base, tmp_path, max_prompt_length=1))
+
+
+def test_collect_tries_every_writers_context_and_both_parts_of_the_prompts(base: Path, tmp_path: Path) -> None:
+    """Of the models that there are by then; without prompts there is nothing to try."""
+    data = tmp_path / "prompts"
+    data.mkdir()
+    parts = {"train": {"prompt": "a film"}, "heldout": {"prompt": "a film of two halves and a joy"}}
+    for name, row in parts.items():
+        (data / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    tokenizer = load_tokenizer(base)
+    short, long = (len(prompt_ids(tokenizer, row["prompt"])) for row in parts.values())
+
+    def collect(inputs: dict[str, Path], **values: Any) -> dict[str, float]:
+        models = [{"model": "sft"}, {"model": "ppo"}]
+        settings = CollectSettings.model_validate({"models": models, "max_new_tokens": 64 - long} | values)
+        return checks.collect(Context("collect", "key", settings, inputs, tmp_path, tmp_path, tmp_path))
+
+    both = {"model": base, "model_2": base, "prompts": data}
+    assert collect(both, max_prompt_length=long) == {disk.RESULT: 0, disk.MEANWHILE: 0}
+    for inputs in ({"model": base, "prompts": data}, {"model_2": base, "prompts": data}):
+        with pytest.raises(PreflightError, match=f"1 of 1 prompts are longer than {short} tokens"):
+            collect(inputs, max_prompt_length=short)
+        with pytest.raises(PreflightError, match="do not fit the policy's context of 64") as error:
+            collect(inputs, max_prompt_length=long, max_new_tokens=64 - long + 1)
+        assert error.value.next_step == f"collect.max_prompt_length={long - 1}"
+    collect({"prompts": data}, max_prompt_length=1)
+    collect({"model": base, "model_2": base}, max_prompt_length=1)
+
+
+def test_a_judge_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """Before anything is collected for it."""
+    settings = CompareSettings(function=f"{tmp_path / 'gone.py'}:judge")
+    with pytest.raises(PreflightError, match="there is no file"):
+        checks.compare(Context("compare", "key", settings, {}, tmp_path, tmp_path, tmp_path))
