@@ -15,7 +15,7 @@ def main() -> NoReturn:
         os._exit(130)
 
     signal.signal(signal.SIGINT, end)
-    from rlhf.cli import main
+    from rlhf.cli.main import main
 
     # Also where it was ignored, as in the background of a script: what it asks for, to stop and lose nothing, is safe.
     signal.signal(signal.SIGINT, signal.default_int_handler)

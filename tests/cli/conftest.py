@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from rlhf.cli import main
+from rlhf.cli.main import main
 from tests.pipeline.helpers import install_toys, make, write_pipeline
 
 

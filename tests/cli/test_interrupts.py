@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from rlhf.cli import _ended_by_signals  # pyright: ignore[reportPrivateUsage] - nothing else can lose the exception
+from rlhf.cli.run import ended_by_signals
 from rlhf.errors import InterruptedRunError
 from rlhf.pipeline.stop import Stop
 
@@ -13,7 +13,7 @@ from rlhf.pipeline.stop import Stop
 def test_an_interrupt_whose_exception_is_lost_still_stops_the_run():
     """Compiled modules that are being imported lose it; then the run would go on to its end."""
     stop = Stop()
-    with _ended_by_signals(InterruptedRunError("interrupted"), stop), suppress(KeyboardInterrupt):
+    with ended_by_signals(InterruptedRunError("interrupted"), stop), suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert stop.aborted
 
@@ -34,7 +34,7 @@ def test_of_exceptions_that_are_lost_all_but_an_interrupt_are_told(monkeypatch: 
 
     mistake = ValueError("a mistake")
     monkeypatch.setattr(sys, "unraisablehook", tell)
-    with _ended_by_signals(InterruptedRunError("interrupted"), Stop()):
+    with ended_by_signals(InterruptedRunError("interrupted"), Stop()):
         Last(KeyboardInterrupt())
         Last(mistake)
     assert told == [mistake]
@@ -45,7 +45,7 @@ def test_of_exceptions_that_are_lost_all_but_an_interrupt_are_told(monkeypatch: 
 def test_sigint_is_an_interrupt_however_the_program_was_started(at_start: signal.Handlers):
     """What a script puts into the background is started with it ignored."""
     looks = "cli.main = lambda: int(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
-    program = f"import signal; from rlhf import cli; {looks}; from rlhf.__main__ import main; main()"
+    program = f"import signal; import rlhf.cli.main as cli; {looks}; from rlhf.__main__ import main; main()"
     before = signal.signal(signal.SIGINT, at_start)
     try:
         process = subprocess.Popen([sys.executable, "-c", program])

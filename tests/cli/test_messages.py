@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cli import COMMANDS, DEFAULT_CONFIG, main
+from rlhf.cli.main import COMMANDS, main
+from rlhf.cli.request import DEFAULT_CONFIG
 from rlhf.store import Store
 from tests.cli.conftest import Ask
 from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_pipeline, write_weights
@@ -245,7 +246,7 @@ def test_a_read_only_store_can_be_looked_at(public_folder: Path):
     # All that will be needed is imported first: another user may not be able to read this installation.
     code = f"""
 import json, os
-from rlhf.cli import main
+from rlhf.cli.main import main
 import rich.tree, rlhf.cluster.session, rlhf.models.adapter_folders, rlhf.pipeline.runner, rlhf.pipeline.transfer
 def ask(*words):
     return main([*words, "--config", {str(path)!r}])
@@ -280,7 +281,7 @@ def test_looking_imports_nothing_heavy(words: list[str], tmp_path: Path):
     """The default pipeline, in a fresh process: neither torch nor Ray is needed to say what would run."""
     override = [] if words == ["--help"] else [f"store.uri={tmp_path / 'store'}"]
     code = (
-        f"import json, sys\nfrom rlhf.cli import main\nstatus = main({[*words, *override]!r})\n"
+        f"import json, sys\nfrom rlhf.cli.main import main\nstatus = main({[*words, *override]!r})\n"
         f"print(json.dumps([status, sorted(set({HEAVY!r}) & set(sys.modules))]))"
     )
     assert json.loads(run_python(code).stdout.splitlines()[-1]) == [0, []]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.cli import main
+from rlhf.cli.main import main
 from tests.cli.conftest import Ask
 from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, write_pipeline
 

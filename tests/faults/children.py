@@ -14,7 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from rlhf import cli
+from rlhf.cli import request
+from rlhf.cli.main import main
 from rlhf.errors import LeaseHeldError
 from rlhf.store import ActionRecord, Store, blobs, key_of, lease
 from tests.pipeline.toys import KNOWN
@@ -224,10 +225,10 @@ def watch(root: str, hours: str) -> None:
 
 def ask(*words: str) -> dict[str, Any]:
     """Run the program in this process, with the toy stages."""
-    cli.stages = lambda: KNOWN
+    request.stages = lambda: KNOWN
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        status = cli.main(words)
+        status = main(words)
     return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
 
 

@@ -219,7 +219,7 @@ def test_a_run_of_hits_starts_no_ray(session: Session, path: Path, site: Path):
     """What is done costs a look into the store; the summary names the artifact and what to do with it."""
     run(session, path)
     code = (
-        "import json, sys\nfrom rlhf.cli import main\n"
+        "import json, sys\nfrom rlhf.cli.main import main\n"
         f"status = main(['run', '--config', {str(path)!r}])\n"
         "print(json.dumps([status, sorted({'ray', 'torch'} & set(sys.modules))]))"
     )

@@ -1,0 +1,1 @@
+"""From a pipeline file to committed results: planning, running, importing and exporting."""
