@@ -30,7 +30,8 @@ to the driver unchanged.
 
 import errno
 import os
-from typing import ClassVar
+import shlex
+from typing import ClassVar, NamedTuple
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
@@ -53,12 +54,25 @@ def refused_cache(error: BaseException) -> "PreflightError | None":
     )
 
 
+class NextCommand(NamedTuple):
+    """A command of this program to type next; the command line adds the pipeline file and settings of its own call."""
+
+    command: str
+    names: tuple[str, ...] = ()
+    """Stages or files. Without any, a command that is to be repeated gets those it was given."""
+    then: str = ""
+    """What to do after it, in words."""
+
+    def __str__(self) -> str:
+        return shlex.join(["rlhf", self.command, *self.names]) + (f", {self.then}" if self.then else "")
+
+
 class RlhfError(Exception):
     """Something the reader can act on: what is wrong, where it is, and what to do next."""
 
     exit_status: ClassVar[int] = 1
 
-    def __init__(self, what: str, where: str = "", next_step: str = "") -> None:
+    def __init__(self, what: str, where: str = "", next_step: str | NextCommand = "") -> None:
         super().__init__(what, where, next_step)
 
     @property
@@ -74,7 +88,12 @@ class RlhfError(Exception):
     @property
     def next_step(self) -> str:
         """The command to run or the thing to change; empty where ``what`` already says it."""
-        return self.args[2]
+        return str(self.args[2])
+
+    @property
+    def next_command(self) -> NextCommand | None:
+        """The next step, where it is a command of this program."""
+        return self.args[2] if isinstance(self.args[2], NextCommand) else None
 
     def __str__(self) -> str:
         lines = [self.what]

@@ -198,15 +198,13 @@ def _dispatch(words: Sequence[str]) -> int:
     try:
         return COMMANDS[words[0]](request) or 0
     except RlhfError as error:
-        match shlex.split(error.next_step) if error.next_step.startswith("rlhf ") else []:
-            case [_, "run" | "status" | "annotate" as command, *names] if not any(
-                "=" in name or name[0] == "-" for name in names
-            ):
-                # The library knows what to run next, and only this program for which stages of which pipeline.
-                again = request.names if command == words[0] and not names else names
-                raise type(error)(error.what, error.where, command_line(request, command, *again)) from error
-            case _:
-                raise
+        if (following := error.next_command) is None:
+            raise
+        # The library knows what to run next, and only this program for which stages of which pipeline.
+        repeated = following.command == words[0] and not following.names
+        again = command_line(request, following.command, *(request.names if repeated else following.names))
+        then = f", {following.then}" if following.then else ""
+        raise type(error)(error.what, error.where, again + then) from error
     finally:
         request.tell_notices()
 

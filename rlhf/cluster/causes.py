@@ -128,6 +128,8 @@ def _as_told(failure: Failure, call: Call) -> RlhfError:
     what, where, next_step = failure.args
     if kind is OutOfMemoryError and not next_step:  # torch's or Python's own, as it came
         what, next_step = f"{call.context.stage} ran out of memory: {shortened(what)}", _less_memory(call)
+    if kind is PreemptedError:
+        return kind(what, where or place, CONTINUE)
     return kind(what, where or place, next_step or f"less +G {failure.log}")
 
 

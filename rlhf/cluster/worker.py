@@ -19,10 +19,18 @@ from typing import Any
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
 from rlhf.attempt.cost import RANKS
-from rlhf.errors import DiskFullError, OutOfMemoryError, PreemptedError, PreflightError, RlhfError, is_no_room
+from rlhf.errors import (
+    DiskFullError,
+    NextCommand,
+    OutOfMemoryError,
+    PreemptedError,
+    PreflightError,
+    RlhfError,
+    is_no_room,
+)
 
 RESULT = "result.json"
-CONTINUE = "rlhf run"
+CONTINUE = NextCommand("run")
 """What goes on from the newest checkpoint; the program adds the stages and the pipeline that it was called with."""
 TASK_MINUTES = 24 * 60.0
 """How long a task may go without a note or progress: it has no steps, and one fit of strengths may take hours."""
@@ -163,7 +171,7 @@ def _perform(call: Call, rank: int, prepare: Callable[[Call], Context[Any]] = la
                 traceback.print_exc()
             with suppress(OSError):
                 if "SIGTERM" in getattr(error, "ray_terminate_msg", ""):  # of the exception that Ray makes of it
-                    error = PreemptedError(f"rank {rank} of {context.stage} was told to end (SIGTERM)", "", CONTINUE)
+                    error = PreemptedError(f"rank {rank} of {context.stage} was told to end (SIGTERM)")
                 failure = _failure(error, rank, context.attempt)
                 _write(context.attempt / f"failure-{rank}.json", asdict(failure))
             raise

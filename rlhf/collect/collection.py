@@ -8,7 +8,7 @@ from rlhf.collect.annotation import Annotation, Answer, Ranking, renamed, shown_
 from rlhf.collect.journal import Journal, sync, unfinished_writes_told
 from rlhf.collect.response_sets import read_sets
 from rlhf.data.jsonl import write_jsonl
-from rlhf.errors import RecordError, RequestError
+from rlhf.errors import NextCommand, RecordError, RequestError
 
 OUT_SUFFIX = ".jsonl"
 JOURNAL_SUFFIX = ".answers.jsonl"
@@ -48,7 +48,7 @@ class Collection:
                 "name another OUT",
             )
         if not create and not journal.exists():
-            raise RequestError("there are no answers", str(journal), f"rlhf annotate {source} {out}")
+            raise RequestError("there are no answers", str(journal), NextCommand("annotate", (str(source), str(out))))
         self.journal = Journal(journal)
         self.notices = [self.journal.notice] if self.journal.notice else []
         try:

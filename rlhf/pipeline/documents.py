@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.attempt.context import FAILURE, PROGRESS
 from rlhf.config.nearest import suggestion
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.errors import RequestError
+from rlhf.errors import NextCommand, RequestError
 from rlhf.pipeline.differences import Difference, differences, of_record
 from rlhf.pipeline.plan import Planned, recipe, result_of
 from rlhf.pipeline.reporting import Eta
@@ -243,7 +243,7 @@ def find_record(target: str | None, planned: Mapping[str, Planned], store: Store
     if target is None:
         committed = [one.record for one in planned.values() if one.record is not None]
         if not committed:
-            raise RequestError("no stage has a result yet", store.address, "rlhf run")
+            raise RequestError("no stage has a result yet", store.address, NextCommand("run"))
         return committed[-1]
     if target in planned:
         return result_of(planned[target])
@@ -272,7 +272,7 @@ def _result_by_digits(target: str, planned: Mapping[str, Planned], store: Store)
     digits = target.lower().removesuffix("…")
     if not re.fullmatch(r"[0-9a-f]{1,64}", digits):
         raise RequestError(
-            f"{target!r} names no stage or artifact", where, suggestion(target, planned) or "rlhf status"
+            f"{target!r} names no stage or artifact", where, suggestion(target, planned) or NextCommand("status")
         )
     if len(digits) < LEAST_DIGITS:
         raise RequestError(
@@ -285,7 +285,7 @@ def _result_by_digits(target: str, planned: Mapping[str, Planned], store: Store)
     # A key says more than an artifact, which may be the result of several.
     found = found or [one for one in records if one.artifact.startswith(digits)]
     if not found:
-        raise RequestError(f"{target!r} names no stage, key or artifact of this store", where, "rlhf status")
+        raise RequestError(f"{target!r} names no stage, key or artifact of this store", where, NextCommand("status"))
     if len({one.artifact for one in found}) > 1:
         candidates = ", ".join(f"{one.stage} {one.key[:16]} (artifact {one.artifact[:16]})" for one in found[:4])
         raise RequestError(

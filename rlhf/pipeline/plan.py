@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rlhf.config.base import semantic_values
 from rlhf.config.nearest import suggestion
 from rlhf.config.pipeline import PipelineConfig, StageInstance
-from rlhf.errors import RequestError, SettingsError
+from rlhf.errors import NextCommand, RequestError, SettingsError
 from rlhf.pipeline.differences import Recipe, differences, of_record
 from rlhf.pipeline.sources import digest_source
 from rlhf.pipeline.stage import Stage
@@ -114,7 +114,9 @@ def result_of(one: Planned) -> ActionRecord:
     """
     if one.record is None:
         raise RequestError(
-            f"{one.name} has no result yet", f"stage {one.name}: {one.state}, {one.why}", f"rlhf run {one.name}"
+            f"{one.name} has no result yet",
+            f"stage {one.name}: {one.state}, {one.why}",
+            NextCommand("run", (one.name,)),
         )
     return one.record
 

@@ -16,7 +16,7 @@ from rlhf.cluster import launch
 from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.errors import DamageError, InterruptedRunError, StageError, TryAgainError
+from rlhf.errors import DamageError, InterruptedRunError, NextCommand, StageError, TryAgainError
 from rlhf.pipeline import disk
 from rlhf.pipeline.concurrent_stages import ConcurrentStages
 from rlhf.pipeline.plan import Planned, plan
@@ -177,7 +177,7 @@ def _awaiting_people(missing: Sequence[Planned]) -> TryAgainError:
     return TryAgainError(
         f"{planned.name} {planned.why}",
         f"{planned.name}.file",
-        f"rlhf annotate {source} {planned.awaits}, then the same command again",
+        NextCommand("annotate", (source, str(planned.awaits)), then="then the same command again"),
     )
 
 

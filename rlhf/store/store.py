@@ -34,7 +34,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote, urlsplit
 
-from rlhf.errors import DamageError, RequestError, SettingsError, TryAgainError
+from rlhf.errors import DamageError, NextCommand, RequestError, SettingsError, TryAgainError
 from rlhf.store.allowed_files import payload_paths
 from rlhf.store.backend import Backend, LocalBackend, make_folder, no_room, translated
 from rlhf.store.blobs import Blobs, blob_name, in_parallel
@@ -172,9 +172,7 @@ class Store:
                 f"The manifest of artifact {digest} {error.what}.", where, "rlhf verify --repair, then rlhf run."
             ) from error
         if manifest is None:
-            raise RequestError(
-                f"The store holds no artifact {digest}.", where, "rlhf status shows the artifacts of the pipeline."
-            )
+            raise RequestError(f"The store holds no artifact {digest}.", where, NextCommand("status"))
         return manifest
 
     def read_file(self, digest: str, path: str) -> bytes:

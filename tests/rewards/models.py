@@ -86,7 +86,10 @@ def make_other_llama(folder: Path) -> Path:
     shape = ScratchSettings(vocabulary=340, hidden_size=16, layers=1, heads=2, context=48)
     make_from_scratch(shape, ["say so , of two halves", " ".join(WORDS)], seed=3, target=folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for message in messages %}Q {{ message['content'] }} A {% endfor %}"
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}"
+        "{% else %}Q {{ message['content'] }} A {% endif %}{% endfor %}"
+    )
     tokenizer.save_pretrained(folder)
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
