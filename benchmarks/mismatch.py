@@ -36,7 +36,7 @@ from rlhf.rl.metrics import mismatch_metrics
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import roll_out
-from rlhf.training.learner import Training
+from rlhf.training.learner import Optimiser
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
 from rlhf.zero import group
 
@@ -83,8 +83,8 @@ def save_model(config: PreTrainedConfig, folder: Path) -> None:
 def iterations(folder: Path, precision: Precision, form: str, fp32_head: bool) -> Iterator[dict[str, float]]:
     """Sample, compare, and train on made-up advantages, three times."""
     lora, rate = FORMS[form], 1e-3 if FORMS[form] else 1e-5
-    training = Training("policy", rate, 1.0)
-    policy = TrainedPolicy(folder, precision, 1.0, 16, lora=lora, seed=0, training=training, fp32_head=fp32_head)
+    optimiser = Optimiser("policy", rate, 1.0)
+    policy = TrainedPolicy(folder, precision, 1.0, 16, lora=lora, seed=0, optimiser=optimiser, fp32_head=fp32_head)
     exact = FrozenPolicy(folder, "fp32", 1.0, 16)
     rows = torch.randint(2, VOCABULARY, (RESPONSES, 32), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [row[: 4 + index % 28] for index, row in enumerate(rows)]

@@ -5,6 +5,7 @@ faster.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +75,47 @@ class Replica:
         return sample_responses(self._model, prompts, uniforms, temperature, eos_token_id=self._eos, pad=self._pad)
 
 
-class Writer:
-    """A policy that only writes: a copy of it on each rank, and none that is sharded.
+class Generator:
+    """Samples responses from a copy of a policy on each rank, which is made when it is first needed.
 
     folder   a plain folder or an adapter's
     at_once  prompts that one rank answers at a time
+    lora     of a policy that trains adapters on top of the folder's weights
+    source   the sharded policy whose weights the copy takes before it samples; None where the folder's never change
     """
 
-    def __init__(self, folder: Path, precision: Precision, temperature: float, at_once: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision,
+        temperature: float,
+        at_once: int,
+        *,
+        fp32_head: bool = True,
+        lora: LoraSettings | None = None,
+        source: Any = None,
+    ) -> None:
         self.tokenizer = text.load_tokenizer(folder)
-        self._replica = Replica(
+        self._make = partial(
+            Replica,
             folder,
             precision,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
+            fp32_head=fp32_head,
+            lora=lora,
         )
-        self._temperature, self._at_once = temperature, at_once
+        self._temperature, self._at_once, self._source = temperature, at_once, source
+        self._replica: Replica | None = None
 
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
         """Sample a response to each prompt. A collective.
 
         noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
         """
+        if self._replica is None:
+            self._replica = self._make()
+        if self._source is not None:
+            # Before the first samples too: after a resume the folder's weights are not the present ones.
+            self._replica.refresh(self._source)
         return self._replica.sample(prompts, noise, self._temperature, self._at_once)

@@ -3,7 +3,7 @@
 Prompts are padded on the left and responses on the right, so that the response's tokens are the last ``time`` columns.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -51,18 +51,22 @@ class Sequences:
             yield self.rows(part)
             liveness.beat()
 
-    def compute(self, size: int, forward: Callable[[Self], Tensor]) -> Tensor:
-        """What ``forward`` says of every response token, ``[sample, …, time]``, 0 beyond each micro batch's longest
-        response, whole on every rank. A collective: each rank computes its share, ``size`` samples at a time.
+    def to(self, device: torch.device) -> Self:
+        """Return the samples on a device."""
+        return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
-        forward  of a micro batch: ``[sample, …, its time]``
+    def mine(self, size: int) -> Iterator[Self]:
+        """Yield this rank's share on its device, ``size`` samples at a time; every rank has equally many parts."""
+        for part in self.micro_batches(group.my_rows(len(self.ids)), size):
+            yield part.to(group.device())
+
+    def gather(self, answers: Sequence[Tensor]) -> Tensor:
+        """Return what all ranks computed of :meth:`mine`, whole on every rank and on the CPU. A collective.
+
+        answers  of each micro batch, ``[sample, …, its time]``; the result is 0 beyond a micro batch's longest response
         """
-
-        def share(indices: Tensor) -> Tensor:
-            answers = [forward(part).cpu() for part in self.micro_batches(indices, size)]
-            return torch.cat([torch.nn.functional.pad(one, (0, self.time - one.shape[-1])) for one in answers])
-
-        return group.spread(len(self.ids), share)
+        padded = [torch.nn.functional.pad(answer, (0, self.time - answer.shape[-1])) for answer in answers]
+        return group.gather_rows(torch.cat(padded), len(self.ids))
 
 
 def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int) -> Sequences:

@@ -11,8 +11,8 @@ from rlhf.models import folders
 from rlhf.models.adapter_folders import is_adapter
 from rlhf.models.text import check_same_tokens
 from rlhf.rewards.combined import Rewards
-from rlhf.rollout.replica import Writer
-from rlhf.training.learner import Training
+from rlhf.rollout.replica import Generator
+from rlhf.training.learner import Optimiser
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
 from rlhf.training.value import TrainedValue
 from rlhf.zero import group
@@ -36,7 +36,7 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
         size,
         lora=settings.lora,
         seed=settings.seed,
-        training=Training("policy", settings.policy_learning_rate, settings.max_grad_norm),
+        optimiser=Optimiser("policy", settings.policy_learning_rate, settings.max_grad_norm),
         fp32_head=settings.sampling.fp32_head,
         learns_entropy=settings.entropy_bonus > 0,
         ptx_coef=settings.ptx.coef,
@@ -56,7 +56,7 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
         size,
         lora=settings.lora,
         seed=settings.seed,
-        training=Training("value model", settings.value_learning_rate, settings.max_grad_norm),
+        optimiser=Optimiser("value model", settings.value_learning_rate, settings.max_grad_norm),
     )
     return policy, value, rewards
 
@@ -77,12 +77,12 @@ def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, Froze
     return policy("before"), policy("after"), load_rewards(context, settings.micro_batch_size)
 
 
-def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Writer:
+def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Generator:
     """Load a model that writes responses. A collective."""
     settings = context.settings
     role = next(role for role, model in writer_inputs(settings).items() if model == writer.model)
     temperature = settings.temperature if writer.temperature is None else writer.temperature
-    return Writer(context.inputs[role], settings.precision, temperature, settings.micro_batch_size)
+    return Generator(context.inputs[role], settings.precision, temperature, settings.micro_batch_size)
 
 
 def load_rewards(context: Context[PpoSettings] | Context[EvaluateSettings], micro_batch_size: int) -> Rewards:

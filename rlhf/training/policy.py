@@ -1,7 +1,7 @@
-"""The policy that PPO trains, and the frozen reference that it must not drift far from."""
+"""Policies under ZeRO-3: one that PPO trains with its frozen reference, and one that only answers."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +9,59 @@ import torch
 from torch import Tensor
 
 from rlhf.config.training import LoraSettings, Precision
-from rlhf.models import adapters, folders, text
+from rlhf.models import adapters, folders
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.losses import PolicySums, demonstration_loss
 from rlhf.rollout.experience import Experience, Minibatch
-from rlhf.rollout.replica import Replica
+from rlhf.rollout.replica import Generator
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Sequences
 from rlhf.training.average import MovingAverage
-from rlhf.training.learner import Training
+from rlhf.training.learner import Learner, Loss, Optimiser
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, Engine, sharded_loading, whole_weights
 
 PolicyLoss = Callable[..., tuple[Tensor, PolicySums]]
+AT_ONCE = 4
+"""Micro batches that are sampled at a time: nothing is kept for a backward pass, so more fits than in training."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Log-probabilities of response tokens by a sharded language model."""
+
+    engine: Engine
+    """Of a :class:`rlhf.models.heads.TokenLogprobs`."""
+    temperature: float
+    micro_batch_size: int
+
+    def forward(
+        self, part: Sequences, *, entropies: bool = False, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies of a micro batch, ``[sample, time]``, nats, with gradients.
+
+        entropies    whether they are computed; otherwise they are 0
+        temperature  in place of the scorer's own
+        """
+        return self.engine(part.ids, part.attention_mask, part.time, temperature or self.temperature, entropies)
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequences) -> Tensor:
+        """Return the log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
+        return sequences.gather([self.forward(part)[0] for part in sequences.mine(self.micro_batch_size)])
+
+    @torch.no_grad()
+    def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Return also the entropies of the distributions that the tokens were drawn from, nats. A collective."""
+        parts = sequences.mine(self.micro_batch_size)
+        both = sequences.gather([torch.stack(self.forward(part, entropies=True), dim=1) for part in parts])
+        return both[:, 0], both[:, 1]
+
+
+def load_sharded(folder: Path, precision: Precision, *, fp32_head: bool) -> Any:
+    """Load a language model in shards. A collective."""
+    with sharded_loading(precision):
+        return folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
 
 
 class FrozenPolicy:
@@ -29,9 +69,6 @@ class FrozenPolicy:
 
     folder  a plain folder or an adapter's
     """
-
-    _lora: LoraSettings | None = None
-    """Adapters that are trained on top of the folder's weights."""
 
     def __init__(
         self,
@@ -42,66 +79,22 @@ class FrozenPolicy:
         *,
         fp32_head: bool = True,
     ) -> None:
-        self.folder = folder
-        self.tokenizer = text.load_tokenizer(folder)
-        self._precision: Precision = precision
-        self._temperature, self._fp32_head = temperature, fp32_head
-        self._micro_batch_size = micro_batch_size
-        self._replica: Replica | None = None
-        self._model = self._build()
-        self._engine = self._start()
-
-    def _build(self) -> Any:
-        with sharded_loading(self._precision):
-            return folders.load_policy(self.folder, DTYPES[self._precision], fp32_head=self._fp32_head)
-
-    def _start(self) -> Engine:
-        return Engine(TokenLogprobs(self._model), self._precision)
+        engine = Engine(TokenLogprobs(load_sharded(folder, precision, fp32_head=fp32_head)), precision)
+        self._scorer = Scorer(engine, temperature, micro_batch_size)
+        at_once = AT_ONCE * micro_batch_size
+        self._generator = Generator(folder, precision, temperature, at_once, fp32_head=fp32_head)
+        self.tokenizer = self._generator.tokenizer
 
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
-        """Sample a response to each prompt. A collective.
+        """Sample a response to each prompt, as :meth:`Generator.sample`. A collective."""
+        return self._generator.sample(prompts, noise)
 
-        noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
-        """
-        # Nothing is kept for a backward pass, so that more fits at once than in training.
-        return self._generator().sample(prompts, noise, self._temperature, 4 * self._micro_batch_size)
-
-    def _generator(self) -> Replica:
-        if self._replica is None:
-            self._replica = Replica(
-                self.folder,
-                self._precision,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                fp32_head=self._fp32_head,
-                lora=self._lora,
-            )
-        return self._replica
-
-    @torch.no_grad()
     def logprobs(self, sequences: Sequences) -> Tensor:
-        """Log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
-        return sequences.compute(self._micro_batch_size, lambda part: self._forward(part)[0])
-
-    @torch.no_grad()
-    def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Also the entropies of the distributions that the tokens were drawn from, nats. A collective."""
-        both = sequences.compute(
-            self._micro_batch_size, lambda part: torch.stack(self._forward(part, entropies=True), dim=1)
-        )
-        return both[:, 0], both[:, 1]
-
-    def _forward(
-        self, part: Sequences, *, entropies: bool = False, temperature: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        on = group.device()
-        logprobs, entropy = self._engine(
-            part.ids.to(on), part.attention_mask.to(on), part.time, temperature or self._temperature, entropies
-        )
-        return logprobs.cpu(), entropy.cpu()
+        """Return the log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
+        return self._scorer.logprobs(sequences)
 
 
-class TrainedPolicy(FrozenPolicy):
+class TrainedPolicy:
     """The policy under PPO, with its reference: the same weights with the adapter off, or a frozen copy.
 
     folder  a plain folder
@@ -116,36 +109,44 @@ class TrainedPolicy(FrozenPolicy):
         *,
         lora: LoraSettings | None,
         seed: int,
-        training: Training,
+        optimiser: Optimiser,
         fp32_head: bool = True,
         learns_entropy: bool = False,
         ptx_coef: float = 0.0,
         average_decay: float | None = None,
     ) -> None:
-        self._lora, self._seed, self._training = lora, seed, training
-        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
-        answers = folder, precision, temperature, micro_batch_size
-        super().__init__(*answers, fp32_head=fp32_head)
-        self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
-        self._reference = None if lora else FrozenPolicy(*answers, fp32_head=fp32_head)
-
-    def _build(self) -> Any:
         # PPO switches all dropout off: otherwise old and new log-probabilities differ by chance.
-        lora = self._lora.model_copy(update={"dropout": 0.0}) if self._lora else None
-        return adapters.with_lora(super()._build(), lora, scores=False, seed=self._seed)
+        silent = lora.model_copy(update={"dropout": 0.0}) if lora else None
+        sharded = load_sharded(folder, precision, fp32_head=fp32_head)
+        self._model = adapters.with_lora(sharded, silent, scores=False, seed=seed)
+        self._learner = Learner(TokenLogprobs(self._model), precision, optimiser, "policy")
+        self._scorer = Scorer(self._learner.engine, temperature, micro_batch_size)
+        at_once = AT_ONCE * micro_batch_size
+        self._generator = Generator(
+            folder, precision, temperature, at_once, fp32_head=fp32_head, lora=lora, source=self._model
+        )
+        self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
+        self._reference = (
+            None if lora else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head)
+        )
+        self.tokenizer = self._generator.tokenizer
+        self._folder, self._lora = folder, lora
+        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
 
-    def _start(self) -> Engine:
-        return self._training.start(TokenLogprobs(self._model), self._precision)
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+        """Sample a response to each prompt, as :meth:`Generator.sample`. A collective."""
+        return self._generator.sample(prompts, noise)
 
-    def _generator(self) -> Replica:
-        # At the first call too: after a resume the folder's weights are not the present ones.
-        replica = super()._generator()
-        replica.refresh(self._model)
-        return replica
+    def logprobs(self, sequences: Sequences) -> Tensor:
+        """Return the log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
+        return self._scorer.logprobs(sequences)
 
-    @torch.no_grad()
+    def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Return also the entropies of the distributions that the tokens were drawn from, nats. A collective."""
+        return self._scorer.logprobs_and_entropies(sequences)
+
     def reference_logprobs(self, sequences: Sequences) -> Tensor:
-        """Log-probabilities under the policy that PPO began with, ``[sample, time]``, nats. A collective."""
+        """Return the log-probabilities under the policy that PPO began with, ``[sample, time]``, nats. A collective."""
         if self._reference is not None:
             return self._reference.logprobs(sequences)
         with self._model.disable_adapter():
@@ -158,45 +159,49 @@ class TrainedPolicy(FrozenPolicy):
         learning_rate: float,
         demonstrations: Minibatch[Sequences] | None = None,
     ) -> PolicySums:
-        """Take one optimiser step on a minibatch, and on demonstrations if given; the sums over both. A collective.
+        """Take one optimiser step on a minibatch, and on demonstrations if given. A collective.
+
+        Return the sums over both.
 
         loss  of (log-probabilities and entropies now, old log-probabilities, the reference's, advantages, mask,
               num_tokens=…), as :func:`rlhf.rl.losses.clipped_policy_loss`
         """
 
-        def rollouts(part: Experience) -> tuple[Tensor, Tensor]:
-            now, entropies = self._forward(part, entropies=self._learns_entropy)
+        def of_rollouts(part: Experience) -> tuple[Tensor, Tensor]:
+            now, entropies = self._scorer.forward(part, entropies=self._learns_entropy)
             constants = part.logprobs, part.reference_logprobs, part.advantages, part.mask
             value, sums = loss(now, entropies, *constants, num_tokens=minibatch.num_tokens)
             return value, sums.to_tensor()
 
-        def imitation(part: Sequences, num_tokens: int) -> tuple[Tensor, Tensor]:
-            # At temperature 1: the likelihood that SFT maximised, and not that of the sampler.
-            now, _ = self._forward(part, temperature=1.0)
-            value, sums = demonstration_loss(now, part.mask, coef=self._ptx_coef, num_tokens=num_tokens)
-            return value, sums.to_tensor()
-
-        measures = [partial(rollouts, part) for part in minibatch.parts]
+        work: list[tuple[Minibatch[Any], Loss]] = [(minibatch, of_rollouts)]
         if demonstrations is not None:
-            measures += [partial(imitation, part, demonstrations.num_tokens) for part in demonstrations.parts]
-        sums = PolicySums.from_tensor(self._training.update(self._engine, measures, learning_rate))
+            num_tokens = demonstrations.num_tokens
+
+            def of_demonstrations(part: Sequences) -> tuple[Tensor, Tensor]:
+                # At temperature 1: the likelihood that SFT maximised, and not that of the sampler.
+                now, _ = self._scorer.forward(part, temperature=1.0)
+                value, sums = demonstration_loss(now, part.mask, coef=self._ptx_coef, num_tokens=num_tokens)
+                return value, sums.to_tensor()
+
+            work.append((demonstrations, of_demonstrations))
+        sums = PolicySums.from_tensor(self._learner.step(work, learning_rate))
         if self._average is not None:
             self._average.update()
         return sums
 
     def checkpoint_bytes(self) -> int:
         """About what all ranks write in :meth:`save`."""
-        return self._engine.checkpoint_bytes() + (self._average.checkpoint_bytes() if self._average else 0)
+        return self._learner.checkpoint_bytes() + (self._average.checkpoint_bytes() if self._average else 0)
 
     def save(self, checkpoint: Path) -> None:
         """Write the trained weights, the optimiser's state and the moving average. A collective."""
-        self._engine.save(checkpoint, "policy")
+        self._learner.save(checkpoint)
         if self._average is not None:
             self._average.save(checkpoint)
 
     def load(self, checkpoint: Path) -> None:
         """Go on from what :meth:`save` wrote. A collective."""
-        self._engine.load(checkpoint, "policy")
+        self._learner.load(checkpoint)
         if self._average is not None:
             self._average.load(checkpoint)
 
@@ -207,5 +212,5 @@ class TrainedPolicy(FrozenPolicy):
         else:
             weights = whole_weights(self._model, trained_only=self._lora is not None)
         if group.is_main():
-            adapters.save(self._model, weights, self.folder, target, self._lora, scores=False)
+            adapters.save(self._model, weights, self._folder, target, self._lora, scores=False)
         group.barrier()

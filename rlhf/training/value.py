@@ -1,7 +1,6 @@
 """The value model that PPO trains."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from rlhf.models.heads import TokenValues, initialise_head, unwrapped
 from rlhf.rl.losses import ValueSums
 from rlhf.rollout.experience import Experience, Minibatch
 from rlhf.rollout.sequences import Sequences
-from rlhf.training.learner import Training
+from rlhf.training.learner import Learner, Optimiser
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, gathered, sharded_loading
 
@@ -35,7 +34,7 @@ class TrainedValue:
         *,
         lora: LoraSettings | None,
         seed: int,
-        training: Training,
+        optimiser: Optimiser,
     ) -> None:
         with sharded_loading(precision):
             model = AutoModelForSequenceClassification.from_pretrained(
@@ -48,41 +47,38 @@ class TrainedValue:
             for head in heads:
                 if group.is_main():
                     initialise_head(head, "value head", seed)
-        self._training = training
-        self._engine = training.start(TokenValues(model), precision)
+        self._learner = Learner(TokenValues(model), precision, optimiser, "value")
         self._micro_batch_size = micro_batch_size
 
     @torch.no_grad()
     def values(self, sequences: Sequences) -> Tensor:
-        """Values before each of the responses' tokens, ``[sample, time]``. A collective."""
-        return sequences.compute(self._micro_batch_size, self._forward)
+        """Return the values before each of the responses' tokens, ``[sample, time]``. A collective."""
+        return sequences.gather([self._forward(part) for part in sequences.mine(self._micro_batch_size)])
 
     def _forward(self, part: Sequences) -> Tensor:
-        on = group.device()
-        return self._engine(part.ids.to(on), part.attention_mask.to(on), part.time).cpu()
+        return self._learner.engine(part.ids, part.attention_mask, part.time)
 
     def update(self, minibatch: Minibatch[Experience], loss: ValueLoss, learning_rate: float) -> ValueSums:
-        """Take one optimiser step on a minibatch; the sums over it. A collective.
+        """Take one optimiser step on a minibatch; return the sums over it. A collective.
 
         loss  of (values now, old ones, returns, mask, num_tokens=…), as :func:`rlhf.rl.losses.clipped_value_loss`
         """
 
-        def measure(part: Experience) -> tuple[Tensor, Tensor]:
+        def of_values(part: Experience) -> tuple[Tensor, Tensor]:
             now = self._forward(part)
             value, sums = loss(now, part.values, part.returns, part.mask, num_tokens=minibatch.num_tokens)
             return value, sums.to_tensor()
 
-        measures = [partial(measure, part) for part in minibatch.parts]
-        return ValueSums.from_tensor(self._training.update(self._engine, measures, learning_rate))
+        return ValueSums.from_tensor(self._learner.step([(minibatch, of_values)], learning_rate))
 
     def checkpoint_bytes(self) -> int:
         """About what all ranks write in :meth:`save`."""
-        return self._engine.checkpoint_bytes()
+        return self._learner.checkpoint_bytes()
 
     def save(self, checkpoint: Path) -> None:
         """Write the trained weights and the optimiser's state. A collective."""
-        self._engine.save(checkpoint, "value")
+        self._learner.save(checkpoint)
 
     def load(self, checkpoint: Path) -> None:
         """Go on from what :meth:`save` wrote. A collective."""
-        self._engine.load(checkpoint, "value")
+        self._learner.load(checkpoint)

@@ -97,6 +97,7 @@ class Engine:
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
             optimizer = torch.optim.AdamW(trainable, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
         self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+        self._finite: list[Tensor] = []
         # In training too: with dropout, layer drop or router noise, two passes over the same tokens differ, which PPO
         # takes for a change of the policy. Gradients flow in either mode.
         self._engine.eval()
@@ -115,16 +116,9 @@ class Engine:
 
         loss  this rank's and micro batch's *part of a sum*: DeepSpeed averages over ranks, which is undone here
         last  whether :meth:`step` comes next
-
-        Raises:
-            DivergedError: on every rank, when the loss of any rank is not finite.
         """
-        if not group.all_true(bool(torch.isfinite(loss.detach()))):
-            raise DivergedError(
-                f"the {self._name}'s loss is not a finite number; the optimiser step was not taken",
-                "",
-                "lower the learning rates",
-            )
+        # Looked at in :meth:`step`: to ask a GPU here would wait for it at every micro batch.
+        self._finite.append(torch.isfinite(loss.detach()))
         # The boundary is set by hand: how many micro batches an update has is for the caller to decide each time.
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * group.world_size())
@@ -133,8 +127,16 @@ class Engine:
         """Take the optimiser step on what :meth:`backward` added up; the gradients' norm before clipping.
 
         Raises:
-            DivergedError: on every rank, when the gradients' norm is not finite; the step was then not taken.
+            DivergedError: on every rank, when any rank's loss or the gradients' norm is not finite; no step was taken.
         """
+        finite = bool(torch.stack(self._finite).all())
+        self._finite.clear()
+        if not group.all_true(finite):
+            raise DivergedError(
+                f"the {self._name}'s loss is not a finite number; the optimiser step was not taken",
+                "",
+                "lower the learning rates",
+            )
         for parameters in self._engine.optimizer.param_groups:
             parameters["lr"] = learning_rate
         # DeepSpeed takes no step where the norm, which it adds up over all ranks, is not finite.

@@ -88,11 +88,26 @@ def spread(count: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
              computes equally many rows (some twice where the world size does not divide ``count``), so that
              collectives inside meet
     """
+    return gather_rows(compute(my_rows(count)), count)
+
+
+def my_rows(count: int) -> Tensor:
+    """Return this rank's share of ``count`` row indices: every W-th, from its rank on.
+
+    Every rank has equally many; the last row stands for the missing ones where W does not divide ``count``.
+    """
     world = world_size()
     padded = -(-count // world) * world
-    mine = torch.arange(padded).clamp(max=count - 1)[rank() :: world]
-    rows = compute(mine).to(device()).contiguous()
-    parts = [torch.empty_like(rows) for _ in range(world)]
+    return torch.arange(padded).clamp(max=count - 1)[rank() :: world]
+
+
+def gather_rows(rows: Tensor, count: int) -> Tensor:
+    """Return all ranks' rows ``[count, ...]`` in order, on the CPU. A collective.
+
+    rows  this rank's, of the indices of :func:`my_rows`
+    """
+    rows = rows.to(device()).contiguous()
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows)
     return torch.stack(parts, dim=1).flatten(0, 1)[:count].cpu()
 

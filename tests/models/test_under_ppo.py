@@ -22,7 +22,7 @@ from rlhf.rollout.experience import Experience, minibatch_of
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.rollout.sequences import Sequences, lay_out
-from rlhf.training.learner import Training
+from rlhf.training.learner import Optimiser
 from rlhf.training.loading import load_models, plain_folder
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
 from rlhf.training.value import TrainedValue
@@ -48,8 +48,8 @@ def policy_of(
     lora: LoraSettings | None = None,
     **more: Any,
 ) -> TrainedPolicy:
-    training = Training("policy", learning_rate=0.01, max_grad_norm=1.0)
-    return TrainedPolicy(tiny, precision, temperature, 2, lora=lora, seed=0, training=training, **more)
+    optimiser = Optimiser("policy", learning_rate=0.01, max_grad_norm=1.0)
+    return TrainedPolicy(tiny, precision, temperature, 2, lora=lora, seed=0, optimiser=optimiser, **more)
 
 
 def sequences() -> Sequences:
@@ -58,7 +58,7 @@ def sequences() -> Sequences:
 
 def weights_of(trained: Any) -> dict[str, Tensor]:
     """By the names that its file has."""
-    weights = whole_weights(trained._engine.module, trained_only=False)
+    weights = whole_weights(trained._learner.engine.module, trained_only=False)
     return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 
@@ -156,7 +156,7 @@ def test_the_value_model_moves_from_its_old_values_towards_the_returns(
             2,
             lora=lora,
             seed=seed,
-            training=Training("value model", learning_rate=0.01, max_grad_norm=1.0),
+            optimiser=Optimiser("value model", learning_rate=0.01, max_grad_norm=1.0),
         )
 
     def head_of(value: TrainedValue) -> Tensor:
@@ -207,11 +207,11 @@ def test_the_value_model_moves_from_its_old_values_towards_the_returns(
     assert torch.equal(value.values(batch), kept)
 
 
-def sampled(policy: FrozenPolicy) -> Rollout:
+def sampled(policy: FrozenPolicy | TrainedPolicy) -> Rollout:
     return roll_out(policy, PromptBatch(["a"] * 12, PROMPTS * 4, list(range(12))), 0, 8)
 
 
-def divergence(policy: FrozenPolicy, other: FrozenPolicy, rollout: Rollout) -> float:
+def divergence(policy: FrozenPolicy | TrainedPolicy, other: FrozenPolicy | TrainedPolicy, rollout: Rollout) -> float:
     """Root mean square difference of log-probabilities, nats a token."""
     gaps = policy.logprobs(rollout.sequences) - other.logprobs(rollout.sequences)
     return float(gaps[rollout.mask].square().mean().sqrt())

@@ -42,7 +42,7 @@ from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sampling import uniforms
 from rlhf.rollout.sequences import Sequences
 from rlhf.training import checkpoint_writer
-from rlhf.training.learner import Training
+from rlhf.training.learner import Optimiser
 from rlhf.training.policy import TrainedPolicy
 from rlhf.zero import group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
@@ -157,6 +157,7 @@ def not_a_number(tiny: Path) -> dict[str, Any]:
     error = ""
     try:
         learner.engine.backward(loss, last=True)
+        learner.engine.step(0.1)
     except DivergedError as diverged:
         error = diverged.what
     return {"error": error, "before": before, "after": learner.weights()}
@@ -350,8 +351,8 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
     for form, lora in FORMS.items():
 
         def fresh(lora: LoraSettings | None = lora) -> TrainedPolicy:
-            training = Training("policy", learning_rate=0.03, max_grad_norm=1.0)
-            return TrainedPolicy(tiny, "fp32", 1.0, 4, lora=lora, seed=0, training=training)
+            optimiser = Optimiser("policy", learning_rate=0.03, max_grad_norm=1.0)
+            return TrainedPolicy(tiny, "fp32", 1.0, 4, lora=lora, seed=0, optimiser=optimiser)
 
         policy = fresh()
         batch = copy.deepcopy(PROMPTS)

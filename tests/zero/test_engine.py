@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from rlhf.config.training import LoraSettings
 from rlhf.models import adapters
 from rlhf.models.packing import PACKABLE
-from rlhf.training.learner import Training
 from rlhf.zero.engine import Engine, whole_weights
 from tests.models.tiny import tiny_config
 
@@ -98,7 +97,7 @@ def test_models_that_ppo_trains_compute_alike_every_time(model_type: str, lora: 
     model = noisy_model(model_type, lora)
     plain = copy.deepcopy(model).eval()
     loss_of(plain).backward()
-    engine = Training("policy", learning_rate=0.1, max_grad_norm=1.0).start(model, "fp32")
+    engine = Engine(model, "fp32", name="policy", learning_rate=0.1, max_grad_norm=1.0)
     with torch.no_grad():
         first = loss_of(engine)
     loss = loss_of(engine)
