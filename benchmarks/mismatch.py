@@ -33,7 +33,7 @@ from transformers import (
 from rlhf.config.training import LoraSettings, Precision
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rl.metrics import mismatch_metrics
-from rlhf.rollout.experience import Experience
+from rlhf.rollout.experience import Experience, minibatches
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import roll_out
 from rlhf.training.learner import Optimiser
@@ -100,9 +100,16 @@ def iterations(folder: Path, precision: Precision, form: str, fp32_head: bool) -
             found["off fp32"] = rms(logprobs - exact.logprobs(rollout.sequences), mask)
         advantages = torch.where(rollout.sequences.ids[:, -LENGTH:] % 2 == 1, 1.0, -1.0)
         zeros = torch.zeros_like(logprobs)
-        experience = Experience.of(rollout.sequences, logprobs, logprobs, zeros, advantages, zeros)
+        experience = Experience.of(
+            rollout.sequences,
+            logprobs=logprobs,
+            reference_logprobs=logprobs,
+            values=zeros,
+            advantages=advantages,
+            returns=zeros,
+        )
         before = time.perf_counter()
-        for minibatch in experience.minibatches(1, 16, iteration):
+        for minibatch in minibatches(experience, 1, 16, iteration):
             policy.update(minibatch, LOSS, rate)
         yield found | {"sample s": sampled - start, "update s": time.perf_counter() - before}
 

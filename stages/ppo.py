@@ -19,7 +19,7 @@ from rlhf.rl.metrics import mismatch_metrics, rollout_metrics, update_metrics
 from rlhf.rl.rewards import kl_penalised_rewards, shaped_scores
 from rlhf.rl.schedules import learning_rate_share
 from rlhf.rollout.demonstrations import DemonstrationStream
-from rlhf.rollout.experience import Experience
+from rlhf.rollout.experience import Experience, shuffled
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import roll_out
 from rlhf.training.journal import Journal
@@ -44,7 +44,12 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
         schedule=settings.schedule,
         warmup_fraction=settings.warmup_fraction,
     )
-    shaping = {name: getattr(settings, name) for name in ("missing_eos_penalty", "missing_eos_score")}
+    shaping = partial(
+        shaped_scores,
+        clip=settings.score_clip,
+        missing_eos_penalty=settings.missing_eos_penalty,
+        missing_eos_score=settings.missing_eos_score,
+    )
     value_loss = partial(clipped_value_loss, clip=settings.value_clip)
     journal = Journal(context, settings.iterations, unit="iteration", shown=("objective/scores", "objective/kl"))
 
@@ -61,7 +66,7 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
 
         mask = rollout.mask
         check_finite(mask, scores=scores, logprobs=logprobs, reference_logprobs=reference_logprobs, values=values)
-        shaped = shaped_scores(scores, rollout.ended, clip=settings.score_clip, **shaping)
+        shaped = shaping(scores, rollout.ended)
         rewards = kl_penalised_rewards(shaped, logprobs, reference_logprobs, mask, kl.in_reward, settings.kl.estimator)
         if settings.whiten_rewards:
             rewards = whiten(rewards, mask, masked_moments(rewards, mask), shift_mean=False)
@@ -71,7 +76,14 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
         if settings.importance_cap:
             cap = settings.importance_cap
             advantages = advantages * truncated_importance_weights(logprobs, rollout.logprobs, mask, cap)
-        experience = Experience.of(rollout.sequences, logprobs, reference_logprobs, values, advantages, returns)
+        experience = Experience.of(
+            rollout.sequences,
+            logprobs=logprobs,
+            reference_logprobs=reference_logprobs,
+            values=values,
+            advantages=advantages,
+            returns=returns,
+        )
 
         metrics = rollout_metrics(
             scores, rollout.ended, logprobs, reference_logprobs, entropies, mask, kl.in_reward, settings.kl.estimator
@@ -87,7 +99,7 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
         policy_sums: list[PolicySums] = []
         value_sums: list[ValueSums] = []
         with journal.timed("train"):
-            for number, minibatch in experience.shuffled(settings, iteration):
+            for number, minibatch in shuffled(experience, settings, iteration):
                 update = iteration * updates + number
                 value_sums.append(value.update(minibatch, value_loss, settings.value_learning_rate * rate(update)))
                 if iteration < settings.value_warmup:

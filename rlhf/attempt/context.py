@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from rlhf.attempt import liveness
 from rlhf.config.base import Settings
 
-S = TypeVar("S", bound=Settings)
+S_co = TypeVar("S_co", bound=Settings, covariant=True)
 
 PROGRESS = "progress.json"
 """In an attempt: the message, the steps done and their total, and when steps were done, from which the time left is
@@ -28,7 +28,7 @@ FAILURE = "failure.json"
 
 
 @dataclass(frozen=True)
-class Context(Generic[S]):
+class Context(Generic[S_co]):
     """A stage's settings, its inputs, and where its result goes.
 
     Driver and workers share the attempt's folder; what a stage tells the user passes through files there.
@@ -37,7 +37,7 @@ class Context(Generic[S]):
     stage: str
     """The instance's name in the pipeline."""
     key: str
-    settings: S
+    settings: S_co
     inputs: Mapping[str, Path]
     """Role to folder. A role whose artifact is not there yet is missing, which only a preflight sees."""
     output: Path

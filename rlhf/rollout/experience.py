@@ -17,48 +17,52 @@ from rlhf.rollout.sequences import Sequences
 from rlhf.zero import group
 
 S = TypeVar("S", bound=Sequences)
+S_co = TypeVar("S_co", bound=Sequences, covariant=True)
 
 
 @dataclass(frozen=True)
-class Experience(Sequences):
-    """What the updates of an iteration learn from."""
+class PolicyExperience(Sequences):
+    """What the policy's updates of an iteration learn from."""
 
     logprobs: Tensor
     reference_logprobs: Tensor
-    values: Tensor
     advantages: Tensor
-    returns: Tensor
-
-    @classmethod
-    def of(cls, sequences: Sequences, *tensors: Tensor) -> "Experience":
-        """Sequences with what else is known of them, in the order of the fields."""
-        return cls(sequences.ids, sequences.attention_mask, sequences.mask, *tensors)
-
-    def shuffled(self, settings: PpoSettings, iteration: int) -> Iterator[tuple[int, "Minibatch[Experience]"]]:
-        """The minibatches of an iteration's epochs, numbered; a new order each epoch."""
-        for epoch in range(settings.epochs):
-            order = (settings.seed, iteration, epoch)
-            minibatches = self.minibatches(settings.minibatches, settings.micro_batch_size, *order)
-            yield from enumerate(minibatches, start=epoch * settings.minibatches)
-
-    def minibatches(self, count: int, micro_batch_size: int, *seed: int) -> Iterator["Minibatch[Experience]"]:
-        """Split the shuffled samples into ``count`` minibatches; each rank gets its share of each, in micro batches.
-
-        The order is a function of ``seed`` alone.
-        """
-        order = stream("minibatches", *seed).permutation(len(self.ids))
-        for indices in np.split(order, count):
-            yield minibatch_of(self, indices.tolist(), micro_batch_size)
 
 
 @dataclass(frozen=True)
-class Minibatch(Generic[S]):
+class Experience(PolicyExperience):
+    """What the updates of policy and value model learn from."""
+
+    values: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
+class Minibatch(Generic[S_co]):
     """This rank's share of the samples of one optimiser step."""
 
-    parts: list[S]
+    parts: Sequence[S_co]
     """Micro batches."""
     num_tokens: int
     """Real response tokens of the whole minibatch, over all ranks."""
+
+
+def shuffled(experience: S, settings: PpoSettings, iteration: int) -> Iterator[tuple[int, Minibatch[S]]]:
+    """Yield the minibatches of an iteration's epochs, numbered; a new order each epoch."""
+    for epoch in range(settings.epochs):
+        order = (settings.seed, iteration, epoch)
+        parts = minibatches(experience, settings.minibatches, settings.micro_batch_size, *order)
+        yield from enumerate(parts, start=epoch * settings.minibatches)
+
+
+def minibatches(experience: S, count: int, micro_batch_size: int, *seed: int) -> Iterator[Minibatch[S]]:
+    """Split the shuffled samples into ``count`` minibatches; each rank gets its share of each, in micro batches.
+
+    The order is a function of ``seed`` alone.
+    """
+    order = stream("minibatches", *seed).permutation(len(experience.ids))
+    for indices in np.split(order, count):
+        yield minibatch_of(experience, indices.tolist(), micro_batch_size)
 
 
 def minibatch_of(sequences: S, indices: Sequence[int], micro_batch_size: int) -> Minibatch[S]:

@@ -51,6 +51,11 @@ class Sequences:
             yield self.rows(part)
             liveness.beat()
 
+    @classmethod
+    def of(cls, sequences: "Sequences", **tensors: Tensor) -> Self:
+        """Return the sequences with what else is known of them, by the names of the class's own fields."""
+        return cls(ids=sequences.ids, attention_mask=sequences.attention_mask, mask=sequences.mask, **tensors)
+
     def to(self, device: torch.device) -> Self:
         """Return the samples on a device."""
         return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})

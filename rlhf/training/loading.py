@@ -25,15 +25,24 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     Raises:
         PreflightError: the value model, made of the reward model, would not understand the policy's tokens.
     """
+    policy = load_policy(context)
+    rewards = load_rewards(context, micro_batch_size(context.settings))
+    return policy, load_value(context), rewards
+
+
+def micro_batch_size(settings: PpoSettings) -> int:
+    """Return how many sequences a rank computes at a time: no more than its share of a minibatch."""
+    return min(settings.micro_batch_size, settings.rollouts // settings.minibatches // group.world_size())
+
+
+def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
+    """Load and shard the policy that is trained, with its reference. A collective."""
     settings = context.settings
-    share = settings.rollouts // settings.minibatches // group.world_size()
-    size = min(settings.micro_batch_size, share)
-    policy_folder = plain_folder(context.inputs["policy"], context.attempt / "policy", settings.precision, scores=False)
-    policy = TrainedPolicy(
-        policy_folder,
+    return TrainedPolicy(
+        _plain_policy(context),
         settings.precision,
         settings.sampling.temperature,
-        size,
+        micro_batch_size(settings),
         lora=settings.lora,
         seed=settings.seed,
         optimiser=Optimiser("policy", settings.policy_learning_rate, settings.max_grad_norm),
@@ -42,23 +51,31 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
         ptx_coef=settings.ptx.coef,
         average_decay=settings.average_decay,
     )
-    rewards = load_rewards(context, size)
+
+
+def load_value(context: Context[PpoSettings]) -> TrainedValue:
+    """Load and shard the value model, with the weights of the reward model or of the policy. A collective.
+
+    Raises:
+        PreflightError: the reward model would not understand the policy's tokens.
+    """
+    settings, folder = context.settings, _plain_policy(context)
     if settings.value_init == "reward":
-        value_folder = plain_folder(
-            context.inputs["reward"], context.attempt / "reward" / "reward", settings.precision, scores=True
-        )
-        check_same_tokens(context.inputs["reward"], policy_folder, context.stage)
-    else:
-        value_folder = policy_folder
-    value = TrainedValue(
-        value_folder,
+        reward = context.inputs["reward"]
+        check_same_tokens(reward, folder, context.stage)
+        folder = plain_folder(reward, context.attempt / "reward" / "reward", settings.precision, scores=True)
+    return TrainedValue(
+        folder,
         settings.precision,
-        size,
+        micro_batch_size(settings),
         lora=settings.lora,
         seed=settings.seed,
         optimiser=Optimiser("value model", settings.value_learning_rate, settings.max_grad_norm),
     )
-    return policy, value, rewards
+
+
+def _plain_policy(context: Context[PpoSettings]) -> Path:
+    return plain_folder(context.inputs["policy"], context.attempt / "policy", context.settings.precision, scores=False)
 
 
 def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, Rewards]:

@@ -12,7 +12,7 @@ from rlhf.config.training import LoraSettings, Precision
 from rlhf.models import adapters, folders
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.losses import PolicySums, demonstration_loss
-from rlhf.rollout.experience import Experience, Minibatch
+from rlhf.rollout.experience import Minibatch, PolicyExperience
 from rlhf.rollout.replica import Generator
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Sequences
@@ -154,7 +154,7 @@ class TrainedPolicy:
 
     def update(
         self,
-        minibatch: Minibatch[Experience],
+        minibatch: Minibatch[PolicyExperience],
         loss: PolicyLoss,
         learning_rate: float,
         demonstrations: Minibatch[Sequences] | None = None,
@@ -167,7 +167,7 @@ class TrainedPolicy:
               num_tokens=…), as :func:`rlhf.rl.losses.clipped_policy_loss`
         """
 
-        def of_rollouts(part: Experience) -> tuple[Tensor, Tensor]:
+        def of_rollouts(part: PolicyExperience) -> tuple[Tensor, Tensor]:
             now, entropies = self._scorer.forward(part, entropies=self._learns_entropy)
             constants = part.logprobs, part.reference_logprobs, part.advantages, part.mask
             value, sums = loss(now, entropies, *constants, num_tokens=minibatch.num_tokens)

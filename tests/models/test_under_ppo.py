@@ -66,7 +66,9 @@ def experience(policy: TrainedPolicy, advantage: float) -> Experience:
     batch = sequences()
     logprobs = policy.logprobs(batch)
     zeros = torch.zeros_like(logprobs)
-    return Experience.of(batch, logprobs, logprobs, zeros, zeros + advantage, zeros)
+    return Experience.of(
+        batch, logprobs=logprobs, reference_logprobs=logprobs, values=zeros, advantages=zeros + advantage, returns=zeros
+    )
 
 
 def test_every_log_probability_is_at_the_temperature_of_the_sampling(tiny: Path) -> None:
@@ -177,7 +179,11 @@ def test_the_value_model_moves_from_its_old_values_towards_the_returns(
 
     zeros = torch.zeros_like(values)
     wanted = values + torch.arange(1.0, values.shape[1] + 1)
-    minibatch = minibatch_of(Experience.of(batch, zeros, zeros, values, zeros, wanted), [0, 1, 2], 2)
+    minibatch = minibatch_of(
+        Experience.of(batch, logprobs=zeros, reference_logprobs=zeros, values=values, advantages=zeros, returns=wanted),
+        [0, 1, 2],
+        2,
+    )
     real = batch.mask
     errors: list[float] = []
     kept = values

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.rollout.experience import Experience
+from rlhf.rollout.experience import Experience, minibatches
 
 Lengths = list[tuple[int, int]]
 lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6)
@@ -52,12 +52,12 @@ def test_trimming_loses_padding_only(lengths: Lengths, extra: int, data: st.Data
 def test_minibatches_cover_every_sample_once(lengths: Lengths, count: int, micro: int, seed: int) -> None:
     """In micro batches of at most the size asked for; each minibatch knows how many response tokens it has."""
     experience = experience_of(lengths * count)
-    minibatches = list(experience.minibatches(count, micro, seed))
-    assert len(minibatches) == count
-    assert all(len(part.ids) <= micro for minibatch in minibatches for part in minibatch.parts)
-    seen = [row for minibatch in minibatches for part in minibatch.parts for row in real_tokens(part)]
+    drawn = list(minibatches(experience, count, micro, seed))
+    assert len(drawn) == count
+    assert all(len(part.ids) <= micro for minibatch in drawn for part in minibatch.parts)
+    seen = [row for minibatch in drawn for part in minibatch.parts for row in real_tokens(part)]
     assert sorted(seen) == sorted(real_tokens(experience))
-    for minibatch in minibatches:
+    for minibatch in drawn:
         assert len(minibatch.parts[0].ids) <= len(lengths)
         assert minibatch.num_tokens == sum(int(part.mask.sum()) for part in minibatch.parts)
 
@@ -67,8 +67,8 @@ def test_the_order_follows_from_the_seeds_alone() -> None:
     experience = experience_of([(2, 3)] * 32)
 
     def order(micro: int, *seed: int) -> list[list[int]]:
-        minibatches = experience.minibatches(4, micro, *seed)
-        return [row for minibatch in minibatches for part in minibatch.parts for row in real_tokens(part)]
+        drawn = minibatches(experience, 4, micro, *seed)
+        return [row for minibatch in drawn for part in minibatch.parts for row in real_tokens(part)]
 
     assert order(2, 0, 5, 1) == order(8, 0, 5, 1)
     assert len({str(order(8, *seed)) for seed in ((0, 5, 1), (1, 5, 1), (0, 6, 1), (0, 5, 2))}) == 4

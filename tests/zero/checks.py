@@ -35,7 +35,7 @@ from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import adapters
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.losses import clipped_policy_loss
-from rlhf.rollout.experience import Experience
+from rlhf.rollout.experience import Experience, minibatches
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.replica import Replica
 from rlhf.rollout.rollout import roll_out
@@ -342,7 +342,14 @@ def experience_of(sequences: Sequences, logprobs: Tensor) -> Experience:
     """The rollout with advantages that ask for something else: odd tokens are good, even ones bad."""
     advantages = torch.where(sequences.ids[:, -sequences.time :] % 2 == 1, 1.0, -1.0)
     zeros = torch.zeros_like(logprobs)
-    return Experience.of(sequences, logprobs, zeros, zeros, advantages, zeros)
+    return Experience.of(
+        sequences,
+        logprobs=logprobs,
+        reference_logprobs=zeros,
+        values=zeros,
+        advantages=advantages,
+        returns=zeros,
+    )
 
 
 def policies(tiny: Path, folder: Path) -> dict[str, Any]:
@@ -365,7 +372,7 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
         experience = experience_of(sequences, logprobs)
         sums = [
             policy.update(minibatch, partial(clipped_policy_loss, clip=0.2), 0.03)
-            for minibatch in [*experience.minibatches(1, 4, 0), *experience.minibatches(1, 4, 1)]
+            for minibatch in [*minibatches(experience, 1, 4, 0), *minibatches(experience, 1, 4, 1)]
         ]
         policy.save(folder / f"policy-{form}")
         resumed = fresh()
