@@ -128,7 +128,7 @@ def _as_told(failure: Failure, call: Call) -> RlhfError:
     what, where, next_step = failure.args
     if kind is OutOfMemoryError and not next_step:  # torch's or Python's own, as it came
         what, next_step = f"{call.context.stage} ran out of memory: {shortened(what)}", _less_memory(call)
-    if kind is PreemptedError:
+    if kind is PreemptedError and not next_step:
         return kind(what, where or place, CONTINUE)
     return kind(what, where or place, next_step or f"less +G {failure.log}")
 
