@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf.attempt.context import Context
 from rlhf.config.stages import ModelSettings
 from rlhf.models import base
-from rlhf.models.cards import licence_of
+from rlhf.models.layout import licence_of
 
 
 def run(context: Context[ModelSettings]) -> dict[str, float]:

@@ -20,7 +20,7 @@ FLOORS = (
 )
 """Folders and modules of ``rlhf/``, and ``stages``, the lowest first; those of one floor do not import each other."""
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
-FILES = [*ROOT.glob("rlhf/**/*.py"), *ROOT.glob("stages/*.py")]
+FILES = sorted([*ROOT.glob("rlhf/**/*.py"), *ROOT.glob("stages/*.py")])
 
 
 def part_of(module: str) -> str | None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rlhf.config.training import LoraSettings
 from rlhf.models import folders, reward_folders
-from rlhf.models.adapter_folders import ADAPTER_CONFIG, BASE
+from rlhf.models.layout import ADAPTER_CONFIG, BASE
 from rlhf.randomness import seed_of
 
 

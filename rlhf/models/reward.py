@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf.attempt import liveness
 from rlhf.config.training import Precision
 from rlhf.models import folders, safe_loading, text
-from rlhf.models.adapter_folders import config_of
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, scores_at_last_token, unwrapped
+from rlhf.models.layout import config_of
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.randomness import seed_of

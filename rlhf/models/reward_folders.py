@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.models import templates, text
-from rlhf.models.adapter_folders import BASE, config_file, config_of, is_adapter
+from rlhf.models.layout import BASE, config_file, config_of, is_adapter
 from rlhf.models.templates import Tokenizer
 
 _CARD = """# A reward model

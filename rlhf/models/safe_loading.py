@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import PreflightError
-from rlhf.models.adapter_folders import ADAPTER_CONFIG, config_file, is_adapter
+from rlhf.models.layout import ADAPTER_CONFIG, config_file, is_adapter
 
 TOKENIZER: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 """For every ``from_pretrained`` of a tokenizer or configuration."""

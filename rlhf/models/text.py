@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf.errors import PreflightError, RecordError
-from rlhf.models import lengths, safe_loading, templates
-from rlhf.models.adapter_folders import config_of
+from rlhf.models import layout, safe_loading, templates
+from rlhf.models.layout import config_of
 from rlhf.models.templates import Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -303,7 +303,7 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def context_length(folder: Path) -> int:
     """The longest sequence that a model's folder says it takes, in tokens."""
-    return lengths.context_length(config_of(folder))
+    return layout.context_length(config_of(folder))
 
 
 def check_scored_length(folder: Path) -> None:

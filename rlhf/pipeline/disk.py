@@ -11,7 +11,7 @@ from typing import Any
 from rlhf.attempt.checkpoints import KEPT, newest_complete, step_of
 from rlhf.attempt.context import Context
 from rlhf.errors import DiskFullError
-from rlhf.models.adapter_folders import BASE, is_adapter
+from rlhf.models.layout import BASE, is_adapter
 from rlhf.models.weights import count_adapter_parameters, count_parameters
 from rlhf.store import Store
 from rlhf.units import size

@@ -11,9 +11,7 @@ from typing import Any
 
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError, is_no_room
-from rlhf.models.adapter_folders import BASE, config_file, is_adapter
-from rlhf.models.cards import licence_of
-from rlhf.models.lengths import UNBOUNDED, context_length
+from rlhf.models.layout import BASE, UNBOUNDED, config_file, context_length, is_adapter, licence_of
 from rlhf.models.safe_loading import CODE, refuse_code, refuse_foreign_links
 from rlhf.models.weights import count_parameters
 from rlhf.pipeline.plan import Planned, result_of

@@ -8,7 +8,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings
 from rlhf.config.training import Precision
 from rlhf.models import folders
-from rlhf.models.adapter_folders import is_adapter
+from rlhf.models.layout import is_adapter
 from rlhf.models.text import check_same_tokens
 from rlhf.rewards.combined import Rewards
 from rlhf.rollout.replica import Generator

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.config.training import LoraSettings
 from rlhf.errors import PreflightError
 from rlhf.models import adapters, folders, text
-from rlhf.models.adapter_folders import config_of, is_adapter
 from rlhf.models.heads import SequenceScores
+from rlhf.models.layout import config_of, is_adapter
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

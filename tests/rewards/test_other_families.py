@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.errors import PreflightError
-from rlhf.models import lengths, text
+from rlhf.models import layout, text
 from tests.models.tiny import make_tiny_llama
 from tests.rewards.models import CONTEXT, DEVIATION, MEAN, WORDS, make_bert, make_other_llama, make_roberta
 
@@ -132,16 +132,16 @@ def test_an_encoder_reads_its_own_form_of_two_texts_cut_at_the_start(
         ({"model_type": "distilbert", "max_position_embeddings": 512, "pad_token_id": 0}, 512),
         ({"model_type": "gpt2", "n_positions": 1024}, 1024),
         ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 8192}}, 8192),
-        ({"model_type": "xlnet", "max_position_embeddings": -1}, lengths.UNBOUNDED),
-        ({"model_type": "bloom"}, lengths.UNBOUNDED),
+        ({"model_type": "xlnet", "max_position_embeddings": -1}, layout.UNBOUNDED),
+        ({"model_type": "bloom"}, layout.UNBOUNDED),
         ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 0}, 513),
         ({"model_type": "both", "max_position_embeddings": 1, "n_positions": 1024}, 1),
-        ({"model_type": "none", "max_position_embeddings": 0}, lengths.UNBOUNDED),
+        ({"model_type": "none", "max_position_embeddings": 0}, layout.UNBOUNDED),
     ],
 )
 def test_every_architecture_says_how_long_a_text_it_takes(config: dict[str, Any], length: int) -> None:
     """Also where positions begin behind the padding's, and where there is no limit."""
-    assert lengths.context_length(config) == length
+    assert layout.context_length(config) == length
 
 
 def test_a_reward_model_that_would_be_given_too_long_texts_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.errors import DiskFullError, InterruptedRunError
 from rlhf.models import folders
-from rlhf.models.adapter_folders import is_adapter
+from rlhf.models.layout import is_adapter
 from rlhf.models.reward import FrozenReward
 from rlhf.rollout.sequences import lay_out
 from rlhf.tracking.metrics import read_metrics
