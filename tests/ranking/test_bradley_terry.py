@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from scipy.optimize import brentq, minimize
 from scipy.stats import binom
 
 from rlhf.ranking.bradley_terry import (
@@ -310,3 +310,19 @@ def test_a_large_connected_set_is_fitted() -> None:
     truth = np.linspace(-400, 400, 200)
     elo = fit(200, drawn(rng, truth, *random_pairs(rng, 200, 6000)), 400.0).elo
     assert np.corrcoef(elo, truth)[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("model", ["rao-kupper", "davidson"])
+def test_without_data_equals_tie_every_other_time(model: TieModel) -> None:
+    """The prior of τ: of two comparisons of equals one was tied, and the other is half won and half lost."""
+    likelihood = PairLikelihood(2, from_wins(np.zeros((2, 2))), model, fits_tie=True)
+
+    def slope(tie: float) -> float:
+        terms = likelihood.terms(np.zeros(2), tie).tie
+        assert terms is not None
+        return terms.gradient
+
+    tie = float(brentq(slope, 0.01, 5.0))  # pyright: ignore[reportArgumentType] - not full_output
+    nothing, one = np.zeros(1), np.ones(1)
+    tied = pair_terms(nothing, tie, nothing, nothing, one, model).value[0]
+    assert np.exp(tied) == pytest.approx(0.5, abs=1e-6)
