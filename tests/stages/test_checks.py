@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from rlhf.config.collect import CollectSettings, CompareSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import EndpointSettings, RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, ScratchSettings, SftSettings
-from rlhf.errors import PreflightError
+from rlhf.errors import PreflightError, RecordError
 from rlhf.models.base import make_from_scratch
 from rlhf.models.demonstrations import tokenised
 from rlhf.models.text import load_tokenizer, prompt_ids, response_ids, text_start
@@ -321,3 +323,83 @@ def test_a_judge_that_is_not_there_is_refused(tmp_path: Path) -> None:
     settings = CompareSettings(function=f"{tmp_path / 'gone.py'}:judge")
     with pytest.raises(PreflightError, match="there is no file"):
         checks.compare(Context("compare", "key", settings, {}, tmp_path, tmp_path, tmp_path))
+
+
+PICKY = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ message['content'] }}{{ eos_token }}{% endfor %}"
+)
+SYSTEM = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a film"}]
+
+
+def picky(model: Path, folder: Path) -> Path:
+    """The model with a chat template that refuses a system's message."""
+    shutil.copytree(model, folder)
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = PICKY
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_demonstrations_that_the_reward_model_cannot_read_are_refused_before_it_trains(
+    base: Path, tmp_path: Path
+) -> None:
+    """Its normaliser is measured on them."""
+    given = context(RmSettings(max_length=32), picky(base, tmp_path / "picky"), tmp_path, "comparisons", [SET], [SET])
+    assert "responses/too_long" in checks.rm(given)
+    demonstrations = tmp_path / "demonstrations"
+    demonstrations.mkdir()
+    (demonstrations / "train.jsonl").write_text(json.dumps({"prompt": SYSTEM, "completion": "a joy"}) + "\n")
+    given = dataclasses.replace(given, inputs={**given.inputs, "demonstrations": demonstrations})
+    with pytest.raises(RecordError) as error:
+        checks.rm(given)
+    assert "demonstrations/train.jsonl, row 1" in str(error.value)
+
+
+def test_prompts_that_the_reward_model_cannot_read_are_refused_before_ppo_and_evaluate(
+    base: Path, reward: Path, tmp_path: Path
+) -> None:
+    """Its template may be another than the policy's."""
+    scorer = picky(reward, tmp_path / "picky")
+    tuned = ppo(base, tmp_path, scorer)
+    (tmp_path / "prompts" / "train.jsonl").write_text(json.dumps({"prompt": SYSTEM}) + "\n")
+    with pytest.raises(RecordError) as error:
+        checks.ppo(tuned)
+    assert "prompts/train.jsonl, row 1" in str(error.value)
+    (tmp_path / "prompts" / "heldout.jsonl").write_text(json.dumps({"prompt": SYSTEM}) + "\n")
+    settings = EvaluateSettings.model_validate({"max_prompt_length": 32, "sampling": {"max_new_tokens": 32}})
+    inputs = {"before": base, "prompts": tmp_path / "prompts"}
+    compared = Context("evaluate", "key", settings, inputs, tmp_path, tmp_path, tmp_path)
+    checks.evaluate(compared)
+    with pytest.raises(RecordError) as error:
+        checks.evaluate(dataclasses.replace(compared, inputs=inputs | {"reward": scorer}))
+    assert "prompts/heldout.jsonl, row 1" in str(error.value)
+
+
+def test_a_value_model_of_another_vocabulary_is_refused_before_ppo(base: Path, reward: Path, tmp_path: Path) -> None:
+    """It would start from the reward model, and read the policy's tokens."""
+    other = tmp_path / "other"
+    make_from_scratch(
+        ScratchSettings(vocabulary=310, hidden_size=16, layers=1, heads=2, context=64),
+        [*TEXTS, "quite other words than those"] * 3,
+        seed=0,
+        target=other,
+    )
+    config = json.loads((other / "config.json").read_text())
+    scored = {"score_mean": 0.0, "score_std": 1.0, "sees": "response", "score_max_length": 64}
+    (other / "config.json").write_text(json.dumps(config | scored))
+    checks.ppo(ppo(base, tmp_path, reward))
+    checks.ppo(ppo(base, tmp_path, other, value_init="policy"))
+    with pytest.raises(PreflightError, match="tokenizer"):
+        checks.ppo(ppo(base, tmp_path, other))
+
+
+def test_a_reward_model_that_says_it_reads_more_than_it_takes_is_refused(
+    base: Path, reward: Path, tmp_path: Path
+) -> None:
+    """Its context is 64 tokens."""
+    shutil.copytree(reward, tmp_path / "long")
+    config = json.loads((reward / "config.json").read_text())
+    (tmp_path / "long" / "config.json").write_text(json.dumps(config | {"score_max_length": 65}))
+    with pytest.raises(PreflightError, match="score_max_length is 65, and its context is 64"):
+        checks.ppo(ppo(base, tmp_path, tmp_path / "long"))
