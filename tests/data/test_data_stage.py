@@ -205,6 +205,22 @@ def test_the_stage_notes_as_what_the_rows_of_a_source_were_read(tmp_path: Path) 
     ]
 
 
+def test_how_training_rows_were_read_is_noted_beside_a_held_out_source_too(tmp_path: Path) -> None:
+    """Each source by its own name."""
+    own = own_sources(tmp_path / "own")
+    train, heldout = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
+    for file, count in ((train, 4), (heldout, 2)):
+        rows = [{"instruction": f"{file.name} {number}", "output": "c"} for number in range(count)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = {"demonstrations": str(heldout)}
+    context = context_for(tmp_path / "run", heldout=held, seed=1, **(own | {"demonstrations": str(train)}))
+    run(context)
+    assert [note.split(" as ")[0] for note in notes_of(context) if " read as " in note] == [
+        "demonstrations: 4 rows read",
+        "heldout.demonstrations: 2 rows read",
+    ]
+
+
 def test_paths_of_ones_own_are_in_the_lineage_and_what_was_read_in_the_result(tmp_path: Path) -> None:
     """Of each source, of what is held out, and of the judge's ratings; all that was not read is noted by its name."""
     own = own_sources(tmp_path / "own")
