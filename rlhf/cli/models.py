@@ -38,18 +38,18 @@ def export(request: Request) -> None:
 
     if len(request.names) != 2:
         raise RequestError("export takes a stage and a folder", "command line", "rlhf export STAGE DIR")
-    one, target = request.one(request.names[0]), Path(request.names[1])
-    request.out.print(f"wrote {export_artifact(one, target, request.store(), adapter=request.arguments.adapter)}")
+    planned, target = request.planned_stage(request.names[0]), Path(request.names[1])
+    request.out.print(f"wrote {export_artifact(planned, target, request.store(), adapter=request.arguments.adapter)}")
 
 
 def generate(request: Request) -> None:
     """Let a policy answer prompts."""
-    one = request.one(single_name(request, "STAGE"))
-    if one.stage.kind != "policy":
+    planned = request.planned_stage(single_name(request, "STAGE"))
+    if planned.stage.kind != "policy":
         raise RequestError(
-            f"{one.name} makes a {one.stage.kind}, which answers nothing", "command line", "name sft or ppo"
+            f"{planned.name} makes a {planned.stage.kind}, which answers nothing", "command line", "name sft or ppo"
         )
-    record = result_of(one)
+    record = result_of(planned)
     given = request.arguments
     for option, value, least in (
         ("--temperature", given.temperature, 0),

@@ -34,10 +34,10 @@ def _validate(source: str, kind: str | None) -> None:
 
     if kind is not None and kind not in KINDS:
         raise RequestError(f"there is no kind of record {kind!r}", "--kind", suggestion(kind, KINDS))
-    found = validate_file(source, kind)
-    print(f"{source}: {found.rows} rows of {found.kind}, all well")
-    if found.forms:
-        print(found.forms)
+    checked = validate_file(source, kind)
+    print(f"{source}: {checked.rows} rows of {checked.kind}, all well")
+    if checked.forms:
+        print(checked.forms)
 
 
 def _convert(request: Request, source: str, target: Path) -> None:
@@ -51,13 +51,17 @@ def _convert(request: Request, source: str, target: Path) -> None:
         tuple(name.strip() for name in (listed or "").split(",") if name.strip())
         for listed in (given.responses, given.question, given.groups)
     )
-    found = convert_file(source, target, given.from_, Wanted(given.prompt, responses, questions, groups))
-    left_out = ", ".join(f"{count} {what}" for what, count in sorted(found.left_out.items())) or "nothing"
-    status = f"; status unknown, taken as submitted: {found.unknown_status} responses" if found.unknown_status else ""
-    by = f" by {found.annotators} annotators" if found.annotators else ""
-    rated = f", rated by {found.rated}," if found.rated else ""
+    converted = convert_file(source, target, given.from_, Wanted(given.prompt, responses, questions, groups))
+    left_out = ", ".join(f"{count} {what}" for what, count in sorted(converted.left_out.items())) or "nothing"
+    status = (
+        f"; status unknown, taken as submitted: {converted.unknown_status} responses"
+        if converted.unknown_status
+        else ""
+    )
+    by = f" by {converted.annotators} annotators" if converted.annotators else ""
+    rated = f", rated by {converted.rated}," if converted.rated else ""
     print(
-        f"{source}: {found.records} records read, {found.sets} comparison sets{by}{rated} written to {target}; "
+        f"{source}: {converted.records} records read, {converted.sets} comparison sets{by}{rated} written to {target}; "
         f"left out: {left_out}{status}"
     )
 
@@ -74,10 +78,12 @@ def annotate(request: Request) -> None:
     if not re.fullmatch(NAME_PATTERN, source) or Path(source).exists():
         _annotate(request, source, Path(out))
         return
-    one = request.one(source)
-    if one.stage.kind != "responses":
-        raise RequestError(f"{source} makes {one.stage.kind}, and no responses to rank", "command line", "name collect")
-    record = result_of(one)
+    planned = request.planned_stage(source)
+    if planned.stage.kind != "responses":
+        raise RequestError(
+            f"{source} makes {planned.stage.kind}, and no responses to rank", "command line", "name collect"
+        )
+    record = result_of(planned)
     with tempfile.TemporaryDirectory() as scratch:
         _annotate(request, str(request.store().checkout(record.artifact, Path(scratch) / source)), Path(out))
 
@@ -97,7 +103,7 @@ def _annotate(request: Request, source: str, out: Path) -> None:
             def tell(address: str, for_others: bool) -> None:
                 print(f"{len(collection.annotation.sets)} rows to rank; open {address}")
                 if for_others:
-                    print("whoever has that address can answer; it is not encrypted: stay in a network that you trust")
+                    print("anyone with that address can answer; it is not encrypted: stay in a network that you trust")
                 print(f"answers are kept in {collection.journal.path}; Ctrl-C ends and writes {out}", flush=True)
 
             serve(collection, given.host, given.port, given.annotator, tell)

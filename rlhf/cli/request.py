@@ -74,7 +74,7 @@ class Request:
         """Plan the targets, or where there are none the whole pipeline."""
         return plan(self.config, self.known, self.store(), targets)
 
-    def one(self, name: str) -> Planned:
+    def planned_stage(self, name: str) -> Planned:
         """Plan a stage and what it needs, and return the stage."""
         return self.planned([name])[name]
 

@@ -75,13 +75,13 @@ def leaderboard(request: Request) -> None:
     """Rank the models that wrote the responses, by what people said: rlhf leaderboard [STAGE]."""
     if len(request.names) > 1:
         raise RequestError("leaderboard takes one stage", "command line", "rlhf leaderboard rank")
-    one = request.one(request.names[0] if request.names else "rank")
-    record = result_of(one)
+    planned = request.planned_stage(request.names[0] if request.names else "rank")
+    record = result_of(planned)
     held = {file.path for file in request.store().manifest(record.artifact).files}
     if "leaderboard.json" not in held:
         raise RequestError(
-            f"{one.name} has no leaderboard: no training set names the models that wrote its responses",
-            f"stage {one.name}",
+            f"{planned.name} has no leaderboard: no training set names the models that wrote its responses",
+            f"stage {planned.name}",
             'write "models": [name, …] beside the responses of the comparison sets, or have stage collect write them',
         )
     rows = json.loads(request.store().read_file(record.artifact, "leaderboard.json"))
@@ -91,11 +91,11 @@ def leaderboard(request: Request) -> None:
 def verify(request: Request) -> int:
     """Check every file of the store against its digest."""
     report = request.store().verify(repair=request.arguments.repair)
-    damaged = [{"artifact": one.artifact, "file": one.file, "why": one.why} for one in report.damaged]
+    damaged = [{"artifact": damage.artifact, "file": damage.file, "why": damage.why} for damage in report.damaged]
 
     def show() -> None:
-        for one in report.damaged:
-            line = printable(f"{one.artifact[:12]} {one.file}: {one.why}")
+        for damage in report.damaged:
+            line = printable(f"{damage.artifact[:12]} {damage.file}: {damage.why}")
             request.out.print(line, highlight=False, markup=False)
         request.out.print(f"{report.checked} files checked, {len(damaged)} damaged")
         if damaged and not request.arguments.repair:

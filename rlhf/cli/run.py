@@ -25,7 +25,7 @@ from rlhf.terminal import (
 )
 
 SECONDS_TO_SAVE = 25.0
-"""How long after SIGTERM the ranks may take to save; whoever preempts a machine waits 30 s as a rule."""
+"""How long after SIGTERM the ranks may take to save; schedulers usually give a preempted machine 30 s."""
 SECONDS_TO_STOP = 30.0
 """How long after a signal a run may take to end."""
 
@@ -62,26 +62,25 @@ def run(request: Request) -> None:
 
 
 @contextmanager
-def ended_by_signals(told: RlhfError, stopping: Stop) -> Generator[None]:
-    """Inside, SIGINT raises KeyboardInterrupt, and SIGTERM asks to stop, which after a while does the same.
+def ended_by_signals(message: RlhfError, stopping: Stop) -> Generator[None]:
+    """Raise KeyboardInterrupt on SIGINT; on SIGTERM ask the run to stop, and interrupt it when its time is over.
 
-    A second signal, or no end in time, ends the process at once.
+    A second signal, or a run that does not end in time, ends the process at once: Ray's shutdown may never return, and
+    an interrupt that arrives inside it may be lost. Ray's processes end with their driver, and the next driver takes
+    over its lease.
 
-    told      what is then printed
-    stopping  asked to stop by SIGTERM; where nobody heeds it, the signal is like SIGINT
-
-    Ray's shutdown may wait for ever, and an interrupt that arrives inside it may be lost. Ray's processes end with
-    their driver, and whoever comes next takes over a dead one's lease.
+    message   printed before the process ends at once
+    stopping  asked to stop by SIGTERM; where no stage heeds it, SIGTERM interrupts like SIGINT
     """
 
     def end(*_: object) -> NoReturn:
-        print_error(Console(stderr=True, highlight=False), told)
-        os._exit(told.exit_status)
+        print_error(Console(stderr=True, highlight=False), message)
+        os._exit(message.exit_status)
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    # SIGINT itself means by then that somebody is impatient: the alarm is the signal for the end of the time to save.
+    # SIGINT itself means by then that the user is impatient: the alarm is the signal for the end of the time to save.
     timers = (
         threading.Timer(SECONDS_TO_STOP, end),
         threading.Timer(SECONDS_TO_SAVE, _thread.interrupt_main, [signal.SIGALRM]),
@@ -116,26 +115,26 @@ def ended_by_signals(told: RlhfError, stopping: Stop) -> Generator[None]:
             signal.signal(signal_, handler)
 
 
-def _summary(request: Request, planned: dict[str, Planned], store: Store) -> None:
+def _summary(request: Request, stages: dict[str, Planned], store: Store) -> None:
     """Show samples where there are some, and say where everything is."""
-    made = [(one, one.record) for one in planned.values() if one.record is not None]
-    for one, record in made:
-        if one.stage.kind == "report":
+    made = [(planned, planned.record) for planned in stages.values() if planned.record is not None]
+    for planned, record in made:
+        if planned.stage.kind == "report":
             samples = _samples(store, record.artifact)
             request.out.print()
             request.out.print(samples_table(samples[:5]))
             request.out.print(key_values(record.metrics))
     attempts = {
-        one.name: attempt
-        for one, record in made
-        if one.stage.runs == "workers" and (attempt := store.root / "work" / record.key / record.attempt).is_dir()
+        planned.name: attempt
+        for planned, record in made
+        if planned.stage.runs == "workers" and (attempt := store.root / "work" / record.key / record.attempt).is_dir()
     }
     if attempts:
         request.out.print("metrics, logs and W&B files:")
     for name, attempt in attempts.items():
         # Not broken into lines, so that it can be copied whole.
         request.out.print(f"  {name}: {path_as_typed(attempt)}", soft_wrap=True, markup=False)
-    policies = [one.name for one, _ in made if one.stage.kind == "policy"]
+    policies = [planned.name for planned, _ in made if planned.stage.kind == "policy"]
     if policies:
         generate_command = command_line(request, "generate", policies[-1])
         export_command = command_line(request, "export", policies[-1], "DIR")
