@@ -30,12 +30,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from rlhf.config.training import LoraSettings, Precision
+from rlhf.config.stages import LoraSettings, Precision
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rl.metrics import mismatch_metrics
-from rlhf.rollout.experience import Experience, minibatches
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import roll_out
+from rlhf.rollout.sequences import Experience, minibatches
 from rlhf.training.learner import Optimiser
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
 from rlhf.zero import group

@@ -28,13 +28,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rlhf.rl.advantages import VARIANCE_FLOOR, generalised_advantages, masked_moments, whiten
-from rlhf.rl.distributions import entropy_from_logits, logprobs_of
-from rlhf.rl.kl import kl_estimates
+from rlhf.rl.advantages import (
+    VARIANCE_FLOOR,
+    generalised_advantages,
+    kl_penalised_rewards,
+    masked_moments,
+    shaped_scores,
+    whiten,
+)
+from rlhf.rl.kl import entropy_from_logits, kl_estimates, logprobs_of
 from rlhf.rl.losses import PolicySums, ValueSums, clipped_policy_loss, clipped_value_loss
 from rlhf.rl.masks import ended, last_token_mask, masked, masked_mean, response_mask
 from rlhf.rl.metrics import rollout_metrics, update_metrics
-from rlhf.rl.rewards import kl_penalised_rewards, shaped_scores
 
 RELEASE = "1.12.0"
 TOLERANCE = 1e-5

@@ -11,9 +11,9 @@ from rlhf.collect.judges import judge_of
 from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
-from rlhf.data.jsonl import read_rows
+from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
-from rlhf.models.demonstrations import tokenised
+from rlhf.models.packing import tokenised
 from rlhf.models.text import (
     Tokenizer,
     check_same_tokens,
@@ -27,10 +27,9 @@ from rlhf.models.text import (
 )
 from rlhf.pipeline import disk
 from rlhf.ranking.lists import draw_lists
-from rlhf.rewards.endpoint import EndpointReward
-from rlhf.rewards.function import load_function
-from rlhf.rollout.demonstrations import DemonstrationStream
-from rlhf.rollout.prompts import PromptStream, read_prompts
+from rlhf.rewards.service import EndpointReward
+from rlhf.rewards.sources import load_function
+from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
 
 
 def sft(context: Context[SftSettings]) -> dict[str, float]:

@@ -9,7 +9,7 @@ prompts by what the models are unsure of.
 """
 
 from rlhf.attempt.context import Context
-from rlhf.collect.collected_responses import Written
+from rlhf.collect.collection import Written
 from rlhf.config.collect import CollectSettings
 from rlhf.data.records import ResponseSet
 from rlhf.rollout.prompts import draw, prompt_batch, read_prompts

@@ -8,11 +8,10 @@ of which it says nothing are left out and counted.
 """
 
 from rlhf.attempt.context import Context
+from rlhf.collect.collection import name_of
 from rlhf.collect.judges import judge_of
-from rlhf.collect.response_sets import name_of
 from rlhf.config.collect import CompareSettings
-from rlhf.data.jsonl import read_jsonl, write_jsonl
-from rlhf.data.records import ResponseSet
+from rlhf.data.records import ResponseSet, read_jsonl, write_jsonl
 from rlhf.errors import RecordError
 
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.attempt.context import Context
+from rlhf.config.base import MOVIE_SNIPPETS, OTHER_SNIPPETS, word_in_key
 from rlhf.config.data import DataSettings, is_local
-from rlhf.config.sources import MOVIE_SNIPPETS, OTHER_SNIPPETS, word_in_key
-from rlhf.data.checking import RecordReader
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST, fetch
-from rlhf.data.jsonl import write_jsonl
-from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, R
+from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, R, write_jsonl
 from rlhf.data.snippets import movie_datasets, other_comparisons, read_movie_snippets
 from rlhf.data.split import Split, write_part, write_split
+from rlhf.data.validation import RecordReader
 
 
 def run(context: Context[DataSettings]) -> dict[str, float]:

@@ -11,21 +11,18 @@ from functools import partial
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.rl.advantages import generalised_advantages, masked_moments, whiten
+from rlhf.rl.advantages import generalised_advantages, kl_penalised_rewards, masked_moments, shaped_scores, whiten
 from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_health
-from rlhf.rl.importance import truncated_importance_weights
+from rlhf.rl.kl import truncated_importance_weights
 from rlhf.rl.losses import Penalties, PolicySums, ValueSums, clipped_policy_loss, clipped_value_loss
 from rlhf.rl.metrics import mismatch_metrics, rollout_metrics, update_metrics
-from rlhf.rl.rewards import kl_penalised_rewards, shaped_scores
 from rlhf.rl.schedules import learning_rate_share
-from rlhf.rollout.demonstrations import DemonstrationStream
-from rlhf.rollout.experience import Experience, shuffled
-from rlhf.rollout.prompts import PromptStream
+from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from rlhf.rollout.rollout import roll_out
-from rlhf.training.journal import Journal
-from rlhf.training.kl_coefficient import KlCoefficient
+from rlhf.rollout.sequences import Experience, shuffled
 from rlhf.training.loading import load_models
-from rlhf.training.loop import resumable_steps
+from rlhf.training.loop import Journal, resumable_steps
+from rlhf.training.policy import KlCoefficient
 
 
 def run(context: Context[PpoSettings]) -> dict[str, float]:

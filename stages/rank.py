@@ -20,15 +20,21 @@ import numpy as np
 
 from rlhf.attempt.context import Context
 from rlhf.config.data import RankSettings, ranked_inputs
-from rlhf.data.jsonl import read_jsonl, to_line
-from rlhf.data.records import ComparisonSet
+from rlhf.data.records import ComparisonSet, read_jsonl, to_line
 from rlhf.errors import RecordError
 from rlhf.ranking.bradley_terry import Strengths
 from rlhf.ranking.crowd import Crowd
-from rlhf.ranking.leaderboard import leaderboard
-from rlhf.ranking.normalise import normalised, overall_deviation, with_partial_views
-from rlhf.ranking.report import in_words, report
-from rlhf.ranking.shared_scales import ComparedSet, Pooled, Ranked, compared_sets, pool
+from rlhf.ranking.report import in_words, leaderboard, report
+from rlhf.ranking.scales import (
+    ComparedSet,
+    Pooled,
+    Ranked,
+    compared_sets,
+    normalised,
+    overall_deviation,
+    pool,
+    with_partial_views,
+)
 from rlhf.ranking.strengths import strengths_of
 
 MOST_NAMED = 5

@@ -23,22 +23,21 @@ from torch import Tensor
 
 from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings
-from rlhf.data.jsonl import read_rows
+from rlhf.data.records import read_rows
 from rlhf.errors import DivergedError
 from rlhf.models import reward_losses
-from rlhf.models.response_lists import ListBatch
+from rlhf.models.evaluation import check_padding, write_quality
 from rlhf.models.reward import from_scratch, is_reward_model, load_scorer
-from rlhf.models.reward_quality import check_padding, write_quality
+from rlhf.models.reward_losses import ListBatch
 from rlhf.models.text import load_tokenizer, plain_text, scored_ids
-from rlhf.ranking.heldout import heldout_accuracy
-from rlhf.ranking.lists import Place, draw_lists
-from rlhf.ranking.preferences import by_share, by_strength
+from rlhf.ranking.lists import Place, by_share, by_strength, draw_lists
+from rlhf.ranking.quality import heldout_accuracy
 from rlhf.training import trl_trainers
 from rlhf.training.loading import plain_folder
 
 
 def run(context: Context[RmSettings]) -> dict[str, float]:
-    """Train the reward model; final metrics: ``eval/accuracy`` and more of :mod:`rlhf.ranking.heldout`."""
+    """Train the reward model; final metrics: ``eval/accuracy`` and more of :mod:`rlhf.ranking.quality`."""
     settings, given = context.settings, context.inputs["base"]
     base = plain_folder(given, context.attempt / "policy", settings.precision, scores=is_reward_model(given))
     if settings.init == "scratch":

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.attempt.context import Context
 from rlhf.config.stages import SftSettings
 from rlhf.models import safe_loading
-from rlhf.models.demonstrations import as_dataset
+from rlhf.models.packing import as_dataset
 from rlhf.models.text import load_tokenizer
 from rlhf.training import trl_trainers
 from rlhf.training.loading import plain_folder

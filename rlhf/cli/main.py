@@ -15,13 +15,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlhf.cli.models import export, generate, import_
 from rlhf.cli.records import annotate, data
-from rlhf.cli.request import DEFAULT_CONFIG, Parser, Request, command_line
-from rlhf.cli.results import diff, explain, gc, leaderboard, lineage, plan_, status, verify
-from rlhf.cli.run import run
+from rlhf.cli.results import diff, explain, export, gc, generate, import_, leaderboard, lineage, plan_, status, verify
+from rlhf.cli.run import DEFAULT_CONFIG, Parser, Request, command_line, run
 from rlhf.cli.setup import config, doctor
-from rlhf.config.nearest import suggestion
+from rlhf.config.base import suggestion
 from rlhf.errors import DiskFullError, InterruptedRunError, RequestError, RlhfError, is_no_room
 from rlhf.store import GRACE_SECONDS
 from rlhf.terminal import (

@@ -5,8 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rlhf.cli.request import Request
-from rlhf.config.nearest import suggestion
+from rlhf.cli.run import Request
+from rlhf.config.base import suggestion
 from rlhf.config.pipeline import (
     NAME_PATTERN,
 )

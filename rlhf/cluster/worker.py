@@ -114,7 +114,7 @@ def _join_group(call: Call) -> Context[Any]:
         # A rank sees all devices that its group has on its node, to reach the others directly.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     prepare_deepspeed(call)
-    from rlhf.zero.precision import computable
+    from rlhf.zero.group import computable
 
     return computable(call.context)
 

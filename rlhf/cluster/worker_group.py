@@ -1,23 +1,185 @@
-"""A stage's ranks as Ray actors, which are placed, started, watched and ended together.
+"""Place, run, end and judge the ranks of a stage.
 
 Ray Train would start them too, with a controller, and would have every process of a group import it, which took half of
 a short group's time, for nothing that is needed here (docs/design.md, "What differs").
 """
 
+import json
 import os
+import re
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from rlhf.attempt.liveness import pulses
+from rlhf.attempt import liveness
+from rlhf.attempt.checkpoints import newest_complete, step_of
+from rlhf.attempt.liveness import Pulse, pulses, stack_of
 from rlhf.cluster import fork_server
-from rlhf.cluster.causes import Told, cause_of
+from rlhf.cluster.causes import Retries, Told, cause_of
 from rlhf.cluster.session import RankResources
-from rlhf.cluster.worker import Call, Place, Rank, read_failures
-from rlhf.errors import RlhfError
+from rlhf.cluster.worker import CONTINUE, RESULT, Call, Place, Rank, perform_task, read_failures
+from rlhf.errors import ClusterLostError, HangError, RlhfError, TryAgainError
+
+
+def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, float]:
+    """Run the code as one Ray task; ``watch`` is called a few times a second, and what it raises ends the task.
+
+    Raises:
+        RlhfError: the code's own error, or what became of its process.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    reference = ray.remote(num_cpus=cpus, max_retries=0)(perform_task).remote(call)
+    watchdog = Watchdog(call, 1)
+    try:
+        while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
+            watch()
+            watchdog()
+        watch()
+        ray.get(reference)
+    except RayError as error:
+        raise cause_of(call, [(None, error)], read_failures(call.context.attempt)) from error
+    except ClusterLostError:
+        raise  # there is nobody left to ask
+    except BaseException:
+        with suppress(RayError):  # it may have ended, or Ray itself
+            ray.cancel(reference, force=True)
+        raise
+    return _result(call.context.attempt)
+
+
+def run_group(
+    call: Call, resources: RankResources, max_failures: int, watch: Callable[[], None], say: Callable[[str], None]
+) -> dict[str, float]:
+    """Run the code on a worker group; after a failure the whole group starts again from its newest checkpoint.
+
+    max_failures  how often in a row without a new checkpoint
+
+    What ``watch``, which is called a few times a second, raises ends the group.
+
+    Raises:
+        RlhfError: the code's own error, what became of a rank once the retries are used up, or what ``watch`` raised.
+    """
+    retries = Retries(max_failures)
+    while True:
+        for path in call.context.attempt.glob("failure-*.json"):
+            path.unlink()
+        liveness.forget(call.context.attempt)
+        shutil.rmtree(call.context.output, ignore_errors=True)  # what a killed export left there
+        call.context.output.mkdir(exist_ok=True)  # where somebody is still about to be ended
+        error = _run_once(call, resources, watch)
+        if error is None:
+            return _result(call.context.attempt)
+        checkpoint = newest_complete([call.context.attempt])
+        if not retries.allow(error, step_of(checkpoint) if checkpoint else -1):
+            raise error
+        again = f"starting again from the newest checkpoint ({retries.count} of {max_failures})"
+        say(f"{call.context.stage}: {error.what}; {again}; {error.where}")
+
+
+def _run_once(call: Call, resources: RankResources, watch: Callable[[], None]) -> RlhfError | None:
+    """Run one group to its end; why it failed, or None."""
+    watchdog = Watchdog(call, resources.count)
+    group = WorkerGroup(call, resources)
+    try:
+        while not group.is_over(POLL_SECONDS):
+            watch()
+            watchdog()
+        watch()  # once more: where Ray has died, what became of the ranks says nothing
+    except ClusterLostError:
+        raise  # there is nobody left to ask
+    except HangError as error:
+        group.stop()
+        return error
+    except BaseException:
+        group.stop()
+        raise
+    return group.outcome()
+
+
+def _result(attempt: Path) -> dict[str, float]:
+    return json.loads((attempt / RESULT).read_text())
+
+
+START_MINUTES = 60.0
+"""How long a stage may wait for its first process: somebody else's work may hold the cluster's room."""
+LOOK_SECONDS = 1.0
+# Where a rank stands that waits for another one.
+_WAITING = "torch/distributed/"
+# Our code, or a test's, but not what calls it.
+_FRAME = re.compile(r'File "[^"]*?((?:rlhf/(?!cluster/worker)|stages/|tests/)[^"]+)", line (\d+) in (\S+)')
+
+
+class Watchdog:
+    """Raises once no process of a call has got on for ``call.timeout_minutes``.
+
+    Call it often; it looks once a second.
+    """
+
+    def __init__(self, call: Call, count: int) -> None:
+        self._call, self._count = call, count
+        self._seen: dict[int, Pulse] = {}
+        self._finished: set[int] = set()
+        self._since = self._looked = time.monotonic()
+
+    def __call__(self) -> None:
+        """Look at the ranks' pulses.
+
+        Raises:
+            HangError: no rank got on in time. It names those that the others wait for.
+            TryAgainError: none has begun in time.
+        """
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        found = pulses(self._call.context.attempt)
+        self._finished |= self._seen.keys() - found.keys()
+        if found != self._seen:
+            self._seen, self._since = found, now
+            return
+        begun = bool(found or self._finished)
+        limit = self._call.timeout_minutes if begun else max(START_MINUTES, self._call.timeout_minutes)
+        if now - self._since < 60 * limit:
+            return
+        if not begun:
+            raise TryAgainError(
+                f"no process of {self._call.context.stage} began within {limit:g} minutes",
+                "the Ray cluster: it has no room, or cannot start a process",
+                "run the same command again when `ray status` shows room",
+            )
+        raise self._hang(found, limit)
+
+    def _hang(self, found: dict[int, Pulse], limit: float) -> HangError:
+        stage, attempt = self._call.context.stage, self._call.context.attempt
+        absent = sorted(set(range(self._count)) - found.keys() - self._finished)
+        if absent:
+            what = f"{_ranks(absent)} of {stage} did not begin within {limit:g} minutes"
+            return HangError(what, str(next(iter(found.values()), attempt)), CONTINUE)
+        stacks = {rank: stack_of(attempt, rank) for rank in found}
+        culprits = [rank for rank, stack in stacks.items() if not stack]  # the process itself stands still
+        if not culprits:
+            culprits = [rank for rank, stack in stacks.items() if _WAITING not in stack]
+        if not culprits:
+            least = min(pulse.beat for pulse in found.values())
+            culprits = [rank for rank, pulse in found.items() if pulse.beat == least]
+        first = culprits[0]
+        place = _FRAME.search(stacks[first])
+        at = f" in {place[1]}:{place[2]} ({place[3]})" if place else "" if stacks[first] else ": its process is stopped"
+        return HangError(
+            f"{_ranks(culprits)} of {stage} stood still for {limit:g} minutes{at}", str(found[first]), CONTINUE
+        )
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
 
 POLL_SECONDS = 0.25
 TELL_SECONDS = 3.0

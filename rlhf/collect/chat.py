@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.attempt.context import Context
-from rlhf.collect.response_sets import name_of
+from rlhf.collect.collection import name_of
 from rlhf.config.collect import ChatSettings, CompareSettings
 from rlhf.data.records import ComparisonSet, ResponseSet
 from rlhf.errors import RewardError

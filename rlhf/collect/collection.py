@@ -1,14 +1,112 @@
-"""Rows, journal and result of one annotation, together."""
+"""A collection: sets of responses, sampled or written, that annotators rank."""
 
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+from rlhf.attempt.context import Context
 from rlhf.collect.annotation import Annotation, Answer, Ranking, renamed, shown_order
 from rlhf.collect.journal import Journal, sync, unfinished_writes_told
-from rlhf.collect.response_sets import read_sets
-from rlhf.data.jsonl import write_jsonl
+from rlhf.data.readers import read_rows
+from rlhf.data.records import ComparisonSet, PreferencePair, Reason, ResponseSet, parse_record, write_jsonl
+from rlhf.data.validation import malformed
 from rlhf.errors import NextCommand, RecordError, RequestError
+from rlhf.store import digest_of
+from rlhf.zero import group
+
+_TELL_OF_COMPARISONS = (
+    ComparisonSet.model_fields.keys() | PreferencePair.model_fields
+) - ResponseSet.model_fields.keys()
+
+
+def read_sets(source: str) -> dict[str, ResponseSet]:
+    """Read the sets of a source in its order, by their names; of rows with the same prompt and responses, the first.
+
+    Comparison sets are taken too: what they already say of their responses is left out.
+
+    Raises:
+        RecordError: a row is malformed, or there are none.
+        SettingsError, IndexUnreachableError: the source cannot be read at all.
+
+    """
+    sets: dict[str, ResponseSet] = {}
+    bad: list[str] = []
+    total = 0
+    # People compare the responses to held-out prompts too.
+    for row in read_rows(source, mixes_splits=True):
+        total += 1
+        found = [Reason("", row.problem)] if row.problem else _parse(row.value)
+        if isinstance(found, list):
+            bad.append(f"{row.place}: {'; '.join(map(str, found))}")
+        else:
+            sets.setdefault(name_of(found), found)
+    if bad:
+        raise malformed(bad, total, "", 'correct them: a row is {"prompt": …, "responses": [two or more]}')
+    if not sets:
+        raise RecordError("there are no rows", source, "name a file that has some")
+    return sets
+
+
+def name_of(responses: ResponseSet | ComparisonSet) -> str:
+    """Name a set by its content, so that answers stay with it wherever its row moves."""
+    content = responses.model_dump(include={"prompt", "responses"})
+    return digest_of([content["prompt"], content["responses"]])
+
+
+def _parse(value: Any) -> ResponseSet | list[Reason]:
+    if not isinstance(value, Mapping) or _TELL_OF_COMPARISONS.isdisjoint(value):
+        return parse_record(value, ResponseSet)
+    found = parse_record(value, ComparisonSet)
+    if isinstance(found, list):
+        return found
+    return ResponseSet(prompt=found.prompt, responses=found.responses, models=found.models)
+
+
+JOURNAL = "written.jsonl"
+
+
+class Written:
+    """Texts by their sample's global index, from 0 on; every rank knows all of them, and rank 0 keeps them in a file.
+
+    To make one is a collective. Of all attempts at the stage's key, the one that got furthest is continued.
+    """
+
+    def __init__(self, context: Context[Any]) -> None:
+        self._path, self._output = context.attempt / JOURNAL, context.output
+        self.texts: list[str] = group.from_main(lambda: self._take_up(context.attempts))
+
+    def left(self, samples: range, at_once: int) -> Iterator[range]:
+        """The samples that are not written yet, ``at_once`` a rank; earlier ones than ``samples`` must be there."""
+        step = at_once * group.world_size()
+        for first in range(max(samples.start, len(self.texts)), samples.stop, step):
+            yield range(first, min(first + step, samples.stop))
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Keep the next samples' texts."""
+        self.texts += texts
+        if group.is_main():
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(text) + "\n" for text in texts)
+
+    def write(self, name: str, sets: Sequence[ResponseSet]) -> None:
+        """Make a file of the result, once for all ranks."""
+        if group.is_main():
+            write_jsonl(self._output / name, sets)
+
+    def _take_up(self, attempts: Sequence[Path]) -> list[str]:
+        found = max((_read(attempt / JOURNAL) for attempt in attempts), key=len, default=[])
+        self._path.write_text("".join(json.dumps(text) + "\n" for text in found), encoding="utf-8")
+        return found
+
+
+def _read(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    # What a kill left half-written at the end is written again.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
 
 OUT_SUFFIX = ".jsonl"
 JOURNAL_SUFFIX = ".answers.jsonl"

@@ -5,12 +5,12 @@ from typing import Protocol
 
 from rlhf.attempt.context import Context
 from rlhf.collect.chat import ChatJudge
-from rlhf.collect.response_sets import name_of
+from rlhf.collect.collection import name_of
 from rlhf.config.collect import CompareSettings
-from rlhf.data.checking import RecordReader
 from rlhf.data.records import ComparisonSet, ResponseSet
-from rlhf.rewards.checked import checked_scores
-from rlhf.rewards.function import load_function
+from rlhf.data.validation import RecordReader
+from rlhf.rewards.service import checked_scores
+from rlhf.rewards.sources import load_function
 
 
 class Judge(Protocol):

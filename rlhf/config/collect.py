@@ -5,11 +5,9 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from rlhf.config.base import Settings, runtime, semantic, source
-from rlhf.config.rewards import names_a_function
-from rlhf.config.services import ServiceSettings
-from rlhf.config.sources import is_local
-from rlhf.config.training import Precision, WorkerSettings
+from rlhf.config.base import Settings, is_local, runtime, semantic, source
+from rlhf.config.rewards import ServiceSettings, names_a_function
+from rlhf.config.stages import Precision, WorkerSettings
 
 
 class WriterSettings(Settings):

@@ -5,8 +5,17 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from rlhf.config.base import Settings, runtime, semantic, source
-from rlhf.config.sources import KNOWN_WORDS, MOVIE_SNIPPETS, OTHER_SNIPPETS, is_local, parse_hub_dataset
+from rlhf.config.base import (
+    KNOWN_WORDS,
+    MOVIE_SNIPPETS,
+    OTHER_SNIPPETS,
+    Settings,
+    is_local,
+    parse_hub_dataset,
+    runtime,
+    semantic,
+    source,
+)
 from rlhf.errors import SettingsError
 
 __all__ = ["DataSettings", "HeldoutSettings", "RankSettings", "SnippetSettings", "is_local", "sources"]

@@ -1,17 +1,156 @@
-"""A pipeline file and its overrides, read into a complete and valid :class:`~rlhf.config.pipeline.PipelineConfig`."""
+"""Load a pipeline file and its overrides into a complete and valid :class:`~rlhf.config.pipeline.PipelineConfig`.
 
+Settings are kept in the store and shown, so secrets among them are refused: values of a form that only secrets have.
+"""
+
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rlhf.config.base import Settings
-from rlhf.config.nearest import suggestion
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from rlhf.config.base import Settings, suggestion
+from rlhf.config.fields import describe, in_words, names_at, schema_at
 from rlhf.config.pipeline import NAME_PATTERN, PipelineConfig, PipelineSettings, StageInstance
-from rlhf.config.problems import Problem, raise_problems
-from rlhf.config.secrets import refuse_secret_overrides, refuse_secrets
-from rlhf.config.validation import validated
-from rlhf.config.yaml_tree import Tree, read_tree
+from rlhf.config.yaml_tree import KeyPath, Problem, Tree, dotted, raise_problems, read_tree
+
+_FORMS = (
+    ("a Hugging Face token", r"\bhf_[A-Za-z0-9]{20,}\b"),
+    ("a Weights & Biases key", r"\b(?:wandb_v[0-9]+_[A-Za-z0-9_]{20,}|local-[0-9a-f]{40})\b"),
+    ("an access key of Amazon's", r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+    ("a key of an API", r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{20,}"),
+    ("a GitHub token", r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})\b"),
+    ("a signed token", r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
+    ("a private key", r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    ("an address with a password", r"://[^/\s:@]*:[^/\s@]+@"),
+    (
+        "an address with a key in its query",
+        r"(?i)[?&](?:[\w.-]*[_.-])?(?:token|secret|password|api[_-]?key|access[_-]?key|signature|sig|credential)=[^&\s]+",
+    ),
+)
+
+
+def kind_of_secret(text: str) -> str | None:
+    """What kind of secret a text looks like or holds; None where it looks like none."""
+    return next((kind for kind, form in _FORMS if re.search(form, text)), None)
+
+
+def refuse_secrets(tree: Tree) -> None:
+    """Raise SettingsError where a setting's value or name looks like a secret; the message does not repeat it."""
+    raise_problems([_secret_problem(named, kind, place) for named, kind, place in _found(tree, tree.values, ())])
+
+
+def refuse_secret_overrides(overrides: Sequence[str]) -> None:
+    """The same of overrides, whether or not they can be applied."""
+    split = [text.partition("=") for text in overrides]
+    kinds = [(name, kind) for name, _, value in split if (kind := kind_of_secret(value)) is not None]
+    raise_problems([_secret_problem(name, kind, f"override {name}") for name, kind in kinds])
+
+
+def _secret_problem(named: str, kind: str, place: str) -> Problem:
+    hint = (
+        "put it into an environment variable: WANDB_API_KEY, HF_TOKEN, or one that an endpoint's token_variable names"
+    )
+    return Problem(f"{named} holds what looks like {kind}, and settings are stored and shown", place, hint)
+
+
+def _found(tree: Tree, value: Any, path: KeyPath) -> Iterator[tuple[str, str, str]]:
+    """Of every secret: where it stands by name, its kind, and the line."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            # A secret as a name is not repeated either.
+            if (kind := kind_of_secret(name)) is not None:
+                yield f"a setting's name in {dotted(path) or 'the pipeline'}", kind, tree.place(path)
+            else:
+                yield from _found(tree, inner, (*path, name))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _found(tree, inner, (*path, index))
+    elif isinstance(value, str) and (kind := kind_of_secret(value)) is not None:
+        yield dotted(path), kind, tree.place(path)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+# Longer values are cut in messages.
+SHOWN_CHARACTERS = 60
+
+
+def validated(
+    model: type[AnySettings], values: Mapping[str, Any], tree: Tree, at: KeyPath, also_known: Sequence[str] = ()
+) -> AnySettings | None:
+    """Return ``values`` as settings, or None after adding what is wrong with them to ``tree.problems``.
+
+    No value is converted to the type asked for: text is no number and a number no truth value.
+
+    at          where in the tree the values lie
+    also_known  names that may stand beside the model's own, to be suggested for an unknown one
+    """
+    try:
+        # By way of JSON: strict about numbers, yet a list may fill a tuple and text a path.
+        return model.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        seen: set[KeyPath] = set()
+        for detail in error.errors(include_url=False):
+            path = _path_in(values, detail)
+            # A union complains once for each of its options.
+            if path not in seen:
+                seen.add(path)
+                tree.problems.append(_problem(model, tree, at, path, detail, also_known))
+        return None
+
+
+def _path_in(values: Any, detail: ErrorDetails) -> KeyPath:
+    """Return pydantic's location without the names of union options, which are no keys of anything."""
+    path: list[str | int] = []
+    for key in detail["loc"]:
+        if (isinstance(values, Mapping) and key in values) or (isinstance(values, list) and isinstance(key, int)):
+            values = values[key]  # pyright: ignore[reportCallIssue, reportArgumentType] - checked on the line above
+            path.append(key)
+    if detail["type"] == "missing":
+        path.append(detail["loc"][-1])
+    return tuple(path)
+
+
+def _problem(
+    model: type[Settings],
+    tree: Tree,
+    at: KeyPath,
+    path: KeyPath,
+    detail: ErrorDetails,
+    also_known: Sequence[str],
+) -> Problem:
+    name, where = dotted((*at, *path)), tree.place((*at, *path))
+    if detail["type"] == "extra_forbidden":
+        return _unknown(model, path, at, where, also_known)
+    if detail["type"] == "value_error":
+        reason = str(detail.get("ctx", {}).get("error", detail["msg"]))
+        return Problem(f"{name}: {reason}" if name else reason, where)
+    found = schema_at(model, path)
+    takes = in_words(*found) if found else detail["msg"]
+    if detail["type"] == "missing":
+        return Problem(f"{name} is required", where, f"it takes {takes}")
+    return Problem(f"{name} is {_shown(detail['input'])} and must be {takes}", where)
+
+
+def _unknown(model: type[Settings], path: KeyPath, at: KeyPath, where: str, also_known: Sequence[str]) -> Problem:
+    section, key = path[:-1], str(path[-1])
+    what = f"{dotted((*at, *section)) or 'a pipeline'} has no setting {key}"
+    # A right name in the wrong section is likelier meant than a similar one in the right section.
+    elsewhere = [field.path for field in describe(model) if field.path.rpartition(".")[2] == key]
+    if elsewhere:
+        return Problem(what, where, f"did you mean {' or '.join(dotted((*at, name)) for name in elsewhere)}?")
+    known = names_at(model, section) + ([] if section else list(also_known))
+    return Problem(what, where, suggestion(key, known) or f"known: {', '.join(known)}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
 
 _TOP_LEVEL = tuple(PipelineSettings.model_fields)
 _USES, _INPUTS = "uses", "inputs"

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from rlhf.config.base import Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
-from rlhf.config.training import LoraSettings, Precision, SamplingSettings, WorkerSettings
+from rlhf.config.stages import LoraSettings, Precision, SamplingSettings, WorkerSettings
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]

@@ -1,4 +1,4 @@
-"""Settings as they were written, each with its place: a YAML file, and overrides on top of it.
+"""A pipeline file as a tree of values with their places, and the report of all mistakes in it.
 
 YAML is read by the core schema of YAML 1.2: ``1e-4`` is a number, ``no`` and ``2024-01-31`` are text. Keys are text, a
 key stands once, numbers are finite. Anchors, aliases and merge keys (``<<: *name``) work.
@@ -6,16 +6,43 @@ key stands once, numbers are finite. Anchors, aliases and merge keys (``<<: *nam
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlhf.config.nearest import nearest
-from rlhf.config.problems import Problem
+from rlhf.config.base import nearest
 from rlhf.errors import SettingsError
+
+# Past these a reader starts over from the top anyway.
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: what is wrong, where it was written, and what to write instead ("" where the rest says it)."""
+
+    what: str
+    where: str
+    hint: str = ""
+
+
+def raise_problems(problems: Sequence[Problem]) -> None:
+    """Raise one SettingsError that shows the first five problems; do nothing where there are none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise SettingsError(problems[0].what, problems[0].where, problems[0].hint)
+    lines = [f"{len(problems)} settings are wrong"]
+    for problem in problems[:SHOWN]:
+        hint = f" ({problem.hint})" if problem.hint else ""
+        lines.append(f"  {problem.where}: {problem.what}{hint}")
+    if len(problems) > SHOWN:
+        lines.append(f"  and {len(problems) - SHOWN} more")
+    raise SettingsError("\n".join(lines))
+
 
 CONFIGS = Path("configs")
 """Where a checkout keeps its pipelines."""

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from rlhf.config.sources import ARROW_SUFFIXES, COMPRESSED_SUFFIXES, FILE_SUFFIXES, TEXT_SUFFIXES
+from rlhf.config.base import ARROW_SUFFIXES, COMPRESSED_SUFFIXES, FILE_SUFFIXES, TEXT_SUFFIXES
 from rlhf.errors import RequestError, SettingsError
 
 NAMED_FILES = 5

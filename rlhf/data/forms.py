@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
-from rlhf.config.nearest import suggestion
+from rlhf.config.base import suggestion
 from rlhf.data.records import (
     ComparisonSet,
     Demonstration,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlhf.config.sources import ARROW_SUFFIXES, COMPRESSED_SUFFIXES, HubDataset, is_local, parse_hub_dataset
+from rlhf.config.base import ARROW_SUFFIXES, COMPRESSED_SUFFIXES, HubDataset, is_local, parse_hub_dataset
 from rlhf.data.folders import record_files
 from rlhf.errors import IndexUnreachableError, RecordError, SettingsError, refused_cache
 

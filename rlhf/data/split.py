@@ -12,8 +12,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from rlhf.data.jsonl import to_line
-from rlhf.data.records import ComparisonSet, Demonstration, Prompt
+from rlhf.data.records import ComparisonSet, Demonstration, Prompt, to_line
 
 Record = Demonstration | ComparisonSet | Prompt
 

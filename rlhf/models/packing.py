@@ -1,14 +1,20 @@
-"""Several texts in one row, so that a batch of texts of many lengths is little padding.
+"""Pack tokenised rows into one row without padding, where a model's attention keeps them apart.
 
 Most of transformers' decoders let each text of a row see itself alone when there is no attention mask and the position
 ids begin anew with each text (``transformers.masking_utils``; flash attention goes by the same ids).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+
+from rlhf.data.records import read_rows
+from rlhf.models.templates import Tokenizer
+from rlhf.models.text import demonstration_ids
 
 PACKABLE = frozenset(
     {
@@ -113,3 +119,43 @@ def rows_of(lengths: Sequence[int]) -> list[list[int]]:
         rows[row].append(text)
         room[row] -= lengths[text]
     return rows
+
+
+class TokenisedDemonstration(NamedTuple):
+    """Token ids of a prompt, and of the completion that is learned, EOS included."""
+
+    prompt: list[int]
+    completion: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of both."""
+        return len(self.prompt) + len(self.completion)
+
+
+def tokenised(file: Path, tokenizer: Tokenizer) -> list[TokenisedDemonstration]:
+    """Read a JSONL file of demonstrations as token ids.
+
+    Raises:
+        RecordError: the chat template does not render a row as it is, see :func:`rlhf.models.text.prompt_ids`.
+    """
+    place = f"{file.parent.name}/{file.name}"
+    return [
+        TokenisedDemonstration(
+            *demonstration_ids(tokenizer, row["prompt"], row["completion"], f"{place}, row {number}")
+        )
+        for number, row in enumerate(read_rows(file), start=1)
+    ]
+
+
+def as_dataset(file: Path, tokenizer: Tokenizer) -> Dataset:
+    """Return a JSONL file's demonstrations as TRL's trainer takes them: ids, and a mask that is 1 on completions."""
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": [*prompt, *completion],
+                "completion_mask": [0] * len(prompt) + [1] * len(completion),
+            }
+            for prompt, completion in tokenised(file, tokenizer)
+        ]
+    )

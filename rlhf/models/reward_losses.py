@@ -1,16 +1,66 @@
 """Losses of a reward model that sees the K responses of a list side by side, each encoded once (Ouyang et al. 2022,
-arXiv:2203.02155, §3.4).
+arXiv:2203.02155, §3.4), and the batches of such lists.
 
 Every loss is a mean within a list, so that a long list counts as much as a short one, and depends on differences of
 strengths alone. Pairs and places of a list are compared all at once.
 
-Shapes: B lists of at most K responses. ``scores`` and ``strengths`` are ``[B, K]``, ``present`` says which entries are
-responses and not padding, and a loss is ``[B]``, 0 for a list that says nothing.
+Shapes: B lists of at most K responses, R responses in all, padded to T tokens. ``scores`` and ``strengths`` are ``[B,
+K]``, ``present`` says which entries are responses and not padding, and a loss is ``[B]``, 0 for a list that says
+nothing.
 """
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from rlhf.models.text import pad
+
+
+class ListBatch(NamedTuple):
+    """Lists of responses, and what people said of them."""
+
+    input_ids: Tensor
+    """``[R, T]``"""
+    attention_mask: Tensor
+    """``[R, T]``"""
+    present: Tensor
+    """``[B, K]``: whether the entry is a response; the R responses stand in the order of these entries."""
+    strengths: Tensor
+    """``[B, K]``, 0 where there is no response."""
+    preferences: Tensor
+    """``[B, K, K]``: the probability that the one is preferred to the other; NaN where it is unknown."""
+
+    def arranged(self, values: Tensor) -> Tensor:
+        """``[B, K]`` of one value a response ``[R]``; 0 where there is none."""
+        found = torch.zeros(self.present.shape, dtype=values.dtype, device=values.device)
+        return found.masked_scatter(self.present, values)
+
+
+ListLoss = Callable[[Tensor, ListBatch], Tensor]
+"""Of scores ``[B, K]`` and their lists: ``[B]``."""
+
+COLUMNS = ("ids", "strengths", "preferences")
+"""Of a list: token ids, strengths, and where the loss asks for them preferences; see :class:`ListBatch`."""
+
+
+def collate(lists: Sequence[Mapping[str, Any]], padding: int) -> dict[str, Tensor]:
+    """Make the fields of a :class:`ListBatch` of rows with :data:`COLUMNS`."""
+    texts = [ids for one in lists for ids in one["ids"]]
+    ids, mask = pad(texts, padding, "right")
+    most = max(len(one["ids"]) for one in lists)
+    present = torch.zeros(len(lists), most, dtype=torch.bool)
+    strengths = torch.zeros(len(lists), most)
+    preferences = torch.full((len(lists), most, most), torch.nan)
+    for row, one in enumerate(lists):
+        count = len(one["ids"])
+        present[row, :count] = True
+        strengths[row, :count] = torch.tensor(one["strengths"])
+        if "preferences" in one:
+            preferences[row, :count, :count] = torch.tensor(one["preferences"])
+    return ListBatch(ids, mask, present, strengths, preferences)._asdict()
 
 
 def pairwise(scores: Tensor, strengths: Tensor, present: Tensor, margin: float = 0.0, smoothing: float = 0.0) -> Tensor:

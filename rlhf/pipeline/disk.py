@@ -11,8 +11,7 @@ from typing import Any
 from rlhf.attempt.checkpoints import KEPT, newest_complete, step_of
 from rlhf.attempt.context import Context
 from rlhf.errors import DiskFullError
-from rlhf.models.layout import BASE, is_adapter
-from rlhf.models.weights import count_adapter_parameters, count_parameters
+from rlhf.models.layout import BASE, count_adapter_parameters, count_parameters, is_adapter
 from rlhf.store import Store
 from rlhf.units import size
 

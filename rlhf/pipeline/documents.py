@@ -1,13 +1,21 @@
-"""What ``plan``, ``status``, ``explain``, ``lineage`` and ``gc`` answer: JSON values whose shapes are a contract."""
+"""Describe artifacts: provenance, and the documents that users read beside them."""
 
+import getpass
 import json
+import os
+import platform
 import re
+import socket
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rlhf.attempt.context import FAILURE, PROGRESS
-from rlhf.config.nearest import suggestion
+from rlhf.config.base import suggestion
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import NextCommand, RequestError
 from rlhf.pipeline.differences import Difference, differences, of_record
@@ -15,6 +23,52 @@ from rlhf.pipeline.plan import Planned, recipe, result_of
 from rlhf.pipeline.reporting import Eta
 from rlhf.pipeline.uploads import read_newest
 from rlhf.store import ActionRecord, GarbageReport, Store
+
+PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "deepspeed", "datasets", "ray")
+
+
+def provenance() -> dict[str, Any]:
+    """Host, user, time, versions, and the commit of the code where it is a git checkout."""
+    return {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "user": _user(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return str(os.getuid())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
 
 Document = dict[str, Any]
 LEAST_DIGITS = 6

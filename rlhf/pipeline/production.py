@@ -11,16 +11,15 @@ from typing import Any
 
 from rlhf.attempt.context import FAILURE, ORIGIN, STOP, Context
 from rlhf.attempt.cost import begin, earlier_attempts, resources_of
-from rlhf.cluster import launch
+from rlhf.cluster import worker_group
 from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.config.training import WorkerSettings
+from rlhf.config.stages import WorkerSettings
 from rlhf.errors import InterruptedRunError, LeaseLostError, RequestError, RlhfError, StageError
+from rlhf.pipeline.documents import provenance
 from rlhf.pipeline.plan import Planned
-from rlhf.pipeline.provenance import provenance
-from rlhf.pipeline.reporting import Reporter, Watch
-from rlhf.pipeline.stop import Stop
+from rlhf.pipeline.reporting import Reporter, Stop, Watch
 from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, uploading
 from rlhf.store import SCRATCH, ActionRecord, Store
 
@@ -176,11 +175,11 @@ class Production:
 
         if planned.stage.runs == "task":
             begin(context.attempt, ranks=1, gpus=0)
-            return launch.run_task(Call(planned.stage.code, context), self.session.resources().for_task(), watch)
+            return worker_group.run_task(Call(planned.stage.code, context), self.session.resources().for_task(), watch)
         ranks = ranks_of(planned, self.session)
         begin(context.attempt, ranks.count, ranks.count if ranks.gpu else 0)
         call = Call(planned.stage.code, context, ranks.gpu, workers_of(planned).timeout_minutes)
-        return launch.run_group(call, ranks, self.config.cluster.max_failures, watch, self.reporter.line)
+        return worker_group.run_group(call, ranks, self.config.cluster.max_failures, watch, self.reporter.line)
 
     def _commit(self, planned: Planned, attempt: Path, metrics: dict[str, float], seconds: float) -> None:
         assert planned.key is not None

@@ -64,7 +64,7 @@ def _data_sources(settings: DataSettings) -> Mapping[str, Any]:
 
 
 def _model_sources(settings: ModelSettings) -> Mapping[str, Any]:
-    from rlhf.config.sources import is_local
+    from rlhf.config.base import is_local
 
     return (
         {"base": settings.base} if settings.base not in ("smollm2-135m", "scratch") and is_local(settings.base) else {}

@@ -11,11 +11,10 @@ from typing import Any
 
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError, is_no_room
-from rlhf.models.layout import BASE, UNBOUNDED, config_file, context_length, is_adapter, licence_of
+from rlhf.models.layout import BASE, UNBOUNDED, config_file, context_length, count_parameters, is_adapter, licence_of
 from rlhf.models.safe_loading import CODE, refuse_code, refuse_foreign_links
-from rlhf.models.weights import count_parameters
+from rlhf.pipeline.documents import provenance
 from rlhf.pipeline.plan import Planned, result_of
-from rlhf.pipeline.provenance import provenance
 from rlhf.pipeline.stage import Stage
 from rlhf.store import ActionRecord, Store, key_of
 from rlhf.store.backend import free_bytes_at, no_room, translated, umask
@@ -188,11 +187,11 @@ def _fold(folder: Path, target: Path, *, scores: bool) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from rlhf.models import folders, reward_folders
+    from rlhf.models import folders, reward
 
     disable_progress_bar()
     # transformers reports that a base has no score head, which the adapter has.
     set_verbosity_error()
     folders.write_plain(folder, target, scores=scores, dtype=torch.float32)
     if (folder / "README.md").exists():
-        reward_folders.write_card(target)
+        reward.write_card(target)

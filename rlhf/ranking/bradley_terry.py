@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from rlhf.ranking.comparisons import Comparisons, FloatArray, IntArray, add_up, merge
-from rlhf.ranking.posterior import Terms, TieTerms, fit_posterior
+from rlhf.ranking.uncertainty import Terms, TieTerms, fit_posterior
 
 ELO_SCALE = math.log(10) / 400
 """Nats of log-odds per Elo point."""
@@ -94,7 +94,7 @@ def prior_precision(prior_elo: float) -> float:
 
 
 class PairLikelihood:
-    """The likelihood of comparisons, as :mod:`rlhf.ranking.posterior` wants it.
+    """The likelihood of comparisons, as :mod:`rlhf.ranking.uncertainty` wants it.
 
     Where τ is fitted, its prior is one comparison of two equals that was tied, and one that was not. So it is finite
     where nothing or everything is tied, and among thousands of comparisons the prior is not seen.

@@ -30,9 +30,7 @@ from rlhf.ranking.bradley_terry import (
     sigmoid,
 )
 from rlhf.ranking.comparisons import NOBODY, Comparisons, FloatArray, add_up, merge
-from rlhf.ranking.covariance import variances
-from rlhf.ranking.information import components_of
-from rlhf.ranking.posterior import most_probable
+from rlhf.ranking.uncertainty import components_of, most_probable, variances
 
 PRIOR_HONEST = 9.0
 PRIOR_REVERSED = 1.0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.training import Precision
+from rlhf.config.stages import Precision
 from rlhf.errors import DivergedError
 
 Metrics = Mapping[str, float]

@@ -1,16 +1,123 @@
-"""Files named by their SHA-256, and this node's memory of which of them it has already hashed."""
+"""Blobs: files by their digest, which files may be stored, and the trash that hides condemned files.
+
+The trash is ``trash/<collection>/<name>``. A file is hidden before anybody asks for the last time whether it is needed,
+so a reader that misses one brings it back. Each collection hides under a name of its own and at most once: what another
+brought back is never deleted by mistake.
+"""
 
 import os
 import socket
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from rlhf.errors import DamageError, RequestError, TryAgainError
 from rlhf.store.backend import Backend, FileState
-from rlhf.store.records import PayloadFile
-from rlhf.store.trash import is_there
+from rlhf.store.keys import PayloadFile, refuse_escape
+
+ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".jsonl", ".parquet", ".txt", ".md", ".jinja", ".model", ".svg"})
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"})
+
+
+def payload_paths(folder: Path) -> dict[str, Path]:
+    """Find every file of a payload folder: relative POSIX path -> path, sorted.
+
+    Raises RequestError for a symbolic link, an empty folder, anything that is neither file nor folder, and a file type
+    that an artifact must not hold.
+    """
+    if not folder.is_dir():
+        raise _refused(folder, "is not a folder", "Give the folder that holds the artifact's files.")
+    found: dict[str, Path] = {}
+    _collect(folder, "", found)
+    return dict(sorted(found.items()))
+
+
+def _collect(folder: Path, prefix: str, found: dict[str, Path]) -> None:
+    with os.scandir(folder) as listing:
+        entries = list(listing)
+    if not entries:
+        raise _refused(folder, "is empty", "Write the result into it, or remove it: an artifact holds files only.")
+    for entry in entries:
+        path, name = Path(entry.path), prefix + entry.name
+        if entry.is_symlink():
+            raise _refused(path, "is a symbolic link", "Put the file itself there.")
+        if entry.is_dir():
+            _collect(path, f"{name}/", found)
+        elif not entry.is_file():
+            raise _refused(path, "is neither a file nor a folder", "Remove it.")
+        else:
+            _refuse_type(path)
+            try:
+                refuse_escape(name)
+            except DamageError as error:
+                raise _refused(path, error.what, "Rename the file.") from error
+            found[name] = path
+
+
+def _refuse_type(path: Path) -> None:
+    if path.suffix in PICKLE_SUFFIXES:
+        raise _refused(
+            path,
+            "may be a pickle, which runs code when it is loaded",
+            "Save tensors with safetensors (save_pretrained does), all else as JSON, JSONL, Parquet or text.",
+        )
+    if path.suffix not in ALLOWED_SUFFIXES:
+        raise _refused(
+            path,
+            f"is of a type that no artifact holds ({path.suffix or 'no suffix'})",
+            f"Use {_listed(ALLOWED_SUFFIXES)}.",
+        )
+
+
+def _listed(suffixes: frozenset[str]) -> str:
+    *most, last = sorted(suffixes)
+    return f"{', '.join(most)} or {last}"
+
+
+def _refused(path: Path, why: str, next_step: str) -> RequestError:
+    return RequestError(f"{path.name!r} cannot go into an artifact: it {why}.", where=str(path), next_step=next_step)
+
+
+TRASH = "trash"
+
+
+def hide(backend: Backend, collection: str, names: Iterable[str]) -> None:
+    """Move files into the trash."""
+    for name in names:
+        backend.move(name, f"{TRASH}/{collection}/{name}")
+
+
+def hidden(backend: Backend, folder: str) -> dict[str, str]:
+    """Map each file in the trash that came from a folder to the name that it had."""
+    found = {name: PurePosixPath(*PurePosixPath(name).parts[2:]).as_posix() for name in backend.names(TRASH)}
+    return {name: original for name, original in found.items() if original.startswith(f"{folder}/")}
+
+
+def put_back(backend: Backend, name: str, original: str) -> None:
+    """Give a hidden file its own name again, unless that has been written anew: then the new one stays."""
+    if original.startswith("blobs/"):
+        # A rename would put it in another's place, which at worst is one good copy for another.
+        if backend.state(original) is None:
+            backend.move(name, original)
+    elif (data := backend.read(name)) is not None:
+        backend.create(original, data)
+    backend.delete(name)
+
+
+def is_there(backend: Backend, name: str) -> bool:
+    """Tell whether a file is in its place, after bringing it back if it is hidden."""
+    if backend.state(name) is not None:
+        return True
+    try:
+        for aside, original in hidden(backend, PurePosixPath(name).parts[0]).items():
+            if original == name:
+                put_back(backend, aside, original)
+    except TryAgainError:  # a store that cannot be written has it missing
+        return False
+    return backend.state(name) is not None
+
 
 FOLDER = "blobs/sha256"
 _HASHING_THREADS = 8

@@ -17,12 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol, Self, TypeVar
 
 from rlhf.errors import DamageError, LeaseHeldError
-from rlhf.store import trash
+from rlhf.store import blobs
 from rlhf.store.backend import Backend, LocalBackend, translated
 from rlhf.store.blobs import FOLDER as BLOBS
 from rlhf.store.blobs import blob_name
+from rlhf.store.keys import ActionRecord, Manifest, Ref
 from rlhf.store.lease import LEASE_SECONDS, Holder, hold
-from rlhf.store.records import ActionRecord, Manifest, Ref
 from rlhf.store.verify import action_name, lost_records, manifest_name
 
 SCRATCH = ("inputs", "output", "checkpoints", "policy", "reward", "ray", "upload")
@@ -157,12 +157,12 @@ class _Collection:
         """Read the files of a folder and those hidden from it, by the names that they have or had."""
         # What is hidden or put back between two listings is in one of the three.
         names = {name: name for name in self.backend.names(folder)}
-        names |= trash.hidden(self.backend, folder)
+        names |= blobs.hidden(self.backend, folder)
         names |= {name: name for name in self.backend.names(folder)}
         found: dict[str, _Document] = {}
         for name, original in names.items():
             if (data := self.backend.read(name)) is None:
-                aside = [one for one, was in trash.hidden(self.backend, folder).items() if was == original]
+                aside = [one for one, was in blobs.hidden(self.backend, folder).items() if was == original]
                 data = next((d for one in [*aside, original] if (d := self.backend.read(one)) is not None), None)
             if data is not None:
                 try:
@@ -199,13 +199,13 @@ class _Collection:
         sizes = {name: self._heap([name]) for name in condemned}
         if self.dry_run:
             return sum(sizes.values(), Heap())
-        trash.hide(self.backend, self.token, sizes)
+        blobs.hide(self.backend, self.token, sizes)
         # With what a killed collection left, and what another one has hidden just now.
-        hidden = trash.hidden(self.backend, folder)
+        hidden = blobs.hidden(self.backend, folder)
         stay = wanted() if hidden else set[str]()
         for aside, original in hidden.items():
             if original in stay:
-                trash.put_back(self.backend, aside, original)
+                blobs.put_back(self.backend, aside, original)
                 sizes.pop(original, None)
             else:
                 self.backend.delete(aside)
@@ -286,8 +286,8 @@ class _Collection:
         done = self._heap(stale)
         if self.dry_run:
             return done
-        trash.hide(self.backend, self.token, judged)
-        for aside, original in trash.hidden(self.backend, "leases").items():
+        blobs.hide(self.backend, self.token, judged)
+        for aside, original in blobs.hidden(self.backend, "leases").items():
             # Its holder moved the counter after all, or another has taken it.
             if original in judged and (data := self.backend.read(aside)) not in (None, judged[original]):
                 self.backend.create(original, data)

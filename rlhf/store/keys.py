@@ -1,14 +1,15 @@
-"""Canonical JSON, digests and keys: what makes two results the same result."""
+"""Keys of artifacts, and the records that a store keeps of them."""
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self, cast
 
-from rlhf.errors import RequestError
+from rlhf.errors import DamageError, RequestError, RlhfError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -78,3 +79,179 @@ def _unstable(place: str, why: str) -> RequestError:
         where=place,
         next_step="Use finite numbers, text, true, false, null, lists, and objects whose keys are text.",
     )
+
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+_ATTEMPT = re.compile(r"[A-Za-z0-9-]+")
+_IMPORTED = "imported"
+
+
+@dataclass(frozen=True)
+class PayloadFile:
+    """One file of an artifact."""
+
+    path: str
+    """Relative POSIX path within the artifact."""
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An artifact: its kind and its files. The digest is over both, and over nothing else."""
+
+    digest: str
+    kind: str
+    files: tuple[PayloadFile, ...]
+    """Sorted by path."""
+
+    @classmethod
+    def of(cls, kind: str, files: Iterable[PayloadFile]) -> Self:
+        """Make the manifest of a payload."""
+        ordered = tuple(sorted(files, key=lambda file: file.path))
+        return cls(digest_of(_content(kind, ordered)), kind, ordered)
+
+    def part(self, part: str) -> tuple[PayloadFile, ...]:
+        """Pick the files of one top-level folder, their paths relative to it; all files for "".
+
+        Raises RequestError where the artifact has no such folder.
+        """
+        if part == "":
+            return self.files
+        inside = [file for file in self.files if file.path.startswith(f"{part}/")]
+        if not inside or "/" in part:
+            folders = sorted({file.path.split("/")[0] for file in self.files if "/" in file.path})
+            raise RequestError(
+                f"The artifact has no folder {part!r}; it has {', '.join(folders) or 'no folder'}.",
+                where=f"artifact {self.digest} ({self.kind})",
+                next_step="Ask for one of its top-level folders, or for the whole artifact.",
+            )
+        return tuple(PayloadFile(file.path[len(part) + 1 :], file.size, file.sha256) for file in inside)
+
+    def part_digest(self, part: str) -> str:
+        """Return the digest that the artifact would have if it were this one folder; for "" its own.
+
+        A stage that reads one folder is keyed by it alone. Raises RequestError where there is no such folder.
+        """
+        return digest_of(_content(self.kind, self.part(part)))
+
+    def to_json(self) -> bytes:
+        """Write the manifest's file."""
+        return seal(_content(self.kind, self.files))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Read a manifest's file. Raises DamageError unless every byte is as it was written."""
+        content = unseal(data)
+        try:
+            manifest = cls.of(content["kind"], [PayloadFile(**file) for file in content["files"]])
+        except (KeyError, TypeError) as error:
+            raise DamageError(f"does not have a manifest's fields ({error})") from error
+        for file in manifest.files:
+            refuse_escape(file.path)
+            refuse_no_digest(file.sha256)
+        return manifest
+
+
+@dataclass(frozen=True)
+class ActionRecord:
+    """The commit of a key: which artifact it is, and what made it."""
+
+    key: str
+    stage: str
+    version: int
+    settings: dict[str, Any]
+    """The semantic ones: those in the key."""
+    inputs: dict[str, dict[str, str | None]]
+    """Role -> ``artifact`` (digest), ``part`` (folder, "" for all of it), ``digest`` (of the part), ``key`` (the action
+    that made it, or None)."""
+    artifact: str
+    metrics: dict[str, float]
+    """Final metrics."""
+    provenance: dict[str, Any]
+    seconds: float
+    """Duration of the attempt that made it."""
+    attempt: str
+    """Name of that attempt."""
+
+    def to_json(self) -> bytes:
+        """Write the record's file. Raises RequestError for a value of no stable form, such as a NaN metric."""
+        return seal(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Read a record's file. Raises DamageError unless every byte is as it was written."""
+        try:
+            record = cls(**unseal(data))
+            read = [(entry["artifact"], entry["digest"], entry["key"]) for entry in record.inputs.values()]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise DamageError(f"does not have an action record's fields ({error})") from error
+        for digest in (record.key, record.artifact, *(one for digests in read for one in digests if one is not None)):
+            refuse_no_digest(digest)
+        if not _ATTEMPT.fullmatch(str(record.attempt)):
+            raise DamageError(f"names no attempt: {record.attempt!r}")
+        return record
+
+
+@dataclass(frozen=True)
+class Ref:
+    """What a pipeline's stage had last."""
+
+    key: str
+    imported: bool
+    """Whether somebody said that this is the stage's result, whatever its settings are."""
+
+    def to_bytes(self) -> bytes:
+        """Write the ref's file."""
+        return f"{self.key} {_IMPORTED}\n".encode() if self.imported else f"{self.key}\n".encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Ref | None":
+        """Read a ref's file; None where it does not hold a key."""
+        key, *words = data.decode(errors="replace").split() or [""]
+        return cls(key, bool(words)) if DIGEST.fullmatch(key) and words in ([], [_IMPORTED]) else None
+
+
+def refuse_escape(path: Any) -> None:
+    """Raise DamageError unless a payload path stays within its folder."""
+    parts = PurePosixPath(path).parts if isinstance(path, str) else ()
+    # Names are printed too, where control characters could do harm.
+    if (
+        not parts
+        or path[0] == "/"
+        or ".." in parts
+        or "\\" in path
+        or not path.isprintable()
+        or "/".join(parts) != path
+    ):
+        raise DamageError(f"names a file that would lie outside the artifact: {path!r}")
+
+
+def refuse_no_digest(digest: Any) -> None:
+    """Raise DamageError unless a value is a SHA-256, since it becomes the name of a file of the store."""
+    if not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
+        raise DamageError(f"names what is no digest: {digest!r}")
+
+
+def _content(kind: str, files: Iterable[PayloadFile]) -> dict[str, Any]:
+    return {"kind": kind, "files": [asdict(file) for file in files]}
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """Write content as canonical JSON with its own digest in it."""
+    return canonical_json({"digest": digest_of(content), **content}) + b"\n"
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """Read a sealed file: sealing it again must give the same bytes, so no flipped bit is missed; else DamageError."""
+    try:
+        document: object = json.loads(data)
+        if isinstance(document, dict):
+            content = cast("dict[str, Any]", document)
+            content.pop("digest", None)
+            if seal(content) == data:
+                return content
+    except (ValueError, RecursionError, RlhfError):
+        pass  # not JSON, or JSON that is never written here
+    raise DamageError("fails its own digest")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rlhf.errors import DamageError, LeaseHeldError, StoreUnreachableError, TryAgainError
 from rlhf.store.backend import Backend
-from rlhf.store.records import seal, unseal
+from rlhf.store.keys import seal, unseal
 
 LEASE_SECONDS = 30.0
 """A holder whose counter we have not seen move for so long, by our own clock, has lost its lease."""

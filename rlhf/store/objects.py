@@ -35,8 +35,7 @@ from rlhf.errors import DamageError, SettingsError, StoreRefusedError, StoreUnre
 from rlhf.store.backend import FileState, LocalBackend, free_bytes_at, make_folder, translated
 from rlhf.store.blobs import FOLDER as BLOBS
 from rlhf.store.blobs import Blobs, in_parallel
-from rlhf.store.keys import digest_file
-from rlhf.store.records import PayloadFile
+from rlhf.store.keys import PayloadFile, digest_file
 
 PATIENCE_SECONDS = 60.0
 """How long a request is tried again."""

@@ -35,13 +35,11 @@ from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote, urlsplit
 
 from rlhf.errors import DamageError, NextCommand, RequestError, SettingsError, TryAgainError
-from rlhf.store.allowed_files import payload_paths
 from rlhf.store.backend import Backend, LocalBackend, make_folder, no_room, translated
-from rlhf.store.blobs import Blobs, blob_name, in_parallel
+from rlhf.store.blobs import Blobs, blob_name, in_parallel, payload_paths
 from rlhf.store.garbage import GarbageReport, collect
-from rlhf.store.keys import digest_file, key_of
+from rlhf.store.keys import DIGEST, ActionRecord, Manifest, PayloadFile, Ref, digest_file, key_of
 from rlhf.store.lease import Holder, hold, holder_of
-from rlhf.store.records import DIGEST, ActionRecord, Manifest, PayloadFile, Ref
 from rlhf.store.verify import (
     Damage,
     VerifyReport,

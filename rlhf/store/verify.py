@@ -6,9 +6,8 @@ from pathlib import PurePosixPath
 from rlhf.errors import DamageError
 from rlhf.store.backend import Backend
 from rlhf.store.blobs import FOLDER as BLOBS
-from rlhf.store.blobs import Blobs, blob_name
-from rlhf.store.records import ActionRecord, Manifest, PayloadFile, Ref
-from rlhf.store.trash import is_there
+from rlhf.store.blobs import Blobs, blob_name, is_there
+from rlhf.store.keys import ActionRecord, Manifest, PayloadFile, Ref
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rlhf.attempt.context import Context
 from rlhf.errors import DiskFullError, PreflightError, is_no_room
 from rlhf.units import size
 from rlhf.zero import group
-from rlhf.zero.precision import precision_of
+from rlhf.zero.group import precision_of
 
 
 def checkpoint_to_resume(context: Context[Any]) -> Path | None:

@@ -5,16 +5,14 @@ from pathlib import Path
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import EvaluateSettings
-from rlhf.config.training import Precision
+from rlhf.config.stages import EvaluateSettings, Precision
 from rlhf.models import folders
 from rlhf.models.layout import is_adapter
 from rlhf.models.text import check_same_tokens
-from rlhf.rewards.combined import Rewards
-from rlhf.rollout.replica import Generator
-from rlhf.training.learner import Optimiser
+from rlhf.rewards.sources import Rewards
+from rlhf.rollout.rollout import Generator
+from rlhf.training.learner import Optimiser, TrainedValue
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
-from rlhf.training.value import TrainedValue
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES
 

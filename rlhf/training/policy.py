@@ -1,5 +1,6 @@
-"""Policies under ZeRO-3: one that PPO trains with its frozen reference, and one that only answers."""
+"""The policy that PPO trains, its reference, and the coefficient of the KL penalty."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +9,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config.training import LoraSettings, Precision
+from rlhf.config.ppo import KlSettings
+from rlhf.config.stages import LoraSettings, Precision
 from rlhf.models import adapters, folders
 from rlhf.models.heads import TokenLogprobs
+from rlhf.rl.kl import adapted_coefficient
 from rlhf.rl.losses import PolicySums, demonstration_loss
-from rlhf.rollout.experience import Minibatch, PolicyExperience
-from rlhf.rollout.replica import Generator
+from rlhf.rollout.rollout import Generator
 from rlhf.rollout.sampling import Responses
-from rlhf.rollout.sequences import Sequences
-from rlhf.training.average import MovingAverage
-from rlhf.training.learner import Learner, Loss, Optimiser
+from rlhf.rollout.sequences import Minibatch, PolicyExperience, Sequences
+from rlhf.training.learner import Learner, Loss, MovingAverage, Optimiser
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, Engine, sharded_loading, whole_weights
+
+
+class KlCoefficient:
+    """β of the iteration at hand. Every rank has the same: it follows from numbers that all ranks share."""
+
+    def __init__(self, settings: KlSettings) -> None:
+        self._settings = settings
+        self.value = settings.coef
+
+    @property
+    def in_reward(self) -> float:
+        """β where the penalty is part of the reward, otherwise 0."""
+        return self.value if self._settings.place == "reward" else 0.0
+
+    @property
+    def in_loss(self) -> float:
+        """β where the penalty is a term of the policy's loss, otherwise 0."""
+        return self.value if self._settings.place == "loss" else 0.0
+
+    def adapt(self, kl: float, responses: int) -> None:
+        """Follow the target, if there is one, after an iteration of ``responses`` with mean KL ``kl``, in nats."""
+        if self._settings.target is not None:
+            self.value = adapted_coefficient(self.value, kl, self._settings.target, self._settings.horizon, responses)
+
+    def checkpoint_bytes(self) -> int:
+        """About what :meth:`save` writes."""
+        return 64
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the coefficient."""
+        if group.is_main():
+            (checkpoint / "kl.json").write_text(json.dumps({"coef": self.value}))
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on with what :meth:`save` wrote."""
+        self.value = json.loads((checkpoint / "kl.json").read_text())["coef"]
+
 
 PolicyLoss = Callable[..., tuple[Tensor, PolicySums]]
 AT_ONCE = 4

@@ -29,13 +29,12 @@ from rlhf.data.order import learning_order
 from rlhf.errors import DivergedError
 from rlhf.models import adapters, reward_losses
 from rlhf.models.packing import keeps_texts_apart
-from rlhf.models.response_lists import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.reward import raw_scores
+from rlhf.models.reward_losses import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.templates import Tokenizer
 from rlhf.randomness import seed_of
 from rlhf.training import checkpoint_writer
-from rlhf.training.journal import Journal
-from rlhf.training.loop import ends_here, stopped
+from rlhf.training.loop import Journal, ends_here, stopped
 from rlhf.zero import group
 from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3_config
 
@@ -284,7 +283,7 @@ def reward_trainer(
     """TRL's RewardTrainer, over lists of responses.
 
     load   as for :func:`sft_trainer`
-    lists  tokenised, with :data:`rlhf.models.response_lists.COLUMNS`
+    lists  tokenised, with :data:`rlhf.models.reward_losses.COLUMNS`
     """
     settings = context.settings
     with _bf16_anywhere():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from rlhf.config.training import Precision
+from rlhf.config.stages import Precision
 from rlhf.errors import DivergedError
 from rlhf.zero import group
 

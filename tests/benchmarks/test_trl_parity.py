@@ -13,9 +13,8 @@ from benchmarks.trl_parity import (
     table,
     whiten_unbiased,
 )
-from rlhf.rl.advantages import generalised_advantages
+from rlhf.rl.advantages import generalised_advantages, kl_penalised_rewards
 from rlhf.rl.masks import masked
-from rlhf.rl.rewards import kl_penalised_rewards
 from tests.rl.batches import Batch, batches
 
 unit = st.floats(0, 1)

@@ -1,8 +1,8 @@
 import json
 from pathlib import Path
 
+from rlhf.collect.collection import read_sets
 from rlhf.collect.journal import Journal
-from rlhf.collect.response_sets import read_sets
 from tests.cli.conftest import Ask
 
 ROW = {"prompt": "p", "responses": ["a", "b"]}

@@ -271,7 +271,7 @@ def test_an_answer_of_a_model_cannot_move_the_cursor_of_a_terminal(
     ask: Ask, made: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A pipe gets what the model wrote, to the letter."""
-    monkeypatch.setattr("rlhf.rollout.generate.answers", lambda *_: ["one\x1b[2J\ntwo"])
+    monkeypatch.setattr("rlhf.rollout.sampling.answers", lambda *_: ["one\x1b[2J\ntwo"])
     assert ask("generate", "total", "--prompt", "hi").out == "one\x1b[2J\ntwo\n"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert ask("generate", "total", "--prompt", "hi").out == "one�[2J\ntwo\n"

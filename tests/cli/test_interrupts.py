@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.cli.run import ended_by_signals
 from rlhf.errors import InterruptedRunError
-from rlhf.pipeline.stop import Stop
+from rlhf.pipeline.reporting import Stop
 
 
 def test_an_interrupt_whose_exception_is_lost_still_stops_the_run():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli.main import COMMANDS, main
-from rlhf.cli.request import DEFAULT_CONFIG
+from rlhf.cli.run import DEFAULT_CONFIG
 from rlhf.store import Store
 from tests.cli.conftest import Ask
 from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_pipeline, write_weights

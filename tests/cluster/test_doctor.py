@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cluster.doctor import diagnose
+from rlhf.cli.setup import diagnose
 
 
 def test_every_finding_has_the_same_shape_and_a_bad_one_a_way_out(tmp_path: Path):

@@ -6,9 +6,9 @@ import pytest
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.liveness import Pulse, pulse_path, stack_path
-from rlhf.cluster import watchdog
-from rlhf.cluster.watchdog import Watchdog
+from rlhf.cluster import worker_group
 from rlhf.cluster.worker import Call
+from rlhf.cluster.worker_group import Watchdog
 from rlhf.errors import HangError, TryAgainError
 from tests.pipeline.toys import TotalSettings
 
@@ -31,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(worker_group, "time", clock)
     return clock
 
 
@@ -117,7 +117,7 @@ def test_a_rank_that_is_done_is_not_missed(call: Call, clock: Clock):
 def test_a_stage_that_finds_no_room_is_a_reason_to_try_again(call: Call, clock: Clock):
     """Ray itself would wait for ever."""
     watch = Watchdog(call, 2)
-    clock.now += 60 * watchdog.START_MINUTES - 1
+    clock.now += 60 * worker_group.START_MINUTES - 1
     watch()
     clock.now += 2
     with pytest.raises(TryAgainError, match="no process of total began within 60 minutes"):

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, WriterSettings
-from rlhf.data.jsonl import read_rows
+from rlhf.data.records import read_rows
 from rlhf.rollout.prompts import PromptBatch, draw
 from rlhf.zero import group
 from tests.collect.program import write_rows

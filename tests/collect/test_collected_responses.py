@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.attempt.context import Context
-from rlhf.collect.collected_responses import JOURNAL, Written
+from rlhf.collect.collection import JOURNAL, Written
 from rlhf.config.collect import CompareSettings
 
 pytestmark = pytest.mark.slow

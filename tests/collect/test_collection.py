@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from rlhf.collect.annotation import shown_order
-from rlhf.collect.collection import Collection, StaleAnswerError
-from rlhf.collect.response_sets import read_sets
+from rlhf.collect.collection import Collection, StaleAnswerError, read_sets
 from rlhf.data.records import ComparisonSet, parse_record
 from rlhf.errors import RecordError, RequestError
 from tests.collect.program import read_lines, write_rows

@@ -9,8 +9,7 @@ from rlhf.collect.collection import Collection
 from rlhf.collect.judges import judge_of
 from rlhf.config.base import semantic_values
 from rlhf.config.collect import CollectSettings, CompareSettings, WriterSettings, awaited, writer_inputs
-from rlhf.data.jsonl import read_jsonl, write_jsonl
-from rlhf.data.records import ComparisonSet, ResponseSet
+from rlhf.data.records import ComparisonSet, ResponseSet, read_jsonl, write_jsonl
 from rlhf.errors import PreflightError, RecordError, RewardError
 from stages import compare
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rlhf.collect.response_sets import read_sets
+from rlhf.collect.collection import read_sets
 from tests.collect.program import Program, Visitor, read_lines, running, visiting, write_rows
 
 ROWS = [

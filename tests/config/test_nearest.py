@@ -1,6 +1,6 @@
 import pytest
 
-from rlhf.config.nearest import FEW, nearest, suggestion
+from rlhf.config.base import FEW, nearest, suggestion
 
 NAMES = ["learning_rate", "batch_size", "max_length", "kl"]
 

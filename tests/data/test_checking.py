@@ -6,8 +6,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf.data.checking import RecordReader
 from rlhf.data.records import ComparisonSet, Prompt
+from rlhf.data.validation import RecordReader
 from rlhf.errors import RecordError
 
 SET: dict[str, Any] = {"prompt": "p", "responses": ["a", "b", "c"]}

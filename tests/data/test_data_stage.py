@@ -7,8 +7,7 @@ import pytest
 from rlhf.attempt.context import NOTES, ORIGIN, Context
 from rlhf.config.data import DataSettings
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST
-from rlhf.data.jsonl import read_jsonl
-from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt
+from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, read_jsonl
 from rlhf.errors import RecordError
 from stages.data import run
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.data.jsonl import read_jsonl, write_jsonl
-from rlhf.data.records import ComparisonSet, Demonstration, Prompt
+from rlhf.data.records import ComparisonSet, Demonstration, Prompt, read_jsonl, write_jsonl
 from rlhf.data.split import prompt_digest, write_split
 
 

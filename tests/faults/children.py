@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli import request
+from rlhf.cli import run
 from rlhf.cli.main import main
 from rlhf.errors import LeaseHeldError
 from rlhf.store import ActionRecord, Store, blobs, key_of, lease
@@ -225,7 +225,7 @@ def watch(root: str, hours: str) -> None:
 
 def ask(*words: str) -> dict[str, Any]:
     """Run the program in this process, with the toy stages."""
-    request.stages = lambda: KNOWN
+    run.stages = lambda: KNOWN
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = main(words)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rlhf.attempt.context import Context
 from rlhf.config.base import Settings, runtime, semantic
-from rlhf.config.training import WorkerSettings
+from rlhf.config.stages import WorkerSettings
 from rlhf.pipeline.stage import Stage, taking
 
 DONE = "done.txt"

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.config.training import LoraSettings
+from rlhf.config.stages import LoraSettings
 from rlhf.errors import PreflightError
 from rlhf.models import adapters, folders, text
 from rlhf.models.heads import SequenceScores

@@ -8,7 +8,7 @@ import pytest
 from sklearn.model_selection import KFold
 
 from rlhf.errors import RecordError
-from rlhf.models.judge import Judge
+from rlhf.models.evaluation import Judge
 from rlhf.textstats import pair_accuracy, seeded_pairs
 
 WORTH = {"wonderful": 2.0, "moving": 1.0, "funny": 1.5, "dull": -1.5, "awful": -2.0, "tedious": -1.0}

@@ -11,10 +11,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf.config.ppo import PtxSettings
 from rlhf.errors import PreflightError, RecordError
-from rlhf.models import base, reward_folders, templates, text
-from rlhf.models.demonstrations import as_dataset
-from rlhf.rollout.demonstrations import DemonstrationStream
-from rlhf.rollout.prompts import PromptStream
+from rlhf.models import base, reward, templates, text
+from rlhf.models.packing import as_dataset
+from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from tests.models.families import FAMILIES, Family, make_tokenizer, template_of, write
 
 pytestmark = [
@@ -339,7 +338,7 @@ def test_a_reward_model_s_folder_keeps_the_date_that_it_was_trained_with(tmp_pat
     scale = {"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 64}
     (folder / "config.json").write_text(json.dumps(scale))
     base.write_template_date(folder, datetime.date(2031, 2, 3))
-    reward_folders.complete(folder)
+    reward.complete(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     rendered = tokenizer.apply_chat_template(text.as_messages("what ?"), tokenize=False, add_generation_prompt=True)
     assert "Today Date: 03 Feb 2031" in rendered
@@ -355,7 +354,7 @@ def test_a_reward_model_s_card_reads_as_all_stages_do(name: str, sees: str, tmp_
     folder = write(family, tmp_path)
     scale = {"score_mean": 0.0, "score_std": 1.0, "sees": sees, "score_max_length": 1000}
     (folder / "config.json").write_text(json.dumps(scale))
-    reward_folders.complete(folder)
+    reward.complete(folder)
     lines = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0].splitlines()
     card: dict[str, Any] = {"folder": str(folder)}
     exec("\n".join(line for line in lines if not line.startswith(("model =", "folder ="))), card)

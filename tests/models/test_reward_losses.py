@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.models import reward_losses
-from rlhf.models.response_lists import ListBatch, collate
+from rlhf.models.reward_losses import ListBatch, collate
 
 numbers = st.floats(-3, 3).map(lambda value: round(value, 2))
 lists = st.lists(

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf.attempt.context import NOTES, Context
 from rlhf.config.stages import RmSettings
 from rlhf.errors import StageError
-from rlhf.models.reward_quality import QUANTILES, check_padding, draw_reliability, write_quality
+from rlhf.models.evaluation import QUANTILES, check_padding, draw_reliability, write_quality
 from rlhf.ranking.quality import quality
 from rlhf.zero import group
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rlhf.config.training import Precision
+from rlhf.config.stages import Precision
 from rlhf.errors import StageError
+from rlhf.models.evaluation import check_padding
 from rlhf.models.reward import from_scratch, is_reward_model, load_scorer
-from rlhf.models.reward_quality import check_padding
 from rlhf.models.text import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("group")

@@ -14,18 +14,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.training import LoraSettings, Precision
+from rlhf.config.stages import LoraSettings, Precision
 from rlhf.models import adapters, folders, text
 from rlhf.models.reward import FrozenReward
 from rlhf.rl.losses import ValueSums, clipped_policy_loss, clipped_value_loss
-from rlhf.rollout.experience import Experience, minibatch_of
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Rollout, roll_out
-from rlhf.rollout.sequences import Sequences, lay_out
-from rlhf.training.learner import Optimiser
+from rlhf.rollout.sequences import Experience, Sequences, lay_out, minibatch_of
+from rlhf.training.learner import Optimiser, TrainedValue
 from rlhf.training.loading import load_models, plain_folder
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
-from rlhf.training.value import TrainedValue
 from rlhf.zero.engine import whole_weights
 
 pytestmark = [

@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM
 from rlhf.attempt.checkpoints import MARKER, path_of
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import EvaluateSettings, SftSettings
-from rlhf.config.training import LoraSettings
+from rlhf.config.stages import EvaluateSettings, LoraSettings, SftSettings
 from rlhf.errors import DiskFullError
 from rlhf.models.adapters import with_lora
-from rlhf.models.weights import count_parameters
+from rlhf.models.layout import count_parameters
 from rlhf.pipeline import disk
 from rlhf.store import Store
 from tests.models.tiny import make_tiny_llama

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from rlhf.attempt.context import Context
-from rlhf.cluster.launch import run_task
 from rlhf.cluster.session import Session
 from rlhf.cluster.worker import Call
+from rlhf.cluster.worker_group import run_task
 from rlhf.errors import KilledError, PreflightError, RecordError, RlhfError, StageError
 from rlhf.pipeline.documents import status_document
 from rlhf.pipeline.plan import Planned, plan

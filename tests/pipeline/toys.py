@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rlhf.attempt.context import Context
 from rlhf.config.base import Settings, runtime, semantic, source
-from rlhf.config.training import WorkerSettings
+from rlhf.config.stages import WorkerSettings
 from rlhf.errors import PreflightError, RecordError
 from rlhf.pipeline.stage import Stage, taking
 

@@ -5,12 +5,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from rlhf.ranking import covariance
+from rlhf.ranking import uncertainty
 from rlhf.ranking.bradley_terry import TIE_MODELS, PairLikelihood, TieModel, fit
 from rlhf.ranking.comparisons import FloatArray, IntArray
-from rlhf.ranking.covariance import variances
-from rlhf.ranking.information import components_of, information, solve
-from rlhf.ranking.posterior import most_probable
+from rlhf.ranking.uncertainty import components_of, information, most_probable, solve, variances
 from tests.ranking.drawn import drawn, random_pairs
 
 
@@ -49,8 +47,8 @@ def test_components_are_exact_up_to_the_largest_that_is_inverted_however_many_at
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of 60 where 60 is the largest, in chunks of one and of all."""
-    monkeypatch.setattr(covariance, "LARGEST_DENSE", 60)
-    monkeypatch.setattr(covariance, "ENTRIES_AT_ONCE", at_once)
+    monkeypatch.setattr(uncertainty, "LARGEST_DENSE", 60)
+    monkeypatch.setattr(uncertainty, "ENTRIES_AT_ONCE", at_once)
     rng = np.random.default_rng(1)
     count, first, second = several_components(rng)
     weights = rng.exponential(1, len(first))
@@ -60,8 +58,8 @@ def test_components_are_exact_up_to_the_largest_that_is_inverted_however_many_at
 
 def test_large_components_are_sampled_beside_small_ones_that_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of 60, mixed up among the others, come near their own variances, and the others to theirs."""
-    monkeypatch.setattr(covariance, "LARGEST_DENSE", 59)
-    monkeypatch.setattr(covariance, "PROBES", 320)
+    monkeypatch.setattr(uncertainty, "LARGEST_DENSE", 59)
+    monkeypatch.setattr(uncertainty, "PROBES", 320)
     rng = np.random.default_rng(2)
     count, first, second = several_components(rng)
     weights = rng.uniform(0.5, 1.5, len(first))
@@ -119,7 +117,7 @@ def test_large_components_are_estimated_without_bias(
     shape: str, precision: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On average right to a few per cent; single ones within some 2 % in a well-connected graph, 25 % on a path."""
-    monkeypatch.setattr(covariance, "LARGEST_DENSE", 100)
+    monkeypatch.setattr(uncertainty, "LARGEST_DENSE", 100)
     rng = np.random.default_rng(0)
     if shape == "random":
         first, second = random_pairs(rng, 400, 4000)

@@ -7,8 +7,7 @@ from rlhf.config.data import RankSettings
 from rlhf.data.records import ComparisonSet
 from rlhf.ranking.bradley_terry import Strengths
 from rlhf.ranking.comparisons import FloatArray, IntArray
-from rlhf.ranking.cross_set_comparisons import bridges
-from rlhf.ranking.shared_scales import compared_sets, pool
+from rlhf.ranking.scales import bridges, compared_sets, pool
 from rlhf.ranking.strengths import strengths_of
 
 

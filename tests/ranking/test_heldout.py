@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.ranking.heldout import heldout_accuracy, heldout_pairs
+from rlhf.ranking.quality import heldout_accuracy, heldout_pairs
 
 Set = dict[str, Any]
 

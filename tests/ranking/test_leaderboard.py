@@ -6,7 +6,7 @@ from scipy import stats
 
 from rlhf.config.data import RankSettings
 from rlhf.ranking.comparisons import Comparisons, FloatArray, compare
-from rlhf.ranking.leaderboard import leaderboard, pool_by_model
+from rlhf.ranking.report import leaderboard, pool_by_model
 from rlhf.ranking.strengths import of_comparisons
 from tests.ranking.drawn import as_wins, from_wins
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from rlhf.ranking.bradley_terry import ELO_SCALE, Strengths, fit, sigmoid
 from rlhf.ranking.comparisons import NOBODY, Comparisons, FloatArray, compare, join, renumber
-from rlhf.ranking.normalise import fit_each_annotator, normalised, overall_deviation, with_partial_views
+from rlhf.ranking.scales import fit_each_annotator, normalised, overall_deviation, with_partial_views
 
 pools = st.lists(
     st.lists(st.integers(-500, 500), min_size=2, max_size=6).map(

@@ -4,7 +4,7 @@ import pytest
 from rlhf.randomness import stream
 from rlhf.ranking.bradley_terry import ELO_SCALE, fit
 from rlhf.ranking.comparisons import Comparisons, compare
-from rlhf.ranking.online_elo import fit_online
+from rlhf.ranking.strengths import fit_online
 from tests.ranking.drawn import drawn, random_pairs
 
 

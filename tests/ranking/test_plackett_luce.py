@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rlhf.ranking.bradley_terry import ELO_SCALE, fit, prior_precision
 from rlhf.ranking.comparisons import Comparisons, FloatArray, compare
-from rlhf.ranking.plackett_luce import ChoiceLikelihood, fit_rankings, rankings_of
+from rlhf.ranking.strengths import ChoiceLikelihood, fit_rankings, rankings_of
 from tests.ranking.drawn import from_wins
 
 NOTHING = from_wins(np.zeros((2, 2)))

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf.ranking.bradley_terry import ELO_SCALE
-from rlhf.ranking.lists import Place
-from rlhf.ranking.preferences import by_share, by_strength
+from rlhf.ranking.lists import Place, by_share, by_strength
 
 RATED: dict[str, Any] = {"responses": ["a", "b", "c"], "ratings": [[3, 1, 2], [1, 1, 3], [None, None, None]], "pool": 0}
 OTHER: dict[str, Any] = {"responses": ["d", "e"], "ratings": [[0, 2], [5, 5]], "pool": 0}

@@ -5,7 +5,7 @@ import pytest
 
 from rlhf.data.records import ComparisonSet
 from rlhf.ranking.report import agreement, in_words, report
-from rlhf.ranking.shared_scales import ComparedSet, compared_sets
+from rlhf.ranking.scales import ComparedSet, compared_sets
 
 
 def read(*rows: dict[str, Any]) -> tuple[list[ComparisonSet], list[ComparedSet]]:

@@ -9,10 +9,8 @@ from rlhf.errors import RecordError
 from rlhf.ranking.bradley_terry import fit
 from rlhf.ranking.comparisons import NOBODY, FloatArray, compare, rating_table
 from rlhf.ranking.crowd import fit_crowd
-from rlhf.ranking.normalise import normalised
-from rlhf.ranking.online_elo import fit_online
-from rlhf.ranking.plackett_luce import fit_rankings, rankings_of
-from rlhf.ranking.shared_scales import ComparedSet, Ranked, compared_sets, pool
+from rlhf.ranking.scales import ComparedSet, Ranked, compared_sets, normalised, pool
+from rlhf.ranking.strengths import fit_online, fit_rankings, rankings_of
 from rlhf.ranking.strengths import strengths_of as strengths_by
 
 PRIOR = 200.0

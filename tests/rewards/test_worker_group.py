@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from rlhf.attempt.context import Context
-from rlhf.cluster.launch import run_group
 from rlhf.cluster.session import Session
 from rlhf.cluster.worker import Call
+from rlhf.cluster.worker_group import run_group
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.errors import RewardError
-from rlhf.rewards.combined import Rewards
+from rlhf.rewards.sources import Rewards
 from rlhf.training import checkpoint_writer
 from rlhf.zero import group
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.rl.distributions import entropy_from_logits, logprobs_of
+from rlhf.rl.kl import entropy_from_logits, logprobs_of
 
 temperatures = st.floats(0.1, 3.0)
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf.rl.importance import truncated_importance_weights
+from rlhf.rl.kl import truncated_importance_weights
 from rlhf.rl.losses import clipped_policy_loss
 
 SAMPLER = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf.rl.advantages import kl_penalised_rewards, shaped_scores
 from rlhf.rl.kl import Estimator, kl_estimates
-from rlhf.rl.rewards import kl_penalised_rewards, shaped_scores
 from tests.rl.batches import JUNK, Batch, batches
 
 

@@ -10,7 +10,7 @@ import torch
 from rlhf.config.ppo import PtxSettings
 from rlhf.errors import PreflightError
 from rlhf.models import text
-from rlhf.rollout.demonstrations import DemonstrationStream
+from rlhf.rollout.prompts import DemonstrationStream
 
 ROWS = [{"prompt": f"film {number}", "completion": "a joy " * number} for number in range(1, 6)]
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.rollout.experience import Experience, minibatches
+from rlhf.rollout.sequences import Experience, minibatches
 
 Lengths = list[tuple[int, int]]
 lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6)

@@ -5,9 +5,8 @@ import torch
 
 from rlhf.errors import RequestError
 from rlhf.models.text import load_tokenizer
-from rlhf.rollout import generate
-from rlhf.rollout.generate import answers
-from rlhf.rollout.sampling import Responses
+from rlhf.rollout import sampling
+from rlhf.rollout.sampling import Responses, answers
 from tests.models.tiny import make_tiny_llama
 
 
@@ -29,7 +28,7 @@ def test_answers_read_as_rewards_read_them(tmp_path: Path, monkeypatch: pytest.M
     tokenizer = load_tokenizer(folder)
     pad, eos, word = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer("film")["input_ids"][-1]
     ids = torch.tensor([[word, pad, word, eos, pad], [word, word, word, word, pad]])
-    monkeypatch.setattr(generate, "sample_responses", lambda *_, **__: Responses(ids, torch.zeros(2, 5)))
+    monkeypatch.setattr(sampling, "sample_responses", lambda *_, **__: Responses(ids, torch.zeros(2, 5)))
     film = tokenizer.decode([word])
     ended, cut = answers(folder, ["a film", "the film is"], 0.8, 5, 0)
     assert tokenizer.pad_token in ended

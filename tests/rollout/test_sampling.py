@@ -10,8 +10,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from rlhf.models import folders, text
-from rlhf.rollout.generate import answers
-from rlhf.rollout.sampling import inverse_transform, sample_responses, uniforms
+from rlhf.rollout.sampling import answers, inverse_transform, sample_responses, uniforms
 
 
 def sampled(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> torch.Tensor:

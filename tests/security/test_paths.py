@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.sources import parse_hub_dataset
+from rlhf.config.base import parse_hub_dataset
 from rlhf.errors import DamageError, PreflightError, RequestError
 from rlhf.models.base import copy_local
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.transfer import import_folder
 from rlhf.store import Store, digest_of
-from rlhf.store.records import ActionRecord, Manifest, seal
+from rlhf.store.keys import ActionRecord, Manifest, seal
 from rlhf.training.checkpoint_writer import refuse_planted
 from tests.pipeline.helpers import REPOSITORY, load_toy, make, planned, write_pipeline, write_weights
 from tests.pipeline.toys import KNOWN

@@ -13,12 +13,11 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.pipeline.stage import Stage, taking
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rl.masks import masked_sum
-from rlhf.rollout.experience import PolicyExperience, shuffled
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import roll_out
-from rlhf.training.journal import Journal
+from rlhf.rollout.sequences import PolicyExperience, shuffled
 from rlhf.training.loading import load_policy, load_rewards, micro_batch_size
-from rlhf.training.loop import resumable_steps
+from rlhf.training.loop import Journal, resumable_steps
 from rlhf.zero import group
 
 

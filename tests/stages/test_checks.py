@@ -13,9 +13,9 @@ from rlhf.config.rewards import EndpointSettings, RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, ScratchSettings, SftSettings
 from rlhf.errors import PreflightError, RecordError
 from rlhf.models.base import make_from_scratch
-from rlhf.models.demonstrations import tokenised
+from rlhf.models.layout import count_parameters
+from rlhf.models.packing import tokenised
 from rlhf.models.text import load_tokenizer, prompt_ids, response_ids, text_start
-from rlhf.models.weights import count_parameters
 from rlhf.pipeline import disk
 from stages import checks
 from tests.models.tiny import TEXTS, make_tiny_llama

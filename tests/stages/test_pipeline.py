@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.data.jsonl import read_rows
+from rlhf.data.records import read_rows
 from rlhf.errors import DivergedError
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import stages

@@ -17,12 +17,11 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.errors import DivergedError
 from rlhf.models import text
 from rlhf.rl.losses import PolicySums, ValueSums
-from rlhf.rollout.demonstrations import DemonstrationStream
-from rlhf.rollout.experience import Experience, Minibatch
+from rlhf.rollout.prompts import DemonstrationStream
 from rlhf.rollout.sampling import Responses
-from rlhf.rollout.sequences import Sequences
+from rlhf.rollout.sequences import Experience, Minibatch, Sequences
 from rlhf.tracking.metrics import read_metrics
-from rlhf.training.journal import Journal
+from rlhf.training.loop import Journal
 from tests.models.tiny import make_tiny_llama
 
 pytestmark = [

@@ -18,11 +18,10 @@ from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings
 from rlhf.errors import DivergedError, StageError
 from rlhf.models import reward_losses
-from rlhf.models.response_lists import ListBatch, collate
+from rlhf.models.reward_losses import ListBatch, collate
 from rlhf.models.text import load_tokenizer, response_ids
-from rlhf.ranking.heldout import heldout_accuracy
-from rlhf.ranking.lists import Place
-from rlhf.ranking.preferences import by_share, by_strength
+from rlhf.ranking.lists import Place, by_share, by_strength
+from rlhf.ranking.quality import heldout_accuracy
 from rlhf.zero import group
 from tests.models.tiny import make_tiny_llama
 

@@ -30,23 +30,21 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.training import LoraSettings
+from rlhf.config.stages import LoraSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import adapters
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.losses import clipped_policy_loss
-from rlhf.rollout.experience import Experience, minibatches
 from rlhf.rollout.prompts import PromptBatch
-from rlhf.rollout.replica import Replica
-from rlhf.rollout.rollout import roll_out
+from rlhf.rollout.rollout import Replica, roll_out
 from rlhf.rollout.sampling import uniforms
-from rlhf.rollout.sequences import Sequences
+from rlhf.rollout.sequences import Experience, Sequences, minibatches
 from rlhf.training import checkpoint_writer
 from rlhf.training.learner import Optimiser
 from rlhf.training.policy import TrainedPolicy
 from rlhf.zero import group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
-from rlhf.zero.precision import computable
+from rlhf.zero.group import computable
 from tests.zero.resuming import STAGES, KilledError, first_iterations, forms, unbroken_and_resumed
 
 # Before DeepSpeed and accelerate are imported by whatever comes below.

@@ -9,7 +9,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from rlhf.config.training import LoraSettings
+from rlhf.config.stages import LoraSettings
 from rlhf.models import adapters
 from rlhf.models.packing import PACKABLE
 from rlhf.zero.engine import Engine, whole_weights

@@ -6,7 +6,7 @@ import pytest
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CompareSettings
 from rlhf.tracking.metrics import read_metrics
-from rlhf.training.journal import METRICS, SAMPLES, Journal
+from rlhf.training.loop import METRICS, SAMPLES, Journal
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.data.imports.answers import Annotated, MalformedError, Ranked, Rated, is_number, preference
 from rlhf.data.imports.layout import Layout, Wanted, all_names, read_models, read_responses
-from rlhf.data.imports.naming import meant, mentioned
+from rlhf.data.imports.naming import Annotated, MalformedError, Ranked, Rated, is_number, meant, mentioned, preference
 
 Record = Mapping[str, Any]
 

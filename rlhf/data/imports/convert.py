@@ -8,14 +8,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.config.nearest import suggestion
+from rlhf.config.base import suggestion
 from rlhf.data.imports import argilla, label_studio
-from rlhf.data.imports.answers import Annotated, MalformedError
 from rlhf.data.imports.layout import Layout, Wanted, find_layout
+from rlhf.data.imports.naming import Annotated, MalformedError
 from rlhf.data.imports.public import PUBLIC_SETS, Place, Placed, PublicSet
-from rlhf.data.jsonl import to_line
 from rlhf.data.readers import Row, read_rows
-from rlhf.data.records import ComparisonSet, Reason, parse_record
+from rlhf.data.records import ComparisonSet, Reason, parse_record, to_line
 from rlhf.errors import RecordError, RequestError
 
 NAMED_BAD_RECORDS = 20

@@ -4,8 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.data.imports.answers import MalformedError
-from rlhf.data.imports.naming import Marked, marked, mentioned, words
+from rlhf.data.imports.naming import MalformedError, Marked, marked, mentioned, words
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "query")
 """What the tools' own templates and their users call the prompt."""

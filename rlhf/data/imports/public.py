@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from rlhf.data.forms import FormReader
-from rlhf.data.imports.answers import MalformedError, is_number
+from rlhf.data.imports.naming import MalformedError, is_number
 from rlhf.data.records import ComparisonSet
 
 Record = Mapping[str, Any]

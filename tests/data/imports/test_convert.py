@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.data.imports.convert import NAMED_BAD_RECORDS, Converted, convert_file
 from rlhf.data.imports.layout import Wanted
-from rlhf.data.jsonl import read_rows
+from rlhf.data.records import read_rows
 from rlhf.data.validation import validate_file
 from rlhf.errors import RecordError, RequestError, RlhfError
 from tests.data.imports.test_argilla import flat_record, ranking, response, sdk_record, server_record

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.imports.answers import MalformedError
 from rlhf.data.imports.layout import Layout, Wanted, find_layout, read_models, read_responses
+from rlhf.data.imports.naming import MalformedError
 
 ITEMS = [{"id": "llm_1", "title": "LLM 1", "body": "a"}, {"id": 2, "title": "b"}]
 

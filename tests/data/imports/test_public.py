@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.checking import RecordReader
 from rlhf.data.imports.convert import Converted, convert_file
 from rlhf.data.imports.layout import Wanted
-from rlhf.data.jsonl import read_rows
-from rlhf.data.records import ComparisonSet, Demonstration
-from rlhf.data.validation import validate_file
+from rlhf.data.records import ComparisonSet, Demonstration, read_rows
+from rlhf.data.validation import RecordReader, validate_file
 from rlhf.errors import RecordError, RequestError
 
 
