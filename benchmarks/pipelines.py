@@ -11,13 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from rlhf.cluster.session import Session
-from rlhf.config.loading import load_pipeline
+from rlhf.config.parsing import load_pipeline
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.pipeline.runner import Runner
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store
 from rlhf.terminal import Display
-from rlhf.tracking.metrics import read_metrics
+from rlhf.tracking.metrics_log import read_metrics
 
 
 @dataclass

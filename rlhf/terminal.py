@@ -18,9 +18,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.errors import RlhfError
+from rlhf.errors import RlhfError, size
 from rlhf.pipeline.reporting import Eta
-from rlhf.units import size
 
 State = Literal["waiting", "running", "cached", "done", "failed", "missing", "blocked", "unused"]
 

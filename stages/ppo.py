@@ -16,13 +16,13 @@ from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_h
 from rlhf.rl.kl import truncated_importance_weights
 from rlhf.rl.losses import Penalties, PolicySums, ValueSums, clipped_policy_loss, clipped_value_loss
 from rlhf.rl.metrics import mismatch_metrics, rollout_metrics, update_metrics
-from rlhf.rl.schedules import learning_rate_share
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sequences import Experience, shuffled
 from rlhf.training.loading import load_models
 from rlhf.training.loop import Journal, resumable_steps
 from rlhf.training.policy import KlCoefficient
+from rlhf.training.schedules import learning_rate_share
 
 
 def run(context: Context[PpoSettings]) -> dict[str, float]:

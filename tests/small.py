@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from rlhf.cluster.session import Session
-from rlhf.config.loading import load_pipeline
+from rlhf.config.parsing import load_pipeline
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.runner import Runner

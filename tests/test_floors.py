@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("errors", "randomness", "units"),
+    ("errors", "randomness"),
     ("config", "store", "tracking", "textstats"),
     ("attempt", "rl", "data"),
     ("ranking", "zero"),

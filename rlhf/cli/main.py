@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlhf.cli.records import annotate, data
+from rlhf.cli.human_data import annotate, data
 from rlhf.cli.results import diff, explain, export, gc, generate, import_, leaderboard, lineage, plan_, status, verify
 from rlhf.cli.run import DEFAULT_CONFIG, Parser, Request, command_line, run
 from rlhf.cli.setup import config, doctor

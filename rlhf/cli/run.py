@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from rlhf.config.loading import load_pipeline
+from rlhf.config.parsing import load_pipeline
 from rlhf.config.pipeline import (
     PipelineConfig,
 )

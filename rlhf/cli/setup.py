@@ -21,8 +21,7 @@ from rlhf.config.pipeline import (
     resolved,
 )
 from rlhf.config.yaml_tree import to_yaml
-from rlhf.errors import RequestError, RlhfError
-from rlhf.units import size
+from rlhf.errors import RequestError, RlhfError, size
 
 NEEDED = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "accelerate", "wandb")
 

@@ -8,8 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from rlhf.errors import DiskFullError, PreflightError, is_no_room
-from rlhf.units import size
+from rlhf.errors import DiskFullError, PreflightError, is_no_room, size
 
 VARIABLES = ("RAY_TMPDIR", "TMPDIR")
 """Those that Ray goes by, in its order."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhf.config.base import ARROW_SUFFIXES, COMPRESSED_SUFFIXES, HubDataset, is_local, parse_hub_dataset
-from rlhf.data.folders import record_files
+from rlhf.data.record_files import record_files
 from rlhf.errors import IndexUnreachableError, RecordError, SettingsError, refused_cache
 
 CHUNK_CHARACTERS = 1 << 20

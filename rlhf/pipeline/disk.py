@@ -10,10 +10,9 @@ from typing import Any
 
 from rlhf.attempt.checkpoints import KEPT, newest_complete, step_of
 from rlhf.attempt.context import Context
-from rlhf.errors import DiskFullError
+from rlhf.errors import DiskFullError, size
 from rlhf.models.layout import BASE, count_adapter_parameters, count_parameters, is_adapter
 from rlhf.store import Store
-from rlhf.units import size
 
 RESULT, MEANWHILE = "disk/result", "disk/meanwhile"
 """Of what a preflight returns: bytes that stay, and bytes that are removed when the stage is committed."""

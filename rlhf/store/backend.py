@@ -15,8 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from rlhf.errors import DiskFullError, StoreUnreachableError, is_no_room
-from rlhf.units import size
+from rlhf.errors import DiskFullError, StoreUnreachableError, is_no_room, size
 
 # The answers where a hard link cannot be made: another device, no such feature, too many links, not permitted.
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from rlhf.tracking.metrics import MetricsLog
+from rlhf.tracking.metrics_log import MetricsLog
 from rlhf.tracking.wandb_run import WandbRun
 
 

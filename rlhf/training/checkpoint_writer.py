@@ -12,8 +12,7 @@ from typing import Any
 
 from rlhf.attempt.checkpoints import KEPT, MARKER, is_complete, marker, newest_complete, path_of, step_of
 from rlhf.attempt.context import Context
-from rlhf.errors import DiskFullError, PreflightError, is_no_room
-from rlhf.units import size
+from rlhf.errors import DiskFullError, PreflightError, is_no_room, size
 from rlhf.zero import group
 from rlhf.zero.group import precision_of
 

@@ -15,7 +15,7 @@ from rlhf.attempt import liveness
 from rlhf.attempt.context import STOP, Context
 from rlhf.config.base import semantic_values
 from rlhf.errors import InterruptedRunError
-from rlhf.tracking.metrics import MetricsLog, read_metrics
+from rlhf.tracking.metrics_log import MetricsLog, read_metrics
 from rlhf.tracking.tracker import Tracker
 from rlhf.tracking.wandb_run import WandbMode, WandbRun
 from rlhf.training import checkpoint_writer

@@ -25,7 +25,6 @@ from trl.trainer.sft_trainer import SFTTrainer
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings, SftSettings
-from rlhf.data.order import learning_order
 from rlhf.errors import DivergedError
 from rlhf.models import adapters, reward_losses
 from rlhf.models.packing import keeps_texts_apart
@@ -35,6 +34,7 @@ from rlhf.models.templates import Tokenizer
 from rlhf.randomness import seed_of
 from rlhf.training import checkpoint_writer
 from rlhf.training.loop import Journal, ends_here, stopped
+from rlhf.training.schedules import learning_order
 from rlhf.zero import group
 from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3_config
 

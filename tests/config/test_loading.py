@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.config.loading import load_pipeline
+from rlhf.config.parsing import load_pipeline
 from rlhf.config.pipeline import ClusterSettings, PipelineConfig, StoreSettings, TrackingSettings, resolved
 from rlhf.config.yaml_tree import to_yaml
 from rlhf.errors import SettingsError

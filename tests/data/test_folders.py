@@ -4,8 +4,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlhf.data.folders import record_files
 from rlhf.data.readers import read_rows
+from rlhf.data.record_files import record_files
 from rlhf.errors import RequestError
 
 ROW = '{"prompt": "p"}\n'

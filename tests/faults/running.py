@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rlhf.attempt.liveness import Pulse, pulses
 from rlhf.cluster.session import Session
-from rlhf.config.loading import load_pipeline
+from rlhf.config.parsing import load_pipeline
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.runner import Runner

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from rlhf.errors import size
 from rlhf.store import Store
-from rlhf.units import size
 from tests.faults.processes import child, finish, surroundings
 from tests.pipeline.helpers import make, write_pipeline
 from tests.store.helpers import files_under, write_files

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import IndexUnreachableError, PreflightError, RlhfError
-from rlhf.models import base
+from rlhf.models import base_models
 from tests.models.tiny import SHAPE, TEXTS
 
 
 def made(folder: Path, seed: int) -> dict[str, bytes]:
-    base.make_from_scratch(SHAPE, TEXTS, seed, folder)
+    base_models.make_from_scratch(SHAPE, TEXTS, seed, folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -54,7 +54,7 @@ def test_the_tokenizer_says_any_text_and_knows_the_chat(tmp_path: Path) -> None:
 def test_parameters_are_counted_once(tiny: Path) -> None:
     """Tied embeddings are stored and counted once."""
     model: Any = AutoModelForCausalLM.from_pretrained(tiny)
-    assert base.check(tiny) == sum(parameter.numel() for parameter in model.parameters())
+    assert base_models.check(tiny) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_a_folder_that_is_no_model_is_told_by_what_is_wrong(tmp_path: Path, tiny: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_folder_that_is_no_model_is_told_by_what_is_wrong(tmp_path: Path, tiny
     without_weights = broken("weights")
     (without_weights / "model.safetensors").unlink()
     with pytest.raises(PreflightError, match=r"no \.safetensors"):
-        base.check(without_weights)
+        base_models.check(without_weights)
 
     def change_config(folder: Path, **entries: Any) -> Path:
         config = json.loads((folder / "config.json").read_text()) | entries
@@ -76,14 +76,14 @@ def test_a_folder_that_is_no_model_is_told_by_what_is_wrong(tmp_path: Path, tiny
 
     (cut := broken("cut") / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(PreflightError, match="the weights cannot be read"):
-        base.check(cut.parent)
+        base_models.check(cut.parent)
     (odd := broken("odd") / "config.json").write_text("[")
     with pytest.raises(PreflightError, match="the base model's configuration cannot be used"):
-        base.check(odd.parent)
+        base_models.check(odd.parent)
     with pytest.raises(PreflightError, match="unheard_of"):
-        base.check(change_config(broken("unknown"), model_type="unheard_of"))
+        base_models.check(change_config(broken("unknown"), model_type="unheard_of"))
     with pytest.raises(PreflightError, match=r"the tokenizer has \d+ tokens and the model embeds 200"):
-        base.check(change_config(broken("small"), vocab_size=200))
+        base_models.check(change_config(broken("small"), vocab_size=200))
 
 
 def test_a_copied_folder_has_no_pickles_and_nothing_hidden(tmp_path: Path, tiny: Path) -> None:
@@ -93,9 +93,9 @@ def test_a_copied_folder_has_no_pickles_and_nothing_hidden(tmp_path: Path, tiny:
     for name in ("pytorch_model.bin", "model.gguf", ".cache", "README.md"):
         (source / name).write_text("x")
     (tmp_path / "target").mkdir()
-    base.copy_local(str(source), tmp_path / "target")
+    base_models.copy_local(str(source), tmp_path / "target")
     assert {path.name for path in (tmp_path / "target").iterdir()} == {path.name for path in tiny.iterdir()}
-    assert base.check(tmp_path / "target") == base.check(tiny)
+    assert base_models.check(tmp_path / "target") == base_models.check(tiny)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_hub_cache_that_cannot_be_written_is_no_fault_of_the_hub(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(kind) as caught:
-        base.fetch_from_hub("owner/model", "0" * 40, tmp_path)
+        base_models.fetch_from_hub("owner/model", "0" * 40, tmp_path)
     assert said in caught.value.next_step
     if error.filename:
         assert caught.value.where == error.filename

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf.config.ppo import PtxSettings
 from rlhf.errors import PreflightError, RecordError
-from rlhf.models import base, reward, templates, text
+from rlhf.models import base_models, reward, templates, text
 from rlhf.models.packing import as_dataset
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from tests.models.families import FAMILIES, Family, make_tokenizer, template_of, write
@@ -297,7 +297,7 @@ def test_a_template_that_prints_the_date_prints_the_models(tmp_path: Path) -> No
     folder = write(family, tmp_path)
     tokenizer = text.load_tokenizer(folder)
     assert "Today Date: 26 Jul 2024" in tokenizer.decode(text.prompt_ids(tokenizer, "what ?"))
-    base.write_template_date(folder, datetime.date(2031, 2, 3))
+    base_models.write_template_date(folder, datetime.date(2031, 2, 3))
     tokenizer = text.load_tokenizer(folder)
     assert "Today Date: 03 Feb 2031" in tokenizer.decode(text.prompt_ids(tokenizer, "what ?"))
     tokenizer.save_pretrained(tmp_path / "again")
@@ -328,7 +328,7 @@ def test_only_a_template_that_prints_the_date_is_given_one(tmp_path: Path) -> No
     """Other folders stay as they are, byte for byte."""
     folder = write(FAMILIES["qwen2.5 base"], tmp_path)
     before = (folder / "tokenizer_config.json").read_bytes()
-    base.write_template_date(folder, datetime.date(2031, 2, 3))
+    base_models.write_template_date(folder, datetime.date(2031, 2, 3))
     assert (folder / "tokenizer_config.json").read_bytes() == before
 
 
@@ -337,7 +337,7 @@ def test_a_reward_model_s_folder_keeps_the_date_that_it_was_trained_with(tmp_pat
     folder = write(FAMILIES["llama 3.2"], tmp_path)
     scale = {"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 64}
     (folder / "config.json").write_text(json.dumps(scale))
-    base.write_template_date(folder, datetime.date(2031, 2, 3))
+    base_models.write_template_date(folder, datetime.date(2031, 2, 3))
     reward.complete(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     rendered = tokenizer.apply_chat_template(text.as_messages("what ?"), tokenize=False, add_generation_prompt=True)

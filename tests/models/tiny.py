@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.stages import ScratchSettings
-from rlhf.models.base import make_from_scratch
+from rlhf.models.base_models import make_from_scratch
 
 SHAPE = ScratchSettings(vocabulary=300, hidden_size=32, layers=2, heads=2, context=64)
 TEXTS = ["a film of two halves", "the film is a joy", "dull , dull , dull"]

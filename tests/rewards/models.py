@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rlhf.config.stages import ScratchSettings
-from rlhf.models.base import make_from_scratch
+from rlhf.models.base_models import make_from_scratch
 
 WORDS = ["a", "film", "of", "two", "halves", "the", "is", "joy", "dull", ",", "say", "so", "."]
 CONTEXT = 24

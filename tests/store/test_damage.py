@@ -10,9 +10,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from rlhf.errors import DamageError
+from rlhf.errors import DamageError, size
 from rlhf.store import Store
-from rlhf.units import size
 from tests.store.helpers import (
     KEY,
     REPOSITORY,

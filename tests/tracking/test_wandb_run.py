@@ -15,7 +15,7 @@ from rlhf.tracking.wandb_run import run_id
 PROGRAM = """
 import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
-from rlhf.tracking.metrics import MetricsLog
+from rlhf.tracking.metrics_log import MetricsLog
 from rlhf.tracking.tracker import Tracker
 from rlhf.tracking.wandb_run import WandbRun
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from rlhf.config.base import suggestion
 from rlhf.data.imports import argilla, label_studio
-from rlhf.data.imports.layout import Layout, Wanted, find_layout
 from rlhf.data.imports.naming import Annotated, MalformedError
 from rlhf.data.imports.public import PUBLIC_SETS, Place, Placed, PublicSet
+from rlhf.data.imports.record_fields import Layout, Wanted, find_layout
 from rlhf.data.readers import Row, read_rows
 from rlhf.data.records import ComparisonSet, Reason, parse_record, to_line
 from rlhf.errors import RecordError, RequestError

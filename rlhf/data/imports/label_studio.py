@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.data.imports.layout import Layout, Wanted, all_names, read_models, read_responses
 from rlhf.data.imports.naming import (
     SIDES,
     Annotated,
@@ -24,6 +23,7 @@ from rlhf.data.imports.naming import (
     mentioned,
     preference,
 )
+from rlhf.data.imports.record_fields import Layout, Wanted, all_names, read_models, read_responses
 
 Record = Mapping[str, Any]
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from rlhf.data.imports.argilla import fields_of, read, recognises
-from rlhf.data.imports.layout import Wanted, find_layout
 from rlhf.data.imports.naming import MalformedError
+from rlhf.data.imports.record_fields import Wanted, find_layout
 
 ANN, BOB, CY = (f"{number}0e8a1c2-57ab-4f0c-9a41-3f3c5d2b7a10" for number in (1, 2, 3))
 FIELDS = {"prompt": "Name a colour.", "response-1": "Blue.", "response-2": "Red.", "response-3": "Seven."}

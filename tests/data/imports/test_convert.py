@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from rlhf.data.imports.convert import NAMED_BAD_RECORDS, Converted, convert_file
-from rlhf.data.imports.layout import Wanted
+from rlhf.data.imports.record_fields import Wanted
 from rlhf.data.records import read_rows
 from rlhf.data.validation import validate_file
 from rlhf.errors import RecordError, RequestError, RlhfError

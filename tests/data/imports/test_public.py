@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf.data.imports.convert import Converted, convert_file
-from rlhf.data.imports.layout import Wanted
+from rlhf.data.imports.record_fields import Wanted
 from rlhf.data.records import ComparisonSet, Demonstration, read_rows
 from rlhf.data.validation import RecordReader, validate_file
 from rlhf.errors import RecordError, RequestError

@@ -1,6 +1,6 @@
 import pytest
 
-from rlhf.units import size
+from rlhf.errors import size
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def _validate(source: str, kind: str | None) -> None:
 
 def _convert(request: Request, source: str, target: Path) -> None:
     from rlhf.data.imports.convert import ORIGINS, convert_file
-    from rlhf.data.imports.layout import Wanted
+    from rlhf.data.imports.record_fields import Wanted
 
     given = request.arguments
     if given.from_ is not None and given.from_ not in ORIGINS:
