@@ -97,6 +97,7 @@ def test_whatever_a_stage_prints_is_in_its_log_and_nowhere_else(attempt: Path):
     """Also what libraries below Python and child processes print; afterwards printing is as before."""
     # In a process of its own: pytest's capture gives this one a standard output that is no file descriptor.
     code = f"""from pathlib import Path
+from tests.cluster.test_worker import call, perform_task
 print("before")
 perform_task(call(Path({str(attempt)!r}), "loud"))
 print("after")
