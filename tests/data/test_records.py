@@ -86,7 +86,7 @@ def test_a_trl_pair_becomes_a_set_of_two_with_its_winner_and_margin() -> None:
         (
             {"prompt": "p", "completion": [{"role": "user", "content": "c"}]},
             Demonstration,
-            "completion: ends with a message of the role 'user', and is to end with 'assistant'",
+            "completion: ends with a message of the role 'user', and must end with 'assistant'",
         ),
         ({"text": "t", "rating": float("nan")}, JudgeRating, "rating: input should be a finite number"),
         ({"text": "t", "rating": "4"}, JudgeRating, "rating: input should be a valid number"),
