@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.data import readers
-from rlhf.data.readers import Row, read_rows
+from rlhf.data.readers import Row, read_source
 from rlhf.errors import RecordError, SettingsError
 
 ROWS: list[dict[str, Any]] = [
@@ -24,7 +24,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def rows_of(path: Path) -> list[Row]:
-    return list(read_rows(str(path)))
+    return list(read_source(str(path)))
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_source_that_is_not_there_says_what_would_be(tmp_path: Path) -> None:
         ("someone/dataset@main", "Files and versions"),
     ]:
         with pytest.raises(SettingsError, match=reason):
-            list(read_rows(source))
+            list(read_source(source))
 
 
 def test_a_column_that_stands_twice_is_refused_by_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rlhf.data.imports import argilla, label_studio
 from rlhf.data.imports.naming import Annotated, MalformedError
 from rlhf.data.imports.public import PUBLIC_SETS, Place, Placed, PublicSet
 from rlhf.data.imports.record_fields import Layout, Wanted, find_layout
-from rlhf.data.readers import Row, read_rows
+from rlhf.data.readers import Row, read_source
 from rlhf.data.records import ComparisonSet, Reason, parse_record, to_line
 from rlhf.errors import RecordError, RequestError
 
@@ -74,7 +74,7 @@ def convert_file(source: str, target: Path, tool: str | None, wanted: Wanted) ->
         raise RequestError("there is a file already, and it would be lost", str(target), "name another, or remove it")
     if not target.parent.is_dir():
         raise RequestError("there is no such folder", str(target.parent), f"mkdir -p {target.parent}")
-    rows = read_rows(source)
+    rows = read_source(source)
     # Beside the target, so that moving it into place is one rename.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as folder:
         written = Path(folder) / target.name
