@@ -1,4 +1,4 @@
-"""List the files of a source that hold records: a file is read, known to hold none, or refused by name, never skipped."""
+"""List the files of a source that hold records. A file is read, known to hold none, or refused by name, not skipped."""
 
 import os
 import re
