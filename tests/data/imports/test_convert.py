@@ -8,8 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf.data.imports.convert import NAMED_BAD_RECORDS, Converted, convert_file
-from rlhf.data.imports.record_fields import Wanted
+from rlhf.data.imports.annotations import Wanted
+from rlhf.data.imports.convert import Converted, convert_file
+from rlhf.data.readers import NAMED_BAD_ROWS
 from rlhf.data.records import read_rows
 from rlhf.data.validation import validate_file
 from rlhf.errors import RecordError, RequestError, RlhfError
@@ -148,7 +149,7 @@ def test_malformed_records_are_all_named_by_number_and_field(tmp_path: Path) -> 
 def test_many_malformed_records_are_counted_and_some_named(tmp_path: Path) -> None:
     """The message stays short."""
     bad = server_record(response("ann", "approved", preference=[]))
-    error = refused(tmp_path, [bad] * (NAMED_BAD_RECORDS + 3))
+    error = refused(tmp_path, [bad] * (NAMED_BAD_ROWS + 3))
     assert error.where.endswith("and 3 more")
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.imports.annotations import Wanted, find_layout
 from rlhf.data.imports.label_studio import belongs, fields_of, read, recognises
-from rlhf.data.imports.naming import MalformedError
-from rlhf.data.imports.record_fields import Wanted, find_layout
+from rlhf.data.records import MalformedError
 
 PAIR = {"prompt": "Name a colour.", "answer1": "Blue.", "answer2": "Seven."}
 ITEMS = {

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.imports.naming import MalformedError
-from rlhf.data.imports.record_fields import Layout, Wanted, find_layout, read_models, read_responses
+from rlhf.data.imports.annotations import Layout, Wanted, find_layout, read_models, read_responses
+from rlhf.data.records import MalformedError
 
 ITEMS = [{"id": "llm_1", "title": "LLM 1", "body": "a"}, {"id": 2, "title": "b"}]
 
