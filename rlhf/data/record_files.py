@@ -116,14 +116,14 @@ def _unread(source: Path, files: list[Path]) -> RequestError:
     first = files[0]
     suffix = first.suffix.casefold()
     if first.is_symlink() and not first.is_file():
-        next_step = "name the folder that the link leads to" if first.is_dir() else "restore what the link leads to"
+        next_step = "name the folder that the link leads to" if first.is_dir() else "restore the target of the link"
     elif suffix in (".csv", ".tsv"):
         more = ", sep='\\t'" if suffix == ".tsv" else ""
         next_step = _TO_JSONL.format(file=str(first), more=more, new=str(first.with_suffix(".jsonl")))
     elif suffix in (*COMPRESSED_SUFFIXES, ".zip", ".tar", ".tgz", ".7z", ".lz4"):
         next_step = f"unpack it: {shlex.quote(str(first))}"
     else:
-        next_step = "convert it to JSONL, or rename it where it is"
+        next_step = "convert it to JSONL, or rename it if it is JSONL"
     if source != first:
         next_step += "; or move it out of the folder, or name the file to read"
     subject = "the file is" if source == first else f"the folder holds {len(files)} file{'s' * (len(files) > 1)}"
@@ -145,12 +145,11 @@ def _refuse_mixed_splits(root: Path, files: list[Path]) -> None:
     for split, members in sorted(splits.items()):
         common = Path(os.path.commonpath(members))  # of one file the file itself
         is_alone = sum(file.is_relative_to(common) for file in files) == len(members)
-        places[split] = str(common) if is_alone else f"a folder of their own for {_named(members)}"
-    train = places.get("train") or places.get("") or next(iter(places.values()))
+        places[split or "other"] = str(common) if is_alone else f"a folder of their own for {_named(members)}"
+    train = places.get("train") or places.get("other") or next(iter(places.values()))
     raise RequestError(
-        f"the folder mixes {' and '.join(split or 'other' for split in places)} data, and what is held out would be "
-        "trained on",
-        "; ".join(f"{split or 'other'}: {place}" for split, place in places.items()),
+        f"the folder mixes {' and '.join(places)} data, and held-out data would be trained on",
+        "; ".join(f"{split}: {place}" for split, place in places.items()),
         f"name {train}, and the held-out records as data.heldout.demonstrations, .comparisons or .prompts",
     )
 

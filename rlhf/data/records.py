@@ -103,7 +103,7 @@ class Demonstration(_Record):
             raise ValueError(f"ends with a message of the role {completion[-1].role!r}, and must end with 'assistant'")
         if len(completion) > 1:
             raise ValueError(
-                f"has {len(completion)} messages, and must be one message of the assistant's: put those before it "
+                f"has {len(completion)} messages, and must be one message of the assistant: put those before it "
                 "into the prompt"
             )
         return completion
@@ -245,7 +245,7 @@ class ComparisonSet(_Record):
         if self.ratings is self.rankings is self.winners is None:
             raise ValueError("has none of ratings, rankings and winners")
         if self.annotators is not None and self.ratings is self.rankings is None:
-            raise ValueError("has annotators but neither ratings nor rankings, and winners are nobody's")
+            raise ValueError("has annotators but neither ratings nor rankings: winners have no annotators")
         columns = zip(*(self.ratings or []), strict=True)
         rated = any(sum(rating is not None for rating in column) > 1 for column in columns)
         ranked = any(
@@ -288,26 +288,16 @@ class MalformedError(Exception):
 R = TypeVar("R", bound=Demonstration | ComparisonSet | ResponseSet | Prompt | JudgeRating)
 
 
-def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+def without_nulls(value: Any, kept: tuple[str, ...] = ()) -> Any:
     """Return a row without its null fields, those of its messages included: Parquet writes every absent field as null.
 
     A message keeps a null ``content`` (``value`` in ShareGPT's form), so that it is refused by name.
     """
-    return {str(name): _without_nulls(value) for name, value in row.items() if value is not None}
-
-
-def _without_nulls(value: Any) -> Any:
-    match value:
-        case Mapping():
-            return {
-                name: _without_nulls(content)
-                for name, content in value.items()
-                if content is not None or name in ("content", "value")
-            }
-        case list():
-            return [_without_nulls(item) for item in value]
-        case _:
-            return value
+    inside = ("content", "value")
+    if isinstance(value, Mapping):
+        fields = ((str(name), content) for name, content in value.items() if content is not None or name in kept)
+        return {name: without_nulls(content, inside) for name, content in fields}
+    return [without_nulls(item, inside) for item in value] if isinstance(value, list) else value
 
 
 def record_type(row: Mapping[str, Any], model: type[BaseModel]) -> type[BaseModel]:

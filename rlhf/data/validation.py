@@ -7,7 +7,7 @@ from typing import Generic, NamedTuple
 
 from rlhf.data.forms import FormReader, model_of
 from rlhf.data.imports.convert import refuse_exports
-from rlhf.data.readers import Row, malformed, read_source
+from rlhf.data.readers import malformed, read_source
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, R, Reason
 from rlhf.errors import RecordError
 
@@ -52,24 +52,21 @@ class RecordReader(Generic[R]):
             self.bad += 1
             if self.bad <= 3:  # the quarantine file has all of them
                 named.append(f"{row.place}: {'; '.join(map(str, record))}")
-            self._quarantine(row, record)
+            entry = {
+                "file": row.file,
+                "line" if row.counts_lines else "row": row.number,
+                "reasons": [reason._asdict() for reason in record],
+                "content": row.value,
+            }
+            with self.quarantine.open("a", encoding="ascii") as file:
+                # ASCII escapes represent bytes that are not UTF-8; values of Parquet beyond JSON's types become text.
+                file.write(json.dumps(entry, default=str) + "\n")
         total = self.good + self.bad
         if self.bad > self.max_bad_fraction * total or (self.bad and not self.good):
             next_step = f"correct them (all are in {self.quarantine}), or allow some with data.max_bad_fraction"
             raise malformed(named, total, "", next_step, count=self.bad)
         if not total:
             raise RecordError("there are no rows", self.source, "name a source that has some")
-
-    def _quarantine(self, row: Row, reasons: list[Reason]) -> None:
-        entry = {
-            "file": row.file,
-            "line" if row.counts_lines else "row": row.number,
-            "reasons": [reason._asdict() for reason in reasons],
-            "content": row.value,
-        }
-        with self.quarantine.open("a", encoding="ascii") as file:
-            # ASCII escapes represent bytes that are not UTF-8; values of Parquet beyond JSON's types become text.
-            file.write(json.dumps(entry, default=str) + "\n")
 
 
 KINDS = {"demonstrations": Demonstration, "comparisons": ComparisonSet, "prompts": Prompt, "judge": JudgeRating}

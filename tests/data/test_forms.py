@@ -16,7 +16,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [USER, BAD, MORE, GOOD]
 
 PAIR: dict[str, Any] = {"responses": ["Eight minutes.", "No idea."], "winners": [[0, 1, 1]]}
-MEANT = "is not part of the form, and what is asked or learned may rest on it"
+MEANT = "is not part of the form, and prompt or training may depend on it"
 ANSWERED = {"prompt": [USER], "completion": "Eight minutes."}
 HUMAN = "\n\nHuman: Boil an egg?\n\nAssistant: No idea.\n\nHuman: And then?\n\nAssistant: "
 

@@ -135,22 +135,22 @@ def find_layout(fields: Record, wanted: Wanted) -> Layout:
     if not responses:
         series: defaultdict[tuple[str, ...], list[tuple[tuple[int, str], str]]] = defaultdict(list)
         for name, value in fields.items():
-            found = marked(name)
-            if found and name != prompt and "model" not in found.stem and (value is None or name in texts):
+            split = marked(name)
+            if split and name != prompt and "model" not in split.stem and (value is None or name in texts):
                 # Numbers are in the order of their values, letters and sides in that of the alphabet.
-                order = (len(found.mark) if found.mark.isdecimal() else 0, found.mark)
-                series[found.stem].append((order, name))
+                order = (len(split.mark) if split.mark.isdecimal() else 0, split.mark)
+                series[split.stem].append((order, name))
         candidates = [tuple(name for _, name in sorted(members, key=itemgetter(0))) for members in series.values()]
         candidates = [names for names in candidates if len(names) > 1]
         candidates += [(name,) for name, value in fields.items() if value and _lists(value, "id")]
         if len(candidates) != 1:
-            raise MalformedError("", f"which fields are the responses cannot be told from their names: {listed}")
+            raise MalformedError("", f"the responses' fields are not clear from the names: {listed}")
         responses = candidates[0]
     if not prompt:
         rest = [name for name in fields if name in texts and name not in responses]
         prompts = [name for name in rest if name.casefold() in PROMPT_FIELDS] or rest
         if len(prompts) != 1:
-            raise MalformedError("", f"which field is the prompt cannot be told from their names: {listed}")
+            raise MalformedError("", f"the prompt's field is not clear from the names: {listed}")
         prompt = prompts[0]
     if prompt in responses:
         raise MalformedError("", f"field {prompt!r} cannot be both the prompt and a response")

@@ -140,7 +140,7 @@ def _answers(record: Record) -> Iterator[_Given]:
                         raise MalformedError(where, "must be an object with a value")
                     yield _Given(name, response["status"], question, answer["value"], f"{where}.value")
         case _:
-            raise MalformedError("responses", "must be an object by question, or a list with one object a user")
+            raise MalformedError("responses", "must be an object by question, or a list with one object for each user")
 
 
 def _columns(record: Record, question: str) -> Iterator[tuple[Any, Any, Any]]:

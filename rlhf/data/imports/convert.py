@@ -28,14 +28,13 @@ class Tool(NamedTuple):
     """Whether a record belongs to the same task as the previous one."""
 
 
-TOOLS = {
+ORIGINS: dict[str, Tool | PublicSet] = {
     "argilla": Tool("Argilla", argilla.recognises, argilla.fields_of, argilla.read, lambda *_: False),
     "label-studio": Tool(
         "Label Studio", label_studio.recognises, label_studio.fields_of, label_studio.read, label_studio.belongs
     ),
+    **PUBLIC_SETS,
 }
-
-ORIGINS = TOOLS | PUBLIC_SETS
 """All sources of comparison sets, by their names on the command line."""
 
 
@@ -81,19 +80,14 @@ def convert_file(source: str, target: Path, tool: str | None, wanted: Wanted) ->
 
 
 def refuse_exports(row: Row, source: str) -> None:
-    """Refuse a row whose file must be converted before its records can be read.
-
-    Raises:
-        RecordError: an annotation tool or a public data set has such rows; the next step is the command to run.
-
-    """
+    """Raise RecordError where a row's file must be converted first; its next step is the command to run."""
     # Pairs with scores are read as they are.
     if not isinstance(row.value, Mapping) or {"chosen", "rejected"} <= row.value.keys():
         return
     for origin in ORIGINS.values():
         if origin.recognises(row.value):
             raise RecordError(
-                f"the rows are those of {origin.title}, which are no records yet: comparison sets are made of them",
+                f"the rows are those of {origin.title}, which must be converted to comparison sets",
                 row.place,
                 f"rlhf data convert {shlex.quote(source)} comparisons.jsonl",
             )
@@ -105,14 +99,11 @@ class _Conversion:
     def __init__(self, source: str, tool: str | None, wanted: Wanted) -> None:
         self.source = source
         self.wanted = wanted
-        self.tool: Tool | PublicSet | None = ORIGINS[tool] if tool else None
+        self.tool = ORIGINS[tool] if tool else None
         self.fields: dict[str, Any] = {}
         self.layout: Layout | None = None
-        self.records = 0
-        self.written = 0
-        self.unknown_status = 0
-        self.annotators: set[str] = set()
-        self.questions: set[str] = set()
+        self.records = self.written = self.unknown_status = 0
+        self.annotators, self.questions = set[str](), set[str]()
         self.left_out = Counter[str]()
         self.bad: list[tuple[RecordPlace, Reason]] = []
         self.rated = ""
@@ -127,7 +118,7 @@ class _Conversion:
         if tool is None:
             keys = ", ".join(map(str, record)) or "none"
             raise RecordError(
-                f"no tool or data set that is known here writes such records; their fields are {keys}",
+                f"no known tool or data set writes such records; their fields are {keys}",
                 place.shown,
                 f"name an export, or say --from {' or '.join(ORIGINS)}; comparison sets need no converting",
             )
@@ -150,7 +141,7 @@ class _Conversion:
     def _public(self, public: PublicSet, records: Iterable[Placed]) -> Iterator[ComparisonSet]:
         if len(self.wanted.questions) > 1:
             next_step = f"name one: {', '.join(public.questions)}"
-            raise RequestError("ratings are taken of one field", "--question", next_step)
+            raise RequestError("ratings are read from one field", "--question", next_step)
         self.questions |= {*public.questions}
         self.rated = next(iter((*self.wanted.questions, *public.questions)), "")
         if public.questions and self.rated not in public.questions:
@@ -225,7 +216,7 @@ class _Conversion:
             self.left_out["records with fewer than two responses"] += 1
             return None
         if not annotated.compares:
-            self.left_out["records that nobody compared"] += 1
+            self.left_out["records without a comparison"] += 1
             return None
         made = parse_record(annotated.as_row(), ComparisonSet)
         if not isinstance(made, list):
@@ -240,13 +231,7 @@ class _Conversion:
         raise MalformedError(field, problem)
 
     def outcome(self) -> Converted:
-        """Return the counts.
-
-        Raises:
-            RequestError: a wanted field or question is in no record.
-            RecordError: a record is malformed, or nothing compares responses.
-
-        """
+        """Return the counts; refuse malformed records, wanted names in no record, and an export without comparisons."""
         for option, names in (("--prompt", filter(None, [self.wanted.prompt])), ("--responses", self.wanted.responses)):
             for name in names:
                 if self.fields and name not in self.fields:
@@ -259,7 +244,7 @@ class _Conversion:
             raise RecordError("there are no records", self.source, "name a file that has some")
         for name in self.wanted.questions:
             if name not in self.questions:
-                problem = f"nobody answered a question {name!r}"
+                problem = f"no annotator answered {name!r}"
                 raise RequestError(problem, "--question", suggestion(name, self.questions))
         if not self.written:
             reasons = "; ".join(f"{count} {kind}" for kind, count in self.left_out.items())

@@ -93,7 +93,7 @@ def read(records: Sequence[Record], layout: Layout, wanted: Wanted) -> Annotated
         annotations = _annotations(records[0], annotated.left_out)
     newest: dict[str, _Annotation] = {}
     for annotation in sorted(annotations, key=lambda annotation: annotation.updated):
-        annotated.left_out["annotations that the same person made anew"] += annotation.annotator in newest
+        annotated.left_out["annotations that the same person replaced"] += annotation.annotator in newest
         newest[annotation.annotator] = annotation
     for annotation in newest.values():
         annotated.left_out["annotations without an answer"] += not annotation.results
@@ -164,7 +164,7 @@ def _comparison(
     annotated: Annotated, annotator: str, result: _Result, wanted: Wanted
 ) -> AnnotatorRanking | AnnotatorRating | None:
     """Return a result that compares responses; None for one that does not."""
-    names, value, places = list(annotated.responses), result.value, None
+    names, value = list(annotated.responses), result.value
     match result.kind:
         case "pairwise":
             if value not in SIDES:
@@ -190,7 +190,7 @@ def _comparison(
             name = meant(result.target, annotated.known, ranked=False) or mentioned(result.question, annotated.known)
             return AnnotatorRating(annotator, result.question, name, value) if name in annotated.responses else None
         case _:
-            pass
+            places = None
     return None if places is None else AnnotatorRanking(annotator, result.question, places)
 
 

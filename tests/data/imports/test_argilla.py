@@ -299,7 +299,7 @@ def test_one_question_of_several_is_taken_when_asked_for() -> None:
         (sdk_record({"preference": [3]}), "responses.preference[0]: must be an object with value and user_id"),
         (
             sdk_record({}) | {"responses": "none"},
-            "responses: must be an object by question, or a list with one object a user",
+            "responses: must be an object by question, or a list with one object for each user",
         ),
         (
             flat_record(preference__responses=[3, 4], preference__responses__users=[ANN]),
