@@ -259,7 +259,7 @@ def _array_rows(path: Path) -> Iterator[Row]:
                 return
             yield Row(str(path), line, value)
             separator = window.next_character()
-            if separator not in (",", "]") or not separator:
+            if separator not in (",", "]"):
                 other = repr(separator) if separator else "the end of the file"
                 yield Row(str(path), window.line, "", f"invalid JSON: expected ',' or ']', found {other}")
                 return

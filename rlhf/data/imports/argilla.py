@@ -65,12 +65,7 @@ def fields_of(records: Sequence[Record]) -> Record:
 
 
 def read(records: Sequence[Record], layout: Layout, wanted: Wanted) -> Annotated:
-    """Read the submitted answers of a record.
-
-    Raises:
-        MalformedError: an answer is not of its question's form, or names a response that is not there.
-
-    """
+    """Read the submitted answers of a record."""
     (record,) = records
     if "fields" not in record:
         metadata: Any = {key.removeprefix(_METADATA): value for key, value in record.items()}
@@ -164,21 +159,16 @@ def _comparison(annotated: Annotated, given: _Given) -> AnnotatorRanking | Annot
     places = None
     if isinstance(value, str):
         places = preference(value, list(annotated.responses))
-    elif isinstance(value, list) and any(
-        isinstance(option, Mapping) and ("value" in option or "rank" in option) for option in value
-    ):
-        places = _places(value, annotated, given.where)
-    # A list that names responses only is a ranking: the labels of a question about something else would not.
-    elif (
-        isinstance(value, list)
-        and value
-        and all(isinstance(option, str) and meant(option, known, ranked=True) for option in value)
-    ):
-        raise MalformedError(
-            given.where,
-            "is a ranking without ranks: Argilla's SDK leaves them out; export with the server "
-            "(/api/v1/datasets/ID/records?include=responses, or to the hub from its page)",
-        )
+    elif isinstance(value, list) and value:
+        if any(isinstance(option, Mapping) and ("value" in option or "rank" in option) for option in value):
+            places = _places(value, annotated, given.where)
+        # The labels of a question about something else would not all name responses.
+        elif all(isinstance(option, str) and meant(option, known, ranked=True) for option in value):
+            raise MalformedError(
+                given.where,
+                "is a ranking without ranks: Argilla's SDK leaves them out; export with the server "
+                "(/api/v1/datasets/ID/records?include=responses, or to the hub from its page)",
+            )
     return None if places is None else AnnotatorRanking(user, question, places)
 
 

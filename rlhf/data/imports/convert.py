@@ -24,6 +24,7 @@ class Tool(NamedTuple):
     recognises: Callable[[Record], bool]
     fields_of: Callable[[Sequence[Record]], Record]
     read: Callable[[Sequence[Record], Layout, Wanted], Annotated]
+    """Raises MalformedError where an answer is not of its question's form, or names a response that is not there."""
     belongs: Callable[[Record, Record], bool]
     """Whether a record belongs to the same task as the previous one."""
 

@@ -77,12 +77,7 @@ def fields_of(records: Sequence[Record]) -> Record:
 
 
 def read(records: Sequence[Record], layout: Layout, wanted: Wanted) -> Annotated:
-    """Read a task's annotations that were not cancelled; of several by one person the newest.
-
-    Raises:
-        MalformedError: a result is not of its tag's form, or names a response that is not there.
-
-    """
+    """Read a task's annotations that were not cancelled; of several by one person the newest."""
     data = fields_of(records)
     annotated = Annotated.of(data, data, layout)
     if len(annotated.responses) < 2:
