@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -109,6 +109,7 @@ def parse_hub_dataset(source: str) -> HubDataset:
 
 
 Role = Literal["semantic", "runtime", "source"]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Settings(BaseModel):

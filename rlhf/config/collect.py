@@ -5,9 +5,9 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from rlhf.config.base import Settings, is_local, runtime, semantic, source
+from rlhf.config.base import Seed, Settings, is_local, runtime, semantic, source
 from rlhf.config.rewards import ServiceSettings, names_a_function
-from rlhf.config.stages import Precision, WorkerSettings
+from rlhf.config.stages import Precision, ShardedSettings
 
 
 class WriterSettings(Settings):
@@ -28,10 +28,10 @@ class WriterSettings(Settings):
         return self.name or (self.model if self.temperature is None else f"{self.model} at {self.temperature:g}")
 
 
-class CollectSettings(Settings):
+class CollectSettings(ShardedSettings):
     """Responses to the same prompts by one model or several."""
 
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds the choice of prompts and the sampling: give each round of a flywheel another."""
     models: list[WriterSettings] = semantic([WriterSettings(model="sft", responses=4)], min_length=1)
     """Who writes."""
@@ -49,8 +49,6 @@ class CollectSettings(Settings):
     """Precision of the models while they generate; a CPU without instructions for bf16 takes fp32."""
     micro_batch_size: int = runtime(64, ge=1)
     """Responses that one rank writes at a time."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
 
     @model_validator(mode="after")
     def _sets_can_be_compared(self) -> "CollectSettings":

@@ -9,6 +9,7 @@ from rlhf.config.base import (
     KNOWN_WORDS,
     MOVIE_SNIPPETS,
     OTHER_SNIPPETS,
+    Seed,
     Settings,
     is_local,
     parse_hub_dataset,
@@ -85,7 +86,7 @@ class DataSettings(Settings):
     dataset ``name@revision`` or ``name@revision#split``, or the word ``movie-snippets``.
     """
 
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds what is held out."""
     demonstrations: str = source(MOVIE_SNIPPETS)
     """Prompts with completions, for sft."""
@@ -162,7 +163,7 @@ class RankSettings(Settings):
     bridges: int = semantic(4, ge=0)
     """Rounds in which each rated response is compared, by ratings alone, with two of other sets that share its prompt.
     0 keeps sets apart, for ratings that mean something only within a set."""
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds which responses of different sets are compared, and the orders of model elo."""
 
     @model_validator(mode="after")

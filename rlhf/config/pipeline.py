@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from rlhf.config.base import Settings, runtime
+from rlhf.config.base import Seed, Settings, runtime
 
 # Names are parts of paths in the store and of overrides, whose parts are separated by dots.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -59,7 +59,7 @@ class PipelineSettings(Settings):
 
     pipeline: str | None = runtime(None, pattern=NAME_PATTERN)
     """Name of the pipeline, under which the store keeps its latest results; null takes the file's name."""
-    seed: int = runtime(0, ge=0, lt=1 << 32)
+    seed: Seed = runtime(0)
     """Fills in ``seed`` in every stage instance that has such a setting and does not set it itself. It enters the keys
     through those."""
     store: StoreSettings = runtime(StoreSettings())

@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from rlhf.config.base import Settings, runtime, semantic
+from rlhf.config.base import Seed, Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
-from rlhf.config.stages import LoraSettings, Precision, SamplingSettings, WorkerSettings
+from rlhf.config.stages import LoraSettings, SamplingSettings, TrainingSettings
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -61,16 +61,14 @@ class PtxSettings(Settings):
     """Longest demonstration in tokens, prompt and completion together; what is longer is cut at the end and counted."""
 
 
-class PpoSettings(Settings):
+class PpoSettings(TrainingSettings):
     """PPO with a KL penalty: docs/ppo.md has every equation."""
 
     algorithm: Literal["ppo", "a2c"] = semantic("ppo")
     """``a2c`` is the same loop with one update on each rollout and no clipping (Menick et al. 2022, arXiv:2203.11147;
     Glaese et al. 2022, arXiv:2209.14375): it sets ``epochs`` and ``minibatches`` to 1, both clips to null."""
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds the prompts, the sampling and the minibatches."""
-    precision: Precision = semantic("fp32")
-    """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
     lora: LoraSettings | None = semantic(None)
     """Adapters for policy and value model; the reference is then the policy's weights with the adapter off."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
@@ -138,14 +136,10 @@ class PpoSettings(Settings):
     """Gradients of either model are scaled down to this norm."""
     max_prompt_length: int = semantic(256, ge=1)
     """Longest prompt in tokens; one longer stops the run before it starts."""
-    micro_batch_size: int = runtime(16, ge=1)
-    """Sequences of one forward pass of one rank."""
     samples_kept: int = runtime(8, ge=0)
     """Responses of each iteration that are written, with their scores, to ``samples.jsonl`` in the attempt."""
     checkpoint_every: int = runtime(10, ge=1)
     """Iterations between in-stage checkpoints."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from rlhf.config.base import Settings, runtime, semantic, source
+from rlhf.config.base import Seed, Settings, runtime, semantic, source
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
 
 Precision = Literal["fp32", "bf16"]
@@ -82,7 +82,7 @@ class ModelSettings(Settings):
     ``owner/model``."""
     revision: str | None = semantic(None)
     """The 40-hex commit of a hub model; required for one, refused otherwise."""
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds the weights of a model from scratch."""
     template_date: datetime.date = semantic(datetime.date(2024, 7, 26))
     """The date that a chat template which prints today's, as those of Llama 3.1 and 3.2 do, is given instead, in every
@@ -124,17 +124,48 @@ class OptimizerSettings(Settings):
     """Gradients are scaled down to this norm."""
 
 
-class SftSettings(Settings):
-    """Supervised fine-tuning on demonstrations; the loss counts the completion's tokens only."""
+class ShardedSettings(Settings):
+    """What all stages share that run models on a worker group."""
 
-    seed: int = semantic(0, ge=0, lt=1 << 32)
-    """Seeds the order of the data and the adapter."""
+    seed: Seed = semantic(0)
+    """Seeds every random choice of the stage."""
+    precision: Precision = semantic("fp32")
+    """Precision of the models while they generate and score; a CPU without instructions for bf16 takes fp32."""
+    micro_batch_size: int = runtime(16, ge=1)
+    """Sequences of one forward pass of one rank."""
+    workers: WorkerSettings = runtime(WorkerSettings())
+    """The worker group."""
+
+
+class TrainingSettings(ShardedSettings):
+    """What all stages share that train a model: sft, rm and ppo."""
+
     precision: Precision = semantic("fp32")
     """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
     lora: LoraSettings | None = semantic(None)
     """Adapters instead of full fine-tuning; null trains every weight."""
+    checkpoint_every: int = runtime(50, ge=1)
+    """Optimiser steps between in-stage checkpoints."""
+
+
+class SupervisedSettings(TrainingSettings):
+    """What stages share that train in epochs over a data set: sft and rm."""
+
     optimizer: OptimizerSettings = semantic(OptimizerSettings())
     """The optimiser."""
+    epochs: float = semantic(1.0, gt=0)
+    """Passes over the data."""
+    batch_size: int = semantic(16, ge=1)
+    """Rows of an optimiser step, over all ranks."""
+    max_length: int = semantic(256, ge=8)
+    """Longest text in tokens; what is longer is cut and counted."""
+
+
+class SftSettings(SupervisedSettings):
+    """Supervised fine-tuning on demonstrations; the loss counts the completion's tokens only."""
+
+    seed: Seed = semantic(0)
+    """Seeds the order of the data and the adapter."""
     epochs: float = semantic(1.0, gt=0)
     """Passes over the demonstrations."""
     batch_size: int = semantic(16, ge=1)
@@ -147,28 +178,20 @@ class SftSettings(Settings):
     micro_batch_size: int = runtime(1, ge=1)
     """Sequences of one forward pass of one rank. Packed ones are laid end to end: without flash attention their cost
     grows with the square of ``micro_batch_size`` · ``max_length``."""
-    checkpoint_every: int = runtime(50, ge=1)
-    """Optimiser steps between in-stage checkpoints."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
 
 
 Loss = Literal["pairwise", "soft-strengths", "soft-share", "listwise", "regression"]
 
 
-class RmSettings(Settings):
+class RmSettings(SupervisedSettings):
     """A reward model learned from ranked comparison sets."""
 
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds the head, the choice of lists and the order of the data."""
     init: Literal["base", "scratch"] = semantic("base")
     """Whether training starts from the weights of ``base``, or from random ones in a model of its shape."""
-    precision: Precision = semantic("fp32")
-    """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
     lora: LoraSettings | None = semantic(None)
     """Adapters (and the whole score head) instead of full fine-tuning; null trains every weight."""
-    optimizer: OptimizerSettings = semantic(OptimizerSettings())
-    """The optimiser."""
     sees: Literal["response", "conversation"] = semantic("conversation")
     """What is scored: the response alone, or prompt and response in the chat template. Responses alone suit data whose
     prompts say nothing about quality, as when all sets share one prompt."""
@@ -199,10 +222,6 @@ class RmSettings(Settings):
     """Held-out pairs behind ``eval/accuracy``, drawn by the seed."""
     micro_batch_size: int = runtime(16, ge=1)
     """Lists of one forward pass of one rank."""
-    checkpoint_every: int = runtime(50, ge=1)
-    """Optimiser steps between in-stage checkpoints."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
 
     @model_validator(mode="after")
     def _loss_uses_what_is_set(self) -> "RmSettings":
@@ -211,13 +230,11 @@ class RmSettings(Settings):
         return self
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(ShardedSettings):
     """The policy before and after PPO, side by side on held-out prompts."""
 
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds the sampling and the intervals."""
-    precision: Precision = semantic("fp32")
-    """Precision of the models while they generate and score; a CPU without instructions for bf16 takes fp32."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
     """What scores responses: what PPO was given."""
     prompts: int = semantic(256, ge=2)
@@ -230,8 +247,6 @@ class EvaluateSettings(Settings):
     """How responses are sampled; the temperature and length that PPO trained with make the comparison fair."""
     micro_batch_size: int = runtime(32, ge=1)
     """Sequences of one forward pass of one rank."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
 
     @model_validator(mode="after")
     def _rewards_are_sound(self) -> "EvaluateSettings":
