@@ -19,8 +19,6 @@ from rlhf.config.base import (
 )
 from rlhf.errors import SettingsError
 
-__all__ = ["DataSettings", "HeldoutSettings", "RankSettings", "SnippetSettings", "is_local", "sources"]
-
 SNIPPET_BLOCKS = 353
 """Blocks of 30 snippets in the movie-snippets data, each rated throughout by the same people."""
 
@@ -123,13 +121,20 @@ class DataSettings(Settings):
         return value
 
     @model_validator(mode="after")
-    def _what_is_held_out_is_of_a_source_of_ones_own(self) -> "DataSettings":
-        for kind in HeldoutSettings.model_fields:
-            if getattr(self.heldout, kind) is not None and getattr(self, kind) in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
-                raise ValueError(
-                    f"heldout.{kind} is for {kind} of your own; of {getattr(self, kind)} a part is held out already"
-                )
+    def _held_out_records_belong_to_own_sources(self) -> "DataSettings":
+        for kind, (origin, heldout) in self.by_kind().items():
+            if heldout is not None and origin in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
+                raise ValueError(f"heldout.{kind} is for {kind} of your own; of {origin} a part is held out already")
         return self
+
+    def by_kind(self) -> dict[str, tuple[str | None, str | None]]:
+        """Return each kind's source and the source of its held-out records."""
+        return {
+            "demonstrations": (self.demonstrations, self.heldout.demonstrations),
+            "comparisons": (self.comparisons, self.heldout.comparisons),
+            "prompts": (self.prompts, self.heldout.prompts),
+            "judge": (self.judge, None),
+        }
 
 
 class RankSettings(Settings):
@@ -192,15 +197,10 @@ def sources(settings: DataSettings) -> dict[str, Path]:
 
     """
     local: dict[str, Path] = {}
-    named: dict[str, str | None] = {
-        **{field: getattr(settings, field) for field in ("demonstrations", "comparisons", "prompts", "judge")},
-        **{f"heldout.{field}": getattr(settings.heldout, field) for field in HeldoutSettings.model_fields},
-    }
-    for field, value in named.items():
-        if value is None or not is_local(value):
-            continue
-        path = Path(value).expanduser()
-        if not path.exists():
-            raise SettingsError(f"there is no file or folder {value}", f"data.{field}", f"correct data.{field}")
-        local[field] = path
+    for kind, (origin, heldout) in settings.by_kind().items():
+        for field, value in ((kind, origin), (f"heldout.{kind}", heldout)):
+            if value is not None and is_local(value):
+                local[field] = Path(value).expanduser()
+                if not local[field].exists():
+                    raise SettingsError(f"there is no file or folder {value}", f"data.{field}", f"correct data.{field}")
     return local
