@@ -11,8 +11,8 @@ from rlhf.config.stages import LoraSettings, SamplingSettings, TrainingSettings
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]
 
-# What A2C is (Mnih et al. 2016, arXiv:1602.01783, without asynchrony), in the words of PPO: one update on each rollout,
-# at which the ratio is 1, so that there is nothing to clip.
+# A2C (Mnih et al. 2016, arXiv:1602.01783, without asynchrony) as settings of PPO: one update on each rollout, at which
+# the ratio is 1, so that there is nothing to clip.
 A2C = {"epochs": 1, "minibatches": 1, "policy_clip": None, "value_clip": None}
 
 
@@ -26,8 +26,8 @@ class KlSettings(Settings):
     """Of a token's KL (Schulman 2020, "Approximating KL Divergence"): k1 the log-ratio, k2 half its square, k3 the one
     that is unbiased and never negative."""
     place: Literal["reward", "loss"] = semantic("reward")
-    """Where the penalty stands: in each token's reward, or as a term of the policy's loss (k2 or k3 only: the expected
-    gradient of k1 is 0 there)."""
+    """Where the penalty is applied: to each token's reward, or as a term of the policy's loss (k2 or k3 only: the
+    expected gradient of k1 is 0 there)."""
     importance_weights: bool = semantic(True)
     """With place loss, multiply each token's estimate by its ratio π/π_old (DeepSeek-V3.2, arXiv:2512.02556, eq. 7), so
     that its gradient is that of KL(π ‖ π_ref). Without, k3's never is, and k2's at an iteration's first update only."""
@@ -112,8 +112,8 @@ class PpoSettings(TrainingSettings):
     """Weight of the mean entropy a token, in nats, that is subtracted from the policy's loss (Schulman et al. 2017, eq.
     9); 0 for none."""
     early_stop_kl: float | None = semantic(None, gt=0)
-    """Approximate KL in nats a token: an update that finds more is the iteration's last (OpenAI's Spinning Up stops so
-    at 0.015); null for none."""
+    """Approximate KL in nats a token: an update above it is the iteration's last (OpenAI's Spinning Up stops so at
+    0.015); null for none."""
     ptx: PtxSettings = semantic(PtxSettings())
     """Mixing in the demonstrations."""
     average_decay: float | None = semantic(None, gt=0, lt=1)
@@ -152,9 +152,9 @@ class PpoSettings(TrainingSettings):
     def _settings_fit_each_other(self) -> "PpoSettings":
         if self.algorithm == "a2c":
             for name, value in A2C.items():
-                if (found := getattr(self, name)) != value:
+                if (given := getattr(self, name)) != value:
                     wanted = "null" if value is None else value
-                    raise ValueError(f"algorithm a2c needs {name} {wanted}, and it is {found}; leave it out")
+                    raise ValueError(f"algorithm a2c needs {name} {wanted}, and it is {given}; leave it out")
         if self.rollouts % self.minibatches:
             raise ValueError(f"rollouts {self.rollouts} is not a multiple of minibatches {self.minibatches}")
         if self.value_warmup >= self.iterations:
