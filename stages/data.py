@@ -1,12 +1,12 @@
-"""Data: every source read and checked, and a part of each held out.
+"""Data: every source, read and checked, with a part of each held out.
 
 In: the sources that the settings name.
 Out: ``demonstrations/``, ``comparisons/`` and ``prompts/``, each with ``train.jsonl`` and ``heldout.jsonl``;
-``judge/ratings.jsonl`` unless there is no judge; ``sources/sources.json``, which says where everything came from.
+``judge/ratings.jsonl`` unless there is no judge; ``sources/sources.json``, the origin of all records.
 
-The movie snippets are dealt out in whole blocks, so that no text and no rater's column is in two parts. Of sources of
-the user's own, a share of the prompts is held out, or the user holds records out. No held-out prompt is one that sft or
-ppo trains on, where that can be; else it is counted. A malformed row is named, and too many of them stop the stage.
+The movie snippets are split in whole blocks, so that no text and no rater's column is in two parts. Of the user's own
+sources a share of the prompts is held out, or the user holds records out. Where possible, sft and ppo train on no
+held-out prompt; else those are counted. A malformed row is named, and too many of them stop the stage.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""PPO with a KL penalty to the policy it began with: Ouyang et al. 2022 (arXiv:2203.02155), eq. 2.
+"""PPO with a KL penalty to its initial policy: Ouyang et al. 2022 (arXiv:2203.02155), eq. 2.
 
 In: a policy, a reward, prompts; demonstrations where they are mixed in.  Out: the tuned policy.
 Shapes: every tensor holds an iteration's whole global batch, ``[sample]`` or ``[sample, time]``, time being padded

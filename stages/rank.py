@@ -1,13 +1,13 @@
-"""Rank: what annotators said of responses, turned into a strength for each response.
+"""Rank: a strength for each response, from annotators' comparisons.
 
 In: comparison sets (``comparisons``: ``train.jsonl``, ``heldout.jsonl``), and those of earlier rounds.
 Out: the same sets with ``strengths``, ``standard_errors`` and ``elo``, one number a response, and their ``pool``;
-``scale.json``, with the Elo points that a strength of 1 stands for and the parameter of ties; ``report.json``, what is
-known of the comparisons; ``leaderboard.json`` where training sets name the models that wrote the responses;
+``scale.json``, with the Elo points of a strength of 1 and the parameter of ties; ``report.json``, the comparisons'
+counts, agreement and flaws; ``leaderboard.json`` where training sets name the models that wrote the responses;
 ``annotators.json`` where annotators count by their reliability.
 
-Every annotator's view of two responses is one comparison. Sets with the same prompt and ratings are one pool: their
-responses are also compared across sets, by ratings alone, so that a set of good responses is told from a set of bad
+Every annotator's view of two responses is a comparison. Sets with the same prompt and ratings are one pool: their
+responses are also compared across sets, by ratings alone, so that a set of good responses ranks above a set of bad
 ones. One fit gives all strengths, which have mean 0 where comparisons join them; they are then normalised, held-out
 ones by the training sets' scale. Left out: strengths across prompts.
 """
@@ -101,8 +101,7 @@ def _sets(context: Context[RankSettings], part: str) -> Iterator[ComparisonSet]:
 def _pooled(settings: RankSettings, part: str, compared: Sequence[ComparedSet], names: dict[str, int]) -> Pooled:
     """Return all comparisons of a part.
 
-    Raises:
-        RecordError: ``normalise`` is ``annotator``, and an annotator compared only some of the joined responses.
+    Raises RecordError where ``normalise`` is ``annotator`` and an annotator compared only some of the joined responses.
     """
     pooled = pool(compared, settings.bridges, settings.seed)
     if settings.normalise == "annotator":
@@ -169,5 +168,5 @@ def _write_reports(
     if by_model:
         files["leaderboard"] = leaderboard(settings, by_model)
     for name, value in files.items():
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        (context.output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        (context.output / f"{name}.json").write_text(text, encoding="utf-8")

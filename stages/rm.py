@@ -1,7 +1,7 @@
 """The reward model: a score that orders responses as people do (Ouyang et al. 2022, arXiv:2203.02155, §3.4).
 
 In: a base model, ranked comparison sets with strengths, demonstrations.
-Out: a reward model with its normaliser; ``quality.json`` and ``reliability.svg``, which say how good it is.
+Out: a reward model with its normaliser; ``quality.json`` and ``reliability.svg``, its quality on held-out sets.
 
 Lists of responses to one prompt are scored together, each response once. With ``loss: pairwise``,
 
@@ -110,7 +110,7 @@ def training_rows(
 
 
 def loss_of(settings: RmSettings, scores: Tensor, lists: ListBatch) -> Tensor:
-    """Return the loss of a batch of lists, the centring included."""
+    """Return the loss ``[list]`` of lists with scores ``[list, response]``, the centring included."""
     match settings.loss:
         case "pairwise":
             loss = reward_losses.pairwise(

@@ -89,9 +89,7 @@ def word_in_key(source: str) -> str:
 def parse_hub_dataset(source: str) -> HubDataset:
     """Split ``name@revision`` or ``name@revision#split``, whose default split is ``train``.
 
-    Raises:
-        ValueError: the revision is missing or no 40-hex commit, so that its content could change.
-
+    Raises ValueError where the revision is missing or no 40-hex commit, so that its content could change.
     """
     match = re.fullmatch(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[0-9a-f]{40})(?:#(?P<split>.+))?", source)
     if match is None:

@@ -184,9 +184,7 @@ def ranked_inputs(settings: RankSettings) -> dict[str, str]:
 def sources(settings: DataSettings) -> dict[str, Path]:
     """Return the local files and folders that the settings name, by field: their content belongs in the stage's key.
 
-    Raises:
-        SettingsError: one of them is not there.
-
+    Raises SettingsError for a missing one.
     """
     local: dict[str, Path] = {}
     for kind, (origin, heldout) in settings.by_kind().items():

@@ -69,13 +69,11 @@ def validated(
 ) -> AnySettings | None:
     """Return ``values`` as settings, or None after adding what is wrong with them to ``tree.problems``.
 
-    No value is converted to the type asked for: text is no number and a number no truth value.
-
     at          path of the values in the tree
     also_known  names that are allowed beside the model's own, to be suggested for an unknown name
     """
     try:
-        # By way of JSON: strict about numbers, yet a list may fill a tuple and text a path.
+        # Strict: text is no number, and a number no truth value. In JSON a list may still fill a tuple, and text a path.
         return model.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         seen: set[KeyPath] = set()
@@ -136,13 +134,10 @@ _USES, _INPUTS = "uses", "inputs"
 def load_pipeline(path: Path, overrides: Sequence[str], settings_types: Mapping[str, type[Settings]]) -> PipelineConfig:
     """Read a pipeline file, apply overrides, fill in defaults and seeds, and check everything.
 
-    path            the YAML file
     overrides       ``section.field=value``, the value in YAML; a later one wins over an earlier one and over the file
     settings_types  the settings model of each known stage, by the stage's name
 
-    Raises:
-        SettingsError: with the places of up to five mistakes at once.
-
+    Raises SettingsError with the places of up to five mistakes.
     """
     # Secrets come first, since other messages repeat what was written.
     parts = [override.partition("=") for override in overrides]

@@ -218,12 +218,9 @@ class Tree:
 
 
 def read_tree(file: Path) -> Tree:
-    """Read a pipeline file.
+    """Read a pipeline file. Raises SettingsError for a file that is missing, unreadable or not YAML.
 
-    Raises:
-        SettingsError: the file is missing, unreadable or not YAML. Mistakes inside valid YAML, such as a repeated key,
-            go to the tree's ``problems`` instead, to be reported together.
-
+    Mistakes inside valid YAML, such as a repeated key, go to the tree's ``problems``, to be reported together.
     """
     tree = Tree(file)
     try:

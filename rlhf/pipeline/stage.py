@@ -6,6 +6,7 @@ Ray. Another package adds stages through the entry-point group ``rlhf.stages``.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +88,9 @@ _IMPORTS = (
 )
 
 
+_on_workers = partial(Stage, runs="workers", imports=_IMPORTS)
+
+
 def _each(roles: Mapping[str, str], *kinds: str) -> dict[str, Input]:
     return {role: Input(default, kinds) for role, default in roles.items()}
 
@@ -102,16 +106,14 @@ OURS = (
         inputs=lambda settings: {"demonstrations": Input("data/demonstrations")} if settings.base == "scratch" else {},
         sources=lambda settings: {"base": settings.base} if is_local(settings.base) else {},
     ),
-    Stage(
+    _on_workers(
         "collect",
         3,
         CollectSettings,
         "stages.collect:run",
         "responses",
         inputs=lambda settings: {"prompts": Input("data/prompts")} | _each(writer_inputs(settings), *_MODELS),
-        runs="workers",
         preflight="stages.checks:collect",
-        imports=_IMPORTS,
     ),
     Stage(
         "compare",
@@ -132,19 +134,17 @@ OURS = (
         "comparisons",
         inputs=lambda settings: _each({"comparisons": "data/comparisons"} | ranked_inputs(settings)),
     ),
-    Stage(
+    _on_workers(
         "sft",
         4,
         SftSettings,
         "stages.sft:run",
         "policy",
         inputs=taking(base=Input("model", _MODELS), demonstrations="data/demonstrations"),
-        runs="workers",
         continues="base",
         preflight="stages.checks:sft",
-        imports=_IMPORTS,
     ),
-    Stage(
+    _on_workers(
         "rm",
         6,
         RmSettings,
@@ -155,12 +155,10 @@ OURS = (
             comparisons=Input("rank", ("comparisons",)),
             demonstrations="data/demonstrations",
         ),
-        runs="workers",
         continues="base",
         preflight="stages.checks:rm",
-        imports=_IMPORTS,
     ),
-    Stage(
+    _on_workers(
         "ppo",
         4,
         PpoSettings,
@@ -171,13 +169,11 @@ OURS = (
             | _each(reward_inputs(settings.rewards), "reward-model")
             | ({"demonstrations": Input("data/demonstrations")} if settings.ptx.coef else {})
         ),
-        runs="workers",
         continues="policy",
         preflight="stages.checks:ppo",
-        imports=_IMPORTS,
         sources=lambda settings: reward_sources(settings.rewards),
     ),
-    Stage(
+    _on_workers(
         "evaluate",
         4,
         EvaluateSettings,
@@ -188,9 +184,7 @@ OURS = (
             | _each(reward_inputs(settings.rewards), "reward-model")
             | ({"judge": Input("data/judge")} if settings.judge else {})
         ),
-        runs="workers",
         preflight="stages.checks:evaluate",
-        imports=_IMPORTS,
         sources=lambda settings: reward_sources(settings.rewards),
     ),
 )
