@@ -73,7 +73,7 @@ def validated(
     also_known  names that are allowed beside the model's own, to be suggested for an unknown name
     """
     try:
-        # Strict: text is no number, and a number no truth value. In JSON a list may still fill a tuple, and text a path.
+        # Strict: text is no number, a number no truth value. From JSON a list may still fill a tuple, and text a path.
         return model.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         seen: set[KeyPath] = set()
