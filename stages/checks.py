@@ -1,21 +1,24 @@
-"""Checks that need data and models, run before any worker group starts: what they find, no stage has to.
+"""Checks that need data and models, run before any worker group starts, so that no stage fails on them later.
 
-Each takes the context that its stage will have, with the inputs that exist by now: of a model that is yet to be
-trained, the one that it will be trained from.
+Each takes the context that its stage will have, with the inputs that exist by now: in place of a model that is yet to
+be trained, the model that it will be trained from. It returns its counts, and the bytes that the stage will
+write (:mod:`rlhf.pipeline.disk`).
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rlhf.attempt.context import Context
 from rlhf.collect.judges import judge_of
 from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
+from rlhf.config.rewards import RewardSettings
+from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
 from rlhf.models.packing import tokenised
 from rlhf.models.text import (
-    Tokenizer,
     check_same_tokens,
     check_scored_length,
     context_length,
@@ -33,51 +36,43 @@ from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
 
 
 def sft(context: Context[SftSettings]) -> dict[str, float]:
-    """Does ``max_length`` fit the model's context, and how many demonstrations are cut?"""
-    settings = context.settings
+    """Check that every demonstration leaves a completion to learn, and count those that are cut."""
+    settings, file = context.settings, context.inputs["demonstrations"] / "train.jsonl"
     tokenizer = load_tokenizer(context.inputs["base"])
-    _fits(context, settings.max_length, "max_length")
-    _batch_divides(context)
-    _has_heldout(context, "demonstrations")
-    rows = tokenised(context.inputs["demonstrations"] / "train.jsonl", tokenizer)
-    tokenised(context.inputs["demonstrations"] / "heldout.jsonl", tokenizer)
+    check_supervised(context, "demonstrations")
+    rows = tokenised(file, tokenizer)
+    tokenised(file.with_name("heldout.jsonl"), tokenizer)
     lengths = [row.length for row in rows]
-    prompts_only = sum(len(row.prompt) >= settings.max_length for row in rows)
-    if prompts_only:
+    if prompts_only := sum(len(row.prompt) >= settings.max_length for row in rows):
         raise PreflightError(
             f"{prompts_only} demonstrations have prompts of {settings.max_length} tokens or more: "
             "nothing of them would be learned",
             f"{context.stage}.max_length",
             f"raise {context.stage}.max_length above {max(lengths)}, or shorten those prompts",
         )
-    over = sum(length > settings.max_length for length in lengths)
-    if over:
+    if over := sum(length > settings.max_length for length in lengths):
         context.note(
             f"{over} of {len(rows)} demonstrations are longer than {settings.max_length} tokens: they are cut at the "
             "end, and nothing is learned of how they end"
         )
-    # Fewer than two of the sequences that rows are packed into are half empty.
+    # At most one of the sequences that rows are packed into is less than half full.
     tokens = sum(min(length, settings.max_length) for length in lengths)
     sequences = min(len(rows), 2 * tokens // settings.max_length + 1) if settings.packing else len(rows)
-    steps = math.ceil(settings.epochs * -(-sequences // settings.batch_size))
+    steps = math.ceil(settings.epochs * math.ceil(sequences / settings.batch_size))
     return {"demonstrations/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
 def rm(context: Context[RmSettings]) -> dict[str, float]:
-    """Does ``max_length`` fit the model's context, and how many responses are cut?"""
-    settings = context.settings
-    tokenizer = load_tokenizer(context.inputs["base"])
-    _fits(context, settings.max_length, "max_length")
-    _batch_divides(context)
+    """Check that the model reads every text, and count the responses that are cut."""
+    settings, tokenizer = context.settings, load_tokenizer(context.inputs["base"])
+    check_supervised(context, "comparisons")
     if "comparisons" not in context.inputs:
         return {}
-    _has_heldout(context, "comparisons")
     over = total = 0
     sets = {part: read_rows(context.inputs["comparisons"] / f"{part}.jsonl") for part in ("train", "heldout")}
     for part, rows in sets.items():
         for number, row in enumerate(rows, start=1):
-            place = f"comparisons/{part}.jsonl, row {number}"
-            alone = settings.sees == "response"
+            alone, place = settings.sees == "response", f"comparisons/{part}.jsonl, row {number}"
             before = text_start(tokenizer) if alone else prompt_ids(tokenizer, row["prompt"], place)
             lengths = [len(before) + len(response_ids(tokenizer, response)) for response in row["responses"]]
             total += len(lengths)
@@ -90,145 +85,129 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
             "cut at the start"
         )
     lists = draw_lists(sets["train"], settings.responses_per_list, settings.lists_per_response, settings.seed)
-    steps = math.ceil(settings.epochs * -(-len(lists) // settings.batch_size))
+    steps = math.ceil(settings.epochs * math.ceil(len(lists) / settings.batch_size))
     return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
-    """Do prompts and responses together fit the policy's context, does the batch divide among the ranks, and are the
-    rewards there?
-    """
-    settings = context.settings
-    _rewards_are_there(context)
-    ranks = settings.workers.count
-    if settings.rollouts // settings.minibatches % ranks:
-        multiple = settings.minibatches * ranks
-        raise PreflightError(
-            f"a minibatch of {settings.rollouts // settings.minibatches} rollouts cannot be shared among {ranks} ranks",
-            f"{context.stage}.rollouts",
-            f"{context.stage}.rollouts={-(-settings.rollouts // multiple) * multiple}",
-        )
-    if settings.value_init == "reward" and "reward" in context.inputs:
-        check_same_tokens(context.inputs["reward"], context.inputs["policy"], context.stage)
-    tokenizer = load_tokenizer(context.inputs["policy"])
-    _demonstrations_fit(context, tokenizer)
-    PromptStream(context.inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
-    _rewards_read_prompts(context, "train")
-    _leaves_room(context, "policy", settings.sampling.max_new_tokens, "sampling.max_new_tokens")
-    valued = "reward" if settings.value_init == "reward" and "reward" in context.inputs else "policy"
-    models = [context.inputs[role] for role in ("policy", valued)]
-    return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
-
-
-def _leaves_room(
-    context: Context[PpoSettings] | Context[EvaluateSettings] | Context[CollectSettings],
-    role: str,
-    response: int,
-    field: str,
-) -> None:
-    longest, limit = context.settings.max_prompt_length, context_length(context.inputs[role])
-    if longest + response > limit:
-        half = limit // 2
-        fits = f"max_prompt_length={limit - response}" if response < limit else f"{field}={half}"
-        raise PreflightError(
-            f"prompts of {longest} and responses of {response} tokens do not fit the policy's context of {limit}",
-            f"{context.stage}.max_prompt_length, {context.stage}.{field}",
-            f"{context.stage}.{fits}",
-        )
-
-
-def _demonstrations_fit(context: Context[PpoSettings], tokenizer: Tokenizer) -> None:
-    settings, ranks = context.settings, context.settings.workers.count
-    if settings.ptx.coef and settings.ptx.batch_size % ranks:
-        raise PreflightError(
-            f"ptx.batch_size {settings.ptx.batch_size} cannot be shared among {ranks} ranks",
-            f"{context.stage}.ptx.batch_size",
-            f"{context.stage}.ptx.batch_size={-(-settings.ptx.batch_size // ranks) * ranks}",
-        )
+    """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks."""
+    settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.count
+    check_rewards(settings.rewards, inputs)
+    minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks
+    if minibatch % ranks:
+        what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"
+        raise _fitting(context.stage, "rollouts", math.ceil(settings.rollouts / multiple) * multiple, what)
+    from_reward = settings.value_init == "reward" and "reward" in inputs
+    if from_reward:
+        check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
+    tokenizer, size = load_tokenizer(inputs["policy"]), settings.ptx.batch_size
+    if settings.ptx.coef and size % ranks:
+        what = f"ptx.batch_size {size} cannot be shared among {ranks} ranks"
+        raise _fitting(context.stage, "ptx.batch_size", math.ceil(size / ranks) * ranks, what)
     stream = DemonstrationStream.of(context, tokenizer)
     if stream is not None and stream.cut:
         context.note(
             f"{stream.cut} demonstrations are longer than {settings.ptx.max_length} tokens and are cut at the end, "
             f"{stream.left_out} of them left out because nothing of their completion would remain"
         )
+    PromptStream(inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
+    check_rewards_read(inputs, "train")
+    response = settings.sampling.max_new_tokens
+    check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens")
+    models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
+    return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
 
 def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
-    """Do held-out prompts and responses together fit the policy's context, and are the rewards there?"""
-    settings = context.settings
-    _rewards_are_there(context)
-    if "before" in context.inputs and "prompts" in context.inputs:
-        tokenizer = load_tokenizer(context.inputs["before"])
-        PromptStream(context.inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
-        _rewards_read_prompts(context, "heldout")
-        _leaves_room(context, "before", settings.sampling.max_new_tokens, "sampling.max_new_tokens")
+    """Check the rewards, and that held-out prompts and responses together fit the policy's context."""
+    settings, inputs = context.settings, context.inputs
+    check_rewards(settings.rewards, inputs)
+    if "before" in inputs and "prompts" in inputs:
+        tokenizer = load_tokenizer(inputs["before"])
+        PromptStream(inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
+        check_rewards_read(inputs, "heldout")
+        response = settings.sampling.max_new_tokens
+        check_room(context.stage, inputs["before"], settings.max_prompt_length, response, "sampling.max_new_tokens")
     return disk.written(context)
 
 
 def collect(context: Context[CollectSettings]) -> dict[str, float]:
-    """Do prompts and responses together fit every model's context?"""
-    settings = context.settings
-    if "prompts" in context.inputs:
-        for role in writer_inputs(settings):
-            if role in context.inputs:
-                tokenizer = load_tokenizer(context.inputs[role])
-                for part in ("train", "heldout"):
-                    PromptStream(context.inputs["prompts"] / f"{part}.jsonl", tokenizer, settings.max_prompt_length)
-                _leaves_room(context, role, settings.max_new_tokens, "max_new_tokens")
+    """Check that prompts and responses together fit every model's context."""
+    settings, inputs = context.settings, context.inputs
+    for role in writer_inputs(settings):
+        if role in inputs and "prompts" in inputs:
+            tokenizer, longest = load_tokenizer(inputs[role]), settings.max_prompt_length
+            for part in ("train", "heldout"):
+                PromptStream(inputs["prompts"] / f"{part}.jsonl", tokenizer, longest)
+            check_room(context.stage, inputs[role], longest, settings.max_new_tokens, "max_new_tokens")
     return disk.written(context)
 
 
 def compare(context: Context[CompareSettings]) -> dict[str, float]:
-    """Is the judge there?"""
+    """Check that the judge exists."""
     judge_of(context.settings)
     return {}
 
 
-def _rewards_are_there(context: Context[PpoSettings] | Context[EvaluateSettings]) -> None:
-    for reward in context.settings.rewards:
+def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
+    """Refuse a ``max_length`` beyond the model's context, a batch that the ranks cannot share, and data of which no
+    rows are held out.
+
+    role  of the input with the data; not checked while its artifact does not exist
+    """
+    settings, stage, ranks = context.settings, context.stage, context.settings.workers.count
+    length, limit = settings.max_length, context_length(context.inputs["base"])
+    if length > limit:
+        raise _fitting(stage, "max_length", limit, f"max_length is {length}, and the model's context is {limit} tokens")
+    if settings.batch_size % ranks:
+        what = f"batch_size {settings.batch_size} is not a multiple of the {ranks} ranks"
+        raise _fitting(stage, "batch_size", math.ceil(settings.batch_size / ranks) * ranks, what)
+    if role in context.inputs and not read_rows(context.inputs[role] / "heldout.jsonl"):
+        raise PreflightError(
+            f"no {role} are held out, so {stage} could not tell how good its result is",
+            f"data.{role}",
+            f"raise data.heldout_fraction, or name a source of records that you hold out as data.heldout.{role}",
+        )
+
+
+def check_room(stage: str, model: Path, prompt: int, response: int, field: str) -> None:
+    """Refuse prompts and responses whose longest do not fit a model's context together.
+
+    prompt    the setting ``max_prompt_length``, tokens
+    response  the setting ``field``, tokens
+    """
+    limit = context_length(model)
+    if prompt + response > limit:
+        fits = f"max_prompt_length={limit - response}" if response < limit else f"{field}={limit // 2}"
+        raise PreflightError(
+            f"prompts of {prompt} and responses of {response} tokens do not fit the policy's context of {limit}",
+            f"{stage}.max_prompt_length, {stage}.{field}",
+            f"{stage}.{fits}",
+        )
+
+
+def check_rewards(rewards: Sequence[RewardSettings], inputs: Mapping[str, Path]) -> None:
+    """Refuse a function or an endpoint that cannot be used, and a reward model that cannot read as far as it says."""
+    for reward in rewards:
         if reward.function is not None:
             load_function(reward.function)
         elif reward.endpoint is not None:
             EndpointReward(reward.endpoint)
-    for role, folder in context.inputs.items():
+    for role, folder in inputs.items():
         if role.startswith("reward"):
             check_scored_length(folder)
 
 
-def _rewards_read_prompts(context: Context[PpoSettings] | Context[EvaluateSettings], part: str) -> None:
-    # A reward model may have another chat template than the policy, which refuses other prompts.
-    prompts = read_prompts(context.inputs["prompts"] / f"{part}.jsonl")
-    for role, folder in context.inputs.items():
+def check_rewards_read(inputs: Mapping[str, Path], part: str) -> None:
+    """Refuse prompts that a reward model's chat template, which may not be the policy's, refuses."""
+    prompts = read_prompts(inputs["prompts"] / f"{part}.jsonl")
+    for role, folder in inputs.items():
         if role.startswith("reward") and reads_messages(folder):
             tokenizer = load_tokenizer(folder)
             for number, prompt in enumerate(prompts, start=1):
                 prompt_ids(tokenizer, prompt, f"prompts/{part}.jsonl, row {number}, as {role} reads it")
 
 
-def _batch_divides(context: Context[SftSettings] | Context[RmSettings]) -> None:
-    size, ranks = context.settings.batch_size, context.settings.workers.count
-    if size % ranks:
-        raise PreflightError(
-            f"batch_size {size} is not a multiple of the {ranks} ranks",
-            f"{context.stage}.batch_size",
-            f"{context.stage}.batch_size={-(-size // ranks) * ranks}",
-        )
-
-
-def _has_heldout(context: Context[SftSettings] | Context[RmSettings], role: str) -> None:
-    if not read_rows(context.inputs[role] / "heldout.jsonl"):
-        raise PreflightError(
-            f"no {role} are held out, so {context.stage} could not tell how good its result is",
-            f"data.{role}",
-            f"raise data.heldout_fraction, or name a source of records that you hold out as data.heldout.{role}",
-        )
-
-
-def _fits(context: Context[SftSettings] | Context[RmSettings], length: int, field: str) -> None:
-    limit = context_length(context.inputs["base"])
-    if length > limit:
-        raise PreflightError(
-            f"{field} is {length}, and the model's context is {limit} tokens",
-            f"{context.stage}.{field}",
-            f"{context.stage}.{field}={limit}",
-        )
+def _fitting(stage: str, field: str, value: int, what: str) -> PreflightError:
+    """Return the error about a setting for which ``value`` would fit."""
+    return PreflightError(what, f"{stage}.{field}", f"{stage}.{field}={value}")

@@ -1,10 +1,10 @@
-"""Compare: collected responses, and what a judge says of them.
+"""Compare: collected responses with a judge's preferences.
 
 In: sets of responses.
 Out: ``train.jsonl`` and ``heldout.jsonl``, comparison sets with the models that wrote the responses, for ``rank``.
 
 The judge is a file of people's answers, a Python function, or a language model that sees each pair in both orders. Sets
-of which it says nothing are left out and counted.
+without a judgement are left out and counted.
 """
 
 from rlhf.attempt.context import Context
@@ -16,23 +16,21 @@ from rlhf.errors import RecordError
 
 
 def run(context: Context[CompareSettings]) -> dict[str, float]:
-    """Write the sets; final metrics: ``train``, ``heldout``, ``left_out``, and what the judge reports of itself."""
-    judge = judge_of(context.settings)
-    folder = context.inputs["responses"]
+    """Write the sets; final metrics: ``train``, ``heldout``, ``left_out``, and the judge's own."""
+    judge, folder = judge_of(context.settings), context.inputs["responses"]
     parts = {part: list(read_jsonl(folder / f"{part}.jsonl", ResponseSet)) for part in ("train", "heldout")}
     counts: dict[str, float] = {}
     left_out = 0
     for part, sets in parts.items():
         compared = list(judge.compare(sets, context))
         counts[part] = write_jsonl(context.output / f"{part}.jsonl", compared)
-        left_out += len({name_of(one) for one in sets} - {name_of(one) for one in compared})
+        left_out += len(set(map(name_of, sets)) - set(map(name_of, compared)))
     if not sum(counts.values()):
         raise RecordError(
             "nothing was said of any of the responses that were collected",
             context.settings.file or context.stage,
             "name what was said of these very responses: a row has the same prompt, and the same responses in order",
         )
-    metrics = counts | {"left_out": left_out} | judge.metrics()
     if left_out:
         context.note(f"{left_out} sets are left out, because nothing was said of them")
-    return metrics
+    return counts | {"left_out": left_out} | judge.metrics()

@@ -1,144 +1,128 @@
-"""Data: every source read and checked, and a part of each held out.
+"""Data: every source, read and checked, with a part of each held out.
 
 In: the sources that the settings name.
 Out: ``demonstrations/``, ``comparisons/`` and ``prompts/``, each with ``train.jsonl`` and ``heldout.jsonl``;
-``judge/ratings.jsonl`` unless there is no judge; ``sources/sources.json``, which says where everything came from.
+``judge/ratings.jsonl`` unless there is no judge; ``sources/sources.json``, the origin of all records.
 
-The movie snippets are dealt out in whole blocks, so that no text and no rater's column is in two parts. Of sources of
-the user's own, a share of the prompts is held out, or the user holds records out. No held-out prompt is one that sft or
-ppo trains on, where that can be; else it is counted. A malformed row is named, and too many of them stop the stage.
+The movie snippets are split in whole blocks, so that no text and no rater's column is in two parts. Of the user's own
+sources a share of the prompts is held out, or the user holds records out. Where possible, sft and ppo train on no
+held-out prompt; else those are counted. A malformed row is named, and too many of them stop the stage.
 """
 
 import json
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rlhf.attempt.context import Context
-from rlhf.config.base import MOVIE_SNIPPETS, OTHER_SNIPPETS, word_in_key
-from rlhf.config.data import DataSettings, is_local
+from rlhf.config.base import MOVIE_SNIPPETS, OTHER_SNIPPETS, is_local, word_in_key
+from rlhf.config.data import DataSettings
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST, fetch
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, R, write_jsonl
 from rlhf.data.snippets import movie_datasets, other_comparisons, read_movie_snippets
 from rlhf.data.split import Split, write_part, write_split
 from rlhf.data.validation import RecordReader
 
+MODELS: dict[str, type[Demonstration] | type[ComparisonSet] | type[Prompt]] = {
+    "demonstrations": Demonstration,
+    "comparisons": ComparisonSet,
+    "prompts": Prompt,
+}
+
 
 def run(context: Context[DataSettings]) -> dict[str, float]:
     """Write the folders; the metrics are the rows of each file, as ``demonstrations/train``, and of the held-out
     demonstrations and prompts those whose prompt is trained on, as ``prompts/heldout_seen``.
     """
-    settings, output = context.settings, context.output
-    kinds: dict[str, type[Demonstration] | type[ComparisonSet] | type[Prompt]] = {
-        "demonstrations": Demonstration,
-        "comparisons": ComparisonSet,
-        "prompts": Prompt,
-    }
-    uses_snippets = MOVIE_SNIPPETS in (*(getattr(settings, kind) for kind in kinds), settings.judge)
-    snippets = _movie_datasets(context) if uses_snippets else {}
-    if settings.comparisons == OTHER_SNIPPETS:
-        snippets |= other_comparisons(
-            _sdist(context), settings.snippets.set_size, settings.heldout_fraction, settings.seed
-        )
-    rows: dict[str, int] = {}
+    settings = context.settings
+    snippets = _snippets(context)
     splits: dict[str, Split] = {}
-
-    for kind, model in kinds.items():
+    rows: dict[str, int] = {}
+    for kind in MODELS:
         context.progress(f"reading {kind}")
-        source: str = getattr(settings, kind)
-        heldout: str | None = getattr(settings.heldout, kind)
-        if source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
-            train, held = (
-                write_part(output / kind / f"{part}.jsonl", snippets[f"{kind}/{part}"]) for part in ("train", "heldout")
-            )
-            splits[kind] = Split(train, held)
-        elif heldout is not None:
-            parts = {
-                part: _reader(context, name, where, model)
-                for part, name, where in (("train", kind, source), ("heldout", f"heldout-{kind}", heldout))
-            }
-            train, held = (write_part(output / kind / f"{part}.jsonl", reader) for part, reader in parts.items())
-            splits[kind] = Split(train, held)
-            _note_reading(context, kind, parts["train"])
-            _note_reading(context, f"heldout.{kind}", parts["heldout"])
-        else:
-            reader = _reader(context, kind, source, model)
-            # Prompts are what ppo trains on, and demonstrations what sft has been trained on by then.
-            trained = {*splits["demonstrations"].train} if kind == "prompts" else set[int]()
-            splits[kind] = write_split(output / kind, reader, settings.heldout_fraction, settings.seed, trained)
-            _note_reading(context, kind, reader)
-            if splits[kind].note:
-                context.note(f"{kind}: {splits[kind].note}")
+        # ppo trains on prompts, after sft has trained on demonstrations.
+        trained = {*splits["demonstrations"].train} if kind == "prompts" else set[int]()
+        splits[kind] = _split(context, kind, snippets, trained)
         rows |= {f"{kind}/train": len(splits[kind].train), f"{kind}/heldout": len(splits[kind].heldout)}
-
-    if settings.judge == MOVIE_SNIPPETS:
-        rows["judge/ratings"] = write_jsonl(output / "judge" / "ratings.jsonl", snippets["judge/ratings"])
-    elif settings.judge is not None:
-        reader = _reader(context, "judge", settings.judge, JudgeRating)
-        rows["judge/ratings"] = write_jsonl(output / "judge" / "ratings.jsonl", reader)
-        _note_reading(context, "judge", reader)
-
+    if settings.judge is not None:
+        of_snippets = settings.judge == MOVIE_SNIPPETS
+        ratings = snippets["judge/ratings"] if of_snippets else _read(context, "judge", settings.judge, JudgeRating)
+        rows["judge/ratings"] = write_jsonl(context.output / "judge" / "ratings.jsonl", ratings)
     _write_sources(context, rows)
-    return {name: float(count) for name, count in (rows | _seen(context, splits)).items()}
 
-
-def _seen(context: Context[DataSettings], splits: dict[str, Split]) -> dict[str, int]:
-    """Count the held-out demonstrations and prompts that are no test of what was learned."""
-    shown = {*splits["demonstrations"].train}
-    found: dict[str, int] = {}
-    for kind, trained in (("demonstrations", shown), ("prompts", shown.union(splits["prompts"].train))):
+    # Held-out demonstrations and prompts that are no test of what was learned.
+    learned = {*splits["demonstrations"].train}
+    for kind, trained in (("demonstrations", learned), ("prompts", learned.union(splits["prompts"].train))):
         heldout = splits[kind].heldout
-        count = found[f"{kind}/heldout_seen"] = sum(prompt in trained for prompt in heldout)
-        if count:
-            context.note(f"{kind}: {count} of {len(heldout)} held-out rows have a prompt that is trained on")
-    return found
+        seen = rows[f"{kind}/heldout_seen"] = sum(prompt in trained for prompt in heldout)
+        if seen:
+            context.note(f"{kind}: {seen} of {len(heldout)} held-out rows have a prompt that is trained on")
+    return {name: float(count) for name, count in rows.items()}
 
 
-def _movie_datasets(context: Context[DataSettings]) -> dict[str, list[Any]]:
-    blocks, duplicates = read_movie_snippets(_sdist(context))
-    context.note(
-        f"movie snippets: {sum(map(len, blocks))} in {len(blocks)} blocks; {duplicates} repeated ones left out"
-    )
-    return movie_datasets(blocks, context.settings.snippets, context.settings.seed)
-
-
-def _sdist(context: Context[DataSettings]) -> Path:
+def _snippets(context: Context[DataSettings]) -> dict[str, list[Any]]:
+    """Fetch the snippets that a setting names, and return them as ``kind/part`` -> records."""
+    settings, snippets = context.settings, dict[str, list[Any]]()
+    named = {source for source, _ in settings.by_kind().values()} & {MOVIE_SNIPPETS, OTHER_SNIPPETS}
+    if not named:
+        return snippets
     context.progress(f"fetching {MOVIE_SNIPPETS_SDIST.filename}")
-    return fetch(MOVIE_SNIPPETS_SDIST, context.settings.downloads, context.cache)
+    sdist = fetch(MOVIE_SNIPPETS_SDIST, settings.downloads, context.cache)
+    if MOVIE_SNIPPETS in named:
+        blocks, repeated = read_movie_snippets(sdist)
+        total = sum(map(len, blocks))
+        context.note(f"movie snippets: {total} in {len(blocks)} blocks; {repeated} repeated ones left out")
+        snippets |= movie_datasets(blocks, settings.snippets, settings.seed)
+    if OTHER_SNIPPETS in named:
+        snippets |= other_comparisons(sdist, settings.snippets.set_size, settings.heldout_fraction, settings.seed)
+    return snippets
 
 
-def _reader(context: Context[DataSettings], kind: str, source: str, model: type[R]) -> RecordReader[R]:
-    quarantine = context.attempt / f"quarantine-{kind}.jsonl"
-    return RecordReader(source, model, quarantine, context.settings.max_bad_fraction)
+def _split(context: Context[DataSettings], kind: str, snippets: dict[str, list[Any]], trained: Container[int]) -> Split:
+    """Write both parts of a kind of records."""
+    settings, folder, model = context.settings, context.output / kind, MODELS[kind]
+    source, heldout = settings.by_kind()[kind]
+    assert source is not None
+    parts: tuple[Iterable[Any], Iterable[Any]]
+    if source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
+        parts = snippets[f"{kind}/train"], snippets[f"{kind}/heldout"]
+    elif heldout is not None:
+        parts = _read(context, kind, source, model), _read(context, f"heldout.{kind}", heldout, model)
+    else:
+        records = _read(context, kind, source, model)
+        split = write_split(folder, records, settings.heldout_fraction, settings.seed, trained)
+        if split.note:
+            context.note(f"{kind}: {split.note}")
+        return split
+    return Split(write_part(folder / "train.jsonl", parts[0]), write_part(folder / "heldout.jsonl", parts[1]))
 
 
-def _note_reading(context: Context[DataSettings], kind: str, reader: RecordReader[Any]) -> None:
+def _read(context: Context[DataSettings], name: str, source: str, model: type[R]) -> Iterator[R]:
+    """Yield the records of a source, then note how they were read and how many are malformed."""
+    quarantine = context.attempt / f"quarantine-{name.replace('.', '-')}.jsonl"
+    reader = RecordReader(source, model, quarantine, context.settings.max_bad_fraction)
+    yield from reader
     if forms := reader.forms.line():
-        context.note(f"{kind}: {forms}")
+        context.note(f"{name}: {forms}")
     if reader.bad:
         total = reader.good + reader.bad
-        context.note(f"{kind}: {reader.bad} of {total} rows are malformed and left out; see {reader.quarantine}")
+        context.note(f"{name}: {reader.bad} of {total} rows are malformed and left out; see {quarantine}")
 
 
 def _write_sources(context: Context[DataSettings], rows: dict[str, int]) -> None:
-    """Say where the records came from. A local path enters the lineage alone: it is no part of the result."""
-    settings = context.settings
+    """Record where the records came from. A local path enters the lineage alone: it is no part of the result."""
     origins: dict[str, Any] = {}
-    for kind in ("demonstrations", "comparisons", "prompts", "judge"):
-        source: str | None = getattr(settings, kind)
+    paths: dict[str, Any] = {}
+    for kind, (source, heldout) in context.settings.by_kind().items():
         if source is not None:
             counts = {name: count for name, count in rows.items() if name.startswith(f"{kind}/")}
             origins[kind] = {"source": "file" if is_local(source) else source, "rows": counts}
-            if heldout := getattr(settings.heldout, kind, None):
+            paths[kind] = {"source": source}
+            if heldout:
                 origins[kind]["heldout"] = word_in_key(heldout)
+                paths[kind]["heldout"] = heldout
             if source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
                 origins[kind]["file"] = asdict(MOVIE_SNIPPETS_SDIST)
-    paths = {kind: {"source": str(getattr(settings, kind))} for kind in origins}
-    paths |= {
-        kind: paths[kind] | {"heldout": str(getattr(settings.heldout, kind))}
-        for kind in origins
-        if "heldout" in origins[kind]
-    }
     context.origin({kind: origins[kind] | paths[kind] for kind in origins})
     path = context.output / "sources" / "sources.json"
     path.parent.mkdir(parents=True)

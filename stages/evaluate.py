@@ -1,4 +1,4 @@
-"""The policy before and after PPO on held-out prompts, by the reward model and by a judge that no training has met.
+"""The policy before and after PPO on held-out prompts, by the reward model and by a judge outside of training.
 
 In: both policies, the reward model, held-out prompts, ratings for the judge.  Out: every sample with its scores.
 Both policies answer the same prompts with the same random numbers. KL is the mean over responses of the tuned policy of
@@ -37,18 +37,14 @@ def run(context: Context[EvaluateSettings]) -> dict[str, float]:
     } | evaluation.diversity(old.texts, new.texts)
     if settings.judge:
         metrics |= evaluation.judged(evaluation.judge_of(context.inputs["judge"]), old.texts, new.texts)
-    evaluation.write_samples(
-        context.output / "samples.jsonl",
-        [
-            {
-                "prompt": prompt,
-                "before": old.texts[index],
-                "after": new.texts[index],
-                "score_before": old_scores[index].item(),
-                "score_after": new_scores[index].item(),
-                "kl": kl[index].item(),
-            }
-            for index, prompt in enumerate(batch.prompts)
-        ],
-    )
+    columns = {
+        "prompt": batch.prompts,
+        "before": old.texts,
+        "after": new.texts,
+        "score_before": old_scores.tolist(),
+        "score_after": new_scores.tolist(),
+        "kl": kl.tolist(),
+    }
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    evaluation.write_samples(context.output / "samples.jsonl", rows)
     return metrics

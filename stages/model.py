@@ -1,4 +1,4 @@
-"""The base model: fetched, read or made once, as one plain folder of safetensors with its tokenizer.
+"""The base model, fetched, read or made once: a plain folder of safetensors with its tokenizer.
 
 In: for a model from scratch, demonstrations.  Out: a folder that ``from_pretrained`` loads.
 """

@@ -1,4 +1,4 @@
-"""PPO with a KL penalty to the policy it began with: Ouyang et al. 2022 (arXiv:2203.02155), eq. 2.
+"""PPO with a KL penalty to its initial policy: Ouyang et al. 2022 (arXiv:2203.02155), eq. 2.
 
 In: a policy, a reward, prompts; demonstrations where they are mixed in.  Out: the tuned policy.
 Shapes: every tensor holds an iteration's whole global batch, ``[sample]`` or ``[sample, time]``, time being padded
@@ -11,6 +11,7 @@ from functools import partial
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
+from rlhf.rewards.sources import Rewards
 from rlhf.rl.advantages import generalised_advantages, kl_penalised_rewards, masked_moments, shaped_scores, whiten
 from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_health
 from rlhf.rl.kl import truncated_importance_weights
@@ -19,9 +20,10 @@ from rlhf.rl.metrics import mismatch_metrics, rollout_metrics, update_metrics
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sequences import Experience, shuffled
+from rlhf.training.learner import TrainedValue
 from rlhf.training.loading import load_models
 from rlhf.training.loop import Journal, resumable_steps
-from rlhf.training.policy import KlCoefficient
+from rlhf.training.policy import KlCoefficient, TrainedPolicy
 from rlhf.training.schedules import learning_rate_share
 
 
@@ -29,50 +31,68 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
     """Tune the policy; final metrics: ``objective/scores_first``, ``objective/scores`` and ``objective/kl``."""
     settings = context.settings
     policy, value, reward = load_models(context)
-    prompts = PromptStream(
-        context.inputs["prompts"] / "train.jsonl", policy.tokenizer, settings.max_prompt_length, settings.seed
-    )
+    file = context.inputs["prompts"] / "train.jsonl"
+    prompts = PromptStream(file, policy.tokenizer, settings.max_prompt_length, settings.seed)
     demonstrations = DemonstrationStream.of(context, policy.tokenizer)
     kl = KlCoefficient(settings.kl)
-    updates = settings.epochs * settings.minibatches
-    rate = partial(
-        learning_rate_share,
-        total=settings.iterations * updates,
-        schedule=settings.schedule,
-        warmup_fraction=settings.warmup_fraction,
+    journal = Journal(context, settings.iterations, unit="iteration", shown=("objective/scores", "objective/kl"))
+
+    for iteration in resumable_steps(context, settings.iterations, settings.checkpoint_every, [policy, value, kl]):
+        iterate(iteration, settings, (policy, value, reward), prompts, demonstrations, kl, journal)
+
+    journal.finish()
+    policy.export(context.output)
+    first = {"objective/scores_first": journal.first("objective/scores")}
+    return first | journal.last("objective/scores", "objective/kl")
+
+
+def iterate(
+    iteration: int,
+    settings: PpoSettings,
+    models: tuple[TrainedPolicy, TrainedValue, Rewards],
+    prompts: PromptStream,
+    demonstrations: DemonstrationStream | None,
+    kl: KlCoefficient,
+    journal: Journal,
+) -> None:
+    """Sample responses to an iteration's prompts, score them, and update policy and value model on them."""
+    policy, value, reward = models
+    with journal.timed("rollout"):
+        batch = prompts.batch(iteration, settings.rollouts)
+        rollout = roll_out(policy, batch, settings.seed, settings.sampling.max_new_tokens)
+
+    with journal.timed("score"):
+        scores = reward.score(rollout.prompts, rollout.texts)
+        logprobs, entropies = policy.logprobs_and_entropies(rollout.sequences)
+        reference_logprobs = policy.reference_logprobs(rollout.sequences)
+        values = value.values(rollout.sequences)
+
+    mask = rollout.mask
+    check_finite(mask, scores=scores, logprobs=logprobs, reference_logprobs=reference_logprobs, values=values)
+    metrics = rollout_metrics(
+        scores, rollout.ended, logprobs, reference_logprobs, entropies, mask, kl.in_reward, settings.kl.estimator
     )
-    shaping = partial(
-        shaped_scores,
+    metrics |= mismatch_metrics(rollout.logprobs, logprobs, mask) | {"kl/coef": kl.value} | reward.out_of_range(scores)
+    check_health(metrics, journal.first_row(metrics), settings.kl.limit)
+
+    shaped = shaped_scores(
+        scores,
+        rollout.ended,
         clip=settings.score_clip,
         missing_eos_penalty=settings.missing_eos_penalty,
         missing_eos_score=settings.missing_eos_score,
     )
-    value_loss = partial(clipped_value_loss, clip=settings.value_clip)
-    journal = Journal(context, settings.iterations, unit="iteration", shown=("objective/scores", "objective/kl"))
+    rewards = kl_penalised_rewards(shaped, logprobs, reference_logprobs, mask, kl.in_reward, settings.kl.estimator)
+    if settings.whiten_rewards:
+        rewards = whiten(rewards, mask, masked_moments(rewards, mask), shift_mean=False)
+    advantages, returns = generalised_advantages(rewards, values, mask, settings.discount, settings.gae_lambda)
+    if settings.whiten_advantages:
+        advantages = whiten(advantages, mask, masked_moments(advantages, mask))
+    if settings.importance_cap:
+        cap = settings.importance_cap
+        advantages = advantages * truncated_importance_weights(logprobs, rollout.logprobs, mask, cap)
 
-    for iteration in resumable_steps(context, settings.iterations, settings.checkpoint_every, [policy, value, kl]):
-        with journal.timed("rollout"):
-            batch = prompts.batch(iteration, settings.rollouts)
-            rollout = roll_out(policy, batch, settings.seed, settings.sampling.max_new_tokens)
-
-        with journal.timed("score"):
-            scores = reward.score(rollout.prompts, rollout.texts)
-            logprobs, entropies = policy.logprobs_and_entropies(rollout.sequences)
-            reference_logprobs = policy.reference_logprobs(rollout.sequences)
-            values = value.values(rollout.sequences)
-
-        mask = rollout.mask
-        check_finite(mask, scores=scores, logprobs=logprobs, reference_logprobs=reference_logprobs, values=values)
-        shaped = shaping(scores, rollout.ended)
-        rewards = kl_penalised_rewards(shaped, logprobs, reference_logprobs, mask, kl.in_reward, settings.kl.estimator)
-        if settings.whiten_rewards:
-            rewards = whiten(rewards, mask, masked_moments(rewards, mask), shift_mean=False)
-        advantages, returns = generalised_advantages(rewards, values, mask, settings.discount, settings.gae_lambda)
-        if settings.whiten_advantages:
-            advantages = whiten(advantages, mask, masked_moments(advantages, mask))
-        if settings.importance_cap:
-            cap = settings.importance_cap
-            advantages = advantages * truncated_importance_weights(logprobs, rollout.logprobs, mask, cap)
+    with journal.timed("train"):
         experience = Experience.of(
             rollout.sequences,
             logprobs=logprobs,
@@ -81,47 +101,50 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
             advantages=advantages,
             returns=returns,
         )
+        metrics |= update(iteration, settings, policy, value, experience, demonstrations, kl)
 
-        metrics = rollout_metrics(
-            scores, rollout.ended, logprobs, reference_logprobs, entropies, mask, kl.in_reward, settings.kl.estimator
-        )
-        metrics |= mismatch_metrics(rollout.logprobs, logprobs, mask)
-        metrics |= {"kl/coef": kl.value} | reward.out_of_range(scores)
-        check_health(metrics, journal.first_row(metrics), settings.kl.limit)
+    if iteration >= settings.value_warmup:
+        kl.adapt(metrics["objective/kl"], settings.rollouts)
+    metrics["episode"] = (iteration + 1) * settings.rollouts
+    raised = alarms(metrics, Watched.of(settings, first=journal.first_row(metrics)))
+    journal.log(iteration + 1, metrics | alarm_metrics(raised), int(mask.sum()))
+    journal.alarm(raised)
+    journal.keep_samples(iteration + 1, rollout.samples(settings.samples_kept, scores))
 
-        penalties = Penalties(
-            kl.in_loss, settings.kl.estimator, settings.kl.importance_weights, entropy_bonus=settings.entropy_bonus
-        )
-        policy_loss = partial(clipped_policy_loss, clip=settings.policy_clip, penalties=penalties)
-        policy_sums: list[PolicySums] = []
-        value_sums: list[ValueSums] = []
-        with journal.timed("train"):
-            for number, minibatch in shuffled(experience, settings, iteration):
-                update = iteration * updates + number
-                value_sums.append(value.update(minibatch, value_loss, settings.value_learning_rate * rate(update)))
-                if iteration < settings.value_warmup:
-                    continue
-                examples = demonstrations.minibatch(update, settings.micro_batch_size) if demonstrations else None
-                policy_sums.append(
-                    policy.update(minibatch, policy_loss, settings.policy_learning_rate * rate(update), examples)
-                )
-                if settings.early_stop_kl and policy_sums[-1].approximate_kl > settings.early_stop_kl:
-                    break
 
-        if iteration >= settings.value_warmup:
-            kl.adapt(metrics["objective/kl"], settings.rollouts)
-        metrics |= update_metrics(policy_sums, value_sums)
-        metrics |= {
-            "lr": settings.policy_learning_rate * rate(iteration * updates),
-            "episode": (iteration + 1) * settings.rollouts,
-        }
-        raised = alarms(metrics, Watched.of(settings, first=journal.first_row(metrics)))
-        journal.log(iteration + 1, metrics | alarm_metrics(raised), int(mask.sum()))
-        journal.alarm(raised)
-        journal.keep_samples(iteration + 1, rollout.samples(settings.samples_kept, scores))
-
-    journal.finish()
-    policy.export(context.output)
-    return {"objective/scores_first": journal.first("objective/scores")} | journal.last(
-        "objective/scores", "objective/kl"
+def update(
+    iteration: int,
+    settings: PpoSettings,
+    policy: TrainedPolicy,
+    value: TrainedValue,
+    experience: Experience,
+    demonstrations: DemonstrationStream | None,
+    kl: KlCoefficient,
+) -> dict[str, float]:
+    """Update policy and value model on an iteration's experience, in epochs of minibatches; return its metrics."""
+    updates = settings.epochs * settings.minibatches
+    rate = partial(
+        learning_rate_share,
+        total=settings.iterations * updates,
+        schedule=settings.schedule,
+        warmup_fraction=settings.warmup_fraction,
     )
+    penalties = Penalties(
+        kl.in_loss, settings.kl.estimator, settings.kl.importance_weights, entropy_bonus=settings.entropy_bonus
+    )
+    policy_loss = partial(clipped_policy_loss, clip=settings.policy_clip, penalties=penalties)
+    value_loss = partial(clipped_value_loss, clip=settings.value_clip)
+    policy_sums: list[PolicySums] = []
+    value_sums: list[ValueSums] = []
+    for number, minibatch in shuffled(experience, settings, iteration):
+        done = iteration * updates + number
+        value_sums.append(value.update(minibatch, value_loss, settings.value_learning_rate * rate(done)))
+        if iteration < settings.value_warmup:
+            continue
+        examples = demonstrations.minibatch(done, settings.micro_batch_size) if demonstrations else None
+        sums = policy.update(minibatch, policy_loss, settings.policy_learning_rate * rate(done), examples)
+        policy_sums.append(sums)
+        if settings.early_stop_kl and sums.approximate_kl > settings.early_stop_kl:
+            break
+    learning_rate = settings.policy_learning_rate * rate(iteration * updates)
+    return update_metrics(policy_sums, value_sums) | {"lr": learning_rate}

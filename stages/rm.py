@@ -1,7 +1,7 @@
 """The reward model: a score that orders responses as people do (Ouyang et al. 2022, arXiv:2203.02155, §3.4).
 
 In: a base model, ranked comparison sets with strengths, demonstrations.
-Out: a reward model with its normaliser; ``quality.json`` and ``reliability.svg``, which say how good it is.
+Out: a reward model with its normaliser; ``quality.json`` and ``reliability.svg``, its quality on held-out sets.
 
 Lists of responses to one prompt are scored together, each response once. With ``loss: pairwise``,
 
@@ -13,7 +13,8 @@ other losses are in :mod:`rlhf.models.reward_losses`. Scores are then shifted an
 mean 0 and deviation 1 (Stiennon et al. 2020, §3.4).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from rlhf.attempt.context import Context
-from rlhf.config.stages import RmSettings
+from rlhf.config.stages import Loss, RmSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import DivergedError
 from rlhf.models import reward_losses
@@ -49,46 +50,23 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
 
     sets = read_rows(context.inputs["comparisons"] / "train.jsonl")
     lists = draw_lists(sets, settings.responses_per_list, settings.lists_per_response, settings.seed)
-    middle = float(np.mean([strength for one in sets for strength in one["strengths"]]))
-    preferences = {"soft-strengths": by_strength, "soft-share": by_share}.get(settings.loss, lambda _: None)(sets)
-
-    def row(places: Sequence[Place]) -> dict[str, Any]:
-        texts = [ids(sets[place.set]["prompt"], sets[place.set]["responses"][place.response]) for place in places]
-        strengths = [sets[place.set]["strengths"][place.response] - middle for place in places]
-        return {"ids": texts, "strengths": strengths} | (
-            {} if preferences is None else {"preferences": preferences(places).tolist()}
-        )
-
-    def loss(scores: Tensor, lists: ListBatch) -> Tensor:
-        match settings.loss:
-            case "pairwise":
-                found = reward_losses.pairwise(
-                    scores, lists.strengths, lists.present, settings.margin, settings.label_smoothing
-                )
-            case "soft-strengths" | "soft-share":
-                found = reward_losses.soft(scores, lists.preferences, settings.label_smoothing)
-            case "listwise":
-                found = reward_losses.listwise(scores, lists.strengths, lists.present)
-            case "regression":
-                found = reward_losses.regression(scores, lists.strengths, lists.present)
-        return found + settings.centering * reward_losses.centring(scores, lists.present)
-
     trainer = trl_trainers.reward_trainer(
         context,
         lambda: load_scorer(base, settings.precision, tokenizer, head_seed=settings.seed),
         tokenizer,
-        Dataset.from_list([row(places) for places in lists]),
-        loss,
+        Dataset.from_list(training_rows(settings.loss, sets, lists, ids)),
+        partial(loss_of, settings),
     )
     trl_trainers.train(trainer, context)
 
-    demonstrations = read_rows(context.inputs["demonstrations"] / "train.jsonl")
-    # Without gradients there is room for twice as many as in training.
+    # Without gradients a batch of twice the size fits.
     at_once = 2 * settings.micro_batch_size * max(map(len, lists))
-    known_texts = [ids(d["prompt"], plain_text(d["completion"])) for d in demonstrations]
-    normal = trl_trainers.scores(trainer, known_texts, at_once)
+    demonstrations = read_rows(context.inputs["demonstrations"] / "train.jsonl")
+    normal = trl_trainers.scores(
+        trainer, [ids(row["prompt"], plain_text(row["completion"])) for row in demonstrations], at_once
+    )
     heldout = read_rows(context.inputs["comparisons"] / "heldout.jsonl")
-    texts = [ids(one["prompt"], text) for one in heldout for text in one["responses"]]
+    texts = [ids(row["prompt"], response) for row in heldout for response in row["responses"]]
     scores = trl_trainers.scores(trainer, texts, at_once)
 
     # In float32 the mean of equal scores need not be their value, and the deviation from it is then above 0.
@@ -97,22 +75,51 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
             "the reward model gives all demonstrations one score", context.stage, "lower its learning rate"
         )
     mean, deviation = normal.mean(), normal.std()
-    check_padding(
-        lambda rows: trl_trainers.scores(trainer, rows, at_once=1),
-        texts,
-        scores,
-        deviation.item(),
-        settings.precision,
-    )
-    # Beyond what it says of good and bad responses that it learned from, the model is guessing.
+    one_by_one = partial(trl_trainers.scores, trainer, at_once=1)
+    check_padding(one_by_one, texts, scores, deviation.item(), settings.precision)
+    # Outside the range of the scores of held-out responses and demonstrations, the model is guessing.
     known = (torch.cat([scores, normal]) - mean) / deviation
-    normaliser = {
+    config = {
         "score_mean": mean.item(),
         "score_std": deviation.item(),
         "score_low": known.min().item(),
         "score_high": known.max().item(),
+        "sees": settings.sees,
+        "score_max_length": settings.max_length,
     }
-    view = {"sees": settings.sees, "score_max_length": settings.max_length}
-    trl_trainers.export(trainer, base, context, scores=True, config=normaliser | view)
+    trl_trainers.export(trainer, base, context, scores=True, config=config)
     metrics = heldout_accuracy(heldout, scores.numpy(), settings.eval_pairs, settings.seed)
     return metrics | write_quality(context, heldout, scores, normal, texts) | {"lists": float(len(lists))}
+
+
+def training_rows(
+    loss: Loss, sets: Sequence[Any], lists: Sequence[Sequence[Place]], ids: Callable[[Any, str], list[int]]
+) -> list[dict[str, Any]]:
+    """Return a row for each list: token ids and strengths of its responses, and for soft losses preferences."""
+    middle = float(np.mean([strength for row in sets for strength in row["strengths"]]))
+    preferences = {"soft-strengths": by_strength, "soft-share": by_share}.get(loss, lambda _: None)(sets)
+    rows: list[dict[str, Any]] = []
+    for places in lists:
+        of_places = [(sets[place.set], place.response) for place in places]
+        row = {
+            "ids": [ids(set_["prompt"], set_["responses"][number]) for set_, number in of_places],
+            "strengths": [set_["strengths"][number] - middle for set_, number in of_places],
+        }
+        rows.append(row if preferences is None else row | {"preferences": preferences(places).tolist()})
+    return rows
+
+
+def loss_of(settings: RmSettings, scores: Tensor, lists: ListBatch) -> Tensor:
+    """Return the loss ``[list]`` of lists with scores ``[list, response]``, the centring included."""
+    match settings.loss:
+        case "pairwise":
+            loss = reward_losses.pairwise(
+                scores, lists.strengths, lists.present, settings.margin, settings.label_smoothing
+            )
+        case "soft-strengths" | "soft-share":
+            loss = reward_losses.soft(scores, lists.preferences, settings.label_smoothing)
+        case "listwise":
+            loss = reward_losses.listwise(scores, lists.strengths, lists.present)
+        case "regression":
+            loss = reward_losses.regression(scores, lists.strengths, lists.present)
+    return loss + settings.centering * reward_losses.centring(scores, lists.present)

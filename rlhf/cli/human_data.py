@@ -41,8 +41,8 @@ def _validate(source: str, kind: str | None) -> None:
 
 
 def _convert(request: Request, source: str, target: Path) -> None:
+    from rlhf.data.imports.annotations import Wanted
     from rlhf.data.imports.convert import ORIGINS, convert_file
-    from rlhf.data.imports.record_fields import Wanted
 
     given = request.arguments
     if given.from_ is not None and given.from_ not in ORIGINS:

@@ -32,22 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ALL_RANKS = ("deepspeed",)
-"""What every rank imports of others' code, with all that these import."""
-OUR_STAGES = (
-    *ALL_RANKS,
-    "transformers.models.llama.modeling_llama",
-    "peft",
-    "datasets",
-    "trl.trainer.sft_trainer",
-    "trl.trainer.reward_trainer",
-    "scipy.stats",
-    "sklearn.feature_extraction.text",
-    "sklearn.linear_model",
-    "sklearn.model_selection",
-    "sklearn.pipeline",
-    "httpx",
-)
-"""The same of ours; what other packages' stages import beyond the first nobody knows."""
+"""Third-party modules that every rank imports, with all that they import."""
 READY_SECONDS = 30.0
 """How long a starter waits for a server that still imports: Ray gives a worker up that has not come within 60 s."""
 REQUEST_SECONDS = 5.0
@@ -65,10 +50,10 @@ _CREDENTIALS = "3i"  # process, user, group
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
-def runtime_env(code: str, gpu: bool, raylets: Sequence[str]) -> dict[str, Any] | None:
+def runtime_env(imports: Sequence[str], gpu: bool, raylets: Sequence[str]) -> dict[str, Any] | None:
     """Ray's ``runtime_env`` of ranks that are to be forked; None where they cannot be.
 
-    code     the stage's, as ``module:function``
+    imports  the stage's modules that are imported ahead, beside :data:`ALL_RANKS`
     raylets  the sockets of Ray's nodes: what is not a file of this user's on this machine may have Python elsewhere
     """
     # No other system forks reliably what has loaded torch.
@@ -79,7 +64,7 @@ def runtime_env(code: str, gpu: bool, raylets: Sequence[str]) -> dict[str, Any] 
     assert libraries.origin is not None
     # All are in the server's environment, so that there is another one for others.
     variables = {
-        _MODULES: ",".join(OUR_STAGES if code.startswith("stages.") else ALL_RANKS),
+        _MODULES: ",".join((*ALL_RANKS, *imports)),
         _INSTALLED: str(Path(libraries.origin).parents[1].stat().st_mtime_ns),  # changes as packages are installed
     }
     if not gpu:

@@ -49,6 +49,8 @@ class Call:
     gpu: bool = False
     timeout_minutes: float = TASK_MINUTES
     """How long none of its processes may get on before it counts as hanging."""
+    imports: tuple[str, ...] = ()
+    """Modules that are imported ahead of its ranks."""
 
 
 @dataclass(frozen=True)

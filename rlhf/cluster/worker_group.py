@@ -262,7 +262,7 @@ class WorkerGroup:
         self._room = placement_group([each] * self._resources.count, strategy="PACK")
         actor: Any = ray.remote(Rank)
         raylets = [node["RayletSocketName"] for node in ray.nodes() if node["Alive"]]
-        start = fork_server.runtime_env(self._call.code, self._resources.gpu, raylets)
+        start = fork_server.runtime_env(self._call.imports, self._resources.gpu, raylets)
         for index in range(self._resources.count):
             there = PlacementGroupSchedulingStrategy(self._room, index)
             options = {"num_cpus": self._resources.cpus, "num_gpus": gpus, "scheduling_strategy": there}

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple, Self
 from rlhf.attempt.context import Context
 from rlhf.collect.annotation import Annotation, Answer, Ranking, renamed, shown_order
 from rlhf.collect.journal import Journal, sync, unfinished_writes_told
-from rlhf.data.readers import read_rows
+from rlhf.data.readers import malformed, read_source
 from rlhf.data.records import ComparisonSet, PreferencePair, Reason, ResponseSet, parse_record, write_jsonl
-from rlhf.data.validation import malformed
 from rlhf.errors import NextCommand, RecordError, RequestError
 from rlhf.store import digest_of
 from rlhf.zero import group
@@ -35,7 +34,7 @@ def read_sets(source: str) -> dict[str, ResponseSet]:
     bad: list[str] = []
     total = 0
     # People compare the responses to held-out prompts too.
-    for row in read_rows(source, mixes_splits=True):
+    for row in read_source(source, mixes_splits=True):
         total += 1
         found = [Reason("", row.problem)] if row.problem else _parse(row.value)
         if isinstance(found, list):

@@ -9,18 +9,22 @@ import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# More names than these say less than the command that lists them with their meaning.
 FEW = 12
+"""Most names that a message lists; beyond them, the command that explains each says more."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate that ``name`` most looks like, whatever its case and hyphens; None where none is close."""
-    by_plain_name = {_folded(candidate): candidate for candidate in candidates}
-    matches = get_close_matches(_folded(name), by_plain_name, n=1, cutoff=0.6)
+
+    def plain(text: str) -> str:
+        return text.casefold().replace("-", "_")
+
+    by_plain_name = {plain(candidate): candidate for candidate in candidates}
+    matches = get_close_matches(plain(name), by_plain_name, n=1, cutoff=0.6)
     return by_plain_name[matches[0]] if matches else None
 
 
@@ -32,10 +36,6 @@ def suggestion(name: str, candidates: Iterable[str]) -> str:
     if 0 < len(known) <= FEW:
         parts.append(f"known: {', '.join(known)}")
     return " ".join(parts)
-
-
-def _folded(name: str) -> str:
-    return name.casefold().replace("-", "_")
 
 
 MOVIE_SNIPPETS = "movie-snippets"
@@ -70,16 +70,16 @@ class HubDataset(NamedTuple):
 
 
 def is_local(source: str) -> bool:
-    """Tell whether a source names a file or folder: something there, or what can only have been meant as a path."""
+    """Return whether a source names a file or folder: an existing path, or a name that can only be meant as a path."""
     if source in KNOWN_WORDS:
         return False
     looks_like_path = source.startswith((".", "/", "~")) or source.casefold().endswith(FILE_SUFFIXES)
-    # os.path takes what no path can be, too long or with a zero byte, for a path to nothing.
+    # os.path returns False for text that cannot be a path, such as one too long or with a zero byte.
     return looks_like_path or os.path.exists(os.path.expanduser(source))  # noqa: PTH110, PTH111
 
 
 def word_in_key(source: str) -> str:
-    """What stands for a source in a key: local content enters by its digest, so a path does not."""
+    """Return what represents a source in a key: local content enters by its digest, so a path does not."""
     file, colon, name = source.rpartition(":")
     if colon and file.endswith(".py"):
         return f"file:{name}"
@@ -87,11 +87,9 @@ def word_in_key(source: str) -> str:
 
 
 def parse_hub_dataset(source: str) -> HubDataset:
-    """Take ``name@revision`` or ``name@revision#split`` apart; without a split it is ``train``.
+    """Split ``name@revision`` or ``name@revision#split``, whose default split is ``train``.
 
-    Raises:
-        ValueError: the revision is missing or no 40-hex commit, so that what it names could change.
-
+    Raises ValueError where the revision is missing or no 40-hex commit, so that its content could change.
     """
     match = re.fullmatch(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[0-9a-f]{40})(?:#(?P<split>.+))?", source)
     if match is None:
@@ -109,6 +107,7 @@ def parse_hub_dataset(source: str) -> HubDataset:
 
 
 Role = Literal["semantic", "runtime", "source"]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Settings(BaseModel):
@@ -133,16 +132,15 @@ def source(default: Any = ..., **constraints: Any) -> Any:
 
 
 def role_of(model: type[Settings], field: str) -> Role | None:
-    """Return the mark of a field, or None where it carries none (which a test refuses)."""
-    extra = model.model_fields[field].json_schema_extra
-    role = extra.get("role") if isinstance(extra, dict) else None
-    return role if role in ("semantic", "runtime", "source") else None  # type: ignore[return-value]
+    """Return the mark of a field, or None for a field without a mark (which a test refuses)."""
+    extra: Any = model.model_fields[field].json_schema_extra
+    return extra.get("role") if isinstance(extra, dict) else None
 
 
 def semantic_values(settings: Settings) -> dict[str, Any]:
     """Return the semantic and source fields as JSON values, nested settings included; runtime fields are left out.
 
-    A source that is a local path reads ``"file"``: who makes a key adds the digest of its content.
+    A source that is a local path reads ``"file"``; the key also holds the digest of its content.
     """
     values: dict[str, Any] = {}
     dumped = settings.model_dump(mode="json")

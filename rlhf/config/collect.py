@@ -1,13 +1,13 @@
-"""Settings of the stages collect and compare: responses of several models, and who says which are better."""
+"""Settings of the stages collect and compare: responses of several models, and the judge that compares them."""
 
 from pathlib import Path
 from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from rlhf.config.base import Settings, is_local, runtime, semantic, source
+from rlhf.config.base import Seed, Settings, is_local, runtime, semantic, source
 from rlhf.config.rewards import ServiceSettings, names_a_function
-from rlhf.config.stages import Precision, WorkerSettings
+from rlhf.config.stages import Precision, ShardedSettings
 
 
 class WriterSettings(Settings):
@@ -20,25 +20,25 @@ class WriterSettings(Settings):
     responses: int = semantic(1, ge=1)
     """Responses to each prompt."""
     name: str | None = semantic(None, min_length=1)
-    """What the leaderboard calls it; null is the stage's name, with the temperature where one is set."""
+    """Its name on the leaderboard; null is the stage's name, with the temperature where that is set."""
 
     @property
     def shown(self) -> str:
-        """What the leaderboard calls it."""
+        """Its name on the leaderboard."""
         return self.name or (self.model if self.temperature is None else f"{self.model} at {self.temperature:g}")
 
 
-class CollectSettings(Settings):
+class CollectSettings(ShardedSettings):
     """Responses to the same prompts by one model or several."""
 
-    seed: int = semantic(0, ge=0, lt=1 << 32)
-    """Seeds the choice of prompts and the sampling: give each round of a flywheel another."""
+    seed: Seed = semantic(0)
+    """Seeds the choice of prompts and the sampling: give each round of a flywheel its own."""
     models: list[WriterSettings] = semantic([WriterSettings(model="sft", responses=4)], min_length=1)
-    """Who writes."""
+    """The models that write."""
     prompts: int = semantic(256, ge=1)
     """Training prompts, drawn by the seed; all where there are fewer."""
     prompts_heldout: int = semantic(64, ge=0)
-    """Held-out prompts, behind the reward model's ``eval/accuracy``; the first so many."""
+    """Held-out prompts, the first ones, behind the reward model's ``eval/accuracy``."""
     temperature: float = semantic(1.0, gt=0)
     """Divides the logits of models that set none of their own."""
     max_new_tokens: int = semantic(64, ge=1)
@@ -49,8 +49,6 @@ class CollectSettings(Settings):
     """Precision of the models while they generate; a CPU without instructions for bf16 takes fp32."""
     micro_batch_size: int = runtime(64, ge=1)
     """Responses that one rank writes at a time."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
 
     @model_validator(mode="after")
     def _sets_can_be_compared(self) -> "CollectSettings":
@@ -64,14 +62,9 @@ class CollectSettings(Settings):
 
 
 def writer_inputs(settings: CollectSettings) -> dict[str, str]:
-    """The inputs of a stage that writes: role to instance. A model that writes twice is one input."""
+    """Return the models of a stage that writes, role to instance. A model that writes twice is one input."""
     names = dict.fromkeys(writer.model for writer in settings.models)
-    return {role_of_writer(number): name for number, name in enumerate(names)}
-
-
-def role_of_writer(number: int) -> str:
-    """The role of the writing model ``number`` among different ones."""
-    return "model" if number == 0 else f"model_{number + 1}"
+    return {"model" if number == 1 else f"model_{number}": name for number, name in enumerate(names, start=1)}
 
 
 INSTRUCTIONS = """\
@@ -97,17 +90,17 @@ class ChatSettings(ServiceSettings):
     model: str = semantic(min_length=1)
     """The judge's name at the service."""
     instructions: str = semantic(INSTRUCTIONS)
-    """What it is asked of two responses: a text with ``{prompt}``, ``{first}`` and ``{second}``, whose answer ends in
+    """The question about two responses: a text with ``{prompt}``, ``{first}`` and ``{second}``, whose answer ends in
     [[A]], [[B]] or [[C]] for a tie."""
     temperature: float = semantic(0.0, ge=0)
-    """Of the judge's own sampling."""
+    """Temperature of the judge's own sampling."""
     max_tokens: int = semantic(512, ge=1)
     """Longest verdict, reasoning included."""
     max_bad_fraction: float = semantic(0.02, ge=0, lt=1)
     """Share of questions, two for each pair, that may go without a verdict; above it the stage stops. Such pairs are
     left out."""
     at_once: int = runtime(8, ge=1)
-    """Requests under way at the same time."""
+    """Concurrent requests."""
 
     @field_validator("instructions")
     @classmethod
@@ -119,10 +112,10 @@ class ChatSettings(ServiceSettings):
 
 
 class CompareSettings(Settings):
-    """Who says which of the collected responses are better: one of ``file``, ``function`` and ``chat``."""
+    """The judge of the collected responses: one of ``file``, ``function`` and ``chat``."""
 
     file: str | None = source(None)
-    """What people said: comparison sets with the collected prompts and responses, as ``rlhf annotate`` writes them."""
+    """People's judgements: comparison sets of the collected prompts and responses, as ``rlhf annotate`` writes them."""
     function: str | None = source(None)
     """``file.py:name`` of a Python function ``judge(prompt, responses) -> list[float]``; the higher number wins. Its
     file's content is part of the key."""
@@ -133,8 +126,8 @@ class CompareSettings(Settings):
     def _is_one_thing(self) -> "CompareSettings":
         given = [name for name in ("file", "function", "chat") if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            raise ValueError(f"responses are compared by one of file, function and chat, and there is {found}")
+            names = " and ".join(given) or "none of them"
+            raise ValueError(f"responses are compared by one of file, function and chat, and there is {names}")
         if self.function is not None and not names_a_function(self.function):
             raise ValueError(f"function {self.function!r} is not of the form file.py:name")
         if self.file is not None and not is_local(self.file):
@@ -143,14 +136,13 @@ class CompareSettings(Settings):
 
 
 def compare_sources(settings: CompareSettings) -> dict[str, Any]:
-    """The local files whose content is part of the key."""
+    """Return the local files whose content is part of the key."""
     if settings.function is not None:
         return {"function": Path(settings.function.rpartition(":")[0])}
     return {"file": Path(settings.file)} if settings.file is not None else {}
 
 
 def awaited(settings: CompareSettings) -> Path | None:
-    """The file of people's answers while there is none yet."""
-    if settings.file is None or (path := Path(settings.file).expanduser()).exists():
-        return None
-    return path
+    """Return the path of people's answers while there is no such file; else None."""
+    path = None if settings.file is None else Path(settings.file).expanduser()
+    return None if path is None or path.exists() else path

@@ -1,4 +1,4 @@
-"""Settings of the stages that hold no model: data and rank."""
+"""Settings of the stages without a model: data and rank."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,6 +9,7 @@ from rlhf.config.base import (
     KNOWN_WORDS,
     MOVIE_SNIPPETS,
     OTHER_SNIPPETS,
+    Seed,
     Settings,
     is_local,
     parse_hub_dataset,
@@ -18,14 +19,12 @@ from rlhf.config.base import (
 )
 from rlhf.errors import SettingsError
 
-__all__ = ["DataSettings", "HeldoutSettings", "RankSettings", "SnippetSettings", "is_local", "sources"]
-
 SNIPPET_BLOCKS = 353
 """Blocks of 30 snippets in the movie-snippets data, each rated throughout by the same people."""
 
 
 class SnippetSettings(Settings):
-    """How the movie snippets are dealt out: in whole blocks of 30, so that no rater and no snippet is in two parts."""
+    """How the movie snippets are split: in whole blocks of 30, so that no rater and no snippet is in two parts."""
 
     demonstrations: int = semantic(32, ge=1)
     """Blocks whose snippets the SFT model learns to write."""
@@ -42,19 +41,11 @@ class SnippetSettings(Settings):
     judge: int = semantic(135, ge=1)
     """Blocks whose mean ratings the judge of the evaluation is fitted on."""
     set_size: int = semantic(5, ge=2, le=30)
-    """Snippets in a comparison set; one that divides 30 leaves no smaller set over."""
+    """Snippets in a comparison set; a divisor of 30 leaves no smaller set over."""
 
     @model_validator(mode="after")
     def _blocks_suffice(self) -> "SnippetSettings":
-        total = (
-            self.demonstrations
-            + self.demonstrations_heldout
-            + self.comparisons
-            + self.comparisons_heldout
-            + self.prompts
-            + self.prompts_heldout
-            + self.judge
-        )
+        total = sum(self.model_dump(exclude={"set_size"}).values())
         if total > SNIPPET_BLOCKS:
             raise ValueError(f"{total} blocks are asked for, and the movie snippets have {SNIPPET_BLOCKS}")
         return self
@@ -70,7 +61,7 @@ class HeldoutSettings(Settings):
     comparisons: str | None = source(None)
     """Comparison sets, behind the reward model's ``eval/accuracy``; null holds out a share of the source."""
     prompts: str | None = source(None)
-    """Prompts, which the evaluation has answered; null holds out a share of the source."""
+    """Prompts that the evaluation has answered; null holds out a share of the source."""
 
     @field_validator("*")
     @classmethod
@@ -85,13 +76,13 @@ class DataSettings(Settings):
     dataset ``name@revision`` or ``name@revision#split``, or the word ``movie-snippets``.
     """
 
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds what is held out."""
     demonstrations: str = source(MOVIE_SNIPPETS)
     """Prompts with completions, for sft."""
     comparisons: str = source(MOVIE_SNIPPETS)
-    """Prompts with responses and what annotators said of them, for rank and rm. It may also be ``other-snippets``:
-    product reviews and editorials, rated like the movie reviews, for a reward model to start from."""
+    """Prompts with responses and annotators' preferences, for rank and rm. It may also be ``other-snippets``: product
+    reviews and editorials, rated like the movie reviews, for a reward model to start from."""
     prompts: str = source(MOVIE_SNIPPETS)
     """Prompts alone, for ppo and evaluate."""
     judge: str | None = source(MOVIE_SNIPPETS)
@@ -105,9 +96,9 @@ class DataSettings(Settings):
     max_bad_fraction: float = semantic(0.0, ge=0, lt=1)
     """Share of malformed rows of a source above which the stage stops; those below it are left out."""
     snippets: SnippetSettings = semantic(SnippetSettings())
-    """How ``movie-snippets`` is dealt out."""
+    """How ``movie-snippets`` is split."""
     downloads: Path | None = runtime(None)
-    """A folder that is looked into before any package index."""
+    """A folder that is searched before any package index."""
 
     @field_validator("demonstrations", "comparisons", "prompts", "judge")
     @classmethod
@@ -122,21 +113,28 @@ class DataSettings(Settings):
         return value
 
     @model_validator(mode="after")
-    def _what_is_held_out_is_of_a_source_of_ones_own(self) -> "DataSettings":
-        for kind in HeldoutSettings.model_fields:
-            if getattr(self.heldout, kind) is not None and getattr(self, kind) in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
-                raise ValueError(
-                    f"heldout.{kind} is for {kind} of your own; of {getattr(self, kind)} a part is held out already"
-                )
+    def _held_out_records_belong_to_own_sources(self) -> "DataSettings":
+        for kind, (origin, heldout) in self.by_kind().items():
+            if heldout is not None and origin in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
+                raise ValueError(f"heldout.{kind} is for {kind} of your own; of {origin} a part is held out already")
         return self
+
+    def by_kind(self) -> dict[str, tuple[str | None, str | None]]:
+        """Return each kind's source and the source of its held-out records."""
+        return {
+            "demonstrations": (self.demonstrations, self.heldout.demonstrations),
+            "comparisons": (self.comparisons, self.heldout.comparisons),
+            "prompts": (self.prompts, self.heldout.prompts),
+            "judge": (self.judge, None),
+        }
 
 
 class RankSettings(Settings):
-    """Strengths on the Elo scale from what annotators said."""
+    """Strengths on the Elo scale from annotators' comparisons."""
 
     also: list[str] = runtime([])
     """Stages whose comparison sets are ranked together with those of the input ``comparisons``: ``[data/comparisons]``,
-    or an earlier round's ``compare``. What they hold is part of the key, and what they are called is not."""
+    or an earlier round's ``compare``. Their content is part of the key, their names are not."""
     model: Literal["bradley-terry", "plackett-luce", "elo"] = semantic("bradley-terry")
     """What the strengths explain: every comparison by itself; every annotator's ranking as a whole; or each comparison
     as it comes, by Elo's running update, averaged over orders."""
@@ -145,10 +143,10 @@ class RankSettings(Settings):
     the strength of a response that never lost finite. On sets of five movie snippets, strengths from 3, 7 or all but 3
     of the raters predict the other raters' comparisons best with 100 to 150, and within 0.003 nats of that with 200."""
     ties: Literal["half", "rao-kupper", "davidson"] = semantic("half")
-    """How a tie is seen: as half a win for either response, or as an outcome with a probability of its own, by the
+    """How a tie counts: as half a win for either response, or as an outcome with a probability of its own, by the
     model of Rao and Kupper (1967) or of Davidson (1970); their parameter is fitted to the training sets."""
     annotators: Literal["equal", "reliability"] = semantic("equal")
-    """Whether all annotators count alike, or each by the reliability that is found together with the strengths
+    """Whether all annotators count alike, or each by a reliability that is fitted together with the strengths
     (Chen et al. 2013). For the latter name them in the comparison sets' ``annotators``."""
     normalise: Literal["dataset", "prompt", "annotator", "probability"] = semantic("dataset")
     """What strengths are divided by: their deviation over the data set, or over the sets that share a prompt; or the
@@ -156,13 +154,13 @@ class RankSettings(Settings):
     the same responses (with bridges 0, those of a set). Or they become probabilities, of being preferred
     to a response of the mean strength."""
     k_factor: float = semantic(16.0, gt=0)
-    """By how many Elo points one comparison moves a rating at most; only with model elo."""
+    """Most Elo points by which one comparison moves a rating; only with model elo."""
     orders: int = semantic(50, ge=2)
     """Orders of the comparisons over which Elo's ratings are averaged; only with model elo."""
     bridges: int = semantic(4, ge=0)
     """Rounds in which each rated response is compared, by ratings alone, with two of other sets that share its prompt.
     0 keeps sets apart, for ratings that mean something only within a set."""
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds which responses of different sets are compared, and the orders of model elo."""
 
     @model_validator(mode="after")
@@ -179,27 +177,20 @@ class RankSettings(Settings):
 
 
 def ranked_inputs(settings: RankSettings) -> dict[str, str]:
-    """The further inputs of rank: role to ``instance`` or ``instance/part``."""
+    """Return the further inputs of rank: role to ``instance`` or ``instance/part``."""
     return {f"comparisons_{number}": name for number, name in enumerate(settings.also, start=2)}
 
 
 def sources(settings: DataSettings) -> dict[str, Path]:
     """Return the local files and folders that the settings name, by field: their content belongs in the stage's key.
 
-    Raises:
-        SettingsError: one of them is not there.
-
+    Raises SettingsError for a missing one.
     """
     local: dict[str, Path] = {}
-    named: dict[str, str | None] = {
-        **{field: getattr(settings, field) for field in ("demonstrations", "comparisons", "prompts", "judge")},
-        **{f"heldout.{field}": getattr(settings.heldout, field) for field in HeldoutSettings.model_fields},
-    }
-    for field, value in named.items():
-        if value is None or not is_local(value):
-            continue
-        path = Path(value).expanduser()
-        if not path.exists():
-            raise SettingsError(f"there is no file or folder {value}", f"data.{field}", f"correct data.{field}")
-        local[field] = path
+    for kind, (origin, heldout) in settings.by_kind().items():
+        for field, value in ((kind, origin), (f"heldout.{kind}", heldout)):
+            if value is not None and is_local(value):
+                local[field] = Path(value).expanduser()
+                if not local[field].exists():
+                    raise SettingsError(f"there is no file or folder {value}", f"data.{field}", f"correct data.{field}")
     return local

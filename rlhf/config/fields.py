@@ -1,4 +1,4 @@
-"""What each setting means and takes, out of the settings models themselves."""
+"""What each setting means and takes, read from the settings models."""
 
 import ast
 import inspect
@@ -16,10 +16,10 @@ Schema = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class FieldHelp:
-    """One setting, for people."""
+    """A setting as users see it."""
 
     path: str
-    """Dotted, from the stage's section: ``kl.coef``."""
+    """Dotted, relative to the stage's section: ``kl.coef``."""
     type: str
     """What it takes, in words: ``a number above 0``."""
     default: str
@@ -30,44 +30,42 @@ class FieldHelp:
     """Its description."""
 
 
-def describe(settings_type: type[Settings]) -> list[FieldHelp]:
-    """Describe every setting of a settings model, those of nested sections after the section itself."""
-    return _describe(settings_type, "", None)
+def describe(model: type[Settings], prefix: str = "", defaults: Settings | None = None) -> list[FieldHelp]:
+    """Describe every setting of a settings model, those of nested sections after the section itself.
 
-
-def _describe(model: type[Settings], prefix: str, defaults: Settings | None) -> list[FieldHelp]:
+    prefix    of the paths: ``kl.`` in section ``kl``
+    defaults  a section's default in the model that holds it, which may differ from the section's own class
+    """
     described: list[FieldHelp] = []
     schema, texts = model.model_json_schema(), texts_under_fields(model)
-    for name, info in model.model_fields.items():
-        # A section's default may set its fields otherwise than their own class does.
+    # Runtime settings come last, also the inherited ones.
+    for name, info in sorted(model.model_fields.items(), key=lambda field: role_of(model, field[0]) == "runtime"):
         value = getattr(defaults, name) if defaults is not None else info.get_default(call_default_factory=True)
-        required = defaults is None and info.is_required()
-        section = section_type(info.annotation)
-        shown = _shown(value)
         described.append(
             FieldHelp(
                 path=prefix + name,
                 type=in_words(schema["properties"][name], schema),
-                default="required" if required else shown,
+                default="required" if defaults is None and info.is_required() else _shown(value),
                 role=role_of(model, name),
                 help=" ".join(texts.get(name, "").split()),
             )
         )
+        section = section_type(info.annotation)
         if section is not None:
-            described += _describe(section, f"{prefix}{name}.", value if isinstance(value, section) else None)
+            described += describe(section, f"{prefix}{name}.", value if isinstance(value, section) else None)
     return described
 
 
 def texts_under_fields(model: type[Settings]) -> dict[str, str]:
-    """Return the text that stands under each field in the source, of inherited fields too.
+    """Return the text under each field in the source, of inherited fields too.
 
-    Pydantic would read them when it makes the class, which takes a sixth of the time of every command, help or not.
+    Pydantic would read the texts when it makes the class, which takes a sixth of the time of every command.
     """
     texts: dict[str, str] = {}
-    for one in reversed(model.__mro__):
-        if not issubclass(one, Settings):
+    for parent in reversed(model.__mro__):
+        if not issubclass(parent, Settings):
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
+        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0]
         assert isinstance(body, ast.ClassDef)
         for field, under in pairwise(body.body):
             match field, under:
@@ -83,7 +81,7 @@ def _shown(value: Any) -> str:
         return "{…}"
     if isinstance(value, list):
         return f"[{', '.join(map(_shown, value))}]"
-    return _as_json(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def section_type(annotation: Any) -> type[Settings] | None:
@@ -97,27 +95,22 @@ def section_type(annotation: Any) -> type[Settings] | None:
 def schema_at(model: type[Settings], path: tuple[str | int, ...]) -> tuple[Schema, Schema] | None:
     """Return the JSON schema of the setting at ``path`` and the whole schema it refers to; None where there is none."""
     whole = model.model_json_schema()
-    found: list[Schema] = [whole]
+    schemas: list[Schema] = [whole]
     for key in path:
-        found = [inner for schema in found for option in _options(schema, whole) for inner in _inner(option, key)]
-    return (found[0], whole) if found else None
+        inner: list[Any] = []
+        for option in (option for schema in schemas for option in _options(schema, whole)):
+            if isinstance(key, int):
+                inner.append(option.get("items"))
+            else:
+                inner.append(option.get("properties", {}).get(key, option.get("additionalProperties")))
+        schemas = [schema for schema in inner if isinstance(schema, Mapping)]
+    return (schemas[0], whole) if schemas else None
 
 
 def names_at(model: type[Settings], path: tuple[str | int, ...]) -> list[str]:
     """Return the names of the settings in the section at ``path``."""
     found = schema_at(model, path)
-    if found is None:
-        return []
-    return [name for option in _options(*found) for name in option.get("properties", {})]
-
-
-def _inner(schema: Schema, key: str | int) -> list[Schema]:
-    if isinstance(key, int):
-        return [schema["items"]] if "items" in schema else []
-    if key in schema.get("properties", {}):
-        return [schema["properties"][key]]
-    others = schema.get("additionalProperties")
-    return [others] if isinstance(others, Mapping) else []
+    return [name for option in _options(*found) for name in option.get("properties", {})] if found else []
 
 
 def _options(schema: Schema, whole: Schema) -> list[Schema]:
@@ -129,14 +122,14 @@ def _options(schema: Schema, whole: Schema) -> list[Schema]:
 
 
 def in_words(schema: Schema, whole: Schema) -> str:
-    """Say what a JSON schema takes: ``a whole number of at least 1, or null``."""
-    options = [_option_in_words(option, whole) for option in _options(schema, whole)]
-    return ", or ".join(dict.fromkeys(options))
+    """Return what a JSON schema takes, in words: ``a whole number of at least 1, or null``."""
+    return ", or ".join(dict.fromkeys(_option_in_words(option, whole) for option in _options(schema, whole)))
 
 
 def _option_in_words(schema: Schema, whole: Schema) -> str:
-    if "enum" in schema or "const" in schema:
-        values = [_plain(value) for value in schema.get("enum", [schema.get("const")])]
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    if values:
+        values = [value if isinstance(value, str) else _shown(value) for value in values]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
     match schema.get("type"):
         case "integer":
@@ -147,8 +140,12 @@ def _option_in_words(schema: Schema, whole: Schema) -> str:
             return "true or false"
         case "null":
             return "null"
+        case "string" if schema.get("format") in ("path", "file-path", "directory-path"):
+            return "a path"
+        case "string" if "pattern" in schema:
+            return f"text of the form {schema['pattern']}"
         case "string":
-            return _text_in_words(schema)
+            return "text that is not empty" if schema.get("minLength") else "text"
         case "array":
             return f"a list, each {in_words(schema['items'], whole)}" if schema.get("items") else "a list"
         case "object" if "properties" in schema:
@@ -161,34 +158,14 @@ def _option_in_words(schema: Schema, whole: Schema) -> str:
 
 
 def _range_in_words(schema: Schema) -> str:
-    lower = f"at least {_number(schema['minimum'])}" if "minimum" in schema else ""
-    upper = f"at most {_number(schema['maximum'])}" if "maximum" in schema else ""
-    if lower and upper:
-        return f" from {_number(schema['minimum'])} to {_number(schema['maximum'])}"
-    lower = f"above {_number(schema['exclusiveMinimum'])}" if "exclusiveMinimum" in schema else lower
-    upper = f"below {_number(schema['exclusiveMaximum'])}" if "exclusiveMaximum" in schema else upper
-    bounds = " and ".join(bound for bound in (lower, upper) if bound)
-    if not bounds:
-        return ""
-    return f" of {bounds}" if bounds.startswith("at ") else f" {bounds}"
-
-
-def _text_in_words(schema: Schema) -> str:
-    if schema.get("format") in ("path", "file-path", "directory-path"):
-        return "a path"
-    if "pattern" in schema:
-        return f"text of the form {schema['pattern']}"
-    return "text that is not empty" if schema.get("minLength") else "text"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else _as_json(value)
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _number(value: float) -> str:
-    # Seeds are whole numbers of ten digits, of which six would not do.
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:g}"
+    # Seeds have ten digits, of which :g would keep six.
+    number = {
+        name: f"{bound:.0f}" if float(bound).is_integer() else f"{bound:g}"
+        for name in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+        if (bound := schema.get(name)) is not None
+    }
+    if "minimum" in number and "maximum" in number:
+        return f" from {number['minimum']} to {number['maximum']}"
+    words = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
+    bounds = " and ".join(f"{word} {number[name]}" for name, word in words.items() if name in number)
+    return f" of {bounds}" if bounds.startswith("at ") else f" {bounds}" if bounds else ""

@@ -1,11 +1,12 @@
 """Load a pipeline file and its overrides into a complete and valid :class:`~rlhf.config.pipeline.PipelineConfig`.
 
-Settings are kept in the store and shown, so secrets among them are refused: values of a form that only secrets have.
+Settings are stored and shown, so secrets among them are refused: values of a form that only secrets have.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,49 +35,33 @@ _FORMS = (
 
 
 def kind_of_secret(text: str) -> str | None:
-    """What kind of secret a text looks like or holds; None where it looks like none."""
+    """Return what kind of secret a text looks like or contains; None where it looks like none."""
     return next((kind for kind, form in _FORMS if re.search(form, text)), None)
 
 
-def refuse_secrets(tree: Tree) -> None:
-    """Raise SettingsError where a setting's value or name looks like a secret; the message does not repeat it."""
-    raise_problems([_secret_problem(named, kind, place) for named, kind, place in _found(tree, tree.values, ())])
+def _secrets(value: Any, path: KeyPath, place: Callable[[KeyPath], str]) -> Iterator[Problem]:
+    """Yield a problem for each name or value that looks like a secret; the message does not repeat it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if (kind := kind_of_secret(name)) is not None:
+                yield _secret(f"a setting's name in {dotted(path) or 'the pipeline'}", kind, place(path))
+            else:
+                yield from _secrets(inner, (*path, name), place)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _secrets(inner, (*path, index), place)
+    elif isinstance(value, str) and (kind := kind_of_secret(value)) is not None:
+        yield _secret(dotted(path), kind, place(path))
 
 
-def refuse_secret_overrides(overrides: Sequence[str]) -> None:
-    """The same of overrides, whether or not they can be applied."""
-    split = [text.partition("=") for text in overrides]
-    kinds = [(name, kind) for name, _, value in split if (kind := kind_of_secret(value)) is not None]
-    raise_problems([_secret_problem(name, kind, f"override {name}") for name, kind in kinds])
-
-
-def _secret_problem(named: str, kind: str, place: str) -> Problem:
+def _secret(named: str, kind: str, place: str) -> Problem:
     hint = (
         "put it into an environment variable: WANDB_API_KEY, HF_TOKEN, or one that an endpoint's token_variable names"
     )
     return Problem(f"{named} holds what looks like {kind}, and settings are stored and shown", place, hint)
 
 
-def _found(tree: Tree, value: Any, path: KeyPath) -> Iterator[tuple[str, str, str]]:
-    """Of every secret: where it stands by name, its kind, and the line."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            # A secret as a name is not repeated either.
-            if (kind := kind_of_secret(name)) is not None:
-                yield f"a setting's name in {dotted(path) or 'the pipeline'}", kind, tree.place(path)
-            else:
-                yield from _found(tree, inner, (*path, name))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _found(tree, inner, (*path, index))
-    elif isinstance(value, str) and (kind := kind_of_secret(value)) is not None:
-        yield dotted(path), kind, tree.place(path)
-
-
 AnySettings = TypeVar("AnySettings", bound=Settings)
-
-# Longer values are cut in messages.
-SHOWN_CHARACTERS = 60
 
 
 def validated(
@@ -84,13 +69,11 @@ def validated(
 ) -> AnySettings | None:
     """Return ``values`` as settings, or None after adding what is wrong with them to ``tree.problems``.
 
-    No value is converted to the type asked for: text is no number and a number no truth value.
-
-    at          where in the tree the values lie
-    also_known  names that may stand beside the model's own, to be suggested for an unknown one
+    at          path of the values in the tree
+    also_known  names that are allowed beside the model's own, to be suggested for an unknown name
     """
     try:
-        # By way of JSON: strict about numbers, yet a list may fill a tuple and text a path.
+        # Strict: text is no number, a number no truth value. From JSON a list may still fill a tuple, and text a path.
         return model.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         seen: set[KeyPath] = set()
@@ -123,33 +106,25 @@ def _problem(
     detail: ErrorDetails,
     also_known: Sequence[str],
 ) -> Problem:
-    name, where = dotted((*at, *path)), tree.place((*at, *path))
+    name, where, section = dotted((*at, *path)), tree.place((*at, *path)), path[:-1]
     if detail["type"] == "extra_forbidden":
-        return _unknown(model, path, at, where, also_known)
+        key = str(path[-1])
+        what = f"{dotted((*at, *section)) or 'a pipeline'} has no setting {key}"
+        # A right name in the wrong section is likelier meant than a similar name in the right section.
+        elsewhere = [field.path for field in describe(model) if field.path.rpartition(".")[2] == key]
+        if elsewhere:
+            return Problem(what, where, f"did you mean {' or '.join(dotted((*at, name)) for name in elsewhere)}?")
+        known = names_at(model, section) + ([] if section else list(also_known))
+        return Problem(what, where, suggestion(key, known) or f"known: {', '.join(known)}")
     if detail["type"] == "value_error":
         reason = str(detail.get("ctx", {}).get("error", detail["msg"]))
         return Problem(f"{name}: {reason}" if name else reason, where)
-    found = schema_at(model, path)
-    takes = in_words(*found) if found else detail["msg"]
+    schema = schema_at(model, path)
+    takes = in_words(*schema) if schema else detail["msg"]
     if detail["type"] == "missing":
         return Problem(f"{name} is required", where, f"it takes {takes}")
-    return Problem(f"{name} is {_shown(detail['input'])} and must be {takes}", where)
-
-
-def _unknown(model: type[Settings], path: KeyPath, at: KeyPath, where: str, also_known: Sequence[str]) -> Problem:
-    section, key = path[:-1], str(path[-1])
-    what = f"{dotted((*at, *section)) or 'a pipeline'} has no setting {key}"
-    # A right name in the wrong section is likelier meant than a similar one in the right section.
-    elsewhere = [field.path for field in describe(model) if field.path.rpartition(".")[2] == key]
-    if elsewhere:
-        return Problem(what, where, f"did you mean {' or '.join(dotted((*at, name)) for name in elsewhere)}?")
-    known = names_at(model, section) + ([] if section else list(also_known))
-    return Problem(what, where, suggestion(key, known) or f"known: {', '.join(known)}")
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+    value = json.dumps(detail["input"], ensure_ascii=False)
+    return Problem(f"{name} is {value if len(value) <= 60 else value[:59] + '…'} and must be {takes}", where)
 
 
 _TOP_LEVEL = tuple(PipelineSettings.model_fields)
@@ -159,26 +134,30 @@ _USES, _INPUTS = "uses", "inputs"
 def load_pipeline(path: Path, overrides: Sequence[str], settings_types: Mapping[str, type[Settings]]) -> PipelineConfig:
     """Read a pipeline file, apply overrides, fill in defaults and seeds, and check everything.
 
-    path            the YAML file
     overrides       ``section.field=value``, the value in YAML; a later one wins over an earlier one and over the file
     settings_types  the settings model of each known stage, by the stage's name
 
-    Raises:
-        SettingsError: with the places of up to five mistakes at once.
-
+    Raises SettingsError with the places of up to five mistakes.
     """
-    # First of all, since other messages repeat what was written.
-    refuse_secret_overrides(overrides)
+    # Secrets come first, since other messages repeat what was written.
+    parts = [override.partition("=") for override in overrides]
+    secrets = [_secrets(value, (name,), lambda path: f"override {path[0]}") for name, _, value in parts]
+    raise_problems(list(chain.from_iterable(secrets)))
     tree = read_tree(path)
-    refuse_secrets(tree)
+    raise_problems(list(_secrets(tree.values, (), tree.place)))
     for override in overrides:
-        _override(tree, override)
-    # What was written cannot be judged before it can be read.
+        section, known = override.partition("=")[0].partition(".")[0].strip(), {*tree.values, *_TOP_LEVEL}
+        # A misspelt section must not become a stage instance of its own.
+        if "=" in override and section not in known:
+            what = f"{tree.file} has no section {section}"
+            tree.problems.append(Problem(what, f"override {override}", suggestion(section, known)))
+        else:
+            tree.override(override)
+    # Values cannot be judged before they can be read.
     raise_problems(tree.problems)
 
-    top_level = validated(
-        PipelineSettings, {name: tree.values[name] for name in _TOP_LEVEL if name in tree.values}, tree, ()
-    )
+    values = {name: tree.values[name] for name in _TOP_LEVEL if name in tree.values}
+    top_level = validated(PipelineSettings, values, tree, ())
     # A wrong seed is reported once, not once more for every stage.
     seed = top_level.seed if top_level else 0
     names = [name for name in tree.values if name not in _TOP_LEVEL]
@@ -196,21 +175,10 @@ def load_pipeline(path: Path, overrides: Sequence[str], settings_types: Mapping[
     )
 
 
-def _override(tree: Tree, text: str) -> None:
-    section = text.partition("=")[0].partition(".")[0].strip()
-    known = {*tree.values, *_TOP_LEVEL}
-    # A misspelt section must not become a stage instance of its own.
-    if "=" in text and section not in known:
-        what = f"{tree.file} has no section {section}"
-        tree.problems.append(Problem(what, f"override {text}", suggestion(section, known)))
-    else:
-        tree.override(text)
-
-
 def _instance(
     tree: Tree, name: str, names: Sequence[str], seed: int, settings_types: Mapping[str, type[Settings]]
 ) -> StageInstance | None:
-    """Return one stage instance, or None after adding what is wrong with it to the tree's problems."""
+    """Return a stage instance, or None after adding what is wrong with it to the tree's problems."""
     where = tree.place((name,))
     section = {} if tree.values[name] is None else tree.values[name]
     if not isinstance(section, dict):
@@ -223,8 +191,14 @@ def _instance(
 
     uses = section.get(_USES, name)
     model = settings_types.get(uses) if isinstance(uses, str) else None
+    if model is None and _USES in section:
+        what, hint = f"{name}.{_USES} is {uses!r}, which is no stage", suggestion(str(uses), settings_types)
+        tree.problems.append(Problem(what, tree.place((name, _USES)), hint))
+        return None
     if model is None:
-        tree.problems.append(_unknown_stage(tree, name, _USES in section, uses, settings_types))
+        what = f"{name} is neither a stage nor a section of the pipeline"
+        hint = f"{suggestion(name, [*settings_types, *_TOP_LEVEL])} (another name for a stage needs {_USES}: STAGE)"
+        tree.problems.append(Problem(what, where, hint.strip()))
         return None
     assert not {_USES, _INPUTS} & set(model.model_fields), "these two names belong to the loader"
 
@@ -235,19 +209,8 @@ def _instance(
     return None if settings is None else StageInstance(name, uses, settings, inputs)
 
 
-def _unknown_stage(
-    tree: Tree, name: str, says_uses: bool, uses: Any, settings_types: Mapping[str, type[Settings]]
-) -> Problem:
-    if says_uses:
-        what = f"{name}.{_USES} is {uses!r}, which is no stage"
-        return Problem(what, tree.place((name, _USES)), suggestion(str(uses), settings_types))
-    what = f"{name} is neither a stage nor a section of the pipeline"
-    hint = suggestion(name, [*settings_types, *_TOP_LEVEL])
-    return Problem(what, tree.place((name,)), f"{hint} (another name for a stage needs {_USES}: STAGE)".strip())
-
-
 def _inputs(tree: Tree, name: str, written: Any, names: Sequence[str]) -> dict[str, str]:
-    """Return the roles that an instance rewires; what is wrong goes to the tree's problems."""
+    """Return the roles that an instance rewires, after adding what is wrong with them to the tree's problems."""
     if written is None:
         return {}
     if not isinstance(written, dict):

@@ -1,4 +1,4 @@
-"""What a pipeline file says: where the pipeline runs, and the stages it is made of."""
+"""The settings of a pipeline file: where the pipeline runs, and its stages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from rlhf.config.base import Settings, runtime
+from rlhf.config.base import Seed, Settings, runtime
 
 # Names are parts of paths in the store and of overrides, whose parts are separated by dots.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -39,15 +39,15 @@ class ClusterSettings(Settings):
     gpus: int | None = runtime(None, ge=0)
     """GPUs that a cluster started here may use; null allows all of the machine's."""
     max_failures: int = runtime(3, ge=0)
-    """How often in a row a stage's worker group is restarted from the same checkpoint before the stage fails. Each new
-    checkpoint allows as many restarts again."""
+    """Restarts of a stage's worker group from the same checkpoint before the stage fails. Each new checkpoint allows as
+    many again."""
 
 
 class TrackingSettings(Settings):
-    """Where metrics go besides ``metrics.jsonl``, which is always written."""
+    """Where metrics are sent besides ``metrics.jsonl``, which is always written."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = runtime("auto")
-    """Weights & Biases: ``auto`` is online where an API key is found and offline otherwise."""
+    """Weights & Biases: ``auto`` is online with an API key and offline otherwise."""
     project: str = runtime("rlhf", min_length=1)
     """Project of the W&B runs."""
     entity: str | None = runtime(None, min_length=1)
@@ -58,8 +58,8 @@ class PipelineSettings(Settings):
     """The top-level settings of a pipeline file; every other top-level section is a stage instance."""
 
     pipeline: str | None = runtime(None, pattern=NAME_PATTERN)
-    """Name of the pipeline, under which the store keeps its latest results; null takes the file's name."""
-    seed: int = runtime(0, ge=0, lt=1 << 32)
+    """Name under which the store keeps the pipeline's latest results; null takes the file's name."""
+    seed: Seed = runtime(0)
     """Fills in ``seed`` in every stage instance that has such a setting and does not set it itself. It enters the keys
     through those."""
     store: StoreSettings = runtime(StoreSettings())
@@ -75,7 +75,7 @@ class StageInstance:
     """One use of a stage in a pipeline."""
 
     name: str
-    """The section's name, by which everything outside speaks of it."""
+    """The section's name, which everything outside the stage's code uses."""
     uses: str
     """The stage's name."""
     settings: Settings
@@ -99,18 +99,11 @@ class PipelineConfig:
 
 
 def resolved(config: PipelineConfig) -> dict[str, Any]:
-    """Return the whole pipeline as JSON values, every default filled in; written as YAML it loads to the same again."""
-    values: dict[str, Any] = {
-        "pipeline": config.name,
-        "seed": config.seed,
-        "store": config.store.model_dump(mode="json"),
-        "cluster": config.cluster.model_dump(mode="json"),
-        "tracking": config.tracking.model_dump(mode="json"),
-    }
+    """Return the whole pipeline as JSON values with every default; written as YAML it loads to the same pipeline."""
+    sections = {"store": config.store, "cluster": config.cluster, "tracking": config.tracking}
+    values: dict[str, Any] = {"pipeline": config.name, "seed": config.seed}
+    values |= {name: section.model_dump(mode="json") for name, section in sections.items()}
     for instance in config.instances.values():
-        values[instance.name] = {
-            "uses": instance.uses,
-            "inputs": dict(instance.inputs),
-            **instance.settings.model_dump(mode="json"),
-        }
+        wiring = {"uses": instance.uses, "inputs": dict(instance.inputs)}
+        values[instance.name] = wiring | instance.settings.model_dump(mode="json")
     return values

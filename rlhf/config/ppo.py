@@ -4,15 +4,15 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from rlhf.config.base import Settings, runtime, semantic
+from rlhf.config.base import Seed, Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
-from rlhf.config.stages import LoraSettings, Precision, SamplingSettings, WorkerSettings
+from rlhf.config.stages import LoraSettings, SamplingSettings, TrainingSettings
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]
 
-# What A2C is (Mnih et al. 2016, arXiv:1602.01783, without asynchrony), in the words of PPO: one update on each rollout,
-# at which the ratio is 1, so that there is nothing to clip.
+# A2C (Mnih et al. 2016, arXiv:1602.01783, without asynchrony) as settings of PPO: one update on each rollout, at which
+# the ratio is 1, so that there is nothing to clip.
 A2C = {"epochs": 1, "minibatches": 1, "policy_clip": None, "value_clip": None}
 
 
@@ -26,8 +26,8 @@ class KlSettings(Settings):
     """Of a token's KL (Schulman 2020, "Approximating KL Divergence"): k1 the log-ratio, k2 half its square, k3 the one
     that is unbiased and never negative."""
     place: Literal["reward", "loss"] = semantic("reward")
-    """Where the penalty stands: in each token's reward, or as a term of the policy's loss (k2 or k3 only: the expected
-    gradient of k1 is 0 there)."""
+    """Where the penalty is applied: to each token's reward, or as a term of the policy's loss (k2 or k3 only: the
+    expected gradient of k1 is 0 there)."""
     importance_weights: bool = semantic(True)
     """With place loss, multiply each token's estimate by its ratio π/π_old (DeepSeek-V3.2, arXiv:2512.02556, eq. 7), so
     that its gradient is that of KL(π ‖ π_ref). Without, k3's never is, and k2's at an iteration's first update only."""
@@ -61,16 +61,14 @@ class PtxSettings(Settings):
     """Longest demonstration in tokens, prompt and completion together; what is longer is cut at the end and counted."""
 
 
-class PpoSettings(Settings):
+class PpoSettings(TrainingSettings):
     """PPO with a KL penalty: docs/ppo.md has every equation."""
 
     algorithm: Literal["ppo", "a2c"] = semantic("ppo")
     """``a2c`` is the same loop with one update on each rollout and no clipping (Menick et al. 2022, arXiv:2203.11147;
     Glaese et al. 2022, arXiv:2209.14375): it sets ``epochs`` and ``minibatches`` to 1, both clips to null."""
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds the prompts, the sampling and the minibatches."""
-    precision: Precision = semantic("fp32")
-    """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
     lora: LoraSettings | None = semantic(None)
     """Adapters for policy and value model; the reference is then the policy's weights with the adapter off."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
@@ -114,8 +112,8 @@ class PpoSettings(Settings):
     """Weight of the mean entropy a token, in nats, that is subtracted from the policy's loss (Schulman et al. 2017, eq.
     9); 0 for none."""
     early_stop_kl: float | None = semantic(None, gt=0)
-    """Approximate KL in nats a token: an update that finds more is the iteration's last (OpenAI's Spinning Up stops so
-    at 0.015); null for none."""
+    """Approximate KL in nats a token: an update above it is the iteration's last (OpenAI's Spinning Up stops so at
+    0.015); null for none."""
     ptx: PtxSettings = semantic(PtxSettings())
     """Mixing in the demonstrations."""
     average_decay: float | None = semantic(None, gt=0, lt=1)
@@ -138,14 +136,10 @@ class PpoSettings(Settings):
     """Gradients of either model are scaled down to this norm."""
     max_prompt_length: int = semantic(256, ge=1)
     """Longest prompt in tokens; one longer stops the run before it starts."""
-    micro_batch_size: int = runtime(16, ge=1)
-    """Sequences of one forward pass of one rank."""
     samples_kept: int = runtime(8, ge=0)
     """Responses of each iteration that are written, with their scores, to ``samples.jsonl`` in the attempt."""
     checkpoint_every: int = runtime(10, ge=1)
     """Iterations between in-stage checkpoints."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
 
     @model_validator(mode="before")
     @classmethod
@@ -158,9 +152,9 @@ class PpoSettings(Settings):
     def _settings_fit_each_other(self) -> "PpoSettings":
         if self.algorithm == "a2c":
             for name, value in A2C.items():
-                if (found := getattr(self, name)) != value:
+                if (given := getattr(self, name)) != value:
                     wanted = "null" if value is None else value
-                    raise ValueError(f"algorithm a2c needs {name} {wanted}, and it is {found}; leave it out")
+                    raise ValueError(f"algorithm a2c needs {name} {wanted}, and it is {given}; leave it out")
         if self.rollouts % self.minibatches:
             raise ValueError(f"rollouts {self.rollouts} is not a multiple of minibatches {self.minibatches}")
         if self.value_warmup >= self.iterations:

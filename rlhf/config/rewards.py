@@ -14,13 +14,13 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class ServiceSettings(Settings):
-    """What all services have in common."""
+    """Settings that all services share."""
 
     url: str = semantic()
-    """Where rows are posted: https, or http on this machine."""
+    """Address that rows are posted to: https, or http on this machine."""
     version: str = semantic("")
-    """A word of yours for what the service computes: change it when its answers change, so that results of the old ones
-    are no hits."""
+    """Your name for the service's version: change it when its answers change, so that results of the old ones are no
+    hits."""
     allowed_hosts: list[str] = runtime([])
     """Hosts that prompts and responses may be sent to; this machine is always allowed."""
     token_variable: str | None = runtime(None, min_length=1)
@@ -28,7 +28,7 @@ class ServiceSettings(Settings):
     timeout_s: float = runtime(30.0, gt=0)
     """Seconds that one request may take."""
     retries: int = runtime(3, ge=0)
-    """How often a request is repeated that found no server, ran out of time, or was answered 429 or 5xx."""
+    """How often a request is repeated that reached no server, ran out of time, or was answered 429 or 5xx."""
     max_bytes: int = runtime(1 << 20, ge=64)
     """Longest answer that is read."""
 
@@ -48,7 +48,8 @@ class ServiceSettings(Settings):
         except ValueError as error:
             raise ValueError(f"url {self.url!r} is no address: {error}") from error
         host = parts.hostname or ""
-        if parts.scheme not in ("http", "https") or not host or port == 0 or not _is_one_word(self.url):
+        is_one_word = self.url.isprintable() and not any(map(str.isspace, self.url))
+        if parts.scheme not in ("http", "https") or not host or port == 0 or not is_one_word:
             raise ValueError(f"url {self.url!r} is no http or https address")
         if parts.username or parts.password:
             raise ValueError("url holds a name or password; put a token into the environment and set token_variable")
@@ -57,10 +58,6 @@ class ServiceSettings(Settings):
         if host not in LOOPBACK and host not in self.allowed_hosts:
             raise ValueError(f"prompts and responses would go to {host!r}; add it to allowed_hosts if they may")
         return self
-
-
-def _is_one_word(text: str) -> bool:
-    return text.isprintable() and not any(map(str.isspace, text))
 
 
 class EndpointSettings(ServiceSettings):
@@ -82,11 +79,11 @@ class RewardSettings(Settings):
     endpoint: EndpointSettings | None = semantic(None)
     """A service that scores."""
     weight: float = semantic(1.0, allow_inf_nan=False)
-    """What the score is multiplied by before it is added to the others'."""
+    """Factor of the score in the sum of all rewards."""
     mean: float = semantic(0.0, allow_inf_nan=False)
     """Subtracted from a function's or endpoint's scores; a reward model has a normaliser of its own."""
     std: float = semantic(1.0, gt=0, allow_inf_nan=False)
-    """What they are then divided by."""
+    """Divides the scores after ``mean`` is subtracted."""
 
     @model_validator(mode="before")
     @classmethod
@@ -108,13 +105,13 @@ class RewardSettings(Settings):
 
 
 def names_a_function(text: str) -> bool:
-    """Tell whether a text is of the form ``file.py:name``."""
+    """Return whether a text is of the form ``file.py:name``."""
     file, colon, name = text.rpartition(":")
     return bool(colon) and file.endswith(".py") and name.isidentifier()
 
 
 def rewards_are_sound(rewards: Sequence[RewardSettings]) -> None:
-    """Raise ValueError where rewards cannot stand beside each other."""
+    """Raise ValueError for rewards that cannot be added up."""
     models = [reward.model for reward in rewards if reward.model]
     for model in models:
         if models.count(model) > 1:
@@ -124,18 +121,18 @@ def rewards_are_sound(rewards: Sequence[RewardSettings]) -> None:
 
 
 def reward_inputs(rewards: Sequence[RewardSettings]) -> dict[str, str]:
-    """The inputs of a stage that scores: role to instance. The first model's role is ``reward``."""
+    """Return the reward models of a stage that scores, role to instance. The first model's role is ``reward``."""
     models = [reward.model for reward in rewards if reward.model]
     return {role_of_model(index): model for index, model in enumerate(models)}
 
 
 def role_of_model(index: int) -> str:
-    """The role of the reward model ``index`` among the rewards that are models."""
+    """Return the role of the reward model ``index``, counted from 0 among the rewards that are models."""
     return "reward" if index == 0 else f"reward_{index + 1}"
 
 
 def reward_sources(rewards: Sequence[RewardSettings]) -> dict[str, Path]:
-    """The files with reward functions, whose content is part of the key."""
+    """Return the files with reward functions, whose content is part of the key."""
     return {
         f"rewards.{index}.function": Path(reward.function.rpartition(":")[0])
         for index, reward in enumerate(rewards)

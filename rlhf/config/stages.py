@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from rlhf.config.base import Settings, runtime, semantic, source
+from rlhf.config.base import Seed, Settings, runtime, semantic, source
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
 
 Precision = Literal["fp32", "bf16"]
@@ -33,12 +33,12 @@ class WorkerSettings(Settings):
     count: int = runtime(1, ge=1)
     """Ranks. On a CPU one rank with all threads is the fastest; on a cluster one rank per GPU."""
     cpus: int | None = runtime(None, ge=1)
-    """CPU cores of each rank; null gives each rank as many as all can have alike."""
+    """CPU cores of each rank; null shares the cores equally among the ranks."""
     gpu: bool | None = runtime(None)
     """True gives each rank one GPU, false none; null uses GPUs when the cluster has any."""
     timeout_minutes: float = runtime(30.0, gt=0)
-    """How long no rank may get on before the group is ended, as hanging, and started again. Must be longer than the
-    longest part of a step: generating or scoring a batch, a micro batch, a checkpoint."""
+    """Minutes without progress of any rank after which the group is ended as hanging, and started again. Must be longer
+    than the longest part of a step: generating or scoring a batch, a micro batch, a checkpoint."""
 
 
 class SamplingSettings(Settings):
@@ -54,7 +54,7 @@ class SamplingSettings(Settings):
 
 
 class ScratchSettings(Settings):
-    """A small Llama-shaped model made from nothing, with a byte-level BPE tokenizer trained on the demonstrations."""
+    """A small Llama-shaped model with random weights, with a byte-level BPE tokenizer trained on the demonstrations."""
 
     vocabulary: int = semantic(2048, ge=300)
     """Tokens of the tokenizer, special tokens included."""
@@ -82,18 +82,18 @@ class ModelSettings(Settings):
     ``owner/model``."""
     revision: str | None = semantic(None)
     """The 40-hex commit of a hub model; required for one, refused otherwise."""
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds the weights of a model from scratch."""
     template_date: datetime.date = semantic(datetime.date(2024, 7, 26))
-    """The date that a chat template which prints today's, as those of Llama 3.1 and 3.2 do, is given instead, in every
-    stage: otherwise prompts would change by the day."""
+    """Date given to chat templates that print today's, as those of Llama 3.1 and 3.2 do, in every stage: otherwise
+    prompts would change by the day."""
     scratch: ScratchSettings = semantic(ScratchSettings())
     """Shape of the model when ``base`` is ``scratch``."""
     downloads: Path | None = runtime(None)
-    """A folder that is looked into before any package index."""
+    """A folder that is searched before any package index."""
 
     @model_validator(mode="after")
-    def _base_has_what_it_needs(self) -> "ModelSettings":
+    def _settings_fit_the_base(self) -> "ModelSettings":
         if self.is_hub:
             if self.revision is None or not re.fullmatch(r"[0-9a-f]{40}", self.revision):
                 raise ValueError(
@@ -107,7 +107,7 @@ class ModelSettings(Settings):
 
     @property
     def is_hub(self) -> bool:
-        """Whether ``base`` names a model on the hub: it is neither a known word nor a folder."""
+        """Whether ``base`` names a model on the hub, so is neither a known word nor a folder."""
         return self.base not in ("smollm2-135m", "scratch") and not Path(self.base).expanduser().exists()
 
 
@@ -124,17 +124,48 @@ class OptimizerSettings(Settings):
     """Gradients are scaled down to this norm."""
 
 
-class SftSettings(Settings):
-    """Supervised fine-tuning on demonstrations; the loss counts the completion's tokens only."""
+class ShardedSettings(Settings):
+    """What all stages share that run models on a worker group."""
 
-    seed: int = semantic(0, ge=0, lt=1 << 32)
-    """Seeds the order of the data and the adapter."""
+    seed: Seed = semantic(0)
+    """Seeds every random choice of the stage."""
+    precision: Precision = semantic("fp32")
+    """Precision of the models while they generate and score; a CPU without instructions for bf16 takes fp32."""
+    micro_batch_size: int = runtime(16, ge=1)
+    """Sequences of one forward pass of one rank."""
+    workers: WorkerSettings = runtime(WorkerSettings())
+    """The worker group."""
+
+
+class TrainingSettings(ShardedSettings):
+    """What all stages share that train a model: sft, rm and ppo."""
+
     precision: Precision = semantic("fp32")
     """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
     lora: LoraSettings | None = semantic(None)
     """Adapters instead of full fine-tuning; null trains every weight."""
+    checkpoint_every: int = runtime(50, ge=1)
+    """Optimiser steps between in-stage checkpoints."""
+
+
+class SupervisedSettings(TrainingSettings):
+    """What stages share that train in epochs over a data set: sft and rm."""
+
     optimizer: OptimizerSettings = semantic(OptimizerSettings())
     """The optimiser."""
+    epochs: float = semantic(1.0, gt=0)
+    """Passes over the data."""
+    batch_size: int = semantic(16, ge=1)
+    """Rows of an optimiser step, over all ranks."""
+    max_length: int = semantic(256, ge=8)
+    """Longest text in tokens; what is longer is cut and counted."""
+
+
+class SftSettings(SupervisedSettings):
+    """Supervised fine-tuning on demonstrations; the loss counts the completion's tokens only."""
+
+    seed: Seed = semantic(0)
+    """Seeds the order of the data and the adapter."""
     epochs: float = semantic(1.0, gt=0)
     """Passes over the demonstrations."""
     batch_size: int = semantic(16, ge=1)
@@ -142,44 +173,36 @@ class SftSettings(Settings):
     max_length: int = semantic(256, ge=8)
     """Longest sequence in tokens, prompt and completion together; what is longer is cut at the end and counted."""
     packing: bool = semantic(True)
-    """Pack several demonstrations into one sequence of ``max_length``, none attending to another. Models that could not
-    keep them apart (OPT, Bloom, MPT, …) get each padded instead, and a line says so."""
+    """Pack several demonstrations into one sequence of ``max_length``, none attending to another. For models that could
+    not keep them apart (OPT, Bloom, MPT, …) each is padded instead, which a note says."""
     micro_batch_size: int = runtime(1, ge=1)
     """Sequences of one forward pass of one rank. Packed ones are laid end to end: without flash attention their cost
     grows with the square of ``micro_batch_size`` · ``max_length``."""
-    checkpoint_every: int = runtime(50, ge=1)
-    """Optimiser steps between in-stage checkpoints."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
 
 
 Loss = Literal["pairwise", "soft-strengths", "soft-share", "listwise", "regression"]
 
 
-class RmSettings(Settings):
+class RmSettings(SupervisedSettings):
     """A reward model learned from ranked comparison sets."""
 
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds the head, the choice of lists and the order of the data."""
     init: Literal["base", "scratch"] = semantic("base")
     """Whether training starts from the weights of ``base``, or from random ones in a model of its shape."""
-    precision: Precision = semantic("fp32")
-    """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
     lora: LoraSettings | None = semantic(None)
     """Adapters (and the whole score head) instead of full fine-tuning; null trains every weight."""
-    optimizer: OptimizerSettings = semantic(OptimizerSettings())
-    """The optimiser."""
     sees: Literal["response", "conversation"] = semantic("conversation")
     """What is scored: the response alone, or prompt and response in the chat template. Responses alone suit data whose
     prompts say nothing about quality, as when all sets share one prompt."""
     loss: Loss = semantic("pairwise")
-    """What is learned of a list of responses: of each pair which is the stronger; with what probability, by the
+    """What is learned from a list of responses: which of each pair is the stronger; with what probability, by the
     strengths or by the share of annotators; the order of the whole list; or the strengths themselves."""
     responses_per_list: int | None = semantic(None, ge=2)
     """Null compares the responses of each set with each other, all in one batch (Ouyang et al. 2022, §3.4). A number
-    draws lists of so many responses, from all that are on one scale: for sets that share a prompt."""
+    draws lists of that many responses from all on one scale: for sets that share a prompt."""
     lists_per_response: float = semantic(1.0, gt=0)
-    """In how many of the lists each response is, where lists are drawn."""
+    """Number of drawn lists that each response is in."""
     margin: float = semantic(1.0, ge=0)
     """Weight of the difference of strengths as the margin of the pairwise loss (Llama 2, arXiv:2307.09288, eq. 2); 0
     for none."""
@@ -199,10 +222,6 @@ class RmSettings(Settings):
     """Held-out pairs behind ``eval/accuracy``, drawn by the seed."""
     micro_batch_size: int = runtime(16, ge=1)
     """Lists of one forward pass of one rank."""
-    checkpoint_every: int = runtime(50, ge=1)
-    """Optimiser steps between in-stage checkpoints."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
 
     @model_validator(mode="after")
     def _loss_uses_what_is_set(self) -> "RmSettings":
@@ -211,27 +230,23 @@ class RmSettings(Settings):
         return self
 
 
-class EvaluateSettings(Settings):
-    """The policy before and after PPO, side by side on held-out prompts."""
+class EvaluateSettings(ShardedSettings):
+    """The policy before and after PPO on the same held-out prompts."""
 
-    seed: int = semantic(0, ge=0, lt=1 << 32)
+    seed: Seed = semantic(0)
     """Seeds the sampling and the intervals."""
-    precision: Precision = semantic("fp32")
-    """Precision of the models while they generate and score; a CPU without instructions for bf16 takes fp32."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
     """What scores responses: what PPO was given."""
     prompts: int = semantic(256, ge=2)
-    """Held-out prompts, the first so many; fewer where there are fewer."""
+    """Number of held-out prompts, the first ones; all where there are fewer."""
     max_prompt_length: int = semantic(256, ge=1)
     """Longest prompt in tokens; one longer stops the run."""
     judge: bool = semantic(True)
-    """Fit a judge on ratings that took no part in training, and let it compare too; needs ``data.judge``."""
+    """Fit a judge on ratings that took no part in training, and have it compare too; needs ``data.judge``."""
     sampling: SamplingSettings = semantic(SamplingSettings())
     """How responses are sampled; the temperature and length that PPO trained with make the comparison fair."""
     micro_batch_size: int = runtime(32, ge=1)
     """Sequences of one forward pass of one rank."""
-    workers: WorkerSettings = runtime(WorkerSettings())
-    """The worker group."""
 
     @model_validator(mode="after")
     def _rewards_are_sound(self) -> "EvaluateSettings":

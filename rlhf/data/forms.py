@@ -1,10 +1,11 @@
-"""Rows in the forms of public data sets, read as records where their meaning is certain.
+"""Read rows of public data sets as records, where their meaning is certain.
 
-A form is certain where prompt and answer follow from the row alone: in a conversation whose last message is the
-assistant's, that message is the answer and all before it the prompt; of two conversations that differ in their last
-message, that is what was compared. Whatever is not certain is refused with its field.
+The meaning is certain where prompt and answer follow from the row alone: in a conversation whose last message is the
+assistant's, that message is the answer and all messages before it are the prompt; two conversations that differ in
+their last message are compared by that message. Every other row is refused, with the field that is uncertain.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,12 +17,14 @@ from rlhf.data.records import (
     ComparisonSet,
     Demonstration,
     JudgeRating,
+    MalformedError,
     Message,
     PreferencePair,
     Prompt,
     R,
     Reason,
     parse_record,
+    record_type,
     without_nulls,
 )
 
@@ -31,50 +34,37 @@ Messages = list[dict[str, Any]]
 CONVERSATIONS = ("messages", "conversations", "conversation")
 INSTRUCTIONS = ("instruction", "question", "prompt")
 ADDITIONS = ("input", "context")
-"""What an instruction is about; of a question nobody can say where it belongs."""
+"""Fields appended to an instruction; beside a question their place in the prompt is not certain."""
 ANSWERS = ("output", "response", "answer")
 SYSTEMS = ("system", "system_prompt", "system_message")
 
 _OF_THE_PROMPT = re.compile(
     r"(audio|document|image|video|choice|option|function)s?|context|history|input|passage|system(_prompt|_message)?"
 )
-"""Fields on which an answer may rest: where a form does not say where they belong, rows that fill them are refused."""
+"""Fields on which an answer may depend: a row that fills one is refused, unless its form says where it belongs."""
 _PRAISE = re.compile(r"(is_)?(accepted|approved|correct|harmless|safe)|labels?|mask|train|weight")
 _BLAME = re.compile(r"(is_)?(deleted|harmful|rejected|toxic|unsafe)")
-"""Fields that may say that an answer is not to be imitated, the first where they are false, the others where true."""
+"""Fields that may say that an answer must not be imitated: of ``_PRAISE`` where false, of ``_BLAME`` where true."""
 
 _WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
-"""How messages begin that were written into a text, by JSON or by Python."""
+"""The beginning of a list of messages that JSON or Python wrote into a text."""
 
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
     "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "assistant"), "assistant"),
 }
 
 _BOOKKEEPING = re.compile(
     r"(.*[_-])?(id|ids|idx|index|score|scores|source|url|license|timestamp)|dataset|category|categories|task|tags?|topic|"
     r"lang|language|split|created|created_at|updated_at|date|meta|metadata|(score|rating)[_-].*|__index_level_\d+__"
 )
-"""Columns beside a record that public data sets carry, and that say nothing that is trained on."""
+"""Columns that public data sets carry beside a record, and that hold nothing to train on."""
 
 MISSPELT = 0.82
-"""How alike, as difflib measures it, an unknown field and ours are where one is meant: ``promt`` and ``prompt``, while
-``prompt_id`` is 0.80."""
-
-
-class _RefusedError(Exception):
-    """A row's meaning is not certain."""
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(field, problem)
-        self.reason = Reason(field, problem)
+"""Similarity, as difflib measures it, from which an unknown field is taken as a misspelt field of ours: it is above for
+``promt`` and ``prompt``, and 0.80 for ``prompt_id``."""
 
 
 class _Form(NamedTuple):
@@ -84,37 +74,39 @@ class _Form(NamedTuple):
     rest: Fields
     """Fields that are not part of the form."""
     name: str
-    """As what the row was read; empty for our own form."""
+    """The name of the form in messages; empty for our own form."""
 
 
 class FormReader:
-    """Records out of rows of any form, and the line that says as what they were read."""
+    """Parse records from rows of any form, and count the rows of each form."""
 
     def __init__(self) -> None:
         self._forms = Counter[str]()
         self._unread: dict[str, None] = {}
 
     def parse(self, value: Any, model: type[R]) -> R | list[Reason]:
-        """Make a record of a row's value, or give the reasons why it is none."""
+        """Return a row's value as a record, or the reasons why it is none."""
         if not isinstance(value, Mapping):
             return parse_record(value, model)
         try:
             form = _form_of(without_nulls(value), model)
-        except _RefusedError as error:
+        except MalformedError as error:
             return [error.reason]
-        own = _own_fields(form.row, model)
-        if form.name and (name := _first_meant(form.rest, model)):
-            return [Reason(name, "is not part of the form, and what is asked or learned may rest on it")]
-        unread = [name for name in form.rest if _is_beside(name, own, is_foreign=bool(form.name))]
-        kept = {name: content for name, content in form.rest.items() if name not in unread}
-        record = parse_record(form.row | kept, model)
+        known = record_type(form.row, model).model_fields
+        unread = [
+            name
+            for name in form.rest
+            if _BOOKKEEPING.fullmatch(plain := name.casefold())
+            or (form.name and all(SequenceMatcher(None, plain, field).ratio() < MISSPELT for field in known))
+        ]
+        record = parse_record(form.row | _without(form.rest, unread), model)
         if not isinstance(record, list):
             self._forms[form.name] += 1
             self._unread.update(dict.fromkeys(unread))
         return record
 
     def line(self) -> str:
-        """Say as what rows were read that are not in our own form, and which of their fields were not."""
+        """Count the rows of each form other than our own, and name the fields that were not read."""
         parts = [f"{count} rows read as {name}" for name, count in self._forms.items() if name]
         if self._unread:
             parts.append(f"fields not read: {', '.join(self._unread)}")
@@ -122,7 +114,7 @@ class FormReader:
 
 
 def model_of(value: Any) -> type[Demonstration] | type[ComparisonSet] | type[Prompt] | type[JudgeRating]:
-    """Return the kind of record that a row's fields tell of; a prompt where they tell of none."""
+    """Return the kind of record that a row's fields indicate; a prompt where they indicate none."""
     row = without_nulls(value) if isinstance(value, Mapping) else {}
     if row.keys() & {"responses", "ratings", "rankings", "winners", "chosen", "rejected"}:
         return ComparisonSet
@@ -136,123 +128,100 @@ def model_of(value: Any) -> type[Demonstration] | type[ComparisonSet] | type[Pro
 
 
 def _form_of(row: Fields, model: type[Any]) -> _Form:
+    """Return a row in the fields of ``model``; raise MalformedError where its meaning is not certain."""
     if row.get("tools"):
-        raise _RefusedError("tools", "offers tools, and calls of tools are not trained on yet")
+        raise MalformedError("tools", "offers tools, and calls of tools are not trained on yet")
     for name in ("prompt", "completion", "chosen", "rejected"):
         if isinstance(text := row.get(name), str) and _WRITTEN_MESSAGES.match(text):
-            raise _RefusedError(name, "holds messages written as a text: write them as a list of objects")
+            raise MalformedError(name, "holds messages written as a text: write them as a list of objects")
     if issubclass(model, ComparisonSet):
-        return _comparison(row)
-    if issubclass(model, Demonstration):
-        return _demonstration(row)
-    return _prompt(row) if issubclass(model, Prompt) else _own(row, model)
-
-
-def _own_fields(row: Fields, model: type[Any]) -> Iterable[str]:
-    return (PreferencePair if issubclass(model, ComparisonSet) and "chosen" in row else model).model_fields
-
-
-def _is_beside(name: str, own: Iterable[str], *, is_foreign: bool) -> bool:
-    """Tell whether a field stands beside a record, rather than being one of ours that is misspelt."""
-    plain = name.casefold()
-    if _BOOKKEEPING.fullmatch(plain):
-        return True
-    return is_foreign and all(SequenceMatcher(None, plain, ours).ratio() < MISSPELT for ours in own)
-
-
-def _first_meant(rest: Fields, model: type[Any]) -> str | None:
-    """Return the first field that cannot be left unread; None where all can."""
-    for name, content in rest.items():
+        form = _comparison(row)
+    elif issubclass(model, Demonstration):
+        form = _demonstration(row)
+    else:
+        form = _prompt(row) if issubclass(model, Prompt) else _own(row, model)
+    for name, content in form.rest.items() if form.name else ():
         plain = name.casefold()
-        # Beside an instruction, which was read or is told again by a conversation, an input belongs to it.
-        if _OF_THE_PROMPT.fullmatch(plain) and content and not (plain == "input" and "instruction" in rest):
-            return name
-        if issubclass(model, Demonstration) and (_PRAISE.fullmatch(plain) or (_BLAME.fullmatch(plain) and content)):
-            return name
-    return None
+        # An instruction in the rest was read, or a conversation repeats it; either holds for its input too.
+        asks = _OF_THE_PROMPT.fullmatch(plain) and content and not (plain == "input" and "instruction" in form.rest)
+        judges = _PRAISE.fullmatch(plain) or (_BLAME.fullmatch(plain) and content)
+        if asks or (judges and issubclass(model, Demonstration)):
+            raise MalformedError(name, "is not part of the form, and prompt or training may depend on it")
+    return form
 
 
 def _own(row: Fields, model: type[Any]) -> _Form:
-    own = {name: value for name, value in row.items() if name in _own_fields(row, model)}
-    in_parts = False
-    for name in ("prompt", "completion", "chosen", "rejected"):
-        if _is_conversation(own.get(name)):
-            own[name], some = _messages(own[name], name)
-            in_parts |= some
-    if isinstance(own.get("responses"), list):
-        for number, response in enumerate(own["responses"]):
-            if _is_conversation(response):
-                messages, some = _messages(response, f"responses[{number}]")
-                own["responses"] = [*own["responses"][:number], messages, *own["responses"][number + 1 :]]
-                in_parts |= some
+    """Return a row that has the fields of our records, with the content of every message as one text."""
+    known = record_type(row, model).model_fields
+    own = {name: value for name, value in row.items() if name in known}
+    texts: Fields = {name: own.get(name) for name in ("prompt", "completion", "chosen", "rejected")}
+    responses = own.get("responses")
+    if isinstance(responses, list):
+        texts |= {f"responses[{number}]": response for number, response in enumerate(responses)}
+    conversations = {place: turns for place, turns in texts.items() if _is_conversation(turns)}
+    plain = {place: _messages(turns, place) for place, turns in conversations.items()}
+    own |= {place: messages for place, messages in plain.items() if place in own}
+    if isinstance(responses, list):
+        own["responses"] = [plain.get(f"responses[{number}]", text) for number, text in enumerate(responses)]
+    turns = itertools.chain(*conversations.values())
+    in_parts = any(isinstance(turn.get("value" if "from" in turn else "content"), list) for turn in turns)
     return _Form(own, _without(row, own), "messages with their content in parts" if in_parts else "")
 
 
 def _demonstration(row: Fields) -> _Form:
     if isinstance(row.get("label"), bool):
-        raise _RefusedError("label", "says whether the completion is good, and all demonstrations are imitated alike")
+        raise MalformedError("label", "says whether the completion is good, and all demonstrations are imitated alike")
     for key in ("completion", *CONVERSATIONS):
         last = row[key][-1] if _is_conversation(row.get(key)) else {}
         if name := next((name for name in last if _PRAISE.fullmatch(name) and not last[name]), None):
             place = f"{key}[{len(row[key]) - 1}].{name}"
-            raise _RefusedError(place, "says that the answer is not to be learned, and it would be")
+            raise MalformedError(place, "says that the answer must not be learned, but it would be")
     if "completion" in row:
         form = _own(row, Demonstration)
-        return _several_turns(form) if _is_conversation(form.row["completion"]) else form
+        prompt = form.row.get("prompt")
+        *before, last = form.row["completion"] if _is_conversation(form.row["completion"]) else [{}]
+        if not before or last["role"] != "assistant" or not isinstance(prompt, (str, list)):
+            return form
+        # Only the last message of a completion is learned, so the others belong to the prompt.
+        name = "completions of several turns: the last message is the completion, all before it belongs to the prompt"
+        turns = {"prompt": _as_messages(prompt) + before, "completion": [last]}
+        return form._replace(row=form.row | turns, name=name)
     if key := _conversation_field(row):
         messages = _whole_conversation(row, key)
-        if (role := messages[-1]["role"]) != "assistant":
-            raise _RefusedError(key, f"ends with a message of the role {role!r}, and is to end with 'assistant'")
+        _check_ends_with_answer(messages, key)
         _check_prompt(row, messages[:-1], key)
-        name = f"conversations in {key!r}: the last message is the completion, all before it the prompt"
         return _Form(
             {"prompt": messages[:-1], "completion": messages[-1]["content"]},
             _without(row, (key, *SYSTEMS, "prompt")),
-            name,
+            f"conversations in {key!r}: the last message is the completion, all before it the prompt",
         )
     answers = [name for name in ANSWERS if name in row]
-    if len(answers) == 1 and (found := _instruction(row)):
-        prompt, used = found
-        shown = ", ".join(map(repr, (*used, answers[0])))
-        name = f"instructions with answers, in {shown}"
-        return _Form({"prompt": prompt, "completion": row[answers[0]]}, _without(row, (*used, answers[0])), name)
+    if len(answers) == 1 and (instruction := _instruction(row)):
+        prompt, used = instruction
+        used += (answers[0],)
+        name = f"instructions with answers, in {', '.join(map(repr, used))}"
+        return _Form({"prompt": prompt, "completion": row[answers[0]]}, _without(row, used), name)
     return _own(row, Demonstration)
-
-
-def _several_turns(form: _Form) -> _Form:
-    """Let the prompt end before the last message of a completion, which alone is learned."""
-    *before, last = form.row["completion"]
-    prompt = form.row.get("prompt")
-    if not before or last["role"] != "assistant" or not isinstance(prompt, (str, list)):
-        return form
-    turns = _as_messages(prompt) + before
-    name = "completions of several turns: the last message is the completion, all before it belongs to the prompt"
-    return form._replace(row=form.row | {"prompt": turns, "completion": [last]}, name=name)
 
 
 def _prompt(row: Fields) -> _Form:
     if "prompt" in row and not row.keys() & {*SYSTEMS, "history"}:
         form = _own(row, Prompt)
-        known = (*CONVERSATIONS, *Demonstration.model_fields, *PreferencePair.model_fields, *ComparisonSet.model_fields)
-        others = form.rest.keys() & {*known}
-        return form._replace(name="prompts of rows that hold more") if others else form
+        known = {*CONVERSATIONS, *Demonstration.model_fields, *PreferencePair.model_fields, *ComparisonSet.model_fields}
+        return form._replace(name="prompts of rows that hold more") if form.rest.keys() & known else form
     if key := _conversation_field(row):
         messages = _whole_conversation(row, key)
+        name = f"prompts in {key!r}"
         if messages[-1]["role"] == "assistant":
             name = f"prompts of conversations in {key!r}: all before the last message, which is an answer"
             messages = messages[:-1]
-        else:
-            name = f"prompts in {key!r}"
         return _Form({"prompt": messages}, _without(row, (key, *SYSTEMS)), name)
     if {"chosen", "rejected"} <= row.keys():
         form = _comparison(row)
-        return _Form(
-            {name: value for name, value in form.row.items() if name == "prompt"},
-            form.rest,
-            f"prompts of {form.name}",
-        )
-    if found := _instruction(row):
-        prompt, used = found
+        prompt = {name: value for name, value in form.row.items() if name == "prompt"}
+        return _Form(prompt, form.rest, f"prompts of {form.name}")
+    if instruction := _instruction(row):
+        prompt, used = instruction
         return _Form({"prompt": prompt}, _without(row, used), f"prompts in {', '.join(map(repr, used))}")
     return _own(row, Prompt)
 
@@ -261,50 +230,50 @@ def _comparison(row: Fields) -> _Form:
     if not {"chosen", "rejected"} <= row.keys():
         return _own(row, ComparisonSet)
     sides = [row["chosen"], row["rejected"]]
-    transcripts = [_transcript(side) for side in sides]
-    if all(transcripts):
-        found = [turns for turns in transcripts if turns]
-        return _compared(row, found, "transcripts of Human and Assistant")
+    if all(transcripts := [_transcript(side) for side in sides]):
+        return _compared(row, transcripts, "transcripts of Human and Assistant")
     if all(map(_is_conversation, sides)) and max(map(len, sides)) > 1:
-        found = [_messages(row[name], name)[0] for name in ("chosen", "rejected")]
-        return _compared(row, found, "pairs of conversations")
-    if (found := _instruction(row)) and found[1] != ("prompt",):
-        prompt, used = found
-        form = _own(row, ComparisonSet)
+        conversations = [_messages(row[name], name) for name in ("chosen", "rejected")]
+        return _compared(row, conversations, "pairs of conversations")
+    instruction, form = _instruction(row), _own(row, ComparisonSet)
+    if instruction and instruction[1] != ("prompt",):
+        prompt, used = instruction
         name = f"pairs with the prompt in {', '.join(map(repr, used))}"
         return _Form(form.row | {"prompt": prompt}, _without(form.rest, used), name)
-    return _own(row, ComparisonSet)
+    return form
 
 
 def _compared(row: Fields, sides: Sequence[Messages], name: str) -> _Form:
-    """Make a pair of two conversations that differ in their last message at most."""
+    """Return a pair made of two conversations that differ at most in their last message."""
     chosen, rejected = sides
     if chosen[:-1] != rejected[:-1]:
-        raise _RefusedError("chosen", "and rejected differ before their last messages, so that no prompt is common")
-    for field, messages in (("chosen", chosen), ("rejected", rejected)):
-        if (role := messages[-1]["role"]) != "assistant":
-            raise _RefusedError(field, f"ends with a message of the role {role!r}, and is to end with 'assistant'")
+        raise MalformedError("chosen", "and rejected differ before their last messages, so that no prompt is common")
+    _check_ends_with_answer(chosen, "chosen")
+    _check_ends_with_answer(rejected, "rejected")
     _check_prompt(row, chosen[:-1], "chosen")
     own = {"prompt": chosen[:-1], "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
     own |= {field: row[field] for field in PreferencePair.model_fields if field in row and field not in own}
     return _Form(own, _without(row, own), f"{name}: their last messages are compared, all before those is the prompt")
 
 
+def _check_ends_with_answer(messages: Messages, field: str) -> None:
+    if (role := messages[-1]["role"]) != "assistant":
+        raise MalformedError(field, f"ends with a message of the role {role!r}, and must end with 'assistant'")
+
+
 def _check_prompt(row: Fields, before: Messages, field: str) -> None:
-    """Refuse a row that names a prompt beside a conversation, and the conversation has another."""
+    """Refuse a row whose field ``prompt`` differs from the messages before the answer in ``field``."""
     prompt = row.get("prompt")
     if prompt is None:
         return
     if _is_conversation(prompt):
-        same = _messages(prompt, "prompt")[0] == [one for one in before if one["role"] != "system"] or (
-            _messages(prompt, "prompt")[0] == before
-        )
+        same = _messages(prompt, "prompt") in (before, [turn for turn in before if turn["role"] != "system"])
     else:
-        texts = [one["content"].strip() for one in before if one["role"] == "user"]
+        texts = [turn["content"].strip() for turn in before if turn["role"] == "user"]
         *turns, last = _transcript(prompt) or [{}]
         same = isinstance(prompt, str) and (prompt.strip() in texts or (turns == before and not last["content"]))
     if not same:
-        raise _RefusedError("prompt", f"is not what {field!r} begins with, so which of them is meant is not certain")
+        raise MalformedError("prompt", f"differs from the beginning of {field!r}, so neither is certain")
 
 
 def _instruction(row: Fields) -> tuple[str | Messages, tuple[str, ...]] | None:
@@ -325,13 +294,14 @@ def _instruction(row: Fields) -> tuple[str | Messages, tuple[str, ...]] | None:
         used += ("history",)
         for number, turn in enumerate(history):
             if not isinstance(turn, (list, tuple)) or len(turn) != 2:
-                raise _RefusedError(f"history[{number}]", "must be two texts, the user's and the assistant's")
+                raise MalformedError(f"history[{number}]", "must be two texts, the user's and the assistant's")
             earlier += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     return (earlier + _as_messages(text) if earlier else text), used
 
 
 def _whole_conversation(row: Fields, key: str) -> Messages:
-    messages, _ = _messages(row[key], key)
+    """Return a row's conversation, which begins with the row's system prompt if there is one."""
+    messages = _messages(row[key], key)
     for name in SYSTEMS:
         system = row.get(name)
         if not isinstance(system, str) or not system.strip():
@@ -339,14 +309,14 @@ def _whole_conversation(row: Fields, key: str) -> Messages:
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         elif messages[0]["content"].strip() != system.strip():
-            raise _RefusedError(name, f"is not what {key!r} begins with, so which of them is meant is not certain")
+            raise MalformedError(name, f"differs from the beginning of {key!r}, so neither is certain")
     return messages
 
 
-def _transcript(text: Any) -> Messages | None:
-    """Split a transcript whose turns begin with Human: and Assistant:; None where a text is none (Bai et al. 2022)."""
+def _transcript(text: Any) -> Messages:
+    """Return the turns of a text that begin with Human: and Assistant: (Bai et al. 2022); none for any other value."""
     if not isinstance(text, str) or not re.match(r"\s*Human:", text) or "\n\nAssistant:" not in text:
-        return None
+        return []
     _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
@@ -354,51 +324,43 @@ def _transcript(text: Any) -> Messages | None:
     ]
 
 
-def _messages(turns: Sequence[Mapping[str, Any]], field: str) -> tuple[Messages, bool]:
-    """Return messages of role and content, and whether some had their content in parts.
-
-    Raises:
-        _RefusedError: a message calls a tool, has a field that is unknown or lacks one, or holds more than text.
-
-    """
-    found: Messages = []
-    in_parts = False
+def _messages(turns: Sequence[Mapping[str, Any]], field: str) -> Messages:
+    """Return the turns as messages with a role and a text; refuse calls of tools, unknown fields and other content."""
+    messages: Messages = []
     for number, turn in enumerate(turns):
-        message, place = dict(turn), f"{field}[{number}]"
+        rest, place = dict(turn), f"{field}[{number}]"
         for name in ("tool_calls", "function_call"):
-            if message.pop(name, None):
-                raise _RefusedError(f"{place}.{name}", "calls a tool, and calls of tools are not trained on yet")
-        text = "content"
-        if "from" in message:
-            text, role = "value", message.pop("from")
+            if rest.pop(name, None):
+                raise MalformedError(f"{place}.{name}", "calls a tool, and calls of tools are not trained on yet")
+        key = "content"
+        if "from" in rest:
+            key, role = "value", rest.pop("from")
             if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-                raise _RefusedError(f"{place}.from", f"is {role!r}; known: {', '.join(_SHAREGPT_ROLES)}")
-            message["role"] = _SHAREGPT_ROLES[role]
-        content = message.pop(text, "")
-        if content is None or text not in turn:
-            raise _RefusedError(f"{place}.{text}", "is null" if text in turn else "is missing")
+                raise MalformedError(f"{place}.from", f"is {role!r}; known: {', '.join(_SHAREGPT_ROLES)}")
+            rest["role"] = _SHAREGPT_ROLES[role]
+        content = rest.pop(key, None)
+        if content is None:
+            raise MalformedError(f"{place}.{key}", "is null" if key in turn else "is missing")
         if isinstance(content, list):
-            in_parts = True
-            content = "".join(_text_of(part, f"{place}.{text}[{index}]") for index, part in enumerate(content))
+            for index, part in enumerate(content):
+                match part:
+                    case {"type": "text", "text": str()}:
+                        continue
+                    case {"type": kind}:
+                        problem = f"is a part of the type {kind!r}, and only text is trained on"
+                    case _:
+                        problem = "must be a part with type and text"
+                raise MalformedError(f"{place}.{key}[{index}]", problem)
+            content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
-            raise _RefusedError(f"{place}.{text}", "must be a text or a list of parts")
-        for name in message.keys() - {"role"}:
-            if message[name] and not _BOOKKEEPING.fullmatch(name.casefold()):
-                raise _RefusedError(f"{place}.{name}", f"is unknown; {suggestion(name, Message.model_fields)}")
-        if "role" not in message:
-            raise _RefusedError(f"{place}.role", "is missing")
-        found.append({"role": message["role"], "content": content})
-    return found, in_parts
-
-
-def _text_of(part: Any, place: str) -> str:
-    match part:
-        case {"type": "text", "text": str() as text}:
-            return text
-        case {"type": kind}:
-            raise _RefusedError(place, f"is a part of the type {kind!r}, and only text is trained on")
-        case _:
-            raise _RefusedError(place, "must be a part with type and text")
+            raise MalformedError(f"{place}.{key}", "must be a text or a list of parts")
+        for name in rest.keys() - {"role"}:
+            if rest[name] and not _BOOKKEEPING.fullmatch(name.casefold()):
+                raise MalformedError(f"{place}.{name}", f"is unknown; {suggestion(name, Message.model_fields)}")
+        if "role" not in rest:
+            raise MalformedError(f"{place}.role", "is missing")
+        messages.append({"role": rest["role"], "content": content})
+    return messages
 
 
 def _is_conversation(value: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Rows out of JSONL, JSON, Parquet and Arrow files, folders of those, and datasets on the Hugging Face hub.
+"""Read rows from JSONL, JSON, Parquet and Arrow files, folders of these, and datasets on the Hugging Face hub.
 
-Files are streamed: beside the rows in hand, a reader holds one line, one element of an array or one batch of a table.
-What cannot be read is a row with a problem rather than an exception, so that one bad line hides no other.
+Files are streamed: besides the current rows, a reader holds one line, one element of an array or one batch of a table.
+An unreadable row is yielded with its problem instead of raising an exception, so that one bad line hides no other.
 """
 
 import bz2
@@ -12,7 +12,7 @@ import lzma
 import math
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,8 @@ from rlhf.errors import IndexUnreachableError, RecordError, SettingsError, refus
 
 CHUNK_CHARACTERS = 1 << 20
 BATCH_ROWS = 1024
+NAMED_BAD_ROWS = 20
+"""Number of bad rows that an error names where no quarantine file lists them all."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -35,31 +37,44 @@ _FOREIGN = {
     b"PAR1": ("Parquet", ".parquet"),
     b"ARROW1": ("Arrow", ".arrow"),
 }
-"""How files begin that JSON never does: what they are, and the suffix that says so."""
+"""First bytes of files that are not JSON: the kind of file, and its suffix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it was read, and where it stands."""
+    """One row of a source, and its place."""
 
     file: str
     """The file's path, or the hub dataset's name."""
     number: int
     """Line of a text file on which the row begins, or row of a Parquet file or dataset; counted from 1."""
     value: Any
-    """What the row holds; where ``problem`` says why it could not be read, its text."""
+    """The row's content; its text where ``problem`` says why it could not be read."""
     problem: str = ""
     counts_lines: bool = True
     """Whether ``number`` is a line or a row."""
 
     @property
     def place(self) -> str:
-        """The row's place for a reader: ``file:line`` or ``file, row n``."""
+        """The row's place as messages show it: ``file:line`` or ``file, row n``."""
         return f"{self.file}:{self.number}" if self.counts_lines else f"{self.file}, row {self.number}"
 
 
-def read_rows(source: str, *, mixes_splits: bool = False) -> Iterator[Row]:
-    """Read the rows of a source in order; a folder's files are read in the order of their paths.
+def malformed(
+    bad: Sequence[str], total: int, as_what: str, next_step: str, *, count: int = 0, rows: str = "rows"
+) -> RecordError:
+    """Return the error that counts the bad rows, and names the first of them by their places and reasons.
+
+    count  the number of bad rows where ``bad`` holds only the first of them
+    """
+    named = bad[:NAMED_BAD_ROWS]
+    count = count or len(bad)
+    more = f"\n  and {count - len(named)} more" if count > len(named) else ""
+    return RecordError(f"{count} of {total} {rows} are malformed{as_what}", "\n  ".join(named) + more, next_step)
+
+
+def read_source(source: str, *, mixes_splits: bool = False) -> Iterator[Row]:
+    """Return the rows of a source in order; a folder's files are read in the order of their paths.
 
     mixes_splits  whether a folder may hold training and held-out data side by side
 
@@ -76,25 +91,23 @@ def read_rows(source: str, *, mixes_splits: bool = False) -> Iterator[Row]:
         except ValueError as problem:
             raise SettingsError(str(problem), source) from None
         return _hub_rows(dataset)
-    return (
-        row for file in record_files(Path(source).expanduser(), mixes_splits=mixes_splits) for row in _file_rows(file)
-    )
+    files = record_files(Path(source).expanduser(), mixes_splits=mixes_splits)
+    return (row for file in files for row in _file_rows(file))
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
     name = path.name.casefold()
+    is_table = name.endswith((".parquet", *ARROW_SUFFIXES))
     try:
-        if name.endswith((".parquet", *ARROW_SUFFIXES)):
-            _check_content(path, is_text=False)
-            yield from _table_rows(path, _parquet_batches(path) if name.endswith(".parquet") else _arrow_batches(path))
+        _check_content(path, is_text=not is_table)
+        if is_table:
+            yield from _table_rows(path)
         else:
-            _check_content(path, is_text=True)
-            is_array = ".jsonl" not in name and ".ndjson" not in name and _begins_with_bracket(path)
-            yield from _array_rows(path) if is_array else _line_rows(path)
+            yield from _line_rows(path) if ".jsonl" in name or ".ndjson" in name else _array_rows(path)
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise _damaged(path, error) from error
     except OSError as error:
-        # A compressed stream that breaks off is an OSError without a number.
+        # A truncated compressed stream is an OSError without a number.
         if error.errno is None:
             raise _damaged(path, error) from error
         raise SettingsError(f"the file cannot be read: {error.strerror}", str(path), "allow it to be read") from error
@@ -105,78 +118,53 @@ def _damaged(path: Path, error: Exception | str) -> RecordError:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a text file's bytes, decompressed as its name says."""
-    match path.suffix.casefold():
-        case ".gz":
-            return gzip.open(path)  # type: ignore[return-value]  # a file of bytes in all but its class
-        case ".bz2":
-            return bz2.open(path)  # type: ignore[return-value]
-        case ".xz":
-            return lzma.open(path)  # type: ignore[return-value]
-        case ".zst":
-            import pyarrow
+    """Open a text file's bytes, decompressed according to its suffix."""
+    suffix = path.suffix.casefold()
+    if suffix == ".zst":
+        import pyarrow
 
-            return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))  # type: ignore[return-value]
-        case _:
-            return path.open("rb")
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))  # type: ignore[return-value]  # a file of bytes in all but its class
+    openers: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers[suffix](path) if suffix in openers else path.open("rb")
 
 
 def _check_content(path: Path, *, is_text: bool) -> None:
-    """Refuse a file that is something else than its name says.
-
-    Raises:
-        RecordError: it is a Git LFS pointer, or text that is compressed, UTF-16 or UTF-32, or compressed and empty.
-
-    """
+    """Refuse a Git LFS pointer, and text that is compressed, UTF-16 or UTF-32, or compressed and empty."""
     with path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:
         raise RecordError(
-            "the file is a Git LFS pointer, and the data it stands for was not downloaded",
+            "the file is a Git LFS pointer, and its data was not downloaded",
             str(path),
             f"git -C {shlex.quote(str(path.parent))} lfs pull",
         )
     if not is_text:
         return
     if not start and path.suffix.casefold() in COMPRESSED_SUFFIXES:
-        # Even of no bytes a compressed file has some.
+        # Even the compressed form of no bytes has some bytes.
         raise _damaged(path, "it is empty")
     with _open(path) as file:
         start = file.read(len(_LFS_POINTER))
     for beginning, (kind, suffix) in _FOREIGN.items():
         if start.startswith(beginning):
             raise RecordError(f"the file is {kind}, and its name says JSON", str(path), f"let its name end in {suffix}")
-    encoding = json.detect_encoding(start)
-    if not encoding.startswith("utf-8"):
-        name = encoding.upper()
+    encoding = json.detect_encoding(start).upper()
+    if not encoding.startswith("UTF-8"):
         raise RecordError(
-            f"the file is {name}, and JSON is read as UTF-8",
+            f"the file is {encoding}, and JSON is read as UTF-8",
             str(path),
-            f"iconv -f {name} -t UTF-8 {shlex.quote(str(path))} > utf8{path.suffix}",
+            f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8{path.suffix}",
         )
 
 
-def _text(path: Path) -> io.TextIOWrapper:
-    # Bytes that are not UTF-8 become lone surrogates, which the check of the field they stand in refuses.
-    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape")
-
-
-def _begins_with_bracket(path: Path) -> bool:
-    with _text(path) as file:
-        while character := file.read(1):
-            if not character.isspace():
-                return character == "["
-    return False
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a field stand twice, and Python's reader would keep the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Refuse repeated fields: JSON allows them, and Python's reader would keep the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice!r} stands twice")
-    return found
+        raise ValueError(f"the field {twice!r} occurs twice")
+    return fields
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
@@ -185,29 +173,28 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 def _line_rows(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
+            encoding = "utf-8-sig" if number == 1 else "utf-8"
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode(encoding)
+                if text.strip():
+                    yield Row(str(path), number, json.loads(text, object_pairs_hook=_object))
+                continue
             except UnicodeDecodeError as error:
                 problem = f"byte 0x{line[error.start]:02x} at position {error.start + 1} of the line is not UTF-8"
-                yield Row(str(path), number, line.decode("utf-8", "backslashreplace").rstrip("\r\n"), problem)
-                continue
-            if not text.strip():
-                continue
-            try:
-                yield Row(str(path), number, json.loads(text, object_pairs_hook=_object))
             except json.JSONDecodeError as error:
                 problem = f"invalid JSON at character {error.pos + 1}: {error.msg}"
-                yield Row(str(path), number, text.rstrip("\r\n"), problem)
             except (ValueError, RecursionError) as error:
-                # Fields that stand twice, numbers of thousands of digits and nesting of thousands of levels.
-                yield Row(str(path), number, text.rstrip("\r\n"), f"unreadable JSON: {error}")
+                # Repeated fields, numbers of thousands of digits and nesting of thousands of levels.
+                problem = f"unreadable JSON: {error}"
+            yield Row(str(path), number, line.decode(encoding, "backslashreplace").rstrip("\r\n"), problem)
 
 
 class _Window:
-    """A sliding window over a text file, which knows the line it has come to."""
+    """A sliding window over a text file that counts the lines it has passed."""
 
     def __init__(self, path: Path) -> None:
-        self.file = _text(path)
+        # Bytes that are not UTF-8 become lone surrogates, which the check of their field refuses.
+        self.file = io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape")
         self.text = ""
         self.at = 0
         self.line = 1
@@ -219,30 +206,24 @@ class _Window:
 
     def read_more(self) -> None:
         kept = self.text[self.at :]
-        # Doubling keeps the re-reading of one long element linear in its length.
+        # Doubling the window keeps the work for one long element linear in its length.
         more = self.file.read(max(CHUNK_CHARACTERS, len(kept)))
         self.ended = not more
         self.text, self.at = kept + more, 0
 
     def next_character(self) -> str:
-        """Look at the next character that is no white space, without passing it; empty at the end of the file."""
+        """Return the next character that is no white space, without passing it; empty at the end of the file."""
         while True:
-            rest = len(self.text)
             end = self.at
-            while end < rest and self.text[end].isspace():
+            while end < len(self.text) and self.text[end].isspace():
                 end += 1
             self.advance(end)
-            if end < rest or self.ended:
+            if end < len(self.text) or self.ended:
                 return self.text[end : end + 1]
             self.read_more()
 
     def next_element(self) -> Any:
-        """Parse one JSON value.
-
-        Raises:
-            ValueError: what stands here is no JSON value, whatever follows it.
-
-        """
+        """Return the JSON value that begins here; raise ValueError where none does, whatever follows."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
@@ -250,7 +231,7 @@ class _Window:
                 if self.ended:
                     raise
             else:
-                # A value that touches the window's end may go on behind it.
+                # A value that reaches the window's end may continue after it.
                 if end < len(self.text) or self.ended:
                     self.advance(end)
                     return value
@@ -258,9 +239,12 @@ class _Window:
 
 
 def _array_rows(path: Path) -> Iterator[Row]:
+    """Yield the elements of a JSON array, or the lines of a file that does not begin with a bracket."""
     window = _Window(path)
     with window.file:
-        window.next_character()
+        if window.next_character() != "[":
+            yield from _line_rows(path)
+            return
         window.advance(window.at + 1)
         separator = "["
         while (character := window.next_character()) != "]" or separator == ",":
@@ -268,16 +252,16 @@ def _array_rows(path: Path) -> Iterator[Row]:
             try:
                 value = window.next_element()
             except (ValueError, RecursionError) as error:
-                # Nothing says where the next element would begin, so the rest of the file is unread.
+                # The beginning of the next element is unknown, so the rest of the file is not read.
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 rest = window.text[window.at : window.at + 200]
-                yield Row(str(path), line, rest, f"invalid JSON: {reason}; what follows is not read")
+                yield Row(str(path), line, rest, f"invalid JSON: {reason}; the rest of the file is not read")
                 return
             yield Row(str(path), line, value)
             separator = window.next_character()
-            if separator not in (",", "]") or not separator:
-                found = repr(separator) if separator else "the end of the file"
-                yield Row(str(path), window.line, "", f"invalid JSON: expected ',' or ']', found {found}")
+            if separator not in (",", "]"):
+                other = repr(separator) if separator else "the end of the file"
+                yield Row(str(path), window.line, "", f"invalid JSON: expected ',' or ']', found {other}")
                 return
             if separator == ",":
                 window.advance(window.at + 1)
@@ -286,13 +270,16 @@ def _array_rows(path: Path) -> Iterator[Row]:
             yield Row(str(path), window.line, "", f"invalid JSON: {character!r} after the end of the array")
 
 
-def _table_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
+def _table_rows(path: Path) -> Iterator[Row]:
     import pyarrow
 
     number = 0
     try:
-        for batch in batches:
-            _check_columns(path, batch.schema.names)
+        for batch in _batches(path):
+            names = batch.schema.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                problem = f"the column {twice!r} occurs twice"
+                raise RecordError(problem, str(path), "write the file again with one of them")
             for value, problem in _batch_values(batch):
                 number += 1
                 yield Row(str(path), number, value, problem, counts_lines=False)
@@ -302,23 +289,16 @@ def _table_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
         raise _damaged(path, error) from error
 
 
-def _check_columns(path: Path, names: list[str]) -> None:
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecordError(f"the column {twice!r} stands twice", str(path), "write the file again with one of them")
-
-
-def _parquet_batches(path: Path) -> Iterator[Any]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        yield from file.iter_batches(BATCH_ROWS)
-
-
-def _arrow_batches(path: Path) -> Iterator[Any]:
-    """Read both of Arrow's forms: the stream that ``save_to_disk`` writes, and the file, which is Feather's too."""
+def _batches(path: Path) -> Iterator[Any]:
+    """Yield the batches of Parquet, of the Arrow stream that ``save_to_disk`` writes, of an Arrow or Feather file."""
     import pyarrow
     import pyarrow.ipc
+    import pyarrow.parquet
 
+    if path.suffix.casefold() == ".parquet":
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(BATCH_ROWS)
+        return
     with pyarrow.memory_map(str(path)) as source:
         if source.read(len(b"ARROW1")) == b"ARROW1":
             file = pyarrow.ipc.open_file(source)
@@ -331,30 +311,27 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
 
 
 def _batch_values(batch: Any) -> Iterator[tuple[Any, str]]:
+    """Yield each row's value and problem."""
     try:
         values = batch.to_pylist()
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
         # Parquet promises UTF-8 and does not check it: find the rows that break the promise.
+        if batch.num_rows == 1:
+            yield None, f"byte 0x{error.object[error.start]:02x} in a text is not UTF-8"
+            return
         for index in range(batch.num_rows):
-            try:
-                yield _nan_as_null(batch.slice(index, 1).to_pylist()[0]), ""
-            except UnicodeDecodeError as error:
-                yield None, f"byte 0x{error.object[error.start]:02x} in a text is not UTF-8"
+            yield from _batch_values(batch.slice(index, 1))
         return
     yield from ((_nan_as_null(value), "") for value in values)
 
 
 def _nan_as_null(value: Any) -> Any:
-    """Replace NaN by None: pandas and numpy write it where there is no number."""
-    match value:
-        case float():
-            return None if math.isnan(value) else value
-        case list():
-            return [_nan_as_null(item) for item in value]
-        case dict():
-            return {key: _nan_as_null(item) for key, item in value.items()}
-        case _:
-            return value
+    """Replace NaN by None: pandas and numpy write it for a missing number."""
+    if isinstance(value, dict):
+        return {key: _nan_as_null(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nan_as_null(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _hub_rows(dataset: HubDataset) -> Iterator[Row]:

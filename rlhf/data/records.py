@@ -23,7 +23,7 @@ from rlhf.config.base import suggestion
 
 
 class _Record(BaseModel):
-    # Strict: a number written as text, or true for 1, is a mistake of whoever wrote the file.
+    # Strict: a number written as text, or true for 1, is a mistake in the file.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -46,24 +46,18 @@ class Message(_Record):
     content: String
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
+T = TypeVar("T", bound=str | list[Message])
+
+
+def _not_blank(text: T) -> T:
+    last = text if isinstance(text, str) else text[-1].content if text else ""
+    if not last.strip():
         raise ValueError("is empty")
     return text
 
 
-def _last_not_blank(messages: list[Message]) -> list[Message]:
-    if not messages or not messages[-1].content.strip():
-        raise ValueError("is empty")
-    return messages
-
-
-def _shape_of_text(value: Any) -> str | None:
-    return "text" if isinstance(value, str) else "messages" if isinstance(value, list) else None
-
-
 def _reply_text(value: Any) -> Any:
-    # A reply written as a conversation of one assistant's message is its content; anything else is left to be refused.
+    # A reply written as a conversation of one assistant's message is its content; other values are left to be refused.
     match value:
         case [{"role": "assistant", "content": str() as content, **rest}] if not rest:
             return content
@@ -72,22 +66,25 @@ def _reply_text(value: Any) -> Any:
 
 
 Text = Annotated[
-    Annotated[String, AfterValidator(_not_blank), Tag("text")]
-    | Annotated[list[Message], AfterValidator(_last_not_blank), Tag("messages")],
+    Annotated[String, Tag("text")] | Annotated[list[Message], Tag("messages")],
     Discriminator(
-        _shape_of_text,
+        lambda value: "text" if isinstance(value, str) else "messages" if isinstance(value, list) else None,
         custom_error_type="text_or_messages",
         custom_error_message="must be a text or a list of messages",
     ),
+    AfterValidator(_not_blank),
 ]
 """A text, or a conversation as messages; never blank."""
 
 Response = Annotated[String, BeforeValidator(_reply_text)]
 """A response's text; a list of one assistant's message is read as its content. It may be empty, as a policy's may."""
 
-
 Group = Annotated[String, Field(min_length=1)]
-"""A name that rows have in common which must not be torn apart: some are trained on only where all are."""
+"""A name shared by rows that must stay together: either all of them are trained on, or none."""
+
+Ratings = list[list[float | None]]
+Rankings = list[list[int | list[int]]]
+Winners = list[list[float]]
 
 
 class Demonstration(_Record):
@@ -103,10 +100,10 @@ class Demonstration(_Record):
         if isinstance(completion, str):
             return completion
         if completion[-1].role != "assistant":
-            raise ValueError(f"ends with a message of the role {completion[-1].role!r}, and is to end with 'assistant'")
+            raise ValueError(f"ends with a message of the role {completion[-1].role!r}, and must end with 'assistant'")
         if len(completion) > 1:
             raise ValueError(
-                f"has {len(completion)} messages, and is to be one message of the assistant's: put those before it "
+                f"has {len(completion)} messages, and must be one message of the assistant: put those before it "
                 "into the prompt"
             )
         return completion
@@ -126,6 +123,12 @@ class JudgeRating(_Record):
     rating: float
 
 
+def _number_of_responses(info: ValidationInfo) -> int | None:
+    """Count the responses of the set; None where they are themselves malformed."""
+    responses = info.data.get("responses")
+    return None if responses is None else len(responses)
+
+
 def _one_model_each(models: list[str] | None, info: ValidationInfo) -> list[str] | None:
     count = _number_of_responses(info)
     if models is not None and count is not None and len(models) != count:
@@ -134,7 +137,7 @@ def _one_model_each(models: list[str] | None, info: ValidationInfo) -> list[str]
 
 
 class ResponseSet(_Record):
-    """One prompt and its responses, of which nobody has said anything yet."""
+    """One prompt and its responses, before annotators compare them."""
 
     prompt: Text
     responses: list[Response] = Field(min_length=2)
@@ -145,29 +148,27 @@ class ResponseSet(_Record):
 
 
 class ComparisonSet(_Record):
-    """One prompt, its responses, and what annotators said of them: ratings, rankings, winners, or several of these."""
+    """One prompt, its responses, and annotators' ratings, rankings, winners, or several of these."""
 
     prompt: Text
     responses: list[Response] = Field(min_length=2)
-    ratings: list[list[float | None]] | None = None
+    ratings: Ratings | None = None
     """``[responses, annotators]``: the rating of each response by each annotator; null where there is none."""
-    rankings: list[list[int | list[int]]] | None = None
+    rankings: Rankings | None = None
     """Per annotator, indices of responses from best to worst; a list of indices is a tie. Responses may be left out."""
-    winners: list[list[float]] | None = None
+    winners: Winners | None = None
     """Entries ``[i, j, outcome]``: 1 where response i beat j, 0 where it lost, 0.5 for a tie."""
     annotators: list[Annotated[String, Field(min_length=1)]] | None = None
-    """Who they are: a name for each column of the ratings and for each entry of the rankings, the same in every set."""
+    """A name for each column of the ratings and for each entry of the rankings, the same in every set."""
     models: list[String] | None = None
     """The model that wrote each response."""
     margin: float | None = None
-    """By how much the first of two responses is better, where the data says so; in units of its own."""
+    """By how much the first of two responses is better, where the data has it; in the data's own units."""
     group: Group | None = None
 
     @field_validator("ratings")
     @classmethod
-    def _ratings_match_responses(
-        cls, ratings: list[list[float | None]] | None, info: ValidationInfo
-    ) -> list[list[float | None]] | None:
+    def _ratings_match_responses(cls, ratings: Ratings | None, info: ValidationInfo) -> Ratings | None:
         count = _number_of_responses(info)
         if ratings is None or count is None:
             return ratings
@@ -182,9 +183,7 @@ class ComparisonSet(_Record):
 
     @field_validator("rankings")
     @classmethod
-    def _rankings_name_responses(
-        cls, rankings: list[list[int | list[int]]] | None, info: ValidationInfo
-    ) -> list[list[int | list[int]]] | None:
+    def _rankings_name_responses(cls, rankings: Rankings | None, info: ValidationInfo) -> Rankings | None:
         count = _number_of_responses(info)
         for annotator, ranking in enumerate(rankings or []):
             seen: set[int] = set()
@@ -199,9 +198,7 @@ class ComparisonSet(_Record):
 
     @field_validator("winners")
     @classmethod
-    def _winners_name_responses(
-        cls, winners: list[list[float]] | None, info: ValidationInfo
-    ) -> list[list[float]] | None:
+    def _winners_name_responses(cls, winners: Winners | None, info: ValidationInfo) -> Winners | None:
         count = _number_of_responses(info)
         for number, entry in enumerate(winners or []):
             if len(entry) != 3 or entry[2] not in (0, 0.5, 1):
@@ -248,7 +245,7 @@ class ComparisonSet(_Record):
         if self.ratings is self.rankings is self.winners is None:
             raise ValueError("has none of ratings, rankings and winners")
         if self.annotators is not None and self.ratings is self.rankings is None:
-            raise ValueError("has annotators but neither ratings nor rankings, and winners are nobody's")
+            raise ValueError("has annotators but neither ratings nor rankings: winners have no annotators")
         columns = zip(*(self.ratings or []), strict=True)
         rated = any(sum(rating is not None for rating in column) > 1 for column in columns)
         ranked = any(
@@ -260,12 +257,6 @@ class ComparisonSet(_Record):
         return self
 
 
-def _number_of_responses(info: ValidationInfo) -> int | None:
-    """Count the responses of the set; None where they are themselves malformed."""
-    responses = info.data.get("responses")
-    return None if responses is None else len(responses)
-
-
 class PreferencePair(_Record):
     """TRL's form of a comparison: the better and the worse of two responses, and perhaps by how much."""
 
@@ -275,19 +266,9 @@ class PreferencePair(_Record):
     margin: float | None = None
     group: Group | None = None
 
-    def as_comparison_set(self) -> ComparisonSet:
-        """Return the same comparison as a set of two responses with one winner."""
-        return ComparisonSet(
-            prompt=self.prompt,
-            responses=[self.chosen, self.rejected],
-            winners=[[0, 1, 1]],
-            margin=self.margin,
-            group=self.group,
-        )
-
 
 class Reason(NamedTuple):
-    """Why a row is refused: the field, empty where the row as a whole is meant, and what is wrong with it."""
+    """Why a row is refused: the field, empty where the row as a whole is meant, and the problem."""
 
     field: str
     problem: str
@@ -296,49 +277,64 @@ class Reason(NamedTuple):
         return f"{self.field}: {self.problem}" if self.field else self.problem
 
 
+class MalformedError(Exception):
+    """A row, or a record of an export, is refused for one reason."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)
+        self.reason = Reason(field, problem)
+
+
 R = TypeVar("R", bound=Demonstration | ComparisonSet | ResponseSet | Prompt | JudgeRating)
 
 
-def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+def without_nulls(value: Any, kept: tuple[str, ...] = ()) -> Any:
     """Return a row without its null fields, those of its messages included: Parquet writes every absent field as null.
 
-    What a message says stays, for a null to be refused by name: ``content``, or ``value`` where ShareGPT wrote it.
+    A message keeps a null ``content`` (``value`` in ShareGPT's form), so that it is refused by name.
     """
-    return {str(name): _without_nulls(value) for name, value in row.items() if value is not None}
+    inside = ("content", "value")
+    if isinstance(value, Mapping):
+        fields = ((str(name), content) for name, content in value.items() if content is not None or name in kept)
+        return {name: without_nulls(content, inside) for name, content in fields}
+    return [without_nulls(item, inside) for item in value] if isinstance(value, list) else value
 
 
-def _without_nulls(value: Any) -> Any:
-    match value:
-        case Mapping():
-            return {
-                name: _without_nulls(content)
-                for name, content in value.items()
-                if content is not None or name in ("content", "value")
-            }
-        case list():
-            return [_without_nulls(item) for item in value]
-        case _:
-            return value
+def record_type(row: Mapping[str, Any], model: type[BaseModel]) -> type[BaseModel]:
+    """Return the type whose fields a row has: ``model``, or a pair where the row of a comparison is one."""
+    is_pair = issubclass(model, ComparisonSet) and not row.keys().isdisjoint({"chosen", "rejected"})
+    return PreferencePair if is_pair else model
 
 
 def parse_record(value: Any, model: type[R]) -> R | list[Reason]:
-    """Make a record of a row's value, or give the reasons why it is none. A null field is an absent one."""
+    """Return a row's value as a record, or the reasons why it is none. A null field is an absent one.
+
+    A pair becomes a set of two responses with one winner.
+    """
     if not isinstance(value, Mapping):
         return [Reason("", f"a row must be an object with fields, not {type(value).__name__}")]
-    value = without_nulls(value)
-    is_pair = issubclass(model, ComparisonSet) and not value.keys().isdisjoint({"chosen", "rejected"})
-    form = PreferencePair if is_pair else model
+    row = without_nulls(value)
+    form = record_type(row, model)
     try:
-        record = form.model_validate(value)
+        record = form.model_validate(row)
     except ValidationError as error:
         return _reasons(error, form)
-    return record.as_comparison_set() if isinstance(record, PreferencePair) else record  # type: ignore[return-value]
+    if isinstance(record, PreferencePair):
+        record = ComparisonSet(
+            prompt=record.prompt,
+            responses=[record.chosen, record.rejected],
+            winners=[[0, 1, 1]],
+            margin=record.margin,
+            group=record.group,
+        )
+    return record  # type: ignore[return-value]
 
 
 def _reasons(error: ValidationError, form: type[BaseModel]) -> list[Reason]:
+    """Return one reason for each field, its path written as in ``prompt[0].content``."""
     problems: dict[str, str] = {}
     for detail in error.errors(include_url=False, include_input=False):
-        path = list(detail["loc"])
+        path, unknown = list(detail["loc"]), detail["type"] == "extra_forbidden"
         match detail["type"]:
             case "missing":
                 problem = "is missing"
@@ -349,34 +345,27 @@ def _reasons(error: ValidationError, form: type[BaseModel]) -> list[Reason]:
                 problem = str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"]
             case _:
                 problem = detail["msg"][0].lower() + detail["msg"][1:]
-        # A union reports once per member: one reason a field is enough.
-        problems.setdefault(_field(path, unknown=detail["type"] == "extra_forbidden"), problem)
+        field = ""
+        for depth, part in enumerate(path):
+            if isinstance(part, int):
+                field += f"[{part}]"
+            elif depth == 0:
+                field = part
+            # pydantic's path also names the members of unions, which are left out.
+            elif part in Message.model_fields or (unknown and depth == len(path) - 1):
+                field += f".{part}"
+        # pydantic reports a union once for each member: keep the first reason of a field.
+        problems.setdefault(field, problem)
     return [Reason(field, problem) for field, problem in problems.items()]
 
 
-def _field(path: list[int | str], *, unknown: bool) -> str:
-    """Write a field's path as a reader would: ``prompt[0].content``; the names of a union's members are left out."""
-    text = ""
-    for depth, part in enumerate(path):
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif depth == 0:
-            text = part
-        elif part in Message.model_fields or (unknown and depth == len(path) - 1):
-            text += f".{part}"
-    return text
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
 def to_line(record: BaseModel, **more: Any) -> str:
-    """Write a record, and fields beside it, as one line with its end."""
+    """Return a record, and further fields, as one line with its end."""
     return json.dumps(record.model_dump(exclude_none=True) | more, ensure_ascii=False) + "\n"
 
 
 def write_jsonl(path: Path, records: Iterable[BaseModel]) -> int:
-    """Write records one a line and return their number; the folder is made when missing."""
+    """Write one record a line, in a folder that is made when missing, and return their number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
@@ -386,14 +375,17 @@ def write_jsonl(path: Path, records: Iterable[BaseModel]) -> int:
     return count
 
 
+M = TypeVar("M", bound=BaseModel)
+
+
 def read_jsonl(path: Path, model: type[M]) -> Iterator[M]:
-    """Read the records of a file that the data stage wrote, one by one."""
+    """Yield the records of a file that the data stage wrote."""
     with path.open(encoding="utf-8", newline="\n") as file:
         for line in file:
             yield model.model_validate_json(line)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that a stage wrote, as they are."""
+    """Return the rows of a JSONL file that a stage wrote."""
     with path.open(encoding="utf-8", newline="\n") as file:
         return [json.loads(line) for line in file]

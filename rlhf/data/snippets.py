@@ -1,9 +1,9 @@
-"""Snippets that people rated from -4 to 4 (Hutto & Gilbert 2014): movie reviews as records for every stage, product
-reviews and editorials as comparisons.
+"""Make records of snippets that people rated from -4 to 4 (Hutto & Gilbert 2014): of movie reviews for every stage, of
+product reviews and editorials comparisons.
 
-Each run of 30 consecutive rows is taken as rated by the same people in the same order, so that in such a block column i
-is one person. Comparisons are made inside a block, and parts are made of whole blocks. That no rater of a block is a
-rater of another is an assumption too: the data names nobody.
+Each 30 consecutive rows are assumed to be rated by the same people in the same order, so that in such a block column i
+is one person. Comparisons are made inside a block, and parts are made of whole blocks. That no person rated two blocks
+is an assumption too: the data names no raters.
 """
 
 import html
@@ -28,18 +28,18 @@ OTHER_PROMPTS = {
     "amazonReviewSnippets": "Write a sentence of a product review.",
     "nytEditorialSnippets": "Write a sentence of a newspaper's editorial.",
 }
-"""The other snippets' file and prompt, by which they are two pools."""
+"""File and prompt of the other snippets, which are two pools by their prompts."""
 
 _PLAIN_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
 
 class Snippet(NamedTuple):
-    """A sentence or two of a movie review, and its ratings from -4 to 4 by the raters of its block, in their order."""
+    """A sentence or two of a review or editorial, and its ratings from -4 to 4, in the order of the block's raters."""
 
     text: str
     ratings: tuple[int, ...]
-    block: int
-    """The number of its block, whose raters are assumed to be no other block's."""
+    block: int | None
+    """The number of its block, whose raters are assumed to rate no other; None where the raters change in the block."""
 
     @property
     def mean(self) -> float:
@@ -49,129 +49,113 @@ class Snippet(NamedTuple):
 
 Block = list[Snippet]
 """Snippets rated by the same people: 30, less the repeated ones."""
+Records = list[Demonstration | ComparisonSet | Prompt | JudgeRating]
 
 
 class SnippetBlocks(NamedTuple):
-    """All full blocks, and how many snippets were left out because an earlier one has the same text."""
+    """All full blocks, and the number of snippets left out because an earlier one has the same text."""
 
     blocks: list[Block]
     duplicates: int
 
 
 def read_movie_snippets(sdist: Path) -> SnippetBlocks:
-    """Read the rated snippets out of the source distribution; nothing is unpacked to disk.
+    """Read the rated snippets from the source distribution.
 
-    Rows after the last full block are left out. Of snippets with the same text, letter case aside, the first stays.
+    Rows after the last full block are left out. Of snippets with the same text, letter case aside, the first is kept.
     """
-    rows = zip(*_tables(sdist, "movieReviewSnippets"), strict=True)
-    snippets = [_snippet(text, rated, row // BLOCK_ROWS) for row, (text, rated) in enumerate(rows)]
-    blocks: list[Block] = []
+    snippets: list[Snippet] = []
+    for row, (text_row, ratings_row) in enumerate(zip(*_tables(sdist, "movieReviewSnippets"), strict=True)):
+        identifier, _, text = text_row.split("\t")
+        same_identifier, _, _, ratings = ratings_row.split("\t")
+        assert identifier == same_identifier, "the two tables list the same snippets in the same order"
+        snippets.append(Snippet(clean(text), tuple(json.loads(ratings)), row // BLOCK_ROWS))
+    full = len(snippets) // BLOCK_ROWS
+    blocks: list[Block] = [[] for _ in range(full)]
     seen: set[str] = set()
-    full = len(snippets) // BLOCK_ROWS * BLOCK_ROWS
-    for start in range(0, full, BLOCK_ROWS):
-        block: Block = []
-        for snippet in snippets[start : start + BLOCK_ROWS]:
-            if snippet.text.casefold() not in seen:
-                seen.add(snippet.text.casefold())
-                block.append(snippet)
-        blocks.append(block)
-    return SnippetBlocks(blocks, full - len(seen))
+    for row, snippet in enumerate(snippets[: full * BLOCK_ROWS]):
+        if snippet.text.casefold() not in seen:
+            seen.add(snippet.text.casefold())
+            blocks[row // BLOCK_ROWS].append(snippet)
+    return SnippetBlocks(blocks, full * BLOCK_ROWS - len(seen))
 
 
-def other_comparisons(
-    sdist: Path, set_size: int, heldout_fraction: float, seed: int
-) -> dict[str, list[Demonstration | ComparisonSet | Prompt | JudgeRating]]:
-    """Comparison sets of consecutive sentences of product reviews and of editorials, some held out by the seed.
+def other_comparisons(sdist: Path, set_size: int, heldout_fraction: float, seed: int) -> dict[str, Records]:
+    """Make comparison sets of consecutive sentences of product reviews and of editorials; the seed picks the held-out.
 
-    Each was rated by twenty people. Which of them a column is changes from row to row, so that they have no names; a
-    column still pairs the ratings of one response with some of another's.
+    Each was rated by twenty people. A column is another person from row to row, so raters have no names; a column still
+    pairs the ratings of one response with some of another's.
     """
-    found: list[ComparisonSet] = []
+    sets: list[ComparisonSet] = []
     for name, prompt in OTHER_PROMPTS.items():
         texts, rated = _tables(sdist, name)
         ratings = {fields[0]: json.loads(fields[3]) for fields in (row.split("\t") for row in rated)}
-        rows = [(clean(text), ratings[row]) for row, _, text in (line.split("\t") for line in texts) if row in ratings]
-        rows = [row for row in rows if row[0]]
-        found += [
-            ComparisonSet(
-                prompt=prompt,
-                responses=[text for text, _ in some],
-                ratings=[[float(rating) for rating in values] for _, values in some],
-            )
-            for start in range(0, len(rows) - 1, set_size)
-            if len(some := rows[start : start + set_size]) > 1
+        snippets = [
+            Snippet(clean(text), tuple(ratings[identifier]), None)
+            for identifier, _, text in (row.split("\t") for row in texts)
+            if identifier in ratings
         ]
-    random.Random(seed).shuffle(found)  # noqa: S311 - a seeded draw, nothing secret
-    held = max(1, round(heldout_fraction * len(found)))
-    return {"comparisons/train": [*found[held:]], "comparisons/heldout": [*found[:held]]}
+        sets += comparison_sets([[snippet for snippet in snippets if snippet.text]], set_size, prompt)
+    random.Random(seed).shuffle(sets)  # noqa: S311 - a seeded draw, nothing secret
+    held = max(1, round(heldout_fraction * len(sets)))
+    return {"comparisons/train": [*sets[held:]], "comparisons/heldout": [*sets[:held]]}
 
 
 def _tables(sdist: Path, name: str) -> tuple[list[str], list[str]]:
-    """The lines of a kind's texts and of its ratings; nothing is unpacked to disk."""
+    """Return the lines of a kind's texts and of its ratings; nothing is unpacked to disk."""
+
+    def read(archive: tarfile.TarFile, member: str) -> bytes:
+        file = archive.extractfile(member)
+        assert file is not None, f"{member} is a file of an archive whose digest was checked"
+        return file.read()
+
     with tarfile.open(sdist) as outer:
-        inner_bytes = _member(outer, SDIST_MEMBER)
+        inner_bytes = read(outer, SDIST_MEMBER)
     with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
         texts, ratings = (
-            _member(inner, f"hutto_ICWSM_2014/{name}_{part}.txt").decode("utf-8-sig").splitlines()
+            read(inner, f"hutto_ICWSM_2014/{name}_{part}.txt").decode("utf-8-sig").splitlines()
             for part in ("GroundTruth", "anonDataRatings")
         )
     return texts, ratings
 
 
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    file = archive.extractfile(name)
-    assert file is not None, f"{name} is a file of an archive whose digest was checked"
-    return file.read()
-
-
-def _snippet(text_row: str, ratings_row: str, block: int) -> Snippet:
-    identifier, _, text = text_row.split("\t")
-    same_identifier, _, _, ratings = ratings_row.split("\t")
-    assert identifier == same_identifier, "the two tables list the same snippets in the same order"
-    return Snippet(clean(text), tuple(json.loads(ratings)), block)
-
-
 def clean(text: str) -> str:
-    """Undo what the collection did to punctuation.
+    """Undo the collection's changes of punctuation.
 
     It wrote two apostrophes for a double quote (274 of 10,605 snippets), kept HTML entities (22), and left two to four
-    blanks where a dash between clauses had been (625), which stands in 33 others as an en dash.
+    blanks where a dash between clauses had been (625); 33 others have an en dash there.
     """
     return re.sub(r" {2,}", " – ", html.unescape(text).replace("''", '"').strip())
 
 
-def movie_datasets(
-    blocks: list[Block], sizes: SnippetSettings, seed: int
-) -> dict[str, list[Demonstration | ComparisonSet | Prompt | JudgeRating]]:
+def movie_datasets(blocks: list[Block], sizes: SnippetSettings, seed: int) -> dict[str, Records]:
     """Make the records of each file that the data stage writes, by its path without suffix.
 
     Every file has blocks of its own, drawn by the seed. Openings recur between blocks: held-out demonstrations whose
-    prompt is also one of the training demonstrations', and held-out prompts that are trained on by either stage, are
-    left out.
+    prompt is also one of the training demonstrations', and held-out prompts that either stage trains on, are left out.
     """
     order = list(range(len(blocks)))
     random.Random(seed).shuffle(order)  # noqa: S311 - a seeded draw, nothing secret
     remaining = iter(order)
 
     def draw(size: int) -> list[Block]:
-        # Settings never ask for more blocks than there are.
+        # The settings never ask for more blocks than there are.
         return [blocks[next(remaining)] for _ in range(size)]
 
-    train_prompts = list(prompts(draw(sizes.prompts)))
-    heldout_prompts = draw(sizes.prompts_heldout)
-    shown = list(demonstrations(draw(sizes.demonstrations)))
-    seen = {prompt_digest(one.prompt) for one in shown}
-    trained = seen | {prompt_digest(one.prompt) for one in train_prompts}
+    train_prompts, heldout_prompts = prompts(draw(sizes.prompts)), prompts(draw(sizes.prompts_heldout))
+    train, heldout = demonstrations(draw(sizes.demonstrations)), demonstrations(draw(sizes.demonstrations_heldout))
+    seen = {prompt_digest(record.prompt) for record in train}
+    trained = seen | {prompt_digest(record.prompt) for record in train_prompts}
     return {
         "prompts/train": [*train_prompts],
-        "prompts/heldout": [one for one in prompts(heldout_prompts) if prompt_digest(one.prompt) not in trained],
-        "demonstrations/train": [*shown],
-        "demonstrations/heldout": [
-            one for one in demonstrations(draw(sizes.demonstrations_heldout)) if prompt_digest(one.prompt) not in seen
-        ],
+        "prompts/heldout": [record for record in heldout_prompts if prompt_digest(record.prompt) not in trained],
+        "demonstrations/train": [*train],
+        "demonstrations/heldout": [record for record in heldout if prompt_digest(record.prompt) not in seen],
         "comparisons/train": [*comparison_sets(draw(sizes.comparisons), sizes.set_size)],
         "comparisons/heldout": [*comparison_sets(draw(sizes.comparisons_heldout), sizes.set_size)],
-        "judge/ratings": [*judge_ratings(draw(sizes.judge))],
+        "judge/ratings": [
+            JudgeRating(text=snippet.text, rating=snippet.mean) for block in draw(sizes.judge) for snippet in block
+        ],
     }
 
 
@@ -186,45 +170,39 @@ def opening_prompt(words: str) -> str:
     return f"Write a one-sentence movie review that starts with: {words}"
 
 
-def demonstrations(blocks: list[Block]) -> Iterator[Demonstration]:
+def demonstrations(blocks: list[Block]) -> list[Demonstration]:
     """Take every snippet with a plain opening, good or bad, as the answer to the prompt that asks for its opening."""
-    for block in blocks:
-        for snippet in block:
-            if words := opening(snippet.text):
-                yield Demonstration(prompt=opening_prompt(words), completion=snippet.text)
+    return [
+        Demonstration(prompt=opening_prompt(words), completion=snippet.text)
+        for block in blocks
+        for snippet in block
+        if (words := opening(snippet.text))
+    ]
 
 
-def comparison_sets(blocks: list[Block], set_size: int) -> Iterator[ComparisonSet]:
+def prompts(blocks: list[Block]) -> list[Prompt]:
+    """Make the prompts of the blocks' plain openings, each once, letter case aside."""
+    texts: dict[str, str] = {}
+    for demonstration in demonstrations(blocks):
+        texts.setdefault(str(demonstration.prompt).casefold(), str(demonstration.prompt))
+    return [Prompt(prompt=text) for text in texts.values()]
+
+
+def comparison_sets(blocks: list[Block], set_size: int, prompt: str = COMPARISON_PROMPT) -> Iterator[ComparisonSet]:
     """Make sets of consecutive snippets of one block under one general prompt, with every rater's ratings.
 
-    Raters are named by block and column, which is all that is known of who they are: that a column is one person inside
-    a block, and another in the next block, is assumed.
+    Raters are named by block and column, which is all that is known of them: that a column is one person inside a
+    block, and another in the next block, is assumed.
 
     The last set of a block is smaller where ``set_size`` does not divide it; a single snippet left over is left out.
     """
     for block in blocks:
         for start in range(0, len(block) - 1, set_size):
             chosen = block[start : start + set_size]
+            number, raters = chosen[0].block, range(len(chosen[0].ratings))
             yield ComparisonSet(
-                prompt=COMPARISON_PROMPT,
+                prompt=prompt,
                 responses=[snippet.text for snippet in chosen],
                 ratings=[[float(rating) for rating in snippet.ratings] for snippet in chosen],
-                annotators=[f"block {chosen[0].block}, rater {rater}" for rater in range(len(chosen[0].ratings))],
+                annotators=None if number is None else [f"block {number}, rater {rater}" for rater in raters],
             )
-
-
-def prompts(blocks: list[Block]) -> Iterator[Prompt]:
-    """Make the prompts of the blocks' plain openings, each once, letter case aside."""
-    seen: set[str] = set()
-    for block in blocks:
-        for snippet in block:
-            if words := opening(snippet.text):
-                text = opening_prompt(words)
-                if text.casefold() not in seen:
-                    seen.add(text.casefold())
-                    yield Prompt(prompt=text)
-
-
-def judge_ratings(blocks: list[Block]) -> Iterator[JudgeRating]:
-    """Take every snippet with the raters' mean."""
-    return (JudgeRating(text=snippet.text, rating=snippet.mean) for block in blocks for snippet in block)

@@ -1,10 +1,10 @@
-"""Holding records out: by prompt, by the group that rows name, or by what they answer where all share one prompt."""
+"""Hold records out: by prompt, by the group that rows name, or by their answers where all share one prompt."""
 
 import hashlib
 import json
 import unicodedata
 from array import array
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class Split(NamedTuple):
     train: Sequence[int]
     heldout: Sequence[int]
     note: str = ""
-    """How rows were held out where it was not by prompt."""
+    """How rows were held out, unless by prompt."""
 
 
 def write_split(
@@ -31,11 +31,11 @@ def write_split(
 ) -> Split:
     """Write ``train.jsonl`` and ``heldout.jsonl``, the latter with a seeded ``fraction`` of the distinct units.
 
-    A unit is never in both parts. It is the group that a row names, else the row's prompt, as :func:`prompt_digest` has
-    it. Where that makes all rows one unit, units are rows that share no response (or completion) with another unit's.
-    Those held out have the smallest digests of seed and unit, so neither the order of the rows nor how often a prompt
-    occurs decides. Of two or more units at least one goes to either part, unless ``fraction`` is 0; a single one is not
-    held out. Beside the files, memory holds 16 bytes a row and one number a distinct unit.
+    A unit is never in both parts. It is the group that a row names, else the row's prompt by its :func:`prompt_digest`.
+    Where all rows are one unit by this, rows of different units share no response (or completion) instead. The units
+    with the smallest digests of seed and unit are held out, so neither the order of the rows nor the frequency of a
+    prompt decides. Of two or more units each part has at least one, unless ``fraction`` is 0; a single one is not held
+    out. Memory holds 16 bytes a row and one number a distinct unit.
 
     trained  digests of prompts that are trained on elsewhere: units with one of them are held out only where there is
              no other
@@ -53,7 +53,10 @@ def write_split(
     note = "held out by the groups that rows name" if grouped else ""
     if fraction and len(units) > 1 and len(set(units)) == 1:
         units = _connected(everything, seed)
-        note = _by_answers(len(set(units)))
+        count = len(set(units))
+        note = f"all rows share one prompt, so rows are held out that share no response with others: {count} groups"
+        if count == 1:
+            note = "all rows share one prompt, and their responses join them, so nothing is held out"
 
     distinct = sorted(set(units))
     seen = {unit for unit, prompt in zip(units, prompts, strict=True) if prompt in trained}
@@ -74,7 +77,7 @@ def write_split(
 
 
 def write_part(file: Path, records: Iterable[Record]) -> Sequence[int]:
-    """Write the records as a part, whole, and return the digests of their prompts."""
+    """Write all the records as a part, and return the digests of their prompts."""
     file.parent.mkdir(parents=True, exist_ok=True)
     prompts = array("Q")
     with file.open("w", encoding="utf-8", newline="\n") as lines:
@@ -85,29 +88,28 @@ def write_part(file: Path, records: Iterable[Record]) -> Sequence[int]:
 
 
 def prompt_digest(prompt: Any) -> int:
-    """Return a number that prompts have in common which differ in letter case and the white space around them alone.
+    """Return a number that is equal for prompts that differ only in letter case and the white space around them.
 
-    A text is a user's message, and one text however Unicode composes its letters.
+    A text equals a user's message of it, and texts are equal however Unicode composes their letters.
     """
-    messages = [("user", prompt)] if isinstance(prompt, str) else [(one.role, one.content) for one in prompt]
+    messages = [("user", prompt)] if isinstance(prompt, str) else [(turn.role, turn.content) for turn in prompt]
     return _digest([(role, unicodedata.normalize("NFC", text.strip()).casefold()) for role, text in messages])
 
 
-def _by_answers(count: int) -> str:
-    if count == 1:
-        return "all rows share one prompt, and their responses join them, so nothing is held out"
-    return f"all rows share one prompt, so rows are held out that share no response with others: {count} groups of such"
-
-
 def _connected(file: Path, seed: int) -> "array[int]":
-    """Return each row's unit, where rows with a response in common are one: the smallest digest of their responses."""
+    """Return each row's unit, the smallest digest of its responses, where rows with a response in common are joined.
+
+    A row answers with its responses or its completion; of a prompt alone the prompt counts.
+    """
     numbers: dict[int, int] = {}
     row_of, answer_of = array("q"), array("q")
     with file.open(encoding="utf-8", newline="\n") as rows:
         for number, row in enumerate(rows):
-            for answer in _answers(row, seed):
+            fields = json.loads(row)
+            for answer in fields.get("responses") or [fields.get("completion", fields["prompt"])]:
+                digest = _digest(seed, json.dumps(answer, ensure_ascii=False).casefold())
                 row_of.append(number)
-                answer_of.append(numbers.setdefault(answer, len(numbers)))
+                answer_of.append(numbers.setdefault(digest, len(numbers)))
     count = row_of[-1] + 1
     joined = (np.ones(len(row_of)), (np.asarray(row_of), np.asarray(answer_of) + count))
     graph = sparse.coo_array(joined, shape=(count + len(numbers),) * 2)
@@ -116,13 +118,6 @@ def _connected(file: Path, seed: int) -> "array[int]":
     for answer, label in zip(numbers, labels[count:].tolist(), strict=True):
         smallest[label] = min(answer, smallest.get(label, answer))
     return array("Q", (smallest[label] for label in labels[:count].tolist()))
-
-
-def _answers(row: str, seed: int) -> Iterator[int]:
-    """Digest what a row answers: its responses or completion, or of a prompt alone the prompt."""
-    fields = json.loads(row)
-    for answer in fields.get("responses") or [fields.get("completion", fields["prompt"])]:
-        yield _digest(seed, json.dumps(answer, ensure_ascii=False).casefold())
 
 
 def _digest(*parts: Any) -> int:

@@ -226,7 +226,7 @@ def _wires(config: PipelineConfig, instance: StageInstance, known: Mapping[str, 
             f"{config.path}, {instance.name}.inputs",
             suggestion(unknown[0], roles) or "it takes none",
         )
-    wires = {role: Wire.parse(instance.inputs.get(role, default)) for role, default in roles.items()}
+    wires = {role: Wire.parse(instance.inputs.get(role, input_.default)) for role, input_ in roles.items()}
     for role, wire in wires.items():
         if wire.instance not in config.instances:
             raise SettingsError(
@@ -234,8 +234,8 @@ def _wires(config: PipelineConfig, instance: StageInstance, known: Mapping[str, 
                 f"{config.path}, {instance.name}",
                 f"add a section {wire.instance!r}, or name another with {instance.name}.inputs.{role}",
             )
-        made, taken = known[config.instances[wire.instance].uses].kind, stage.takes(role)
-        if taken is not None and (made not in taken or wire.part):
+        made, taken = known[config.instances[wire.instance].uses].kind, roles[role].kinds
+        if taken and (made not in taken or wire.part):
             raise SettingsError(
                 f"{wire.instance if not wire.part else f'{wire.instance}/{wire.part}'} is a {made}, and "
                 f"{instance.name} takes a {' or '.join(taken)} as its {role}",

@@ -178,7 +178,8 @@ class Production:
             return worker_group.run_task(Call(planned.stage.code, context), self.session.resources().for_task(), watch)
         ranks = ranks_of(planned, self.session)
         begin(context.attempt, ranks.count, ranks.count if ranks.gpu else 0)
-        call = Call(planned.stage.code, context, ranks.gpu, workers_of(planned).timeout_minutes)
+        timeout = workers_of(planned).timeout_minutes
+        call = Call(planned.stage.code, context, ranks.gpu, timeout, planned.stage.imports)
         return worker_group.run_group(call, ranks, self.config.cluster.max_failures, watch, self.reporter.line)
 
     def _commit(self, planned: Planned, attempt: Path, metrics: dict[str, float], seconds: float) -> None:

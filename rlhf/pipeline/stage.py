@@ -1,28 +1,41 @@
-"""The stage contract, and the stages that are ours.
+"""The contract of a stage, and the description of each of our stages.
 
-A stage is described here without its code: the code is named by a string and imported on the workers only, so that
-planning needs neither torch nor Ray. Another package adds stages through the entry-point group ``rlhf.stages``.
+A description names the stage's code as a string, which only workers import, so that planning needs neither torch nor
+Ray. Another package adds stages through the entry-point group ``rlhf.stages``.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config.base import Settings
+from rlhf.config.base import Settings, is_local
 from rlhf.config.collect import CollectSettings, CompareSettings, awaited, compare_sources, writer_inputs
-from rlhf.config.data import DataSettings, RankSettings, ranked_inputs
+from rlhf.config.data import DataSettings, RankSettings, ranked_inputs, sources
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import reward_inputs, reward_sources
 from rlhf.config.stages import EvaluateSettings, ModelSettings, RmSettings, SftSettings
 
-Inputs = Callable[[Any], Mapping[str, str]]
+
+@dataclass(frozen=True)
+class Input:
+    """What may fill a role of a stage."""
+
+    default: str
+    """``instance`` or ``instance/part``, unless the pipeline names another."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of artifact that may fill the role, as a whole; empty where every artifact and every part may."""
 
 
-def taking(**roles: str) -> Inputs:
-    """Inputs that are the same whatever the settings."""
-    return lambda _: roles
+Inputs = Callable[[Any], Mapping[str, Input]]
+
+
+def taking(**inputs: str | Input) -> Inputs:
+    """Return the inputs of a stage whose roles do not depend on its settings; text is a default of any kind."""
+    given = {role: Input(value) if isinstance(value, str) else value for role, value in inputs.items()}
+    return lambda _: given
 
 
 @dataclass(frozen=True)
@@ -39,71 +52,67 @@ class Stage:
     code: str
     """``module:function``"""
     kind: str
-    """The kind of artifact made: ``model``, ``policy``, ``reward-model``, ``data``, ``responses``, ``comparisons`` or
+    """Kind of the artifact made: ``model``, ``policy``, ``reward-model``, ``data``, ``responses``, ``comparisons`` or
     ``report``."""
     inputs: Inputs
-    """Of the settings: role to the default ``instance`` or ``instance/part`` that fills it."""
-    takes: Callable[[str], tuple[str, ...] | None] = field(default=lambda _: None)
-    """Of a role: the kinds of whole artifacts that may fill it, or None where any may."""
+    """Maps the settings to {role: input}."""
     runs: Literal["task", "workers"] = "task"
     """One Ray task, or a worker group of ZeRO-3 ranks (the settings then have ``workers``)."""
     continues: str | None = None
     """The role whose model the result is a trained version of."""
     preflight: str | None = None
-    """``module:function`` of a check that needs data and models; run before any worker group starts."""
-    sources: Callable[[Any], Mapping[str, Any]] = field(default=lambda _: {})
-    """Of the settings: setting to local path whose content, not place, is part of the key."""
-    awaits: Callable[[Any], Path | None] = field(default=lambda _: None)
-    """Of the settings: a file that people have still to make, without which there is no key, or None."""
+    """``module:function`` of a check that needs data and models; it runs before any worker group starts."""
+    imports: tuple[str, ...] = ()
+    """Modules beside DeepSpeed that are imported ahead of the stage's ranks (:mod:`rlhf.cluster.fork_server`), which
+    changes nothing but their start. Stages with the same modules share the process that imports them."""
+    sources: Callable[[Any], Mapping[str, Any]] = lambda _: {}
+    """Maps the settings to {setting: local path}; the content of each path, not its place, enters the key."""
+    awaits: Callable[[Any], Path | None] = lambda _: None
+    """Maps the settings to a file that people have yet to make, without which there is no key, or None."""
 
 
-def _data_sources(settings: DataSettings) -> Mapping[str, Any]:
-    from rlhf.config.data import sources
-
-    return sources(settings)
-
-
-def _model_sources(settings: ModelSettings) -> Mapping[str, Any]:
-    from rlhf.config.base import is_local
-
-    return (
-        {"base": settings.base} if settings.base not in ("smollm2-135m", "scratch") and is_local(settings.base) else {}
-    )
-
-
-def _ppo_inputs(settings: PpoSettings) -> Mapping[str, str]:
-    roles = {"policy": "sft", "prompts": "data/prompts"} | reward_inputs(settings.rewards)
-    return roles | ({"demonstrations": "data/demonstrations"} if settings.ptx.coef else {})
+_MODELS = ("model", "policy")
+# The same for all, so that one process imports them for all.
+_IMPORTS = (
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "datasets",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.reward_trainer",
+    "scipy.stats",
+    "sklearn.feature_extraction.text",
+    "sklearn.linear_model",
+    "sklearn.model_selection",
+    "sklearn.pipeline",
+    "httpx",
+)
 
 
-def _kinds(role: str) -> tuple[str, ...] | None:
-    if role.startswith("reward"):
-        return ("reward-model",)
-    if role in ("base", "policy", "before", "after") or role.startswith("model"):
-        return ("model", "policy")
-    return (role,) if role in ("comparisons", "responses") else None
+_on_workers = partial(Stage, runs="workers", imports=_IMPORTS)
+
+
+def _each(roles: Mapping[str, str], *kinds: str) -> dict[str, Input]:
+    return {role: Input(default, kinds) for role, default in roles.items()}
 
 
 OURS = (
-    Stage("data", 4, DataSettings, "stages.data:run", "data", inputs=taking(), sources=_data_sources),
+    Stage("data", 4, DataSettings, "stages.data:run", "data", inputs=taking(), sources=sources),
     Stage(
         "model",
         1,
         ModelSettings,
         "stages.model:run",
         "model",
-        inputs=lambda settings: {"demonstrations": "data/demonstrations"} if settings.base == "scratch" else {},
-        sources=_model_sources,
+        inputs=lambda settings: {"demonstrations": Input("data/demonstrations")} if settings.base == "scratch" else {},
+        sources=lambda settings: {"base": settings.base} if is_local(settings.base) else {},
     ),
-    Stage(
+    _on_workers(
         "collect",
         3,
         CollectSettings,
         "stages.collect:run",
         "responses",
-        inputs=lambda settings: {"prompts": "data/prompts"} | writer_inputs(settings),
-        takes=_kinds,
-        runs="workers",
+        inputs=lambda settings: {"prompts": Input("data/prompts")} | _each(writer_inputs(settings), *_MODELS),
         preflight="stages.checks:collect",
     ),
     Stage(
@@ -112,8 +121,7 @@ OURS = (
         CompareSettings,
         "stages.compare:run",
         "data",
-        inputs=taking(responses="collect"),
-        takes=_kinds,
+        inputs=taking(responses=Input("collect", ("responses",))),
         preflight="stages.checks:compare",
         sources=compare_sources,
         awaits=awaited,
@@ -124,62 +132,58 @@ OURS = (
         RankSettings,
         "stages.rank:run",
         "comparisons",
-        inputs=lambda settings: {"comparisons": "data/comparisons"} | ranked_inputs(settings),
+        inputs=lambda settings: _each({"comparisons": "data/comparisons"} | ranked_inputs(settings)),
     ),
-    Stage(
+    _on_workers(
         "sft",
         4,
         SftSettings,
         "stages.sft:run",
         "policy",
-        inputs=taking(base="model", demonstrations="data/demonstrations"),
-        takes=_kinds,
-        runs="workers",
+        inputs=taking(base=Input("model", _MODELS), demonstrations="data/demonstrations"),
         continues="base",
         preflight="stages.checks:sft",
     ),
-    Stage(
+    _on_workers(
         "rm",
         6,
         RmSettings,
         "stages.rm:run",
         "reward-model",
-        inputs=taking(base="model", comparisons="rank", demonstrations="data/demonstrations"),
-        takes=lambda role: ("model", "policy", "reward-model") if role == "base" else _kinds(role),
-        runs="workers",
+        inputs=taking(
+            base=Input("model", (*_MODELS, "reward-model")),
+            comparisons=Input("rank", ("comparisons",)),
+            demonstrations="data/demonstrations",
+        ),
         continues="base",
         preflight="stages.checks:rm",
     ),
-    Stage(
+    _on_workers(
         "ppo",
         4,
         PpoSettings,
         "stages.ppo:run",
         "policy",
-        inputs=_ppo_inputs,
-        takes=_kinds,
-        runs="workers",
+        inputs=lambda settings: (
+            {"policy": Input("sft", _MODELS), "prompts": Input("data/prompts")}
+            | _each(reward_inputs(settings.rewards), "reward-model")
+            | ({"demonstrations": Input("data/demonstrations")} if settings.ptx.coef else {})
+        ),
         continues="policy",
         preflight="stages.checks:ppo",
         sources=lambda settings: reward_sources(settings.rewards),
     ),
-    Stage(
+    _on_workers(
         "evaluate",
         4,
         EvaluateSettings,
         "stages.evaluate:run",
         "report",
         inputs=lambda settings: (
-            {
-                "before": "sft",
-                "after": "ppo",
-                "prompts": "data/prompts",
-            }
-            | reward_inputs(settings.rewards)
-            | ({"judge": "data/judge"} if settings.judge else {})
+            {"before": Input("sft", _MODELS), "after": Input("ppo", _MODELS), "prompts": Input("data/prompts")}
+            | _each(reward_inputs(settings.rewards), "reward-model")
+            | ({"judge": Input("data/judge")} if settings.judge else {})
         ),
-        takes=_kinds,
-        runs="workers",
         preflight="stages.checks:evaluate",
         sources=lambda settings: reward_sources(settings.rewards),
     ),
@@ -187,9 +191,6 @@ OURS = (
 
 
 def stages() -> dict[str, Stage]:
-    """Every known stage by name: ours, and those that other packages register."""
-    found = {stage.name: stage for stage in OURS}
-    for point in entry_points(group="rlhf.stages"):
-        stage: Stage = point.load()
-        found[stage.name] = stage
-    return found
+    """Return every known stage by name: ours, and those that other packages register."""
+    others: list[Stage] = [point.load() for point in entry_points(group="rlhf.stages")]
+    return {stage.name: stage for stage in (*OURS, *others)}

@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.stages import RmSettings, SftSettings, SupervisedSettings
 from rlhf.errors import DivergedError
 from rlhf.models import adapters, reward_losses
 from rlhf.models.packing import keeps_texts_apart
@@ -38,12 +38,10 @@ from rlhf.training.schedules import learning_order
 from rlhf.zero import group
 from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3_config
 
-TrainingSettings = SftSettings | RmSettings
-
 TOKENS = "tokens.json"
 
 
-def common_arguments(context: Context[Any], settings: TrainingSettings) -> dict[str, Any]:
+def common_arguments(context: Context[Any], settings: SupervisedSettings) -> dict[str, Any]:
     """What every trainer is told: batch arithmetic, optimiser, precision, ZeRO-3, checkpoints.
 
     The batch is a multiple of the ranks: the stages' checks see to it.

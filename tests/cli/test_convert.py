@@ -27,7 +27,7 @@ def test_one_line_says_what_was_read_written_and_left_out(ask: Ask, tmp_path: Pa
     assert (answer.status, answer.err) == (0, "")
     assert answer.out == (
         f"{file}: 2 records read, 1 comparison sets by 2 annotators written to {out}; left out: "
-        "1 answers to comment, which compare no responses, 1 discarded responses, 1 records that nobody compared\n"
+        "1 answers to comment, which compare no responses, 1 discarded responses, 1 records without a comparison\n"
     )
     assert ask("data", "validate", str(out)).out == f"{out}: 1 rows of comparisons, all well\n"
 
@@ -39,7 +39,7 @@ def test_options_say_what_the_file_does_not(ask: Ask, tmp_path: Path):
     file = write(tmp_path / "argilla.jsonl", sdk_record(votes, fields=fields))
     answer = ask("data", "convert", file, str(tmp_path / "a.jsonl"))
     assert answer.status == 2
-    assert "cannot be told from their names: text, good, bad" in answer.err
+    assert "are not clear from the names: text, good, bad" in answer.err
     assert "--prompt FIELD --responses FIELD,FIELD" in answer.err
     options = ("--from", "argilla", "--prompt", "text", "--responses", "good, bad", "--question", "style")
     answer = ask("data", "convert", file, str(tmp_path / "a.jsonl"), *options)

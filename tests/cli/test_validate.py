@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.validation import KINDS, NAMED_BAD_ROWS
+from rlhf.data.readers import NAMED_BAD_ROWS
+from rlhf.data.validation import KINDS
 from tests.cli.conftest import Ask
 
 GOOD = {

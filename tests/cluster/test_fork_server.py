@@ -19,6 +19,7 @@ from rlhf.attempt.context import Context
 from rlhf.cluster import fork_server
 from rlhf.cluster.session import Session
 from rlhf.cluster.worker_group import WorkerGroup
+from rlhf.pipeline.stage import OURS
 from tests.cluster.test_worker import attempt, call
 from tests.faults.running import gone
 from tests.pipeline.helpers import until
@@ -222,10 +223,16 @@ def imports(context: Context[Any]) -> dict[str, float]:
     return {}
 
 
-def run(session: Session, attempt: Path, count: int, stage: Callable[[Context[Any]], dict[str, float]]) -> Any:
+def run(
+    session: Session,
+    attempt: Path,
+    count: int,
+    stage: Callable[[Context[Any]], dict[str, float]],
+    imports: tuple[str, ...] = (),
+) -> Any:
     """What the stage returns."""
     group = WorkerGroup(
-        replace(call(attempt, ""), code=f"{__name__}:{stage.__name__}"),
+        replace(call(attempt, ""), code=f"{__name__}:{stage.__name__}", imports=imports),
         session.resources().per_rank("total", count, 1, None),
     )
     assert group.is_over(120)
@@ -244,12 +251,10 @@ class TestOnRay:
         os.kill(int(server["parent"]), signal.SIGKILL)
         assert run(session, attempt, 2, forked) != server
 
-    def test_our_stages_find_imported_what_they_need(
-        self, session: Session, attempt: Path, monkeypatch: pytest.MonkeyPatch
-    ):
-        """This one is no stage of ours by its name."""
-        monkeypatch.setattr(fork_server, "ALL_RANKS", fork_server.OUR_STAGES)
-        assert run(session, attempt, 1, imports) == {}
+    def test_our_stages_find_imported_what_they_need(self, session: Session, attempt: Path):
+        """All name the same modules, so that one server forks the ranks of all."""
+        (modules,) = {stage.imports for stage in OURS if stage.runs == "workers"}
+        assert run(session, attempt, 1, imports, modules) == {}
 
 
 def test_where_python_may_lie_elsewhere_or_is_another_users_nobody_is_forked(
@@ -258,7 +263,7 @@ def test_where_python_may_lie_elsewhere_or_is_another_users_nobody_is_forked(
     """Ray's nodes are known by their sockets, which only this machine and this user have."""
     here = tmp_path / "raylet"
     here.touch()
-    assert fork_server.runtime_env("stages.rm:run", True, [str(here)]) is not None
-    assert fork_server.runtime_env("stages.rm:run", True, [str(here), str(tmp_path / "of another host")]) is None
+    assert fork_server.runtime_env((), True, [str(here)]) is not None
+    assert fork_server.runtime_env((), True, [str(here), str(tmp_path / "of another host")]) is None
     monkeypatch.setattr(os, "getuid", lambda: here.stat().st_uid + 1)
-    assert fork_server.runtime_env("stages.rm:run", True, [str(here)]) is None
+    assert fork_server.runtime_env((), True, [str(here)]) is None

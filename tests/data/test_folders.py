@@ -4,7 +4,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlhf.data.readers import read_rows
+from rlhf.data.readers import read_source
 from rlhf.data.record_files import record_files
 from rlhf.errors import RequestError
 
@@ -78,7 +78,7 @@ def test_the_line_that_converts_a_table_of_text_does_convert_it(
     (tmp_path / "a.tsv").write_text("prompt\tcompletion\np\tc\n")
     line = refused(tmp_path / "a.tsv").next_step
     exec(line.removeprefix('python -c "').removesuffix('"'))
-    assert [row.value for row in read_rows(str(tmp_path / "a.jsonl"))] == [{"prompt": "p", "completion": "c"}]
+    assert [row.value for row in read_source(str(tmp_path / "a.jsonl"))] == [{"prompt": "p", "completion": "c"}]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_dataset_that_was_saved_to_disk_is_read_whole(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}"} for n in range(5)]
     saved = datasets.Dataset.from_list(rows)
     saved.save_to_disk(tmp_path / "one", num_shards=2)
-    assert [row.value for row in read_rows(str(tmp_path / "one"))] == rows
+    assert [row.value for row in read_source(str(tmp_path / "one"))] == rows
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "two")
     assert refused(tmp_path / "two").next_step.startswith(f"name {tmp_path / 'two' / 'train'}")
 
@@ -159,5 +159,5 @@ def test_what_the_datasets_library_computed_beside_a_saved_data_set_is_not_read_
     loaded = datasets.Dataset.load_from_disk(tmp_path / "saved")
     loaded.map(lambda row: {"prompt": row["prompt"] + "!"}, load_from_cache_file=False)
     assert len(list((tmp_path / "saved").glob("*.arrow"))) == 2
-    assert [row.value["prompt"] for row in read_rows(str(tmp_path / "saved"))] == ["p", "q"]
+    assert [row.value["prompt"] for row in read_source(str(tmp_path / "saved"))] == ["p", "q"]
     assert names_of(fill(tmp_path / "own", "cache-1.arrow")) == ["cache-1.arrow"]

@@ -16,7 +16,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [USER, BAD, MORE, GOOD]
 
 PAIR: dict[str, Any] = {"responses": ["Eight minutes.", "No idea."], "winners": [[0, 1, 1]]}
-MEANT = "is not part of the form, and what is asked or learned may rest on it"
+MEANT = "is not part of the form, and prompt or training may depend on it"
 ANSWERED = {"prompt": [USER], "completion": "Eight minutes."}
 HUMAN = "\n\nHuman: Boil an egg?\n\nAssistant: No idea.\n\nHuman: And then?\n\nAssistant: "
 
@@ -206,7 +206,7 @@ def test_the_line_counts_rows_by_form_and_names_the_fields_that_are_not_read() -
         (
             Demonstration,
             {"messages": [USER]},
-            "messages: ends with a message of the role 'user', and is to end with 'assistant'",
+            "messages: ends with a message of the role 'user', and must end with 'assistant'",
         ),
         (Demonstration, {"messages": [GOOD]}, "prompt: is empty"),
         (
@@ -261,7 +261,7 @@ def test_the_line_counts_rows_by_form_and_names_the_fields_that_are_not_read() -
         (
             Demonstration,
             {"prompt": "Fry it?", "messages": [USER, GOOD]},
-            "prompt: is not what 'messages' begins with, so which of them is meant is not certain",
+            "prompt: differs from the beginning of 'messages', so neither is certain",
         ),
         (
             Demonstration,
@@ -294,7 +294,7 @@ def test_the_line_counts_rows_by_form_and_names_the_fields_that_are_not_read() -
         (
             ComparisonSet,
             {"prompt": "Another?", "chosen": HUMAN + "Eight minutes.", "rejected": HUMAN + "No idea."},
-            "prompt: is not what 'chosen' begins with, so which of them is meant is not certain",
+            "prompt: differs from the beginning of 'chosen', so neither is certain",
         ),
         (Demonstration, {"messages": [USER, GOOD], "mask": [0, 0]}, f"mask: {MEANT}"),
         (ComparisonSet, {"question": "Who?", "context": "Bob.", "chosen": "a", "rejected": "b"}, f"context: {MEANT}"),
@@ -302,12 +302,12 @@ def test_the_line_counts_rows_by_form_and_names_the_fields_that_are_not_read() -
         (
             Demonstration,
             {"messages": [USER, GOOD | {"weight": 0}]},
-            "messages[1].weight: says that the answer is not to be learned, and it would be",
+            "messages[1].weight: says that the answer must not be learned, but it would be",
         ),
         (
             Demonstration,
             {"system": "Be long.", "messages": [SYSTEM, USER, GOOD]},
-            "system: is not what 'messages' begins with, so which of them is meant is not certain",
+            "system: differs from the beginning of 'messages', so neither is certain",
         ),
         (
             ComparisonSet,
@@ -322,7 +322,7 @@ def test_the_line_counts_rows_by_form_and_names_the_fields_that_are_not_read() -
         (
             ComparisonSet,
             {"prompt": "Fry it?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-            "prompt: is not what 'chosen' begins with, so which of them is meant is not certain",
+            "prompt: differs from the beginning of 'chosen', so neither is certain",
         ),
         (ComparisonSet, {"chosen": "The sky is blue.", "rejected": "It is green."}, "prompt: is missing"),
     ],

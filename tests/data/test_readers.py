@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.data import readers
-from rlhf.data.readers import Row, read_rows
+from rlhf.data.readers import Row, read_source
 from rlhf.errors import RecordError, SettingsError
 
 ROWS: list[dict[str, Any]] = [
@@ -24,7 +24,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def rows_of(path: Path) -> list[Row]:
-    return list(read_rows(str(path)))
+    return list(read_source(str(path)))
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_an_array_is_read_the_same_in_pieces_of_any_size(
         ("[", 0, 1, "invalid JSON"),
         ('[{"n": 1},\n]', 1, 2, "invalid JSON"),
         ('[{"n": 1}]\n{"n": 2}', 1, 2, "after the end of the array"),
-        ('[{"n": 1},\n {"n": 2, "n": 3}]', 1, 2, "the field 'n' stands twice"),
+        ('[{"n": 1},\n {"n": 2, "n": 3}]', 1, 2, "the field 'n' occurs twice"),
     ],
 )
 def test_a_broken_array_gives_the_rows_before_the_break_and_names_its_line(
@@ -187,7 +187,7 @@ def test_a_broken_array_gives_the_rows_before_the_break_and_names_its_line(
         (b'{"n": "caf\xe9"}', "byte 0xe9 at position 11 of the line is not UTF-8"),
         (b'{"n": 1,}', "invalid JSON at character 9"),
         (b"[" * 100_000, "unreadable JSON"),
-        (b'{"n": 1, "m": {"k": 2, "k": 3}}', "the field 'k' stands twice"),
+        (b'{"n": 1, "m": {"k": 2, "k": 3}}', "the field 'k' occurs twice"),
         (b'{"n": ' + b"9" * 5000 + b"}", "unreadable JSON"),
     ],
 )
@@ -232,7 +232,7 @@ def test_a_source_that_is_not_there_says_what_would_be(tmp_path: Path) -> None:
         ("someone/dataset@main", "Files and versions"),
     ]:
         with pytest.raises(SettingsError, match=reason):
-            list(read_rows(source))
+            list(read_source(source))
 
 
 def test_a_column_that_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_column_that_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(
         pyarrow.Table.from_arrays([column, column], ["prompt", "prompt"]), tmp_path / "a.parquet"
     )
-    with pytest.raises(RecordError, match="the column 'prompt' stands twice"):
+    with pytest.raises(RecordError, match="the column 'prompt' occurs twice"):
         rows_of(tmp_path / "a.parquet")
 
 

@@ -86,7 +86,7 @@ def test_a_trl_pair_becomes_a_set_of_two_with_its_winner_and_margin() -> None:
         (
             {"prompt": "p", "completion": [{"role": "user", "content": "c"}]},
             Demonstration,
-            "completion: ends with a message of the role 'user', and is to end with 'assistant'",
+            "completion: ends with a message of the role 'user', and must end with 'assistant'",
         ),
         ({"text": "t", "rating": float("nan")}, JudgeRating, "rating: input should be a finite number"),
         ({"text": "t", "rating": "4"}, JudgeRating, "rating: input should be a valid number"),
@@ -133,7 +133,7 @@ def test_a_trl_pair_becomes_a_set_of_two_with_its_winner_and_margin() -> None:
         (
             SET | {"winners": [[0, 1, 1]], "annotators": ["a"]},
             ComparisonSet,
-            "has annotators but neither ratings nor rankings, and winners are nobody's",
+            "has annotators but neither ratings nor rankings: winners have no annotators",
         ),
         (SET | {"rankings": [[0, 1], [2, 1, 2]]}, ComparisonSet, "rankings: ranking 1 names response 2 twice"),
         (SET | {"rankings": [[0, [1, 0]]]}, ComparisonSet, "rankings: ranking 0 names response 0 twice"),

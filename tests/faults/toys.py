@@ -8,7 +8,7 @@ from typing import Literal
 from rlhf.attempt.context import Context
 from rlhf.config.base import Settings, runtime, semantic
 from rlhf.config.stages import WorkerSettings
-from rlhf.pipeline.stage import Stage, taking
+from rlhf.pipeline.stage import Input, Stage, taking
 
 DONE = "done.txt"
 """In an attempt of ``steps``: every step that rank 0 did, one a line."""
@@ -111,8 +111,7 @@ STEPS = Stage(
     StepsSettings,
     "tests.faults.toys:steps",
     "policy",
-    inputs=taking(seed="seed"),
+    inputs=taking(seed=Input("seed", ("data",))),
     runs="workers",
-    takes=lambda _: ("data",),
 )
 KNOWN = {stage.name: stage for stage in (SEED, STEPS)}

@@ -9,6 +9,7 @@ import pytest
 from rlhf.pipeline.differences import changed_settings
 from rlhf.pipeline.documents import explain_document
 from rlhf.pipeline.plan import plan
+from rlhf.pipeline.stage import taking
 from rlhf.pipeline.transfer import import_folder
 from rlhf.store import Store
 from tests.pipeline.helpers import load_toy, make, write_pipeline, write_weights
@@ -133,7 +134,7 @@ def test_an_import_is_a_cause_downstream(path: Path, tmp_path: Path):
     """The stage after an imported one would run on another's work: it says which artifact took the place."""
     known = KNOWN | {
         "count": replace(KNOWN["count"], kind="policy"),
-        "total": replace(KNOWN["total"], takes=lambda _: None),
+        "total": replace(KNOWN["total"], inputs=taking(count="count")),
     }
     folder = tmp_path / "model"
     folder.mkdir()

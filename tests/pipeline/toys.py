@@ -10,7 +10,7 @@ from rlhf.attempt.context import Context
 from rlhf.config.base import Settings, runtime, semantic, source
 from rlhf.config.stages import WorkerSettings
 from rlhf.errors import PreflightError, RecordError
-from rlhf.pipeline.stage import Stage, taking
+from rlhf.pipeline.stage import Input, Stage, taking
 
 Behaviour = Literal["well", "refuses", "raises", "exits", "pickles", "writes nothing", "returns nan", "returns nothing"]
 GATE_SECONDS = 60
@@ -181,8 +181,7 @@ TOTAL = Stage(
     TotalSettings,
     "tests.pipeline.toys:total",
     "policy",
-    inputs=taking(count="count"),
-    takes=lambda _: ("data",),
+    inputs=taking(count=Input("count", ("data",))),
 )
 GROUP = Stage(
     "group",

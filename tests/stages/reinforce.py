@@ -10,7 +10,7 @@ import torch
 from rlhf.attempt.context import Context
 from rlhf.config.base import semantic
 from rlhf.config.ppo import PpoSettings
-from rlhf.pipeline.stage import Stage, taking
+from rlhf.pipeline.stage import Input, Stage, taking
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rl.masks import masked_sum
 from rlhf.rollout.prompts import PromptStream
@@ -28,7 +28,7 @@ class ReinforceSettings(PpoSettings):
     """Share of the old baseline that an iteration keeps."""
 
 
-INPUTS = taking(policy="sft", prompts="data/prompts")
+INPUTS = taking(policy=Input("sft", ("model", "policy")), prompts="data/prompts")
 CODE = "tests.stages.reinforce:run"
 REINFORCE = Stage("reinforce", 1, ReinforceSettings, CODE, "policy", INPUTS, runs="workers", continues="policy")
 

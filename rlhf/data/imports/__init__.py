@@ -1,1 +1,1 @@
-"""From what annotation tools export to comparison sets."""
+"""Convert annotation tools' exports and public data sets to comparison sets."""

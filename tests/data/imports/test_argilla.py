@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.imports.annotations import Wanted, find_layout
 from rlhf.data.imports.argilla import fields_of, read, recognises
-from rlhf.data.imports.naming import MalformedError
-from rlhf.data.imports.record_fields import Wanted, find_layout
+from rlhf.data.records import MalformedError
 
 ANN, BOB, CY = (f"{number}0e8a1c2-57ab-4f0c-9a41-3f3c5d2b7a10" for number in (1, 2, 3))
 FIELDS = {"prompt": "Name a colour.", "response-1": "Blue.", "response-2": "Red.", "response-3": "Seven."}
@@ -190,7 +190,7 @@ def test_a_label_between_two_responses_is_a_ranking_of_two() -> None:
 def test_a_label_that_picks_one_of_three_compares_nothing() -> None:
     """It would not say how the other two compare, nor that they are tied."""
     found = read_one(sdk_record({"best": [{"value": "response-1", "user_id": ANN}]}))
-    assert not found.said
+    assert not found.answers
     assert found.left_out.total() == 1
 
 
@@ -299,7 +299,7 @@ def test_one_question_of_several_is_taken_when_asked_for() -> None:
         (sdk_record({"preference": [3]}), "responses.preference[0]: must be an object with value and user_id"),
         (
             sdk_record({}) | {"responses": "none"},
-            "responses: must be an object by question, or a list with one object a user",
+            "responses: must be an object by question, or a list with one object for each user",
         ),
         (
             flat_record(preference__responses=[3, 4], preference__responses__users=[ANN]),

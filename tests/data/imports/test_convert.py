@@ -8,8 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf.data.imports.convert import NAMED_BAD_RECORDS, Converted, convert_file
-from rlhf.data.imports.record_fields import Wanted
+from rlhf.data.imports.annotations import Wanted
+from rlhf.data.imports.convert import Converted, convert_file
+from rlhf.data.readers import NAMED_BAD_ROWS
 from rlhf.data.records import read_rows
 from rlhf.data.validation import validate_file
 from rlhf.errors import RecordError, RequestError, RlhfError
@@ -42,7 +43,7 @@ def refused(path: Path, records: Any, tool: str | None = None, wanted: Wanted | 
 def test_an_export_of_argilla_becomes_comparison_sets(tmp_path: Path, tool: str | None) -> None:
     """What is written is what the pipeline reads, and what is left out is counted."""
     found = convert(tmp_path, [ARGILLA, server_record(), ARGILLA], tool)
-    left_out = {"draft responses": 2, "records that nobody compared": 1}
+    left_out = {"draft responses": 2, "records without a comparison": 1}
     assert found == Converted(records=3, sets=2, annotators=1, unknown_status=0, left_out=found.left_out)
     assert found.left_out == left_out
     row = {
@@ -148,7 +149,7 @@ def test_malformed_records_are_all_named_by_number_and_field(tmp_path: Path) -> 
 def test_many_malformed_records_are_counted_and_some_named(tmp_path: Path) -> None:
     """The message stays short."""
     bad = server_record(response("ann", "approved", preference=[]))
-    error = refused(tmp_path, [bad] * (NAMED_BAD_RECORDS + 3))
+    error = refused(tmp_path, [bad] * (NAMED_BAD_ROWS + 3))
     assert error.where.endswith("and 3 more")
 
 
@@ -170,15 +171,15 @@ def test_bytes_that_are_not_utf8_are_a_malformed_record(tmp_path: Path) -> None:
     ("records", "what"),
     [
         ([], "there are no records"),
-        ([server_record(), server_record()], "no record of 2 compares responses: 2 records that nobody compared"),
-        ([task(PAIR)], "no record of 1 compares responses: 1 records that nobody compared"),
+        ([server_record(), server_record()], "no record of 2 compares responses: 2 records without a comparison"),
+        ([task(PAIR)], "no record of 1 compares responses: 1 records without a comparison"),
         ([task(PAIR, annotation(1, pairwise("left"), was_cancelled=True))], "1 cancelled annotations"),
         (
             [{"prompt": "p", "chosen": "a"}],
-            "no tool or data set that is known here writes such records; their fields are prompt, chosen",
+            "no known tool or data set writes such records; their fields are prompt, chosen",
         ),
         ([{}], "their fields are none"),
-        ([server_record(fields={"text": "p", "good": "a"})], "which fields are the responses cannot be told"),
+        ([server_record(fields={"text": "p", "good": "a"})], "the responses' fields are not clear"),
     ],
 )
 def test_a_file_without_comparisons_is_refused(tmp_path: Path, records: Any, what: str) -> None:
@@ -198,7 +199,7 @@ def test_another_tools_file_is_refused(tmp_path: Path, tool: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "what", "next_step"),
     [
-        (Wanted(questions=("preferences",)), "nobody answered a question 'preferences'", "did you mean preference?"),
+        (Wanted(questions=("preferences",)), "no annotator answered 'preferences'", "did you mean preference?"),
         (Wanted(prompt="promt"), "there is no field 'promt'", "did you mean prompt?"),
         (
             Wanted(responses=("response-1", "response-4")),

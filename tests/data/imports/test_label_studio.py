@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.imports.annotations import Wanted, find_layout
 from rlhf.data.imports.label_studio import belongs, fields_of, read, recognises
-from rlhf.data.imports.naming import MalformedError
-from rlhf.data.imports.record_fields import Wanted, find_layout
+from rlhf.data.records import MalformedError
 
 PAIR = {"prompt": "Name a colour.", "answer1": "Blue.", "answer2": "Seven."}
 ITEMS = {
@@ -152,7 +152,7 @@ def test_of_several_annotations_by_one_person_the_newest_counts() -> None:
     )
     row = found.as_row()
     assert dict(zip(row["annotators"], row["rankings"], strict=True)) == {"1": [1, 0], "2": [0, 1]}
-    assert found.left_out == {"annotations that the same person made anew": 1}
+    assert found.left_out == {"annotations that the same person replaced": 1}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.imports.naming import MalformedError
-from rlhf.data.imports.record_fields import Layout, Wanted, find_layout, read_models, read_responses
+from rlhf.data.imports.annotations import Layout, Wanted, find_layout, read_models, read_responses
+from rlhf.data.records import MalformedError
 
 ITEMS = [{"id": "llm_1", "title": "LLM 1", "body": "a"}, {"id": 2, "title": "b"}]
 
@@ -34,12 +34,12 @@ def test_the_fields_of_prompt_and_responses_are_told_by_their_names(fields: dict
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"text": "p", "good": "a", "bad": "b"}, "which fields are the responses cannot be told"),
-        ({"prompt": "p", "answer": "a"}, "which fields are the responses cannot be told"),
-        ({"prompt": "p", "a1": "a", "a2": "b", "b1": "c", "b2": "d"}, "which fields are the responses cannot be told"),
-        ({"prompt": "p", "question": "q", "a1": "a", "a2": "b"}, "which field is the prompt cannot be told"),
-        ({"text": "p", "context": "q", "a1": "a", "a2": "b"}, "which field is the prompt cannot be told"),
-        ({"a1": "a", "a2": "b"}, "which field is the prompt cannot be told"),
+        ({"text": "p", "good": "a", "bad": "b"}, "the responses' fields are not clear"),
+        ({"prompt": "p", "answer": "a"}, "the responses' fields are not clear"),
+        ({"prompt": "p", "a1": "a", "a2": "b", "b1": "c", "b2": "d"}, "the responses' fields are not clear"),
+        ({"prompt": "p", "question": "q", "a1": "a", "a2": "b"}, "the prompt's field is not clear"),
+        ({"text": "p", "context": "q", "a1": "a", "a2": "b"}, "the prompt's field is not clear"),
+        ({"a1": "a", "a2": "b"}, "the prompt's field is not clear"),
         ({}, "there are none"),
     ],
 )
