@@ -13,15 +13,14 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
+from rlhf.models.layout import check_scored_length, config_of, context_length
 from rlhf.models.packing import tokenised
+from rlhf.models.reward import reads_messages
 from rlhf.models.text import (
     Tokenizer,
     check_same_tokens,
-    check_scored_length,
-    context_length,
     load_tokenizer,
     prompt_ids,
-    reads_messages,
     response_ids,
     text_start,
 )
@@ -126,7 +125,7 @@ def _leaves_room(
     response: int,
     field: str,
 ) -> None:
-    longest, limit = context.settings.max_prompt_length, context_length(context.inputs[role])
+    longest, limit = context.settings.max_prompt_length, context_length(config_of(context.inputs[role]))
     if longest + response > limit:
         half = limit // 2
         fits = f"max_prompt_length={limit - response}" if response < limit else f"{field}={half}"
@@ -225,7 +224,7 @@ def _has_heldout(context: Context[SftSettings] | Context[RmSettings], role: str)
 
 
 def _fits(context: Context[SftSettings] | Context[RmSettings], length: int, field: str) -> None:
-    limit = context_length(context.inputs["base"])
+    limit = context_length(config_of(context.inputs["base"]))
     if length > limit:
         raise PreflightError(
             f"{field} is {length}, and the model's context is {limit} tokens",

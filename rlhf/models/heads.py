@@ -123,11 +123,6 @@ class OwnScores(nn.Module):
         return self.model(input_ids=ids, attention_mask=attention_mask, **named).logits.squeeze(-1).float()
 
 
-def scores_at_last_token(model: Any) -> bool:
-    """Whether a sequence classifier is a decoder's: a linear head ``score`` on the last token's state."""
-    return hasattr(unwrapped(model), "score")
-
-
 def unwrapped(model: Any) -> Any:
     """Return the model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
