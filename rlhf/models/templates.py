@@ -6,7 +6,7 @@ ChatML's template renders a question and its answer as five parts (``⏎`` is a 
     <|im_start|>assistant⏎                the generation prompt: it opens the answer's turn, and a response follows it
     So.                                   the answer
     <|im_end|>                            the token that closes a turn; :func:`prepare` makes it the tokenizer's EOS
-    ⏎                                     read with the next turn, and never learned
+    ⏎                                     no part of the response: a policy has stopped before it
 
 Control tokens are the tokenizer's special tokens, EOS, and added tokens with which the template marks turns, here
 ``<|im_start|>``. The template alone writes them: no text of a message may become one. Marks of reasoning, ``<think>``
@@ -82,8 +82,8 @@ def prepare(tokenizer: Tokenizer, place: str) -> None:
     end = end_of_turn(tokenizer, place)
     if end not in (None, tokenizer.eos_token):
         tokenizer.eos_token = end
-    # transformers keeps special tokens out of messages, and added tokens that stand whole in the template's source.
-    # Other control tokens, which `'<|' + role + '|>'` hides, it must be given by name.
+    # transformers keeps special tokens out of messages, and added tokens that the template's source holds whole. Those
+    # which the source puts together, as `'<|' + role + '|>'` does, it must be given.
     control, special, added = _control_tokens(tokenizer), _special_tokens(tokenizer), _added_tokens(tokenizer)
     if any(token not in special and token not in template for token in control):
         tokenizer.chat_control_tokens = [token for token in added if token in control or token in template]
@@ -152,12 +152,13 @@ def end_of_turn(tokenizer: Tokenizer, place: str) -> str | None:
     before_question, _, rest = history.partition(question["content"])
     after_question, _, after_earlier = rest.partition(answer["content"])
     last, earlier = _first_token(tokenizer, after_last), _first_token(tokenizer, after_earlier)
-    # Where nothing closes the earlier answer, this token opens the user's turn, and stands before the first question
-    # too. So does a token that closes every turn, where a system's turn comes first.
+    # Where nothing closes the earlier answer, the token behind it opens the next turn, and precedes the first question
+    # too. A token that closes every turn may also precede that question: a system's turn is closed before it.
     closing = (tokenizer.eos_token, _first_token(tokenizer, after_question))
     if earlier and earlier not in closing and earlier in before_question:
         earlier = None
     end = last or earlier  # some templates close the last answer only when another turn follows
+    # `end` becomes the EOS token, and must not change what a template that writes `eos_token` renders.
     if last and earlier and last != earlier:
         other = earlier
     elif end and as_text(tokenizer, conversation, generation=True, eos_token=end) != as_text(
