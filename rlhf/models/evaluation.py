@@ -109,8 +109,6 @@ def write_samples(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-CHECKED_ALONE = 8
-"""Number of texts that are scored once more without padding."""
 LARGEST_DIFFERENCE: dict[Precision, float] = {"fp32": 0.01, "bf16": 0.5}
 """Between a score with padding and without, in deviations; rounding to bf16 was seen to make 0.11 of it."""
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -123,18 +121,15 @@ def check_padding(
     deviation: float,
     precision: Precision,
 ) -> None:
-    """Refuse a model whose score of a text depends on its padding, or on the other texts of its row. A collective.
+    """Refuse, by a StageError, a model whose score of a text depends on the text's batch or row. A collective.
 
     alone      scores texts one by one
     scores     of all texts, in batches
     deviation  of the scores of demonstrations
-
-    Raises:
-        StageError: a score depends on them.
     """
     # Sorted by length, batches hold texts of about one length: the shortest are padded least of all, the middle most.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    sample = order[:: max(1, len(order) // CHECKED_ALONE)]
+    sample = order[:: max(1, len(order) // 8)]
     difference = float((alone([texts[index] for index in sample]) - scores[sample]).abs().max()) / deviation
     if difference > LARGEST_DIFFERENCE[precision]:
         raise StageError(

@@ -43,9 +43,8 @@ def is_adapter(folder: Path) -> bool:
 
 
 def config_file(folder: Path) -> Path:
-    """Return the path of the model's ``config.json``, which for an adapter is the base's.
-
-    Beside an adapter, transformers takes the file to mean that the whole weights are there too.
+    """Return the path of the model's ``config.json``, an adapter's in ``base/``: transformers expects whole weights
+    beside the file.
     """
     return (folder / BASE if is_adapter(folder) else folder) / "config.json"
 
@@ -75,11 +74,7 @@ def context_length(config: Mapping[str, Any]) -> int:
 
 
 def check_scored_length(folder: Path) -> None:
-    """Refuse a reward model that would be given longer texts than it takes.
-
-    Raises:
-        PreflightError: its ``score_max_length`` is beyond its context.
-    """
+    """Refuse, by a PreflightError, a reward model whose ``score_max_length`` is beyond its context."""
     config = config_of(folder)
     longest, limit = config.get("score_max_length", 0), context_length(config)
     if longest > limit:
@@ -116,10 +111,8 @@ def count_parameters(folder: Path) -> int:
 def count_adapter_parameters(folder: Path, rank: int) -> int:
     """Estimate the number of parameters of adapters on every linear layer of a folder's model.
 
-    That is rank · (inputs + outputs) of each matrix but embeddings and heads, which have a row for each token.
-
-    Raises:
-        PreflightError: a file is damaged or cannot be read.
+    That is rank · (inputs + outputs) of each matrix but embeddings and heads, which have a row for each token. Raises
+    PreflightError as :func:`count_parameters`.
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     vocabulary = config.get("text_config", config).get("vocab_size")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf.data.records import read_rows
 from rlhf.models.templates import Tokenizer
-from rlhf.models.text import demonstration_ids
+from rlhf.models.text import plain_text, prompt_ids, response_ids
 
 PACKABLE = frozenset(
     {
@@ -134,8 +134,8 @@ def tokenised(file: Path, tokenizer: Tokenizer) -> list[TokenisedDemonstration]:
     """
     rows: list[TokenisedDemonstration] = []
     for number, row in enumerate(read_rows(file), start=1):
-        place = f"{file.parent.name}/{file.name}, row {number}"
-        rows.append(TokenisedDemonstration(*demonstration_ids(tokenizer, row["prompt"], row["completion"], place)))
+        prompt = prompt_ids(tokenizer, row["prompt"], f"{file.parent.name}/{file.name}, row {number}")
+        rows.append(TokenisedDemonstration(prompt, response_ids(tokenizer, plain_text(row["completion"]))))
     return rows
 
 

@@ -13,7 +13,8 @@ Control tokens are the tokenizer's special tokens, EOS, and added tokens with wh
 and its ``</think>``, are no control tokens, also where the template writes them.
 
 A template is a program, and may drop a message, rewrite it, refuse its role or print today's date. Templates and
-conversations of which the model would read something else than the record says are refused.
+conversations of which the model would read something else than the record says are refused. ``place`` is the
+tokenizer's folder, or the conversation's file and row, for errors.
 """
 
 import datetime
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 
@@ -38,32 +39,22 @@ REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, 
 DATE_FIELD = "template_date"
 """The field of ``tokenizer_config.json`` that holds the date which templates print as today's."""
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _CLOCK = re.compile(r"""\bstrftime_now\s*\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
 # A template that only asks whether there is a clock prints nothing.
 _USES_CLOCK = re.compile(r"\bstrftime_now\b(?!\s+is\b)")
 
 
-def cached(function: Callable[Concatenate[Tokenizer, _P], _T]) -> Callable[Concatenate[Tokenizer, _P], _T]:
+def cached(function: _F) -> _F:
     """Cache what a function returns for a tokenizer, for as long as it has the same chat template."""
-
-    @lru_cache(maxsize=256)
-    def call(_template: str, tokenizer: Tokenizer, *rest: Any, **named: Any) -> Any:
-        return function(tokenizer, *rest, **named)
-
-    @wraps(function)
-    def cached_function(tokenizer: Tokenizer, *rest: _P.args, **named: _P.kwargs) -> _T:
-        return call(str(tokenizer.chat_template), tokenizer, *rest, **named)
-
-    return cached_function
+    call: Any = lru_cache(maxsize=256)(lambda _template, *arguments: function(*arguments))
+    keyed: Any = wraps(function)(lambda tokenizer, *rest: call(str(tokenizer.chat_template), tokenizer, *rest))
+    return keyed
 
 
 def prepare(tokenizer: Tokenizer, place: str) -> None:
     """Fix the date of a tokenizer's chat template, and make the token that closes a turn the EOS token.
-
-    place  the tokenizer's folder, for errors
 
     Raises:
         PreflightError: the tokenizer has several templates and no default; or as :func:`with_fixed_date` and
@@ -90,10 +81,7 @@ def prepare(tokenizer: Tokenizer, place: str) -> None:
 
 
 def with_fixed_date(template: str, day: str, place: str) -> str:
-    """Return the template with each call of the clock replaced: else prompts change by the day, and no key with them.
-
-    day    the date that the template prints as today's, as ``2024-07-26``
-    place  the tokenizer's folder, for errors
+    """Return the template with today's date fixed to ``day``: else prompts change by the day, and no key with them.
 
     Raises:
         PreflightError: the template computes the format in which it prints the date.
@@ -116,8 +104,6 @@ def prints_the_date(template: object) -> bool:
 
 def end_of_turn(tokenizer: Tokenizer, place: str) -> str | None:
     """Return the token that the template writes behind an answer, or None where it writes no token there.
-
-    place  the tokenizer's folder, for errors
 
     Raises:
         PreflightError: the template leaves out answers; it opens them with special tokens or words that its generation
@@ -182,8 +168,6 @@ def _first_token(tokenizer: Tokenizer, text: str) -> str | None:
 
 def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message], place: str) -> list[int]:
     """Return the ids of a conversation that a response follows, generation prompt included.
-
-    place  where the conversation stands, for errors
 
     Raises:
         RecordError: the last message is the assistant's; the template refuses a message's role, leaves a message out

@@ -2,7 +2,7 @@
 
 A response is what a policy would emit after its prompt: the ids of its text, then EOS, which everywhere means the token
 that closes a turn (:mod:`rlhf.models.templates`). A text never becomes a control token: ``</s>`` in a text is read as
-its letters.
+its letters. ``place`` is the file and row of a record, for errors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -106,8 +106,6 @@ def plain_text(prompt: Prompt) -> str:
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: str = "the prompt") -> list[int]:
     """Return the ids that a response to the prompt follows: through the chat template where there is one.
 
-    place  where the prompt stands, for errors
-
     Raises:
         RecordError: as :func:`rlhf.models.templates.conversation_ids`.
     """
@@ -170,29 +168,12 @@ def _split_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-def demonstration_ids(
-    tokenizer: Tokenizer, prompt: Prompt, completion: Prompt, place: str = "the demonstration"
-) -> tuple[list[int], list[int]]:
-    """Return the ids of a demonstration's prompt, and of the completion that is to be learned, EOS included.
-
-    completion  a text, or a list of one assistant's message
-    place       where the demonstration stands, for errors
-
-    Raises:
-        RecordError: as :func:`prompt_ids`.
-    """
-    return prompt_ids(tokenizer, prompt, place), response_ids(tokenizer, plain_text(completion))
-
-
 def scored_ids(
     tokenizer: Tokenizer, prompt: Prompt | None, response: str, max_length: int, place: str = "the prompt"
 ) -> list[int]:
     """Return what a reward model reads: prompt and response as the policy reads and emits them, cut at the start.
 
     prompt  None for the response alone, behind the ids that the tokenizer begins every text with
-
-    Raises:
-        RecordError: as :func:`prompt_ids`.
     """
     before = text_start(tokenizer) if prompt is None else prompt_ids(tokenizer, prompt, place)
     return [*before, *response_ids(tokenizer, response)][-max_length:]
