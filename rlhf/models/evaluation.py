@@ -9,14 +9,14 @@ errors gains nothing here. Tf-idf weights over words (1-2-grams) measure content
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold
-from sklearn.pipeline import FeatureUnion, make_union
+from sklearn.pipeline import make_union
 from torch import Tensor
 
 from rlhf.attempt.context import Context
@@ -31,32 +31,26 @@ _FOLDS = 5
 
 
 class TextJudge:
-    """Predict people's ratings of texts; fitted to ratings by :meth:`fit`."""
+    """Predict people's ratings of texts, fitted to one mean rating for each of ``texts``, on any scale.
 
-    def __init__(self, features: FeatureUnion, ridge: Ridge) -> None:
-        self._features = features
-        self._ridge = ridge
+    The strength of the ridge penalty ``alpha`` is the one with the smallest squared error over five folds of the texts.
+    The n-grams' weights, which do not depend on ratings, are computed once for all folds. The same input gives the same
+    judge.
 
-    @classmethod
-    def fit(cls, texts: Sequence[str], ratings: npt.ArrayLike) -> Self:
-        """Fit to one mean rating for each text, on any scale. The same input gives the same judge.
+    Raises:
+        RecordError: there are fewer texts than folds.
+    """
 
-        The strength of the ridge penalty is the one with the smallest squared error over five folds of these texts.
-        The n-grams' weights, which do not depend on ratings, are computed once for all folds.
-
-        Raises:
-            RecordError: there are fewer texts than folds.
-        """
+    def __init__(self, texts: Sequence[str], ratings: npt.ArrayLike) -> None:
         if len(texts) < _FOLDS:
             raise RecordError(
                 f"the judge is fitted on at least {_FOLDS} rated texts, and there are {len(texts)}",
                 next_step="give the judge's split more comparison sets with ratings",
             )
-        features = make_union(
+        self._features = make_union(
             TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
             TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=2, sublinear_tf=True),
         )
-        matrix = features.fit_transform(texts)
         search = GridSearchCV(
             Ridge(solver="lsqr"),
             # Powers of two around the best for texts of a sentence; all texts' features have length sqrt(2).
@@ -64,13 +58,9 @@ class TextJudge:
             scoring="neg_mean_squared_error",
             cv=KFold(_FOLDS, shuffle=True, random_state=0),
         )
-        search.fit(matrix, np.asarray(ratings, dtype=np.float64))
-        return cls(features, search.best_estimator_)
-
-    @property
-    def alpha(self) -> float:
-        """Return the strength of the ridge penalty that cross-validation chose."""
-        return float(self._ridge.alpha)
+        search.fit(self._features.fit_transform(texts), np.asarray(ratings, dtype=np.float64))
+        self._ridge: Ridge = search.best_estimator_
+        self.alpha = float(self._ridge.alpha)
 
     def rate(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Return a rating for each text, in the units of the ratings fitted to; rare extremes may leave their range.
@@ -83,7 +73,7 @@ class TextJudge:
 def judge_of(folder: Path) -> TextJudge:
     """Return the judge fitted to a data set's ratings."""
     rows = read_rows(folder / "ratings.jsonl")
-    return TextJudge.fit([row["text"] for row in rows], [row["rating"] for row in rows])
+    return TextJudge([row["text"] for row in rows], [row["rating"] for row in rows])
 
 
 def judged(judge: TextJudge, before: list[str], after: list[str]) -> dict[str, float]:

@@ -103,7 +103,7 @@ def _unsharded() -> Generator[None]:
 
 
 def write_plain(folder: Path, target: Path, *, scores: bool, dtype: torch.dtype) -> Path:
-    """Write an adapter folder as a plain one at ``target``, tokenizer included; folded as :func:`load_whole` does."""
+    """Write an adapter folder as a plain folder, tokenizer included; :func:`load_whole` folds the adapter in."""
     load_whole(folder, scores=scores, dtype=dtype).save_pretrained(target)
     copy_tokenizer(folder, target)
     return target

@@ -62,8 +62,8 @@ def collate(lists: Sequence[Mapping[str, Any]], padding: int) -> dict[str, Tenso
 
 
 def pairwise(scores: Tensor, strengths: Tensor, present: Tensor, margin: float = 0.0, smoothing: float = 0.0) -> Tensor:
-    """Return -log σ(r_i - r_j - m (s_i - s_j)) over pairs where i is the stronger (Ouyang et al. 2022, eq. 1; the margin
-    is that of Llama 2, arXiv:2307.09288, eq. 2).
+    """Return -log σ(r_i - r_j - m (s_i - s_j)) over pairs where i is stronger (Ouyang et al. 2022, eq. 1; the margin is
+    that of Llama 2, arXiv:2307.09288, eq. 2).
 
     smoothing  the probability ε that annotators mean the opposite (Wang et al. 2024, arXiv:2401.06080)
     """

@@ -56,7 +56,7 @@ def refuse_code(folder: Path) -> None:
 
 
 def _hub_kernels(config: dict[str, Any]) -> str | None:
-    """Return the repository that a configuration, or one inside it, names as its implementation of attention."""
+    """Return the repository that a configuration, or one within it, names as its implementation of attention."""
     for name, value in config.items():
         if name in ("attn_implementation", "_attn_implementation") and "/" in str(value):
             return str(value)
@@ -73,7 +73,7 @@ def refuse_foreign_links(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(home)):
             raise PreflightError(
-                "the folder holds a link to nowhere or out of itself, and what it leads to would be imported",
+                "the folder holds a link to nowhere or out of itself, and its target would be imported",
                 str(path),
                 "remove it, or put a copy in its place",
             )

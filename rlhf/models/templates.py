@@ -10,11 +10,12 @@ ChatML's template renders a question and its answer as five parts (``⏎`` is a 
 
 Control tokens are the tokenizer's special tokens, EOS, and added tokens with which the template marks turns, here
 ``<|im_start|>``. The template alone writes them: no text of a message may become one. Marks of reasoning, ``<think>``
-and its ``</think>``, are no control tokens, also where the template writes them.
+and its ``</think>``, are not control tokens unless the tokenizer calls them special, also where the template writes
+them: a response may hold them.
 
-A template is a program, and may drop a message, rewrite it, refuse its role or print today's date. Templates and
-conversations of which the model would read something else than the record says are refused. ``place`` is the
-tokenizer's folder, or the conversation's file and row, for errors.
+A template is a program, and may drop a message, rewrite it, refuse its role or print today's date. A template or a
+conversation is refused if the model would read another text than the record's. ``place`` is the tokenizer's folder, or
+the conversation's file and row, for errors.
 """
 
 import datetime
@@ -47,7 +48,7 @@ _USES_CLOCK = re.compile(r"\bstrftime_now\b(?!\s+is\b)")
 
 
 def cached(function: _F) -> _F:
-    """Cache what a function returns for a tokenizer, for as long as it has the same chat template."""
+    """Cache a function of a tokenizer by the tokenizer, its chat template, and the further arguments."""
     call: Any = lru_cache(maxsize=256)(lambda _template, *arguments: function(*arguments))
     keyed: Any = wraps(function)(lambda tokenizer, *rest: call(str(tokenizer.chat_template), tokenizer, *rest))
     return keyed
@@ -231,11 +232,11 @@ def _check_rendered(tokenizer: Tokenizer, messages: Sequence[Message], place: st
     end = 0
     for number in order:
         content = messages[number]["content"].strip()
-        # Each behind the one before it: a later message may quote what was dropped of an earlier one.
+        # The search begins behind the message before: a later message may quote a dropped part of an earlier one.
         start = text.find(content, end)
         end = start + len(content)
         if start < 0:
-            # The first message that is changed may be an earlier one, and its text may stand in this one.
+            # An earlier message may be the changed one, and this message may contain its text.
             changed, others = 0, _placeholders(*roles)
             while changed < number and messages[changed]["content"].strip() in as_text(
                 tokenizer, [*others[:changed], messages[changed], *others[changed + 1 :]], generation=True
@@ -251,7 +252,7 @@ def _check_rendered(tokenizer: Tokenizer, messages: Sequence[Message], place: st
 
 @cached
 def _rendered_order(tokenizer: Tokenizer, roles: tuple[str, ...]) -> list[int]:
-    """Return the numbers of the messages that appear, whatever their text, in the order in which they do.
+    """Return the numbers of the messages that appear in the rendering, whatever their text, in their order there.
 
     Mistral's templates write the system's message into the last turn of the user's.
     """

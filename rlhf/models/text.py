@@ -115,7 +115,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: str = "the prompt") 
 
 
 def response_ids(tokenizer: Tokenizer, response: str) -> list[int]:
-    """Return the ids that a policy emits to say the response, the EOS at its end included."""
+    """Return the ids that a policy emits for the response, the EOS at its end included."""
     return [*_text_ids(tokenizer, response, response_prefix(tokenizer)), tokenizer.eos_token_id]
 
 
@@ -132,8 +132,8 @@ def response_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 def response_prefix(tokenizer: Tokenizer) -> str:
     """Return the text that a response is tokenised behind: a line break, or none.
 
-    SentencePiece's tokenizers put a space before whatever begins a text. A response begins none where the generation
-    prompt ends with a line break.
+    SentencePiece's tokenizers put a space before a text. They put none behind a line break, with which some generation
+    prompts end.
     """
     line_break = _split_ids(tokenizer, "\n")
     if tokenizer.chat_template is None or _split_ids(tokenizer, "\na") == [*line_break, *_split_ids(tokenizer, "a")]:
@@ -160,7 +160,7 @@ def _joined_ids(tokenizer: Tokenizer, pieces: Sequence[str], prefix: str) -> lis
     for piece in pieces:
         before, both = _split_ids(tokenizer, prefix), _split_ids(tokenizer, prefix + piece)
         ids += both[len(before) :] if both[: len(before)] == before else _split_ids(tokenizer, piece)
-        prefix = "\n"  # behind which SentencePiece's tokenizers begin no text, and put no space
+        prefix = "\n"  # behind which SentencePiece's tokenizers put no space
     return ids
 
 
@@ -181,7 +181,7 @@ def scored_ids(
 
 def text_start(tokenizer: Tokenizer) -> list[int]:
     """Return the ids that the tokenizer begins every text with: a BOS token, or none."""
-    # Not of an empty text: its only token may be the one that every text ends with.
+    # An empty text does not do: its only token may be the token that every text ends with.
     ids, text = list(tokenizer("a")["input_ids"]), _text_ids(tokenizer, "a")
     return ids[: next(start for start in range(len(ids)) if ids[start : start + len(text)] == text)]
 

@@ -25,7 +25,7 @@ def rated_texts(n_texts: int, seed: int, noise: float = 0.3) -> tuple[list[str],
 
 @pytest.fixture(scope="module")
 def judge() -> TextJudge:
-    return TextJudge.fit(*rated_texts(300, seed=0))
+    return TextJudge(*rated_texts(300, seed=0))
 
 
 def test_the_judge_orders_texts_that_it_has_not_seen_as_people_do(judge: TextJudge):
@@ -43,13 +43,13 @@ def test_ratings_come_out_on_the_scale_that_they_went_in(judge: TextJudge):
 def test_the_same_ratings_make_the_same_judge(judge: TextJudge):
     """Nothing in the fit is left to chance, so a rerun of an evaluation gives the same numbers to the last bit."""
     texts, _ = rated_texts(50, seed=2)
-    np.testing.assert_array_equal(TextJudge.fit(*rated_texts(300, seed=0)).rate(texts), judge.rate(texts))
+    np.testing.assert_array_equal(TextJudge(*rated_texts(300, seed=0)).rate(texts), judge.rate(texts))
 
 
 def test_another_scale_of_ratings_changes_only_the_scale(judge: TextJudge):
     """Whether annotators rate from -4 to 4 or from 0 to 100 changes no order of texts."""
     texts, ratings = rated_texts(300, seed=0)
-    rescaled = TextJudge.fit(texts, 12.5 * ratings + 50)
+    rescaled = TextJudge(texts, 12.5 * ratings + 50)
     new, _ = rated_texts(50, seed=2)
     np.testing.assert_allclose(rescaled.rate(new), 12.5 * judge.rate(new) + 50, atol=0.1)
     assert rescaled.alpha == judge.alpha
@@ -111,7 +111,7 @@ def test_the_judge_is_the_ridge_regression_that_its_folds_choose(noise: float, a
         errors[2.0**power] = float(np.mean([row.mean() for row in squares]))
     best = min(errors, key=errors.__getitem__)
     assert alpha is None or best == alpha
-    judge = TextJudge.fit(texts, ratings)
+    judge = TextJudge(texts, ratings)
     assert judge.alpha == best
     np.testing.assert_allclose(judge.rate(texts), ridge(matrix, ratings, matrix, best), atol=0.01)
 
@@ -119,13 +119,13 @@ def test_the_judge_is_the_ridge_regression_that_its_folds_choose(noise: float, a
 def test_five_rated_texts_are_enough():
     """One for each fold."""
     texts, ratings = rated_texts(5, seed=0)
-    assert np.isfinite(TextJudge.fit(texts, ratings).rate(texts)).all()
+    assert np.isfinite(TextJudge(texts, ratings).rate(texts)).all()
 
 
 def test_noisier_ratings_are_trusted_less():
     """Cross-validation looks at the data: the penalty grows with the noise."""
-    clean = TextJudge.fit(*rated_texts(200, seed=0, noise=0.1))
-    noisy = TextJudge.fit(*rated_texts(200, seed=0, noise=10.0))
+    clean = TextJudge(*rated_texts(200, seed=0, noise=0.1))
+    noisy = TextJudge(*rated_texts(200, seed=0, noise=10.0))
     assert noisy.alpha > clean.alpha
 
 
@@ -140,4 +140,4 @@ def test_texts_that_say_nothing_are_rated_alike(judge: TextJudge):
 def test_too_few_ratings_to_fit_on_are_the_users_to_fix():
     """Four texts cannot be split into five folds, which is said in the user's words."""
     with pytest.raises(RecordError, match="at least 5 rated texts, and there are 4"):
-        TextJudge.fit(["a film"] * 4, [1.0, 2.0, 3.0, 4.0])
+        TextJudge(["a film"] * 4, [1.0, 2.0, 3.0, 4.0])
