@@ -117,7 +117,7 @@ def check_padding(
     scores     of all texts, in batches
     deviation  of the scores of demonstrations
     """
-    # Sorted by length, batches hold texts of about one length: the shortest are padded least of all, the middle most.
+    # Eight texts of all lengths: batches are sorted by length, so the shortest are padded least and the middle most.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     sample = order[:: max(1, len(order) // 8)]
     difference = float((alone([texts[index] for index in sample]) - scores[sample]).abs().max()) / deviation

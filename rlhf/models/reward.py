@@ -112,7 +112,7 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
         # Built whole and read back sharded: transformers does not initialise what is built in shards.
         torch.manual_seed(seed_of("reward model from scratch", seed))
         config = AutoConfig.from_pretrained(folder, **safe_loading.TOKENIZER)
-        # The scores of the new model have another mean.
+        # The new model has no scores that this could be the mean of: it counts as a language model.
         vars(config).pop("score_mean", None)
         AutoModelForCausalLM.from_config(config).save_pretrained(target)
         folders.copy_tokenizer(folder, target)
