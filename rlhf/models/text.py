@@ -165,6 +165,7 @@ def _joined_ids(tokenizer: Tokenizer, pieces: Sequence[str], prefix: str) -> lis
 
 
 def _split_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return a text's ids without BOS, where special tokens are split as any other letters are."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
