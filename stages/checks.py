@@ -17,14 +17,13 @@ from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
+from rlhf.models.layout import check_scored_length, config_of, context_length
 from rlhf.models.packing import tokenised
+from rlhf.models.reward import reads_messages
 from rlhf.models.text import (
     check_same_tokens,
-    check_scored_length,
-    context_length,
     load_tokenizer,
     prompt_ids,
-    reads_messages,
     response_ids,
     text_start,
 )
@@ -156,7 +155,7 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     role  of the input with the data; not checked while its artifact does not exist
     """
     settings, stage, ranks = context.settings, context.stage, context.settings.workers.count
-    length, limit = settings.max_length, context_length(context.inputs["base"])
+    length, limit = settings.max_length, context_length(config_of(context.inputs["base"]))
     if length > limit:
         raise _fitting(stage, "max_length", limit, f"max_length is {length}, and the model's context is {limit} tokens")
     if settings.batch_size % ranks:
@@ -176,7 +175,7 @@ def check_room(stage: str, model: Path, prompt: int, response: int, field: str) 
     prompt    the setting ``max_prompt_length``, tokens
     response  the setting ``field``, tokens
     """
-    limit = context_length(model)
+    limit = context_length(config_of(model))
     if prompt + response > limit:
         fits = f"max_prompt_length={limit - response}" if response < limit else f"{field}={limit // 2}"
         raise PreflightError(

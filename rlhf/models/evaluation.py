@@ -1,22 +1,22 @@
 """Measure policies and reward models: responses side by side, a judge, agreement with people.
 
 The judge is a regression of people's ratings on a text's words, which no policy was trained to please. It is fitted on
-ratings that the reward model has not seen and shares no weights with it, so a policy that merely found the reward
-model's blind spots gains nothing here. Tf-idf weights over words (1-2-grams) see what is said; those over characters
-within words (2-5-grams) carry over to word forms never seen. Both are linear, so every rating can be traced to n-grams.
+ratings that the reward model has not seen and shares no weights with it, so a policy that exploits the reward model's
+errors gains nothing here. Tf-idf weights over words (1-2-grams) measure content; those over characters within words
+(2-5-grams) carry over to word forms never seen. Both are linear, so every rating can be traced to n-grams.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold
-from sklearn.pipeline import FeatureUnion, make_union
+from sklearn.pipeline import make_union
 from torch import Tensor
 
 from rlhf.attempt.context import Context
@@ -28,68 +28,56 @@ from rlhf.textstats import distinct_ngrams, paired_interval
 from rlhf.zero import group
 
 _FOLDS = 5
-# Powers of two around what texts of a sentence need; the features of a text have length sqrt(2), whatever its size.
-_ALPHAS = tuple(2.0**power for power in range(-3, 6))
 
 
-class Judge:
-    """Rates texts as the people would have whose ratings it was fitted on; made by `Judge.fit`."""
+class TextJudge:
+    """Predict people's ratings of texts, fitted to one mean rating for each of ``texts``, on any scale.
 
-    def __init__(self, features: FeatureUnion, ridge: Ridge) -> None:
-        self._features = features
-        self._ridge = ridge
+    The strength of the ridge penalty ``alpha`` is the one with the smallest squared error over five folds of the texts.
+    The n-grams' weights, which do not depend on ratings, are computed once for all folds. The same input gives the same
+    judge.
 
-    @classmethod
-    def fit(cls, texts: Sequence[str], ratings: npt.ArrayLike) -> Self:
-        """Fit to one mean rating a text, on any scale. The same input gives the same judge.
+    Raises:
+        RecordError: there are fewer texts than folds.
+    """
 
-        The strength of the ridge penalty is the one with the smallest squared error over five folds of these texts.
-        The n-grams' weights, which know no ratings, are computed once for all folds.
-
-        Raises RecordError where there are fewer texts than folds.
-        """
+    def __init__(self, texts: Sequence[str], ratings: npt.ArrayLike) -> None:
         if len(texts) < _FOLDS:
             raise RecordError(
                 f"the judge is fitted on at least {_FOLDS} rated texts, and there are {len(texts)}",
                 next_step="give the judge's split more comparison sets with ratings",
             )
-        features = make_union(
+        self._features = make_union(
             TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
             TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=2, sublinear_tf=True),
         )
-        matrix = features.fit_transform(texts)
         search = GridSearchCV(
             Ridge(solver="lsqr"),
-            {"alpha": _ALPHAS},
+            # Powers of two around the best for texts of a sentence; all texts' features have length sqrt(2).
+            {"alpha": [2.0**power for power in range(-3, 6)]},
             scoring="neg_mean_squared_error",
             cv=KFold(_FOLDS, shuffle=True, random_state=0),
         )
-        search.fit(matrix, np.asarray(ratings, dtype=np.float64))
-        return cls(features, search.best_estimator_)
-
-    @property
-    def alpha(self) -> float:
-        """The strength of the ridge penalty that cross-validation chose."""
-        return float(self._ridge.alpha)
+        search.fit(self._features.fit_transform(texts), np.asarray(ratings, dtype=np.float64))
+        self._ridge: Ridge = search.best_estimator_
+        self.alpha = float(self._ridge.alpha)
 
     def rate(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
-        """Return one rating a text, in the units of the ratings fitted on; rare extremes may leave their range.
+        """Return a rating for each text, in the units of the ratings fitted to; rare extremes may leave their range.
 
-        A text of unknown n-grams only, an empty one included, gets the rating of an average text.
+        A text of unknown n-grams only, such as an empty text, gets the rating of an average text.
         """
-        if not texts:
-            return np.empty(0)
-        return self._ridge.predict(self._features.transform(texts))
+        return self._ridge.predict(self._features.transform(texts)) if texts else np.empty(0)
 
 
-def judge_of(folder: Path) -> Judge:
-    """The judge fitted on a data set's ratings."""
+def judge_of(folder: Path) -> TextJudge:
+    """Return the judge fitted to a data set's ratings."""
     rows = read_rows(folder / "ratings.jsonl")
-    return Judge.fit([row["text"] for row in rows], [row["rating"] for row in rows])
+    return TextJudge([row["text"] for row in rows], [row["rating"] for row in rows])
 
 
-def judged(judge: Judge, before: list[str], after: list[str]) -> dict[str, float]:
-    """Mean ratings, and their difference with its paired 95 % interval."""
+def judged(judge: TextJudge, before: list[str], after: list[str]) -> dict[str, float]:
+    """Return mean ratings, and their difference with its paired 95 % interval."""
     ratings_before, ratings_after = judge.rate(before), judge.rate(after)
     interval = paired_interval(ratings_before, ratings_after)
     return {
@@ -102,7 +90,7 @@ def judged(judge: Judge, before: list[str], after: list[str]) -> dict[str, float
 
 
 def diversity(before: list[str], after: list[str]) -> dict[str, float]:
-    """Distinct bigrams of equally many texts."""
+    """Return the distinct bigrams of equally many texts."""
     return {"distinct_2/before": distinct_ngrams(before, 2), "distinct_2/after": distinct_ngrams(after, 2)}
 
 
@@ -111,12 +99,8 @@ def write_samples(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-CHECKED_ALONE = 8
-"""Texts that are scored once more without padding."""
 LARGEST_DIFFERENCE: dict[Precision, float] = {"fp32": 0.01, "bf16": 0.5}
-"""Of a score with padding and without, in deviations; rounding to bf16 was seen to make 0.11 of it."""
-NOTABLE_CORRELATION = 0.2
-"""By how much scores may follow length more than people do before it is told."""
+"""Between a score with padding and without, in deviations; rounding to bf16 was seen to make 0.11 of it."""
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -127,19 +111,16 @@ def check_padding(
     deviation: float,
     precision: Precision,
 ) -> None:
-    """Refuse a model whose score of a text depends on what it was padded to, or on what shared its row. A collective.
+    """Refuse, by a StageError, a model whose score of a text depends on the text's batch or row. A collective.
 
     alone      scores texts one by one
     scores     of all texts, in batches
-    deviation  of its scores of demonstrations
-
-    Raises:
-        StageError: it does.
+    deviation  of the scores of demonstrations
     """
-    # Sorted by length, batches hold texts of about one length: the shortest are padded least of all, the middle most.
+    # Eight texts of all lengths: batches are sorted by length, so the shortest are padded least and the middle most.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    some = order[:: max(1, len(order) // CHECKED_ALONE)]
-    difference = float((alone([texts[index] for index in some]) - scores[some]).abs().max()) / deviation
+    sample = order[:: max(1, len(order) // 8)]
+    difference = float((alone([texts[index] for index in sample]) - scores[sample]).abs().max()) / deviation
     if difference > LARGEST_DIFFERENCE[precision]:
         raise StageError(
             f"a text's score depends on the batch that it is in, by up to {difference:.2g} deviations",
@@ -155,48 +136,44 @@ def write_quality(
     demonstrations: Tensor,
     texts: Sequence[list[int]],
 ) -> dict[str, float]:
-    """Write ``quality.json`` and ``reliability.svg``, and return what of it belongs among the final metrics.
+    """Write ``quality.json`` and ``reliability.svg``, and return their figures that belong to the final metrics.
 
     heldout         held-out sets
     scores          raw, of their responses' ``texts``
     demonstrations  raw scores of the demonstrations
     """
     settings = context.settings
-    found = quality(heldout, scores.numpy(), [len(text) for text in texts], settings.eval_pairs, settings.seed)
+    report = quality(heldout, scores.numpy(), [len(text) for text in texts], settings.eval_pairs, settings.seed)
     mean, deviation = demonstrations.mean().item(), demonstrations.std().item()
-    found["scores"] = {
+    report["scores"] = {
         "quantiles": QUANTILES,
         "heldout": np.quantile((scores.numpy() - mean) / deviation, QUANTILES).tolist(),
         "demonstrations": np.quantile((demonstrations.numpy() - mean) / deviation, QUANTILES).tolist(),
     }
     if group.is_main():
-        (context.output / "quality.json").write_text(json.dumps(found, indent=2) + "\n")
-        if "calibration" in found:
-            draw_reliability(found["calibration"], context.output / "reliability.svg")
-        _warn_of_length(context, found["length_correlation"])
+        (context.output / "quality.json").write_text(json.dumps(report, indent=2) + "\n")
+        if "calibration" in report:
+            draw_reliability(report["calibration"], context.output / "reliability.svg")
+        ours, people = report["length_correlation"]["scores"], report["length_correlation"]["people"]
+        if ours is not None and people is not None and abs(ours) > abs(people) + 0.2:
+            context.note(
+                f"scores follow a response's length (Spearman {ours:+.2f}) more than people's ratings do "
+                f"({people:+.2f}): PPO may learn to write to a length"
+            )
     group.barrier()
-    shown = {
-        "eval/accuracy_low": found["accuracy"].get("low"),
-        "eval/accuracy_high": found["accuracy"].get("high"),
-        "eval/kendall_tau": found.get("kendall_tau", {}).get("mean"),
-        "eval/calibration_error": found.get("calibration", {}).get("expected_error"),
-        "eval/human_accuracy": found["beside_people"]["all"].get("ties_half", {}).get("human"),
-        "eval/human_accuracy_within": found["beside_people"]["within"].get("ties_half", {}).get("human"),
+    metrics = {
+        "eval/accuracy_low": report["accuracy"].get("low"),
+        "eval/accuracy_high": report["accuracy"].get("high"),
+        "eval/kendall_tau": report.get("kendall_tau", {}).get("mean"),
+        "eval/calibration_error": report.get("calibration", {}).get("expected_error"),
+        "eval/human_accuracy": report["beside_people"]["all"].get("ties_half", {}).get("human"),
+        "eval/human_accuracy_within": report["beside_people"]["within"].get("ties_half", {}).get("human"),
     }
-    return {name: value for name, value in shown.items() if value is not None}
-
-
-def _warn_of_length(context: Context[RmSettings], correlation: Document) -> None:
-    scores, people = correlation["scores"], correlation["people"]
-    if scores is not None and people is not None and abs(scores) > abs(people) + NOTABLE_CORRELATION:
-        context.note(
-            f"scores follow a response's length (Spearman {scores:+.2f}) more than people's ratings do "
-            f"({people:+.2f}): PPO may learn to write to a length"
-        )
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def draw_reliability(calibration: Document, path: Path) -> None:
-    """Draw how often a response was preferred against how often its score says so."""
+    """Draw how often the response with the higher score was preferred, against how often the scores predict it."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

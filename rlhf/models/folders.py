@@ -1,4 +1,4 @@
-"""Reading and writing the folders in which models travel: plain ones, which ``from_pretrained`` reads, and adapters."""
+"""Read and write model folders: plain folders, which ``from_pretrained`` reads, and adapters'."""
 
 import json
 import shutil
@@ -19,10 +19,6 @@ from rlhf.errors import PreflightError
 from rlhf.models import heads, safe_loading, text
 from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, config_file, is_adapter
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
-"""Ways of PEFT to begin an adapter that also change the weights under it, which can only be done with whole weights."""
-
 
 def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
     """Load a folder's model; an adapter stays beside the weights of its base.
@@ -30,7 +26,7 @@ def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
     Inside ``rlhf.zero.engine.sharded_loading`` the weights are sharded as they are read, and this is a collective.
 
     Raises:
-        PreflightError: the model needs code of its own, or an adapter's weights are not those of its configuration.
+        PreflightError: the model needs code of its own, or an adapter does not fit its configuration and base.
     """
     safe_loading.refuse_code(folder)
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
@@ -42,9 +38,10 @@ def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
 
 def _with_adapter(model: Any, folder: Path) -> Any:
     config: Any = PeftConfig.from_pretrained(str(folder), local_files_only=True)
-    begun = str(getattr(config, "init_lora_weights", "")).lower()
-    if config.is_prompt_learning or begun.startswith(CHANGES_THE_BASE):
-        kind = config.peft_type.value if config.is_prompt_learning else f"LoRA begun by {begun}"
+    start = str(getattr(config, "init_lora_weights", "")).lower()
+    # PEFT begins these adapters by also changing the weights under them, which can only be done with whole weights.
+    if config.is_prompt_learning or start.startswith(("pissa", "olora", "corda", "loftq")):
+        kind = config.peft_type.value if config.is_prompt_learning else f"LoRA begun by {start}"
         raise PreflightError(
             f"the adapter, {kind}, cannot be read beside its base's weights: it changes them, or the text before it",
             str(folder / ADAPTER_CONFIG),
@@ -58,7 +55,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     own: dict[str, Any] = dict(adapted.named_parameters())
     adapter: dict[str, Any] = get_peft_model_state_dict(adapted, state_dict=own, save_embedding_layers=False)
-    # Of what an adapter may also hold, embeddings above all, the file has the parameters' own names.
+    # Weights that are no adapter's, such as embeddings, have the names of the model's parameters in the file.
     parameters = own | adapter
     saved = load_file(folder / ADAPTER_WEIGHTS)
     wrong = (saved.keys() - parameters.keys()) | (adapter.keys() - saved.keys())
@@ -76,9 +73,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
 
 def load_policy(folder: Path, dtype: torch.dtype, *, fp32_head: bool = True) -> Any:
-    """Load a language model as :func:`load` does, for sampling or log-probabilities.
-
-    Rows of its embeddings that no token has get the probability 0.
+    """Load a language model for sampling or log-probabilities; embeddings without a token get the probability 0.
 
     fp32_head  whether the logits are computed in fp32, whatever ``dtype`` is
     """
@@ -90,7 +85,7 @@ def load_policy(folder: Path, dtype: torch.dtype, *, fp32_head: bool = True) -> 
 
 
 def load_whole(folder: Path, *, scores: bool, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a folder's model unsharded, any adapter folded into the weights: in fp32, and cast to ``dtype`` once."""
+    """Load a folder's model unsharded; an adapter is folded into the weights in fp32, and the sum cast to ``dtype``."""
     with _unsharded():
         if not is_adapter(folder):
             return load(folder, scores=scores, dtype=dtype)
@@ -108,26 +103,27 @@ def _unsharded() -> Generator[None]:
 
 
 def write_plain(folder: Path, target: Path, *, scores: bool, dtype: torch.dtype) -> Path:
-    """Write an adapter folder as a plain one at ``target``, tokenizer included; folded as :func:`load_whole` does."""
+    """Write an adapter folder as a plain folder, tokenizer included; :func:`load_whole` folds the adapter in."""
     load_whole(folder, scores=scores, dtype=dtype).save_pretrained(target)
     copy_tokenizer(folder, target)
     return target
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what is neither weights nor a model's configuration: the tokenizer, its chat template, and
-    ``generation_config.json``, which no stage obeys and users of the folder may.
+    """Copy a folder's files but weights, configuration and card: the tokenizer, its chat template, and
+    ``generation_config.json``, which no stage obeys but other programs do.
     """
     for path in source.iterdir():
-        if path.is_file() and path.name not in ("config.json", ADAPTER_CONFIG, "README.md") and not is_weights(path):
+        if path.name in ("config.json", ADAPTER_CONFIG, "README.md") or not path.is_file():
+            continue
+        if not path.name.endswith((".safetensors", ".safetensors.index.json")):
             shutil.copyfile(path, target / path.name)
 
 
 def write_end_of_turn(folder: Path) -> None:
-    """Have a folder's ``generation_config.json`` end responses at the token that its chat template closes turns with.
+    """Name the token that closes a turn in a folder's ``generation_config.json``, for other programs to stop there.
 
-    Other programs generate by that file, and a base model's names the tokenizer's EOS alone, which its template may not
-    write.
+    A base model's file names the tokenizer's EOS alone, which its chat template may not write.
     """
     end = text.load_tokenizer(folder).eos_token_id
     # An adapter's users generate with its base's configuration.
@@ -136,10 +132,5 @@ def write_end_of_turn(folder: Path) -> None:
         named = content.get("eos_token_id")
         ends = named if isinstance(named, list) else [] if named is None else [named]
         if end not in ends:
-            path.unlink(missing_ok=True)  # it may be a link to a file of the base's, which stays as it is
+            path.unlink(missing_ok=True)  # it may be a link to a file of the base's, which must not change
             path.write_text(json.dumps(content | {"eos_token_id": [end, *ends] if ends else end}, indent=2))
-
-
-def is_weights(path: Path) -> bool:
-    """Whether a file belongs to the weights."""
-    return any(path.match(pattern) for pattern in WEIGHTS)

@@ -1,4 +1,4 @@
-"""What is computed for every token of a response: its log-probability under a policy, its value.
+"""Heads of models: log-probabilities and values of a response's tokens, and scores of texts.
 
 Shapes: ids and attention masks ``[batch, prompt + time]``, prompts padded on the left, responses on the right; results
 ``[batch, time]``, float32.
@@ -22,7 +22,7 @@ from rlhf.rl.kl import entropy_from_logits, logprobs_of
 
 
 class TokenLogprobs(nn.Module):
-    """A causal language model that answers the log-probabilities of given responses, in nats."""
+    """Compute the log-probabilities of responses under a causal language model, in nats."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class TokenLogprobs(nn.Module):
     def forward(
         self, ids: Tensor, attention_mask: Tensor, time: int, temperature: float, entropies: bool
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the last ``time`` tokens and the entropies of the distributions they were drawn from.
+        """Return the log-probabilities of the last ``time`` tokens, and the entropies of their distributions.
 
-        entropies  False answers zeros for them, which saves a pass over the logits
+        entropies  False returns zeros for them, which saves a pass over the logits
         """
         width = ids.shape[1]
-        # Logits are the largest tensor of all: only those that predict a response token are computed. Picked by index
-        # and not by number, because a slice is not contiguous, and a matrix product with it is fifty times slower.
+        # Logits are the largest tensor of all: only those that predict a response token are computed. They are selected
+        # by index and not by number: a slice is not contiguous, and a matrix product with it is fifty times slower.
         logits = self.model(
             input_ids=ids,
             attention_mask=attention_mask,
@@ -50,7 +50,7 @@ class TokenLogprobs(nn.Module):
 
 
 class TokenValues(nn.Module):
-    """A sequence classifier with one label that answers a value at every response token.
+    """Compute values of a response's tokens by a sequence classifier with one label.
 
     The value of a token is read one position earlier: it is the estimate *before* the token is emitted.
     """
@@ -61,7 +61,7 @@ class TokenValues(nn.Module):
         compute_in_fp32(unwrapped(model).score)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, time: int) -> Tensor:
-        """Values before each of the last ``time`` tokens."""
+        """Return the values before each of the last ``time`` tokens."""
         classifier = unwrapped(self.model)
         body = getattr(classifier, classifier.base_model_prefix)
         hidden = body(
@@ -71,7 +71,7 @@ class TokenValues(nn.Module):
 
 
 class SequenceScores(nn.Module):
-    """A reward model that answers one score a text, read at its last token. Texts are padded on the right."""
+    """Score texts, padded on the right, by a sequence classifier with one label, at a text's last token."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -79,12 +79,12 @@ class SequenceScores(nn.Module):
         compute_in_fp32(unwrapped(model).score)
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Raw scores ``[batch]``."""
+        """Return raw scores ``[batch]``."""
         return _last_token_logits(unwrapped(self.model), ids, attention_mask).squeeze(-1).float()
 
 
 def pack_texts(classifier: Any) -> None:
-    """Have a decoder's sequence classifier pack its texts, which are padded on the right, and score in fp32."""
+    """Make a decoder's sequence classifier pack its texts, which are padded on the right, and score in fp32."""
     compute_in_fp32(classifier.score)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
@@ -94,7 +94,7 @@ def pack_texts(classifier: Any) -> None:
 
 
 def _last_token_logits(classifier: Any, ids: Tensor, attention_mask: Tensor) -> FloatTensor:
-    """``[batch, label]``"""
+    """Return logits ``[batch, label]``."""
     body = getattr(classifier, classifier.base_model_prefix)
     if keeps_texts_apart(body.config):
         texts = pack(ids, attention_mask)
@@ -105,27 +105,19 @@ def _last_token_logits(classifier: Any, ids: Tensor, attention_mask: Tensor) -> 
 
 
 class OwnScores(nn.Module):
-    """A reward model that answers one score a text by its own forward pass: an encoder, whose head reads what it likes.
-
-    Texts are padded on the right.
-    """
+    """Score texts, padded on the right, by an encoder's own forward pass, whatever states its head reads."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        # Tokenizers give types to models that have none, or a single one for both texts.
-        takes = "token_type_ids" in inspect.signature(model.forward).parameters
-        self._typed = takes and (getattr(model.config, "type_vocab_size", None) or 0) > 1
+        # Tokenizers give types also to models that take no types, or that know one type alone.
+        takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        self._typed = takes_types and (getattr(model.config, "type_vocab_size", None) or 0) > 1
 
     def forward(self, ids: Tensor, attention_mask: Tensor, types: Tensor) -> Tensor:
-        """Raw scores ``[batch]``; ``types`` ``[batch, time]`` are 0 in the first text and 1 in the second."""
+        """Return raw scores ``[batch]``; ``types`` ``[batch, time]`` are 0 in the first text and 1 in the second."""
         named = {"token_type_ids": types} if self._typed else {}
         return self.model(input_ids=ids, attention_mask=attention_mask, **named).logits.squeeze(-1).float()
-
-
-def scores_at_last_token(model: Any) -> bool:
-    """Whether a sequence classifier is a decoder's: a linear head ``score`` on the last token's state."""
-    return hasattr(unwrapped(model), "score")
 
 
 def unwrapped(model: Any) -> Any:
@@ -134,7 +126,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def compute_in_fp32(head: nn.Module) -> None:
-    """Have every linear layer of a head multiply in float32, whatever type its input and weights have."""
+    """Make every linear layer of a head multiply in float32, whatever type its input and weights have."""
     for part in head.modules():
         if isinstance(part, nn.Linear):
             part.forward = partial(_linear_in_fp32, part)
@@ -146,7 +138,7 @@ def _linear_in_fp32(layer: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch'
 
 
 class _Fp32Product(torch.autograd.Function):
-    # Casting the weight outside would keep a copy in fp32 of the largest matrix of all for the backward pass.
+    # Casting the weight outside would keep an fp32 copy of the largest matrix of all for the backward pass.
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -159,16 +151,19 @@ class _Fp32Product(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
-        of_hidden = (grad @ weight.float()).to(hidden.dtype) if ctx.needs_input_grad[0] else None
-        rows = grad.flatten(0, -2).T @ hidden.flatten(0, -2).float() if ctx.needs_input_grad[1] else None
-        return of_hidden, None if rows is None else rows.to(weight.dtype)
+        of_hidden = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_hidden = (grad @ weight.float()).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = (grad.flatten(0, -2).T @ hidden.flatten(0, -2).float()).to(weight.dtype)
+        return of_hidden, of_weight
 
 
 def forbid_rows_without_token(model: Any, tokenizer: Tokenizer) -> None:
-    """Have a language model give probability 0 to every row of its embeddings that no token of the tokenizer has.
+    """Make a language model give probability 0 to rows of its embeddings that are no token of the tokenizer.
 
-    Embeddings are padded to round sizes, and what is sampled there decodes to nothing. Done where the logits leave the
-    model, the sampler and every log-probability and entropy agree on it.
+    Embeddings are padded to round sizes, and such a row decodes to nothing. The logits are changed where they leave the
+    model, so that the sampler and every log-probability and entropy agree.
     """
     tokens = set(tokenizer.get_vocab().values())
     rows = torch.tensor([row for row in range(model.config.get_text_config().vocab_size) if row not in tokens])

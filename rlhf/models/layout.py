@@ -1,4 +1,4 @@
-"""Read what a model folder holds, without torch: layout, configuration, context length, licence, weights.
+"""Read model folders without torch: layout, configuration, context length, licence, shapes of the weights.
 
 An *adapter* folder holds a PEFT adapter, the tokenizer, and in ``base/`` the plain folder that the adapter was trained
 on, so that it is whole by itself.
@@ -19,9 +19,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "base"
 UNBOUNDED = 1 << 30
-"""The context of models whose positions are relative or none, which any text fits."""
+"""The context of models with relative positions or without positions, which any text fits."""
 
-# These number positions from pad_token_id + 1 on, so that their table holds that many texts' tokens less.
+# Models that number positions from pad_token_id + 1 on: their longest text is that much shorter than the table.
 NUMBERED_FROM_PADDING = frozenset(
     {
         "camembert",
@@ -35,29 +35,35 @@ NUMBERED_FROM_PADDING = frozenset(
         "xmod",
     }
 )
-_LONGEST_CARD = 1 << 16
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter rather than whole weights."""
+    """Return whether the folder holds an adapter rather than whole weights."""
     return (folder / ADAPTER_CONFIG).exists()
 
 
 def config_file(folder: Path) -> Path:
-    """The model's ``config.json``: an adapter's is its base's, since transformers takes one beside an adapter to mean
-    that the whole weights are there too.
+    """Return the path of the model's ``config.json``, an adapter's in ``base/``: transformers expects whole weights
+    beside the file.
     """
     return (folder / BASE if is_adapter(folder) else folder) / "config.json"
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The model's configuration, a reward model's score normaliser included."""
+    """Read the model's configuration, a reward model's score normaliser included."""
     return json.loads(config_file(folder).read_text())
 
 
+def update_json(path: Path, entries: Mapping[str, Any], *, ensure_ascii: bool = False) -> None:
+    """Add entries to the object in a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8")) | entries
+    path.unlink()  # it may be a link to a file of the base's, which must not change
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=ensure_ascii), encoding="utf-8")
+
+
 def context_length(config: Mapping[str, Any]) -> int:
-    """The longest sequence in tokens, special tokens included."""
-    # A model that reads more than text keeps what concerns text by itself.
+    """Return the longest sequence that a model with this ``config.json`` takes, in tokens, special ones included."""
+    # A model that reads more than text has a configuration for text within its own.
     config = config.get("text_config", config)
     length = config.get("max_position_embeddings", config.get("n_positions"))
     if not isinstance(length, int) or length < 1:  # XLNet says -1
@@ -67,25 +73,34 @@ def context_length(config: Mapping[str, Any]) -> int:
     return length
 
 
+def check_scored_length(folder: Path) -> None:
+    """Refuse, by a PreflightError, a reward model whose ``score_max_length`` is beyond its context."""
+    config = config_of(folder)
+    longest, limit = config.get("score_max_length", 0), context_length(config)
+    if longest > limit:
+        raise PreflightError(
+            f"the reward model's score_max_length is {longest}, and its context is {limit} tokens",
+            str(folder / "config.json"),
+            f'set "score_max_length": {limit} there',
+        )
+
+
 def licence_of(folder: Path) -> str | None:
-    """The ``license`` in the YAML head of the folder's model card, or None where there is none to read."""
+    """Return the ``license`` in the YAML head of the folder's model card, or None where it cannot be read."""
     try:
         with (folder / "README.md").open(encoding="utf-8") as card:
-            text = card.read(_LONGEST_CARD)
-    except (OSError, UnicodeDecodeError):
-        return None
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return None
-    try:
+            text = card.read(1 << 16)
+        if not text.startswith("---\n") or "\n---" not in text[4:]:
+            return None
         head: Any = yaml.safe_load(text[4:].partition("\n---")[0])
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
     licence = head.get("license") if isinstance(head, dict) else None
     return licence if isinstance(licence, str) else None
 
 
 def count_parameters(folder: Path) -> int:
-    """The number of parameters in a folder's safetensors files.
+    """Return the number of parameters in a folder's safetensors files.
 
     Raises:
         PreflightError: a file is damaged or cannot be read.
@@ -94,12 +109,10 @@ def count_parameters(folder: Path) -> int:
 
 
 def count_adapter_parameters(folder: Path, rank: int) -> int:
-    """About how many parameters adapters on every linear layer of a folder's model have.
+    """Estimate the number of parameters of adapters on every linear layer of a folder's model.
 
-    rank · (inputs + outputs) of each matrix, but for embeddings and heads, which have a row for each token.
-
-    Raises:
-        PreflightError: a file is damaged or cannot be read.
+    That is rank · (inputs + outputs) of each matrix but embeddings and heads, which have a row for each token. Raises
+    PreflightError as :func:`count_parameters`.
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     vocabulary = config.get("text_config", config).get("vocab_size")
@@ -108,15 +121,15 @@ def count_adapter_parameters(folder: Path, rank: int) -> int:
 
 
 def _shapes(folder: Path) -> list[list[int]]:
-    found: list[list[int]] = []
+    shapes: list[list[int]] = []
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy") as weights:
-                found += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - not a mapping
+                shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
             raise PreflightError(
                 f"the weights cannot be read: {error}",
                 str(file),
                 "copy the model again, or save it with save_pretrained",
             ) from error
-    return found
+    return shapes

@@ -1,7 +1,7 @@
-"""Pack tokenised rows into one row without padding, where a model's attention keeps them apart.
+"""Tokenise demonstrations, and pack texts into rows without padding where a model's attention keeps them apart.
 
 Most of transformers' decoders let each text of a row see itself alone when there is no attention mask and the position
-ids begin anew with each text (``transformers.masking_utils``; flash attention goes by the same ids).
+ids restart with each text (``transformers.masking_utils``; flash attention uses the same ids).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf.data.records import read_rows
 from rlhf.models.templates import Tokenizer
-from rlhf.models.text import demonstration_ids
+from rlhf.models.text import plain_text, prompt_ids, response_ids
 
 PACKABLE = frozenset(
     {
@@ -61,31 +61,28 @@ PACKABLE = frozenset(
         "starcoder2",
     }
 )
-"""The model types that keep texts of one row apart, as a test sees of each: OPT or gpt-oss read on, without a word."""
+"""The model types that keep texts of one row apart, each with a test: OPT or gpt-oss read on, without an error."""
 
 
 def keeps_texts_apart(config: Any) -> bool:
-    """Return whether a model with this configuration computes of a packed text what it computes of the text alone.
-
-    config  transformers' configuration of the model
-    """
+    """Return whether a model with this configuration of transformers' computes the same for a packed text and alone."""
     # ALiBi adds the place in the row, in bf16: the later a text begins, the coarser its own places become.
     return config.model_type in PACKABLE and not getattr(config, "alibi", False)
 
 
 class PackedTexts(NamedTuple):
-    """Texts in R rows of T tokens; what fills a row's end is a text that nobody reads."""
+    """Texts in R rows of T tokens; a text that nothing reads fills a row's end."""
 
     ids: Tensor
     """``[R, T]``"""
     positions: Tensor
     """``[R, T]``: a token's place in its text."""
     ends: Tensor
-    """``[text]``: where the text's last token stands in ``ids.flatten()``."""
+    """``[text]``: the index of the text's last token in ``ids.flatten()``."""
 
 
 def pack(ids: Tensor, attention_mask: Tensor) -> PackedTexts:
-    """Pack texts ``[batch, time]``, padded on the right, into as few rows of the longest text's length as are found."""
+    """Pack texts ``[batch, time]``, padded on the right, into few rows of the longest text's length."""
     lengths = attention_mask.sum(-1).tolist()
     rows, width = rows_of(lengths), max(lengths)
     source = torch.zeros(len(rows), width, dtype=torch.long)
@@ -104,32 +101,28 @@ def pack(ids: Tensor, attention_mask: Tensor) -> PackedTexts:
 
 
 def rows_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Texts in rows that are no longer than the longest text, by first fit decreasing.
+    """Distribute texts among rows of the longest text's length, by first fit decreasing.
 
     That takes at most 11/9 of the fewest rows possible, and one (Dósa, ESCAPE 2007, doi:10.1007/978-3-540-74450-4_1).
     """
-    width = max(lengths)
-    room: list[int] = []
-    rows: list[list[int]] = []
+    rows: list[list[int]] = [[] for _ in lengths]
+    room = [max(lengths)] * len(rows)
     for text in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        row = next((row for row, left in enumerate(room) if left >= lengths[text]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(width)
+        row = next(row for row, left in enumerate(room) if left >= lengths[text])
         rows[row].append(text)
         room[row] -= lengths[text]
-    return rows
+    return [row for row in rows if row]
 
 
 class TokenisedDemonstration(NamedTuple):
-    """Token ids of a prompt, and of the completion that is learned, EOS included."""
+    """Token ids of a prompt, and of the completion to be learned, EOS included."""
 
     prompt: list[int]
     completion: list[int]
 
     @property
     def length(self) -> int:
-        """Tokens of both."""
+        """Return the number of tokens of both."""
         return len(self.prompt) + len(self.completion)
 
 
@@ -137,25 +130,21 @@ def tokenised(file: Path, tokenizer: Tokenizer) -> list[TokenisedDemonstration]:
     """Read a JSONL file of demonstrations as token ids.
 
     Raises:
-        RecordError: the chat template does not render a row as it is, see :func:`rlhf.models.text.prompt_ids`.
+        RecordError: as :func:`rlhf.models.text.prompt_ids`.
     """
-    place = f"{file.parent.name}/{file.name}"
-    return [
-        TokenisedDemonstration(
-            *demonstration_ids(tokenizer, row["prompt"], row["completion"], f"{place}, row {number}")
-        )
-        for number, row in enumerate(read_rows(file), start=1)
-    ]
+    rows: list[TokenisedDemonstration] = []
+    for number, row in enumerate(read_rows(file), start=1):
+        prompt = prompt_ids(tokenizer, row["prompt"], f"{file.parent.name}/{file.name}, row {number}")
+        rows.append(TokenisedDemonstration(prompt, response_ids(tokenizer, plain_text(row["completion"]))))
+    return rows
 
 
 def as_dataset(file: Path, tokenizer: Tokenizer) -> Dataset:
-    """Return a JSONL file's demonstrations as TRL's trainer takes them: ids, and a mask that is 1 on completions."""
+    """Read a JSONL file of demonstrations for TRL's trainer: ids, and a mask that is 1 on completions."""
+    rows = tokenised(file, tokenizer)
     return Dataset.from_list(
         [
-            {
-                "input_ids": [*prompt, *completion],
-                "completion_mask": [0] * len(prompt) + [1] * len(completion),
-            }
-            for prompt, completion in tokenised(file, tokenizer)
+            {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
+            for prompt, completion in rows
         ]
     )

@@ -1,4 +1,4 @@
-"""The reward model: a body with a scalar head, its scores, and its folder on disk."""
+"""Reward models: a body with a scalar head, its scores, and its folder on disk."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
 from rlhf.models import folders, safe_loading, templates, text
-from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, scores_at_last_token, unwrapped
-from rlhf.models.layout import BASE, config_file, config_of, is_adapter
+from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, unwrapped
+from rlhf.models.layout import BASE, check_scored_length, config_file, config_of, is_adapter, update_json
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.randomness import seed_of
@@ -28,21 +28,22 @@ def raw_scores(
     micro_batch_size: int,
     types: Sequence[list[int]] | None = None,
 ) -> Tensor:
-    """Raw scores ``[text]`` of rows of token ids. A collective.
+    """Return the raw scores ``[text]`` of rows of token ids. A collective.
 
     model  a sharded :class:`SequenceScores`, or an :class:`OwnScores` where there are ``types``
     types  each token's type, in rows as long as those of ``texts``
     """
-    # Longest first, so that little is padding and a lack of memory shows at once.
+    # Longest first, so that little is padding and a lack of memory appears at once.
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
 
     def compute(rows: Tensor) -> Tensor:
         parts: list[Tensor] = []
         for part in rows.split(micro_batch_size):
-            which = [order[row] for row in part.tolist()]
-            ids, mask = text.pad([texts[index] for index in which], tokenizer.pad_token_id, "right")
-            given = [ids, mask] if types is None else [ids, mask, text.pad([types[i] for i in which], 0, "right")[0]]
-            parts.append(model(*(tensor.to(group.device()) for tensor in given)))
+            indices = [order[row] for row in part.tolist()]
+            batch = list(text.pad([texts[index] for index in indices], tokenizer.pad_token_id, "right"))
+            if types is not None:
+                batch.append(text.pad([types[index] for index in indices], 0, "right")[0])
+            parts.append(model(*(tensor.to(group.device()) for tensor in batch)))
             liveness.beat()
         return torch.cat(parts)
 
@@ -53,15 +54,14 @@ def raw_scores(
 
 
 class FrozenReward:
-    """A reward model's folder, scoring text: the policy may have another tokenizer, and the reward model may be an
-    encoder.
+    """Score texts by a reward model's folder. The policy may have another tokenizer, and the model may be an encoder.
 
     folder  a plain reward-model folder or an adapter's, whose ``config.json`` has ``score_mean``, ``score_std`` and
-            ``sees``, and may have ``score_low`` and ``score_high``: the range of the normalised scores that it gave
-            people's responses
+            ``sees``, and may have ``score_low`` and ``score_high``: the range of the normalised scores that the model
+            gave people's responses
 
     Raises:
-        PreflightError: it says that it scores longer texts than it takes, or its tokenizer lacks what it needs.
+        PreflightError: ``score_max_length`` is beyond the model's context, or its tokenizer lacks what it needs.
     """
 
     def __init__(self, folder: Path, precision: Precision, micro_batch_size: int) -> None:
@@ -69,34 +69,41 @@ class FrozenReward:
         self._mean, self._deviation = float(config["score_mean"]), float(config["score_std"])
         low, high = config.get("score_low"), config.get("score_high")
         self.range: tuple[float, float] | None = None if low is None or high is None else (low, high)
-        self._alone = config["sees"] == "response"
+        self._response_only = config["sees"] == "response"
         self._max_length = int(config["score_max_length"])
-        text.check_scored_length(folder)
+        check_scored_length(folder)
         with sharded_loading(precision):
             model = folders.load(folder, scores=True, dtype=DTYPES[precision])
-        self._decodes = scores_at_last_token(model)
-        self.tokenizer = text.load_tokenizer(folder) if self._decodes else text.load_encoder_tokenizer(folder)
-        self._engine = Engine(SequenceScores(model) if self._decodes else OwnScores(unwrapped(model)), precision)
+        self._is_decoder = hasattr(unwrapped(model), "score")  # a linear head on the last token's state
+        self.tokenizer = (text.load_tokenizer if self._is_decoder else text.load_encoder_tokenizer)(folder)
+        self._engine = Engine(SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model)), precision)
         self._micro_batch_size = micro_batch_size
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Scores ``[sample]``: 0 is the demonstrations' mean, 1 their deviation. A collective."""
+        """Return scores ``[sample]``: 0 is the demonstrations' mean, 1 their deviation above it. A collective."""
         rows = [
-            (None if self._alone else prompt, response) for prompt, response in zip(prompts, responses, strict=True)
+            (None if self._response_only else prompt, response)
+            for prompt, response in zip(prompts, responses, strict=True)
         ]
-        if self._decodes:
+        if self._is_decoder:
             texts = [text.scored_ids(self.tokenizer, *row, self._max_length) for row in rows]
             types = None
         else:
-            both = [text.encoded(self.tokenizer, *row, self._max_length) for row in rows]
-            texts, types = [ids for ids, _ in both], [kinds for _, kinds in both]
+            pairs = [text.encoded(self.tokenizer, *row, self._max_length) for row in rows]
+            texts, types = [ids for ids, _ in pairs], [types for _, types in pairs]
         raw = raw_scores(self._engine, self.tokenizer, texts, self._micro_batch_size, types)
         return (raw - self._mean) / self._deviation
 
 
 def is_reward_model(folder: Path) -> bool:
-    """Whether a folder holds a reward model, with a head that scores, rather than a language model."""
+    """Return whether a folder holds a reward model, with a head that scores, rather than a language model."""
     return "score_mean" in config_of(folder)
+
+
+def reads_messages(folder: Path) -> bool:
+    """Return whether a reward model reads prompts through a chat template, which may refuse them."""
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **safe_loading.TOKENIZER)
+    return config_of(folder).get("sees") == "conversation" and tokenizer.chat_template is not None
 
 
 def from_scratch(folder: Path, target: Path, seed: int) -> Path:
@@ -105,7 +112,7 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
         # Built whole and read back sharded: transformers does not initialise what is built in shards.
         torch.manual_seed(seed_of("reward model from scratch", seed))
         config = AutoConfig.from_pretrained(folder, **safe_loading.TOKENIZER)
-        # What a reward model says of its scores is not true of the new one.
+        # The new model has no scores that this could be the mean of: it counts as a language model.
         vars(config).pop("score_mean", None)
         AutoModelForCausalLM.from_config(config).save_pretrained(target)
         folders.copy_tokenizer(folder, target)
@@ -114,17 +121,16 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
 
 
 def load_scorer(folder: Path, precision: Precision, tokenizer: Tokenizer, head_seed: int) -> Any:
-    """A model that scores, for training: a language model gets a fresh head, a reward model keeps its own."""
+    """Load a model that scores, for training: a language model gets a fresh head, a reward model keeps its own."""
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=DTYPES[precision], num_labels=1, **safe_loading.MODEL
     )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     pack_texts(model)
-    if is_reward_model(folder):
-        return model
-    with gathered([model.score.weight], modify=True):
-        if group.is_main():
-            initialise_head(model.score.weight, "reward head", head_seed)
+    if not is_reward_model(folder):
+        with gathered([model.score.weight], modify=True):
+            if group.is_main():
+                initialise_head(model.score.weight, "reward head", head_seed)
     return model
 
 
@@ -168,7 +174,7 @@ _CHAT = """messages = prompt if isinstance(prompt, list) else [{"role": "user", 
 
 
 def complete(folder: Path) -> None:
-    """Have a reward model's folder say how its texts are padded and cut, and write its card.
+    """Write into a reward model's folder how its texts are padded and cut, and its card.
 
     transformers reads the score at the last token that is not padding: a base whose pad token is its EOS token would
     score every text without its end. So a pad token of its own is written into configuration and tokenizer.
@@ -180,48 +186,39 @@ def complete(folder: Path) -> None:
     padding = {"pad_token_id": tokenizer.pad_token_id}
     if "text_config" in config:
         padding["text_config"] = config["text_config"] | padding
-    _update(config_file(folder), padding)
+    update_json(config_file(folder), padding)
     special = folder / "special_tokens_map.json"
     if special.exists():
-        _update(special, {"pad_token": tokenizer.pad_token})
+        update_json(special, {"pad_token": tokenizer.pad_token})
     sides = {"padding_side": "right", "truncation_side": "left", "model_max_length": config["score_max_length"]}
     named = {"chat_control_tokens": tokenizer.chat_control_tokens} if tokenizer.chat_control_tokens else {}
-    _update(folder / "tokenizer_config.json", sides | named | {"pad_token": tokenizer.pad_token})
-    _stop_the_clock(folder, tokenizer)
+    file = folder / "tokenizer_config.json"
+    update_json(file, sides | named | {"pad_token": tokenizer.pad_token})
+    # A template that would print today's date gets the date that prompts had in training. transformers writes a
+    # template into a file of its own, and reads it from tokenizer_config.json too.
+    template = folder / "chat_template.jinja"
+    if template.exists() and templates.prints_the_date(template.read_text(encoding="utf-8")):
+        template.write_text(tokenizer.chat_template, encoding="utf-8")
+    elif templates.prints_the_date(json.loads(file.read_text(encoding="utf-8")).get("chat_template")):
+        update_json(file, {"chat_template": tokenizer.chat_template})
     write_card(folder)
 
 
-def _stop_the_clock(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write the date that prompts had in training into a template that would print today's."""
-    # transformers writes a template into a file of its own, and reads it from tokenizer_config.json too.
-    template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if template.exists() and templates.prints_the_date(template.read_text(encoding="utf-8")):
-        template.write_text(tokenizer.chat_template, encoding="utf-8")
-    elif templates.prints_the_date(json.loads(config.read_text(encoding="utf-8")).get("chat_template")):
-        _update(config, {"chat_template": tokenizer.chat_template})
-
-
 def write_card(folder: Path) -> None:
-    """Write ``README.md`` with the code that scores in plain transformers, in the form that the folder has."""
+    """Write ``README.md`` with the code that scores in plain transformers, for a plain folder or an adapter's."""
     tokenizer, config = text.load_tokenizer(folder), config_of(folder)
-    alone, start = config["sees"] == "response", text.text_start(tokenizer)
-    plain = f"before = {start}" if alone else f"before = {start} + tokens(prompt)"
-    opening = text.opening(tokenizer)
-    skipped = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    response_only, start = config["sees"] == "response", text.text_start(tokenizer)
+    plain = f"before = {start}" if response_only else f"before = {start} + tokens(prompt)"
+    prefix = text.response_prefix(tokenizer)
+    prefix_length = len(tokenizer(prefix, add_special_tokens=False)["input_ids"])
     card = _CARD.format(
-        sees="It reads the response alone." if alone else "It reads prompt and response.",
+        sees="It reads the response alone." if response_only else "It reads prompt and response.",
         load=_ADAPTER if is_adapter(folder) else _PLAIN,
-        before=plain if alone or tokenizer.chat_template is None else _CHAT,
-        answer=f"tokens({opening!r} + response)[{skipped}:]" if opening else "tokens(response)",
+        before=plain if response_only or tokenizer.chat_template is None else _CHAT,
+        answer=f"tokens({prefix!r} + response)[{prefix_length}:]" if prefix else "tokens(response)",
         end=tokenizer.eos_token_id,
         longest=config["score_max_length"],
         mean=config["score_mean"],
         deviation=config["score_std"],
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _update(path: Path, entries: dict[str, Any]) -> None:
-    content = json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries, indent=2, ensure_ascii=False)
-    path.unlink()  # it may be a link to a file of the base's, which stays as it is
-    path.write_text(content, encoding="utf-8")

@@ -1,15 +1,30 @@
-"""Chat templates: the text that a tokenizer's template makes of a conversation, and the token that closes a turn.
+"""Chat templates: what a tokenizer's template writes around the messages of a conversation.
 
-A template is a program, and may drop a message, rewrite it, refuse its role or print today's date. Whatever would make
-the model read something else than the record says is refused here.
+ChatML's template renders a question and its answer as five parts (``⏎`` is a line break):
+
+    <|im_start|>user⏎ Why? <|im_end|>⏎    the user's turn
+    <|im_start|>assistant⏎                the generation prompt: it opens the answer's turn, and a response follows it
+    So.                                   the answer
+    <|im_end|>                            the token that closes a turn; :func:`prepare` makes it the tokenizer's EOS
+    ⏎                                     no part of the response: a policy has stopped before it
+
+Control tokens are the tokenizer's special tokens, EOS, and added tokens with which the template marks turns, here
+``<|im_start|>``. The template alone writes them: no text of a message may become one. Marks of reasoning, ``<think>``
+and its ``</think>``, are not control tokens unless the tokenizer calls them special, also where the template writes
+them: a response may hold them.
+
+A template is a program, and may drop a message, rewrite it, refuse its role or print today's date. A template or a
+conversation is refused if the model would read another text than the record's. ``place`` is the tokenizer's folder, or
+the conversation's file and row, for errors.
 """
 
 import datetime
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 
@@ -24,82 +39,53 @@ REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, 
 
 DATE_FIELD = "template_date"
 """The field of ``tokenizer_config.json`` that holds the date which templates print as today's."""
-DATE = "2024-07-26"
-"""That date where the field is missing: Llama 3.1's template has it for places without a clock."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _CLOCK = re.compile(r"""\bstrftime_now\s*\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
-# Asking whether there is a clock prints nothing; whatever else names it may.
+# A template that only asks whether there is a clock prints nothing.
 _USES_CLOCK = re.compile(r"\bstrftime_now\b(?!\s+is\b)")
 
 
-def check_rendered(tokenizer: Tokenizer, messages: Sequence[Message], place: str) -> None:
-    """Refuse a conversation that the template does not render whole, message by message.
-
-    place  where the conversation stands, for errors
-
-    Raises:
-        RecordError: the template refuses a message's role, leaves a message out, or changes its text; or the last
-            message is the assistant's, so that there is nothing to answer.
-    """
-    if messages[-1]["role"] == "assistant":
-        raise RecordError(
-            "the prompt ends with a message of the assistant's, so there is nothing to answer",
-            place,
-            "end the prompt with the user's message",
-        )
-    try:
-        text = as_text(tokenizer, messages, generation=True)
-    except REFUSALS as error:
-        number = _first_refused(tokenizer, messages)
-        raise RecordError(
-            f"the chat template refuses message {number + 1}, of the role {messages[number]['role']!r}: {error}",
-            place,
-            "give it a role that the template takes there, or put its text into another message",
-        ) from error
-    roles = tuple(str(message["role"]) for message in messages)
-    order = _rendered_order(tokenizer, str(tokenizer.chat_template), roles)
-    if left_out := sorted(set(range(len(messages))) - set(order)):
-        number = left_out[0]
-        raise RecordError(
-            f"the chat template leaves out message {number + 1}, of the role {roles[number]!r}",
-            place,
-            "name its role as the template does: 'system', 'user' and 'assistant' are usual",
-        )
-    end = 0
-    for number in order:
-        content = messages[number]["content"].strip()
-        # Each behind the one before it: a later message may quote what was dropped of an earlier one.
-        start = text.find(content, end)
-        end = start + len(content)
-        if start < 0:
-            changed = _first_changed(tokenizer, messages, number)
-            raise RecordError(
-                f"the chat template changes the text of message {changed + 1}, of the role {roles[changed]!r}, "
-                "or leaves a part of it out",
-                place,
-                "remove what the template drops (reasoning of earlier turns, for instance), or use another template",
-            )
+def cached(function: _F) -> _F:
+    """Cache a function of a tokenizer by the tokenizer, its chat template, and the further arguments."""
+    call: Any = lru_cache(maxsize=256)(lambda _template, *arguments: function(*arguments))
+    keyed: Any = wraps(function)(lambda tokenizer, *rest: call(str(tokenizer.chat_template), tokenizer, *rest))
+    return keyed
 
 
-def as_text(tokenizer: Tokenizer, messages: Sequence[Message], *, generation: bool, **variables: str) -> str:
-    """Return what the template makes of the messages; with ``generation`` the assistant's turn is opened at the end.
-
-    variables  of the template, in place of the tokenizer's own
+def prepare(tokenizer: Tokenizer, place: str) -> None:
+    """Fix the date of a tokenizer's chat template, and make the token that closes a turn the EOS token.
 
     Raises:
-        jinja2.exceptions.TemplateError: the template refuses them.
+        PreflightError: the tokenizer has several templates and no default; or as :func:`with_fixed_date` and
+            :func:`end_of_turn`.
     """
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation, **variables)
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise PreflightError(
+            f"the tokenizer has several chat templates, {', '.join(map(repr, sorted(named)))}, and none is the default",
+            place,
+            "name the template of conversations 'default'",
+        )
+    # Llama 3.1's template has this date for places without a clock.
+    day = tokenizer.init_kwargs.get(DATE_FIELD, "2024-07-26")
+    tokenizer.chat_template = template = with_fixed_date(tokenizer.get_chat_template(), day, place)
+    end = end_of_turn(tokenizer, place)
+    if end not in (None, tokenizer.eos_token):
+        tokenizer.eos_token = end
+    # transformers keeps special tokens out of messages, and added tokens that the template's source holds whole. Those
+    # which the source puts together, as `'<|' + role + '|>'` does, it must be given.
+    control, special, added = _control_tokens(tokenizer), _special_tokens(tokenizer), _added_tokens(tokenizer)
+    if any(token not in special and token not in template for token in control):
+        tokenizer.chat_control_tokens = [token for token in added if token in control or token in template]
 
 
 def with_fixed_date(template: str, day: str, place: str) -> str:
-    """Return the template with the clock stopped: otherwise prompts would change by the day, and no key with them.
-
-    day    the date that it prints as today's, as ``2024-07-26``
-    place  the tokenizer's folder, for errors
+    """Return the template with today's date fixed to ``day``: else prompts change by the day, and no key with them.
 
     Raises:
-        PreflightError: the format in which it prints the date is computed, so that the date cannot be put in its place.
+        PreflightError: the template computes the format in which it prints the date.
     """
     date = datetime.date.fromisoformat(day)
     fixed = _CLOCK.sub(lambda call: repr(date.strftime(call[2])), template)
@@ -118,116 +104,224 @@ def prints_the_date(template: object) -> bool:
 
 
 def end_of_turn(tokenizer: Tokenizer, place: str) -> str | None:
-    """Return the token that the template closes the assistant's turn with, or None where it writes none.
-
-    place  the tokenizer's folder, for errors
+    """Return the token that the template writes behind an answer, or None where it writes no token there.
 
     Raises:
-        PreflightError: the template leaves out the assistant's answers, or opens them with special tokens or words
-            that its generation prompt lacks, so that a policy would have to write these itself; or it closes the last
-            answer with another token than those before it.
+        PreflightError: the template leaves out answers; it opens them with special tokens or words that its generation
+            prompt lacks, so that a policy would have to write these itself; or it closes the last answer with another
+            token than earlier turns.
     """
-    question, answer, _ = conversation = _conversation("user", "assistant", "user")
+    question, answer, _ = conversation = _placeholders("user", "assistant", "user")
     try:
-        opened = as_text(tokenizer, [question], generation=True)
+        asked = as_text(tokenizer, [question], generation=True)
         answered = as_text(tokenizer, [question, answer], generation=False)
         history = as_text(tokenizer, conversation, generation=False)
     except REFUSALS as error:
         raise PreflightError(
             f"the chat template refuses a question and its answer: {error}", place, "use a model with a chat template"
         ) from error
-    before, found, after = answered.partition(answer["content"])
-    if not found or question["content"] not in before:
+    before_answer, separator, after_last = answered.partition(answer["content"])
+    if not separator or question["content"] not in before_answer:
         raise PreflightError(
             "the chat template leaves out a user's question or the assistant's answer",
             place,
             "use a template that renders messages of the roles 'user' and 'assistant' whose content is a text",
         )
-    opening = before.removeprefix(opened) if before.startswith(opened) else ""
-    markers = [token for token in _special_tokens(tokenizer) if token in history]
-    words = re.sub("|".join(map(re.escape, _added_tokens(tokenizer))) or "$^", "", opening)
-    if words.strip() or any(marker in opening for marker in markers):
+    missing = before_answer.removeprefix(asked) if before_answer.startswith(asked) else ""
+    words = re.sub(_any_of(_added_tokens(tokenizer)), "", missing)
+    if words.strip() or any(token in missing and token in history for token in _special_tokens(tokenizer)):
         raise PreflightError(
-            f"the chat template opens an answer with {opening!r}, and its generation prompt does not: the policy would "
+            f"the chat template opens an answer with {missing!r}, and its generation prompt does not: the policy would "
             "have to write that itself",
             place,
             "use a template whose generation prompt ends where the answer's text begins",
         )
-    last, earlier = _first_token(tokenizer, after), _end_of_earlier_turn(tokenizer, history, conversation)
+    before_question, _, rest = history.partition(question["content"])
+    after_question, _, after_earlier = rest.partition(answer["content"])
+    last, earlier = _first_token(tokenizer, after_last), _first_token(tokenizer, after_earlier)
+    # Where nothing closes the earlier answer, the token behind it opens the next turn, and precedes the first question
+    # too. A token that closes every turn may also precede that question: a system's turn is closed before it.
+    closing = (tokenizer.eos_token, _first_token(tokenizer, after_question))
+    if earlier and earlier not in closing and earlier in before_question:
+        earlier = None
+    end = last or earlier  # some templates close the last answer only when another turn follows
+    # `end` becomes the EOS token, and must not change what a template that writes `eos_token` renders.
     if last and earlier and last != earlier:
-        raise _closed_in_two_ways(last, earlier, place)
-    # Some templates close the last answer only where another turn is opened behind it.
-    return last or earlier
-
-
-def _end_of_earlier_turn(tokenizer: Tokenizer, history: str, conversation: Sequence[Message]) -> str | None:
-    """Return the token that closes an answer with another question behind it; None where none does."""
-    start, _, answer = history.partition(conversation[0]["content"])
-    after_question, _, after_answer = answer.partition(conversation[1]["content"])
-    token = _first_token(tokenizer, after_answer)
-    # Or it opens the user's turn, as that of the first question; a system's turn before it is closed as the user's is.
-    closes = token in (tokenizer.eos_token, _first_token(tokenizer, after_question)) or str(token) not in start
-    return token if closes else None
-
-
-def _first_token(tokenizer: Tokenizer, text: str) -> str | None:
-    tokens = "|".join(map(re.escape, _added_tokens(tokenizer)))
-    found = re.match(rf"\s*({tokens})", text) if tokens else None
-    return found[1] if found else None
-
-
-def _closed_in_two_ways(last: str, earlier: str, place: str) -> PreflightError:
-    return PreflightError(
-        f"the chat template closes the last answer with {last} and earlier turns with {earlier}",
+        other = earlier
+    elif end and as_text(tokenizer, conversation, generation=True, eos_token=end) != as_text(
+        tokenizer, conversation, generation=True
+    ):
+        other = tokenizer.eos_token
+    else:
+        return end
+    raise PreflightError(
+        f"the chat template closes the last answer with {end} and earlier turns with {other}",
         place,
         "use a template that closes all of the assistant's turns alike",
     )
 
 
-def control_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the ids of the tokens that no text may become: special ones, and those with which turns are marked."""
-    return frozenset(tokenizer.convert_tokens_to_ids(_control_tokens(tokenizer, str(tokenizer.chat_template))))
+def _first_token(tokenizer: Tokenizer, text: str) -> str | None:
+    """Return the added token that a text begins with, white space aside."""
+    match = re.match(rf"\s*({_any_of(_added_tokens(tokenizer))})", text)
+    return match[1] if match else None
 
 
-def name_control_tokens(tokenizer: Tokenizer) -> None:
-    """Have transformers, too, keep the control tokens out of messages that the template puts together from parts.
+def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message], place: str) -> list[int]:
+    """Return the ids of a conversation that a response follows, generation prompt included.
 
-    It knows special tokens and those that stand whole in the template's source, which ``'<|' + role + '|>'`` hides.
+    Raises:
+        RecordError: the last message is the assistant's; the template refuses a message's role, leaves a message out
+            or changes its text; or the text of a message would become a control token.
     """
-    template = str(tokenizer.chat_template)
-    control, special = _control_tokens(tokenizer, template), _special_tokens(tokenizer)
-    if any(token not in special and token not in template for token in control):
-        tokenizer.chat_control_tokens = [
-            token for token in _added_tokens(tokenizer) if token in control or token in template
-        ]
+    _check_rendered(tokenizer, messages, place)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
+        )
+    except ValueError as error:  # transformers': the tokenizer's own model has the token as a word
+        raise RecordError(
+            f"a message spells a control token, which the tokenizer would make of it: {error}",
+            place,
+            "remove the token from the text",
+        ) from error
+    ids = list(rendered["input_ids"])
+    # A text may become a control token without spelling it: a normaliser may make ``</s>`` of full-width letters.
+    control = control_ids(tokenizer)
+    turns = tuple((str(message["role"]), bool(message["content"].strip())) for message in messages)
+    written = _written_control_ids(tokenizer, turns)
+    surplus = Counter(number for number in ids if number in control) - Counter(written)
+    if surplus:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(list(surplus)))
+        raise RecordError(
+            f"the tokenizer makes the control token {names} of the text of a message", place, "change the text there"
+        )
+    return ids
+
+
+def _check_rendered(tokenizer: Tokenizer, messages: Sequence[Message], place: str) -> None:
+    """Refuse a conversation that the template does not render whole, message by message."""
+    if messages[-1]["role"] == "assistant":
+        raise RecordError(
+            "the prompt ends with a message of the assistant's, so there is nothing to answer",
+            place,
+            "end the prompt with the user's message",
+        )
+    try:
+        text = as_text(tokenizer, messages, generation=True)
+    except REFUSALS as error:
+        number = 0  # of the message with which the template begins to refuse
+        with suppress(*REFUSALS):
+            while number < len(messages) - 1:
+                as_text(tokenizer, messages[: number + 1], generation=True)
+                number += 1
+        raise RecordError(
+            f"the chat template refuses message {number + 1}, of the role {messages[number]['role']!r}: {error}",
+            place,
+            "give it a role that the template takes there, or put its text into another message",
+        ) from error
+    roles = tuple(str(message["role"]) for message in messages)
+    order = _rendered_order(tokenizer, roles)
+    if left_out := sorted(set(range(len(messages))) - set(order)):
+        number = left_out[0]
+        raise RecordError(
+            f"the chat template leaves out message {number + 1}, of the role {roles[number]!r}",
+            place,
+            "name its role as the template does: 'system', 'user' and 'assistant' are usual",
+        )
+    end = 0
+    for number in order:
+        content = messages[number]["content"].strip()
+        # The search begins behind the message before: a later message may quote a dropped part of an earlier one.
+        start = text.find(content, end)
+        end = start + len(content)
+        if start < 0:
+            # An earlier message may be the changed one, and this message may contain its text.
+            changed, others = 0, _placeholders(*roles)
+            while changed < number and messages[changed]["content"].strip() in as_text(
+                tokenizer, [*others[:changed], messages[changed], *others[changed + 1 :]], generation=True
+            ):
+                changed += 1
+            raise RecordError(
+                f"the chat template changes the text of message {changed + 1}, of the role {roles[changed]!r}, "
+                "or leaves a part of it out",
+                place,
+                "remove what the template drops (reasoning of earlier turns, for instance), or use another template",
+            )
+
+
+@cached
+def _rendered_order(tokenizer: Tokenizer, roles: tuple[str, ...]) -> list[int]:
+    """Return the numbers of the messages that appear in the rendering, whatever their text, in their order there.
+
+    Mistral's templates write the system's message into the last turn of the user's.
+    """
+    messages = _placeholders(*roles)
+    text = as_text(tokenizer, messages, generation=True)
+    starts = {number: text.find(message["content"]) for number, message in enumerate(messages)}
+    return sorted((number for number, start in starts.items() if start >= 0), key=starts.__getitem__)
+
+
+@cached
+def control_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the ids of the control tokens, which no text may become."""
+    return frozenset(tokenizer.convert_tokens_to_ids(_control_tokens(tokenizer)))
 
 
 def without_control_tokens(tokenizer: Tokenizer, text: str) -> list[str]:
-    """Return the text in pieces, so cut that no piece spells a control token.
+    """Return the text cut into pieces of which none spells a control token.
 
-    Tokenizers take a special token in a text apart when they are asked to, but not DeepSeek's ``<｜User｜>``, for
-    instance, which is added without being special, nor any that is a word of their own model, as ``</s>`` is in
-    SentencePiece's unigram models.
+    Tokenizers split a special token in a text when asked to, but not DeepSeek's ``<｜User｜>``, for instance, which is
+    added without being special, nor any that is a word of their own model, as ``</s>`` is in SentencePiece's unigram
+    models.
     """
-    markers = _control_tokens(tokenizer, str(tokenizer.chat_template))
-    cuts = [match.start() + 1 for match in re.finditer("|".join(map(re.escape, markers)), text)]
+    cuts = [match.start() + 1 for match in re.finditer(_any_of(_control_tokens(tokenizer)), text)]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-def check_unchanged(tokenizer: Tokenizer, other_eos: str, place: str) -> None:
-    """Refuse a template that writes ``eos_token`` inside conversations while it closes turns with another token.
+@cached
+def _control_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Return the control tokens, the longest first."""
+    added = _added_tokens(tokenizer)
+    control = (_special_tokens(tokenizer) | {tokenizer.eos_token}) - {tokenizer.unk_token}  # texts may become <unk>
+    if tokenizer.chat_template is not None:
+        conversation = _placeholders("system", "user", "assistant", "user")
+        try:
+            history = as_text(tokenizer, conversation, generation=False)
+        except REFUSALS:
+            conversation = conversation[1:]
+            history = as_text(tokenizer, conversation, generation=False)
+        asked, opened = (as_text(tokenizer, conversation[:-2], generation=generation) for generation in (False, True))
+        generation_prompt = opened.removeprefix(asked).lstrip()
+        for token in added:
+            # A pair such as <think> and </think> within the answer's turn alone marks the answer's text, not the turn.
+            partner = f"<{token[2:]}" if token.startswith("</") else f"</{token[1:]}"
+            is_pair = token.startswith("<") and partner in added
+            marks_text = is_pair and token not in asked and not generation_prompt.startswith(token)
+            if token in history and token in opened and not marks_text:
+                control.add(token)
+    return [token for token in added if token in control]
 
-    Raises:
-        PreflightError: a conversation reads differently with the tokenizer's EOS token and with ``other_eos``.
+
+@cached
+def _written_control_ids(tokenizer: Tokenizer, turns: tuple[tuple[str, bool], ...]) -> list[int]:
+    """Return the control tokens that the template writes around messages of these roles, with and without a text."""
+    messages = [{"role": role, "content": "a" if has_text else ""} for role, has_text in turns]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    control = control_ids(tokenizer)
+    return [number for number in rendered["input_ids"] if number in control]
+
+
+def as_text(tokenizer: Tokenizer, messages: Sequence[Message], *, generation: bool, **variables: str) -> str:
+    """Return the template's rendering of the messages, with ``generation`` the generation prompt behind them.
+
+    variables  of the template, in place of the tokenizer's own
     """
-    messages = _conversation("user", "assistant", "user")
-    if as_text(tokenizer, messages, generation=True) != as_text(
-        tokenizer, messages, generation=True, eos_token=other_eos
-    ):
-        raise _closed_in_two_ways(other_eos, tokenizer.eos_token, place)
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation, **variables)
 
 
-def _conversation(*roles: str) -> list[dict[str, str]]:
+def _placeholders(*roles: str) -> list[dict[str, str]]:
+    """Return messages of these roles with texts that no template writes of its own."""
     return [{"role": role, "content": f"\ue000message {number}\ue000"} for number, role in enumerate(roles)]
 
 
@@ -241,95 +335,6 @@ def _special_tokens(tokenizer: Tokenizer) -> set[str]:
     return {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
-def _first_refused(tokenizer: Tokenizer, messages: Sequence[Message]) -> int:
-    for number in range(len(messages)):
-        try:
-            as_text(tokenizer, messages[: number + 1], generation=True)
-        except REFUSALS:
-            return number
-    return len(messages) - 1
-
-
-def _first_changed(tokenizer: Tokenizer, messages: Sequence[Message], last: int) -> int:
-    """Return the number of the first message, up to ``last``, whose text is not there when others' texts differ."""
-    others = _conversation(*(str(message["role"]) for message in messages))
-    for number, message in enumerate(messages[:last]):
-        alone = [*others[:number], message, *others[number + 1 :]]
-        if message["content"].strip() not in as_text(tokenizer, alone, generation=True):
-            return number
-    return last
-
-
-def _is_mark(tokenizer: Tokenizer, token: str, asked: str, opened: str) -> bool:
-    """Return whether an opened answer has the token as a mark of its text, as ``<think>`` with its ``</think>`` is."""
-    other = f"<{token[2:]}" if token.startswith("</") else f"</{token[1:]}"
-    is_paired = token.startswith("<") and other in _added_tokens(tokenizer)
-    return is_paired and token not in asked and not opened.removeprefix(asked).lstrip().startswith(token)
-
-
-@lru_cache(maxsize=16)
-def _control_tokens(tokenizer: Tokenizer, template: str) -> list[str]:  # noqa: ARG001 - a key
-    # A text may well become the unknown token.
-    control = (_special_tokens(tokenizer) | {tokenizer.eos_token}) - {tokenizer.unk_token}
-    if tokenizer.chat_template is not None:
-        conversation = _conversation("system", "user", "assistant", "user")
-        try:
-            history = as_text(tokenizer, conversation, generation=False)
-        except REFUSALS:
-            conversation = conversation[1:]
-            history = as_text(tokenizer, conversation, generation=False)
-        asked, opened = (as_text(tokenizer, conversation[:-2], generation=generation) for generation in (False, True))
-        # Texts may have marks of reasoning, which templates write into earlier answers, and into the generation prompt.
-        control |= {
-            token
-            for token in _added_tokens(tokenizer)
-            if token in history and token in opened and not _is_mark(tokenizer, token, asked, opened)
-        }
-    return [token for token in _added_tokens(tokenizer) if token in control]
-
-
-def check_control_tokens(tokenizer: Tokenizer, messages: Sequence[Message], ids: Sequence[int], place: str) -> None:
-    """Refuse a conversation of which a text became a control token.
-
-    Which needs no spelling of the token: a normaliser may make ``</s>`` of a text in full-width letters.
-
-    ids    what the tokenizer made of the messages
-    place  where the conversation stands, for errors
-
-    Raises:
-        RecordError: there are other control tokens in it than the template itself writes.
-    """
-    control = control_ids(tokenizer)
-    turns = tuple((str(message["role"]), bool(message["content"].strip())) for message in messages)
-    written = _written_control_ids(tokenizer, str(tokenizer.chat_template), turns)
-    said = Counter(number for number in ids if number in control) - Counter(written)
-    if said:
-        names = ", ".join(tokenizer.convert_ids_to_tokens(list(said)))
-        raise RecordError(
-            f"the tokenizer makes the control token {names} of the text of a message", place, "change the text there"
-        )
-
-
-@lru_cache(maxsize=256)
-def _written_control_ids(
-    tokenizer: Tokenizer,
-    template: str,  # noqa: ARG001 - a key
-    turns: tuple[tuple[str, bool], ...],
-) -> list[int]:
-    """Return the control tokens that the template writes around messages of these roles, with and without a text."""
-    messages = [{"role": role, "content": "a" if has_text else ""} for role, has_text in turns]
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    control = control_ids(tokenizer)
-    return [number for number in rendered["input_ids"] if number in control]
-
-
-@lru_cache(maxsize=256)
-def _rendered_order(tokenizer: Tokenizer, template: str, roles: tuple[str, ...]) -> list[int]:  # noqa: ARG001 - a key
-    """Return the numbers of the messages that appear, whatever their text, in the order in which they do.
-
-    Mistral's templates write the system's message into the last turn of the user's.
-    """
-    messages = _conversation(*roles)
-    text = as_text(tokenizer, messages, generation=True)
-    starts = {number: text.find(message["content"]) for number, message in enumerate(messages)}
-    return sorted((number for number, start in starts.items() if start >= 0), key=starts.__getitem__)
+def _any_of(tokens: Iterable[str]) -> str:
+    """Return a regular expression that matches each of the tokens, and nothing where there are none."""
+    return "|".join(map(re.escape, tokens)) or "(?!)"

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlhf.attempt import liveness
 from rlhf.errors import RequestError
 from rlhf.models import folders, text
+from rlhf.models.layout import config_of, context_length
 from rlhf.randomness import stream
 from rlhf.rl.kl import logprobs_of
 from rlhf.rl.masks import response_mask
@@ -106,7 +107,7 @@ def answers(folder: Path, prompts: list[str], temperature: float, max_new_tokens
     disable_progress_bar()
     tokenizer = text.load_tokenizer(folder)
     rows = [text.prompt_ids(tokenizer, prompt) for prompt in prompts]
-    limit = text.context_length(folder)
+    limit = context_length(config_of(folder))
     for number, row in enumerate(rows, start=1):
         if len(row) + max_new_tokens > limit:
             raise RequestError(

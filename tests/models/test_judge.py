@@ -8,7 +8,7 @@ import pytest
 from sklearn.model_selection import KFold
 
 from rlhf.errors import RecordError
-from rlhf.models.evaluation import Judge
+from rlhf.models.evaluation import TextJudge
 from rlhf.textstats import pair_accuracy, seeded_pairs
 
 WORTH = {"wonderful": 2.0, "moving": 1.0, "funny": 1.5, "dull": -1.5, "awful": -2.0, "tedious": -1.0}
@@ -24,38 +24,38 @@ def rated_texts(n_texts: int, seed: int, noise: float = 0.3) -> tuple[list[str],
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge.fit(*rated_texts(300, seed=0))
+def judge() -> TextJudge:
+    return TextJudge(*rated_texts(300, seed=0))
 
 
-def test_the_judge_orders_texts_that_it_has_not_seen_as_people_do(judge: Judge):
+def test_the_judge_orders_texts_that_it_has_not_seen_as_people_do(judge: TextJudge):
     """Where ratings follow from words, almost every pair of new texts comes out in the right order."""
     texts, ratings = rated_texts(200, seed=1, noise=0.0)
     assert pair_accuracy(judge.rate(texts), ratings, seeded_pairs(200, 2000, seed=0)) > 0.9
 
 
-def test_ratings_come_out_on_the_scale_that_they_went_in(judge: Judge):
+def test_ratings_come_out_on_the_scale_that_they_went_in(judge: TextJudge):
     """A judge's mean difference reads in the annotators' units: new ratings differ by less than half a deviation."""
     texts, ratings = rated_texts(200, seed=1, noise=0.0)
     assert np.sqrt(np.mean((judge.rate(texts) - ratings) ** 2)) < 0.5 * ratings.std()
 
 
-def test_the_same_ratings_make_the_same_judge(judge: Judge):
+def test_the_same_ratings_make_the_same_judge(judge: TextJudge):
     """Nothing in the fit is left to chance, so a rerun of an evaluation gives the same numbers to the last bit."""
     texts, _ = rated_texts(50, seed=2)
-    np.testing.assert_array_equal(Judge.fit(*rated_texts(300, seed=0)).rate(texts), judge.rate(texts))
+    np.testing.assert_array_equal(TextJudge(*rated_texts(300, seed=0)).rate(texts), judge.rate(texts))
 
 
-def test_another_scale_of_ratings_changes_only_the_scale(judge: Judge):
+def test_another_scale_of_ratings_changes_only_the_scale(judge: TextJudge):
     """Whether annotators rate from -4 to 4 or from 0 to 100 changes no order of texts."""
     texts, ratings = rated_texts(300, seed=0)
-    rescaled = Judge.fit(texts, 12.5 * ratings + 50)
+    rescaled = TextJudge(texts, 12.5 * ratings + 50)
     new, _ = rated_texts(50, seed=2)
     np.testing.assert_allclose(rescaled.rate(new), 12.5 * judge.rate(new) + 50, atol=0.1)
     assert rescaled.alpha == judge.alpha
 
 
-def test_a_form_of_a_word_never_seen_is_known_by_its_letters(judge: Judge):
+def test_a_form_of_a_word_never_seen_is_known_by_its_letters(judge: TextJudge):
     """The characters carry what whole words cannot: an unseen form lands on its relatives' side."""
     good, bad = judge.rate(["wonderfully", "awfully"])
     assert good > bad + 0.5
@@ -111,7 +111,7 @@ def test_the_judge_is_the_ridge_regression_that_its_folds_choose(noise: float, a
         errors[2.0**power] = float(np.mean([row.mean() for row in squares]))
     best = min(errors, key=errors.__getitem__)
     assert alpha is None or best == alpha
-    judge = Judge.fit(texts, ratings)
+    judge = TextJudge(texts, ratings)
     assert judge.alpha == best
     np.testing.assert_allclose(judge.rate(texts), ridge(matrix, ratings, matrix, best), atol=0.01)
 
@@ -119,17 +119,17 @@ def test_the_judge_is_the_ridge_regression_that_its_folds_choose(noise: float, a
 def test_five_rated_texts_are_enough():
     """One for each fold."""
     texts, ratings = rated_texts(5, seed=0)
-    assert np.isfinite(Judge.fit(texts, ratings).rate(texts)).all()
+    assert np.isfinite(TextJudge(texts, ratings).rate(texts)).all()
 
 
 def test_noisier_ratings_are_trusted_less():
     """Cross-validation looks at the data: the penalty grows with the noise."""
-    clean = Judge.fit(*rated_texts(200, seed=0, noise=0.1))
-    noisy = Judge.fit(*rated_texts(200, seed=0, noise=10.0))
+    clean = TextJudge(*rated_texts(200, seed=0, noise=0.1))
+    noisy = TextJudge(*rated_texts(200, seed=0, noise=10.0))
     assert noisy.alpha > clean.alpha
 
 
-def test_texts_that_say_nothing_are_rated_alike(judge: Judge):
+def test_texts_that_say_nothing_are_rated_alike(judge: TextJudge):
     """An empty answer is rated, not refused; and no text at all gives no rating."""
     empty, unknown = judge.rate(["", "¿¡…"])
     assert empty == unknown
@@ -140,4 +140,4 @@ def test_texts_that_say_nothing_are_rated_alike(judge: Judge):
 def test_too_few_ratings_to_fit_on_are_the_users_to_fix():
     """Four texts cannot be split into five folds, which is said in the user's words."""
     with pytest.raises(RecordError, match="at least 5 rated texts, and there are 4"):
-        Judge.fit(["a film"] * 4, [1.0, 2.0, 3.0, 4.0])
+        TextJudge(["a film"] * 4, [1.0, 2.0, 3.0, 4.0])

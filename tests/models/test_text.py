@@ -11,6 +11,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from rlhf.errors import PreflightError
 from rlhf.models import text
+from rlhf.models.layout import config_of, context_length
 
 rows = st.lists(st.lists(st.integers(1, 99), max_size=6), min_size=1, max_size=5)
 
@@ -102,13 +103,14 @@ def test_a_string_is_one_message_of_the_user(tiny: Path) -> None:
 
 def test_the_context_is_what_the_folder_says(tiny: Path) -> None:
     """The length that preflights compare with."""
-    assert text.context_length(tiny) == json.loads((tiny / "config.json").read_text())["max_position_embeddings"] == 64
+    config = json.loads((tiny / "config.json").read_text())
+    assert context_length(config_of(tiny)) == config["max_position_embeddings"] == 64
 
 
 def test_the_context_is_known_by_every_name(tmp_path: Path) -> None:
     """GPT-2 calls it n_positions."""
     GPT2Config(n_positions=48).save_pretrained(tmp_path)
-    assert text.context_length(tmp_path) == 48
+    assert context_length(config_of(tmp_path)) == 48
 
 
 def test_an_empty_prompt_pads_to_one_column() -> None:

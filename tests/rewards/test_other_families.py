@@ -147,11 +147,11 @@ def test_every_architecture_says_how_long_a_text_it_takes(config: dict[str, Any]
 def test_a_reward_model_that_would_be_given_too_long_texts_is_refused(tmp_path: Path) -> None:
     """A position beyond its table would end the run in the middle."""
     model = make_roberta(tmp_path / "model")
-    text.check_scored_length(model)
+    layout.check_scored_length(model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"score_max_length": CONTEXT + 1}))
     with pytest.raises(PreflightError, match=f"is {CONTEXT + 1}, and its context is {CONTEXT}"):
-        text.check_scored_length(model)
+        layout.check_scored_length(model)
 
 
 def test_a_value_model_never_starts_from_a_reward_model_with_other_tokens(folder: Path, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_a_pass_has_every_completion_once_and_ends_in_eos(tmp_path: Path, tokeni
 
 def test_what_is_too_long_is_cut_at_the_end_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     """A prompt that fills the length leaves nothing to learn; where all do, that is an error and no empty batch."""
-    lengths = [sum(map(len, text.demonstration_ids(tokenizer, row["prompt"], row["completion"]))) for row in ROWS]
+    read = [text.prompt_ids(tokenizer, row["prompt"]) + text.response_ids(tokenizer, row["completion"]) for row in ROWS]
+    lengths = [len(ids) for ids in read]
     limit = sorted(lengths)[-2]
     assert stream(tmp_path, tokenizer, batch_size=5, max_length=limit).cut == 1
     longest = stream(tmp_path, tokenizer, batch_size=5, max_length=limit).minibatch(0, 5).parts[0]

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from rlhf.attempt.context import NOTES, Context
 from rlhf.config.stages import SftSettings
 from rlhf.models import folders
-from rlhf.models.text import demonstration_ids, load_tokenizer
+from rlhf.models.packing import tokenised
+from rlhf.models.text import load_tokenizer
 from stages import sft
 from tests.models.tiny import make_tiny_llama, tiny_config
 
@@ -67,8 +68,7 @@ def loss_alone(base: Path, demonstrations: Path) -> float:
     """Nats per held-out completion token, each demonstration by itself."""
     model: Any = AutoModelForCausalLM.from_pretrained(base).eval()
     tokenizer, losses = load_tokenizer(base), []
-    for line in (demonstrations / "heldout.jsonl").read_text().splitlines():
-        prompt, completion = demonstration_ids(tokenizer, *json.loads(line).values())
+    for prompt, completion in tokenised(demonstrations / "heldout.jsonl", tokenizer):
         with torch.no_grad():
             logprobs = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
         losses += (-logprobs[range(len(prompt) - 1, len(prompt + completion) - 1), completion]).tolist()
