@@ -27,10 +27,10 @@ def run(context: Context[CompareSettings]) -> dict[str, float]:
         left_out += len(set(map(name_of, sets)) - set(map(name_of, compared)))
     if not sum(counts.values()):
         raise RecordError(
-            "nothing was said of any of the responses that were collected",
+            "no judgement compares any of the collected responses",
             context.settings.file or context.stage,
-            "name what was said of these very responses: a row has the same prompt, and the same responses in order",
+            "name judgements of exactly these responses: a row has the same prompt, and the same responses in order",
         )
     if left_out:
-        context.note(f"{left_out} sets are left out, because nothing was said of them")
+        context.note(f"{left_out} sets are left out, because no judgement compares them")
     return counts | {"left_out": left_out} | judge.metrics()

@@ -109,8 +109,8 @@ def schema_at(model: type[Settings], path: tuple[str | int, ...]) -> tuple[Schem
 
 def names_at(model: type[Settings], path: tuple[str | int, ...]) -> list[str]:
     """Return the names of the settings in the section at ``path``."""
-    found = schema_at(model, path)
-    return [name for option in _options(*found) for name in option.get("properties", {})] if found else []
+    schema = schema_at(model, path)
+    return [name for option in _options(*schema) for name in option.get("properties", {})] if schema else []
 
 
 def _options(schema: Schema, whole: Schema) -> list[Schema]:

@@ -84,12 +84,12 @@ def test_a_file_about_other_responses_is_refused(tmp_path: Path) -> None:
         write_jsonl(tmp_path / "responses" / f"{part}.jsonl", SETS)
     inputs = {"responses": tmp_path / "responses"}
     settings = CompareSettings(file=str(other))
-    with pytest.raises(RecordError, match="nothing was said of any of the responses that were collected"):
+    with pytest.raises(RecordError, match="no judgement compares any of the collected responses"):
         compare.run(Context("compare", "key", settings, inputs, tmp_path, tmp_path, tmp_path, attempts=(tmp_path,)))
 
 
 def test_the_stage_counts_what_is_compared_and_what_is_left_out(tmp_path: Path) -> None:
-    """By part; each part's sets stay in it, and the user hears of sets of which nothing was said."""
+    """By part; each part's sets stay in it, and the user hears of sets without a judgement."""
     said = tmp_path / "said.jsonl"
     rows = [SETS[1].model_copy(update={"prompt": prompt}) for prompt in ("p0", "p1", "p2", "p3", "p4")]
     write_jsonl(
@@ -107,7 +107,7 @@ def test_the_stage_counts_what_is_compared_and_what_is_left_out(tmp_path: Path) 
     for part, prompts in (("train", ["p0", "p1"]), ("heldout", ["p3"])):
         assert [one.prompt for one in read_jsonl(tmp_path / f"{part}.jsonl", ComparisonSet)] == prompts
     notes = tmp_path / NOTES
-    assert "2 sets are left out, because nothing was said of them" in notes.read_text()
+    assert "2 sets are left out, because no judgement compares them" in notes.read_text()
     notes.unlink()
     judge = function(tmp_path, "return [len(response) for response in responses]")
     assert run(judge) == {"train": 3, "heldout": 2, "left_out": 0}
