@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.config.parsing import load_pipeline
+from rlhf.config.pipeline import load_pipeline
 from rlhf.models.evaluation import judge_of
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import stages

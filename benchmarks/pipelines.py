@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from rlhf.cluster.session import Session
-from rlhf.config.parsing import load_pipeline
-from rlhf.config.pipeline import ClusterSettings
+from rlhf.config.pipeline import ClusterSettings, load_pipeline
 from rlhf.pipeline.runner import Runner
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rlhf.config.parsing import load_pipeline
+from rlhf.config.pipeline import load_pipeline
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import ActionRecord, Store, key_of

@@ -10,8 +10,7 @@ import yaml
 from rich.console import Console
 
 from rlhf.cluster.session import Session
-from rlhf.config.parsing import load_pipeline
-from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig, load_pipeline
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.runner import Runner
 from rlhf.pipeline.stage import stages

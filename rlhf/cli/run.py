@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from rlhf.config.parsing import load_pipeline
 from rlhf.config.pipeline import (
     PipelineConfig,
+    load_pipeline,
 )
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
 from rlhf.pipeline.plan import Planned, plan

@@ -12,8 +12,7 @@ from rich.text import Text
 
 from rlhf.cli.run import Request, print_exactly
 from rlhf.cluster.temporary import check_temporary_folder
-from rlhf.config.base import Settings, suggestion
-from rlhf.config.fields import describe
+from rlhf.config.base import Settings, describe, suggestion
 from rlhf.config.pipeline import (
     ClusterSettings,
     StoreSettings,

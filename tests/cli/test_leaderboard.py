@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf.cli.main import main
-from rlhf.config.parsing import load_pipeline
+from rlhf.config.pipeline import load_pipeline
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store

@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.parsing import load_pipeline
-from rlhf.config.pipeline import PipelineConfig, resolved
+from rlhf.config.pipeline import PipelineConfig, load_pipeline, resolved
 from rlhf.config.yaml_tree import to_yaml
 from rlhf.pipeline.stage import stages
 

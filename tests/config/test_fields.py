@@ -4,9 +4,8 @@ import pkgutil
 import pytest
 
 import rlhf.config
-from rlhf.config.base import Settings, role_of, semantic
+from rlhf.config.base import Settings, describe, role_of, section_type, semantic, texts_under_fields
 from rlhf.config.collect import CompareSettings
-from rlhf.config.fields import describe, section_type, texts_under_fields
 from tests.config.example import KlExample, TrainExample
 
 

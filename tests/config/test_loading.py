@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.config.parsing import load_pipeline
-from rlhf.config.pipeline import ClusterSettings, PipelineConfig, StoreSettings, TrackingSettings, resolved
+from rlhf.config.pipeline import (
+    ClusterSettings,
+    PipelineConfig,
+    StoreSettings,
+    TrackingSettings,
+    load_pipeline,
+    resolved,
+)
 from rlhf.config.yaml_tree import to_yaml
 from rlhf.errors import SettingsError
 from tests.config.example import STAGES, AdapterExample, KlExample, ReadExample, TrainExample

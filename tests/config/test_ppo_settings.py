@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config.base import semantic_values
-from rlhf.config.parsing import load_pipeline
+from rlhf.config.pipeline import load_pipeline
 from rlhf.config.ppo import PpoSettings
 from rlhf.errors import SettingsError
 from rlhf.pipeline.stage import stages

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf.config.base import semantic_values
-from rlhf.config.parsing import load_pipeline
+from rlhf.config.pipeline import load_pipeline
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import EndpointSettings, RewardSettings, reward_inputs
 from rlhf.config.stages import EvaluateSettings

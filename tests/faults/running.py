@@ -15,8 +15,7 @@ from rich.console import Console
 
 from rlhf.attempt.liveness import Pulse, pulses
 from rlhf.cluster.session import Session
-from rlhf.config.parsing import load_pipeline
-from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig, load_pipeline
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.runner import Runner
 from rlhf.store import Store

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from rlhf.cluster.session import Session
-from rlhf.config.parsing import load_pipeline
+from rlhf.config.pipeline import load_pipeline
 from rlhf.errors import StoreUnreachableError
 from rlhf.pipeline import uploads
 from rlhf.pipeline.plan import plan

@@ -14,8 +14,7 @@ from safetensors.numpy import save_file
 
 from rlhf.attempt.context import Context
 from rlhf.cluster.worker import load
-from rlhf.config.parsing import load_pipeline
-from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig, load_pipeline
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import Stage
 from rlhf.store import ActionRecord, Store

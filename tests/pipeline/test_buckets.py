@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from rlhf.cluster.session import Session
-from rlhf.config.parsing import load_pipeline
+from rlhf.config.pipeline import load_pipeline
 from rlhf.errors import SettingsError
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.runner import Runner

@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 
 from rlhf.cluster.session import RankResources, Resources, Session
-from rlhf.config.parsing import load_pipeline
-from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig, load_pipeline
 from rlhf.errors import RecordError
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.runner import Runner

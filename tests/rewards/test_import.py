@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.parsing import load_pipeline
+from rlhf.config.pipeline import load_pipeline
 from rlhf.errors import RequestError
 from rlhf.pipeline.stage import stages
 from rlhf.pipeline.transfer import import_folder

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.parsing import kind_of_secret, load_pipeline
+from rlhf.config.pipeline import kind_of_secret, load_pipeline
 from rlhf.errors import SettingsError
 from rlhf.pipeline.stage import stages
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.parsing import load_pipeline
+from rlhf.config.pipeline import load_pipeline
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store
