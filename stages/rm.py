@@ -30,7 +30,7 @@ from rlhf.models.evaluation import check_padding, write_quality
 from rlhf.models.reward import from_scratch, is_reward_model, load_scorer
 from rlhf.models.reward_losses import ListBatch
 from rlhf.models.text import load_tokenizer, plain_text, scored_ids
-from rlhf.ranking.lists import Place, by_share, by_strength, draw_lists
+from rlhf.ranking.lists import ResponseIndex, by_share, by_strength, draw_lists
 from rlhf.ranking.quality import heldout_accuracy
 from rlhf.training import trl_trainers
 from rlhf.training.loading import plain_folder
@@ -52,7 +52,7 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
     middle = float(np.mean([strength for one in sets for strength in one["strengths"]]))
     preferences = {"soft-strengths": by_strength, "soft-share": by_share}.get(settings.loss, lambda _: None)(sets)
 
-    def row(places: Sequence[Place]) -> dict[str, Any]:
+    def row(places: Sequence[ResponseIndex]) -> dict[str, Any]:
         texts = [ids(sets[place.set]["prompt"], sets[place.set]["responses"][place.response]) for place in places]
         strengths = [sets[place.set]["strengths"][place.response] - middle for place in places]
         return {"ids": texts, "strengths": strengths} | (

@@ -46,11 +46,7 @@ class Strengths(NamedTuple):
 
 
 def fit(
-    count: int,
-    comparisons: Comparisons,
-    prior_elo: float,
-    ties: TieModel = "half",
-    tie_parameter: float | None = None,
+    count: int, comparisons: Comparisons, prior_elo: float, ties: TieModel = "half", tie_parameter: float | None = None
 ) -> Strengths:
     """Fit the strengths of ``count`` responses, with their standard errors, to the comparisons of all annotators.
 
@@ -62,11 +58,8 @@ def fit(
     likelihood = PairLikelihood(count, merge(count, comparisons), ties, fits_tie=tie_parameter is None)
     tie = FIRST_TIE if tie_parameter is None else math.log(tie_parameter)
     posterior = fit_posterior(likelihood, prior_precision(prior_elo), tie)
-    return Strengths(
-        posterior.theta / ELO_SCALE,
-        posterior.standard_errors / ELO_SCALE,
-        None if ties == "half" else math.exp(posterior.tie),
-    )
+    fitted = None if ties == "half" else math.exp(posterior.tie)
+    return Strengths(posterior.theta / ELO_SCALE, posterior.standard_errors / ELO_SCALE, fitted)
 
 
 def prior_precision(prior_elo: float) -> float:

@@ -53,7 +53,7 @@ def compare(
 ) -> Comparisons:
     """Count the comparisons that the annotators made of ``count`` responses; the three kinds add up.
 
-    Each annotator's view of a pair is one comparison; a pair of which an annotator rated or ranked one alone is none.
+    Each annotator's view of a pair is one comparison; without both responses rated or ranked there is none.
     Annotators are numbered: first the columns of the ratings, then the rankings. Winners are :data:`NOBODY`'s.
 
     Args:

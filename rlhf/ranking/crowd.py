@@ -52,11 +52,7 @@ class Crowd(NamedTuple):
 
 
 def fit_crowd(
-    count: int,
-    comparisons: Comparisons,
-    prior_elo: float,
-    ties: TieModel = "half",
-    tie_parameter: float | None = None,
+    count: int, comparisons: Comparisons, prior_elo: float, ties: TieModel = "half", tie_parameter: float | None = None
 ) -> Crowd:
     """Fit strengths and reliabilities; the arguments are those of :func:`rlhf.ranking.bradley_terry.fit`.
 
@@ -92,7 +88,8 @@ def fit_crowd(
             "rank.annotators=equal, or a smaller rank.prior_elo",
         )
 
-    weights = _expected_information(theta, tie, comparisons, ties, reliability)
+    reports = _reports(theta, tie, comparisons, ties, reliability)
+    weights = _expected_information(reports, tie, comparisons, ties)
     components = components_of(count, comparisons.first, comparisons.second)
     variance = variances(comparisons.first, comparisons.second, weights, components, precision)
     strengths = Strengths(theta / ELO_SCALE, np.sqrt(variance) / ELO_SCALE, None if ties == "half" else math.exp(tie))
@@ -100,8 +97,9 @@ def fit_crowd(
 
 
 class _Reports(NamedTuple):
-    """The reports of each row, at its gap and its annotator's reliability; ``[E]`` each."""
+    """The reports of each row, given its gap and its annotator's reliability; ``[E]`` each."""
 
+    gap: FloatArray
     log_win: FloatArray
     log_loss: FloatArray
     slope: FloatArray
@@ -131,7 +129,7 @@ def _reports(
         losses=comparisons.losses * honest_losses + comparisons.wins * (1 - honest_wins),
     )
     slope = win.gap_gradient - loss.gap_gradient
-    return _Reports(win.value, loss.value, slope, log_odds, honest_wins, honest_losses, believed)
+    return _Reports(gap, win.value, loss.value, slope, log_odds, honest_wins, honest_losses, believed)
 
 
 def _of_annotators(values: FloatArray, comparisons: Comparisons, annotators: int) -> FloatArray:
@@ -140,19 +138,15 @@ def _of_annotators(values: FloatArray, comparisons: Comparisons, annotators: int
     return add_up(comparisons.annotator[named], values[named], annotators)
 
 
-def _expected_information(
-    theta: FloatArray, tie: float, comparisons: Comparisons, ties: TieModel, reliability: FloatArray
-) -> FloatArray:
+def _expected_information(reports: _Reports, tie: float, comparisons: Comparisons, ties: TieModel) -> FloatArray:
     """Return ``[E]``: the information of each row's reports on its gap, on average over their possible outcomes.
 
     That of the comparisons if it were known which are reversed, less the information missing on that (Louis 1982, JRSS
     B 44:226): with outcomes Q = η P + (1 - η) P', η (1 - η) P(win) P(loss) (1 / Q(win) + 1 / Q(loss)) times the square
     of the slope of ln P(win) - ln P(loss).
     """
-    reports = _reports(theta, tie, comparisons, ties, reliability)
     believed = reports.believed
-    gap = theta[comparisons.first] - theta[comparisons.second]
-    complete = pair_terms(gap, tie, believed.wins, believed.losses, believed.ties, ties).gap_curvature
+    complete = pair_terms(reports.gap, tie, believed.wins, believed.losses, believed.ties, ties).gap_curvature
     # η P(win) / Q(win) is the probability that a reported win is honest.
     missing = np.exp(reports.log_loss) * sigmoid(-reports.log_odds) * reports.honest_wins
     missing += np.exp(reports.log_win) * sigmoid(-reports.log_odds) * reports.honest_losses

@@ -1,4 +1,4 @@
-"""Put strengths on one scale: across sets that share a prompt, across annotators, and whatever the prior.
+"""Put strengths on one scale: across sets that share a prompt, across annotators, and across priors.
 
 Shapes: K responses of a set, N responses of all sets, A annotators.
 """
@@ -131,7 +131,7 @@ class Pooled(NamedTuple):
 
 
 def pool(sets: Sequence[ComparedSet], bridges_per_response: int, seed: int) -> Pooled:
-    """Join the comparisons of all sets, and bridge those with ratings and the same prompt, which are one pool.
+    """Join the comparisons of all sets, and bridge those with ratings and the same prompt, which form one pool.
 
     Any other set is a pool of its own.
     """
@@ -157,8 +157,8 @@ def bridges(ratings: list[FloatArray], set_of: IntArray, per_response: int, seed
     """Compare responses of different sets by their ratings, as if any rater of one met any rater of the other.
 
     Ratings on one anchored scale say more than the order within a set: where a set holds only good or only bad
-    responses, they alone tell it from another. A pair is shared out as pairs of its ratings are won, lost and tied: so
-    a win and half a tie have the ratings' probability of superiority (Mann & Whitney 1947).
+    responses, they alone distinguish it from another. A pair is shared out as pairs of its ratings are won, lost and
+    tied: so a win and half a tie have the ratings' probability of superiority (Mann & Whitney 1947).
 
     Every round compares the same ratings again, so a pair counts as the lesser number of its raters divided by the
     number of rounds: all bridges together are about as many comparisons as there are ratings. More rounds then average
@@ -166,7 +166,7 @@ def bridges(ratings: list[FloatArray], set_of: IntArray, per_response: int, seed
 
     ratings       one array a response, of its raters' scores
     set_of        ``[N]``, each response's set; responses of one set are not bridged
-    per_response  rounds, in each of which every response meets up to two others; one without ratings meets none
+    per_response  rounds, in each of which every response meets up to two others; a response without ratings meets none
     """
     rng = stream("bridges", seed, len(ratings))
     rows: list[tuple[int, int, float, float, float]] = []
@@ -186,7 +186,7 @@ def bridges(ratings: list[FloatArray], set_of: IntArray, per_response: int, seed
 
 
 def with_partial_views(count: int, comparisons: Comparisons) -> IntArray:
-    """Return the annotators, :data:`~rlhf.ranking.comparisons.NOBODY` among them, who compared a part alone.
+    """Return the annotators, :data:`~rlhf.ranking.comparisons.NOBODY` among them, who compared only a part.
 
     That is some, not all, of the responses that a chain of any annotators' comparisons joins. Their own strengths have
     mean 0 over that part, so a mean over annotators would put a good part level with a bad one.
@@ -202,10 +202,10 @@ def with_partial_views(count: int, comparisons: Comparisons) -> IntArray:
 def fit_each_annotator(count: int, comparisons: Comparisons, fit: Callable[[int, Comparisons], Strengths]) -> Strengths:
     """Average each response's strength over the annotators who compared it, each fitted alone, at equal deviation.
 
-    So an annotator who sees everything as black or white counts no more than one of fine shades. Winners and bridges,
-    of :data:`~rlhf.ranking.comparisons.NOBODY`, count as one annotator more. The mean is scaled back to the annotators'
-    usual deviation; errors take annotators as independent. A response that was never compared has strength 0, as in any
-    fit, and the largest error. Right where :func:`with_partial_views` returns no annotator.
+    So an annotator who sees everything as black or white counts no more than one who sees fine shades. Winners and
+    bridges, of :data:`~rlhf.ranking.comparisons.NOBODY`, count as one annotator more. The mean is scaled back to the
+    annotators' usual deviation; errors take annotators as independent. A response that was never compared has strength
+    0, as in any fit, and the largest error. Right where :func:`with_partial_views` returns no annotator.
 
     fit  fits the strengths of a number of responses to comparisons of them
     """

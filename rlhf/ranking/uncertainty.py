@@ -66,20 +66,12 @@ class Terms(NamedTuple):
 class Likelihood(Protocol):
     """The probability of the annotators' comparisons, as a function of differences of strengths."""
 
-    @property
-    def count(self) -> int:
-        """N."""
-        ...
-
-    @property
-    def first(self) -> IntArray:
-        """``[E]``: the first response of each pair."""
-        ...
-
-    @property
-    def second(self) -> IntArray:
-        """``[E]``: the second."""
-        ...
+    count: int
+    """N."""
+    first: IntArray
+    """``[E]``: the first response of each pair."""
+    second: IntArray
+    """``[E]``: the second."""
 
     def terms(self, theta: FloatArray, tie: float) -> Terms:
         """Evaluate at strengths θ ``[N]`` and τ."""
@@ -235,13 +227,20 @@ def variances(
     variance = np.full(count, 1.0 / precision)
     # Sort by size, so that components of one size follow each other, and within it by component.
     order = np.lexsort((components.label, size))
-    for k in np.unique(size):
+    for k in np.unique(size[(size > 1) & (size <= LARGEST_DENSE)]).tolist():
         members = order[np.searchsorted(size[order], k, "left") : np.searchsorted(size[order], k, "right")]
-        if 1 < k <= LARGEST_DENSE:
-            at_once = max(1, ENTRIES_AT_ONCE // int(k) ** 2) * int(k)
-            for start in range(0, len(members), at_once):
-                chunk = members[start : start + at_once]
-                variance[chunk] = _inverted(matrix[chunk][:, chunk], int(k), precision)
+        at_once = max(1, ENTRIES_AT_ONCE // k**2) * k
+        for start in range(0, len(members), at_once):
+            chunk = members[start : start + at_once]
+            entries = matrix[chunk][:, chunk].tocoo()
+            blocks = np.zeros((len(chunk) // k, k, k))  # [B, K, K]
+            blocks[entries.row // k, entries.row % k, entries.col % k] = entries.data
+            # The shift is an eigenvector. Its eigenvalue λ may be tiny beside the others: raised by ``lift`` it leaves
+            # the rest of the inverse as it is, and nothing large has to cancel.
+            lift = np.maximum(np.trace(blocks, axis1=1, axis2=2) / k, precision)
+            inverse = np.linalg.inv(blocks + (lift / k)[:, None, None])
+            of_shift = 1.0 / (k * (precision + lift))
+            variance[chunk] = (np.diagonal(inverse, axis1=1, axis2=2) - of_shift[:, None]).ravel()
     large = size > LARGEST_DENSE
     if large.any():
         inside = large[first]
@@ -250,24 +249,11 @@ def variances(
     return variance
 
 
-def _inverted(matrix: Sparse, size: int, precision: float) -> FloatArray:
-    """Return variances ``[B K]`` from dense inverses of a matrix of B diagonal blocks of ``size`` responses each."""
-    entries = matrix.tocoo()
-    dense = np.zeros((matrix.shape[0] // size, size, size))
-    dense[entries.row // size, entries.row % size, entries.col % size] = entries.data
-    # The shift is an eigenvector. Its eigenvalue λ may be tiny beside the others: raised by ``lift`` it leaves the rest
-    # of the inverse as it is, and nothing large has to cancel.
-    lift = np.maximum(np.trace(dense, axis1=1, axis2=2) / size, precision)
-    inverse = np.linalg.inv(dense + (lift / size)[:, None, None])
-    of_shift = 1.0 / (size * (precision + lift))
-    return (np.diagonal(inverse, axis1=1, axis2=2) - of_shift[:, None]).ravel()
-
-
 def _sampled(first: IntArray, second: IntArray, weights: FloatArray, precision: float) -> FloatArray:
     """Estimate the variances ``[N]`` of large components by Rao-Blackwellised sampling.
 
     A random vector z with covariance A is easily drawn: each pair's √w and each prior's √λ with a random sign. So
-    x = A⁻¹z has covariance A⁻¹. Of the variance of x_i, 1 / A_ii is what is left when all other strengths are given;
+    x = A⁻¹z has covariance A⁻¹. Of the variance of x_i, 1 / A_ii remains when all other strengths are given;
     the rest is the variance of the mean of x_i given the others, which is x_i - z_i / A_ii, and only that is estimated
     by its mean square over probes (Sidén, Lindgren, Bolin & Villani 2018, arXiv:1705.08656). The relative deviation of
     the rest is about √(2 / probes); in a well-connected graph the rest is small. With the shift projected out of z, in
