@@ -71,7 +71,7 @@ def make_model(kind: str, size: str, folder: Path) -> Path:
 
 
 def instances(kind: str, model: Path, size: str, precision: str) -> dict[str, Any]:
-    """The sections of a pipeline file for one shape."""
+    """Return the sections of a pipeline file for a shape."""
     rewards = json.loads(function("vowels.py", "vowels"))
     sampling = {"temperature": 1.0, "max_new_tokens": 48}
     common = {"precision": precision, "rewards": rewards, "sampling": sampling, "max_prompt_length": 128}
@@ -96,7 +96,7 @@ def main() -> int:
     chosen = parser.parse_args()
     folder: Path = chosen.folder.absolute()
     words = ["the capital", "france", "paris", "html", "a tag", "the answer", "what", "the", "not", "use", "in", "."]
-    prompts = [{"prompt": f"what is {one} of {other} ?"} for one in words for other in words]
+    prompts = [{"prompt": f"what is {first} of {second} ?"} for first in words for second in words]
     source = str(write_rows(folder / "prompts.jsonl", prompts))
     pairs = [row | {"chosen": "paris .", "rejected": "no"} for row in prompts]
     data = {
@@ -119,7 +119,7 @@ def main() -> int:
 
 
 def table(pipeline: Pipeline, names: list[str], precision: str) -> int:
-    """Print each run's figures; 1 where one is out of bounds."""
+    """Print each run's figures; return 1 where a figure is out of bounds."""
     bound, first_bound = BOUNDS[precision]
     print(f"{'':18}{'kl_to_trained':>14}{'off':>9}{'first':>9}{'kl':>8}{'evaluated':>11}")
     status = 0

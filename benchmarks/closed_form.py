@@ -2,7 +2,7 @@
 
 A tiny GPT-2 with five tokens answers with one token (a bandit) or with three (a chain), so that all its responses can
 be listed, and with them the optimal policy (:mod:`benchmarks.exact`). For each case and β: the total variation distance
-to it of the policy that ppo exports. The exit status is 1 if one is more than 0.02.
+to it of the policy that ppo exports. The exit status is 1 if a distance is more than 0.02.
 """
 
 import argparse
@@ -46,15 +46,15 @@ CASES = (
 
 
 def save_reference(folder: Path) -> None:
-    """A model of a prompt and two arms that prefers some of its five tokens to others, and knows what came before."""
+    """Write a model of a prompt and two arms that prefers some of its five tokens, depending on the tokens before."""
     save_gpt2(f"{PROMPT}ab", folder, layers=1, width=32, heads=2, context=16, spread=0.3, seed=6)
 
 
 def inputs(folder: Path) -> list[str]:
-    """Write the reference and the sources; the overrides that name them."""
+    """Write the reference and the sources; return the overrides that name them."""
     sources = {
         "prompts": {"prompt": PROMPT},
-        # The data stage wants some; nothing here reads them.
+        # Required by the data stage; not read here.
         "demonstrations": {"prompt": PROMPT, "completion": "a"},
         "comparisons": {"prompt": PROMPT, "chosen": "a", "rejected": "b"},
     }
@@ -77,7 +77,7 @@ def distance(pipeline: Pipeline, case: Case, beta: float, sources: list[str]) ->
 
 
 def main() -> int:
-    """Run all cases and print what was measured."""
+    """Run all cases and print the distances."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="where results are kept; nowhere if not given")
     arguments = parser.parse_args()
@@ -87,11 +87,11 @@ def main() -> int:
         for case in CASES:
             for beta in BETAS:
                 start = time.monotonic()
-                found = distance(pipeline, case, beta, sources)
-                missed += found > LARGEST_DISTANCE
-                verdict = "" if found <= LARGEST_DISTANCE else f"  missed: at most {LARGEST_DISTANCE}"
+                measured = distance(pipeline, case, beta, sources)
+                missed += measured > LARGEST_DISTANCE
+                verdict = "" if measured <= LARGEST_DISTANCE else f"  missed: at most {LARGEST_DISTANCE}"
                 seconds = time.monotonic() - start
-                print(f"{case.name}  β {beta}  total variation {found:.4f}  ({seconds:.0f} s){verdict}", flush=True)
+                print(f"{case.name}  β {beta}  total variation {measured:.4f}  ({seconds:.0f} s){verdict}", flush=True)
     return 1 if missed else 0
 
 

@@ -1,7 +1,7 @@
-"""Policies over so few responses that all of them can be listed: what KL-regularised PPO should find, exactly.
+"""The exact optimum of KL-regularised PPO, for policies with few enough responses to list them all.
 
 The policy that maximises ``E[r(x, y)] - β KL(π ‖ π_ref)`` is ``π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)`` (Ziebart et al.
-2008; Korbak et al. 2022, arXiv:2206.00761), over all that a model may answer: responses that end in EOS, and those
+2008; Korbak et al. 2022, arXiv:2206.00761), over all responses that a model can give: those that end in EOS, and those
 that the limit cuts off.
 """
 
@@ -19,7 +19,7 @@ Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 
 def all_responses(vocabulary: int, eos: int, limit: int) -> list[list[int]]:
-    """Every response of at most ``limit`` tokens: with EOS last, or as long as the limit without one."""
+    """Return every response of at most ``limit`` tokens: with EOS last, or as long as the limit without one."""
     if limit == 0:
         return [[]]
     shorter = all_responses(vocabulary, eos, limit - 1)
@@ -28,7 +28,7 @@ def all_responses(vocabulary: int, eos: int, limit: int) -> list[list[int]]:
 
 @torch.no_grad()
 def log_probabilities(folder: Path, prompt: str, limit: int) -> tuple[list[str], Tensor]:
-    """Every response's text, as a reward sees it, and its log-probability ``[response]``, float64 nats."""
+    """Return every response's text, as a reward sees it, and its log-probability ``[response]``, float64 nats."""
     tokenizer = load_tokenizer(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     before = tokenizer(prompt)["input_ids"]
@@ -44,7 +44,7 @@ def log_probabilities(folder: Path, prompt: str, limit: int) -> tuple[list[str],
 
 
 def distance_to_optimum(policy: Path, reference: Path, prompt: str, limit: int, reward: Reward, beta: float) -> float:
-    """The total variation distance, in [0, 1], of a policy to the optimal one.
+    """Return the total variation distance, in [0, 1], of a policy to the optimal policy.
 
     policy, reference  folders of models
     beta               β, reward per nat
@@ -56,5 +56,5 @@ def distance_to_optimum(policy: Path, reference: Path, prompt: str, limit: int, 
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:
-    """Half the summed absolute difference of two distributions."""
+    """Return half the summed absolute difference of two distributions."""
     return float((p - q).abs().sum() / 2)

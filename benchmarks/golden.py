@@ -1,6 +1,6 @@
 """The losses of sft, rm and ppo over 20 steps each: whether a change that should change nothing did.
 
-    python -m benchmarks.golden            compare with golden.json, exit status 1 where one moved by more than 1e-6
+    python -m benchmarks.golden            compare with golden.json, exit status 1 where a loss moved by more than 1e-6
     python -m benchmarks.golden --record   write golden.json anew
 
 A tiny Llama from random weights, in fp32 on a CPU, through the stages. Other processors and versions of torch
@@ -69,7 +69,7 @@ SUBJECTS = (
 
 
 def sources(folder: Path) -> dict[str, Any]:
-    """Write the sources of the data stage: 96 records of each kind, of which some are held out."""
+    """Write the sources of the data stage: 96 records of each kind, a part of them held out."""
     prompts = [
         {"prompt": f"Write of the {subject} {number}"} for number, subject in enumerate(SUBJECTS) for _ in QUALITIES
     ]
@@ -85,7 +85,7 @@ def sources(folder: Path) -> dict[str, Any]:
 
 
 def measured() -> dict[str, list[dict[str, float]]]:
-    """Run the stages; of each its first steps' metrics, times and memory left out."""
+    """Run the stages; return each stage's metrics of its first steps, without times and memory."""
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         file = folder / "golden.yaml"
@@ -104,7 +104,7 @@ def measured() -> dict[str, list[dict[str, float]]]:
 
 
 def largest_difference(before: list[dict[str, float]], after: list[dict[str, float]]) -> tuple[float, str]:
-    """The largest relative difference of two stages' numbers, and where it is."""
+    """Return the largest relative difference of two runs' numbers, and where it is."""
     worst = (0.0, "nowhere")
     if [row.keys() for row in before] != [row.keys() for row in after]:
         return math.inf, "the names or number of steps"

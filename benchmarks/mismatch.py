@@ -49,7 +49,7 @@ LOSS = partial(clipped_policy_loss, clip=0.2)
 
 
 def configurations(width: int, layers: int) -> dict[str, PreTrainedConfig]:
-    """One small model a family."""
+    """Return a small model of each family."""
     heads = width // 64
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -94,10 +94,10 @@ def iterations(folder: Path, precision: Precision, form: str, fp32_head: bool) -
         rollout = roll_out(policy, PromptBatch(["w"] * RESPONSES, prompts, samples), 0, LENGTH)
         sampled = time.perf_counter()
         logprobs, mask = policy.logprobs(rollout.sequences), rollout.mask
-        found = mismatch_metrics(rollout.logprobs, logprobs, mask)
-        found["kl a token"] = abs(found["rollout/kl_to_trained"]) * RESPONSES / int(mask.sum())
+        figures = mismatch_metrics(rollout.logprobs, logprobs, mask)
+        figures["kl a token"] = abs(figures["rollout/kl_to_trained"]) * RESPONSES / int(mask.sum())
         if iteration == 0:
-            found["off fp32"] = rms(logprobs - exact.logprobs(rollout.sequences), mask)
+            figures["off fp32"] = rms(logprobs - exact.logprobs(rollout.sequences), mask)
         advantages = torch.where(rollout.sequences.ids[:, -LENGTH:] % 2 == 1, 1.0, -1.0)
         zeros = torch.zeros_like(logprobs)
         experience = Experience.of(
@@ -111,7 +111,7 @@ def iterations(folder: Path, precision: Precision, form: str, fp32_head: bool) -
         before = time.perf_counter()
         for minibatch in minibatches(experience, 1, 16, iteration):
             policy.update(minibatch, LOSS, rate)
-        yield found | {"sample s": sampled - start, "update s": time.perf_counter() - before}
+        yield figures | {"sample s": sampled - start, "update s": time.perf_counter() - before}
 
 
 def rms(gaps: Tensor, mask: Tensor) -> float:

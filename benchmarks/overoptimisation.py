@@ -3,9 +3,9 @@
     python -m benchmarks.overoptimisation run [section.field=value ...]     hours on two cores, minutes on a GPU
     python -m benchmarks.overoptimisation draw                              the picture; needs matplotlib
 
-Gao et al. 2022 (arXiv:2210.10760) found that the true reward rises with KL, turns, and falls, while the one that is
-optimised goes on rising. Here the optimised one is the quickstart's reward model, and the true one a judge fitted on
-ratings of other snippets by other people. Every iteration's rollouts give one point.
+Gao et al. 2022 (arXiv:2210.10760) found that the true reward rises with KL, turns, and falls, while the reward
+that is optimised rises on. Here the optimised reward is the quickstart's reward model, and the true reward a judge
+fitted on ratings of other snippets by other people. Every iteration's rollouts give a point.
 """
 
 import argparse
@@ -52,10 +52,12 @@ def name_of(beta: float) -> str:
 
 
 def run(overrides: list[str]) -> None:
-    """Run PPO with each β on one SFT and one reward model, and write what every iteration's rollouts were worth."""
+    """Run PPO with each β on one SFT and one reward model, and write the ratings of every iteration's rollouts."""
     upstream = QUICKSTART.read_text().split("\nppo:")[0].replace("pipeline: quickstart", "pipeline: overoptimisation")
     instances = {name_of(beta): PPO | {"kl": {"coef": beta, "limit": 1000.0}} for beta in BETAS}
-    PIPELINE.write_text(upstream + "\n" + "".join(f"{name}: {json.dumps(one)}\n" for name, one in instances.items()))
+    PIPELINE.write_text(
+        upstream + "\n" + "".join(f"{name}: {json.dumps(settings)}\n" for name, settings in instances.items())
+    )
     command = [sys.executable, "-m", "rlhf", "run", *instances, "--config", str(PIPELINE), *overrides]
     subprocess.run(command, check=True)
     write_results(overrides)
@@ -79,8 +81,8 @@ def write_results(overrides: list[str]) -> None:
         rows = [json.loads(line) for line in (attempt / "metrics.jsonl").read_text().splitlines()]
         samples = [json.loads(line) for line in (attempt / "samples.jsonl").read_bytes().splitlines()]
         texts: dict[int, list[str]] = {}
-        for one in samples:
-            texts.setdefault(one["step"], []).append(one["response"])
+        for sample in samples:
+            texts.setdefault(sample["step"], []).append(sample["response"])
         curves[f"{beta:g}"] = [
             {
                 "kl": row["objective/kl"],
@@ -117,10 +119,10 @@ def draw() -> None:
 def main() -> None:
     """Run or draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("run", "draw"))
+    parser.add_argument("action", choices=("run", "draw"))
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    if arguments.what == "run":
+    if arguments.action == "run":
         run(arguments.overrides)
     else:
         draw()

@@ -1,4 +1,4 @@
-"""Running a benchmark's pipeline as a user would: a YAML file with overrides, a store, one Ray session for all runs."""
+"""Run a benchmark's pipeline as a user would: a YAML file with overrides, a store, one Ray session for all runs."""
 
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -25,14 +25,14 @@ class Pipeline:
 
     file: Path
     folder: Path
-    """Holds the store, the inputs, and the results that were asked for."""
+    """Holds the store, the inputs, and the results of :meth:`run`."""
     session: Session
     store: Store
     records: dict[str, Any] = field(default_factory=dict[str, Any])
     """The action records of the instances that have run, by name."""
 
     def run(self, overrides: Sequence[str], *names: str) -> list[Path]:
-        """Bring stage instances up to date; the folders of their results, in the order of the names."""
+        """Bring stage instances up to date; return the folders of their results, in the order of the names."""
         known = stages()
         config = load_pipeline(
             self.file,
@@ -45,7 +45,7 @@ class Pipeline:
         return [self._result(planned[name].record) for name in names]
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
-        """What every step of an instance that has run reported."""
+        """Return the metrics of every step of an instance that has run."""
         record = self.records[name]
         return read_metrics(self.store.root / "work" / record.key / record.attempt / "metrics.jsonl")
 
@@ -56,7 +56,7 @@ class Pipeline:
 
 @contextmanager
 def opened(file: Path, folder: Path | None, gpus: int | None = 0) -> Generator[Pipeline]:
-    """A pipeline in a folder, where what it finished before need not run again; None takes one that is removed.
+    """Open a pipeline in a folder, with its earlier results; None takes a temporary folder.
 
     gpus  that stages may use; None allows all there are
     """
@@ -74,5 +74,5 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def function(file: str, name: str) -> str:
-    """``ppo.rewards`` with one function of a file of this folder."""
+    """Return ``ppo.rewards`` with a function of a file of this folder."""
     return json.dumps([{"function": f"{Path(__file__).with_name(file)}:{name}"}])

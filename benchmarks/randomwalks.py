@@ -30,12 +30,12 @@ OVERRIDES = {
 
 
 def inputs(folder: Path) -> list[str]:
-    """Write the base model and the sources; the overrides that name them."""
+    """Write the base model and the sources; return the overrides that name them."""
     _, known = walks.task()
     sources = {
         "demonstrations": ({"prompt": walk[0], "completion": walk[1:]} for walk in known),
         "prompts": ({"prompt": start} for start in walks.STARTS),
-        # The data stage wants some; nothing here reads them.
+        # Required by the data stage; not read here.
         "comparisons": [{"prompt": walks.STARTS[0], "chosen": known[0], "rejected": known[1]}],
     }
     files = {kind: write_rows(folder / f"{kind}.jsonl", rows) for kind, rows in sources.items()}
@@ -74,7 +74,7 @@ def measured(folder: Path, variant: str, *, greedy: bool = False) -> float:
 
 
 def of_seed(pipeline: Pipeline, variant: str, seed: int, sources: list[str]) -> dict[str, float]:
-    """Train with a seed; what is measured by its name."""
+    """Train with a seed; return the figures by name."""
     rewards = [f"{name}.{override}" for name in ("ppo", "ppo_long") for override in OVERRIDES[variant]]
     sft, after_80, after_160 = pipeline.run([f"seed={seed}", *sources, *rewards], "sft", "ppo", "ppo_long")
     return {
@@ -101,7 +101,7 @@ def missed(variant: str, rows: list[dict[str, float]]) -> list[str]:
 
 
 def main() -> int:
-    """Run all seeds and print what was measured."""
+    """Run all seeds and print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variant", choices=sorted(OVERRIDES), default="plain")
     parser.add_argument("--seeds", type=int, default=3, help="how many")

@@ -17,14 +17,14 @@ PRIOR_ELO = 200.0
 
 
 def draw(responses: int, comparisons: int, seed: int) -> tuple[FloatArray, Comparisons]:
-    """Strengths from the prior, and comparisons as Davidson's model with ν = 1 has them."""
+    """Draw strengths from the prior, and comparisons as Davidson's model with ν = 1 has them."""
     rng = np.random.default_rng(seed)
     truth = rng.normal(0, PRIOR_ELO, responses)
     truth -= truth.mean()
     first = rng.integers(0, responses, comparisons)
     second = (first + rng.integers(1, responses, comparisons)) % responses
     half_gap = ELO_SCALE * (truth[first] - truth[second]) / 2
-    # Gumbel noise on the logits of win, loss and tie draws one of them.
+    # Gumbel noise on the logits of win, loss and tie draws an outcome.
     logits = np.stack([half_gap, -half_gap, np.zeros(comparisons)])
     outcome = np.argmax(logits + rng.gumbel(size=logits.shape), axis=0)
     won, lost, tied = (np.arange(3)[:, None] == outcome).astype(np.float64)
@@ -32,7 +32,7 @@ def draw(responses: int, comparisons: int, seed: int) -> tuple[FloatArray, Compa
 
 
 def peak_megabytes() -> float:
-    """The most memory this process has had."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -46,9 +46,9 @@ def main() -> None:
     print(f"{sizes.comparisons} comparisons of {sizes.responses} responses; {peak_megabytes():.0f} MB before any fit")
     for model in TIE_MODELS:
         start, started = time.perf_counter(), time.process_time()
-        found = fit(sizes.responses, comparisons, PRIOR_ELO, model)
+        fitted = fit(sizes.responses, comparisons, PRIOR_ELO, model)
         seconds, of_processor = time.perf_counter() - start, time.process_time() - started
-        inside = np.mean(np.abs(found.elo - truth) < 1.96 * found.standard_errors)
+        inside = np.mean(np.abs(fitted.elo - truth) < 1.96 * fitted.standard_errors)
         print(
             f"{model:12} {seconds:5.2f} s ({of_processor:.2f} s of processor time)   peak {peak_megabytes():.0f} MB   "
             f"inside their intervals {inside:.4f}"

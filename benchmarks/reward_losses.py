@@ -26,7 +26,7 @@ COMMON: dict[str, Any] = {
     "max_length": 128,
     "eval_pairs": 20_000,
 }
-# 64 responses a step, whatever they are compared with.
+# 64 responses a step, in pairs and in lists.
 PAIRS = {"responses_per_list": 2, "batch_size": 32, "micro_batch_size": 32}
 LISTS = {"responses_per_list": 8, "batch_size": 8, "micro_batch_size": 8}
 LOSSES: dict[str, dict[str, Any]] = {
@@ -52,14 +52,14 @@ SNIPPETS = {
 
 def main(overrides: list[str]) -> None:
     """Train them all, and print a line for each loss."""
-    instances = {f"{name}-{seed}": COMMON | one | {"seed": seed} for name, one in LOSSES.items() for seed in SEEDS}
+    instances = {f"{name}-{seed}": COMMON | loss | {"seed": seed} for name, loss in LOSSES.items() for seed in SEEDS}
     PIPELINE.write_text(json.dumps({"data": {"snippets": SNIPPETS}, "model": {}, "rank": {}} | instances, indent=1))
     program = [sys.executable, "-m", "rlhf"]
     subprocess.run([*program, "run", *instances, *overrides, "--config", str(PIPELINE)], check=True)
-    told = subprocess.run(
+    status = subprocess.run(
         [*program, "status", "--json", *overrides, "--config", str(PIPELINE)], check=True, capture_output=True
     )
-    metrics = {stage["stage"]: stage["metrics"] for stage in json.loads(told.stdout)["stages"]}
+    metrics = {stage["stage"]: stage["metrics"] for stage in json.loads(status.stdout)["stages"]}
     print(f"{'':22}" + "".join(f"{name.removeprefix('eval/'):>24}" for name in SHOWN))
     for name in LOSSES:
         values = np.array([[metrics[f"{name}-{seed}"][shown] for shown in SHOWN] for seed in SEEDS])

@@ -1,7 +1,7 @@
-"""What the store costs: ``python -m benchmarks.store [--megabytes N] [--artifacts N] [--folder DIR]``.
+"""Time the store: ``python -m benchmarks.store [--megabytes N] [--artifacts N] [--folder DIR]``.
 
 Commits files of N megabytes, in turn with ``dd conv=fsync`` of such files on the same disk: from elsewhere (copies),
-and from an attempt, as every stage does (hard links to what was just written). Then, with N other artifacts in the
+and from an attempt, as every stage does (hard links to files just written). Then, with N other artifacts in the
 store, asks for the plan of the quickstart and for a run of it that is all hits. A target missed is exit status 1.
 """
 
@@ -31,14 +31,14 @@ OF_DD, RUN_SECONDS, PLAN_SECONDS = 0.7, 2.0, 0.5
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    """How long something takes."""
+    """Return how long an action takes."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
 def commit(store: Store, folder: Path, number: int) -> ActionRecord:
-    """Commit a folder as the result of a stage of this name."""
+    """Commit a folder as the result of a stage ``benchmark``."""
     settings = {"number": number}
     artifact = store.put_artifact(folder, "policy").digest
     key = key_of("benchmark", 1, settings, {})
@@ -62,31 +62,31 @@ def copy_with_dd(paths: Sequence[Path], target: Path) -> None:
 
 
 def commits(folder: Path, megabytes: int) -> dict[str, float]:
-    """Seconds of ``dd``, of a commit from elsewhere and of one from an attempt: medians over rounds."""
-    found: dict[str, list[float]] = {"dd": [], "from elsewhere": [], "from an attempt": []}
+    """Return seconds of ``dd``, of a commit from elsewhere and of a commit from an attempt: medians over rounds."""
+    seconds: dict[str, list[float]] = {"dd": [], "from elsewhere": [], "from an attempt": []}
     for number in range(ROUNDS):
         paths = write(folder / "source", megabytes)
         (folder / "copies").mkdir()
         os.sync()
-        found["dd"].append(seconds_of(partial(copy_with_dd, paths, folder / "copies")))
+        seconds["dd"].append(seconds_of(partial(copy_with_dd, paths, folder / "copies")))
         shutil.rmtree(folder / "copies")
         store = Store.open(folder / "store")
         os.sync()
-        found["from elsewhere"].append(seconds_of(partial(commit, store, folder / "source", number)))
+        seconds["from elsewhere"].append(seconds_of(partial(commit, store, folder / "source", number)))
         shutil.rmtree(store.root)
         shutil.rmtree(folder / "source")
         os.sync()
-        # A stage leaves its result in the page cache: the commit is what brings it to the disk.
+        # A stage leaves its result in the page cache: the commit writes it to the disk.
         store = Store.open(folder / "store")
         output = store.root / "work" / "attempt" / "output"
         write(output, megabytes)
-        found["from an attempt"].append(seconds_of(partial(commit, store, output, number)))
+        seconds["from an attempt"].append(seconds_of(partial(commit, store, output, number)))
         shutil.rmtree(store.root)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def fill(store: Store, count: int) -> None:
-    """Put so many small artifacts into a store, and results for every stage of the quickstart."""
+    """Put ``count`` small artifacts into a store, and results for every stage of the quickstart."""
     for number in range(count):
         output = store.new_attempt(key_of("benchmark", 1, {}, {})) / "output"
         output.mkdir()
@@ -97,32 +97,32 @@ def fill(store: Store, count: int) -> None:
     known = stages()
     config = load_pipeline(CONFIG, [f"store.uri={store.root}"], {name: stage.settings for name, stage in known.items()})
     for name in config.instances:
-        one = plan(config, known, store)[name]
-        assert one.key is not None
-        output = store.new_attempt(one.key) / "output"
+        planned = plan(config, known, store)[name]
+        assert planned.key is not None
+        output = store.new_attempt(planned.key) / "output"
         for part in PARTS:
             (output / part).mkdir(parents=True)
             (output / part / "rows.jsonl").write_text(f"{name} {part}")
         (output / "samples.jsonl").write_text("")
-        artifact = store.put_artifact(output, one.stage.kind).digest
-        inputs = {role: dict(entry) for role, entry in one.inputs.items()}
-        stage, settings, attempt = one.stage, dict(one.settings), output.parent.name
-        record = ActionRecord(one.key, stage.name, stage.version, settings, inputs, artifact, {}, {}, 0.0, attempt)
+        artifact = store.put_artifact(output, planned.stage.kind).digest
+        inputs = {role: dict(entry) for role, entry in planned.inputs.items()}
+        stage, settings, attempt = planned.stage, dict(planned.settings), output.parent.name
+        record = ActionRecord(planned.key, stage.name, stage.version, settings, inputs, artifact, {}, {}, 0.0, attempt)
         store.publish(record, config.name, name)
 
 
 def commands(folder: Path, artifacts: int) -> dict[str, float]:
-    """Seconds of a plan, a status and a run of hits, the fastest of some: of processes started for it."""
+    """Return seconds of a plan, a status and a run of hits, each the fastest of ``ROUNDS`` new processes."""
     store = Store.open(folder / "many")
     fill(store, artifacts)
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for words in (("plan",), ("status",), ("run", "sft", "rm", "ppo", "evaluate")):
         command = [sys.executable, "-m", "rlhf", *words, "--config", str(CONFIG), f"store.uri={store.root}"]
-        found[words[0]] = min(
+        seconds[words[0]] = min(
             seconds_of(partial(subprocess.run, command, check=True, capture_output=True, cwd=REPOSITORY))
             for _ in range(ROUNDS)
         )
-    return found
+    return seconds
 
 
 def main() -> int:
@@ -135,9 +135,9 @@ def main() -> int:
     print(f"load average before: {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores; medians of {ROUNDS} rounds")
     missed = False
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
-        found = commits(Path(scratch), given.megabytes)
-        for name, seconds in found.items():
-            share = found["dd"] / seconds
+        committed = commits(Path(scratch), given.megabytes)
+        for name, seconds in committed.items():
+            share = committed["dd"] / seconds
             bad = share < OF_DD
             missed |= bad
             rate = given.megabytes / seconds

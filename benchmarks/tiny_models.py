@@ -13,7 +13,7 @@ PAD, EOS = "<pad>", "<eos>"
 
 
 def save_letter_tokenizer(letters: str, folder: Path) -> Tokenizer:
-    """A tokenizer that knows the letters, padding (id 0) and EOS (id 1), and no chat template."""
+    """Write a tokenizer that knows the letters, padding (id 0) and EOS (id 1), and no chat template."""
     # Byte-pair encoding with no pair to merge is a token for each letter.
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, *letters])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -26,9 +26,9 @@ def save_letter_tokenizer(letters: str, folder: Path) -> Tokenizer:
 def save_gpt2(
     letters: str, folder: Path, *, layers: int, width: int, heads: int, context: int, spread: float, seed: int = 0
 ) -> None:
-    """A GPT-2 with random weights and its letter tokenizer, as a folder for ``model.base``.
+    """Write a GPT-2 with random weights and its letter tokenizer, as a folder for ``model.base``.
 
-    spread  standard deviation of the weights; GPT-2's is 0.02. A large one makes a model with opinions
+    spread  standard deviation of the weights; GPT-2's is 0.02. A large spread makes a model with preferences
     """
     tokenizer = save_letter_tokenizer(letters, folder)
     torch.manual_seed(seed)

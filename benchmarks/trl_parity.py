@@ -8,8 +8,8 @@ table, Markdown on standard output, holds the largest absolute difference of a q
     as defined      between our function and TRL's number
     with TRL's      between our function and TRL's number where ours is given the convention that the row explains
 
-The exit status is 1 if a quantity whose definition is the same differs by more than ``TOLERANCE``, if one that differs
-by convention still does so with the convention, or if one no longer differs although the table says so.
+The exit status is 1 if a quantity whose definition is the same differs by more than ``TOLERANCE``, if a quantity that
+differs by convention still does so with the convention, or if it no longer differs although the table says so.
 
     --environment FOLDER    TRL's environment, made if it is not there
 """
@@ -60,20 +60,20 @@ class Comparison:
 
     @property
     def fine(self) -> bool:
-        """Whether the figures are what the row says."""
+        """Whether the figures are as the row says."""
         if self.adjusted is None:
             return self.defined <= TOLERANCE
         return self.adjusted <= TOLERANCE < self.defined
 
     def worst(self, other: "Comparison") -> "Comparison":
-        """Both recordings in one row."""
+        """Merge both recordings into one row."""
         adjusted = None if self.adjusted is None or other.adjusted is None else larger(self.adjusted, other.adjusted)
         return Comparison(self.quantity, larger(self.defined, other.defined), adjusted, self.why)
 
 
-def larger(one: float, other: float) -> float:
-    """The larger of two, NaN if either is: Python's max drops a NaN that comes second."""
-    return torch.tensor([one, other], dtype=torch.float64).max().item()
+def larger(first: float, second: float) -> float:
+    """Return the larger of two, NaN if either is: Python's max drops a NaN that comes second."""
+    return torch.tensor([first, second], dtype=torch.float64).max().item()
 
 
 def same(quantity: str, ours: Tensor, theirs: Tensor) -> Comparison:
@@ -94,7 +94,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Recording:
-    """What :mod:`benchmarks.trl_record` wrote of one case: ``[sample, time]`` unless said otherwise there."""
+    """The recording of a case by :mod:`benchmarks.trl_record`: ``[sample, time]`` unless stated otherwise there."""
 
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any]
@@ -136,7 +136,7 @@ def one_step_later(rewards: Tensor, scores: Tensor, mask: Tensor, longer: Tensor
 
 
 def one_step_sooner(rewards: Tensor, mask: Tensor, longer: Tensor) -> Tensor:
-    """Add what TRL pays at its step after the EOS to the last real token instead."""
+    """Add TRL's reward at its step after the EOS to the last real token instead."""
     after = masked(rewards, longer & ~mask)
     return masked(rewards, mask) + after.roll(-1, dims=1)
 
@@ -144,7 +144,7 @@ def one_step_sooner(rewards: Tensor, mask: Tensor, longer: Tensor) -> Tensor:
 def effect_of_last_step(
     rewards: Tensor, values: Tensor, mask: Tensor, longer: Tensor, discount: float, gae_lambda: float
 ) -> Tensor:
-    """What TRL's step after the EOS takes from an advantage, in closed form; 0 where there is no such step.
+    """Return the part of an advantage that TRL's step after the EOS takes, in closed form; 0 without such a step.
 
     With n real tokens, r_n the reward at the step after them and V_n the value there, at token t:
 
@@ -173,7 +173,7 @@ MEANS = "Mean over real tokens here; TRL's is over padding too"
 
 
 def of_rollout(recorded: Recording) -> Iterator[Comparison]:
-    """Masks, scores, log-probabilities, rewards, advantages, returns."""
+    """Compare masks, scores, log-probabilities, rewards, advantages, returns."""
     settings, mask, longer = recorded.settings, recorded.mask, recorded.longer
     responses, eos, temperature = recorded["responses"], settings["eos_token_id"], settings["temperature"]
     logprobs, reference, values = recorded["logprobs"], recorded["ref_logprobs"], recorded["values"]
@@ -243,7 +243,7 @@ def shaped(recorded: Recording) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """Our losses on some rows, at the log-probabilities and values that the trainer had then."""
+    """Our losses on a selection of rows, at the log-probabilities and values that the trainer had then."""
 
     policy_loss: Tensor
     policy_gradient: Tensor
@@ -259,7 +259,7 @@ class Part:
 
     @classmethod
     def of(cls, recorded: Recording, micro: slice, *, value_mask: Tensor) -> "Part":
-        """Compute them on some micro batches.
+        """Compute them on a slice of the micro batches.
 
         value_mask  ``[sample, time]`` of the iteration: the steps on which the value model is trained
         """
@@ -309,7 +309,7 @@ class Part:
 
 
 def of_updates(recorded: Recording) -> Iterator[Comparison]:
-    """Losses, their gradients and what they measure, on every micro batch of every epoch."""
+    """Compare losses, their gradients and metrics, on every micro batch of every epoch."""
     settings, size = recorded.settings, recorded.micro_batches
     count = len(recorded["micro/rows"])
     parts = [Part.of(recorded, slice(i, i + 1), value_mask=recorded.longer) for i in range(count)]
@@ -323,7 +323,7 @@ def of_updates(recorded: Recording) -> Iterator[Comparison]:
     def sums(which: str, name: str) -> Tensor:
         return torch.stack([getattr(getattr(part, which), name) for part in parts])
 
-    # What accelerate divides every micro batch's loss by.
+    # Accelerate divides every micro batch's loss by this.
     scale = settings["gradient_accumulation_steps"]
     yield same("log-probabilities, of its logits", ours("logprobs")[masks], recorded["micro/logprobs"][masks])
     yield same("policy loss of a micro batch", ours("policy_loss"), recorded["micro/policy_loss"])
@@ -400,7 +400,7 @@ def of_updates(recorded: Recording) -> Iterator[Comparison]:
 
 
 def of_metrics(recorded: Recording) -> Iterator[Comparison]:
-    """What is told of the responses before they are trained on."""
+    """Compare the metrics of responses before they are trained on."""
     settings, mask = recorded.settings, recorded.mask
     responses, eos, estimator = recorded["responses"], settings["eos_token_id"], settings["kl_estimator"]
     logprobs, reference = recorded["logprobs"], recorded["ref_logprobs"]
@@ -435,7 +435,7 @@ def of_metrics(recorded: Recording) -> Iterator[Comparison]:
 
 
 def make_environment(folder: Path) -> Path:
-    """Make TRL's environment, unless it is there; its interpreter."""
+    """Make TRL's environment, unless it is there; return its interpreter."""
     python, ready = folder / "bin" / "python", folder / "ready"
     lines = (CHECKOUT / "constraints.txt").read_text().splitlines()
     # The versions of our own environment, so that TRL's release is all that differs.
@@ -446,14 +446,14 @@ def make_environment(folder: Path) -> Path:
     (folder / "constraints.txt").write_text(constraints)
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # Torch first and alone, so that nothing that needs "some torch" pulls in another build.
-    for what in ("torch", f"trl=={RELEASE}"):
-        subprocess.run([*install, "--constraint", folder / "constraints.txt", what], check=True, stdout=sys.stderr)
+    for package in ("torch", f"trl=={RELEASE}"):
+        subprocess.run([*install, "--constraint", folder / "constraints.txt", package], check=True, stdout=sys.stderr)
     ready.write_text(constraints)
     return python
 
 
 def record(python: Path) -> list[Recording]:
-    """Let the trainer run and read what it did."""
+    """Run the trainer and read its recordings."""
     with TemporaryDirectory() as folder:
         script = Path(__file__).with_name("trl_record.py")
         done = subprocess.run([python, script, folder], check=False, capture_output=True, text=True, cwd=folder)
@@ -463,7 +463,7 @@ def record(python: Path) -> list[Recording]:
 
 
 def compare(recordings: Sequence[Recording]) -> list[Comparison]:
-    """One row a quantity, with its largest differences, in the order of the first recording: let it have them all."""
+    """Return a row for each quantity, with its largest differences, in the order of the recordings."""
     rows: dict[str, Comparison] = {}
     for recorded in recordings:
         for part in (of_rollout, of_updates, of_metrics):
@@ -473,7 +473,7 @@ def compare(recordings: Sequence[Recording]) -> list[Comparison]:
 
 
 def table(rows: Sequence[Comparison]) -> str:
-    """Markdown: first what is defined alike, then what is not."""
+    """Return Markdown: quantities that are defined alike, then the others."""
     alike = [row for row in rows if row.adjusted is None]
     lines = ["| defined alike | largest difference | |", "| --- | --- | --- |"]
     lines += [f"| {row.quantity} | {figure(row.defined)} | {verdict(row)} |" for row in alike]
@@ -496,14 +496,14 @@ def figure(difference: float) -> str:
 
 
 def verdict(row: Comparison) -> str:
-    """What the figures say."""
+    """Return whether the figures are as the row says."""
     if not row.fine:
         return "**NOT AS SAID**"
     return "agrees" if row.adjusted is None else "explained"
 
 
 def exercised(recordings: Sequence[Recording]) -> str:
-    """What the recordings hold, and an error where they would prove too little.
+    """Describe the recordings, and refuse them where they prove too little.
 
     Raises:
         SystemExit: a clip never bites, or no response ended early, or every one ended.

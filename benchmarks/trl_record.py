@@ -40,7 +40,7 @@ EOS = 2
 # One past the vocabulary: it cannot be sampled, so only EOS ends a response. The trainer never embeds it.
 PAD = VOCABULARY
 
-# By name, what of PPOConfig differs between the recordings.
+# The settings of PPOConfig that differ between the recordings, by name.
 CASES: Mapping[str, Mapping[str, Any]] = {
     "plain": {"kl_estimator": "k1", "whiten_rewards": False, "gamma": 1.0, "lam": 0.95, "temperature": 0.7},
     "whitened": {"kl_estimator": "k3", "whiten_rewards": True, "gamma": 0.97, "lam": 0.9, "temperature": 1.0},
@@ -62,7 +62,7 @@ OF_ITERATION = (
 
 @dataclass
 class Recording:
-    """What the wrappers see."""
+    """Tensors and metrics that the wrappers read."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     micro: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -31,7 +31,7 @@ from rlhf.models.evaluation import check_padding, write_quality
 from rlhf.models.reward import from_scratch, is_reward_model, load_scorer
 from rlhf.models.reward_losses import ListBatch
 from rlhf.models.text import load_tokenizer, plain_text, scored_ids
-from rlhf.ranking.lists import Place, by_share, by_strength, draw_lists
+from rlhf.ranking.lists import ResponseIndex, by_share, by_strength, draw_lists
 from rlhf.ranking.quality import heldout_accuracy
 from rlhf.training import trl_trainers
 from rlhf.training.loading import plain_folder
@@ -93,7 +93,7 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
 
 
 def training_rows(
-    loss: Loss, sets: Sequence[Any], lists: Sequence[Sequence[Place]], ids: Callable[[Any, str], list[int]]
+    loss: Loss, sets: Sequence[Any], lists: Sequence[Sequence[ResponseIndex]], ids: Callable[[Any, str], list[int]]
 ) -> list[dict[str, Any]]:
     """Return a row for each list: token ids and strengths of its responses, and for soft losses preferences."""
     middle = float(np.mean([strength for row in sets for strength in row["strengths"]]))

@@ -1,1 +1,1 @@
-"""Strengths out of what annotators said of responses, and how well they are known."""
+"""Strengths of responses from ratings, rankings and comparisons, with their standard errors."""

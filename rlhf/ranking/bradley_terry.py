@@ -1,4 +1,4 @@
-"""Bradley-Terry strengths with a Gaussian prior, on the Elo scale, and three ways to see a tie.
+"""Bradley-Terry strengths with a Gaussian prior, on the Elo scale, and three models of ties.
 
 The model (Bradley & Terry 1952, Biometrika 39:324, in logistic form): response i beats j with probability
 σ(c (θ_i - θ_j)), where θ are strengths in Elo points and c = ln(10) / 400, so that 400 points are odds of ten to one.
@@ -13,7 +13,7 @@ Two models give a tie a probability of its own, with one parameter for all pairs
 
 All three log-likelihoods are concave in d and τ together.
 
-Shapes: N responses, E pairs. Strengths are in nats of log-odds, but in Elo points where the name says so.
+Shapes: N responses, E pairs. Strengths are in nats of log-odds, or in Elo points where the name says so.
 """
 
 import math
@@ -31,18 +31,76 @@ TieModel = Literal["half", "rao-kupper", "davidson"]
 TIE_MODELS: tuple[TieModel, ...] = get_args(TieModel)
 
 FIRST_TIE = 0.5
-"""τ before anything is fitted."""
+"""τ at which a fit starts."""
 
 
 class Strengths(NamedTuple):
-    """Strengths and how well they are known."""
+    """Strengths and their standard errors."""
 
     elo: FloatArray
     """``[N]``, Elo points; each connected component has mean 0."""
     standard_errors: FloatArray
     """``[N]``, Elo points: of a strength relative to the mean of its component."""
     tie_parameter: float | None
-    """Rao and Kupper's θ or Davidson's ν; None where ties count half."""
+    """Rao and Kupper's θ or Davidson's ν; None where a tie counts as half a win."""
+
+
+def fit(
+    count: int, comparisons: Comparisons, prior_elo: float, ties: TieModel = "half", tie_parameter: float | None = None
+) -> Strengths:
+    """Fit the strengths of ``count`` responses, with their standard errors, to the comparisons of all annotators.
+
+    Standard errors take comparisons as independent, which one annotator's comparisons of K responses are not.
+
+    prior_elo      the prior's deviation, in Elo points; greater than 0
+    tie_parameter  the model's parameter where it is known; None fits it with the strengths
+    """
+    likelihood = PairLikelihood(count, merge(count, comparisons), ties, fits_tie=tie_parameter is None)
+    tie = FIRST_TIE if tie_parameter is None else math.log(tie_parameter)
+    posterior = fit_posterior(likelihood, prior_precision(prior_elo), tie)
+    fitted = None if ties == "half" else math.exp(posterior.tie)
+    return Strengths(posterior.theta / ELO_SCALE, posterior.standard_errors / ELO_SCALE, fitted)
+
+
+def prior_precision(prior_elo: float) -> float:
+    """Return the precision, in nats⁻², of a prior whose deviation is in Elo points."""
+    return 1.0 / (ELO_SCALE * prior_elo) ** 2
+
+
+class PairLikelihood:
+    """The likelihood of comparisons, as a :class:`~rlhf.ranking.uncertainty.Likelihood`.
+
+    Where τ is fitted, its prior is two comparisons of equals, a tie and a decision. So τ is finite where no comparison
+    or every comparison is a tie, and among thousands of comparisons the prior does not count.
+    """
+
+    def __init__(self, count: int, comparisons: Comparisons, ties: TieModel, *, fits_tie: bool) -> None:
+        self.count = count
+        self.first: IntArray = comparisons.first
+        self.second: IntArray = comparisons.second
+        self._outcomes = (comparisons.wins, comparisons.losses, comparisons.ties)
+        self._ties: TieModel = ties
+        self._fits_tie = fits_tie and ties != "half"
+
+    def terms(self, theta: FloatArray, tie: float) -> Terms:
+        """Evaluate at strengths θ ``[N]`` and τ."""
+        if self._ties == "rao-kupper" and tie <= 0:
+            return Terms(-math.inf, np.zeros(self.count), np.zeros(len(self.first)))
+        pairs = pair_terms(theta[self.first] - theta[self.second], tie, *self._outcomes, self._ties)
+        terms = Terms(float(pairs.value.sum()), self._per_response(pairs.gap_gradient), pairs.gap_curvature)
+        if not self._fits_tie:
+            return terms
+        prior = pair_terms(np.zeros(1), tie, np.full(1, 0.5), np.full(1, 0.5), np.ones(1), self._ties)
+        tie_terms = TieTerms(
+            float(pairs.tie_gradient.sum() + prior.tie_gradient[0]),
+            float(pairs.tie_curvature.sum() + prior.tie_curvature[0]),
+            self._per_response(pairs.mixed_curvature),
+        )
+        return terms._replace(value=terms.value + float(prior.value[0]), tie=tie_terms)
+
+    def _per_response(self, of_gap: FloatArray) -> FloatArray:
+        """Return derivatives by the strengths ``[N]`` from those by the gaps, first less second."""
+        return add_up(self.first, of_gap, self.count) - add_up(self.second, of_gap, self.count)
 
 
 class PairTerms(NamedTuple):
@@ -59,113 +117,27 @@ class PairTerms(NamedTuple):
     """-∂²/∂d ∂τ"""
 
 
-def fit(
-    count: int,
-    comparisons: Comparisons,
-    prior_elo: float,
-    ties: TieModel = "half",
-    tie_parameter: float | None = None,
-) -> Strengths:
-    """Find the strengths of ``count`` responses, with their standard errors.
-
-    Standard errors take comparisons as independent, which those that one annotator made of K responses are not.
-
-    Args:
-        count: N.
-        comparisons: who beat whom; whoever said so.
-        prior_elo: the prior's deviation, in Elo points; greater than 0.
-        ties: how a tie is seen.
-        tie_parameter: the model's parameter where it is known; otherwise it is fitted with the strengths.
-
-    """
-    likelihood = PairLikelihood(count, merge(count, comparisons), ties, fits_tie=tie_parameter is None)
-    tie = FIRST_TIE if tie_parameter is None else math.log(tie_parameter)
-    posterior = fit_posterior(likelihood, prior_precision(prior_elo), tie)
-    return Strengths(
-        posterior.theta / ELO_SCALE,
-        posterior.standard_errors / ELO_SCALE,
-        None if ties == "half" else math.exp(posterior.tie),
-    )
-
-
-def prior_precision(prior_elo: float) -> float:
-    """The precision, in nats⁻², of a prior whose deviation is in Elo points."""
-    return 1.0 / (ELO_SCALE * prior_elo) ** 2
-
-
-class PairLikelihood:
-    """The likelihood of comparisons, as :mod:`rlhf.ranking.uncertainty` wants it.
-
-    Where τ is fitted, its prior is one comparison of two equals that was tied, and one that was not. So it is finite
-    where nothing or everything is tied, and among thousands of comparisons the prior is not seen.
-    """
-
-    def __init__(self, count: int, comparisons: Comparisons, ties: TieModel, *, fits_tie: bool) -> None:
-        self.count = count
-        self.first: IntArray = comparisons.first
-        self.second: IntArray = comparisons.second
-        self._said = (comparisons.wins, comparisons.losses, comparisons.ties)
-        self._ties: TieModel = ties
-        self._fits_tie = fits_tie and ties != "half"
-
-    def terms(self, theta: FloatArray, tie: float) -> Terms:
-        """The likelihood at strengths θ ``[N]`` and τ."""
-        if self._ties == "rao-kupper" and tie <= 0:
-            return Terms(-math.inf, np.zeros(self.count), np.zeros(len(self.first)))
-        pairs = pair_terms(theta[self.first] - theta[self.second], tie, *self._said, self._ties)
-        value, gradient = float(pairs.value.sum()), self._per_response(pairs.gap_gradient)
-        if not self._fits_tie:
-            return Terms(value, gradient, pairs.gap_curvature)
-        prior = pair_terms(np.zeros(1), tie, np.full(1, 0.5), np.full(1, 0.5), np.ones(1), self._ties)
-        return Terms(
-            value + float(prior.value[0]),
-            gradient,
-            pairs.gap_curvature,
-            TieTerms(
-                float(pairs.tie_gradient.sum() + prior.tie_gradient[0]),
-                float(pairs.tie_curvature.sum() + prior.tie_curvature[0]),
-                self._per_response(pairs.mixed_curvature),
-            ),
-        )
-
-    def _per_response(self, of_gap: FloatArray) -> FloatArray:
-        """``[N]``: a derivative by each strength, from those by the gaps: first less second."""
-        return add_up(self.first, of_gap, self.count) - add_up(self.second, of_gap, self.count)
-
-
 def pair_terms(
     gap: FloatArray, tie: float, wins: FloatArray, losses: FloatArray, tied: FloatArray, model: TieModel
 ) -> PairTerms:
-    """Evaluate pairs at their gaps d ``[E]``, of which so many comparisons were won, lost and tied.
+    """Evaluate pairs, with counts ``[E]`` of comparisons won, lost and tied, at their gaps d ``[E]``.
 
-    Written without differences of nearly equal numbers: counts may be large, and probabilities next to 0 or 1.
+    No difference of nearly equal numbers: counts may be large, and probabilities close to 0 or 1.
     """
     match model:
         case "half":
-            return _half(gap, wins + 0.5 * tied, losses + 0.5 * tied)
+            won, lost = wins + 0.5 * tied, losses + 0.5 * tied
+            win, loss, zero = sigmoid(gap), sigmoid(-gap), np.zeros_like(gap)
+            value = won * _log_sigmoid(gap) + lost * _log_sigmoid(-gap)
+            return PairTerms(value, won * loss - lost * win, (won + lost) * win * loss, zero, zero, zero)
         case "rao-kupper":
             return _rao_kupper(gap, tie, wins, losses, tied)
         case "davidson":
             return _davidson(gap, tie, wins, losses, tied)
 
 
-def _half(gap: FloatArray, wins: FloatArray, losses: FloatArray) -> PairTerms:
-    win, loss = sigmoid(gap), sigmoid(-gap)
-    nothing = np.zeros_like(gap)
-    # ln σ(x) = min(x, 0) - ln(1 + e^-|x|), whose second part is that of ln σ(-x) too.
-    shared = np.log1p(np.exp(-np.abs(gap)))
-    return PairTerms(
-        wins * (np.minimum(gap, 0.0) - shared) + losses * (np.minimum(-gap, 0.0) - shared),
-        wins * loss - losses * win,
-        (wins + losses) * win * loss,
-        nothing,
-        nothing,
-        nothing,
-    )
-
-
 def _rao_kupper(gap: FloatArray, tie: float, wins: FloatArray, losses: FloatArray, tied: FloatArray) -> PairTerms:
-    # A tie has the factors of a win and of a loss, and one of its own.
+    # A tie has the factors of a win and of a loss, and a third of its own.
     not_won, not_lost = wins + tied, losses + tied
     above, below = gap - tie, -gap - tie
     pull_up, pull_down = not_won * sigmoid(-above), not_lost * sigmoid(-below)
@@ -198,7 +170,7 @@ def _davidson(gap: FloatArray, tie: float, wins: FloatArray, losses: FloatArray,
 
 
 def sigmoid(x: FloatArray) -> FloatArray:
-    """σ(x), accurate next to 0 and without overflow."""
+    """Return σ(x), accurate close to 0 and without overflow."""
     tail = np.exp(-np.abs(x))
     return np.where(x >= 0, 1.0, tail) / (1.0 + tail)
 

@@ -1,4 +1,4 @@
-"""From ratings, rankings and winners to who beat whom, and how often.
+"""Comparisons of responses, counted from ratings, rankings and winners.
 
 Shapes: K responses of a set, A annotators, E rows of comparisons, N responses of all sets.
 """
@@ -13,7 +13,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 NOBODY = -1
-"""The annotator of comparisons that are nobody's alone."""
+"""The annotator of winners and of bridges, which have no annotator."""
 
 
 class Comparisons(NamedTuple):
@@ -28,23 +28,21 @@ class Comparisons(NamedTuple):
     ties: FloatArray
     """How often neither was preferred."""
     annotator: IntArray
-    """Whose view the row is, or :data:`NOBODY`."""
+    """The annotator's number, or :data:`NOBODY`."""
+
+    @property
+    def counts(self) -> FloatArray:
+        """``[E]``: how many comparisons each row holds."""
+        return self.wins + self.losses + self.ties
 
     @property
     def total(self) -> float:
         """How many comparisons there are."""
-        return float(self.wins.sum() + self.losses.sum() + self.ties.sum())
+        return float(self.counts.sum())
 
     def rows(self, which: NDArray[np.bool_] | IntArray | slice) -> "Comparisons":
-        """Some of the rows."""
-        return Comparisons(
-            self.first[which],
-            self.second[which],
-            self.wins[which],
-            self.losses[which],
-            self.ties[which],
-            self.annotator[which],
-        )
+        """Return a selection of the rows."""
+        return Comparisons._make(column[which] for column in self)
 
 
 def compare(
@@ -55,8 +53,8 @@ def compare(
 ) -> Comparisons:
     """Count the comparisons that the annotators made of ``count`` responses; the three kinds add up.
 
-    Each annotator's view of a pair is one comparison; a pair of which an annotator rated or ranked one alone is none.
-    Annotators are numbered: first the columns of the ratings, then the rankings. Winners are nobody's.
+    Each annotator's view of a pair is one comparison; without both responses rated or ranked there is none.
+    Annotators are numbered: first the columns of the ratings, then the rankings. Winners are :data:`NOBODY`'s.
 
     Args:
         count: K.
@@ -84,9 +82,9 @@ def compare(
 def rating_table(
     count: int,
     ratings: Sequence[Sequence[float | None]] | None,
-    rankings: Sequence[Sequence[int | Sequence[int]]] | None,
+    rankings: Sequence[Sequence[int | Sequence[int]]] | None = None,
 ) -> FloatArray:
-    """``[K, A]``: ratings, then rankings as ratings by negative place; NaN where an annotator left a response out."""
+    """Return ``[K, A]``: ratings, then rankings as ratings by negative place; NaN where an annotator gave none."""
     tables = [np.empty((count, 0))]
     if ratings is not None:
         tables.append(np.array(ratings, dtype=np.float64).reshape(count, -1))
@@ -99,24 +97,17 @@ def rating_table(
 
 
 def join(parts: Sequence[Comparisons]) -> Comparisons:
-    """All rows, in order; at least one part."""
-    return Comparisons(
-        np.concatenate([part.first for part in parts]),
-        np.concatenate([part.second for part in parts]),
-        np.concatenate([part.wins for part in parts]),
-        np.concatenate([part.losses for part in parts]),
-        np.concatenate([part.ties for part in parts]),
-        np.concatenate([part.annotator for part in parts]),
-    )
+    """Return all rows of one part or more, in order."""
+    return Comparisons._make(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
 def renumber(comparisons: Comparisons, indices: IntArray) -> Comparisons:
-    """The same comparisons of responses that are numbered by ``indices`` ``[K]``."""
+    """Replace each response's number by its entry in ``indices`` ``[K]``."""
     return comparisons._replace(first=indices[comparisons.first], second=indices[comparisons.second])
 
 
 def merge(count: int, comparisons: Comparisons) -> Comparisons:
-    """One row for each pair of ``count`` responses, whoever compared them, the lower index first."""
+    """Return one row for each pair of ``count`` responses, over all annotators, the lower index first."""
     first, second, wins, losses, ties, _ = comparisons
     turned = first > second
     pairs, row = np.unique(np.where(turned, second * count + first, first * count + second), return_inverse=True)
@@ -131,5 +122,5 @@ def merge(count: int, comparisons: Comparisons) -> Comparisons:
 
 
 def add_up(index: IntArray, values: FloatArray, count: int) -> FloatArray:
-    """``[count]``: the sum of the values ``[E]`` of each index ``[E]``."""
+    """Return ``[count]``: the sum of the values ``[E]`` of each index ``[E]``."""
     return np.bincount(index, values, count).astype(np.float64, copy=False)

@@ -12,11 +12,11 @@ import numpy as np
 
 from rlhf.randomness import stream
 from rlhf.ranking.bradley_terry import ELO_SCALE, sigmoid
-from rlhf.ranking.comparisons import FloatArray, compare
+from rlhf.ranking.comparisons import FloatArray, compare, rating_table
 
 
-class Place(NamedTuple):
-    """Where a response stands: the number of its set, and its number in the set."""
+class ResponseIndex(NamedTuple):
+    """A response's set, and its number in the set."""
 
     set: int
     response: int
@@ -24,100 +24,86 @@ class Place(NamedTuple):
 
 def draw_lists(
     sets: Sequence[Mapping[str, Any]], size: int | None, lists_per_response: float, seed: int
-) -> list[list[Place]]:
-    """Lists of places whose strengths are not all equal.
+) -> list[list[ResponseIndex]]:
+    """Return lists of responses whose strengths are not all equal.
 
-    size                None takes each set as it is. A number draws lists of so many responses out of each pool: sets
-                        that share a prompt are drawn from together where ``rank`` has put them on one scale, which it
-                        says in each set's ``pool``.
+    size                None takes each set as it is. A number draws lists of that many responses out of each pool: sets
+                        that share a prompt are drawn from together where ``rank`` has put them on one scale, as each
+                        set's ``pool`` says.
     lists_per_response  about how many of the drawn lists each response is in, as far as there are different lists
     """
-    if size is None:
-        found = [
-            [Place(number, response) for response in range(len(one["responses"]))] for number, one in enumerate(sets)
-        ]
-    else:
-        found = _drawn(sets, size, lists_per_response, seed)
-    return [places for places in found if len({sets[place.set]["strengths"][place.response] for place in places}) > 1]
-
-
-def _drawn(sets: Sequence[Mapping[str, Any]], size: int, per_response: float, seed: int) -> list[list[Place]]:
-    pools: defaultdict[int, list[Place]] = defaultdict(list)
-    for number, one in enumerate(sets):
-        pools[one["pool"]] += [Place(number, response) for response in range(len(one["responses"]))]
-    return [
-        [places[index] for index in group]
-        for pool, places in pools.items()
-        for group in _groups(len(places), min(size, len(places)), per_response, stream("lists", seed, pool))
-    ]
+    pools: defaultdict[int, list[ResponseIndex]] = defaultdict(list)
+    for number, record in enumerate(sets):
+        pool = number if size is None else record["pool"]
+        pools[pool] += [ResponseIndex(number, response) for response in range(len(record["responses"]))]
+    lists: list[list[ResponseIndex]] = []
+    for pool, members in pools.items():
+        groups = [tuple(range(len(members)))]
+        if size is not None:
+            rng = stream("lists", seed, pool)
+            groups = _groups(len(members), min(size, len(members)), lists_per_response, rng)
+        lists += [[members[index] for index in group] for group in groups]
+    return [members for members in lists if len({sets[i]["strengths"][j] for i, j in members}) > 1]
 
 
 def _groups(count: int, size: int, per_item: float, rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """Distinct groups of ``size`` of ``count`` items, about ``per_item`` · count / size of them, spread evenly."""
+    """Draw distinct groups of ``size`` of ``count`` items, about ``per_item`` · count / size of them, spread evenly."""
     wanted = min(max(1, round(per_item * count / size)), math.comb(count, size))
-    found: dict[tuple[int, ...], None] = {}
-    while len(found) < wanted:
+    groups: dict[tuple[int, ...], None] = {}
+    while len(groups) < wanted:
         # Neighbours in a random order: each shuffle puts every item into one group, but for a rest.
         order = rng.permutation(count)
         for start in range(0, count - size + 1, size):
-            if len(found) < wanted:
-                found[tuple(sorted(order[start : start + size].tolist()))] = None
-    return list(found)
+            if len(groups) < wanted:
+                groups[tuple(sorted(order[start : start + size].tolist()))] = None
+    return list(groups)
 
 
-Preferences = Callable[[Sequence[Place]], FloatArray]
-"""Of a list: ``[K, K]``, the probability that the one is preferred to the other; NaN where nothing tells it, and on the
-diagonal."""
+Preferences = Callable[[Sequence[ResponseIndex]], FloatArray]
+"""Of a list: ``[K, K]``, the probability that the row's response is preferred to the column's; NaN where it is unknown,
+and on the diagonal."""
 
 
 def by_strength(sets: Sequence[Mapping[str, Any]]) -> Preferences:
-    """That of the Bradley-Terry model, from strengths in Elo points: σ(c (θ_i - θ_j))."""
+    """Return the preferences of the Bradley-Terry model, from strengths in Elo points: σ(c (θ_i - θ_j))."""
 
-    def of_list(places: Sequence[Place]) -> FloatArray:
-        elo = np.array([sets[place.set]["elo"][place.response] for place in places])
-        found = sigmoid(ELO_SCALE * (elo[:, None] - elo[None, :]))
-        np.fill_diagonal(found, np.nan)
-        return found
+    def of_list(members: Sequence[ResponseIndex]) -> FloatArray:
+        elo = np.array([sets[i]["elo"][j] for i, j in members])
+        preferred = sigmoid(ELO_SCALE * (elo[:, None] - elo[None, :]))
+        np.fill_diagonal(preferred, np.nan)
+        return preferred
 
     return of_list
 
 
 def by_share(sets: Sequence[Mapping[str, Any]]) -> Preferences:
-    """The share of people who prefer it, a tie being half.
+    """Return the shares of annotators who prefer a response to another, a tie being half.
 
-    Of two responses of one set, the share among those who compared them. Of different sets nobody compared them: there
-    it is the share of pairs of their ratings, which is known for sets on one scale only.
+    Of two responses of one set, the share among those who compared them. Responses of different sets were never
+    compared: there it is the share of pairs of their ratings, which is known for sets on one scale only.
     """
-    within = [_shares(one) for one in sets]
+    within, tables = list[FloatArray](), list[FloatArray]()
+    for record in sets:
+        count = len(record["responses"])
+        tables.append(rating_table(count, record.get("ratings")))
+        made = compare(count, record.get("ratings"), record.get("rankings"), record.get("winners"))
+        wins, compared = np.zeros((count, count)), np.zeros((count, count))
+        np.add.at(wins, (made.first, made.second), made.wins + 0.5 * made.ties)
+        np.add.at(wins, (made.second, made.first), made.losses + 0.5 * made.ties)
+        np.add.at(compared, (made.first, made.second), made.counts)
+        compared += compared.T
+        within.append(np.divide(wins, compared, out=np.full((count, count), np.nan), where=compared > 0))
 
-    def of_list(places: Sequence[Place]) -> FloatArray:
-        return np.array([[_preferred(sets, within, one, other) for other in places] for one in places])
+    def preferred(first: ResponseIndex, second: ResponseIndex) -> float:
+        if first.set == second.set:
+            return float(within[first.set][first.response, second.response])
+        a, b = tables[first.set][first.response], tables[second.set][second.response]
+        a, b = a[~np.isnan(a)], b[~np.isnan(b)]
+        if sets[first.set]["pool"] != sets[second.set]["pool"] or not len(a) or not len(b):
+            return float("nan")
+        return float(((a[:, None] > b) + 0.5 * (a[:, None] == b)).mean())
+
+    def of_list(members: Sequence[ResponseIndex]) -> FloatArray:
+        return np.array([[preferred(first, second) for second in members] for first in members])
 
     return of_list
-
-
-def _shares(one: Mapping[str, Any]) -> FloatArray:
-    """``[K, K]``: among those who compared two responses of a set."""
-    count = len(one["responses"])
-    said = compare(count, one.get("ratings"), one.get("rankings"), one.get("winners"))
-    wins, compared = np.zeros((count, count)), np.zeros((count, count))
-    np.add.at(wins, (said.first, said.second), said.wins + 0.5 * said.ties)
-    np.add.at(wins, (said.second, said.first), said.losses + 0.5 * said.ties)
-    total = said.wins + said.losses + said.ties
-    np.add.at(compared, (said.first, said.second), total)
-    np.add.at(compared, (said.second, said.first), total)
-    return np.divide(wins, compared, out=np.full((count, count), np.nan), where=compared > 0)
-
-
-def _preferred(sets: Sequence[Mapping[str, Any]], within: Sequence[FloatArray], one: Place, other: Place) -> float:
-    if one.set == other.set:
-        return float(within[one.set][one.response, other.response])
-    ours, theirs = _ratings(sets, one), _ratings(sets, other)
-    if sets[one.set]["pool"] != sets[other.set]["pool"] or not len(ours) or not len(theirs):
-        return float("nan")
-    return float(((ours[:, None] > theirs) + 0.5 * (ours[:, None] == theirs)).mean())
-
-
-def _ratings(sets: Sequence[Mapping[str, Any]], place: Place) -> FloatArray:
-    ratings = sets[place.set].get("ratings")
-    return np.array([rating for rating in ratings[place.response] if rating is not None] if ratings else [])

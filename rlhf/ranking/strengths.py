@@ -1,4 +1,4 @@
-"""Strengths of responses by the model that the settings name: Bradley-Terry, Elo or Plackett-Luce.
+"""Strengths of responses by the model of the settings: Bradley-Terry, Elo or Plackett-Luce.
 
 **Elo ratings** as a stream of comparisons moves them (Elo 1978, The Rating of Chessplayers). After each comparison
 of i and j, with outcome s = 1 where i won, ½ where it was a tie, 0 where it lost,
@@ -6,15 +6,15 @@ of i and j, with outcome s = 1 where i won, ½ where it was a tie, 0 where it lo
     R_i ← R_i + K (s - σ(c (R_i - R_j)))        c = ln(10) / 400
 
 and R_j by as much the other way. Ratings depend on the order of the comparisons, which for answers to one prompt means
-nothing: they are averaged over orders. Where everything is known at once, maximum likelihood
-(:mod:`rlhf.ranking.bradley_terry`) uses it better (Boubdir et al. 2023, arXiv:2311.17295).
+nothing: they are averaged over orders. Where all comparisons are known at once, maximum likelihood
+(:mod:`rlhf.ranking.bradley_terry`) uses them better (Boubdir et al. 2023, arXiv:2311.17295).
 
-**Plackett-Luce** strengths see a whole ranking as one choice after the other (Luce 1959; Plackett 1975, Applied
-Statistics 24:193): the best of a set is drawn with probability e^θ_i / Σ e^θ_j, then the best of those that remain, and
-so on. A ranking of K responses is K - 1 such choices and not K (K - 1) / 2 comparisons, which would take what one
-annotator said for independent. Of two responses it is Bradley-Terry. Tied responses count by Efron's approximation
-(1977, JASA 72:557): the l-th of d that are tied, from 0, is drawn when l / d of each of them is gone. So they are drawn
-towards each other; a tie of two is a win for either.
+**Plackett-Luce** strengths see a whole ranking as a series of choices (Luce 1959; Plackett 1975, Applied Statistics
+24:193): the best of a set is drawn with probability e^θ_i / Σ e^θ_j, then the best of those that remain, and so on. A
+ranking of K responses is K - 1 such choices and not K (K - 1) / 2 comparisons, which would take one annotator's views
+for independent. Of two responses it is Bradley-Terry. Tied responses count by Efron's approximation (1977, JASA
+72:557): the l-th of d that are tied, from 0, is drawn when l / d of each of them is gone. So they are drawn towards
+each other; a tie of two is a win for either.
 
 A choice's information diag(p) - p pᵀ is the Laplacian of the weights p_i p_j, so that
 :mod:`rlhf.ranking.uncertainty` fits it like any other likelihood of differences.
@@ -38,135 +38,12 @@ from rlhf.ranking.scales import Pooled, fit_each_annotator
 from rlhf.ranking.uncertainty import Terms, fit_posterior
 
 
-def fit_online(count: int, comparisons: Comparisons, k_factor: float, orders: int, seed: int) -> Strengths:
-    """The ratings of ``count`` responses, averaged over orders; the mean of all is 0.
-
-    Standard errors are the deviations over as many streams drawn from the comparisons with replacement (the bootstrap),
-    each in an order of its own.
-    """
-    first, second, outcome = _stream(comparisons)
-    rng = stream("online orders", seed)
-    permuted = np.stack([rng.permutation(len(first)) for _ in range(orders)])
-    drawn = rng.integers(len(first), size=(orders, len(first)))
-    ratings = _run(count, first, second, outcome, np.concatenate([permuted, drawn]), k_factor)
-    return Strengths(ratings[:orders].mean(axis=0), ratings[orders:].std(axis=0, ddof=1), None)
-
-
-def _stream(comparisons: Comparisons) -> tuple[IntArray, IntArray, FloatArray]:
-    """One entry a comparison; those that were counted together have their mean outcome."""
-    total = comparisons.wins + comparisons.losses + comparisons.ties
-    times = np.maximum(np.rint(total), 1).astype(np.int64)
-    mean = (comparisons.wins + 0.5 * comparisons.ties) / total
-    return np.repeat(comparisons.first, times), np.repeat(comparisons.second, times), np.repeat(mean, times)
-
-
-def _run(
-    count: int, first: IntArray, second: IntArray, outcome: FloatArray, order: IntArray, k_factor: float
-) -> FloatArray:
-    """``[O, N]``: the ratings that each order ``[O, S]`` leads to."""
-    ratings = np.zeros((len(order), count))
-    every = np.arange(len(order))
-    for now in order.T:
-        i, j = first[now], second[now]
-        expected = 1 / (1 + np.exp(ELO_SCALE * (ratings[every, j] - ratings[every, i])))
-        moved = k_factor * (outcome[now] - expected)
-        ratings[every, i] += moved
-        ratings[every, j] -= moved
-    return ratings
-
-
-class Rankings(NamedTuple):
-    """Rankings of equally many responses."""
-
-    responses: IntArray
-    """``[V, L]``"""
-    remaining: FloatArray
-    """``[V, L, L]``: how much of response j there still is when i is drawn: 1 for those after it and itself, 0 for
-    those before it, 1 - l / d among d that are tied."""
-
-
-def rankings_of(tables: Sequence[FloatArray], starts: Sequence[int]) -> list[Rankings]:
-    """Rankings out of tables ``[K, A]`` of ratings, a higher one being better, NaN where an annotator gave none.
-
-    starts  of each table, the number of its first response
-    """
-    found: defaultdict[int, list[tuple[IntArray, FloatArray]]] = defaultdict(list)
-    for table, start in zip(tables, starts, strict=True):
-        for column in table.T:
-            rated = np.flatnonzero(~np.isnan(column))
-            if len(rated) > 1:
-                order = rated[np.argsort(-column[rated], kind="stable")]
-                found[len(order)].append((order + start, column[order]))
-    return [
-        Rankings(np.stack([responses for responses, _ in some]), _remaining(np.stack([values for _, values in some])))
-        for _, some in sorted(found.items())
-    ]
-
-
-def _remaining(values: FloatArray) -> FloatArray:
-    """``[V, L, L]`` of ratings ``[V, L]`` in falling order."""
-    tied = values[:, :, None] == values[:, None, :]
-    earlier_tied = np.tril(tied, -1).sum(axis=2)
-    share = 1 - earlier_tied / tied.sum(axis=2)
-    return np.where(tied, share[:, :, None], values[:, None, :] < values[:, :, None])
-
-
-class ChoiceLikelihood:
-    """The likelihood of rankings and, beside them, of comparisons that belong to no ranking."""
-
-    def __init__(self, count: int, rankings: Sequence[Rankings], comparisons: Comparisons) -> None:
-        self.count = count
-        self._rankings = rankings
-        self._pairs = PairLikelihood(count, merge(count, comparisons), "half", fits_tie=False)
-        parts = [self._pairs.first * count + self._pairs.second]
-        for one in rankings:
-            i, j = np.triu_indices(one.responses.shape[1], k=1)
-            a, b = one.responses[:, i], one.responses[:, j]
-            parts.append((np.minimum(a, b) * count + np.maximum(a, b)).ravel())
-        pairs, row = np.unique(np.concatenate(parts), return_inverse=True)
-        self.first: IntArray = pairs // count
-        self.second: IntArray = pairs % count
-        self._rows: list[IntArray] = np.split(row, np.cumsum([len(part) for part in parts])[:-1])
-
-    def terms(self, theta: FloatArray, tie: float) -> Terms:
-        """The likelihood at strengths θ ``[N]``; there is no parameter of ties."""
-        pairs = self._pairs.terms(theta, tie)
-        value, gradient = pairs.value, pairs.gradient.copy()
-        weights = add_up(self._rows[0], pairs.weights, len(self.first))
-        for one, rows in zip(self._rankings, self._rows[1:], strict=True):
-            given = theta[one.responses]
-            highest = given.max(axis=1, keepdims=True)
-            odds = np.exp(given - highest)
-            total = np.einsum("vij,vj->vi", one.remaining, odds)
-            value += float((given - highest - np.log(total)).sum())
-            # [V, i, j]: the probability that j is drawn where i was.
-            drawn = one.remaining * odds[:, None, :] / total[:, :, None]
-            gradient += add_up(one.responses.ravel(), (1 - drawn.sum(axis=1)).ravel(), self.count)
-            i, j = np.triu_indices(odds.shape[1], k=1)
-            weights += add_up(rows, (drawn.transpose(0, 2, 1) @ drawn)[:, i, j].ravel(), len(self.first))
-        return Terms(value, gradient, weights)
-
-
-def fit_rankings(count: int, rankings: Sequence[Rankings], comparisons: Comparisons, prior_elo: float) -> Strengths:
-    """Find the strengths of ``count`` responses, with their standard errors.
-
-    Args:
-        count: N.
-        rankings: what annotators ranked or rated.
-        comparisons: those that are in no ranking, a tie counting as half a win.
-        prior_elo: the prior's deviation, in Elo points; greater than 0.
-
-    """
-    posterior = fit_posterior(ChoiceLikelihood(count, rankings, comparisons), prior_precision(prior_elo))
-    return Strengths(posterior.theta / ELO_SCALE, posterior.standard_errors / ELO_SCALE, None)
-
-
 def strengths_of(
     settings: RankSettings, pooled: Pooled, tie_parameter: float | None = None
 ) -> tuple[Strengths, Crowd | None]:
-    """The strengths of all responses, and what is known of the annotators where they count by their reliability.
+    """Fit the strengths of all responses; the second result is None unless annotators count by their reliability.
 
-    tie_parameter  the model's parameter of ties where it is known; otherwise it is fitted with the strengths
+    tie_parameter  the model's parameter of ties where it is known; None fits it with the strengths
     """
     if settings.model == "plackett-luce":
         unranked = pooled.comparisons.rows(pooled.comparisons.annotator == NOBODY)
@@ -184,10 +61,110 @@ def strengths_of(
 def of_comparisons(
     settings: RankSettings, count: int, comparisons: Comparisons, tie_parameter: float | None = None
 ) -> tuple[Strengths, Crowd | None]:
-    """The same of ``count`` things of which there are comparisons alone, as of models."""
+    """Fit the strengths of ``count`` responses, or models, from comparisons alone, as :func:`strengths_of` does."""
     if settings.model == "elo":
         return fit_online(count, comparisons, settings.k_factor, settings.orders, settings.seed), None
     if settings.annotators == "reliability":
         crowd = fit_crowd(count, comparisons, settings.prior_elo, settings.ties, tie_parameter)
         return crowd.strengths, crowd
     return fit(count, comparisons, settings.prior_elo, settings.ties, tie_parameter), None
+
+
+def fit_online(count: int, comparisons: Comparisons, k_factor: float, orders: int, seed: int) -> Strengths:
+    """Return the Elo ratings of ``count`` responses, averaged over orders; the mean of all is 0.
+
+    Comparisons of one row have their mean outcome. Standard errors are the deviations over as many streams drawn from
+    the comparisons with replacement (the bootstrap), each in an order of its own.
+    """
+    times = np.maximum(np.rint(comparisons.counts), 1).astype(np.int64)
+    first, second = np.repeat(comparisons.first, times), np.repeat(comparisons.second, times)
+    outcome = np.repeat((comparisons.wins + 0.5 * comparisons.ties) / comparisons.counts, times)
+    rng = stream("online orders", seed)
+    permuted = np.stack([rng.permutation(len(first)) for _ in range(orders)])
+    order = np.concatenate([permuted, rng.integers(len(first), size=(orders, len(first)))])  # [2 O, S]
+    ratings = np.zeros((len(order), count))
+    every = np.arange(len(order))
+    for now in order.T:
+        i, j = first[now], second[now]
+        expected = 1 / (1 + np.exp(ELO_SCALE * (ratings[every, j] - ratings[every, i])))
+        moved = k_factor * (outcome[now] - expected)
+        ratings[every, i] += moved
+        ratings[every, j] -= moved
+    return Strengths(ratings[:orders].mean(axis=0), ratings[orders:].std(axis=0, ddof=1), None)
+
+
+class Rankings(NamedTuple):
+    """Rankings of equally many responses."""
+
+    responses: IntArray
+    """``[V, L]``"""
+    remaining: FloatArray
+    """``[V, L, L]``: the share of response j that remains when i is drawn: 1 for those after it and itself, 0 for
+    those before it, 1 - l / d among d that are tied."""
+
+
+def rankings_of(tables: Sequence[FloatArray], starts: Sequence[int]) -> list[Rankings]:
+    """Turn tables ``[K, A]`` of ratings, a higher one being better, NaN where an annotator gave none, into rankings.
+
+    starts  of each table, the number of its first response
+    """
+    by_length: defaultdict[int, list[tuple[IntArray, FloatArray]]] = defaultdict(list)
+    for table, start in zip(tables, starts, strict=True):
+        for column in table.T:
+            rated = np.flatnonzero(~np.isnan(column))
+            if len(rated) > 1:
+                order = rated[np.argsort(-column[rated], kind="stable")]
+                by_length[len(order)].append((order + start, column[order]))
+    rankings: list[Rankings] = []
+    for _, group in sorted(by_length.items()):
+        responses, values = (np.stack(arrays) for arrays in zip(*group, strict=True))
+        tied = values[:, :, None] == values[:, None, :]
+        share = 1 - np.tril(tied, -1).sum(axis=2) / tied.sum(axis=2)
+        rankings.append(Rankings(responses, np.where(tied, share[:, :, None], values[:, None, :] < values[:, :, None])))
+    return rankings
+
+
+def fit_rankings(count: int, rankings: Sequence[Rankings], comparisons: Comparisons, prior_elo: float) -> Strengths:
+    """Fit the strengths of ``count`` responses, with their standard errors.
+
+    comparisons  those that are in no ranking, a tie counting as half a win
+    prior_elo    the prior's deviation, in Elo points; greater than 0
+    """
+    posterior = fit_posterior(ChoiceLikelihood(count, rankings, comparisons), prior_precision(prior_elo))
+    return Strengths(posterior.theta / ELO_SCALE, posterior.standard_errors / ELO_SCALE, None)
+
+
+class ChoiceLikelihood:
+    """The likelihood of rankings and, beside them, of comparisons that belong to no ranking."""
+
+    def __init__(self, count: int, rankings: Sequence[Rankings], comparisons: Comparisons) -> None:
+        self.count = count
+        self._rankings = rankings
+        self._pairs = PairLikelihood(count, merge(count, comparisons), "half", fits_tie=False)
+        parts = [self._pairs.first * count + self._pairs.second]
+        for ranking in rankings:
+            i, j = np.triu_indices(ranking.responses.shape[1], k=1)
+            a, b = ranking.responses[:, i], ranking.responses[:, j]
+            parts.append((np.minimum(a, b) * count + np.maximum(a, b)).ravel())
+        pairs, row = np.unique(np.concatenate(parts), return_inverse=True)
+        self.first: IntArray = pairs // count
+        self.second: IntArray = pairs % count
+        self._rows: list[IntArray] = np.split(row, np.cumsum([len(part) for part in parts])[:-1])
+
+    def terms(self, theta: FloatArray, tie: float) -> Terms:
+        """Evaluate at strengths θ ``[N]``; there is no parameter of ties."""
+        pairs = self._pairs.terms(theta, tie)
+        value, gradient = pairs.value, pairs.gradient.copy()
+        weights = add_up(self._rows[0], pairs.weights, len(self.first))
+        for (responses, remaining), rows in zip(self._rankings, self._rows[1:], strict=True):
+            given = theta[responses]
+            highest = given.max(axis=1, keepdims=True)
+            odds = np.exp(given - highest)
+            total = np.einsum("vij,vj->vi", remaining, odds)
+            value += float((given - highest - np.log(total)).sum())
+            # [V, i, j]: the probability that j is drawn where i was.
+            drawn = remaining * odds[:, None, :] / total[:, :, None]
+            gradient += add_up(responses.ravel(), (1 - drawn.sum(axis=1)).ravel(), self.count)
+            i, j = np.triu_indices(odds.shape[1], k=1)
+            weights += add_up(rows, (drawn.transpose(0, 2, 1) @ drawn)[:, i, j].ravel(), len(self.first))
+        return Terms(value, gradient, weights)

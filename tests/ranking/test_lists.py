@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.ranking.lists import Place, draw_lists
+from rlhf.ranking.lists import ResponseIndex, draw_lists
 
 
 def ranked_sets(sizes: list[int], pools: list[int], levels: int = 1000) -> list[dict[str, Any]]:
@@ -63,7 +63,10 @@ def test_without_a_size_every_set_is_a_list() -> None:
     """Whole and in order, but for one whose responses are all alike."""
     sets = [*ranked_sets([3, 2], [0, 0]), {"responses": ["a", "b"], "strengths": [1.0, 1.0], "pool": 1}]
     found = draw_lists(sets, None, 1.0, seed=0)
-    assert found == [[Place(0, 0), Place(0, 1), Place(0, 2)], [Place(1, 0), Place(1, 1)]]
+    assert found == [
+        [ResponseIndex(0, 0), ResponseIndex(0, 1), ResponseIndex(0, 2)],
+        [ResponseIndex(1, 0), ResponseIndex(1, 1)],
+    ]
 
 
 def test_the_seed_and_the_pool_decide_which_lists() -> None:
@@ -73,7 +76,7 @@ def test_the_seed_and_the_pool_decide_which_lists() -> None:
     assert lists == draw_lists(sets, 3, 2.0, seed=0)
     assert lists != draw_lists(sets, 3, 2.0, seed=1)
     alone = draw_lists([sets[0], sets[2]], 3, 2.0, seed=0)
-    assert [[Place(2 * place.set, place.response) for place in places] for places in alone] == [
+    assert [[ResponseIndex(2 * place.set, place.response) for place in places] for places in alone] == [
         places for places in lists if sets[places[0].set]["pool"] == 0
     ]
 

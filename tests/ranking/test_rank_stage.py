@@ -288,7 +288,7 @@ def test_what_the_report_says_is_noted_and_written(tmp_path: Path) -> None:
     notes = [json.loads(line)["note"] for line in (context.attempt / "notes.jsonl").read_text().splitlines()]
     found = json.loads((context.output / "report.json").read_text())
     assert notes == in_words(found)
-    assert notes[-1] == "1 sets that are there twice"
+    assert notes[-1] == "1 repeated sets"
 
 
 def test_annotators_are_listed_who_compared_anything_at_all(tmp_path: Path) -> None:

@@ -123,11 +123,11 @@ def test_where_every_count_is_another_each_stands_under_its_name() -> None:
     assert found["sets_repeated"] == 5
     assert found["sets_of_unnamed_annotators"] == 5
     assert in_words(found)[1:] == [
-        "1 sets where majorities go round in a circle",
-        "3 responses that nobody compared with another of their set",
+        "1 sets where majorities form a cycle",
+        "3 responses never compared with another of their set",
         "2 pairs whose winners contradict ratings and rankings",
-        "4 responses that stand twice in their set",
-        "5 sets that are there twice",
+        "4 responses repeated in their set",
+        "5 repeated sets",
     ]
 
 

@@ -20,7 +20,7 @@ from rlhf.errors import DivergedError, StageError
 from rlhf.models import reward_losses
 from rlhf.models.reward_losses import ListBatch, collate
 from rlhf.models.text import load_tokenizer, response_ids
-from rlhf.ranking.lists import Place, by_share, by_strength
+from rlhf.ranking.lists import ResponseIndex, by_share, by_strength
 from rlhf.ranking.quality import heldout_accuracy
 from rlhf.zero import group
 from tests.models.tiny import make_tiny_llama
@@ -166,7 +166,7 @@ def test_the_loss_asked_for_is_the_loss_trained_with(start: Start, name: str, sm
     if preferences is not None:
         for number, one in enumerate(TRAIN[:2]):
             size = len(one["responses"])
-            expected = preferences([Place(number, place) for place in range(size)])
+            expected = preferences([ResponseIndex(number, place) for place in range(size)])
             np.testing.assert_allclose(lists.preferences[number, :size, :size], expected, rtol=1e-6)
     scores = torch.tensor([[0.3, -1.0, 2.0], [0.1, 0.9, 0.0]])
     strengths, present = lists.strengths, lists.present
