@@ -4,8 +4,8 @@ from rlhf.store.backend import Backend
 from rlhf.store.garbage import SCRATCH, GarbageReport, Heap
 from rlhf.store.keys import ActionRecord, Manifest, PayloadFile, Ref, canonical_json, digest_file, digest_of, key_of
 from rlhf.store.lease import LEASE_SECONDS, Holder
-from rlhf.store.store import GRACE_SECONDS, Store, Usage
-from rlhf.store.verify import Damage, VerifyReport
+from rlhf.store.store import GRACE_SECONDS, Store
+from rlhf.store.verify import Damage, Usage, VerifyReport
 
 __all__ = [
     "GRACE_SECONDS",
