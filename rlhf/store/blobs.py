@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from rlhf.errors import DamageError, RequestError, TryAgainError
-from rlhf.store.backend import Backend, FileState, translated
+from rlhf.store.backend import Backend, FileState, LocalBackend, make_folder, translated
 from rlhf.store.keys import PayloadFile, digest_file
 
 FOLDER = "blobs/sha256"
@@ -234,3 +234,33 @@ class Blobs:
                     if len(fields) == 3 and fields[1].isdigit():  # a line cut short by a crash is no evidence
                         self._verified[fields[0]] = FileState(int(fields[1]), fields[2])
         return self._verified
+
+
+class Copies(LocalBackend):
+    """This machine's copies of the blobs of a store elsewhere; they may be deleted at any time."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._known = Blobs(self, folder)
+
+    def fetch_or_download(self, name: str, target: Path, download: Callable[[str, Path], None]) -> None:
+        """Do as ``fetch``, after a download unless there is a good copy. Raises DamageError if it fails its digest."""
+        sha256 = PurePosixPath(name).name
+        copy = self.state(name)
+        if copy is not None and self._known.damaged([PayloadFile("", copy.size, sha256)]):
+            self.delete(name)
+            copy = None
+        if copy is None:
+            temporary = self.root / f".tmp-{secrets.token_hex(8)}"
+            with translated(temporary):
+                make_folder(temporary.parent)
+                try:
+                    download(name, temporary)
+                    if (digest := digest_file(temporary)) != sha256:
+                        raise DamageError(f"{name} has the digest {digest}")
+                    self.create_from(name, temporary, link=True)
+                finally:
+                    temporary.unlink(missing_ok=True)
+            if (copy := self.state(name)) is not None:
+                self._known.remember({sha256: copy})
+        self.fetch(name, target)

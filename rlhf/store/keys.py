@@ -293,7 +293,7 @@ def seal(content: dict[str, Any]) -> bytes:
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """Read sealed content. Raises DamageError unless sealing it again gives the same bytes: a flipped bit is noticed."""
+    """Read sealed content. Raises DamageError unless sealing it again gives the same bytes: no bit is missed."""
     try:
         document: object = json.loads(data)
         if isinstance(document, dict):
