@@ -39,8 +39,7 @@ class Question(NamedTuple):
 class ChatJudge:
     """Asks a chat-completions service, and keeps every verdict as it comes: none is paid for twice.
 
-    Raises:
-        PreflightError: the settings name a variable for the token that is not set, or holds none.
+    Raises PreflightError if the settings name a variable for the token that is not set, or holds none.
     """
 
     def __init__(self, settings: ChatSettings) -> None:
@@ -52,9 +51,8 @@ class ChatJudge:
     def compare(self, sets: Sequence[ResponseSet], context: Context[CompareSettings]) -> Iterator[ComparisonSet]:
         """Yield the sets with the winners of all pairs that have verdicts in both orders.
 
-        Raises:
-            RewardError: the service refused, or gave no verdict for more pairs than ``max_bad_fraction`` allows.
-            TryAgainError: the service could not be reached.
+        Raises RewardError if the service refused, or gave no verdict for more questions than ``max_bad_fraction``
+        allows; TryAgainError if it could not be reached.
         """
         named = {name_of(response_set): response_set for response_set in sets}
         for attempt in context.attempts:

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from rlhf.attempt.context import Context
 from rlhf.collect.annotation import Annotation, Answer, Ranking, renamed, shown_order
@@ -23,12 +24,8 @@ _COMPARISON_FIELDS = (ComparisonSet.model_fields.keys() | PreferencePair.model_f
 def read_sets(source: str) -> dict[str, ResponseSet]:
     """Read the sets of a source in its order, by their names; of rows with the same prompt and responses, the first.
 
-    Of comparison sets and pairs, the prompt, the responses and the models are read.
-
-    Raises:
-        RecordError: a row is malformed, or there are none.
-        SettingsError, IndexUnreachableError: the source cannot be read at all.
-
+    Of comparison sets and pairs, the prompt, the responses and the models are read. Raises RecordError if a row is
+    malformed or there are none, SettingsError or IndexUnreachableError if the source cannot be read at all.
     """
     sets: dict[str, ResponseSet] = {}
     bad: list[str] = []
@@ -114,15 +111,12 @@ class StaleAnswerError(Exception):
     """An answer was given on a page that did not show the newest answer."""
 
 
-class Collection:
+class Collection(AbstractContextManager["Collection"]):
     """The rows of ``source``, all answers in the journal beside ``out``, and comparison sets in ``out``.
 
     Use it as a context manager: the journal is held from the beginning to the end. Without ``create`` the journal must
-    exist.
-
-    Raises:
-        RecordError, SettingsError, RequestError, LeaseHeldError: the files do not fit each other, or are in use.
-
+    exist. Raises RecordError, SettingsError, RequestError or LeaseHeldError if the files do not fit each other, or are
+    in use.
     """
 
     def __init__(self, source: str, out: Path, *, create: bool = True) -> None:
@@ -167,9 +161,6 @@ class Collection:
             f"there and are left out of {self.out}"
         )
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.journal.close()
 
@@ -179,10 +170,8 @@ class Collection:
         positions  the ranking by positions on the annotator's page; None skips the row
         replaces   the sequence of the answer that the page showed, 0 for none
 
-        Raises:
-            StaleAnswerError: there is a newer and different answer.
-            DiskFullError, TryAgainError: it could not be written, and may be given again.
-
+        Raises StaleAnswerError if there is a newer and different answer; DiskFullError or TryAgainError if the answer
+        could not be written, and may be given again.
         """
         shown = shown_order(annotator, row, len(self.annotation.sets[row].responses))
         ranking = None if positions is None else renamed(positions, shown)

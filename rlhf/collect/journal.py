@@ -4,9 +4,8 @@ import fcntl
 import json
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Self
 
 from pydantic import ValidationError
 
@@ -15,17 +14,12 @@ from rlhf.errors import DiskFullError, LeaseHeldError, RecordError, RequestError
 from rlhf.store.backend import sync
 
 
-class AnnotationJournal:
+class AnnotationJournal(AbstractContextManager["AnnotationJournal"]):
     """A file of answers that only grows, held by one process at a time.
 
     A line that was cut off when the program or the machine died is removed and reported in ``notice``: its answer was
-    never acknowledged.
-
-    Raises:
-        LeaseHeldError: another process holds the file.
-        RequestError: the file cannot be opened.
-        RecordError: a line is no answer.
-
+    never acknowledged. Raises LeaseHeldError if another process holds the file, RequestError if it cannot be opened,
+    RecordError if a line is no answer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,9 +49,6 @@ class AnnotationJournal:
         self._sequence = len(self.answers)
         self._failed = False
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -68,9 +59,7 @@ class AnnotationJournal:
     def append(self, row: str, annotator: str, ranking: Ranking | None) -> Answer:
         """Write an answer; it is on the disk when this returns.
 
-        Raises:
-            DiskFullError, TryAgainError: it is not, and may be given again.
-
+        Raises DiskFullError or TryAgainError if it is not; the answer may then be given again.
         """
         answer = Answer(
             sequence=self._sequence + 1, row=row, annotator=annotator, ranking=ranking, skipped=ranking is None

@@ -24,15 +24,14 @@ class Judge(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Return the stage's metrics of the judge, once it has compared everything."""
-        ...
+        """Return the stage's metrics of the judge, once it has compared everything; none by default."""
+        return {}
 
 
 def judge_of(settings: CompareSettings) -> Judge:
     """Return the judge that the settings name.
 
-    Raises:
-        PreflightError: the function cannot be loaded, or the token of the language model's service is not set.
+    Raises PreflightError if the function cannot be loaded, or the token of the language model's service is not set.
     """
     if settings.function is not None:
         return FunctionJudge(settings.function)
@@ -42,7 +41,7 @@ def judge_of(settings: CompareSettings) -> Judge:
     return People(settings.file)
 
 
-class FunctionJudge:
+class FunctionJudge(Judge):
     """The function ``name`` of a Python file, ``file.py:name``: one number a response, all of a prompt at once."""
 
     def __init__(self, named: str) -> None:
@@ -52,8 +51,7 @@ class FunctionJudge:
     def compare(self, sets: Sequence[ResponseSet], context: Context[CompareSettings]) -> Iterator[ComparisonSet]:
         """Yield the sets with ratings by one annotator, who has the function's name.
 
-        Raises:
-            RewardError: the function raised, or did not answer one finite number a response.
+        Raises RewardError if the function raised, or did not answer one finite number a response.
         """
         name = self._named.rpartition(":")[2]
         for number, response_set in enumerate(sets, start=1):
@@ -67,29 +65,20 @@ class FunctionJudge:
             context.progress(f"set {number} of {len(sets)}", number, len(sets))
             yield ComparisonSet(**dict(response_set), ratings=[[rating] for rating in ratings], annotators=[name])
 
-    def metrics(self) -> dict[str, float]:
-        """Return nothing: the function is the user's own."""
-        return {}
 
-
-class People:
+class People(Judge):
     """People's answers, in a file of comparison sets with the collected prompts and responses."""
 
     def __init__(self, source: str) -> None:
         self._source = source
 
     def compare(self, sets: Sequence[ResponseSet], context: Context[CompareSettings]) -> Iterator[ComparisonSet]:
-        """Yield every row of the file that is about one of the sets, with the models that the sets name.
+        """Yield every row of the file that is about one of the sets, with the models that the set names.
 
-        Raises:
-            RecordError: a row is malformed.
+        Raises RecordError if a row is malformed.
         """
         models = {name_of(response_set): response_set.models for response_set in sets}
         for compared in RecordReader(self._source, ComparisonSet, context.attempt / "quarantine-compare.jsonl"):
             name = name_of(compared)
             if name in models:
                 yield compared.model_copy(update={"models": models[name]})
-
-    def metrics(self) -> dict[str, float]:
-        """Return nothing: the stage rank reports on people's answers."""
-        return {}

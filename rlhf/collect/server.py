@@ -189,9 +189,7 @@ def serve(
 
     tell  is called, once the page is served, with its address, and whether it is for other machines too
 
-    Raises:
-        RequestError: the address cannot be served at.
-
+    Raises RequestError if the page cannot be served at the address.
     """
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
 

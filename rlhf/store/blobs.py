@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -106,7 +107,6 @@ class Blobs:
     def __init__(self, backend: Backend, cache: Path) -> None:
         self._backend = backend
         self._memory = cache / "verified" / "".join(c if c.isalnum() else "-" for c in socket.gethostname())
-        self._verified: dict[str, FileState] | None = None
 
     def put(self, file: PayloadFile, source: Path, before: os.stat_result, notices: list[str], *, link: bool) -> None:
         """Store a payload file, by hard link where ``link`` permits it, and note damage in ``notices``.
@@ -148,7 +148,7 @@ class Blobs:
                 bad[sha256] = "is missing"
             elif state.size != size:
                 bad[sha256] = f"has {state.size} bytes, not {size}"
-            elif not (trust_memory and (state.sha256 == sha256 or self._remembered().get(sha256) == state)):
+            elif not (trust_memory and (state.sha256 == sha256 or self._remembered.get(sha256) == state)):
                 unread[sha256] = state
         digests = in_parallel(lambda sha256: self._backend.digest(blob_name(sha256)), unread)
         for sha256, digest in zip(unread, digests, strict=True):
@@ -177,12 +177,9 @@ class Blobs:
                 except OSError as error:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                         raise
-                    wanted = {file.path: file.sha256 for file in files}
-                    there = [path for path in target.rglob("*") if not path.is_dir()]
-                    paths = {path.relative_to(target).as_posix(): path for path in there}
-                    if wanted.keys() == paths.keys() and all(
-                        digest_file(paths[name]) == wanted[name] for name in paths
-                    ):
+                    wanted = {target / file.path: file.sha256 for file in files}
+                    paths = {path for path in target.rglob("*") if not path.is_dir()}
+                    if paths == wanted.keys() and all(digest_file(path) == wanted[path] for path in paths):
                         return
                     raise RequestError(
                         "The folder to check an artifact out to already holds something else.",
@@ -199,11 +196,8 @@ class Blobs:
         if not bad:
             return
         # Moved at once, and not only reported: another node may remember it as verified and would call it a hit again.
-        damage = [
-            f"{file.path} {bad[file.sha256]} ({quarantine(self._backend, blob_name(file.sha256))})"
-            for file in files
-            if file.sha256 in bad
-        ]
+        fates = [(f, quarantine(self._backend, blob_name(f.sha256))) for f in files if f.sha256 in bad]
+        damage = [f"{file.path} {bad[file.sha256]} ({fate})" for file, fate in fates]
         raise DamageError(
             f"Artifact {artifact} is damaged: {'; '.join(damage)}.",
             where=address,
@@ -214,7 +208,7 @@ class Blobs:
         """Note that blobs in these states were hashed on this node and are right."""
         if not hashed:
             return
-        self._remembered().update(hashed)
+        self._remembered.update(hashed)
         lines = "".join(f"{sha256} {state.size} {state.version}\n" for sha256, state in hashed.items())
         # Losing this file costs hashing again and nothing else, and a read-only store must stay readable.
         with suppress(OSError):
@@ -225,15 +219,15 @@ class Blobs:
             finally:
                 os.close(descriptor)
 
+    @cached_property
     def _remembered(self) -> dict[str, FileState]:
-        if self._verified is None:
-            self._verified = {}
-            with suppress(OSError):
-                for line in self._memory.read_text().splitlines():
-                    fields = line.split(" ")
-                    if len(fields) == 3 and fields[1].isdigit():  # a line cut short by a crash is no evidence
-                        self._verified[fields[0]] = FileState(int(fields[1]), fields[2])
-        return self._verified
+        states: dict[str, FileState] = {}
+        with suppress(OSError):
+            for line in self._memory.read_text().splitlines():
+                fields = line.split(" ")
+                if len(fields) == 3 and fields[1].isdigit():  # a line cut short by a crash is no evidence
+                    states[fields[0]] = FileState(int(fields[1]), fields[2])
+        return states
 
 
 class Copies(LocalBackend):

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Protocol, Self, TypeVar
+from typing import TypeVar
 
 from rlhf.errors import DamageError, LeaseHeldError
 from rlhf.store import blobs
@@ -33,6 +33,7 @@ _SILENT_SECONDS = 10 * LEASE_SECONDS
 _UNFINISHED_SECONDS = 3600.0
 """Age at which an unchanged unfinished write, or attempt without a lease, is abandoned, however short the grace."""
 _SWEPT = ".swept-"
+_Document = TypeVar("_Document", ActionRecord, Manifest)
 
 
 @dataclass(frozen=True)
@@ -63,29 +64,14 @@ class GarbageReport:
     kept_blobs: Heap
 
 
-class _Readable(Protocol):
-    @classmethod
-    def from_json(cls, data: bytes) -> Self: ...
-
-
-_Document = TypeVar("_Document", bound=_Readable)
-
-
-def collect(
-    backend: Backend, work: Path, grace: float, *, dry_run: bool, copies: Backend | None = None
-) -> GarbageReport:
-    """Remove garbage older than ``grace`` seconds by the storage's own clock, or only report it.
+@dataclass
+class GarbageCollection:
+    """A removal of garbage older than ``grace`` seconds by the storage's own clock; a ``dry_run`` only reports it.
 
     work    the local folder of the attempts
     copies  this machine's copies of blobs, for a storage elsewhere, which has copies of attempts in turn
-
-    Raises DamageError if a damaged record, manifest or ref hides what it refers to: nothing is removed then.
     """
-    return _Collection(backend, work, grace, dry_run, copies).run()
 
-
-@dataclass
-class _Collection:
     backend: Backend
     work: Path
     grace: float
@@ -94,6 +80,7 @@ class _Collection:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def run(self) -> GarbageReport:
+        """Collect. Raises DamageError, before any removal, if a damaged record, manifest or ref hides references."""
         # A bit flipped in a ref makes another key of it, and the result that it named would be garbage.
         for lost in lost_records(self.backend):
             raise _damaged(lost.file, lost.why)
@@ -231,10 +218,7 @@ class _Collection:
                     heap += sum((self._discard(path) for path in doomed), Heap())
                 elif doomed:
                     # If the lease is held, another process has begun to work on the key.
-                    with (
-                        suppress(LeaseHeldError),
-                        hold(self.backend, f"leases/{folder.name}", timeout=0, on_wait=None),
-                    ):
+                    with suppress(LeaseHeldError), hold(self.backend, f"leases/{folder.name}", timeout=0):
                         heap += sum((self._discard(path) for path in doomed), Heap())
                         if not any(folder.iterdir()):
                             folder.rmdir()

@@ -92,7 +92,7 @@ def hold(
     name: str,
     *,
     timeout: float | None,
-    on_wait: Callable[[str], None] | None,
+    on_wait: Callable[[str], None] | None = None,
     on_loss: Callable[[str], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> Generator[Holder, None, None]:

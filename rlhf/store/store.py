@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Self
 from rlhf.errors import DamageError, NextCommand, RequestError, SettingsError, TryAgainError
 from rlhf.store.backend import Backend, LocalBackend, local_root, make_folder, no_room, translated
 from rlhf.store.blobs import Blobs, blob_name, in_parallel, quarantine, set_aside
-from rlhf.store.garbage import GarbageReport, collect
+from rlhf.store.garbage import GarbageCollection, GarbageReport
 from rlhf.store.keys import DIGEST, ActionRecord, Manifest, PayloadFile, Ref, digest_file, key_of, payload_paths
 from rlhf.store.lease import Holder, hold, holder_of
 from rlhf.store.verify import (
@@ -394,7 +394,7 @@ class Store:
         Raises DamageError if a damaged file hides what it refers to.
         """
         copies = self.bucket.copies if self.bucket is not None else None
-        return collect(self._backend, self.root / "work", grace, dry_run=dry_run, copies=copies)
+        return GarbageCollection(self._backend, self.root / "work", grace, dry_run, copies).run()
 
     def usage(self) -> Usage:
         """Count what the store holds, by its manifests; damaged ones are left out."""
