@@ -152,7 +152,7 @@ class Collection(AbstractContextManager["Collection"]):
             return
         if not self.annotation.annotators:
             raise RequestError(
-                f"the answers that are there were given to other rows than those of {source}",
+                f"the existing answers were given to other rows than those of {source}",
                 str(self.journal.path),
                 "name the file of rows that they were given to, or another OUT",
             )

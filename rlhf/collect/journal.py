@@ -127,7 +127,9 @@ def writing(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         kind = DiskFullError if is_no_room(error) else TryAgainError
-        raise kind(f"the file could not be written: {error.strerror}", str(path), "make room or mend it") from error
+        raise kind(
+            f"the file could not be written: {error.strerror}", str(path), "make room, or correct the cause"
+        ) from error
 
 
 def described(error: ValidationError, separator: str) -> str:

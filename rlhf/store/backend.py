@@ -134,7 +134,7 @@ class LocalBackend:
             if path.exists():
                 return False
             make_folder(path.parent)
-            with _temporary_beside(path) as temporary:
+            with temporary_beside(path) as temporary:
                 temporary.write_bytes(data)
                 _seal(temporary)
                 return _publish(temporary, path)
@@ -148,7 +148,7 @@ class LocalBackend:
                 return False
             if link and _link_durably(source, path):
                 return True
-            with _temporary_beside(path) as temporary:
+            with temporary_beside(path) as temporary:
                 _copy(source, temporary)
                 _seal(temporary)
                 return _publish(temporary, path)
@@ -158,7 +158,7 @@ class LocalBackend:
         path = self.root / name
         with translated(path, needed=len(data)):
             make_folder(path.parent)
-            with _temporary_beside(path) as temporary:
+            with temporary_beside(path) as temporary:
                 temporary.write_bytes(data)
                 _seal(temporary)
                 temporary.replace(path)
@@ -286,7 +286,7 @@ def local_root(address: str | Path) -> Path:
         parts = urlsplit(text)
         if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path:
             raise SettingsError(
-                f"The store cannot lie at {text}: only folders and buckets of S3 are supported.",
+                f"The store cannot be at {text}: only folders and buckets of S3 are supported.",
                 where="store.uri",
                 next_step="Use a folder's path, file:///absolute/path, or s3://bucket/prefix.",
             )
@@ -294,7 +294,7 @@ def local_root(address: str | Path) -> Path:
     root = Path.cwd() / Path(text).expanduser()
     existing = next(path for path in (root, *root.parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise SettingsError(f"The store cannot lie at {root}: {existing} is no folder.", "store.uri", "Name a folder.")
+        raise SettingsError(f"The store cannot be at {root}: {existing} is no folder.", "store.uri", "Name a folder.")
     return root
 
 
@@ -342,7 +342,8 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _temporary_beside(path: Path) -> Generator[Path, None, None]:
+def temporary_beside(path: Path) -> Generator[Path, None, None]:
+    """Give a new name in the folder of ``path``, and remove the file of that name, if any, at the end."""
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
         yield temporary

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from rlhf.errors import DamageError, RequestError, TryAgainError
-from rlhf.store.backend import Backend, FileState, LocalBackend, make_folder, translated
+from rlhf.store.backend import Backend, FileState, LocalBackend, make_folder, temporary_beside, translated
 from rlhf.store.keys import PayloadFile, digest_file
 
 FOLDER = "blobs/sha256"
@@ -245,16 +245,12 @@ class Copies(LocalBackend):
             self.delete(name)
             copy = None
         if copy is None:
-            temporary = self.root / f".tmp-{secrets.token_hex(8)}"
-            with translated(temporary):
-                make_folder(temporary.parent)
-                try:
-                    download(name, temporary)
-                    if (digest := digest_file(temporary)) != sha256:
-                        raise DamageError(f"{name} has the digest {digest}")
-                    self.create_from(name, temporary, link=True)
-                finally:
-                    temporary.unlink(missing_ok=True)
+            with translated(self.root), temporary_beside(self.root / sha256) as temporary:
+                make_folder(self.root)
+                download(name, temporary)
+                if (digest := digest_file(temporary)) != sha256:
+                    raise DamageError(f"{name} has the digest {digest}")
+                self.create_from(name, temporary, link=True)
             if (copy := self.state(name)) is not None:
                 self._known.remember({sha256: copy})
         self.fetch(name, target)

@@ -328,5 +328,5 @@ def _owned(manifests: Iterable[Manifest]) -> set[str]:
 
 def _damaged(name: str, why: str) -> DamageError:
     return DamageError(
-        f"Garbage cannot be told from what is needed: {name} {why}.", where=name, next_step="rlhf verify --repair"
+        f"Nothing can be removed while a file is damaged: {name} {why}.", where=name, next_step="rlhf verify --repair"
     )

@@ -239,7 +239,7 @@ class ActionRecord:
         for digest in (record.key, record.artifact, *(digest for digest in digests if digest is not None)):
             _refuse_no_digest(digest)
         if not _ATTEMPT.fullmatch(str(record.attempt)):
-            raise DamageError(f"names no attempt: {record.attempt!r}")
+            raise DamageError(f"names no valid attempt: {record.attempt!r}")
         return record
 
 
@@ -280,7 +280,7 @@ def _refuse_escape(path: Any) -> None:
 def _refuse_no_digest(digest: Any) -> None:
     """Raise DamageError unless a value is a SHA-256, since it becomes the name of a file of the store."""
     if not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
-        raise DamageError(f"names what is no digest: {digest!r}")
+        raise DamageError(f"names no valid digest: {digest!r}")
 
 
 def _content(kind: str, files: Iterable[PayloadFile]) -> dict[str, Any]:

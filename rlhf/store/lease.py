@@ -150,16 +150,22 @@ def _acquire(
             seen, seen_at = raw, now
         holder = Holder.from_json(raw)
         if (holder is not None and holder.is_gone()) or now - seen_at >= LEASE_SECONDS:
-            if (mine := _take_over(backend, name, raw)) is not None:
-                return mine
+            mine = Holder.here()
+            # Of several waiters one replaces the lease, and none if the holder moved its counter after all.
+            if backend.replace(name, raw, mine.to_json()):
+                # Two may pass within one moment, if the storage cannot tell them apart: the later one holds the lease.
+                time.sleep(POLL_SECONDS)
+                _, holder = _read(backend, name)
+                if holder is not None and holder.token == mine.token:
+                    return mine
             continue
         shown = str(holder) if holder is not None else "an unreadable lease"
         if timeout is not None and now - began >= timeout:
             raise LeaseHeldError(
-                f"Somebody else is producing the same result: {shown}.",
+                f"Another process is producing the same result: {shown}.",
                 where=name,
-                next_step="Let it finish and run the same command again: it is then a cache hit. A holder that died "
-                f"on another machine is succeeded after {LEASE_SECONDS:.0f} seconds of waiting.",
+                next_step="Let it finish and run the same command again: it is then a cache hit. The lease of a "
+                f"process that died on another machine is taken over after {LEASE_SECONDS:.0f} seconds of waiting.",
             )
         if check is not None:
             check()
@@ -167,17 +173,6 @@ def _acquire(
             on_wait(f"Waiting for {shown}.")
             report_at = now + REPORT_SECONDS
         time.sleep(POLL_SECONDS)
-
-
-def _take_over(backend: Backend, name: str, judged: bytes) -> Holder | None:
-    """Put a lease of ours in the place of the one that was judged dead, and of no other; None if that failed."""
-    mine = Holder.here()
-    if not backend.replace(name, judged, mine.to_json()):
-        return None  # another waiter was quicker, or the holder moved its counter after all
-    # Two may have replaced it within one moment, if the storage cannot tell them apart: the later one holds it.
-    time.sleep(POLL_SECONDS)
-    _, holder = _read(backend, name)
-    return mine if holder is not None and holder.token == mine.token else None
 
 
 class _Heart:

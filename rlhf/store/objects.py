@@ -30,7 +30,7 @@ from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
 from rlhf.errors import DamageError, SettingsError, StoreUnreachableError
-from rlhf.store.backend import FileState, LocalBackend, free_bytes_at, translated
+from rlhf.store.backend import FileState, LocalBackend, free_bytes_at, temporary_beside, translated
 from rlhf.store.blobs import FOLDER as BLOBS
 from rlhf.store.blobs import Copies, in_parallel
 from rlhf.store.s3_errors import (
@@ -201,19 +201,15 @@ class ObjectBackend:
         state = self.state(name)
         if state is None:
             raise DamageError(f"{name} is missing")
-        temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
-        with translated(target, needed=state.size):
-            try:
-                with temporary.open("wb") as file:
+        with translated(target, needed=state.size), temporary_beside(target) as temporary:
+            with temporary.open("wb") as file:
 
-                    def get_part(offset: int) -> None:
-                        part = self._get(name, Range=f"bytes={offset}-{offset + PART_BYTES - 1}")
-                        os.pwrite(file.fileno(), part.data if part is not None else b"", offset)
+                def get_part(offset: int) -> None:
+                    part = self._get(name, Range=f"bytes={offset}-{offset + PART_BYTES - 1}")
+                    os.pwrite(file.fileno(), part.data if part is not None else b"", offset)
 
-                    in_parallel(get_part, range(0, state.size, PART_BYTES))
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
+                in_parallel(get_part, range(0, state.size, PART_BYTES))
+            temporary.replace(target)
 
     def names(self, folder: str) -> list[str]:
         """List all objects under a folder, sorted."""

@@ -79,7 +79,7 @@ def refused(error: Exception, where: str, bucket: str) -> StoreRefusedError:
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
         )
     elif is_answer:
-        what, next_step = f"The object store refused a request ({message}).", "Correct what it names, then run again."
+        what, next_step = f"The object store refused a request ({message}).", "Correct its cause, then run again."
     else:
         what = f"The endpoint of the object store is no address: {message}."
         next_step = "Correct AWS_ENDPOINT_URL, or endpoint_url in the AWS files: https://HOST, or http://HOST:PORT."

@@ -16,9 +16,8 @@ bucket has what another machine needs to go on (rlhf/pipeline/uploads.py).
 Blobs are written first, then the manifest, then the action record, which is created only if there is none: so a reader
 sees a whole result or none, whichever process is killed at whatever time.
 
-A process that writes a reference checks afterwards whether the file it refers to is there; garbage collection first
-hides a file and then reads the references. So one of the two sees the other, and neither grace nor lease is needed for
-it.
+A process that writes a reference then checks that the file it refers to is there; garbage collection first hides a file
+and then reads the references. So one of the two sees the other, without any need of grace or lease.
 """
 
 import hashlib
@@ -82,10 +81,9 @@ class Store:
     def open(cls, uri: str | Path, *, create: bool = True, scratch: str | Path | None = None) -> Self:
         """Open the store at a folder, a file:// or an s3:// address; a relative path is relative to the working folder.
 
-        With ``create`` the folder is made, and the store must be writable (StoreUnreachableError). Without, a folder
-        that does not exist reads as empty and is not made. ``scratch`` is the local folder of a store in a bucket, by
-        default in the user's cache. Raises SettingsError for an address of another kind, and for a bucket whose
-        endpoint cannot keep a store.
+        With ``create`` the folder is made, and the store must be writable (StoreUnreachableError). Without, a missing
+        folder reads as empty and is not made. ``scratch`` is the local folder of a store in a bucket, by default in the
+        user's cache. Raises SettingsError for another kind of address, and a bucket whose endpoint cannot keep a store.
         """
         if not str(uri).startswith("s3://"):
             root = local_root(uri)
