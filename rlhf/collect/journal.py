@@ -100,7 +100,7 @@ class AnnotationJournal(AbstractContextManager["AnnotationJournal"]):
             os.ftruncate(self._descriptor, len(data) - len(rest))
             os.fsync(self._descriptor)
             return len(data) - len(rest)
-        # Whole, but for its end: somebody edited the file by hand and left that out.
+        # Whole, but without its line end: the file was edited by hand.
         self.answers.append(self._parse(number, rest))
         self._write(b"\n")
         return len(data) + 1

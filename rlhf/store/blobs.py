@@ -44,7 +44,7 @@ def hidden(backend: Backend, folder: str) -> dict[str, str]:
 def put_back(backend: Backend, name: str, original: str) -> None:
     """Give a hidden file its own name again, unless that name was written again: then the new file stays."""
     if original.startswith("blobs/"):
-        # A rename would put it in another's place, which at worst is one good copy for another.
+        # A rename may replace another file, which at worst is one good copy for another.
         if backend.state(original) is None:
             backend.move(name, original)
     elif (data := backend.read(name)) is not None:

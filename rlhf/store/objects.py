@@ -124,7 +124,7 @@ class ObjectBackend:
             raise SettingsError(
                 f"The scratch folder of a store in a bucket cannot be written: {error.what}",
                 str(self._scratch),
-                "Set store.scratch to a folder that you can write; without it, the folder lies under XDG_CACHE_HOME "
+                "Set store.scratch to a folder that you can write; without it, the folder is under XDG_CACHE_HOME "
                 "or HOME.",
             ) from error
         name = f".probe-{secrets.token_hex(8)}"
@@ -374,7 +374,7 @@ class ObjectBackend:
         return self._patiently(name, lambda: self._call(method, name, **request))
 
     def _call(self, method: str, name: str | None, **request: Any) -> Any:
-        """Send one request, about an object unless ``name`` is None. Raises AnswerError for what is no success."""
+        """Send one request, about an object unless ``name`` is None. Raises AnswerError if it answers an error."""
         if name is not None:
             request["Key"] = self._key(name)
         try:

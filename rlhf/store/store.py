@@ -1,4 +1,4 @@
-"""The artifact store: immutable results under keys that say what made them.
+"""The artifact store: immutable results under keys of the stage, settings and inputs that made them.
 
     blobs/sha256/ab/<digest>    payload files, named by their contents
     manifests/<digest>.json     an artifact: its kind, and path, size and SHA-256 of each file
@@ -11,7 +11,7 @@
     cache/                      files that may be lost: each node's memory of the blobs it has hashed
 
 In a bucket the names are the same. ``work/`` and ``cache/`` are then in a local scratch folder, and of ``work/`` the
-bucket has what another machine needs to go on (rlhf/pipeline/uploads.py).
+bucket has the files that another machine needs to continue a stage (rlhf/pipeline/uploads.py).
 
 Blobs are written first, then the manifest, then the action record, which is created only if there is none: so a reader
 sees a whole result or none, whichever process is killed at whatever time.
@@ -372,7 +372,7 @@ class Store:
             return report
         for item in report.damaged:
             ref = Ref.from_bytes(self._backend.read(item.file) or b"") if item.file.startswith("refs/") else None
-            # The ref of a lost import stays: to train the stage instead would be something that nobody asked for.
+            # The ref of a lost import stays: to train the stage instead would be something that no user asked for.
             imported = ref is not None and ref.imported
             fate = "import it again, or forget it" if imported else quarantine(self._backend, item.file)
             self.notices.append(f"{item.file} ({item.why}): {fate}.")
@@ -403,10 +403,10 @@ class Store:
         return self._backend.free_bytes()
 
 
-def _refuse_malformed(digest: str, what: str) -> None:
+def _refuse_malformed(digest: str, kind: str) -> None:
     if not DIGEST.fullmatch(digest):
         raise RequestError(
-            f"{digest!r} is no {what}.", next_step="Give all of its 64 hexadecimal digits, as rlhf status --json does."
+            f"{digest!r} is no {kind}.", next_step="Give all of its 64 hexadecimal digits, as rlhf status --json does."
         )
 
 

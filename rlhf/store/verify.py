@@ -85,9 +85,9 @@ def artifact_damage(backend: Backend, blobs: Blobs, digest: str) -> list[Damage]
 
 
 def verify_all(backend: Backend, blobs: Blobs) -> VerifyReport:
-    """Read every action record, manifest and blob, and check that what refs name is there.
+    """Read every action record, manifest and blob, and check that the records that refs name are there.
 
-    What garbage collection removes meanwhile, with everything that referred to it, is no damage.
+    A file that garbage collection removes meanwhile, with everything that referred to it, is no damage.
     """
     damaged = lost_records(backend)
     # A commit writes blobs, manifest, action, in this order: listed the other way round, a commit meanwhile
