@@ -204,7 +204,16 @@ def serve(
             try:
                 await web.TCPSite(runner, host, port).start()
             except OSError as error:
-                raise _cannot_listen(error, host, port) from error
+                if error.errno == errno.EADDRINUSE:
+                    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                    with socket.create_server((host, 0), family=family) as free:
+                        next_step = f"--port {free.getsockname()[1]}"
+                    raise RequestError(f"port {port} is taken", f"--port, on {host}", next_step) from error
+                raise RequestError(
+                    f"the page cannot be served at {host}, port {port}: {error.strerror or error}",
+                    "--host and --port",
+                    "name an address of this machine and a port from 1024 on",
+                ) from error
             shown = f"[{host}]" if ":" in host else host
             if host in ("0.0.0.0", "::"):  # noqa: S104 - what the user asked for, compared and not bound
                 shown = socket.gethostname()
@@ -216,18 +225,6 @@ def serve(
             await runner.cleanup()
 
     asyncio.run(run())
-
-
-def _cannot_listen(error: OSError, host: str, port: int) -> RequestError:
-    if error.errno == errno.EADDRINUSE:
-        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
-            another = free.getsockname()[1]
-        return RequestError(f"port {port} is taken", f"--port, on {host}", f"--port {another}")
-    return RequestError(
-        f"the page cannot be served at {host}, port {port}: {error.strerror or error}",
-        "--host and --port",
-        "name an address of this machine and a port from 1024 on",
-    )
 
 
 def is_loopback(host: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 from rlhf.errors import DamageError, RequestError, RlhfError
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
-ALLOWED_SUFFIXES = (".json", ".jinja", ".jsonl", ".md", ".model", ".parquet", ".safetensors", ".svg", ".txt")
+ALLOWED_SUFFIXES = (".jinja", ".json", ".jsonl", ".md", ".model", ".parquet", ".safetensors", ".svg", ".txt")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ATTEMPT = re.compile(r"[A-Za-z0-9-]+")
