@@ -1,7 +1,7 @@
 """A language model as the judge: it is shown every pair of a prompt's responses in both orders.
 
 Language models favour a place, mostly the first (Zheng et al. 2023, arXiv:2306.05685, §3.3). So a response wins only if
-it is preferred in both orders, and all else is a tie (§3.4 there).
+it is preferred in both orders, and every other pair is a tie (§3.4 there).
 """
 
 import json
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rlhf.attempt.context import Context
-from rlhf.collect.collection import name_of
+from rlhf.collect.collection import name_of, read_whole_lines
 from rlhf.config.collect import ChatSettings, CompareSettings
 from rlhf.data.records import ComparisonSet, ResponseSet
 from rlhf.errors import RewardError
@@ -23,6 +23,8 @@ from rlhf.rewards.service import Service, refuse
 JOURNAL = "verdicts.jsonl"
 NAME = "the judge's service"
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+_TURNED: dict[str | None, str | None] = {"A": "B", "B": "A", "C": "C", None: None}
+"""A verdict to that of the same pair in the other order."""
 
 
 class Question(NamedTuple):
@@ -37,58 +39,70 @@ class Question(NamedTuple):
 class ChatJudge:
     """Asks a chat-completions service, and keeps every verdict as it comes: none is paid for twice.
 
-    Raises:
-        PreflightError: the settings name a variable for the token that is not set, or holds none.
+    Raises PreflightError if the settings name a variable for the token that is not set, or holds none.
     """
 
     def __init__(self, settings: ChatSettings) -> None:
         self._settings = settings
         self._service = Service(settings, NAME)
         self._verdicts: dict[Question, str | None] = {}
-        """``A`` for the first, ``B`` for the second, ``C`` for neither; None where the judge gave no verdict."""
+        """``A`` for the first, ``B`` for the second, ``C`` for neither; None if the judge gave no verdict."""
 
     def compare(self, sets: Sequence[ResponseSet], context: Context[CompareSettings]) -> Iterator[ComparisonSet]:
-        """Winners of all pairs for which there are verdicts in both orders.
+        """Yield the sets with the winners of all pairs that have verdicts in both orders.
 
-        Raises:
-            RewardError: the service refused, or gave no verdict for more pairs than ``max_bad_fraction`` allows.
-            TryAgainError: the service could not be reached.
+        Raises RewardError if the service refused, or gave no verdict for more questions than ``max_bad_fraction``
+        allows; TryAgainError if it could not be reached.
         """
-        named = {name_of(one): one for one in sets}
+        named = {name_of(response_set): response_set for response_set in sets}
         for attempt in context.attempts:
-            self._verdicts |= _read(attempt / JOURNAL)
-        questions = [question for name, one in named.items() for question in _questions(name, one.responses)]
+            self._verdicts |= {Question(*row[:3]): row[3] for row in read_whole_lines(attempt / JOURNAL)}
+        questions: list[Question] = []
+        for name, response_set in named.items():
+            for i, j in combinations(range(len(response_set.responses)), 2):
+                # Two equal responses are a tie, without a question.
+                if response_set.responses[i] != response_set.responses[j]:
+                    questions += [Question(name, i, j), Question(name, j, i)]
         self._ask(questions, named, context.attempt / JOURNAL, context.progress)
-        for name, one in named.items():
-            winners = list(self._winners(name, one.responses))
+        for name, response_set in named.items():
+            winners: list[list[float]] = []
+            for i, j in combinations(range(len(response_set.responses)), 2):
+                if response_set.responses[i] == response_set.responses[j]:
+                    winners.append([i, j, 0.5])
+                    continue
+                verdict, turned = self._verdicts[Question(name, i, j)], _TURNED[self._verdicts[Question(name, j, i)]]
+                if verdict and turned:
+                    winners.append([i, j, {"A": 1, "B": 0, "C": 0.5}[verdict] if verdict == turned else 0.5])
             if winners:
-                yield ComparisonSet(**dict(one), winners=winners)
+                yield ComparisonSet(**dict(response_set), winners=winners)
 
     def metrics(self) -> dict[str, float]:
-        """How much the judge goes by place: ``judge/consistent``, the share of pairs with one verdict in both orders;
-        ``judge/first``, the share of decided verdicts for the first; and ``judge/none``, of those without a verdict.
+        """Return how much the judge goes by place: ``judge/consistent``, the share of pairs with the same verdict in
+        both orders; ``judge/first``, the share of decided verdicts for the first; and ``judge/none``, the share of
+        questions without a verdict.
         """
-        said = self._verdicts
-        both = [
-            {verdict, _turned(said[turned])}
-            for question, verdict in said.items()
-            if verdict
-            and question.first < question.second
-            and said.get(turned := Question(question.set, question.second, question.first))
+        verdicts = self._verdicts
+        agree = [
+            verdict == _TURNED[turned]
+            for (name, first, second), verdict in verdicts.items()
+            if verdict and first < second and (turned := verdicts.get(Question(name, second, first)))
         ]
-        decided = [verdict for verdict in said.values() if verdict in ("A", "B")]
-        found = {"judge/verdicts": float(len(said)), "judge/none": _share(v is None for v in said.values())}
-        found |= {"judge/consistent": _share(len(one) == 1 for one in both)} if both else {}
-        return found | ({"judge/first": _share(verdict == "A" for verdict in decided)} if decided else {})
+        decided = [verdict == "A" for verdict in verdicts.values() if verdict in ("A", "B")]
+        metrics = {
+            "judge/verdicts": float(len(verdicts)),
+            "judge/none": _share([verdict is None for verdict in verdicts.values()]),
+        }
+        metrics |= {"judge/consistent": _share(agree)} if agree else {}
+        return metrics | ({"judge/first": _share(decided)} if decided else {})
 
     def _ask(
         self,
         questions: Sequence[Question],
         sets: Mapping[str, ResponseSet],
         journal: Path,
-        tell: Callable[[str, int, int], None],
+        progress: Callable[[str, int, int], None],
     ) -> None:
-        # What an earlier run got no verdict on is asked again: the limit would otherwise be passed by running again.
+        # Questions without a verdict in an earlier run are asked again: else running again would pass the limit.
         left = [question for question in questions if self._verdicts.get(question) is None]
         done, allowed = len(questions) - len(left), int(self._settings.max_bad_fraction * len(questions))
         bad = 0
@@ -99,25 +113,34 @@ class ChatJudge:
                     question, text = asked[reply], reply.result()
                     verdict = verdict_in(text)
                     self._verdicts[question] = verdict
-                    _keep(file, question, verdict)
+                    file.write(json.dumps([*question, verdict]) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
                     done, bad = done + 1, bad + (verdict is None)
                     if verdict is None and bad > allowed:
+                        text = " ".join(text.split())
                         raise RewardError(
                             f"the judge gave no verdict to {bad} of {done} questions; its last answer: "
-                            f"{_shortened(text)}",
+                            f"{text if len(text) <= 120 else text[:119] + '…'!r}",
                             f"{self._service.shown}, model {self._settings.model}",
                             "correct chat.instructions or chat.model, or allow more with chat.max_bad_fraction",
                         )
-                    tell(f"verdict {done} of {len(questions)}", done, len(questions))
+                    progress(f"verdict {done} of {len(questions)}", done, len(questions))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _reply(self, one: ResponseSet, question: Question) -> str:
+    def _reply(self, response_set: ResponseSet, question: Question) -> str:
         settings = self._settings
-        said = {"{prompt}": _plain(one.model_dump()["prompt"])}
-        said |= {"{first}": one.responses[question.first], "{second}": one.responses[question.second]}
+        prompt = response_set.model_dump()["prompt"]
+        if not isinstance(prompt, str):
+            prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        texts = {
+            "{prompt}": prompt,
+            "{first}": response_set.responses[question.first],
+            "{second}": response_set.responses[question.second],
+        }
         # In one pass: a response that holds one of the names stays as it is.
-        content = re.sub("|".join(map(re.escape, said)), lambda found: said[found[0]], settings.instructions)
+        content = re.sub("|".join(map(re.escape, texts)), lambda match: texts[match[0]], settings.instructions)
         document = {
             "model": settings.model,
             "messages": [{"role": "user", "content": content}],
@@ -135,62 +158,15 @@ class ChatJudge:
                 "set url to an endpoint of chat completions",
             )
 
-    def _winners(self, name: str, responses: Sequence[str]) -> Iterator[list[float]]:
-        for i, j in combinations(range(len(responses)), 2):
-            if responses[i] == responses[j]:
-                yield [i, j, 0.5]
-                continue
-            one, other = self._verdicts[Question(name, i, j)], _turned(self._verdicts[Question(name, j, i)])
-            if one and other:
-                yield [i, j, {"A": 1, "B": 0, "C": 0.5}[one] if one == other else 0.5]
-
 
 def verdict_in(reply: str) -> str | None:
-    """``A``, ``B`` or ``C`` as the reply's last double brackets, or the reply itself, say; None where neither does."""
-    found = _VERDICT.findall(reply)
-    if found:
-        return found[-1]
+    """Return the ``A``, ``B`` or ``C`` of the reply's last double brackets, or of a bare reply; None without either."""
+    verdicts = _VERDICT.findall(reply)
+    if verdicts:
+        return verdicts[-1]
     bare = reply.strip().strip(".").upper()
     return bare if bare in ("A", "B", "C") else None
 
 
-def _questions(name: str, responses: Sequence[str]) -> Iterator[Question]:
-    for i, j in combinations(range(len(responses)), 2):
-        # Of two equal responses everybody knows the verdict.
-        if responses[i] != responses[j]:
-            yield Question(name, i, j)
-            yield Question(name, j, i)
-
-
-def _turned(verdict: str | None) -> str | None:
-    return None if verdict is None else {"A": "B", "B": "A", "C": "C"}[verdict]
-
-
-def _plain(prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def _keep(file: Any, question: Question, verdict: str | None) -> None:
-    file.write(json.dumps([*question, verdict]) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _read(path: Path) -> dict[Question, str | None]:
-    if not path.exists():
-        return {}
-    # What a kill left half-written at the end is asked again.
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    return {Question(*row[:3]): row[3] for row in rows}
-
-
-def _share(of: Any) -> float:
-    values = list(of)
+def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _shortened(text: str, limit: int = 120) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= limit else text[: limit - 1] + "…")

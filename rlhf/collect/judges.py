@@ -1,4 +1,4 @@
-"""Who compares collected responses: people's answers in a file, a Python function, or a language model."""
+"""The judges of collected responses: people's answers in a file, a Python function, or a language model."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -14,25 +14,24 @@ from rlhf.rewards.sources import load_function
 
 
 class Judge(Protocol):
-    """Who says which responses are better."""
+    """Decides which responses are better."""
 
     def compare(self, sets: Sequence[ResponseSet], context: Context[CompareSettings]) -> Iterator[ComparisonSet]:
-        """The sets with what the judge says of them; those it says nothing of are left out.
+        """Yield the sets with the judge's comparisons; sets without any are left out.
 
-        context  the stage's: earlier attempts at its key know what was said before and need not be asked again
+        context  the stage's: verdicts of earlier attempts at its key are read from there and not asked for again
         """
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What the stage reports of the judge, once it has compared everything."""
-        ...
+        """Return the stage's metrics of the judge, once it has compared everything; none by default."""
+        return {}
 
 
 def judge_of(settings: CompareSettings) -> Judge:
-    """The judge that the settings name.
+    """Return the judge that the settings name.
 
-    Raises:
-        PreflightError: the function cannot be loaded, or the token of the language model's service is not there.
+    Raises PreflightError if the function cannot be loaded, or the token of the language model's service is not set.
     """
     if settings.function is not None:
         return FunctionJudge(settings.function)
@@ -42,7 +41,7 @@ def judge_of(settings: CompareSettings) -> Judge:
     return People(settings.file)
 
 
-class FunctionJudge:
+class FunctionJudge(Judge):
     """The function ``name`` of a Python file, ``file.py:name``: one number a response, all of a prompt at once."""
 
     def __init__(self, named: str) -> None:
@@ -50,15 +49,13 @@ class FunctionJudge:
         self._function = load_function(named, "judge", "prompt, responses")
 
     def compare(self, sets: Sequence[ResponseSet], context: Context[CompareSettings]) -> Iterator[ComparisonSet]:
-        """Ratings by one annotator, called as the function is.
+        """Yield the sets with ratings by one annotator, who has the function's name.
 
-        Raises:
-            RewardError: the function raised, or did not answer one finite number a response.
+        Raises RewardError if the function raised, or did not answer one finite number a response.
         """
         name = self._named.rpartition(":")[2]
-        for number, one in enumerate(sets, start=1):
-            responses = list(one.responses)
-            prompt = one.model_dump()["prompt"]
+        for number, response_set in enumerate(sets, start=1):
+            prompt, responses = response_set.model_dump()["prompt"], list(response_set.responses)
             ratings = checked_scores(
                 lambda prompt=prompt, responses=responses: self._function(prompt, responses),
                 f"{self._named}, set {number}",
@@ -66,31 +63,22 @@ class FunctionJudge:
                 name="the judge",
             )
             context.progress(f"set {number} of {len(sets)}", number, len(sets))
-            yield ComparisonSet(**dict(one), ratings=[[rating] for rating in ratings], annotators=[name])
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing: the function is the user's own."""
-        return {}
+            yield ComparisonSet(**dict(response_set), ratings=[[rating] for rating in ratings], annotators=[name])
 
 
-class People:
-    """What people said, in a file of comparison sets with the collected prompts and responses."""
+class People(Judge):
+    """People's answers, in a file of comparison sets with the collected prompts and responses."""
 
     def __init__(self, source: str) -> None:
         self._source = source
 
     def compare(self, sets: Sequence[ResponseSet], context: Context[CompareSettings]) -> Iterator[ComparisonSet]:
-        """Every row of the file that is about one of the sets; who wrote the responses is taken from the sets.
+        """Yield every row of the file that is about one of the sets, with the models that the set names.
 
-        Raises:
-            RecordError: a row is malformed.
+        Raises RecordError if a row is malformed.
         """
-        models = {name_of(one): one.models for one in sets}
-        for said in RecordReader(self._source, ComparisonSet, context.attempt / "quarantine-compare.jsonl"):
-            name = name_of(said)
+        models = {name_of(response_set): response_set.models for response_set in sets}
+        for compared in RecordReader(self._source, ComparisonSet, context.attempt / "quarantine-compare.jsonl"):
+            name = name_of(compared)
             if name in models:
-                yield said.model_copy(update={"models": models[name]})
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing: rank reports on what people said."""
-        return {}
+                yield compared.model_copy(update={"models": models[name]})

@@ -1,7 +1,7 @@
 """The web server of the annotators' page.
 
-It trusts nobody's browser: a page of another origin can neither read nor answer (`_guard`), whatever name it makes
-point at this machine, and the page itself may load and run nothing but what is in it (a content security policy).
+It trusts no browser: a page of another origin can neither read nor answer (`_guard`), whatever name it makes point at
+this machine, and the page itself may load and run only its own contents (a content security policy).
 """
 
 import asyncio
@@ -16,8 +16,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any
@@ -28,18 +27,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from rlhf.collect.annotation import Ranking, clean_name
 from rlhf.collect.collection import Collection, StaleAnswerError
+from rlhf.collect.journal import described
 from rlhf.errors import RequestError, TryAgainError
 
 MAX_REQUEST_BYTES = 1 << 16
 EXPORT_EVERY = 20
-"""Answers after which the result is written again; at the end it is in any case."""
+"""Number of answers after which the result is written again; it is written at the end too."""
 SHUTDOWN_SECONDS = 2.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Given(BaseModel):
-    """What the page sends as an answer."""
+    """An answer as the page sends it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -52,7 +52,7 @@ class Given(BaseModel):
 
 
 class RefusedError(Exception):
-    """A request that is answered with a status and a sentence."""
+    """The request is refused with a status and a sentence."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(status, sentence)
@@ -62,13 +62,13 @@ class RefusedError(Exception):
 class Server:
     """Answers the page's requests.
 
-    token  what a request must bring; None where the page is served to this machine alone
+    token  the token that a request must have; None if the page is served to this machine only
     """
 
     def __init__(self, collection: Collection, token: str | None) -> None:
         self._collection = collection
         self._token = token
-        # Answers that a browser still keeps must not be sent to the page of other rows on the same port.
+        # A browser must not send answers that it still keeps to the page of other rows on the same port.
         self._project = hashlib.sha256(str(collection.out.resolve()).encode()).hexdigest()[:16]
         page = files("rlhf.collect").joinpath("page.html").read_text(encoding="utf-8")
         self._page = page.replace("{{project}}", self._project).replace("{{title}}", html.escape(collection.out.stem))
@@ -79,16 +79,20 @@ class Server:
         )
 
     def application(self) -> web.Application:
-        """The routes and what guards them."""
+        """Return the routes, with the guard before them."""
+
+        async def show_page(_: web.Request) -> web.Response:
+            return web.Response(text=self._page, content_type="text/html")
+
         application = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[self._guard])
-        application.router.add_get("/", self._show_page)
+        application.router.add_get("/", show_page)
         application.router.add_get("/api/task", self._task)
         application.router.add_post("/api/answer", self._answer)
         return application
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Refuse what is not the page's own request; every response says that it is for this page alone."""
+        """Refuse requests that are not the page's own; mark every response as this page's only."""
         try:
             self._check(request)
             response = await handler(request)
@@ -110,8 +114,13 @@ class Server:
 
     def _check(self, request: web.Request) -> None:
         if self._token is None:
-            # A name of somebody else's that points here (DNS rebinding) is still that somebody's origin.
-            if not is_loopback(_host_name(request.host)):
+            try:
+                # Without the port: a tunnel may have another port at its near end.
+                name = urlsplit(f"//{request.host}").hostname or ""
+            except ValueError:
+                name = ""
+            # Another site's name that points here (DNS rebinding) is still that site's origin.
+            if not is_loopback(name):
                 raise RefusedError(403, "this page is served under the name localhost only")
         else:
             is_page = request.path == "/"
@@ -127,9 +136,6 @@ class Server:
             if request.content_type != "application/json":
                 raise RefusedError(415, "an answer is JSON")
 
-    async def _show_page(self, _request: web.Request) -> web.Response:
-        return web.Response(text=self._page, content_type="text/html")
-
     async def _task(self, request: web.Request) -> web.Response:
         annotation = self._collection.annotation
         try:
@@ -141,14 +147,11 @@ class Server:
             raise RefusedError(404, "there is no such row any more")
         document: dict[str, Any] = {"annotator": annotator, "progress": annotation.progress(annotator)._asdict()}
         if row is None:
-            document |= {
-                "row": None,
-                "previous": annotation.previous(annotator),
-                "next_skipped": annotation.next_skipped(annotator),
-            }
+            previous, next_skipped = annotation.previous(annotator), annotation.next_skipped(annotator)
+            document |= {"row": None, "previous": previous, "next_skipped": next_skipped}
         else:
             task = annotation.task(annotator, row)
-            prompt = task.prompt if isinstance(task.prompt, str) else [one.model_dump() for one in task.prompt]
+            prompt = task.prompt if isinstance(task.prompt, str) else [message.model_dump() for message in task.prompt]
             document |= asdict(task) | {"prompt": prompt}
         return web.json_response(document)
 
@@ -156,15 +159,14 @@ class Server:
         try:
             given = Given.model_validate_json(await request.read())
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise RefusedError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise RefusedError(400, described(error, ": ")) from None
         annotation = self._collection.annotation
         if given.row not in annotation.sets:
             raise RefusedError(404, "there is no such row any more")
         if problem := annotation.problem(given.row, given.ranking):
             raise RefusedError(400, problem)
         try:
-            # Not on a thread: answers are acknowledged in the order of the journal's lines.
+            # Not on another thread: answers are acknowledged in the order of the journal's lines.
             answer = self._collection.answer(given.annotator, given.row, given.ranking, given.replaces)
         except StaleAnswerError:
             raise RefusedError(409, "this was answered in another window meanwhile") from None
@@ -172,15 +174,12 @@ class Server:
             print(error, file=sys.stderr)
             raise RefusedError(503, error.what) from None
         if answer.sequence % EXPORT_EVERY == 0:
-            self._export()
+            try:
+                self._collection.export()
+            except TryAgainError as error:
+                # The answers are safe in the journal, and the result is written again later.
+                print(error, file=sys.stderr)
         return web.json_response({"sequence": answer.sequence})
-
-    def _export(self) -> None:
-        try:
-            self._collection.export()
-        except TryAgainError as error:
-            # The answers are safe in the journal, and the result is written again later.
-            print(error, file=sys.stderr)
 
 
 def serve(
@@ -188,79 +187,55 @@ def serve(
 ) -> None:
     """Serve the page until SIGINT or SIGTERM.
 
-    tell  is given the address of the page, and whether it is for other machines too, once it is served
+    tell  is called, once the page is served, with its address, and whether it is for other machines too
 
-    Raises:
-        RequestError: the address cannot be served at.
-
+    Raises RequestError if the page cannot be served at the address.
     """
-    asyncio.run(_serve(collection, host, port, annotator, tell))
-
-
-async def _serve(
-    collection: Collection, host: str, port: int, annotator: str | None, tell: Callable[[str, bool], None]
-) -> None:
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signal_ in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signal_, ended.set)
-    async with _listening(Server(collection, token).application(), host, port) as actual_port:
-        words = {name: value for name, value in (("annotator", annotator), ("token", token)) if value is not None}
-        address = f"http://{_shown_host(host)}:{actual_port}/"
-        tell(f"{address}?{urlencode(words)}" if words else address, token is not None)
-        await ended.wait()
 
-
-@asynccontextmanager
-async def _listening(application: web.Application, host: str, port: int) -> AsyncGenerator[int]:
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
-    await runner.setup()
-    try:
+    async def run() -> None:
+        ended = asyncio.Event()
+        for signal_ in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signal_, ended.set)
+        application = Server(collection, token).application()
+        runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+        await runner.setup()
         try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise _cannot_listen(error, host, port) from error
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
+            try:
+                await web.TCPSite(runner, host, port).start()
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                    with socket.create_server((host, 0), family=family) as free:
+                        next_step = f"--port {free.getsockname()[1]}"
+                    raise RequestError(f"port {port} is taken", f"--port, on {host}", next_step) from error
+                raise RequestError(
+                    f"the page cannot be served at {host}, port {port}: {error.strerror or error}",
+                    "--host and --port",
+                    "name an address of this machine and a port from 1024 on",
+                ) from error
+            shown = f"[{host}]" if ":" in host else host
+            if host in ("0.0.0.0", "::"):  # noqa: S104 - what the user asked for, compared and not bound
+                shown = socket.gethostname()
+            words = {name: value for name, value in (("annotator", annotator), ("token", token)) if value is not None}
+            address = f"http://{shown}:{runner.addresses[0][1]}/"
+            tell(f"{address}?{urlencode(words)}" if words else address, token is not None)
+            await ended.wait()
+        finally:
+            await runner.cleanup()
 
-
-def _cannot_listen(error: OSError, host: str, port: int) -> RequestError:
-    if error.errno == errno.EADDRINUSE:
-        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
-            another = free.getsockname()[1]
-        return RequestError(f"port {port} is taken", f"--port, on {host}", f"--port {another}")
-    return RequestError(
-        f"the page cannot be served at {host}, port {port}: {error.strerror or error}",
-        "--host and --port",
-        "name an address of this machine and a port from 1024 on",
-    )
+    asyncio.run(run())
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches an address; of a name other than localhost that is not known."""
+    """Tell whether only this machine reaches an address; False for every name other than localhost."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def _shown_host(host: str) -> str:
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - what the user asked for, compared and not bound
-        return socket.gethostname()
-    return f"[{host}]" if ":" in host else host
-
-
-def _host_name(host: str) -> str:
-    """The name in a Host header, without the port: a tunnel may have another one at its near end."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
 def _hash_of(element: str, page: str) -> str:
-    found = re.search(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
-    assert found is not None, f"the page has one {element} element"
-    return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
+    match = re.search(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+    assert match is not None, f"the page has one {element} element"
+    return f"'sha256-{base64.b64encode(hashlib.sha256(match[1].encode()).digest()).decode()}'"

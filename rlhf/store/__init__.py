@@ -1,11 +1,10 @@
 """The artifact store: keys, blobs, manifests, commits, leases and verification."""
 
 from rlhf.store.backend import Backend
-from rlhf.store.garbage import SCRATCH, GarbageReport, Heap
+from rlhf.store.garbage import SCRATCH, GarbageReport
 from rlhf.store.keys import ActionRecord, Manifest, PayloadFile, Ref, canonical_json, digest_file, digest_of, key_of
 from rlhf.store.lease import LEASE_SECONDS, Holder
-from rlhf.store.store import GRACE_SECONDS, Store, Usage
-from rlhf.store.verify import Damage, VerifyReport
+from rlhf.store.store import GRACE_SECONDS, Store
 
 __all__ = [
     "GRACE_SECONDS",
@@ -13,16 +12,12 @@ __all__ = [
     "SCRATCH",
     "ActionRecord",
     "Backend",
-    "Damage",
     "GarbageReport",
-    "Heap",
     "Holder",
     "Manifest",
     "PayloadFile",
     "Ref",
     "Store",
-    "Usage",
-    "VerifyReport",
     "canonical_json",
     "digest_file",
     "digest_of",

@@ -1,54 +1,57 @@
-"""Where the store's files lie: the few operations the store needs, and the local file system's way to do them.
+"""The storage of a store: the operations that it needs, and their implementation in a local file system.
 
 Names are relative POSIX paths such as ``actions/<key>.json``.
 """
 
 import errno
 import fcntl
-import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
 
-from rlhf.errors import DiskFullError, StoreUnreachableError, is_no_room, size
+from rlhf.errors import DiskFullError, SettingsError, StoreUnreachableError, is_no_room, size
+from rlhf.store.keys import digest_file
 
-# The answers where a hard link cannot be made: another device, no such feature, too many links, not permitted.
+# The errors of a hard link that cannot be made: another device, no such feature, too many links, not permitted.
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _FICLONE = 0x40049409
 
+_Result = TypeVar("_Result")
+
 
 class FileState(NamedTuple):
-    """What can be known of a stored file without reading it."""
+    """What the storage knows of a file without reading it."""
 
     size: int
     """Bytes."""
     version: str
     """Differs after the file was written or replaced: modification time and inode, or an object store's ETag."""
     sha256: str | None = None
-    """The digest that the writer of these very bytes noted on them, where the storage keeps such notes."""
+    """The digest that the writer of these bytes noted on them, where the storage keeps such notes."""
 
 
 class Backend(Protocol):
     """Storage for immutable files, and for a few small mutable ones (refs and leases).
 
-    Every method raises DiskFullError or StoreUnreachableError where the storage does not serve it.
+    Every method raises DiskFullError or StoreUnreachableError if the storage does not serve it.
     """
 
     def read(self, name: str) -> bytes | None:
-        """Return a file's bytes, or None where there is none."""
+        """Return a file's bytes; None if there is none."""
         ...
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file that does not exist yet, whole or not at all; False, and nothing changed, where it does."""
+        """Write a file that does not exist yet, whole or not at all; False, and nothing changed, if it exists."""
         ...
 
     def create_from(self, name: str, source: Path, *, link: bool) -> bool:
-        """Like ``create``, with a local file's contents; ``link`` permits to share them with ``source``."""
+        """Do as ``create`` with a local file's contents; ``link`` permits sharing them with ``source``."""
         ...
 
     def put(self, name: str, data: bytes) -> None:
@@ -56,19 +59,19 @@ class Backend(Protocol):
         ...
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
-        """Write ``new`` in the place of ``old``; False, and nothing changed, where the file holds anything else.
+        """Write ``new`` in the place of ``old``; False, and nothing changed, if the file holds anything else.
 
-        An object store decides between several who do so at once. A file system may let two of them pass within the
-        moment between comparing and renaming, and the later one's bytes stay.
+        An object store decides between writers that do so at once. A file system may let two of them pass within the
+        moment between comparing and renaming; the bytes of the later one stay.
         """
         ...
 
     def state(self, name: str) -> FileState | None:
-        """Return size and version of a file, or None where there is none."""
+        """Return size and version of a file; None if there is none."""
         ...
 
     def digest(self, name: str) -> str | None:
-        """Take the SHA-256 of a file's bytes as they lie in the storage, or None where there is none."""
+        """Return the SHA-256 of a file's bytes as they are in the storage; None if there is none."""
         ...
 
     def fetch(self, name: str, target: Path) -> None:
@@ -80,7 +83,7 @@ class Backend(Protocol):
         ...
 
     def move(self, name: str, new: str) -> bool:
-        """Rename a file; False where there is none."""
+        """Rename a file; False if there is none."""
         ...
 
     def delete(self, name: str) -> None:
@@ -92,19 +95,19 @@ class Backend(Protocol):
         ...
 
     def now(self) -> float:
-        """Tell the time, in seconds, by the clock that ``stamped`` goes by."""
+        """Return the time, in seconds, by the storage's clock, which ``stamped`` uses too."""
         ...
 
     def stamped(self, name: str) -> float | None:
-        """Tell when a file was written, moved or stamped, in seconds by the storage's clock; None: there is none."""
+        """Return when a file was written, moved or stamped, in seconds by the storage's clock; None if absent."""
         ...
 
     def stamp(self, name: str) -> None:
-        """Make a file as young as one just written, if it is there and that is permitted; its version stays."""
+        """Make a file as young as a new one, if it exists and that is permitted; its version stays."""
         ...
 
     def unfinished(self) -> list[str]:
-        """List what writers left that were killed, or are at work: files that have not got their name yet."""
+        """List files without their final name yet, of writers that were killed or are at work."""
         ...
 
 
@@ -115,33 +118,29 @@ class LocalBackend:
         self.root = root
 
     def probe(self) -> None:
-        """Make the folder, and show that files can be created in it."""
+        """Make the folder, and test that files can be created in it."""
         name = f".probe-{secrets.token_hex(8)}"
         self.create(name, b"")
         self.delete(name)
 
     def read(self, name: str) -> bytes | None:
-        """Return a file's bytes, or None where there is none."""
-        path = self.root / name
-        with translated(path):
-            try:
-                return path.read_bytes()
-            except FileNotFoundError:
-                return None
+        """Return a file's bytes; None if there is none."""
+        return self._if_there(name, Path.read_bytes)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file under a temporary name and link it to its own, which fails where that is taken."""
+        """Write a file under a temporary name and link it to its own, which fails if that is taken."""
         path = self.root / name
         with translated(path, needed=len(data)):
             if path.exists():
                 return False
             make_folder(path.parent)
-            with _temporary_beside(path) as temporary:
-                _write(temporary, data)
+            with temporary_beside(path) as temporary:
+                temporary.write_bytes(data)
+                _seal(temporary)
                 return _publish(temporary, path)
 
     def create_from(self, name: str, source: Path, *, link: bool) -> bool:
-        """Link to ``source``, making it read-only, where that is permitted and possible; else copy it."""
+        """Link to ``source``, which becomes read-only, if that is permitted and possible; else copy it."""
         path = self.root / name
         with translated(path, needed=source.stat().st_size):
             make_folder(path.parent)
@@ -149,7 +148,7 @@ class LocalBackend:
                 return False
             if link and _link_durably(source, path):
                 return True
-            with _temporary_beside(path) as temporary:
+            with temporary_beside(path) as temporary:
                 _copy(source, temporary)
                 _seal(temporary)
                 return _publish(temporary, path)
@@ -159,13 +158,14 @@ class LocalBackend:
         path = self.root / name
         with translated(path, needed=len(data)):
             make_folder(path.parent)
-            with _temporary_beside(path) as temporary:
-                _write(temporary, data)
+            with temporary_beside(path) as temporary:
+                temporary.write_bytes(data)
+                _seal(temporary)
                 temporary.replace(path)
-                _sync(path.parent)
+                sync(path.parent)
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
-        """Read a file, compare, and write it anew."""
+        """Read a file, compare, and write it again."""
         if self.read(name) != old:
             return False
         self.put(name, new)
@@ -173,27 +173,16 @@ class LocalBackend:
 
     def state(self, name: str) -> FileState | None:
         """Return a file's size, and its modification time and inode as the version."""
-        path = self.root / name
-        with translated(path):
-            try:
-                found = path.stat()
-            except FileNotFoundError:
-                return None
+        status = self._if_there(name, Path.stat)
         # Not the change time: making or removing a hard link to a blob moves it.
-        return FileState(found.st_size, f"{found.st_mtime_ns}-{found.st_ino}")
+        return FileState(status.st_size, f"{status.st_mtime_ns}-{status.st_ino}") if status is not None else None
 
     def digest(self, name: str) -> str | None:
-        """Read a file and take its SHA-256; None where there is none."""
-        path = self.root / name
-        with translated(path):
-            try:
-                with path.open("rb") as file:
-                    return hashlib.file_digest(file, "sha256").hexdigest()
-            except FileNotFoundError:
-                return None
+        """Read a file and return its SHA-256; None if there is none."""
+        return self._if_there(name, digest_file)
 
     def fetch(self, name: str, target: Path) -> None:
-        """Link ``target`` to the file, or copy the file where no link can be made."""
+        """Link ``target`` to the file, or copy the file if no link can be made."""
         path = self.root / name
         with translated(path):
             size = path.stat().st_size
@@ -213,16 +202,16 @@ class LocalBackend:
             if not isinstance(error, FileNotFoundError):
                 raise error
 
-        found: list[str] = []
+        names: list[str] = []
         start = self.root / folder
         with translated(start):
             for here, _, files in os.walk(start, onerror=raise_unless_absent):
                 below = here[len(str(start)) :]
-                found.extend(f"{folder}{below}/{file}" for file in files if file[0] != ".")
-        return sorted(found)
+                names.extend(f"{folder}{below}/{file}" for file in files if file[0] != ".")
+        return sorted(names)
 
     def move(self, name: str, new: str) -> bool:
-        """Rename a file; False where there is none."""
+        """Rename a file; False if there is none."""
         source, target = self.root / name, self.root / new
         with translated(source):
             if not source.exists():
@@ -230,10 +219,10 @@ class LocalBackend:
             make_folder(target.parent)
             try:
                 source.rename(target)
-            except FileNotFoundError:  # somebody else moved it first
+            except FileNotFoundError:  # another process moved it first
                 return False
-            _sync(target.parent)
-            _sync(source.parent)
+            sync(target.parent)
+            sync(source.parent)
         return True
 
     def delete(self, name: str) -> None:
@@ -248,7 +237,7 @@ class LocalBackend:
             return free_bytes_at(self.root)
 
     def now(self) -> float:
-        """Write a probe and read its change time: a server's clock need not be this machine's."""
+        """Return the change time of a new probe: a server's clock need not be this machine's."""
         probe = self.root / f".probe-{secrets.token_hex(8)}"
         with translated(probe):
             try:
@@ -258,32 +247,55 @@ class LocalBackend:
                 probe.unlink(missing_ok=True)
 
     def stamped(self, name: str) -> float | None:
-        """Return a file's change time, which a hard link made or removed and a rename move too."""
-        path = self.root / name
-        with translated(path):
-            try:
-                return path.stat().st_ctime
-            except FileNotFoundError:
-                return None
+        """Return a file's change time, which a rename and a hard link made or removed move too."""
+        status = self._if_there(name, Path.stat)
+        return status.st_ctime if status is not None else None
 
     def stamp(self, name: str) -> None:
-        """Set a file's mode to what it is, which moves its change time and not its modification time."""
+        """Set a file's mode to its present value, which moves its change time and not its modification time."""
         path = self.root / name
         with translated(path):
             try:
                 path.chmod(path.stat().st_mode & 0o777)
-            except (FileNotFoundError, PermissionError):  # somebody else's file stays as old as it is
+            except (FileNotFoundError, PermissionError):  # another user's file stays as old as it is
                 return
 
     def unfinished(self) -> list[str]:
         """List the temporary files: those with a leading dot, outside the attempts and the cache."""
-        found: list[str] = []
+        names: list[str] = []
         with translated(self.root):
             for here, folders, files in os.walk(self.root):
                 if Path(here) == self.root:
                     folders[:] = [folder for folder in folders if folder not in ("work", "cache")]
-                found.extend((Path(here) / file).relative_to(self.root).as_posix() for file in files if file[0] == ".")
-        return sorted(found)
+                names.extend((Path(here) / file).relative_to(self.root).as_posix() for file in files if file[0] == ".")
+        return sorted(names)
+
+    def _if_there(self, name: str, read: Callable[[Path], _Result]) -> _Result | None:
+        path = self.root / name
+        with translated(path):
+            try:
+                return read(path)
+            except FileNotFoundError:
+                return None
+
+
+def local_root(address: str | Path) -> Path:
+    """Return the folder of a path or a file:// address. Raises SettingsError for an address of another kind."""
+    text = str(address)
+    if "://" in text:
+        parts = urlsplit(text)
+        if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path:
+            raise SettingsError(
+                f"The store cannot be at {text}: only folders and buckets of S3 are supported.",
+                where="store.uri",
+                next_step="Use a folder's path, file:///absolute/path, or s3://bucket/prefix.",
+            )
+        text = unquote(parts.path)
+    root = Path.cwd() / Path(text).expanduser()
+    existing = next(path for path in (root, *root.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise SettingsError(f"The store cannot be at {root}: {existing} is no folder.", "store.uri", "Name a folder.")
+    return root
 
 
 @contextmanager
@@ -303,7 +315,7 @@ def translated(path: Path, needed: int = 0) -> Generator[None, None, None]:
 
 
 def no_room(path: Path, needed: int, why: str = "") -> DiskFullError:
-    """Say that ``needed`` bytes do not fit at a path."""
+    """Return the error of ``needed`` bytes that do not fit at a path."""
     reason = f" ({why})" if why else ""
     return DiskFullError(
         f"No room for a file: {size(needed)} needed, {size(free_bytes_at(path))} free{reason}.",
@@ -314,7 +326,7 @@ def no_room(path: Path, needed: int, why: str = "") -> DiskFullError:
 
 
 def free_bytes_at(path: Path) -> int:
-    """Return how many bytes an ordinary user can still write where a path lies or would lie."""
+    """Return how many bytes an ordinary user can still write at a path, which need not exist."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
@@ -326,11 +338,12 @@ def make_folder(folder: Path) -> None:
         return
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 @contextmanager
-def _temporary_beside(path: Path) -> Generator[Path, None, None]:
+def temporary_beside(path: Path) -> Generator[Path, None, None]:
+    """Give a new name in the folder of ``path``, and remove the file of that name, if any, at the end."""
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
         yield temporary
@@ -339,43 +352,29 @@ def _temporary_beside(path: Path) -> Generator[Path, None, None]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file, sharing its blocks where the file system can (a reflink), else after making sure that it fits.
+    """Copy a file; share its blocks if the file system can (a reflink, ioctl_ficlone(2)).
 
-    Raises DiskFullError where it does not.
+    Raises DiskFullError, before copying, if the copy would not fit.
     """
-    if _share_blocks(source, target):
+    with source.open("rb") as reader, target.open("wb") as writer, suppress(OSError):
+        fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
         return
     if (size := source.stat().st_size) > free_bytes_at(target):
         raise no_room(target, size)
     shutil.copyfile(source, target)
 
 
-def _share_blocks(source: Path, target: Path) -> bool:
-    """Make a new file of another's blocks (ioctl_ficlone(2)); False where the file system cannot."""
-    with source.open("rb") as reader, target.open("wb") as writer:
-        try:
-            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-        except OSError:
-            return False
-    return True
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    _seal(path)
-
-
 def _seal(path: Path) -> None:
     path.chmod(0o444 & ~umask())
-    _sync(path)
+    sync(path)
 
 
 @cache
 def umask() -> int:
-    """The permissions that this process withholds from what it writes, as they were when first asked for."""
-    found = os.umask(0o077)
-    os.umask(found)
-    return found
+    """Return the permissions that this process withholds from files it creates, as they were at the first call."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _publish(temporary: Path, path: Path) -> bool:
@@ -383,15 +382,15 @@ def _publish(temporary: Path, path: Path) -> bool:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        # NFS may repeat a request whose answer was lost and then refuse the name it has just given: two links tell.
+        # NFS may repeat a request whose answer was lost, and refuse the name it has just given: two links show that.
         if temporary.stat().st_nlink != 2:
             return False
-    _sync(path.parent)
+    sync(path.parent)
     return True
 
 
 def _link_durably(source: Path, path: Path) -> bool:
-    """Name ``source``'s contents ``path`` too; False where a link cannot be made."""
+    """Link ``path`` to ``source``; False if no link can be made."""
     try:
         _seal(source)
         os.link(source, path)
@@ -401,11 +400,12 @@ def _link_durably(source: Path, path: Path) -> bool:
         if error.errno not in _CANNOT_LINK:
             raise
         return False
-    _sync(path.parent)
+    sync(path.parent)
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

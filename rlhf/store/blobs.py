@@ -1,86 +1,32 @@
-"""Blobs: files by their digest, which files may be stored, and the trash that hides condemned files.
+"""Blobs: files by their digest; the trash that hides condemned files, and the quarantine that keeps damaged ones.
 
-The trash is ``trash/<collection>/<name>``. A file is hidden before anybody asks for the last time whether it is needed,
-so a reader that misses one brings it back. Each collection hides under a name of its own and at most once: what another
-brought back is never deleted by mistake.
+The trash is ``trash/<collection>/<name>``. A file is hidden before the last check whether anything needs it, so a
+reader that misses the file brings it back. Each collection hides a file under a name of its own and at most once: it
+never deletes a file that another process has brought back.
 """
 
+import errno
 import os
+import secrets
+import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from rlhf.errors import DamageError, RequestError, TryAgainError
-from rlhf.store.backend import Backend, FileState
-from rlhf.store.keys import PayloadFile, refuse_escape
+from rlhf.store.backend import Backend, FileState, LocalBackend, make_folder, temporary_beside, translated
+from rlhf.store.keys import PayloadFile, digest_file
 
-ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".jsonl", ".parquet", ".txt", ".md", ".jinja", ".model", ".svg"})
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"})
-
-
-def payload_paths(folder: Path) -> dict[str, Path]:
-    """Find every file of a payload folder: relative POSIX path -> path, sorted.
-
-    Raises RequestError for a symbolic link, an empty folder, anything that is neither file nor folder, and a file type
-    that an artifact must not hold.
-    """
-    if not folder.is_dir():
-        raise _refused(folder, "is not a folder", "Give the folder that holds the artifact's files.")
-    found: dict[str, Path] = {}
-    _collect(folder, "", found)
-    return dict(sorted(found.items()))
-
-
-def _collect(folder: Path, prefix: str, found: dict[str, Path]) -> None:
-    with os.scandir(folder) as listing:
-        entries = list(listing)
-    if not entries:
-        raise _refused(folder, "is empty", "Write the result into it, or remove it: an artifact holds files only.")
-    for entry in entries:
-        path, name = Path(entry.path), prefix + entry.name
-        if entry.is_symlink():
-            raise _refused(path, "is a symbolic link", "Put the file itself there.")
-        if entry.is_dir():
-            _collect(path, f"{name}/", found)
-        elif not entry.is_file():
-            raise _refused(path, "is neither a file nor a folder", "Remove it.")
-        else:
-            _refuse_type(path)
-            try:
-                refuse_escape(name)
-            except DamageError as error:
-                raise _refused(path, error.what, "Rename the file.") from error
-            found[name] = path
-
-
-def _refuse_type(path: Path) -> None:
-    if path.suffix in PICKLE_SUFFIXES:
-        raise _refused(
-            path,
-            "may be a pickle, which runs code when it is loaded",
-            "Save tensors with safetensors (save_pretrained does), all else as JSON, JSONL, Parquet or text.",
-        )
-    if path.suffix not in ALLOWED_SUFFIXES:
-        raise _refused(
-            path,
-            f"is of a type that no artifact holds ({path.suffix or 'no suffix'})",
-            f"Use {_listed(ALLOWED_SUFFIXES)}.",
-        )
-
-
-def _listed(suffixes: frozenset[str]) -> str:
-    *most, last = sorted(suffixes)
-    return f"{', '.join(most)} or {last}"
-
-
-def _refused(path: Path, why: str, next_step: str) -> RequestError:
-    return RequestError(f"{path.name!r} cannot go into an artifact: it {why}.", where=str(path), next_step=next_step)
-
-
+FOLDER = "blobs/sha256"
 TRASH = "trash"
+_HASHING_THREADS = 8
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def hide(backend: Backend, collection: str, names: Iterable[str]) -> None:
@@ -91,14 +37,14 @@ def hide(backend: Backend, collection: str, names: Iterable[str]) -> None:
 
 def hidden(backend: Backend, folder: str) -> dict[str, str]:
     """Map each file in the trash that came from a folder to the name that it had."""
-    found = {name: PurePosixPath(*PurePosixPath(name).parts[2:]).as_posix() for name in backend.names(TRASH)}
-    return {name: original for name, original in found.items() if original.startswith(f"{folder}/")}
+    originals = {name: PurePosixPath(*PurePosixPath(name).parts[2:]).as_posix() for name in backend.names(TRASH)}
+    return {name: original for name, original in originals.items() if original.startswith(f"{folder}/")}
 
 
 def put_back(backend: Backend, name: str, original: str) -> None:
-    """Give a hidden file its own name again, unless that has been written anew: then the new one stays."""
+    """Give a hidden file its own name again, unless that name was written again: then the new file stays."""
     if original.startswith("blobs/"):
-        # A rename would put it in another's place, which at worst is one good copy for another.
+        # A rename may replace another file, which at worst is one good copy for another.
         if backend.state(original) is None:
             backend.move(name, original)
     elif (data := backend.read(name)) is not None:
@@ -114,24 +60,40 @@ def is_there(backend: Backend, name: str) -> bool:
         for aside, original in hidden(backend, PurePosixPath(name).parts[0]).items():
             if original == name:
                 put_back(backend, aside, original)
-    except TryAgainError:  # a store that cannot be written has it missing
+    except TryAgainError:  # in a store that cannot be written the file counts as missing
         return False
     return backend.state(name) is not None
 
 
-FOLDER = "blobs/sha256"
-_HASHING_THREADS = 8
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+def unhidden(backend: Backend, name: str, read: Callable[[str], _Result | None]) -> _Result | None:
+    """Return ``read(name)``, read again after bringing the file back if garbage collection has hidden it."""
+    result = read(name)
+    return read(name) if result is None and is_there(backend, name) else result
+
+
+def set_aside(backend: Backend, name: str) -> str:
+    """Move a file to quarantine and return its name there; "" if there is no such file."""
+    moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    aside = f"quarantine/{name}.{moment}-{secrets.token_hex(4)}"
+    return aside if backend.move(name, aside) else ""
+
+
+def quarantine(backend: Backend, name: str) -> str:
+    """Move a damaged file to quarantine; return a phrase that tells the user where it is now."""
+    try:
+        aside = set_aside(backend, name)
+    except TryAgainError as error:  # a read-only store: it is a miss all the same, and the user is told
+        return f"could not be moved: {error.what}"
+    return f"moved to {aside}" if aside else "there is nothing to move"
 
 
 def blob_name(sha256: str) -> str:
-    """Say where a blob lies."""
+    """Return the name of a blob's file."""
     return f"{FOLDER}/{sha256[:2]}/{sha256}"
 
 
 def in_parallel(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """Map with a few threads: hashing leaves the interpreter's lock alone."""
+    """Map with a few threads: hashing releases the interpreter's lock."""
     todo = list(items)
     if len(todo) < 2:
         return [function(item) for item in todo]
@@ -145,10 +107,32 @@ class Blobs:
     def __init__(self, backend: Backend, cache: Path) -> None:
         self._backend = backend
         self._memory = cache / "verified" / "".join(c if c.isalnum() else "-" for c in socket.gethostname())
-        self._verified: dict[str, FileState] | None = None
+
+    def put(self, file: PayloadFile, source: Path, before: os.stat_result, notices: list[str], *, link: bool) -> None:
+        """Store a payload file, by hard link where ``link`` permits it, and note damage in ``notices``.
+
+        Raises RequestError if ``source`` has changed since its state ``before``, when its digest was taken.
+        """
+        name = blob_name(file.sha256)
+        # A blob that is there already is only as good as its digest: never build a new artifact on a damaged one.
+        if self._backend.state(name) is not None and self.damaged([file]):
+            notices.append(f"{file.path} was stored before and is damaged: {name} {quarantine(self._backend, name)}.")
+        if not self._backend.create_from(name, source, link=link):
+            self._backend.stamp(name)
+            return
+        after = source.stat()
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            quarantine(self._backend, name)
+            raise RequestError(
+                f"{file.path} changed while it was being stored.",
+                where=str(source),
+                next_step="Let the program that writes it finish, then run the same command again.",
+            )
+        if (state := self._backend.state(name)) is not None:
+            self.remember({file.sha256: state})
 
     def damaged(self, files: Iterable[PayloadFile], *, trust_memory: bool = True) -> dict[str, str]:
-        """Find the blobs of files that are missing or not what they should be: SHA-256 -> why.
+        """Map the SHA-256 of each blob that is missing or not as it was written to the reason.
 
         Sizes are always compared. A blob is read unless the storage keeps its writer's note of the digest, or this node
         has hashed it before and its state is the same since; with ``trust_memory`` off all are read, and nothing is
@@ -157,35 +141,74 @@ class Blobs:
         bad: dict[str, str] = {}
         unread: dict[str, FileState] = {}
         sizes = {file.sha256: file.size for file in files}
-        # At once, since an object store takes its time for each.
-        states = in_parallel(self._state, sizes)
+        # In parallel, since an object store takes its time for each.
+        states = in_parallel(lambda sha256: unhidden(self._backend, blob_name(sha256), self._backend.state), sizes)
         for (sha256, size), state in zip(sizes.items(), states, strict=True):
             if state is None:
                 bad[sha256] = "is missing"
             elif state.size != size:
                 bad[sha256] = f"has {state.size} bytes, not {size}"
-            elif not (trust_memory and (state.sha256 == sha256 or self._remembered().get(sha256) == state)):
+            elif not (trust_memory and (state.sha256 == sha256 or self._remembered.get(sha256) == state)):
                 unread[sha256] = state
-        for sha256, found in zip(
-            unread, in_parallel(lambda s: self._backend.digest(blob_name(s)), unread), strict=True
-        ):
-            if found != sha256:
-                bad[sha256] = f"has the digest {found}" if found else "is missing"
+        digests = in_parallel(lambda sha256: self._backend.digest(blob_name(sha256)), unread)
+        for sha256, digest in zip(unread, digests, strict=True):
+            if digest != sha256:
+                bad[sha256] = f"has the digest {digest}" if digest else "is missing"
         if trust_memory:
             self.remember({sha256: state for sha256, state in unread.items() if sha256 not in bad})
         return bad
 
-    def _state(self, sha256: str) -> FileState | None:
-        """The state of a blob, after bringing it back where garbage collection has hidden it."""
-        name = blob_name(sha256)
-        state = self._backend.state(name)
-        return self._backend.state(name) if state is None and is_there(self._backend, name) else state
+    def check_out(self, files: Sequence[PayloadFile], target: Path, artifact: str, address: str) -> None:
+        """Make an artifact's files appear as the folder ``target``, whole or not at all (`Store.checkout`)."""
+        self._refuse_damaged(files, artifact, address)
+        scratch = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
+        with translated(target):
+            try:
+                for file in files:
+                    path = scratch / file.path
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    try:
+                        self._backend.fetch(blob_name(file.sha256), path)
+                    except DamageError:  # a bucket's blobs are hashed only now, when they are downloaded
+                        self._refuse_damaged(files, artifact, address, trust_memory=False)
+                        raise
+                try:
+                    scratch.rename(target)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise
+                    wanted = {target / file.path: file.sha256 for file in files}
+                    paths = {path for path in target.rglob("*") if not path.is_dir()}
+                    if paths == wanted.keys() and all(digest_file(path) == wanted[path] for path in paths):
+                        return
+                    raise RequestError(
+                        "The folder to check an artifact out to already holds something else.",
+                        where=str(target),
+                        next_step="Remove it or name another folder.",
+                    ) from error
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _refuse_damaged(
+        self, files: Sequence[PayloadFile], artifact: str, address: str, *, trust_memory: bool = True
+    ) -> None:
+        bad = self.damaged(files, trust_memory=trust_memory)
+        if not bad:
+            return
+        # Moved at once, and not only reported: another node may remember it as verified and would call it a hit again.
+        fates = [(f, quarantine(self._backend, blob_name(f.sha256))) for f in files if f.sha256 in bad]
+        damage = [f"{file.path} {bad[file.sha256]} ({fate})" for file, fate in fates]
+        raise DamageError(
+            f"Artifact {artifact} is damaged: {'; '.join(damage)}.",
+            where=address,
+            next_step="Run the same command again: the stage that made it will run again.",
+        )
 
     def remember(self, hashed: dict[str, FileState]) -> None:
-        """Note that blobs in these states were hashed here and are right."""
+        """Note that blobs in these states were hashed on this node and are right."""
         if not hashed:
             return
-        self._remembered().update(hashed)
+        self._remembered.update(hashed)
         lines = "".join(f"{sha256} {state.size} {state.version}\n" for sha256, state in hashed.items())
         # Losing this file costs hashing again and nothing else, and a read-only store must stay readable.
         with suppress(OSError):
@@ -196,12 +219,38 @@ class Blobs:
             finally:
                 os.close(descriptor)
 
+    @cached_property
     def _remembered(self) -> dict[str, FileState]:
-        if self._verified is None:
-            self._verified = {}
-            with suppress(OSError):
-                for line in self._memory.read_text().splitlines():
-                    fields = line.split(" ")
-                    if len(fields) == 3 and fields[1].isdigit():  # a line cut short by a crash is no evidence
-                        self._verified[fields[0]] = FileState(int(fields[1]), fields[2])
-        return self._verified
+        states: dict[str, FileState] = {}
+        with suppress(OSError):
+            for line in self._memory.read_text().splitlines():
+                fields = line.split(" ")
+                if len(fields) == 3 and fields[1].isdigit():  # a line cut short by a crash is no evidence
+                    states[fields[0]] = FileState(int(fields[1]), fields[2])
+        return states
+
+
+class Copies(LocalBackend):
+    """This machine's copies of the blobs of a store elsewhere; they may be deleted at any time."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._known = Blobs(self, folder)
+
+    def fetch_or_download(self, name: str, target: Path, download: Callable[[str, Path], None]) -> None:
+        """Do as ``fetch``, after a download unless there is a good copy. Raises DamageError if it fails its digest."""
+        sha256 = PurePosixPath(name).name
+        copy = self.state(name)
+        if copy is not None and self._known.damaged([PayloadFile("", copy.size, sha256)]):
+            self.delete(name)
+            copy = None
+        if copy is None:
+            with translated(self.root), temporary_beside(self.root / sha256) as temporary:
+                make_folder(self.root)
+                download(name, temporary)
+                if (digest := digest_file(temporary)) != sha256:
+                    raise DamageError(f"{name} has the digest {digest}")
+                self.create_from(name, temporary, link=True)
+            if (copy := self.state(name)) is not None:
+                self._known.remember({sha256: copy})
+        self.fetch(name, target)

@@ -1,4 +1,4 @@
-"""Leases: who is working on a key, so that others wait instead of doing the same work.
+"""Leases: which process works on a key, so that others wait instead of doing the same work.
 
 A lease saves work and carries no correctness: two holders at once cost time, and the commit decides. So every race here
 is resolved towards progress.
@@ -16,13 +16,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeGuard
 
 from rlhf.errors import DamageError, LeaseHeldError, StoreUnreachableError, TryAgainError
 from rlhf.store.backend import Backend
 from rlhf.store.keys import seal, unseal
 
 LEASE_SECONDS = 30.0
-"""A holder whose counter we have not seen move for so long, by our own clock, has lost its lease."""
+"""A holder whose counter does not move for this time, by the waiting process's clock, has lost its lease."""
 BEAT_SECONDS = 5.0
 """How often a holder moves its counter."""
 POLL_SECONDS = 0.5
@@ -39,42 +40,46 @@ class Holder:
     """Equal for two processes exactly when they see each other's process ids: boot and process-id namespace."""
     pid: int
     started: str
-    """When the process started, in the form the operating system gives; only compared for equality."""
+    """When the process started, in the operating system's form; only compared for equality."""
     user: str
     since: str
     """When the lease was taken, UTC by the holder's clock: for people to read."""
     token: str
-    """Tells apart two leases of one process."""
+    """Distinguishes two leases of one process."""
     count: int
 
     @classmethod
     def here(cls) -> "Holder":
-        """Describe this process as the holder of a new lease."""
+        """Return this process as the holder of a new lease."""
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # a container's user need not have a name
+            user = str(os.getuid())
         return cls(
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
             started=_process_started(os.getpid()) or "",
-            user=_user(),
+            user=user,
             since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
             token=secrets.token_hex(8),
             count=0,
         )
 
     def to_json(self) -> bytes:
-        """Write the lease's file."""
+        """Return the contents of the lease's file."""
         return seal(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes) -> "Holder | None":
-        """Read a lease's file; None where it does not tell who holds it."""
+        """Read a lease from its file's contents; None if they name no holder."""
         try:
             return cls(**unseal(data))
         except (DamageError, TypeError):
             return None
 
     def is_gone(self) -> bool:
-        """Tell whether the holder was a process of this machine that has ended; False where that cannot be known."""
+        """Tell whether the holder was a process of this machine that has ended; False if that cannot be known."""
         return self.machine == _machine() and _process_started(self.pid) not in (self.started, "")
 
     def __str__(self) -> str:
@@ -87,38 +92,41 @@ def hold(
     name: str,
     *,
     timeout: float | None,
-    on_wait: Callable[[str], None] | None,
+    on_wait: Callable[[str], None] | None = None,
     on_loss: Callable[[str], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> Generator[Holder, None, None]:
     """Hold the lease ``name`` while the body runs.
 
-    A dead process of this machine is succeeded at once; any other holder when its counter has stood still for
-    LEASE_SECONDS while we watched, which a ``timeout`` (seconds; None waits for ever) shorter than that never sees.
-    Raises LeaseHeldError when the time is over.
+    A lease of a dead process of this machine is taken over at once; any other when its counter has not moved for
+    LEASE_SECONDS of waiting. ``timeout`` is in seconds: 0 raises LeaseHeldError at once, None waits without limit.
 
-    ``on_loss`` is called once, from another thread, with who holds the lease, when it is found to be ours no longer. A
-    store that does not answer is no such loss: whether somebody took over is seen when it answers again. ``check`` is
-    called at every look while waiting, and what it raises ends the waiting.
+    ``on_wait`` is called every REPORT_SECONDS of waiting, with a line that names the holder. ``check`` is called at
+    every look while waiting; an error that it raises ends the waiting. ``on_loss`` is called once, from another thread,
+    with the new holder, when the lease is seen to be lost. A store that does not answer is no such loss: whether
+    another process took over is seen when the store answers again.
     """
     mine = _acquire(backend, name, timeout, on_wait, check)
     heart = _Heart(backend, name, mine, on_loss)
-    heart.start()
     release = True
     try:
         yield mine
     except StoreUnreachableError:
-        release = False  # to ask again would take as long again; the lease goes stale
+        release = False  # asking again would take as long again; the lease goes stale
         raise
     finally:
         heart.stop(release=release)
 
 
 def holder_of(backend: Backend, name: str) -> Holder | None:
-    """Find who holds a lease; None where nobody does or its holder is known to have ended."""
-    raw = backend.read(name)
-    holder = Holder.from_json(raw) if raw is not None else None
+    """Return the holder of a lease; None if there is none or it is known to have ended."""
+    _, holder = _read(backend, name)
     return None if holder is None or holder.is_gone() else holder
+
+
+def _read(backend: Backend, name: str) -> tuple[bytes, Holder | None]:
+    raw = backend.read(name) or b""
+    return raw, Holder.from_json(raw)
 
 
 def _acquire(
@@ -142,39 +150,33 @@ def _acquire(
             seen, seen_at = raw, now
         holder = Holder.from_json(raw)
         if (holder is not None and holder.is_gone()) or now - seen_at >= LEASE_SECONDS:
-            if (mine := _take_over(backend, name, raw)) is not None:
-                return mine
+            mine = Holder.here()
+            # Of several waiters one replaces the lease, and none if the holder moved its counter after all.
+            if backend.replace(name, raw, mine.to_json()):
+                # Two may pass within one moment, if the storage cannot tell them apart: the later one holds the lease.
+                time.sleep(POLL_SECONDS)
+                _, holder = _read(backend, name)
+                if holder is not None and holder.token == mine.token:
+                    return mine
             continue
-        who = str(holder) if holder is not None else "an unreadable lease"
+        shown = str(holder) if holder is not None else "an unreadable lease"
         if timeout is not None and now - began >= timeout:
             raise LeaseHeldError(
-                f"Somebody else is producing the same result: {who}.",
+                f"Another process is producing the same result: {shown}.",
                 where=name,
-                next_step="Let it finish and run the same command again: it is then a cache hit. A holder that died "
-                f"on another machine is succeeded after {LEASE_SECONDS:.0f} seconds of waiting.",
+                next_step="Let it finish and run the same command again: it is then a cache hit. The lease of a "
+                f"process that died on another machine is taken over after {LEASE_SECONDS:.0f} seconds of waiting.",
             )
         if check is not None:
             check()
         if on_wait is not None and now >= report_at:
-            on_wait(f"Waiting for {who}.")
+            on_wait(f"Waiting for {shown}.")
             report_at = now + REPORT_SECONDS
         time.sleep(POLL_SECONDS)
 
 
-def _take_over(backend: Backend, name: str, judged: bytes) -> Holder | None:
-    """Put a lease of ours in the place of the one that was judged dead, and only of that one; None where it is not."""
-    mine = Holder.here()
-    if not backend.replace(name, judged, mine.to_json()):
-        return None  # another waiter was quicker, or the holder moved its counter after all
-    # Two may have replaced it within one moment, where the storage cannot tell them apart: the later one holds it.
-    time.sleep(POLL_SECONDS)
-    raw = backend.read(name)
-    holder = Holder.from_json(raw) if raw is not None else None
-    return mine if holder is not None and holder.token == mine.token else None
-
-
 class _Heart:
-    """Moves a lease's counter from a daemon thread until it is stopped or the lease is somebody else's."""
+    """Moves a lease's counter from a daemon thread until it is stopped or the lease is another process's."""
 
     def __init__(self, backend: Backend, name: str, mine: Holder, on_loss: Callable[[str], None] | None) -> None:
         self._backend = backend
@@ -183,45 +185,36 @@ class _Heart:
         self._token = mine.token
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"lease {name}", daemon=True)
-
-    def start(self) -> None:
         self._thread.start()
 
     def stop(self, *, release: bool) -> None:
-        """Stop beating and release the lease."""
+        """Stop beating, and with ``release`` delete the lease."""
         self._stopped.set()
         if not release:
             return
         self._thread.join()
-        with suppress(
-            TryAgainError
-        ):  # a lease that cannot be removed goes stale, and an error of the body must be seen
-            if self._mine_as_it_lies() is not None:
+        # A lease that cannot be removed goes stale, and an error of the body must be seen.
+        with suppress(TryAgainError):
+            _, holder = _read(self._backend, self._name)
+            if self._is_mine(holder):
                 self._backend.delete(self._name)
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS):
             with suppress(TryAgainError):  # the next beat may get through; if none does, a successor may take over
-                found = self._mine_as_it_lies()
+                raw, holder = _read(self._backend, self._name)
                 # Garbage collection that judged it dead too early moves it aside, and back.
-                if found is None and not self._stopped.wait(POLL_SECONDS):
-                    found = self._mine_as_it_lies()
-                if found is None:
+                if not self._is_mine(holder) and not self._stopped.wait(POLL_SECONDS):
+                    raw, holder = _read(self._backend, self._name)
+                if not self._is_mine(holder):
                     if self._on_loss is not None and not self._stopped.is_set():
-                        self._on_loss(str(self._holder() or "nobody"))
+                        self._on_loss(str(holder or "nobody"))
                     return
-                raw, mine = found
                 # Only in its own place: this may arrive late, and a successor must not lose the lease to it.
-                self._backend.replace(self._name, raw, replace(mine, count=mine.count + 1).to_json())
+                self._backend.replace(self._name, raw, replace(holder, count=holder.count + 1).to_json())
 
-    def _mine_as_it_lies(self) -> tuple[bytes, Holder] | None:
-        raw = self._backend.read(self._name)
-        holder = Holder.from_json(raw) if raw is not None else None
-        return (raw, holder) if raw is not None and holder is not None and holder.token == self._token else None
-
-    def _holder(self) -> Holder | None:
-        raw = self._backend.read(self._name)
-        return Holder.from_json(raw) if raw is not None else None
+    def _is_mine(self, holder: Holder | None) -> TypeGuard[Holder]:
+        return holder is not None and holder.token == self._token
 
 
 def _machine() -> str:
@@ -233,13 +226,13 @@ def _machine() -> str:
 
 
 def _process_started(pid: int) -> str | None:
-    """Find when a process started; None where there is none or it is a zombie, "" where it cannot be told."""
+    """Return when a process started; None if there is none or it is a zombie, "" if that cannot be known."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass  # it is there, and somebody else's
+        pass  # it exists, and is another user's
     if not Path("/proc/self/stat").exists():
         return subprocess.run(
             ["ps", "-o", "lstart=", "-p", str(pid)], check=False, capture_output=True, text=True
@@ -251,10 +244,3 @@ def _process_started(pid: int) -> str | None:
         return ""  # hidden from us, or ended this very moment
     state, started = fields[0], fields[19]
     return None if state in "ZX" else started
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
-        return str(os.getuid())

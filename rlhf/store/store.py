@@ -1,53 +1,50 @@
-"""The artifact store: immutable results under keys that say what made them.
+"""The artifact store: immutable results under keys of the stage, settings and inputs that made them.
 
     blobs/sha256/ab/<digest>    payload files, named by their contents
     manifests/<digest>.json     an artifact: its kind, and path, size and SHA-256 of each file
-    actions/<key>.json          the commit: which artifact a key is, and what made it
+    actions/<key>.json          the commit: the artifact of a key, and what made it
     work/<key>/<attempt>/       attempts: logs, checkpoints
-    leases/<key>                who is working on a key
-    refs/<pipeline>/<stage>     the key that a pipeline's stage had last, and whether somebody imported it
-    quarantine/                 what was found damaged
-    trash/                      what garbage collection has hidden and not yet deleted
-    cache/                      what may be lost: each node's memory of the blobs it has hashed
+    leases/<key>                the process that works on a key
+    refs/<pipeline>/<stage>     the newest key of a pipeline's stage, and whether a user imported it
+    quarantine/                 damaged files
+    trash/                      files that garbage collection has hidden and not yet deleted
+    cache/                      files that may be lost: each node's memory of the blobs it has hashed
 
 In a bucket the names are the same. ``work/`` and ``cache/`` are then in a local scratch folder, and of ``work/`` the
-bucket has what another machine needs to go on (rlhf/pipeline/uploads.py).
+bucket has the files that another machine needs to continue a stage (rlhf/pipeline/uploads.py).
 
 Blobs are written first, then the manifest, then the action record, which is created only if there is none: so a reader
-sees a whole result or none, whoever is killed whenever.
+sees a whole result or none, whichever process is killed at whatever time.
 
-Whoever writes a reference looks afterwards whether what it refers to is there; garbage collection first hides a file
-and then reads the references. So one of the two sees the other, and neither grace nor lease is needed for it.
+A process that writes a reference then checks that the file it refers to is there; garbage collection first hides a file
+and then reads the references. So one of the two sees the other, without any need of grace or lease.
 """
 
-import errno
 import hashlib
 import os
 import re
 import secrets
-import shutil
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Self
-from urllib.parse import unquote, urlsplit
 
 from rlhf.errors import DamageError, NextCommand, RequestError, SettingsError, TryAgainError
-from rlhf.store.backend import Backend, LocalBackend, make_folder, no_room, translated
-from rlhf.store.blobs import Blobs, blob_name, in_parallel, payload_paths
-from rlhf.store.garbage import GarbageReport, collect
-from rlhf.store.keys import DIGEST, ActionRecord, Manifest, PayloadFile, Ref, digest_file, key_of
+from rlhf.store.backend import Backend, LocalBackend, local_root, make_folder, no_room, translated
+from rlhf.store.blobs import Blobs, blob_name, in_parallel, quarantine, set_aside
+from rlhf.store.garbage import GarbageCollection, GarbageReport
+from rlhf.store.keys import DIGEST, ActionRecord, Manifest, PayloadFile, Ref, digest_file, key_of, payload_paths
 from rlhf.store.lease import Holder, hold, holder_of
 from rlhf.store.verify import (
-    Damage,
+    Usage,
     VerifyReport,
     action_name,
     artifact_damage,
     manifest_name,
     read_action,
     read_manifest,
+    usage_of,
     verify_all,
 )
 
@@ -56,22 +53,8 @@ if TYPE_CHECKING:
 
 _ATTEMPT = re.compile(r"[0-9]{6}-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}")
 _TRIES = 5
-_IN_BUCKET = "s3://"
 GRACE_SECONDS = 14 * 24 * 3600.0
-"""How long a result that nothing needs any more stays before garbage collection removes it: two weeks."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """How much a store holds."""
-
-    artifacts: int
-    file_bytes: int
-    """Bytes of all files of all artifacts."""
-    blob_bytes: int
-    """Bytes that they take, equal files once."""
-    free_bytes: int
-    """Bytes that can still be written."""
+"""How long garbage collection keeps a result that nothing needs any more: two weeks."""
 
 
 class Store:
@@ -82,13 +65,13 @@ class Store:
 
     def __init__(self, root: Path, backend: Backend, *, bucket: "ObjectBackend | None" = None) -> None:
         self.root = root
-        """The local folder of attempts and of the cache: that of the store itself, or its scratch folder."""
+        """The local folder of attempts and of the cache: the store's own, or its scratch folder."""
         self.bucket = bucket
-        """Where attempts are copied to, so that they outlive this machine; None where they lie in the store itself."""
+        """The storage to which attempts are copied, so that they outlive this machine; None if the store is local."""
         self.address = bucket.uri if bucket is not None else str(root)
-        """Where the store lies, for people to read."""
+        """The address of the store, for people to read."""
         self.notices: list[str] = []
-        """What the user should be told: damage that was found, and where it was moved."""
+        """Messages for the user: which damage was seen, and where it was moved."""
         self._backend = backend
         self._blobs = Blobs(backend, root / "cache")
         self._put: dict[str, tuple[Path, str]] = {}
@@ -98,34 +81,27 @@ class Store:
     def open(cls, uri: str | Path, *, create: bool = True, scratch: str | Path | None = None) -> Self:
         """Open the store at a folder, a file:// or an s3:// address; a relative path is relative to the working folder.
 
-        With ``create`` the folder is made, and the store must be writable (StoreUnreachableError). Without, a folder
-        that does not exist reads as empty and stays away. ``scratch`` is the local folder of a store in a bucket; None
-        is one in the user's cache. Raises SettingsError for an address of another kind, and for a bucket whose
-        endpoint cannot keep a store.
+        With ``create`` the folder is made, and the store must be writable (StoreUnreachableError). Without, a missing
+        folder reads as empty and is not made. ``scratch`` is the local folder of a store in a bucket, by default in the
+        user's cache. Raises SettingsError for another kind of address, and a bucket whose endpoint cannot keep a store.
         """
-        if str(uri).startswith(_IN_BUCKET):
-            return cls._open_bucket(str(uri), scratch, create=create)
-        root = _local_root(uri)
-        backend = LocalBackend(root)
+        if not str(uri).startswith("s3://"):
+            root = local_root(uri)
+            backend, bucket = LocalBackend(root), None
+        else:
+            try:
+                from rlhf.store.objects import ObjectBackend, default_scratch
+            except ImportError as error:
+                raise SettingsError(
+                    f"A store in a bucket needs a package that is not installed: {error.name}.",
+                    "store.uri",
+                    "pip install 'rlhf-pipeline[s3]'",
+                ) from error
+            root = Path.cwd() / Path(scratch).expanduser() if scratch is not None else default_scratch(str(uri))
+            backend = bucket = ObjectBackend(str(uri), root)
         if create:
             backend.probe()
-        return cls(root, backend)
-
-    @classmethod
-    def _open_bucket(cls, uri: str, scratch: str | Path | None, *, create: bool) -> Self:
-        try:
-            from rlhf.store.objects import ObjectBackend, default_scratch
-        except ImportError as error:
-            raise SettingsError(
-                f"A store in a bucket needs a package that is not installed: {error.name}.",
-                "store.uri",
-                "pip install 'rlhf-pipeline[s3]'",
-            ) from error
-        root = _local_path(str(scratch)) if scratch is not None else default_scratch(uri)
-        backend = ObjectBackend(uri, root)
-        if create:
-            backend.probe()
-        return cls(root, backend, bucket=backend)
+        return cls(root, backend, bucket=bucket)
 
     # ---- artifacts
 
@@ -134,8 +110,8 @@ class Store:
 
         Files under the store's own ``work/`` become the blobs by hard link: after this call they are read-only and must
         not be written again, and they must stay until the artifact is committed. Files from elsewhere are copied.
-        Raises RequestError for what must not be in an artifact, and for a file that changes meanwhile; DiskFullError,
-        before anything is copied, where there is no room.
+        Raises RequestError for files that an artifact must not hold, and for a file that changes meanwhile;
+        DiskFullError, before anything is copied, if there is no room.
         """
         paths = payload_paths(folder)
         with translated(folder):
@@ -146,14 +122,18 @@ class Store:
         name = manifest_name(manifest.digest)
         link = folder.resolve().is_relative_to((self.root / "work").resolve())
         if not link:
-            self._refuse_no_room(files)
+            new = {f.sha256: f.size for f in files if self._backend.state(blob_name(f.sha256)) is None}
+            if sum(new.values()) > self._backend.free_bytes():
+                raise no_room(self.root, sum(new.values()))
         with translated(folder):
-            # At the same time: while one file is brought to the disk, others are read.
-            in_parallel(lambda file: self._put_blob(file, paths[file.path], before[file.path], link=link), files)
+            # In parallel: while one file is written to the disk, others are read.
+            in_parallel(
+                lambda file: self._blobs.put(file, paths[file.path], before[file.path], self.notices, link=link), files
+            )
         try:
             read_manifest(self._backend, manifest.digest)
         except DamageError as error:
-            self.notices.append(f"{name} {error.what}; {self._quarantine(name)}.")
+            self.notices.append(f"{name} {error.what}; {quarantine(self._backend, name)}.")
         if not self._backend.create(name, manifest.to_json()):
             self._backend.stamp(name)
         self._put[manifest.digest] = (folder.absolute(), kind)
@@ -176,7 +156,7 @@ class Store:
     def read_file(self, digest: str, path: str) -> bytes:
         """Return the bytes of one file of an artifact.
 
-        Raises RequestError where the artifact has no such file, DamageError where the file fails its digest.
+        Raises RequestError if the artifact has no such file, DamageError if the file fails its digest.
         """
         for file in self.manifest(digest).files:
             if file.path == path:
@@ -189,40 +169,25 @@ class Store:
     def checkout(self, digest: str, target: Path, part: str = "") -> Path:
         """Make an artifact, or one top-level folder of it, appear as the folder ``target``, whole or not at all.
 
-        Its files are hard links to the blobs, or copies where links cannot be made, and read-only (its folders are not,
-        so that it can be removed); they are verified if this node never read them. A target that already is that very
-        tree is left as it is, so several processes may ask for one. Raises RequestError where the target is something
-        else, DamageError where a blob fails its digest.
+        Its files are hard links to the blobs, or copies if links cannot be made, and read-only (its folders are not, so
+        that it can be removed); they are verified if this node never read them. A target that is that very tree already
+        is left as it is, so several processes may check it out. Raises RequestError if the target is anything else,
+        DamageError if a blob fails its digest.
         """
         target = target.absolute()
-        files = self.manifest(digest).part(part)
-        self._refuse_damaged(digest, files)
-        scratch = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
-        with translated(target):
-            try:
-                for file in files:
-                    path = scratch / file.path
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    self._fetch(digest, files, file, path)
-                try:
-                    scratch.rename(target)
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                        raise
-                    self._refuse_other_tree(target, files)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        self._blobs.check_out(self.manifest(digest).part(part), target, digest, self.address)
         return target
 
     # ---- actions
 
     def commit(self, record: ActionRecord) -> ActionRecord:
-        """Make a result the result of its key; return the record that holds, the other's if somebody was first.
+        """Make a result the result of its key; return the record that holds, another process's if that was first.
 
-        Raises RequestError where the key is not that of the record's contents, or a value has no stable form;
-        DamageError where the artifact is not in the store.
+        Raises RequestError if the key is not that of the record's contents, or a value has no stable form; DamageError
+        if the artifact is not in the store.
         """
-        key = key_of(record.stage, record.version, record.settings, _input_digests(record))
+        digests = {role: digest for role, source in record.inputs.items() if (digest := source["digest"]) is not None}
+        key = key_of(record.stage, record.version, record.settings, digests)
         if record.key != key:
             raise RequestError(
                 f"The record's key is {record.key}, and its stage, settings and inputs make {key}.",
@@ -243,8 +208,20 @@ class Store:
             next_step="rlhf verify --repair, as a user who may write there.",
         )
 
+    def _put_again_if_gone(self, record: ActionRecord) -> None:
+        """Ensure that the artifact of a record to be committed is there: without a reference it may be collected."""
+        if not artifact_damage(self._backend, self._blobs, record.artifact):
+            return
+        folder, kind = self._put.get(record.artifact, (None, ""))
+        if folder is None or not folder.is_dir() or self.put_artifact(folder, kind).digest != record.artifact:
+            raise DamageError(
+                f"Stage {record.stage} cannot be committed: artifact {record.artifact} is not in the store.",
+                where=str(self.root / manifest_name(record.artifact)),
+                next_step="Run the same command again.",
+            )
+
     def publish(self, record: ActionRecord, pipeline: str, stage: str, *, imported: bool = False) -> ActionRecord:
-        """Commit a result and note it as the one that a pipeline's stage has; return the record that holds."""
+        """Commit a result and make it the newest of a pipeline's stage; return the record that holds."""
         for _ in range(_TRIES):
             winner = self.commit(record)
             if self.set_ref(pipeline, stage, winner.key, imported=imported):
@@ -258,17 +235,18 @@ class Store:
     def action(self, key: str) -> ActionRecord | None:
         """Read the action record of a key, or None. A damaged one goes to quarantine, with a notice, and is None."""
         _refuse_malformed(key, "key")
+        name = action_name(key)
         try:
             return read_action(self._backend, key)
         except DamageError as error:
-            self.notices.append(f"{action_name(key)} {error.what}; {self._quarantine(action_name(key))}.")
+            self.notices.append(f"{name} {error.what}; {quarantine(self._backend, name)}.")
             return None
 
     def lookup(self, key: str) -> ActionRecord | None:
-        """Find the action record of a key whose artifact is whole, or None: a hit or a miss.
+        """Return the action record of a key whose artifact is whole, or None: a hit or a miss.
 
         Sizes of all blobs are compared; digests are, unless this node did so before and the file's state is the same
-        since. What fails goes to quarantine together with the manifest and the record that rest on it, with a notice.
+        since. Damaged files go to quarantine, with a notice, together with the manifest and the record that need them.
         """
         record = self.action(key)
         if record is None:
@@ -276,22 +254,22 @@ class Store:
         damage = artifact_damage(self._backend, self._blobs, record.artifact)
         if not damage:
             return record
-        # The record goes first, and comes back where the artifact is whole by then: its commit was still under way.
+        # The record goes first, and comes back if the artifact is whole by then: its commit was still under way.
         with suppress(TryAgainError):  # a read-only store: it is a miss all the same
-            aside = self._set_aside(action_name(key))
+            aside = set_aside(self._backend, action_name(key))
             damage = artifact_damage(self._backend, self._blobs, record.artifact)
             if not damage:
                 self._backend.create(action_name(key), record.to_json())
                 self._backend.delete(aside)
                 return self.lookup(key)
-        fates = {item.file: self._quarantine(item.file) for item in damage}
-        self._quarantine(manifest_name(record.artifact))
-        told = "; ".join(f"{item.why} ({item.file} {fates[item.file]})" for item in damage)
-        self.notices.append(f"Stage {record.stage}, key {key}: {told}. It counts as a miss.")
+        fates = {item.file: quarantine(self._backend, item.file) for item in damage}
+        quarantine(self._backend, manifest_name(record.artifact))
+        reasons = "; ".join(f"{item.why} ({item.file} {fates[item.file]})" for item in damage)
+        self.notices.append(f"Stage {record.stage}, key {key}: {reasons}. It counts as a miss.")
         return None
 
     def is_quarantined(self, key: str) -> bool:
-        """Whether the action record of a key was moved to quarantine, now or at any time before."""
+        """Tell whether the action record of a key was ever moved to quarantine."""
         _refuse_malformed(key, "key")
         return any(PurePosixPath(name).name.startswith(key) for name in self._backend.names("quarantine/actions"))
 
@@ -302,32 +280,38 @@ class Store:
     # ---- refs
 
     def set_ref(self, pipeline: str, stage: str, key: str, *, imported: bool = False) -> bool:
-        """Note the key that a pipeline's stage has now, and whether it stays so whatever the settings are.
+        """Set the newest key of a pipeline's stage, and whether it stays so whatever the settings are.
 
-        Says whether the key has a result: False where garbage collection was quicker, and the ref names nothing.
+        Return whether the key has a result: False if garbage collection was quicker, and the ref names nothing.
         """
         _refuse_malformed(key, "key")
-        name = f"refs/{_one_name(pipeline)}/{_one_name(stage)}"
+        name = _ref_name(pipeline, stage)
         self._stamp_result(name)
         self._backend.put(name, Ref(key, imported).to_bytes())
         return self.lookup(key) is not None
 
     def delete_ref(self, pipeline: str, stage: str) -> None:
-        """Forget the key of a pipeline's stage; what it names stays until garbage collection finds it too old."""
-        name = f"refs/{_one_name(pipeline)}/{_one_name(stage)}"
+        """Delete the ref of a pipeline's stage; its result stays until garbage collection judges it too old."""
+        name = _ref_name(pipeline, stage)
         self._stamp_result(name)
         self._backend.delete(name)
 
+    def _stamp_result(self, ref: str) -> None:
+        """Let the age of the result that a ref names begin now, when the ref is about to name another."""
+        before = Ref.from_bytes(self._backend.read(ref) or b"")
+        if before is not None:
+            self._backend.stamp(action_name(before.key))
+
     def refs(self, pipeline: str) -> dict[str, Ref]:
-        """Map stage to what is noted of it, for a pipeline; empty where it is unknown."""
-        found: dict[str, Ref] = {}
-        for name in self._backend.names(f"refs/{_one_name(pipeline)}"):
+        """Map each stage of a pipeline that has a ref to its ref; empty for an unknown pipeline."""
+        refs: dict[str, Ref] = {}
+        for name in self._backend.names(_ref_name(pipeline)):
             ref = Ref.from_bytes(self._backend.read(name) or b"")
             if ref is not None:
-                found[PurePosixPath(name).name] = ref
+                refs[PurePosixPath(name).name] = ref
             else:
-                self.notices.append(f"{name} does not hold a key; {self._quarantine(name)}.")
-        return found
+                self.notices.append(f"{name} does not hold a key; {quarantine(self._backend, name)}.")
+        return refs
 
     def pipelines(self) -> list[str]:
         """List the pipelines that have refs, sorted."""
@@ -338,7 +322,7 @@ class Store:
     def new_attempt(self, key: str) -> Path:
         """Make the folder of a new attempt. Its name sorts after those of all earlier attempts at the key.
 
-        The order comes from a number, not from a clock; attempts made at one moment are told apart by 32 random bits.
+        The order comes from a number, not from a clock; 32 random bits tell apart attempts made at the same moment.
         """
         _refuse_malformed(key, "key")
         earlier = [int(path.name.split("-")[0]) for path in self.attempts(key)]
@@ -357,7 +341,6 @@ class Store:
             names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208  names are what is matched
         return [folder / name for name in sorted(names) if _ATTEMPT.fullmatch(name)]
 
-    @contextmanager
     def lease(
         self,
         key: str,
@@ -366,204 +349,73 @@ class Store:
         on_wait: Callable[[str], None] | None = None,
         on_loss: Callable[[str], None] | None = None,
         check: Callable[[], None] | None = None,
-    ) -> Generator[Holder, None, None]:
-        """Be the one who works on a key while the body runs.
-
-        ``timeout`` is in seconds: 0 raises LeaseHeldError at once, None waits for ever; ``on_wait`` is told for whom.
-        A holder of this machine that is dead is succeeded at once, one elsewhere after LEASE_SECONDS of waiting. Where
-        that happens to us, ``on_loss`` is called, from another thread, with who holds the lease now. ``check`` is
-        called at every look while waiting, and what it raises ends the waiting.
-        """
+    ) -> AbstractContextManager[Holder]:
+        """Hold the lease on a key while the body of the ``with`` runs (rlhf.store.lease.hold)."""
         _refuse_malformed(key, "key")
-        name = f"leases/{key}"
-        with hold(self._backend, name, timeout=timeout, on_wait=on_wait, on_loss=on_loss, check=check) as holder:
-            yield holder
+        return hold(self._backend, f"leases/{key}", timeout=timeout, on_wait=on_wait, on_loss=on_loss, check=check)
 
     def holder(self, key: str) -> Holder | None:
-        """Find who works on a key; None where nobody does or the process is known to have ended."""
+        """Return the process that works on a key; None if there is none or it is known to have ended."""
         _refuse_malformed(key, "key")
         return holder_of(self._backend, f"leases/{key}")
 
     # ---- care
 
     def verify(self, repair: bool = False) -> VerifyReport:
-        """Read everything, whatever was verified before, and report what is damaged.
+        """Read everything, whatever was verified before, and report all damage.
 
-        With ``repair``, the damaged files go to quarantine together with the manifests and action records that rest on
+        With ``repair``, the damaged files go to quarantine together with the manifests and action records that need
         them, so that the stages concerned are missing and run again.
         """
         report = verify_all(self._backend, self._blobs)
-        if repair:
-            self._repair(report.damaged)
-        return report
-
-    def collect_garbage(self, grace: float = GRACE_SECONDS, *, dry_run: bool = False) -> GarbageReport:
-        """Remove what no pipeline's ref and no live lease needs and what is older than ``grace`` seconds.
-
-        A result's age is the time since a ref last named it, or since its commit. With ``dry_run`` nothing is changed.
-        Raises DamageError where a damaged file hides what it refers to.
-        """
-        copies = self.bucket.copies if self.bucket is not None else None
-        return collect(self._backend, self.root / "work", grace, dry_run=dry_run, copies=copies)
-
-    def usage(self) -> Usage:
-        """Count what the store holds, by its manifests; damaged ones are left out."""
-        manifests: list[Manifest] = []
-        for name in self._backend.names("manifests"):
-            with suppress(DamageError):
-                manifest = read_manifest(self._backend, PurePosixPath(name).stem)
-                manifests += [manifest] if manifest is not None else []
-        files = [file for manifest in manifests for file in manifest.files]
-        return Usage(
-            artifacts=len(manifests),
-            file_bytes=sum(file.size for file in files),
-            blob_bytes=sum({file.sha256: file.size for file in files}.values()),
-            free_bytes=self.free_bytes(),
-        )
-
-    def free_bytes(self) -> int:
-        """Return how many bytes can still be written to the folder of attempts, and to a store that lies there."""
-        return self._backend.free_bytes()
-
-    def _repair(self, damaged: list[Damage]) -> None:
-        for item in damaged:
+        if not repair:
+            return report
+        for item in report.damaged:
             ref = Ref.from_bytes(self._backend.read(item.file) or b"") if item.file.startswith("refs/") else None
-            # A lost import stays asked for: to train the stage instead would be something that nobody asked for.
-            fate = "import it again, or forget it" if ref and ref.imported else self._quarantine(item.file)
+            # The ref of a lost import stays: to train the stage instead would be something that no user asked for.
+            imported = ref is not None and ref.imported
+            fate = "import it again, or forget it" if imported else quarantine(self._backend, item.file)
             self.notices.append(f"{item.file} ({item.why}): {fate}.")
-        broken = {item.artifact for item in damaged} - {""}
+        broken = {item.artifact for item in report.damaged} - {""}
         for digest in broken:
-            self._quarantine(manifest_name(digest))
+            quarantine(self._backend, manifest_name(digest))
         for key in self.keys():
             record = self.action(key)
             if record is not None and record.artifact in broken:
-                self._quarantine(action_name(key))
+                quarantine(self._backend, action_name(key))
+        return report
 
-    def _quarantine(self, name: str) -> str:
-        """Move a file out of the way; say what became of it."""
-        try:
-            aside = self._set_aside(name)
-        except TryAgainError as error:  # a read-only store: it is a miss all the same, and the user is told
-            return f"could not be moved: {error.what}"
-        return f"moved to {aside}" if aside else "there is nothing to move"
+    def collect_garbage(self, grace: float = GRACE_SECONDS, *, dry_run: bool = False) -> GarbageReport:
+        """Remove everything that no pipeline's ref and no live lease needs and that is older than ``grace`` seconds.
 
-    def _set_aside(self, name: str) -> str:
-        """Move a file to quarantine and say where it lies there; "" where there is no such file."""
-        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        aside = f"quarantine/{name}.{moment}-{secrets.token_hex(4)}"
-        return aside if self._backend.move(name, aside) else ""
+        A result's age is the time since a ref last named it, or since its commit. With ``dry_run`` nothing is changed.
+        Raises DamageError if a damaged file hides what it refers to.
+        """
+        copies = self.bucket.copies if self.bucket is not None else None
+        return GarbageCollection(self._backend, self.root / "work", grace, dry_run, copies).run()
 
-    def _stamp_result(self, ref: str) -> None:
-        """Let the age of the result that a ref names begin now, when the ref is about to name another."""
-        before = Ref.from_bytes(self._backend.read(ref) or b"")
-        if before is not None:
-            self._backend.stamp(action_name(before.key))
+    def usage(self) -> Usage:
+        """Count what the store holds, by its manifests; damaged ones are left out."""
+        return usage_of(self._backend)
 
-    def _put_again_if_gone(self, record: ActionRecord) -> None:
-        """See that the artifact of a record to be committed is there: it had no reference yet and may be collected."""
-        damage = artifact_damage(self._backend, self._blobs, record.artifact)
-        if not damage:
-            return
-        folder, kind = self._put.get(record.artifact, (None, ""))
-        if folder is None or not folder.is_dir() or self.put_artifact(folder, kind).digest != record.artifact:
-            raise DamageError(
-                f"Stage {record.stage} cannot be committed: artifact {record.artifact} is not in the store.",
-                where=str(self.root / manifest_name(record.artifact)),
-                next_step="Run the same command again.",
-            )
-
-    def _refuse_no_room(self, files: Sequence[PayloadFile]) -> None:
-        new = {f.sha256: f.size for f in files if self._backend.state(blob_name(f.sha256)) is None}
-        needed = sum(new.values())
-        if needed > self._backend.free_bytes():
-            raise no_room(self.root, needed)
-
-    def _put_blob(self, file: PayloadFile, source: Path, before: os.stat_result, *, link: bool) -> None:
-        name = blob_name(file.sha256)
-        # A blob that lies there already is only as good as its digest: never build a new artifact on a damaged one.
-        if self._backend.state(name) is not None and self._blobs.damaged([file]):
-            self.notices.append(f"{file.path} was stored before and is damaged: {name} {self._quarantine(name)}.")
-        if not self._backend.create_from(name, source, link=link):
-            self._backend.stamp(name)
-        else:
-            after = source.stat()
-            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                self._quarantine(name)
-                raise RequestError(
-                    f"{file.path} changed while it was being stored.",
-                    where=str(source),
-                    next_step="Let the program that writes it finish, then run the same command again.",
-                )
-            if (state := self._backend.state(name)) is not None:
-                self._blobs.remember({file.sha256: state})
-
-    def _fetch(self, digest: str, files: tuple[PayloadFile, ...], file: PayloadFile, path: Path) -> None:
-        try:
-            self._backend.fetch(blob_name(file.sha256), path)
-        except DamageError:  # a bucket's blobs are hashed only now, when they are downloaded
-            self._refuse_damaged(digest, files, trust_memory=False)
-            raise
-
-    def _refuse_damaged(self, digest: str, files: tuple[PayloadFile, ...], *, trust_memory: bool = True) -> None:
-        bad = self._blobs.damaged(files, trust_memory=trust_memory)
-        if not bad:
-            return
-        # Moved at once, and not only reported: another node may remember it as verified and would call it a hit again.
-        told = [f"{f.path} {bad[f.sha256]} ({self._quarantine(blob_name(f.sha256))})" for f in files if f.sha256 in bad]
-        raise DamageError(
-            f"Artifact {digest} is damaged: {'; '.join(told)}.",
-            where=self.address,
-            next_step="Run the same command again: the stage that made it will run again.",
-        )
-
-    def _refuse_other_tree(self, target: Path, files: tuple[PayloadFile, ...]) -> None:
-        wanted = {file.path: file.sha256 for file in files}
-        found = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if not path.is_dir()}
-        if wanted.keys() == found.keys() and all(digest_file(found[name]) == wanted[name] for name in wanted):
-            return
-        raise RequestError(
-            "The folder to check an artifact out to already holds something else.",
-            where=str(target),
-            next_step="Remove it or name another folder.",
-        )
+    def free_bytes(self) -> int:
+        """Return how many bytes can still be written to the folder of attempts, and to a store in the same folder."""
+        return self._backend.free_bytes()
 
 
-def _local_root(uri: str | Path) -> Path:
-    text = str(uri)
-    if "://" in text:
-        address = urlsplit(text)
-        if address.scheme != "file" or address.netloc not in ("", "localhost") or not address.path:
-            raise SettingsError(
-                f"The store cannot lie at {text}: only folders and buckets of S3 are supported.",
-                where="store.uri",
-                next_step="Use a folder's path, file:///absolute/path, or s3://bucket/prefix.",
-            )
-        text = unquote(address.path)
-    root = _local_path(text)
-    there = next(path for path in (root, *root.parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise SettingsError(f"The store cannot lie at {root}: {there} is no folder.", "store.uri", "Name a folder.")
-    return root
-
-
-def _local_path(text: str) -> Path:
-    return Path.cwd() / Path(text).expanduser()
-
-
-def _refuse_malformed(digest: str, what: str) -> None:
+def _refuse_malformed(digest: str, kind: str) -> None:
     if not DIGEST.fullmatch(digest):
         raise RequestError(
-            f"{digest!r} is no {what}.", next_step="Give all of its 64 hexadecimal digits, as rlhf status --json does."
+            f"{digest!r} is no {kind}.", next_step="Give all of its 64 hexadecimal digits, as rlhf status --json does."
         )
 
 
-def _one_name(name: str) -> str:
-    if not name or name.startswith(".") or "/" in name or "\0" in name:
-        raise RequestError(
-            f"{name!r} cannot name a pipeline or stage.", next_step="Use a name without '/' and without a leading dot."
-        )
-    return name
-
-
-def _input_digests(record: ActionRecord) -> dict[str, str]:
-    return {role: digest for role, source in record.inputs.items() if (digest := source["digest"]) is not None}
+def _ref_name(*names: str) -> str:
+    """Return the name of a ref, or of a pipeline's folder of refs."""
+    for name in names:
+        if not name or name.startswith(".") or "/" in name or "\0" in name:
+            raise RequestError(
+                f"{name!r} cannot name a pipeline or stage.",
+                next_step="Use a name without '/' and without a leading dot.",
+            )
+    return "/".join(("refs", *names))

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 from rlhf.collect.collection import read_sets
-from rlhf.collect.journal import Journal
+from rlhf.collect.journal import AnnotationJournal
 from tests.cli.conftest import Ask
 
 ROW = {"prompt": "p", "responses": ["a", "b"]}
@@ -33,7 +33,7 @@ def test_the_result_is_written_from_the_answers_alone(ask: Ask, tmp_path: Path):
     answer = ask("annotate", str(rows), str(out), "--export-only")
     assert answer.status == 2
     assert f"next:  rlhf annotate {rows} {out}" in answer.err
-    with Journal(tmp_path / "out.answers.jsonl") as journal:
+    with AnnotationJournal(tmp_path / "out.answers.jsonl") as journal:
         journal.append(next(iter(read_sets(str(rows)))), "ann", [1, 0])
     answer = ask("annotate", str(rows), str(out), "--export-only")
     assert (answer.status, answer.err) == (0, "")

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.collect.journal import Journal
+from rlhf.collect.journal import AnnotationJournal
 from rlhf.errors import DiskFullError, LeaseHeldError, RecordError, RequestError
 
 
 def filled(path: Path) -> bytes:
-    with Journal(path) as journal:
+    with AnnotationJournal(path) as journal:
         journal.append("r0", "ann", [0, [1, 2]])
         journal.append("r0", "Zoë", None)
         journal.append("r1", "ann", [1, 0])
@@ -19,7 +19,7 @@ def test_what_is_written_is_read_again_and_numbered(tmp_path: Path):
     """One line an answer, and the next process goes on counting."""
     path = tmp_path / "a.jsonl"
     filled(path)
-    with Journal(path) as journal:
+    with AnnotationJournal(path) as journal:
         assert [(one.sequence, one.row, one.annotator, one.ranking, one.skipped) for one in journal.answers] == [
             (1, "r0", "ann", [0, [1, 2]], False),
             (2, "r0", "Zoë", None, True),
@@ -39,13 +39,13 @@ def test_wherever_a_death_cuts_the_file_all_whole_lines_are_kept_and_one_can_go_
         ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
         # Only a line's end is missing where the next byte would have been it.
         kept = sum(end <= length or end - 1 == length for end in ends)
-        with Journal(path) as journal:
+        with AnnotationJournal(path) as journal:
             assert len(journal.answers) == kept, length
             assert bool(journal.notice) == (not cut.endswith(b"\n") and kept == cut.count(b"\n") and length > 0)
             if journal.notice:
                 assert journal.notice.startswith(f"{path}:{kept + 1}: the last line was cut off")
             journal.append("r9", "ann", [1, 0])
-        with Journal(path) as journal:
+        with AnnotationJournal(path) as journal:
             assert len(journal.answers) == kept + 1
             assert journal.notice == ""
 
@@ -53,10 +53,10 @@ def test_wherever_a_death_cuts_the_file_all_whole_lines_are_kept_and_one_can_go_
 def test_one_process_at_a_time(tmp_path: Path):
     """The second is told to try again later; when the first has ended, the file is free."""
     path = tmp_path / "a.jsonl"
-    with Journal(path), pytest.raises(LeaseHeldError, match="another rlhf annotate") as caught:
-        Journal(path)
+    with AnnotationJournal(path), pytest.raises(LeaseHeldError, match="another rlhf annotate") as caught:
+        AnnotationJournal(path)
     assert caught.value.exit_status == 75
-    Journal(path).close()
+    AnnotationJournal(path).close()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_line_that_is_no_answer_is_named_and_nothing_is_changed(tmp_path: Path
     data = line.encode() + b"\n" + filled(tmp_path / "b.jsonl")
     path.write_bytes(data)
     with pytest.raises(RecordError, match="no answer") as caught:
-        Journal(path)
+        AnnotationJournal(path)
     assert caught.value.where == f"{path}:1"
     assert path.read_bytes() == data
 
@@ -76,7 +76,7 @@ def test_a_line_that_is_no_answer_is_named_and_nothing_is_changed(tmp_path: Path
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path):
     """By the path that was meant."""
     with pytest.raises(RequestError, match="answers cannot be kept") as caught:
-        Journal(tmp_path / "no" / "a.jsonl")
+        AnnotationJournal(tmp_path / "no" / "a.jsonl")
     assert str(tmp_path / "no") in caught.value.where
 
 
@@ -85,7 +85,7 @@ def test_an_answer_for_which_there_is_no_room_leaves_no_trace(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     whole = filled(path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Journal(path) as journal:
+    with AnnotationJournal(path) as journal:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
         try:
             with pytest.raises(DiskFullError):
@@ -95,5 +95,5 @@ def test_an_answer_for_which_there_is_no_room_leaves_no_trace(tmp_path: Path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert journal.append("r1", "bob", [0, 1]).sequence == 4
-    with Journal(path) as journal:
+    with AnnotationJournal(path) as journal:
         assert len(journal.answers) == 4
