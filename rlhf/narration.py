@@ -47,13 +47,14 @@ def _differences(differences: Sequence[Document], explained: set[str], indent: s
 def lineage_view(document: Document) -> Group:
     """Return a tree of what a result was made from, then its sources, code, hosts, versions and cost."""
     origins: dict[str, Text] = {}
-    tree = _grow(None, document, "", {}, origins)
+    shown: dict[str, Document] = {}
+    tree = _grow(None, document, "", shown, origins)
     facts = plain_table(header=False)
     facts.add_column(no_wrap=True, style="dim")
     facts.add_column(overflow="fold")
     for name, text in origins.items():
         facts.add_row(Text(printable(name)), text)
-    made = [node["provenance"] for node in _nodes(document)]
+    made = shown.values()
     versions = [{"Python": provenance.get("python")} | provenance.get("versions", {}) for provenance in made]
     for name, values in (
         ("code", {provenance.get("commit") for provenance in made}),
@@ -71,8 +72,8 @@ def lineage_view(document: Document) -> Group:
     return Group(tree, Text(), facts)
 
 
-def _grow(tree: Tree | None, node: Document, role: str, shown: dict[str, str], origins: dict[str, Text]) -> Tree:
-    """Add a result and all that it was made from to the tree, and its sources to ``origins``."""
+def _grow(tree: Tree | None, node: Document, role: str, shown: dict[str, Document], origins: dict[str, Text]) -> Tree:
+    """Add a result and all that it was made from to the tree; keep their provenance and sources by key and name."""
     made, key = node["provenance"], node["key"]
     stage = node["stage"] or "from outside"
     text = Text(printable(role), "dim")
@@ -85,7 +86,7 @@ def _grow(tree: Tree | None, node: Document, role: str, shown: dict[str, str], o
     branch = Tree(text, highlight=False) if tree is None else tree.add(text)
     if key in shown:
         return branch
-    shown[str(key)] = role
+    shown[str(key)] = made
     digests = node["settings"].get("sources", {})
     for name, origin in made.get("origin", {}).items():
         file = origin.get("file", {})
@@ -122,10 +123,6 @@ def _circumstances(made: Document) -> str:
 
 def _hosts(made: Document) -> list[str]:
     return list(made.get("hosts") or ([made["host"]] if made.get("host") else []))
-
-
-def _nodes(node: Document) -> list[Document]:
-    return [node, *(inner for maker in node["inputs"].values() for inner in _nodes(maker))]
 
 
 def diff_view(document: Document) -> Group:

@@ -22,15 +22,12 @@ from rlhf.pipeline.reporting import Eta
 
 State = Literal["waiting", "running", "cached", "done", "failed", "missing", "blocked", "unused"]
 
-_STYLES: dict[str, str] = {
+_STYLES = dict.fromkeys(("waiting", "blocked", "unused"), "dim") | {
     "cached": "cyan",
     "done": "green",
     "running": "bold yellow",
     "failed": "bold red",
-    "waiting": "dim",
     "missing": "yellow",
-    "blocked": "dim",
-    "unused": "dim",
 }
 _GAP = 2
 _METRICS_SHOWN = 3

@@ -166,9 +166,6 @@ def ended_by_signals(message: RlhfError, stopping: Stop) -> Generator[None]:
         print_error(Console(stderr=True, highlight=False), message)
         os._exit(message.exit_status)
 
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
     # SIGALRM marks the end of the time to save: a SIGINT would by then be the user's second signal.
     to_stop = threading.Timer(SECONDS_TO_STOP, end)
     to_save = threading.Timer(SECONDS_TO_SAVE, _thread.interrupt_main, [signal.SIGALRM])
@@ -189,7 +186,7 @@ def ended_by_signals(message: RlhfError, stopping: Stop) -> Generator[None]:
             at_lost(unraisable)
 
     before = {signal_: signal.signal(signal_, stop) for signal_ in (signal.SIGINT, signal.SIGTERM)}
-    at_alarm = signal.signal(signal.SIGALRM, interrupt)
+    at_alarm = signal.signal(signal.SIGALRM, signal.default_int_handler)
     at_lost, sys.unraisablehook = sys.unraisablehook, lost
     try:
         yield

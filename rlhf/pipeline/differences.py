@@ -7,7 +7,7 @@ A changed input is followed to the stage that made it, and there to *its* change
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from rlhf.store import ActionRecord, Store
 
@@ -15,14 +15,8 @@ Kind = Literal["version", "setting", "content", "input", "origin"]
 _SOURCES = "sources."
 
 
-class _Absent:
-    """A setting that one side does not have, unlike a setting that is null."""
-
-    def __repr__(self) -> str:
-        return "absent"
-
-
-ABSENT = _Absent()
+ABSENT: Final = object()
+"""The value of a setting that one side does not have, unlike a setting that is null."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +151,7 @@ def shown(value: Any) -> str:
             return f"{value[:8]}…"
         line = " ".join(value.split())
         return line if len(line) <= 60 else f"{line[:59]}…"  # a judge's instructions would fill the screen
-    return repr(value) if value is ABSENT else json.dumps(value, ensure_ascii=False)
+    return "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False)
 
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:

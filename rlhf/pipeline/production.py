@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,34 @@ def ranks_of(planned: Planned, session: Session) -> RankResources:
     """Return the resources of a worker group's ranks; raise a PreflightError if the cluster has no room for them."""
     workers = workers_of(planned)
     return session.resources().per_rank(planned.name, workers.count, workers.cpus, workers.gpu)
+
+
+def context_of(
+    planned: Planned,
+    key: str,
+    parts: Mapping[str, tuple[str, str]],
+    attempt: Path,
+    store: Store,
+    tracking: Mapping[str, str | None],
+) -> Context[Any]:
+    """Check inputs out into an attempt; return the stage's context.
+
+    parts  role to an artifact and a part of it
+    """
+    inputs = {
+        role: store.checkout(artifact, attempt / "inputs" / role, part) for role, (artifact, part) in parts.items()
+    }
+    return Context(
+        stage=planned.name,
+        key=key,
+        settings=planned.instance.settings,
+        inputs=inputs,
+        output=attempt / "output",
+        attempt=attempt,
+        attempts=tuple(store.attempts(planned.key)) if planned.key else (),
+        cache=store.root / "cache",
+        tracking=tracking,
+    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +147,11 @@ class Production:
 
     def _run(self, planned: Planned, attempt: Path, holders: Sequence[str]) -> tuple[dict[str, float], float]:
         """Run the stage; return its final metrics and the seconds that it took."""
-        context = self._context(planned, attempt)
+        assert planned.key is not None
+        settings = self.config.tracking
+        tracking = {"mode": settings.wandb, "project": settings.project, "entity": settings.entity}
+        parts = {role: (str(entry["artifact"]), str(entry["part"])) for role, entry in planned.inputs.items()}
+        context = context_of(planned, planned.key, parts, attempt, self.store, tracking | {"group": self.config.name})
         context.output.mkdir()
         show = Watch(self.reporter, planned.name, attempt)
 
@@ -148,31 +180,6 @@ class Production:
                 max_failures = self.config.cluster.max_failures
                 metrics = worker_group.run_group(call, ranks, max_failures, watch, self.reporter.line)
         return metrics, time.monotonic() - start
-
-    def _context(self, planned: Planned, attempt: Path) -> Context[Any]:
-        """Check the inputs out into the attempt; return the stage's context."""
-        assert planned.key is not None
-        tracking = self.config.tracking
-        inputs = {
-            role: self.store.checkout(str(entry["artifact"]), attempt / "inputs" / role, str(entry["part"]))
-            for role, entry in planned.inputs.items()
-        }
-        return Context(
-            stage=planned.name,
-            key=planned.key,
-            settings=planned.instance.settings,
-            inputs=inputs,
-            output=attempt / "output",
-            attempt=attempt,
-            attempts=tuple(self.store.attempts(planned.key)),
-            cache=self.store.root / "cache",
-            tracking={
-                "mode": tracking.wandb,
-                "project": tracking.project,
-                "entity": tracking.entity,
-                "group": self.config.name,
-            },
-        )
 
     def _commit(self, planned: Planned, attempt: Path, metrics: dict[str, float], seconds: float) -> None:
         assert planned.key is not None

@@ -1,7 +1,6 @@
 """Between a run and its user: progress reports, the time left, and requests to stop."""
 
 import json
-import threading
 from bisect import bisect_left
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -50,8 +49,8 @@ class Watch:
 class Eta:
     """Estimates the seconds left from the later half of the observed steps.
 
-    The first observed step never counts, since it may include a compilation or a warm-up. Steps before a resume were not
-    observed by this process.
+    The first observed step never counts, since it may include a compilation or a warm-up. Steps before a resume count
+    neither, since this process has not observed them.
     """
 
     def __init__(self) -> None:
@@ -79,38 +78,30 @@ class Eta:
 
 
 class Stop:
-    """A request to stop a run, shared by signal handlers and threads."""
+    """A request to stop a run, shared by signal handlers and threads.
+
+    asked    whether the run must stop
+    aborted  whether it must stop now and lose unsaved work
+    """
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
-        self._aborted = threading.Event()
+        # No locks: a signal handler that needs a lock held by its own thread would wait without end.
+        self.asked = self.aborted = False
         self._heeding: set[object] = set()
-
-    @property
-    def asked(self) -> bool:
-        """Whether the run must stop."""
-        return self._asked.is_set()
-
-    @property
-    def aborted(self) -> bool:
-        """Whether the run must stop now and lose unsaved work."""
-        return self._aborted.is_set()
 
     def abort(self) -> None:
         """Ask the run to stop now, without saving."""
-        self._aborted.set()
-        self._asked.set()
+        self.asked = self.aborted = True
 
     def ask(self) -> bool:
         """Ask the run to stop; return whether a stage polls ``asked``. If not, the caller must stop the run itself."""
-        self._asked.set()
+        self.asked = True
         return bool(self._heeding)
 
     @contextmanager
     def heeded(self) -> Generator[None]:
         """Declare that the body polls ``asked`` a few times a second."""
         caller = object()
-        # No lock: a signal handler that needs a lock held by its own thread would wait without end.
         self._heeding.add(caller)
         try:
             yield

@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from uuid import uuid4
 
-from rlhf.attempt.context import Context
 from rlhf.cluster import worker_group
 from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
@@ -20,7 +19,7 @@ from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import DamageError, InterruptedRunError, NextCommand, RlhfError, StageError, TryAgainError
 from rlhf.pipeline import disk
 from rlhf.pipeline.plan import Planned, plan
-from rlhf.pipeline.production import Production, ranks_of
+from rlhf.pipeline.production import Production, context_of, ranks_of
 from rlhf.pipeline.reporting import Reporter, Stop, Watch
 from rlhf.pipeline.stage import Stage
 from rlhf.store import Store, digest_of
@@ -144,7 +143,11 @@ class Runner:
                         reported.add(planned.name)
                         under_way.add(planned.key)
                 if not running.names:
-                    raise _awaiting_people(missing)
+                    # Only stages that wait for annotators are left.
+                    planned = next(planned for planned in missing if planned.awaits is not None)
+                    source = next(iter(planned.wires.values())).instance
+                    annotate = NextCommand("annotate", (source, str(planned.awaits)), "then the same command again")
+                    raise TryAgainError(f"{planned.name} {planned.why}", f"{planned.name}.file", annotate)
                 running.wait(self.reporter.line)
                 if self.stop.asked:
                     raise InterruptedRunError("interrupted")
@@ -199,21 +202,12 @@ class Runner:
             # A folder of this process alone, so that it can be removed whole.
             attempt = self.store.new_attempt(digest_of({"preflight": planned.name, "by": uuid4().hex}))
             try:
-                inputs = {
-                    role: self.store.checkout(artifact, attempt / "inputs" / role, wire.part)
+                parts = {
+                    role: (artifact, wire.part)
                     for role, wire in planned.wires.items()
                     if (artifact := _standing_in(stages, wire.instance)) is not None
                 }
-                context: Context[Any] = Context(
-                    stage=planned.name,
-                    key="preflight",
-                    settings=planned.instance.settings,
-                    inputs=inputs,
-                    output=attempt / "output",
-                    attempt=attempt,
-                    cache=self.store.root / "cache",
-                    attempts=tuple(self.store.attempts(planned.key)) if planned.key else (),
-                )
+                context = context_of(planned, "preflight", parts, attempt, self.store, tracking={})
                 call, show = Call(planned.stage.preflight, context), Watch(self.reporter, planned.name, attempt)
                 written[planned.name] = worker_group.run_task(call, 1, show)
             except StageError:
@@ -241,14 +235,6 @@ def _missing(stages: Mapping[str, Planned]) -> list[Planned]:
                 f"rlhf import DIR --as {planned.name} again, or rlhf import --forget --as {planned.name} to train it",
             )
     return sorted(missing, key=lambda planned: planned.stage.runs == "workers")
-
-
-def _awaiting_people(missing: Sequence[Planned]) -> TryAgainError:
-    """Return the error for a run in which only stages that wait for annotators are left."""
-    planned = next(planned for planned in missing if planned.awaits is not None)
-    source = next(iter(planned.wires.values())).instance
-    again = NextCommand("annotate", (source, str(planned.awaits)), then="then the same command again")
-    return TryAgainError(f"{planned.name} {planned.why}", f"{planned.name}.file", again)
 
 
 def _standing_in(stages: Mapping[str, Planned], name: str) -> str | None:
