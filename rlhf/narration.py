@@ -82,7 +82,16 @@ def _grow(tree: Tree | None, node: Document, role: str, shown: dict[str, Documen
     if key in shown:
         text.append("  as above", "dim")
     elif made:
-        text.append(f"  {printable(_circumstances(made))}", "default")
+        ranks, gpus = made.get("ranks"), made.get("gpus")
+        count = (
+            f"{ranks} rank{'s' if ranks != 1 else ''}, {gpus or 'no'} GPU{'s' if gpus != 1 else ''}" if ranks else ""
+        )
+        failed = made.get("earlier_attempts", [])
+        spent = duration(sum(attempt["seconds"] for attempt in failed))
+        before = f"after {len(failed)} attempt{'s' if len(failed) != 1 else ''} of {spent}" if failed else ""
+        when = str(made.get("finished", ""))[:16].replace("T", " ")
+        parts = (when, duration(made.get("seconds", 0.0)), count, before, f"on {', '.join(_hosts(made))}")
+        text.append(f"  {printable('  '.join(part for part in parts if part))}", "default")
     branch = Tree(text, highlight=False) if tree is None else tree.add(text)
     if key in shown:
         return branch
@@ -107,18 +116,6 @@ def _grow(tree: Tree | None, node: Document, role: str, shown: dict[str, Documen
         part = made.get("read", {}).get(name, {}).get("part")
         _grow(branch, inner, f"{name}{f' ({part})' if part and part != name else ''}: ", shown, origins)
     return branch
-
-
-def _circumstances(made: Document) -> str:
-    """Return when a result was made, the time that it took, its ranks and GPUs, earlier attempts and hosts."""
-    ranks, gpus = made.get("ranks"), made.get("gpus")
-    workers = f"{ranks} rank{'s' if ranks != 1 else ''}, {gpus or 'no'} GPU{'s' if gpus != 1 else ''}" if ranks else ""
-    failed = made.get("earlier_attempts", [])
-    spent = duration(sum(attempt["seconds"] for attempt in failed))
-    before = f"after {len(failed)} attempt{'s' if len(failed) != 1 else ''} of {spent}" if failed else ""
-    when = str(made.get("finished", ""))[:16].replace("T", " ")
-    parts = (when, duration(made.get("seconds", 0.0)), workers, before, f"on {', '.join(_hosts(made))}")
-    return "  ".join(part for part in parts if part)
 
 
 def _hosts(made: Document) -> list[str]:

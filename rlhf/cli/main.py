@@ -114,16 +114,11 @@ def usage() -> str:
     """Return the text of ``rlhf --help``."""
     width = max(map(len, COMMANDS))
     commands = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: rlhf COMMAND [STAGE ...] [section.field=value ...] [--config FILE]",
-            "",
-            "From a language model, demonstrations and human rankings to an aligned model.",
-            "",
-            *commands,
-            "",
-            "rlhf COMMAND --help explains a command; rlhf config --fields every setting.",
-        ]
+    return (
+        "usage: rlhf COMMAND [STAGE ...] [section.field=value ...] [--config FILE]\n\n"
+        "From a language model, demonstrations and human rankings to an aligned model.\n\n"
+        + "\n".join(commands)
+        + "\n\nrlhf COMMAND --help explains a command; rlhf config --fields every setting."
     )
 
 

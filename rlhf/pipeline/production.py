@@ -24,14 +24,10 @@ from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, uploading
 from rlhf.store import SCRATCH, ActionRecord, Store
 
 
-def workers_of(planned: Planned) -> WorkerSettings:
-    """Return the worker settings of a stage that runs as a worker group."""
-    return getattr(planned.instance.settings, "workers")  # noqa: B009 - a setting of every stage with workers
-
-
 def ranks_of(planned: Planned, session: Session) -> RankResources:
     """Return the resources of a worker group's ranks; raise a PreflightError if the cluster has no room for them."""
-    workers = workers_of(planned)
+    settings: Any = planned.instance.settings
+    workers: WorkerSettings = settings.workers
     return session.resources().per_rank(planned.name, workers.count, workers.cpus, workers.gpu)
 
 
@@ -148,8 +144,8 @@ class Production:
     def _run(self, planned: Planned, attempt: Path, holders: Sequence[str]) -> tuple[dict[str, float], float]:
         """Run the stage; return its final metrics and the seconds that it took."""
         assert planned.key is not None
-        settings = self.config.tracking
-        tracking = {"mode": settings.wandb, "project": settings.project, "entity": settings.entity}
+        wandb = self.config.tracking
+        tracking = {"mode": wandb.wandb, "project": wandb.project, "entity": wandb.entity}
         parts = {role: (str(entry["artifact"]), str(entry["part"])) for role, entry in planned.inputs.items()}
         context = context_of(planned, planned.key, parts, attempt, self.store, tracking | {"group": self.config.name})
         context.output.mkdir()
@@ -174,9 +170,9 @@ class Production:
                 call, cpus = Call(planned.stage.code, context), self.session.resources().for_task()
                 metrics = worker_group.run_task(call, cpus, watch)
             else:
-                ranks = ranks_of(planned, self.session)
+                ranks, settings = ranks_of(planned, self.session), context.settings
                 begin(attempt, ranks.count, ranks.count if ranks.gpu else 0)
-                call = Call(planned.stage.code, context, ranks.gpu, workers_of(planned).timeout_minutes)
+                call = Call(planned.stage.code, context, ranks.gpu, settings.workers.timeout_minutes)
                 max_failures = self.config.cluster.max_failures
                 metrics = worker_group.run_group(call, ranks, max_failures, watch, self.reporter.line)
         return metrics, time.monotonic() - start
