@@ -58,7 +58,7 @@ def lineage_view(document: Document) -> Group:
     versions = [{"Python": provenance.get("python")} | provenance.get("versions", {}) for provenance in made]
     for name, values in (
         ("code", {provenance.get("commit") for provenance in made}),
-        ("hosts", {host for provenance in made for host in _hosts(provenance)}),
+        ("hosts", {host for provenance in made for host in provenance["hosts"]}),
         ("devices", {device for provenance in made for device in provenance.get("devices", ())}),
         ("versions", {f"{package} {version}" for each in versions for package, version in each.items() if version}),
     ):
@@ -79,6 +79,7 @@ def _grow(tree: Tree | None, node: Document, role: str, shown: dict[str, Documen
     text = Text(printable(role), "dim")
     text.append(printable(str(stage)), "bold")
     text.append(f" {short_key(key or node['artifact'])}", "cyan")
+    hosts = list(made.get("hosts") or filter(None, [made.get("host")]))
     if key in shown:
         text.append("  as above", "dim")
     elif made:
@@ -90,12 +91,12 @@ def _grow(tree: Tree | None, node: Document, role: str, shown: dict[str, Documen
         spent = duration(sum(attempt["seconds"] for attempt in failed))
         before = f"after {len(failed)} attempt{'s' if len(failed) != 1 else ''} of {spent}" if failed else ""
         when = str(made.get("finished", ""))[:16].replace("T", " ")
-        parts = (when, duration(made.get("seconds", 0.0)), count, before, f"on {', '.join(_hosts(made))}")
+        parts = (when, duration(made.get("seconds", 0.0)), count, before, f"on {', '.join(hosts)}")
         text.append(f"  {printable('  '.join(part for part in parts if part))}", "default")
     branch = Tree(text, highlight=False) if tree is None else tree.add(text)
     if key in shown:
         return branch
-    shown[str(key)] = made
+    shown[str(key)] = {**made, "hosts": hosts}
     digests = node["settings"].get("sources", {})
     for name, origin in made.get("origin", {}).items():
         file = origin.get("file", {})
@@ -116,10 +117,6 @@ def _grow(tree: Tree | None, node: Document, role: str, shown: dict[str, Documen
         part = made.get("read", {}).get(name, {}).get("part")
         _grow(branch, inner, f"{name}{f' ({part})' if part and part != name else ''}: ", shown, origins)
     return branch
-
-
-def _hosts(made: Document) -> list[str]:
-    return list(made.get("hosts") or ([made["host"]] if made.get("host") else []))
 
 
 def diff_view(document: Document) -> Group:

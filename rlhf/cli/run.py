@@ -109,10 +109,10 @@ def command_line(request: Request, *words: str) -> str:
     return shlex.join([shown, *words, *request.overrides, *option])
 
 
-def single_name(request: Request, what: str) -> str:
+def single_name(request: Request, kind: str) -> str:
     """Return the only name on the command line; raise a RequestError when there is none or several."""
     if len(request.names) != 1:
-        raise RequestError(f"exactly one {what} is needed", "command line", f"rlhf {request.arguments.command} --help")
+        raise RequestError(f"exactly one {kind} is needed", "command line", f"rlhf {request.arguments.command} --help")
     return request.names[0]
 
 

@@ -24,8 +24,10 @@ from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, uploading
 from rlhf.store import SCRATCH, ActionRecord, Store
 
 
-def ranks_of(planned: Planned, session: Session) -> RankResources:
-    """Return the resources of a worker group's ranks; raise a PreflightError if the cluster has no room for them."""
+def needs_of(planned: Planned, session: Session) -> RankResources:
+    """Return the resources of a task or of a worker group's ranks; raise a PreflightError if there is no room."""
+    if planned.stage.runs == "task":
+        return session.resources().of_task()
     settings: Any = planned.instance.settings
     workers: WorkerSettings = settings.workers
     return session.resources().per_rank(planned.name, workers.count, workers.cpus, workers.gpu)
@@ -170,7 +172,7 @@ class Production:
                 call, cpus = Call(planned.stage.code, context), self.session.resources().for_task()
                 metrics = worker_group.run_task(call, cpus, watch)
             else:
-                ranks, settings = ranks_of(planned, self.session), context.settings
+                ranks, settings = needs_of(planned, self.session), context.settings
                 begin(attempt, ranks.count, ranks.count if ranks.gpu else 0)
                 call = Call(planned.stage.code, context, ranks.gpu, settings.workers.timeout_minutes)
                 max_failures = self.config.cluster.max_failures

@@ -18,7 +18,7 @@ from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import DamageError, InterruptedRunError, NextCommand, RlhfError, StageError, TryAgainError
 from rlhf.pipeline import disk
 from rlhf.pipeline.plan import Planned, plan
-from rlhf.pipeline.production import Production, context_of, ranks_of
+from rlhf.pipeline.production import Production, context_of, needs_of
 from rlhf.pipeline.reporting import Reporter, Stop, Watch
 from rlhf.pipeline.stage import Stage
 from rlhf.store import Store, digest_of
@@ -133,7 +133,7 @@ class Runner:
                             break
                         self._preflight(missing, stages)
                         checked = True
-                    needs = self._needs(planned)
+                    needs = needs_of(planned, self.session)
                     if self.session.resources().have_room(needs, [taken[name] for name in running.names]):
                         taken[planned.name] = needs
                         running.start(planned.name, partial(production.bring_up_to_date, planned))
@@ -183,12 +183,7 @@ class Runner:
         for notice in self.session.notices:
             self.reporter.line(notice)
         for planned in missing:
-            self._needs(planned)
-
-    def _needs(self, planned: Planned) -> RankResources:
-        if planned.stage.runs == "workers":
-            return ranks_of(planned, self.session)
-        return self.session.resources().of_task()
+            needs_of(planned, self.session)
 
     def _preflight(self, missing: Sequence[Planned], stages: Mapping[str, Planned]) -> None:
         """Run the checks that need models and data, for all stages before the first worker group starts."""

@@ -53,7 +53,8 @@ def fetch_attempts(store: Store, key: str, stage: str, say: Callable[[str], None
     newest = max(markers, key=lambda file: (file.step or 0, file.attempt), default=None)
     if newest is not None and here is not None and step_of(here) >= (newest.step or 0):
         newest = None
-    wanted = [file for file in files if file.step is None or (newest and file.checkpoint == newest.checkpoint)]
+    folder = newest.name.removesuffix(MARKER) if newest else None
+    wanted = [file for file in files if file.step is None or (folder and file.name.startswith(folder))]
     for file in sorted(wanted, key=lambda file: (file.path == MARKER, file.name)):
         path = store.root / file.name
         if not path.exists():
@@ -121,10 +122,6 @@ class _UploadedFile(NamedTuple):
     """The step of its checkpoint; None if it belongs to none."""
     path: str
     """Relative to its checkpoint or attempt."""
-
-    @property
-    def checkpoint(self) -> tuple[str, int | None]:
-        return self.attempt, self.step
 
 
 def _uploaded(bucket: "ObjectBackend", key: str) -> list[_UploadedFile]:
