@@ -84,7 +84,7 @@ class ConcurrentStages:
                 if name in self._errors and self._ended:
                     error = self._errors[name]
                     message = error.what if isinstance(error, RlhfError) else str(error)
-                    report(f"{name}: {message}; what else runs is finished first: {', '.join(self._ended)}")
+                    report(f"{name}: {message}; other running stages are finished first: {', '.join(self._ended)}")
             if self._errors and not self._ended:
                 raise next(iter(self._errors.values()))
             if ended_now and not self._errors:
