@@ -1,4 +1,4 @@
-"""The program, from a checkout that is merely on the path (``python -m rlhf``) as well as installed."""
+"""The program's entry point, installed or as ``python -m rlhf`` from a checkout that is on the path."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the program and end the process. An interrupt that arrives while it is still imported ends it quietly."""
+    """Run the program and end the process. An interrupt during the imports ends it without a traceback."""
 
     def end(*_: object) -> None:
         os.write(2, b"error: interrupted\n")
@@ -17,13 +17,13 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, end)
     from rlhf.cli.main import main
 
-    # Also where it was ignored, as in the background of a script: what it asks for, to stop and lose nothing, is safe.
+    # Also if SIGINT was ignored, as in the background of a script: stopping is safe, since nothing is lost.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = main()
     with suppress(OSError):  # the reader is gone, as that of a pipe to `head`
         sys.stdout.flush()
         sys.stderr.flush()
-    # Python's own way to end runs into threads of Ray's, which crash or wait where Ray is broken.
+    # Python's normal exit would meet threads of Ray, which crash or wait when Ray is broken.
     os._exit(status)
 
 

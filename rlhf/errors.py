@@ -1,31 +1,16 @@
-"""The one family of errors that a user meets.
+"""All errors that a user meets.
 
-    RlhfError                       exit status 1
-    ├── RequestError                2    what was asked for cannot be done as it is written
-    │   ├── SettingsError           2    a setting is unknown, of the wrong type, or impossible beside another
-    │   ├── RecordError             2    a row of the data is malformed
-    │   └── PreflightError          2    the machine, model and data do not fit the settings
-    ├── StageError                  1    a stage failed while it ran
-    │   ├── DivergedError           1    training left the finite numbers, or the policy collapsed
-    │   ├── RewardError             1    a reward raised, was refused, or answered no scores
-    │   ├── KilledError             1    a process of the stage was killed
-    │   ├── OutOfMemoryError        1    a process of the stage found no memory, or was killed for taking it
-    │   ├── PreemptedError          1    a process of the stage was taken away together with its node
-    │   └── HangError               1    no process of the stage got on
-    ├── DamageError                 1    the store holds something that fails its digest
-    ├── TryAgainError               75   nothing is wrong with the request; the world was not ready for it
-    │   ├── DiskFullError           75
-    │   ├── StoreUnreachableError   75
-    │   │   └── StoreRefusedError   2    it answers, and will not be used as the settings and the environment say
-    │   ├── IndexUnreachableError   75
-    │   ├── LeaseHeldError          75
-    │   ├── LeaseLostError          75
-    │   └── ClusterLostError        75
-    └── InterruptedRunError         130  Ctrl-C, or SIGTERM
+    RlhfError                exit status 1, or that of the subclass
+    ├── RequestError         2    SettingsError, RecordError, PreflightError
+    ├── StageError           1    DivergedError, RewardError, KilledError, OutOfMemoryError, PreemptedError, HangError
+    ├── DamageError          1
+    ├── TryAgainError        75   DiskFullError, StoreUnreachableError (its subclass StoreRefusedError: 2),
+    │                             IndexUnreachableError, LeaseHeldError, LeaseLostError, ClusterLostError
+    └── InterruptedRunError  130
 
-Which of them a stage's worker group is started again after stands in ``rlhf/cluster/causes.py``. Every error says what
-is wrong, where, and what to do next. The raw values stay in ``args``, so that an error raised on a worker pickles back
-to the driver unchanged.
+``rlhf/cluster/causes.py`` decides after which of them a stage's worker group is restarted. Every error says what is
+wrong, where, and what to do next. The raw values stay in ``args``, so that an error raised on a worker pickles back to
+the driver unchanged.
 """
 
 import errno
@@ -38,13 +23,13 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EN
 
 
 def is_no_room(error: BaseException) -> bool:
-    """Whether an error says that a file system, a quota or a limit on files has no room left."""
-    # Libraries such as safetensors keep the words alone.
+    """Return whether an error means that a file system, a quota or a limit on file sizes has no room left."""
+    # Libraries such as safetensors keep the message alone.
     return getattr(error, "errno", None) in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error)
 
 
 def refused_cache(error: BaseException) -> "PreflightError | None":
-    """Say that the cache of Hugging Face's libraries cannot be written, where an error of theirs comes from that."""
+    """Return the error for a cache of Hugging Face's libraries that cannot be written, if their error means that."""
     if not isinstance(error, OSError) or error.errno not in _NOT_WRITABLE or not error.filename:
         return None
     return PreflightError(
@@ -55,20 +40,20 @@ def refused_cache(error: BaseException) -> "PreflightError | None":
 
 
 class NextCommand(NamedTuple):
-    """A command of this program to type next; the command line adds the pipeline file and settings of its own call."""
+    """A command of this program to run next; the command line adds the pipeline file and settings of its own call."""
 
     command: str
     names: tuple[str, ...] = ()
-    """Stages or files. Without any, a command that is to be repeated gets those it was given."""
+    """Stages or files. Without any, a command that is repeated gets its previous names."""
     then: str = ""
-    """What to do after it, in words."""
+    """The step after it, in words."""
 
     def __str__(self) -> str:
         return shlex.join(["rlhf", self.command, *self.names]) + (f", {self.then}" if self.then else "")
 
 
 class RlhfError(Exception):
-    """Something the reader can act on: what is wrong, where it is, and what to do next."""
+    """An error that the reader can act on: what is wrong, where it is, and what to do next."""
 
     exit_status: ClassVar[int] = 1
 
@@ -82,36 +67,32 @@ class RlhfError(Exception):
 
     @property
     def where(self) -> str:
-        """File and line, row and field, or rank and host; empty where there is no place to name."""
+        """File and line, row and field, or rank and host; empty without a place."""
         return self.args[1]
 
     @property
     def next_step(self) -> str:
-        """The command to run or the thing to change; empty where ``what`` already says it."""
+        """The command to run or the change to make; empty if ``what`` already says it."""
         return str(self.args[2])
 
     @property
     def next_command(self) -> NextCommand | None:
-        """The next step, where it is a command of this program."""
+        """The next step if it is a command of this program, else None."""
         return self.args[2] if isinstance(self.args[2], NextCommand) else None
 
     def __str__(self) -> str:
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        if self.next_step:
-            lines.append(f"  next:  {self.next_step}")
-        return "\n".join(lines)
+        where = f"\n  where: {self.where}" if self.where else ""
+        return self.what + where + (f"\n  next:  {self.next_step}" if self.next_step else "")
 
 
 class RequestError(RlhfError):
-    """What was asked for cannot be done as it is written."""
+    """The request cannot be done as it is written."""
 
     exit_status = 2
 
 
 class SettingsError(RequestError):
-    """A setting is unknown, has the wrong type, or cannot stand beside another."""
+    """A setting is unknown, has the wrong type, or is impossible together with another."""
 
 
 class RecordError(RequestError):
@@ -127,35 +108,35 @@ class StageError(RlhfError):
 
 
 class DivergedError(StageError):
-    """Training left the finite numbers or the policy collapsed; never retried, never cached as done."""
+    """Training met a non-finite number or the policy collapsed; never retried, never cached as done."""
 
 
 class RewardError(StageError):
-    """A reward raised, was refused, or answered no scores; never retried, since it would do so again."""
+    """A reward raised, was refused, or answered no scores; never retried, since it would fail again."""
 
 
 class KilledError(StageError):
-    """A process of the stage was killed, or exited, without a word."""
+    """A process of the stage was killed or exited, without a message."""
 
 
 class OutOfMemoryError(StageError):
-    """A process of the stage found no memory, on its GPU or its node, or was killed for taking it."""
+    """A process of the stage ran out of memory, on its GPU or its node, or was killed for its use of memory."""
 
 
 class PreemptedError(StageError):
-    """A process of the stage was taken away: its node was lost, or it was told to end."""
+    """A process of the stage was taken away: its node was lost, or the process was told to end."""
 
 
 class HangError(StageError):
-    """No process of the stage got on for as long as one may take."""
+    """No process of the stage made progress within the time limit."""
 
 
 class DamageError(RlhfError):
-    """The store holds something that fails its digest."""
+    """The store holds a file that does not match its digest."""
 
 
 class TryAgainError(RlhfError):
-    """Nothing is wrong with the request; the world was not ready for it."""
+    """The request is right, but its environment is not ready for it."""
 
     exit_status = 75
 
@@ -169,7 +150,7 @@ class StoreUnreachableError(TryAgainError):
 
 
 class StoreRefusedError(StoreUnreachableError):
-    """The artifact store will not be used in this way: what is at fault is its address, or who asks."""
+    """The artifact store refuses the request: its address or the user's credentials are wrong."""
 
     exit_status = 2
 
@@ -179,15 +160,15 @@ class IndexUnreachableError(TryAgainError):
 
 
 class LeaseHeldError(TryAgainError):
-    """Somebody else is producing the same result."""
+    """Another process is producing the same result."""
 
 
 class LeaseLostError(TryAgainError):
-    """Somebody else has taken over what this process was producing."""
+    """Another process has taken over the result that this process was producing."""
 
 
 class ClusterLostError(TryAgainError):
-    """Ray itself is gone, or has no room for a stage."""
+    """Ray has ended, or has no room for a stage."""
 
 
 class InterruptedRunError(RlhfError):
@@ -197,7 +178,7 @@ class InterruptedRunError(RlhfError):
 
 
 def size(count: float) -> str:
-    """Return a number of bytes in the largest of GB, MB and kB (powers of 1000) of which there is at least 1."""
+    """Return a number of bytes in GB, MB or kB (powers of 1000), the largest that gives at least 1."""
     for unit, bytes_of in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= bytes_of:
             return f"{count / bytes_of:.1f} {unit}"

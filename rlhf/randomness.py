@@ -1,7 +1,7 @@
-"""Random numbers, each use's of its own: a stream is named by its domain and seeded by numbers.
+"""Independent streams of random numbers: each is named by its domain and seeded by numbers.
 
-numpy's own ``default_rng([s, t])`` is the stream of ``default_rng([s, t, 0])``, so that two uses of one seed are not
-apart by having other numbers beside it.
+numpy's ``default_rng([s, t])`` is the same stream as ``default_rng([s, t, 0])``: further numbers beside a seed do not
+suffice to separate two uses of it.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ Domain = Literal[
     "trainer",
     "value head",
 ]
-"""Every use of randomness that a seed decides."""
+"""Every use of random numbers that depends on a seed."""
 
 
 def stream(domain: Domain, *seed: int) -> np.random.Generator:
-    """Return the generator of a use of randomness: a function of the arguments, unlike that of any others.
+    """Return the generator of a domain and seed: a function of the arguments alone, independent of all other streams.
 
     Philox (Salmon et al. 2011, doi:10.1145/2063384.2063405) with 128 bits of a digest as its key.
     """
@@ -42,7 +42,7 @@ def stream(domain: Domain, *seed: int) -> np.random.Generator:
 
 
 def seed_of(domain: Domain, *seed: int) -> int:
-    """Return a seed below 2**32 for a library that takes a single one, as torch does: a function of the arguments."""
+    """Return a seed below 2**32 for a library that takes one number, as torch does: a function of the arguments."""
     return int.from_bytes(_digest(domain, seed)[:4])
 
 

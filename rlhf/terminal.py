@@ -1,15 +1,13 @@
-"""What a user sees while a pipeline runs: a live table on a terminal, plain lines in a pipe or a CI log.
+"""The tables of the program, and the display of a run: a live table on a terminal, plain lines in a pipe or a CI log.
 
-Rendering is apart from printing: the functions that return a table or a string print nothing and ask no clock. Text
-that comes from a model or a file is shown with its control characters replaced, so that no answer can repaint the
-terminal.
+Functions that return a table or a string print nothing and read no clock. Text from a model or a file is shown with its
+control characters replaced, so that it cannot repaint the terminal.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from rich.cells import cell_len
@@ -23,30 +21,25 @@ from rlhf.pipeline.reporting import Eta
 
 State = Literal["waiting", "running", "cached", "done", "failed", "missing", "blocked", "unused"]
 
-_STYLES: dict[str, str] = {
+_STYLES = dict.fromkeys(("waiting", "blocked", "unused"), "dim") | {
     "cached": "cyan",
     "done": "green",
     "running": "bold yellow",
     "failed": "bold red",
-    "waiting": "dim",
     "missing": "yellow",
-    "blocked": "dim",
-    "unused": "dim",
 }
 _GAP = 2
-_WHY_STUB = 10
-_LINE_EVERY_S = 15.0
 _METRICS_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage as it is shown.
+    """The row of a stage in a table.
 
-    seconds      how long it took, or has been running; None where it has not started
-    message      what it is doing, "step 90/120" for instance
-    done, total  steps; the time left is measured from how they pass, and total 0 means that they are not counted
-    metric_text  the metrics to look at, "loss 3.21" for instance
+    seconds      time that it took, or has been running; None before its start
+    message      its present activity, "step 90/120" for instance
+    done, total  steps, from which the time left is computed; total 0 means that steps are not counted
+    metric_text  the most important metrics, "loss 3.21" for instance
     """
 
     stage: str
@@ -68,21 +61,26 @@ def duration(seconds: float) -> str:
 
 
 def short_key(key: str | None) -> str:
-    """Return a key's first six digits, by which a reader tells keys apart; empty without a key."""
+    """Return a key's first six digits, or an empty text without a key."""
     return f"{key[:6]}…" if key else ""
 
 
 def progress_text(row: StageRow, eta: float | None) -> str:
-    """Return the last column of a stage: the time left while it runs, what it is doing, and its metrics."""
+    """Return the last column of a stage: the time left while it runs, its message or steps, and its metrics."""
     steps = f"step {row.done}/{row.total}" if row.total else ""
     left = f"eta {duration(eta)} " if eta is not None and row.state == "running" else ""
     return "  ".join(part for part in (left, printable(row.message) or steps, printable(row.metric_text)) if part)
 
 
-def stages_table(rows: Sequence[StageRow], etas: Mapping[str, float | None], width: int) -> Table:
-    """Return the live table of a run, one line a stage.
+def plain_table(*, header: bool = True, **settings: Any) -> Table:
+    """Return an empty table without lines between its cells."""
+    return Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=header, header_style="bold", **settings)
 
-    ``why`` and ``progress`` are cut where the width is too small, and left out where it is hopeless; the rest never is.
+
+def stages_table(rows: Sequence[StageRow], etas: Mapping[str, float | None], width: int) -> Table:
+    """Return the live table of a run, a line for each stage.
+
+    If the width is too small, ``why`` and ``progress`` are cut, then dropped; the other columns are always complete.
     """
     cells = [
         (
@@ -99,12 +97,12 @@ def stages_table(rows: Sequence[StageRow], etas: Mapping[str, float | None], wid
     needed = {name: max(map(cell_len, column)) for name, *column in zip(header, *cells, strict=True)}
     widths = {name: max(needed[name], len(name)) for name in header}
     room = width - sum(widths[name] for name in ("stage", "state", "key", "time")) - _GAP * (len(header) - 1)
-    # Progress goes before the reason where both cannot have what they need; only where there is room is a stub kept.
-    stub = min(widths["why"], _WHY_STUB if room >= 3 * _WHY_STUB else 0)
+    # If there is no room for both, progress comes first; in a wide terminal the reason keeps 10 characters.
+    stub = min(widths["why"], 10 if room >= 30 else 0)
     widths["progress"] = min(widths["progress"], room - stub)
     widths["why"] = min(widths["why"], room - widths["progress"])
 
-    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    table = plain_table()
     shown = [name for name in header if widths[name] >= len(name)]
     for name in shown:
         justify = "right" if name == "time" else "left"
@@ -115,22 +113,25 @@ def stages_table(rows: Sequence[StageRow], etas: Mapping[str, float | None], wid
 
 
 def plan_table(stages: Sequence[Mapping[str, Any]], *, metrics: bool = False) -> Table:
-    """Return the table of ``rlhf plan``, and with ``metrics`` that of ``rlhf status``, of what ``--json`` prints.
+    """Return the table of ``rlhf plan``, or with ``metrics`` of ``rlhf status``, from the "stages" of its ``--json``.
 
-    Columns that would be empty are left out. The last takes what width there is, and folds: why, and below it how far a
-    running stage is, or the first few metrics.
+    Empty columns are left out. The last column takes the width that is left, and wraps: why, and below it the progress
+    of a running stage, or the first few metrics; ``--json`` has all of them.
     """
-    rows: list[dict[str, str]] = [
-        {
-            "stage": str(stage["stage"]),
-            "state": str(stage["state"]),
-            "key": short_key(stage["key"]),
-            "time": "" if stage["seconds"] is None else duration(stage["seconds"]),
-            "why": printable(stage["why"]) + _progress(stage) + (_metrics(stage["metrics"] or {}) if metrics else ""),
-        }
-        for stage in stages
-    ]
-    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    rows: list[dict[str, str]] = []
+    for stage in stages:
+        why = printable(stage["why"])
+        if progress := stage.get("progress"):
+            row = StageRow("", "running", **{name: progress[name] for name in ("message", "done", "total")})
+            why += f"\n  {progress_text(row, progress['eta_seconds'])}"
+        if metrics:
+            lines = [f"\n  {name} {_value(value)}" for name, value in (stage["metrics"] or {}).items()]
+            more = len(lines) - _METRICS_SHOWN
+            why += "".join(lines[:_METRICS_SHOWN]) + (f"\n  … {more} more" if more > 0 else "")
+        seconds = "" if stage["seconds"] is None else duration(stage["seconds"])
+        state = {"stage": str(stage["stage"]), "state": str(stage["state"]), "key": short_key(stage["key"])}
+        rows.append(state | {"time": seconds, "why": why})
+    table = plain_table()
     shown = [name for name in ("stage", "state", "key", "time", "why") if any(row[name] for row in rows)]
     for name in shown:
         table.add_column(name, no_wrap=name != "why", overflow="fold", justify="right" if name == "time" else "left")
@@ -139,29 +140,10 @@ def plan_table(stages: Sequence[Mapping[str, Any]], *, metrics: bool = False) ->
     return table
 
 
-def _progress(stage: Mapping[str, Any]) -> str:
-    """How far a running stage is, on a line of its own; empty before it says so."""
-    progress = stage.get("progress")
-    if progress is None:
-        return ""
-    row = StageRow(
-        stage["stage"], "running", message=progress["message"], done=progress["done"], total=progress["total"]
-    )
-    return f"\n  {progress_text(row, progress['eta_seconds'])}"
-
-
-def _metrics(metrics: Mapping[str, Any]) -> str:
-    """The first few metrics, each on a line of its own: what a table has room for. ``--json`` has all."""
-    lines = [f"  {name} {_value(value)}" for name, value in metrics.items()]
-    if len(lines) > _METRICS_SHOWN:
-        lines[_METRICS_SHOWN:] = [f"  … {len(lines) - _METRICS_SHOWN} more"]
-    return "".join(f"\n{line}" for line in lines)
-
-
 def samples_table(rows: Sequence[Mapping[str, Any]]) -> Group:
-    """Return prompts with the answers before and after training, and their scores, side by side below each prompt.
+    """Return prompts, each above its answers before and after training with their scores, side by side.
 
-    Each row has "prompt" (a text or messages), "before", "after", "score_before" and "score_after".
+    A row has "prompt" (a text or messages), "before", "after", "score_before" and "score_after".
     """
     parts: list[RenderableType] = [_sample(Text("score"), Text("before"), Text("score"), Text("after"), "bold")]
     for row in rows:
@@ -175,7 +157,7 @@ def samples_table(rows: Sequence[Mapping[str, Any]]) -> Group:
 
 
 def _sample(score_before: Text, before: Text, score_after: Text, after: Text, style: str) -> Table:
-    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=False, expand=True, style=style)
+    table = plain_table(header=False, expand=True, style=style)
     for name in ("before", "after"):
         table.add_column(f"{name}'s score", width=5, justify="right", no_wrap=True)
         table.add_column(name, ratio=1, overflow="fold")
@@ -188,21 +170,22 @@ def _one_line(text: str) -> str:
 
 
 def leaderboard_table(models: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of ``rlhf leaderboard`` out of what its ``--json`` prints under "models"."""
-    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    """Return the table of ``rlhf leaderboard`` from the "models" of its ``--json``."""
+    table = plain_table()
     table.add_column("model", overflow="fold")
     for name in ("Elo", "95 % interval", "comparisons"):
         table.add_column(name, justify="right", no_wrap=True)
-    for one in models:
-        # Of one set alone no spread over sets is known.
-        interval = "unknown" if one["low"] is None else f"{one['low']:+.0f} to {one['high']:+.0f}"
-        table.add_row(Text(printable(one["model"])), f"{one['elo']:+.0f}", interval, f"{one['comparisons']:.0f}")
+    for model in models:
+        # A single set has no spread over sets.
+        interval = "unknown" if model["low"] is None else f"{model['low']:+.0f} to {model['high']:+.0f}"
+        name = Text(printable(model["model"]))
+        table.add_row(name, f"{model['elo']:+.0f}", interval, f"{model['comparisons']:.0f}")
     return table
 
 
 def key_values(values: Mapping[str, Any]) -> Table:
-    """Return a summary: one name and value a line."""
-    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=False)
+    """Return a table with a name and its value in each line."""
+    table = plain_table(header=False)
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for name, value in values.items():
@@ -211,56 +194,51 @@ def key_values(values: Mapping[str, Any]) -> Table:
 
 
 def gc_table(document: Mapping[str, Any]) -> Table:
-    """Return what garbage collection removed and what stays, out of what its ``--json`` prints."""
-    stages = Counter(str(one["stage"]) for one in document["results"])
-    named = {
+    """Return a table of what garbage collection removed and what stays, from its ``--json``."""
+    names = {
         "records": "results",
         "copies": "local copies",
         "unfinished": "unfinished writes",
         "quarantine": "quarantined",
         "leases": "stale leases",
     }
+    stages = sorted(Counter(str(result["stage"]) for result in document["results"]).items())
     values: dict[str, str] = {}
-    for kind, heap in document["removed"].items():
-        if heap["files"]:
-            files = f"{heap['files']} {'file' if heap['files'] == 1 else 'files'}, {size(heap['bytes'])}"
-            of_stages = ", ".join(f"{stage} {count}" for stage, count in sorted(stages.items()))
-            values[named.get(kind, kind)] = f"{heap['files']}: {of_stages}" if kind == "records" else files
-    kept = document["kept"]
+    for kind, removed in document["removed"].items():
+        if count := removed["files"]:
+            files = f"{count} {'file' if count == 1 else 'files'}, {size(removed['bytes'])}"
+            of_stages = ", ".join(f"{stage} {number}" for stage, number in stages)
+            values[names.get(kind, kind)] = f"{count}: {of_stages}" if kind == "records" else files
+    kept, nothing_removed = document["kept"], not values
     young = f", {kept['young']} of them younger than {document['grace_hours']:g} hours" if kept["young"] else ""
-    needed = "; ".join(f"{pipeline}: {', '.join(names)}" for pipeline, names in sorted(kept["pipelines"].items()))
     values["stays"] = f"{kept['results']} results{young}, {size(kept['blobs']['bytes'])} of blobs"
-    if needed:
-        values["needed by"] = needed
+    if kept["pipelines"]:
+        needed = sorted(kept["pipelines"].items())
+        values["needed by"] = "; ".join(f"{pipeline}: {', '.join(instances)}" for pipeline, instances in needed)
     table = key_values(values)
-    table.title = "would remove" if document["dry_run"] else "removed"
+    table.title = ("would remove" if document["dry_run"] else "removed") + (" nothing" if nothing_removed else "")
     table.title_justify = "left"
-    if len(values) == 1 + bool(needed):
-        table.title += " nothing"
     return table
 
 
 def usage_line(usage: Mapping[str, int]) -> str:
-    """Return how much the store holds, in one line: the same files twice take their room once."""
+    """Return the usage of the store in one line; several copies of a file are one blob."""
     files, blobs, free = (size(usage[name]) for name in ("file_bytes", "blob_bytes", "free_bytes"))
     return f"store: {usage['artifacts']} artifacts, {files} of files in {blobs} of blobs, {free} free"
 
 
 def print_error(console: Console, error: RlhfError) -> None:
-    """Print what is wrong, where, and what to do next, on a console that writes to standard error.
-
-    Lines are not broken, so that a path or a command can be copied whole.
-    """
+    """Print an error on a console for standard error; lines are not wrapped, so that commands can be copied whole."""
     text = Text("error: " + printable_lines(str(error)))
     text.stylize("bold red", 0, len("error:"))
     console.print(text, soft_wrap=True)
 
 
 class Display:
-    """Shows a run as it goes; use it as a context manager.
+    """Shows the progress of a run; use it as a context manager.
 
     On a terminal the table is redrawn in place. Elsewhere a line is printed when a stage's state changes, and while it
-    runs one about every 15 seconds and at every tenth of its steps.
+    runs about every 15 seconds and after every tenth of its steps.
     """
 
     def __init__(self, console: Console, stages: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
@@ -280,14 +258,12 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
     def update(self, stage: str, **changes: Any) -> None:
-        """Change fields of a stage's row, those of `StageRow`."""
+        """Change fields of a stage's `StageRow`."""
         now = self._clock()
         before = self._rows[stage]
         row = replace(before, **changes)
@@ -310,15 +286,14 @@ class Display:
     def _print_line(self, stage: str, now: float, *, state_changed: bool) -> None:
         row = self._current(stage, now)
         printed_at, printed_done = self._printed.get(stage, (now, row.done))
-        a_tenth_on = row.total > 0 and 10 * (row.done - printed_done) >= row.total
-        if not (state_changed or a_tenth_on or now - printed_at >= _LINE_EVERY_S):
+        tenth_done = row.total > 0 and 10 * (row.done - printed_done) >= row.total
+        if not (state_changed or tenth_done or now - printed_at >= 15.0):
             return
         self._printed[stage] = (now, row.done)
         seconds = "" if row.seconds is None else duration(row.seconds)
         progress = progress_text(row, self._etas[stage].remaining(now))
         columns = f"{row.stage:<{max(map(len, self._rows))}}", f"{row.state:<7}", short_key(row.key)
-        # The reason is told once, where the state changes: later lines are about the progress.
-        reason = printable(row.why) if state_changed else ""
+        reason = printable(row.why) if state_changed else ""  # later lines are about the progress
         line = "  ".join(part for part in (*columns, reason, seconds, progress) if part)
         self._console.print(Text(line), soft_wrap=True)
 
@@ -343,11 +318,11 @@ def _value(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Return one line with nothing in it that would move the cursor or change the terminal; white space is spaces."""
+    """Return a line without characters that move the cursor or change the terminal; white space becomes spaces."""
     spaced = (" " if character.isspace() else character for character in text)
     return "".join(character if character.isprintable() else "�" for character in spaced)
 
 
 def printable_lines(text: str) -> str:
-    """Return the lines of a text, each as :func:`printable` makes it."""
+    """Return a text with :func:`printable` applied to each line."""
     return "\n".join(printable(line) for line in text.splitlines())

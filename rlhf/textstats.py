@@ -1,4 +1,4 @@
-"""What evaluation counts: how varied texts are, how sure a difference is, how often scores order texts as people do."""
+"""Statistics of evaluation: the variety of texts, intervals of differences, the agreement of scores with people."""
 
 import re
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ def distinct_ngrams(texts: Sequence[str], n: int) -> float:
     """Return distinct-n of Li et al. 2016 (arXiv:1510.03055, section 5.3): different n-grams / all n-grams, 0 to 1.
 
     Words are maximal runs of letters, digits and underscores, joined by inner apostrophes and hyphens and lower-cased;
-    punctuation counts for nothing, and no n-gram spans two texts. Texts with no n-gram at all give 0.
+    punctuation is ignored, and no n-gram spans two texts. Texts without any n-gram give 0.
 
-    The ratio falls as texts are added, because words recur. Compare only equally many texts of about one length.
+    The ratio falls as texts are added, because words recur. Compare only equal numbers of texts of about equal length.
     """
     if n < 1:
         raise ValueError(f"an n-gram has at least one word, not {n}")
@@ -47,9 +47,8 @@ class Interval(NamedTuple):
 def paired_interval(before: npt.ArrayLike, after: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Return the mean of ``after - before`` over pairs, with Student's t interval of that confidence level.
 
-    The t interval rather than a bootstrap: it needs no seed, keeps its level with a handful of pairs, where a
-    percentile bootstrap is too narrow, and the mean of bounded ratings over the usual hundred prompts is as good as
-    normal.
+    Unlike a bootstrap, the t interval needs no seed and keeps its level with a handful of pairs, where a percentile
+    bootstrap is too narrow; the mean of bounded ratings over the usual hundred prompts is nearly normal.
 
     Raises ValueError unless both have the same length of at least two.
     """
@@ -65,20 +64,20 @@ def seeded_pairs(n_items: int, n_pairs: int, seed: int) -> Pairs:
     """Return ``n_pairs`` different pairs of two items each, shape [pairs, 2], or all pairs where there are fewer."""
     n_possible = n_items * (n_items - 1) // 2
     rng = stream("pairs", seed)
-    index = (
-        rng.choice(n_possible, size=min(n_pairs, n_possible), replace=False) if n_possible else np.empty(0, np.int64)
-    )
+    if not n_possible:
+        return np.empty((0, 2), np.int64)
+    index = rng.choice(n_possible, size=min(n_pairs, n_possible), replace=False)
     # Pair number k in the order (1, 0), (2, 0), (2, 1), (3, 0), ... : row i starts at i (i - 1) / 2.
-    starts = np.arange(n_items, dtype=np.int64) * (np.arange(n_items, dtype=np.int64) - 1) // 2
+    items = np.arange(n_items, dtype=np.int64)
+    starts = items * (items - 1) // 2
     larger = np.searchsorted(starts[1:], index, side="right")
-    return np.stack([larger, index - starts[larger]], axis=1) if n_possible else np.empty((0, 2), np.int64)
+    return np.stack([larger, index - starts[larger]], axis=1)
 
 
 def pair_accuracy(scores: npt.ArrayLike, means: npt.ArrayLike, pairs: Pairs) -> float:
-    """Return the fraction of pairs that the scores order as the annotators' means do, 0 to 1.
+    """Return the fraction of pairs that the scores order as the annotators' means do, 0 to 1; nan without any pair.
 
-    Pairs with equal means have no right order and are left out; equal scores count half, as a coin would. With no pair
-    left the accuracy is nan.
+    Pairs with equal means have no right order and are left out; equal scores count half, like the toss of a coin.
 
     scores, means  one value an item
     pairs          two items a row, shape [pairs, 2]
@@ -90,13 +89,13 @@ def pair_accuracy(scores: npt.ArrayLike, means: npt.ArrayLike, pairs: Pairs) -> 
 
 
 def confident_pairs(means: npt.ArrayLike, pairs: Pairs, ratings: npt.ArrayLike | None = None) -> npt.NDArray[np.bool_]:
-    """Tell which pairs people order beyond doubt: the means lie at least 1 apart, or 3 of 4 annotators agree on it.
+    """Return which pairs people order beyond doubt: the means differ by 1 or more, or 3 of 4 annotators agree.
 
-    An annotator agrees where their own two ratings differ in the direction of the means. At least three must agree, and
-    they must be three quarters of those who rated both items; without ratings the means decide alone.
+    An annotator agrees if their own two ratings differ in the direction of the means. At least three must agree, and
+    three quarters of the annotators who rated both items; without ratings the means decide alone.
 
-    ratings  shape [items, annotators], nan where an annotator gave none. A column is one person in both rows of a
-             pair, so pairs must not mix items whose columns stand for different people.
+    ratings  shape [items, annotators], nan for no rating. A column is one person in both rows of a pair, so pairs must
+             not mix items whose columns stand for different people.
     """
     mean_gap = _gaps(means, pairs)
     # Means are quotients: a gap of exactly 1 may come out a rounding error short.

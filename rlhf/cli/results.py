@@ -1,9 +1,10 @@
-"""Commands about results: show, compare, generate, chat, export."""
+"""Commands about results: plan, show, compare, check, collect garbage, import, export, generate."""
 
 import json
 import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.cli.run import Request, command_line, single_name
@@ -11,14 +12,8 @@ from rlhf.errors import RequestError
 from rlhf.narration import diff_view, explain_view, lineage_view
 from rlhf.pipeline import documents
 from rlhf.pipeline.plan import instance_of, result_of
-from rlhf.terminal import (
-    gc_table,
-    leaderboard_table,
-    plan_table,
-    printable,
-    printable_lines,
-    usage_line,
-)
+from rlhf.store import ActionRecord
+from rlhf.terminal import gc_table, leaderboard_table, plan_table, printable, printable_lines, usage_line
 
 
 def plan_(request: Request) -> None:
@@ -39,50 +34,45 @@ def status(request: Request) -> None:
 
 
 def explain(request: Request) -> None:
-    """Say why a stage is cached or would run again, or did."""
+    """Say why a stage is cached, or would run or did run again."""
     name = single_name(request, "STAGE")
     planned = request.planned([name])
     document = documents.explain_document(planned[name], planned, request.store())
-
-    def show() -> None:
-        request.out.print(explain_view(document), soft_wrap=True)
-
-    request.answer(document, show)
+    request.answer(document, lambda: request.out.print(explain_view(document), soft_wrap=True))
 
 
 def lineage(request: Request) -> None:
-    """Show everything a result came from, and what it cost."""
+    """Show everything that a result was made from, and its cost."""
     if len(request.names) > 1:
         raise RequestError("lineage takes one stage or artifact", "command line", "rlhf diff A B compares two")
-    target = request.names[0] if request.names else None
-    record = documents.find_record(target, request.planned(_stages_among(request)), request.store())
+    (record,) = _records(request, request.names or [None])
     document = documents.lineage_document(record, request.store())
     request.answer(document, lambda: request.out.print(lineage_view(document)))
 
 
-def _stages_among(request: Request) -> list[str]:
-    """The names of the command line that are stages of the pipeline, and not keys or another pipeline's stages."""
-    return [name for name in request.names if name in request.config.instances]
+def _records(request: Request, targets: Sequence[str | None]) -> list[ActionRecord]:
+    """Return the records that the targets name; None names the last committed stage."""
+    # A target may also be a key, or a stage of another pipeline.
+    planned = request.planned([name for name in request.names if name in request.config.instances])
+    return [documents.find_record(target, planned, request.store()) for target in targets]
 
 
 def diff(request: Request) -> None:
     """Compare two results: rlhf diff A B, each a stage, pipeline/stage, key or artifact."""
     if len(request.names) != 2:
         raise RequestError("diff takes two stages, keys or artifacts", "command line", "rlhf diff A B")
-    planned, store = request.planned(_stages_among(request)), request.store()
-    old, new = (documents.find_record(name, planned, store) for name in request.names)
-    document = documents.diff_document(old, new, store)
+    old, new = _records(request, request.names)
+    document = documents.diff_document(old, new, request.store())
     request.answer(document, lambda: request.out.print(diff_view(document)))
 
 
 def leaderboard(request: Request) -> None:
-    """Rank the models that wrote the responses, by what people said: rlhf leaderboard [STAGE]."""
+    """Rank the models that wrote the responses, by people's rankings: rlhf leaderboard [STAGE]."""
     if len(request.names) > 1:
         raise RequestError("leaderboard takes one stage", "command line", "rlhf leaderboard rank")
     planned = request.planned_stage(request.names[0] if request.names else "rank")
     record = result_of(planned)
-    held = {file.path for file in request.store().manifest(record.artifact).files}
-    if "leaderboard.json" not in held:
+    if all(file.path != "leaderboard.json" for file in request.store().manifest(record.artifact).files):
         raise RequestError(
             f"{planned.name} has no leaderboard: no training set names the models that wrote its responses",
             f"stage {planned.name}",
@@ -110,15 +100,14 @@ def verify(request: Request) -> int:
 
 
 def gc(request: Request) -> None:
-    """Remove results that no pipeline needs any more, and other old leftovers."""
+    """Remove results that no pipeline needs any more, and other old files."""
     hours = request.arguments.grace
     if request.names:
         raise RequestError("gc takes no stage: it collects the whole store", "command line", "rlhf gc --dry-run")
     if not 0 <= hours < math.inf:
         raise RequestError(f"--grace is {hours}, and must be a number from 0 on", "command line", "--grace 24")
-    dry_run: bool = request.arguments.dry_run
-    report = request.store().collect_garbage(hours * 3600, dry_run=dry_run)
-    document = documents.gc_document(report, hours, dry_run=dry_run)
+    report = request.store().collect_garbage(hours * 3600, dry_run=request.arguments.dry_run)
+    document = documents.gc_document(report, hours, dry_run=request.arguments.dry_run)
     request.answer(document, lambda: request.out.print(gc_table(document)))
 
 
@@ -159,23 +148,21 @@ def generate(request: Request) -> None:
             f"{planned.name} makes a {planned.stage.kind}, which answers nothing", "command line", "name sft or ppo"
         )
     record = result_of(planned)
-    given = request.arguments
-    for option, value, least in (
-        ("--temperature", given.temperature, 0),
-        ("--max-new-tokens", given.max_new_tokens, 1),
-        ("--seed", given.seed, 0),
-    ):
+    options = request.arguments
+    temperature, length, seed = options.temperature, options.max_new_tokens, options.seed
+    least_values = ("--temperature", temperature, 0), ("--max-new-tokens", length, 1), ("--seed", seed, 0)
+    for option, value, least in least_values:
         if not least <= value < math.inf:
             raise RequestError(
                 f"{option} is {value}, and must be a number from {least} on", "command line", f"{option} 1"
             )
-    prompts = request.arguments.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    prompts = options.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise RequestError("there is no prompt", "command line and standard input", "--prompt 'Write …'")
     from rlhf.rollout.sampling import answers
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = request.store().checkout(record.artifact, Path(scratch) / "policy")
-        for answer in answers(folder, prompts, given.temperature, given.max_new_tokens, given.seed):
-            # A pipe is given what the model wrote; on a terminal, it could repaint the screen or worse.
+        for answer in answers(folder, prompts, temperature, length, seed):
+            # A pipe gets the answer unchanged; on a terminal, its control characters could repaint the screen or worse.
             print(printable_lines(answer) if sys.stdout.isatty() else answer)

@@ -1,7 +1,7 @@
-"""What stages will write to disk, as their preflights say, and whether there is room for it before any starts.
+"""Check before a run that the disk has room for the bytes that stages will write, as their preflights estimate them.
 
-A training stage writes checkpoints, of which the newest two stay while the next is written, folds adapters that it
-reads into whole weights, and leaves a result. All but the result is removed when it is committed.
+A training stage writes checkpoints, of which the newest two stay while the next is written, folds its input adapters
+into whole weights, and writes a result. All but the result is removed at the commit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,19 @@ from rlhf.models.layout import BASE, count_adapter_parameters, count_parameters,
 from rlhf.store import Store
 
 RESULT, MEANWHILE = "disk/result", "disk/meanwhile"
-"""Of what a preflight returns: bytes that stay, and bytes that are removed when the stage is committed."""
+"""Names in a preflight's estimate: bytes that stay, and bytes that are removed at the stage's commit."""
 _OPTIMISER = 3 * 4
-"""Bytes of a trained parameter beside its weight in a checkpoint: in fp32, and Adam's two moments."""
+"""Bytes of a trained parameter beside its weight in a checkpoint: an fp32 copy and Adam's two moments."""
 
 
 def written(
     context: Context[Any], models: Sequence[Path] = (), steps: int = 0, *, average: bool = False
 ) -> dict[str, float]:
-    """Return about how many bytes a stage will write, as :data:`RESULT` and :data:`MEANWHILE`.
+    """Return an estimate of the bytes that a stage will write, as :data:`RESULT` and :data:`MEANWHILE`.
 
-    models   folders of the models that it trains, the one that is its result first; none for a stage that trains none
-    steps    how many it takes at most, of which ``checkpoint_every`` is a number
-    average  whether a moving average of the result is kept
+    models   folders of the models that it trains, the model of its result first; empty without training
+    steps    their largest number, in the unit of ``checkpoint_every``
+    average  whether it keeps a moving average of the result
     """
     settings = context.settings
     weight = 2 if settings.precision == "bf16" else 4
@@ -41,26 +41,26 @@ def written(
     checkpoint = sum(trained) * (weight + _OPTIMISER) + trained[0] * 4 * average
     newest = newest_complete(list(context.attempts))
     begun = step_of(newest) if newest else 0
-    # The end is no checkpoint: what is trained then is the result.
+    # The last step writes no checkpoint but the result.
     due = max(0, (steps - 1) // settings.checkpoint_every - begun // settings.checkpoint_every)
     result = (count_parameters(plain[0]) if lora and lora.merge else trained[0]) * weight
     return {RESULT: float(result), MEANWHILE: float(meanwhile + min(due, KEPT + 1) * checkpoint)}
 
 
 def check(stages: Mapping[str, Mapping[str, float]], store: Store) -> None:
-    """Refuse a run whose stages will not have the room that they need.
+    """Refuse a run whose stages need more room than there is.
 
-    stages  by name, in the order in which they run: what :func:`written` says of each; nothing counts as 0
+    stages  name to the estimate of :func:`written`, in the order of the run; a missing number counts as 0
 
     Raises:
-        DiskFullError: a stage will need more than is free, with the results of those before it.
+        DiskFullError: a stage and the results before it need more bytes than are free.
     """
     free, kept = store.free_bytes(), 0.0
-    for name, found in stages.items():
-        result, meanwhile = found.get(RESULT, 0.0), found.get(MEANWHILE, 0.0)
+    for name, estimate in stages.items():
+        result, meanwhile = estimate.get(RESULT, 0.0), estimate.get(MEANWHILE, 0.0)
         if kept + meanwhile + result > free:
             parts = {"checkpoints": meanwhile, "its result": result, "results before it": kept}
-            listed = ", ".join(f"{size(bytes_)} for {what}" for what, bytes_ in parts.items() if bytes_)
+            listed = ", ".join(f"{size(count)} for {part}" for part, count in parts.items() if count)
             raise DiskFullError(
                 f"{name} will need {size(kept + meanwhile + result)} on disk ({listed}), and {size(free)} are free",
                 str(store.root),

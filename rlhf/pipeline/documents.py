@@ -1,4 +1,4 @@
-"""Describe artifacts: provenance, and the documents that users read beside them."""
+"""Provenance of results, and the documents that ``--json`` prints of a plan, a stage or a result."""
 
 import getpass
 import json
@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,99 +25,76 @@ from rlhf.pipeline.reporting import Eta
 from rlhf.pipeline.uploads import read_newest
 from rlhf.store import ActionRecord, GarbageReport, Store
 
+Document = dict[str, Any]
 PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "deepspeed", "datasets", "ray")
+LEAST_DIGITS = 6
+"""The fewest digits that name a key or an artifact."""
 
 
-def provenance() -> dict[str, Any]:
-    """Host, user, time, versions, and the commit of the code where it is a git checkout."""
+def provenance() -> Document:
+    """Return host, user, time, versions, and the commit of the code if it is a git checkout."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        user = str(os.getuid())
+    versions: dict[str, str] = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    commit = None
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        here = Path(__file__).resolve().parent
+        answer = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=5, check=True)
+        commit = answer.stdout.strip()
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
-        "user": _user(),
+        "user": user,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "commit": _commit(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": commit,
+        "versions": versions,
     }
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
-        return str(os.getuid())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
-
-
-Document = dict[str, Any]
-LEAST_DIGITS = 6
-"""The fewest digits by which a key or an artifact may be named."""
-
-
-def plan_document(config: PipelineConfig, planned: Mapping[str, Planned], store: Store) -> Document:
-    """The pipeline, and of each stage what it would do and why."""
+def plan_document(config: PipelineConfig, stages: Mapping[str, Planned], store: Store) -> Document:
+    """Return the pipeline, and for each stage what it would do and why."""
     return {
         "pipeline": config.name,
         "store": store.address,
-        "stages": [_stage(one, one.state, one.why) for one in planned.values()],
+        "stages": [_stage(planned) for planned in stages.values()],
     }
 
 
-def status_document(config: PipelineConfig, planned: Mapping[str, Planned], store: Store) -> Document:
-    """As :func:`plan_document`, with what is running and what failed, and how much the store holds."""
-    return {
-        "pipeline": config.name,
-        "store": store.address,
-        "stages": [_stage_status(one, store) for one in planned.values()],
-        "usage": asdict(store.usage()),
-    }
+def status_document(config: PipelineConfig, stages: Mapping[str, Planned], store: Store) -> Document:
+    """Return :func:`plan_document` with running and failed stages, and the usage of the store."""
+    document = plan_document(config, stages, store)
+    for number, planned in enumerate(stages.values()):
+        state, why = _status(planned, store)
+        progress = _progress(planned, store) if state == "running" else None
+        document["stages"][number] |= {"state": state, "why": why, "progress": progress}
+    return document | {"usage": asdict(store.usage())}
 
 
-def _stage(one: Planned, state: str, why: str) -> Document:
-    record = one.record
+def _stage(planned: Planned) -> Document:
+    record = planned.record
     return {
-        "stage": one.name,
-        "state": state,
-        "key": one.key,
+        "stage": planned.name,
+        "state": planned.state,
+        "key": planned.key,
         "artifact": record.artifact if record else None,
-        "why": why,
-        "needs": list(one.needs),
+        "why": planned.why,
+        "needs": list(planned.needs),
         "metrics": record.metrics if record else None,
         "seconds": record.seconds if record else None,
     }
 
 
-def _stage_status(one: Planned, store: Store) -> Document:
-    state, why = _status(one, store)
-    return _stage(one, state, why) | {"progress": _progress(one, store) if state == "running" else None}
-
-
 def _progress(one: Planned, store: Store) -> Document | None:
-    """How far a running stage is, and the seconds left when it said so; None before it first does.
+    """Return a running stage's progress, and the seconds left at that moment; None before its first report.
 
-    The seconds left are measured from the times in the file alone: the reader's clock need not agree with the rank's.
+    The seconds left are computed from the times in the file alone: the clocks of reader and rank may differ.
     """
     assert one.key is not None
     text = read_newest(store, one.key, PROGRESS)
@@ -141,49 +119,52 @@ def _status(one: Planned, store: Store) -> tuple[str, str]:
     return one.state, f"{one.why}; {len(attempts)} unfinished attempt(s)" if attempts else one.why
 
 
-def explain_document(one: Planned, planned: Mapping[str, Planned], store: Store) -> Document:
-    """Why a stage is cached or would run: what changed since its latest result, followed to where it began.
+def explain_document(planned: Planned, stages: Mapping[str, Planned], store: Store) -> Document:
+    """Return why a stage is cached or would run: what changed since its latest result, traced to the first cause.
 
-    ``since`` is the key of that result. Of a stage whose result stands, ``made`` says the same of when it was made.
+    ``since`` is the key of that result. If the stage has a result, ``made`` holds what had changed when it was made; it
+    is None for a first result, and when its predecessor's record is gone.
     """
-    found: list[Difference] = []
+    changed: list[Difference] = []
     # A lost import has no recipe: it came from outside.
-    if one.before is not None and (one.needs or one.state != "blocked"):
-        found = differences(of_record(one.before, store, one.name), recipe(one, planned, store))
-    return _stage(one, one.state, one.why) | {
-        "changes": change_phrases(found, one.name),
-        "settings": dict(one.settings),
-        "since": one.before.key if one.before else None,
-        "differences": [difference.to_json() for difference in found],
-        "made": _made(one, store),
+    if planned.before is not None and (planned.needs or planned.state != "blocked"):
+        changed = differences(of_record(planned.before, store, planned.name), recipe(planned, stages, store))
+    previous = planned.record.provenance.get("previous") if planned.record else None
+    predecessor = store.action(previous) if previous else None
+    made = None
+    if planned.record is not None and predecessor is not None:
+        old, new = (of_record(record, store, planned.name) for record in (predecessor, planned.record))
+        reasons = differences(old, new)
+        made = {
+            "since": predecessor.key,
+            "changes": change_phrases(reasons, planned.name),
+            "differences": [difference.to_json() for difference in reasons],
+        }
+    return _stage(planned) | {
+        "changes": change_phrases(changed, planned.name),
+        "settings": dict(planned.settings),
+        "since": planned.before.key if planned.before else None,
+        "differences": [difference.to_json() for difference in changed],
+        "made": made,
     }
 
 
-def _made(one: Planned, store: Store) -> Document | None:
-    """What had changed when a result was made, or None where none was before it, or nothing is known of that."""
-    previous = one.record.provenance.get("previous") if one.record else None
-    before = store.action(previous) if previous else None
-    if one.record is None or before is None:
-        return None
-    found = differences(of_record(before, store, one.name), of_record(one.record, store, one.name))
-    return {
-        "since": before.key,
-        "changes": change_phrases(found, one.name),
-        "differences": [difference.to_json() for difference in found],
-    }
-
-
-def change_phrases(found: Sequence[Difference], stage: str) -> list[str]:
-    """One phrase a difference; that of a changed input ends with the differences that it comes from."""
-    return [f"{one.phrase}: {', '.join(one.leaves(stage))}" if one.within else one.phrase for one in found]
+def change_phrases(changed: Sequence[Difference], stage: str) -> list[str]:
+    """Return a phrase for each difference; that of a changed input ends with the differences behind it."""
+    return [
+        f"{difference.phrase}: {', '.join(difference.leaves(stage))}" if difference.within else difference.phrase
+        for difference in changed
+    ]
 
 
 def lineage_document(record: ActionRecord, store: Store) -> Document:
-    """Everything an artifact came from."""
+    """Return everything that a result was made from."""
     inputs: Document = {}
     for role, entry in record.inputs.items():
         producer = store.action(entry["key"]) if entry["key"] else None
-        inputs[role] = lineage_document(producer, store) if producer else _unknown_origin(entry)
+        # Without a producer, the input came from outside or its record is gone.
+        unknown = {"stage": None, "key": entry["key"], "settings": {}, "inputs": {}, "provenance": {}}
+        inputs[role] = lineage_document(producer, store) if producer else {"artifact": entry["artifact"]} | unknown
     return {
         "artifact": record.artifact,
         "stage": record.stage,
@@ -194,26 +175,26 @@ def lineage_document(record: ActionRecord, store: Store) -> Document:
         | {
             "seconds": record.seconds,
             "attempt": record.attempt,
-            "read": {role: {"part": one["part"], "digest": one["digest"]} for role, one in record.inputs.items()},
+            "read": {role: {"part": entry["part"], "digest": entry["digest"]} for role, entry in record.inputs.items()},
             "total": _total(_ancestry(record, store)),
         },
     }
 
 
 def _ancestry(record: ActionRecord, store: Store) -> dict[str, ActionRecord]:
-    """A record and those of all that it came from, by key: each counts once, however often it was read."""
-    found = {record.key: record}
+    """Return the record and the records of all that it was made from, by key, so that each counts once."""
+    records = {record.key: record}
     for entry in record.inputs.values():
         key = entry["key"]
-        if key and key not in found and (made := store.action(key)) is not None:
-            found |= _ancestry(made, store)
-    return found
+        if key and key not in records and (producer := store.action(key)) is not None:
+            records |= _ancestry(producer, store)
+    return records
 
 
 def _total(records: Mapping[str, ActionRecord]) -> Document:
-    """What results cost together: seconds and GPU-hours of all attempts, those that failed included.
+    """Return the total cost of results: seconds and GPU-hours of all attempts, failed ones included.
 
-    The GPU-hours are null where a result does not tell its GPUs.
+    The GPU-hours are null if any record lacks its GPUs.
     """
     seconds, gpu_seconds = 0.0, 0.0
     known = True
@@ -223,26 +204,17 @@ def _total(records: Mapping[str, ActionRecord]) -> Document:
             seconds += attempt["seconds"]
             gpu_seconds += attempt["seconds"] * (attempt["gpus"] or 0)
             known &= attempt["gpus"] is not None or not attempt["seconds"]
-    return {
-        "seconds": round(seconds, 3),
-        "gpu_hours": round(gpu_seconds / 3600, 4) if known else None,
-        "results": len(records),
-    }
-
-
-def _unknown_origin(entry: Mapping[str, str | None]) -> Document:
-    """What is known of an input that came from outside, or whose record is gone."""
-    artifact, key = entry["artifact"], entry["key"]
-    return {"artifact": artifact, "stage": None, "key": key, "settings": {}, "inputs": {}, "provenance": {}}
+    gpu_hours = round(gpu_seconds / 3600, 4) if known else None
+    return {"seconds": round(seconds, 3), "gpu_hours": gpu_hours, "results": len(records)}
 
 
 def gc_document(report: GarbageReport, grace_hours: float, *, dry_run: bool) -> Document:
-    """What garbage collection removed or would remove, and what stays."""
+    """Return what garbage collection removed or would remove, and what stays."""
     return {
         "dry_run": dry_run,
         "grace_hours": grace_hours,
         "removed": {kind: asdict(heap) for kind, heap in report.removed.items()},
-        "results": [{"stage": one.stage, "key": one.key, "artifact": one.artifact} for one in report.results],
+        "results": [_reference(record) for record in report.results],
         "kept": {
             "results": report.kept,
             "young": report.young,
@@ -253,40 +225,38 @@ def gc_document(report: GarbageReport, grace_hours: float, *, dry_run: bool) -> 
 
 
 def diff_document(old: ActionRecord, new: ActionRecord, store: Store) -> Document:
-    """What differs between two results: what they were made from, with what, and their metrics side by side."""
-    found = differences(of_record(old, store), of_record(new, store))
+    """Return the differences of two results: what they were made from, with what, and their metrics side by side."""
+    changed = differences(of_record(old, store), of_record(new, store))
     was, now = _circumstances(old), _circumstances(new)
+    metrics: Document = {}
+    for name in {**old.metrics, **new.metrics}:
+        a, b = old.metrics.get(name), new.metrics.get(name)
+        metrics[name] = {"a": a, "b": b, "difference": None if a is None or b is None else b - a}
     return {
-        "a": _side(old),
-        "b": _side(new),
-        "changes": change_phrases(found, new.stage),
-        "differences": [difference.to_json() for difference in found],
+        "a": _reference(old),
+        "b": _reference(new),
+        "changes": change_phrases(changed, new.stage),
+        "differences": [difference.to_json() for difference in changed],
         "circumstances": {
             name: {"a": was.get(name), "b": now.get(name)} for name in was | now if was.get(name) != now.get(name)
         },
-        "metrics": {
-            name: _metric(old.metrics.get(name), new.metrics.get(name)) for name in {**old.metrics, **new.metrics}
-        },
+        "metrics": metrics,
     }
 
 
-def _side(record: ActionRecord) -> Document:
+def _reference(record: ActionRecord) -> Document:
     return {"stage": record.stage, "key": record.key, "artifact": record.artifact}
 
 
 def _circumstances(record: ActionRecord) -> Document:
-    """What enters no key, and may yet move a number beyond rounding where it should not."""
+    """Return what enters no key, but may change a number beyond rounding where it should not."""
     made = record.provenance
     names = ("commit", "python", "platform", "ranks", "gpus", "devices")
     return {name: made.get(name) for name in names} | made.get("versions", {})
 
 
-def _metric(old: float | None, new: float | None) -> Document:
-    return {"a": old, "b": new, "difference": None if old is None or new is None else new - old}
-
-
-def find_record(target: str | None, planned: Mapping[str, Planned], store: Store) -> ActionRecord:
-    """The record that is meant.
+def find_record(target: str | None, stages: Mapping[str, Planned], store: Store) -> ActionRecord:
+    """Return the record that a target names.
 
     target  a stage; ``pipeline/stage`` of any pipeline of the store; a key or an artifact's digest, or its first
             digits; None for the last committed stage
@@ -295,38 +265,33 @@ def find_record(target: str | None, planned: Mapping[str, Planned], store: Store
         RequestError: there is no such result, or more than one.
     """
     if target is None:
-        committed = [one.record for one in planned.values() if one.record is not None]
+        committed = [planned.record for planned in stages.values() if planned.record is not None]
         if not committed:
             raise RequestError("no stage has a result yet", store.address, NextCommand("run"))
         return committed[-1]
-    if target in planned:
-        return result_of(planned[target])
+    if target in stages:
+        return result_of(stages[target])
     pipeline, slash, stage = target.partition("/")
-    if slash:
-        return _result_elsewhere(pipeline, stage, store)
-    return _result_by_digits(target, planned, store)
-
-
-def _result_elsewhere(pipeline: str, stage: str, store: Store) -> ActionRecord:
-    """The latest result of a stage of any pipeline of the store."""
+    if not slash:
+        return _record_by_digits(target, stages, store)
     ref = store.refs(pipeline).get(stage) if pipeline in store.pipelines() else None
     record = store.lookup(ref.key) if ref else None
     if record is None:
-        known = [f"{name}/{one}" for name in store.pipelines() for one in store.refs(name)]
+        known = [f"{name}/{instance}" for name in store.pipelines() for instance in store.refs(name)]
         raise RequestError(
             f"there is no result of {stage!r} in a pipeline {pipeline!r}",
             f"store {store.address}",
-            suggestion(f"{pipeline}/{stage}", known) or "name a stage, a key or an artifact",
+            suggestion(target, known) or "name a stage, a key or an artifact",
         )
     return record
 
 
-def _result_by_digits(target: str, planned: Mapping[str, Planned], store: Store) -> ActionRecord:
-    where = f"stages: {', '.join(planned)}; store: {store.address}"
+def _record_by_digits(target: str, stages: Mapping[str, Planned], store: Store) -> ActionRecord:
+    where = f"stages: {', '.join(stages)}; store: {store.address}"
     digits = target.lower().removesuffix("…")
     if not re.fullmatch(r"[0-9a-f]{1,64}", digits):
         raise RequestError(
-            f"{target!r} names no stage or artifact", where, suggestion(target, planned) or NextCommand("status")
+            f"{target!r} names no stage or artifact", where, suggestion(target, stages) or NextCommand("status")
         )
     if len(digits) < LEAST_DIGITS:
         raise RequestError(
@@ -335,14 +300,16 @@ def _result_by_digits(target: str, planned: Mapping[str, Planned], store: Store)
             f"give at least {LEAST_DIGITS} of its digits",
         )
     records = [record for key in store.keys() if (record := store.action(key)) is not None]  # noqa: SIM118 - not a mapping
-    found = [one for one in records if one.key.startswith(digits)]
-    # A key says more than an artifact, which may be the result of several.
-    found = found or [one for one in records if one.artifact.startswith(digits)]
-    if not found:
+    # Keys first: an artifact may be the result of several keys.
+    matching = [record for record in records if record.key.startswith(digits)]
+    matching = matching or [record for record in records if record.artifact.startswith(digits)]
+    if not matching:
         raise RequestError(f"{target!r} names no stage, key or artifact of this store", where, NextCommand("status"))
-    if len({one.artifact for one in found}) > 1:
-        candidates = ", ".join(f"{one.stage} {one.key[:16]} (artifact {one.artifact[:16]})" for one in found[:4])
+    if len({record.artifact for record in matching}) > 1:
+        candidates = ", ".join(
+            f"{record.stage} {record.key[:16]} (artifact {record.artifact[:16]})" for record in matching[:4]
+        )
         raise RequestError(
             f"{target!r} names more than one result", f"{candidates}; store: {store.address}", "give more digits"
         )
-    return found[0]
+    return matching[0]

@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,9 @@ from rlhf.store import ActionRecord, Ref, Store, digest_file, digest_of, key_of
 
 
 def digest_source(path: str | Path, store: Store) -> str:
-    """The digest of a file's content, or of a folder's files and their names.
+    """Return the digest of a file's content, or of a folder's files and their names; hidden files do not count.
 
-    A file is read again only when its size or times changed; the store remembers.
+    A file is read again only when its size or times changed; the store keeps the digests.
 
     Raises:
         SettingsError: there is nothing at the path, or it is no file or folder with files, or cannot be read.
@@ -28,96 +29,73 @@ def digest_source(path: str | Path, store: Store) -> str:
     root = Path(path).expanduser()
     if not root.exists():
         raise SettingsError(f"there is no file or folder {path}", str(root), "correct the path")
-    # A pipe or a device can be read once, or for ever.
+    # A pipe or a device can be read once only, or without end.
     if not (root.is_file() or root.is_dir()):
-        raise SettingsError(f"{path} is neither a file nor a folder", str(root), "put what it gives into a file")
+        raise SettingsError(f"{path} is neither a file nor a folder", str(root), "put its content into a file")
     memory = store.root / "cache" / "sources.json"
-    known = _recall(memory)
+    try:
+        known: dict[str, str] = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}  # never written, or cut short: then the files are read again
     before = len(known)
     digests: dict[str, str] = {}
-    for file in sorted(_files(root)):
+    for file in [root] if root.is_file() else sorted(root.rglob("*")):
+        name = "" if file == root else str(file.relative_to(root))
+        if not file.is_file() or any(part.startswith(".") for part in Path(name).parts):
+            continue
         try:
             stat = file.stat()
-            # The time of the inode's change moves with every write, also where a copying program sets the other back.
+            # Every write moves ctime, even if the program that copies a file sets mtime back.
             identity = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
             if identity not in known:
                 known[identity] = digest_file(file)
         except OSError as error:
             raise SettingsError(f"{file} cannot be read: {error.strerror}", str(root), "make it readable") from error
-        digests[str(file.relative_to(root)) if root.is_dir() else ""] = known[identity]
+        digests[name] = known[identity]
     if not digests:
         raise SettingsError(f"the folder {path} is empty", str(root), "correct the path")
-    if len(known) > before:
-        _remember(memory, known)
+    if len(known) > before and memory.parent.is_dir():  # planning makes no store
+        with suppress(OSError):  # the store may be read-only
+            temporary = memory.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(known))
+            temporary.replace(memory)
     return digest_of(digests)
-
-
-def _recall(memory: Path) -> dict[str, str]:
-    try:
-        return json.loads(memory.read_text())
-    except (OSError, ValueError):
-        return {}  # never written, or cut short: losing it costs reading the files again
-
-
-def _remember(memory: Path, known: dict[str, str]) -> None:
-    if not memory.parent.is_dir():
-        return  # planning makes no store
-    # A read-only store must stay readable.
-    with suppress(OSError):
-        temporary = memory.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known))
-        temporary.replace(memory)
-
-
-def _files(root: Path) -> Iterator[Path]:
-    if root.is_file():
-        yield root
-        return
-    for path in root.rglob("*"):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
-            yield path
 
 
 State = Literal["cached", "missing", "blocked", "unused"]
 IMPORTED = "imported"
-"""Why a stage is cached whose result somebody brought from outside."""
+"""The ``why`` of a stage whose result was imported."""
 
 
 @dataclass(frozen=True)
 class Wire:
-    """Where an input comes from: an instance, and a top-level folder of its artifact ("" for all of it)."""
+    """The source of an input: an instance, and a top-level folder of its artifact ("" for the whole artifact)."""
 
     instance: str
     part: str
 
-    @classmethod
-    def parse(cls, text: str) -> "Wire":
-        """Read ``instance`` or ``instance/part``."""
-        instance, _, part = text.partition("/")
-        return cls(instance, part)
-
 
 @dataclass(frozen=True)
 class Planned:
-    """One stage instance as the store and the settings have it."""
+    """The state of a stage instance, by its settings and the store."""
 
     instance: StageInstance
     stage: Stage
     wires: Mapping[str, Wire]
     state: State
     why: str
-    needs: tuple[str, ...]
+    needs: tuple[str, ...] = ()
     """Instances whose results are not committed yet."""
-    awaits: Path | None
-    """A file that people have still to make. A stage that is blocked by neither this nor ``needs`` is a lost import."""
-    key: str | None
-    settings: Mapping[str, Any]
-    """What of the settings enters the key."""
-    inputs: Mapping[str, Mapping[str, str | None]]
-    """As :class:`rlhf.store.ActionRecord` keeps them; only complete where there is a key."""
-    record: ActionRecord | None
-    before: ActionRecord | None
-    """The latest result that is noted for the instance, under whatever key, whether or not it is still whole."""
+    awaits: Path | None = None
+    """A file that people must still make. A stage that is blocked by neither this nor ``needs`` is a lost import."""
+    key: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The settings that enter the key."""
+    inputs: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict[str, Mapping[str, str | None]])
+    """As in :class:`rlhf.store.ActionRecord`; complete only if there is a key."""
+    record: ActionRecord | None = None
+    before: ActionRecord | None = None
+    """The instance's latest result according to its ref, under any key, whether or not it is still whole."""
 
     @property
     def name(self) -> str:
@@ -128,11 +106,11 @@ class Planned:
 def plan(
     config: PipelineConfig, known: Mapping[str, Stage], store: Store, targets: Sequence[str] = ()
 ) -> dict[str, Planned]:
-    """Plan the targets and what they are made from, by name, producers before consumers.
+    """Plan the targets and the stages that they need; return them by name, producers before consumers.
 
     targets  stages to bring up to date; without any, those that no other stage reads
 
-    Of a stage that only imported stages read nothing is looked at, neither its sources nor its result: it is *unused*.
+    A stage that only imported stages read is *unused*: neither its sources nor its result are looked at.
 
     Raises:
         RequestError: a target is no stage of the pipeline.
@@ -141,79 +119,59 @@ def plan(
     wires = {name: _wires(config, instance, known) for name, instance in config.instances.items()}
     refs = store.refs(config.name)
     imported = {name for name, ref in refs.items() if ref.imported}
-    order = _order(config, wires)
-    read = {wire.instance for taken in wires.values() for wire in taken.values()}
+    # Lists, not sets: the order of a plan is the same in every process.
+    graph = {name: [wire.instance for wire in wires[name].values()] for name in config.instances}
+    try:
+        order = tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        what = f"stages need each other in a circle: {' → '.join(error.args[1])}"
+        raise SettingsError(what, str(config.path), "rewire their inputs") from error
     for target in targets:
         instance_of(config, target)
+    read = {name for inputs in graph.values() for name in inputs}
     wanted = targets or [name for name in order if name not in read]
-    shown, needed = _upstream(wires, wanted, stop=()), _upstream(wires, wanted, stop=imported)
+    shown, needed = _upstream(graph, wanted, stop=()), _upstream(graph, wanted, stop=imported)
     planned: dict[str, Planned] = {}
     for name in order:
+        instance = config.instances[name]
+        stage = known[instance.uses]
         if name in needed:
-            instance = config.instances[name]
-            planned[name] = _plan_one(instance, known[instance.uses], wires[name], planned, store, refs.get(name))
+            planned[name] = _plan_one(instance, stage, wires[name], planned, store, refs.get(name))
         elif name in shown:
-            readers = [pin for pin in order if pin in imported & needed and name in _upstream(wires, [pin], stop=())]
-            planned[name] = _unused(config.instances[name], known, wires[name], readers)
+            readers = [pin for pin in order if pin in imported & needed and name in _upstream(graph, [pin], stop=())]
+            why = f"not needed: {', '.join(readers)} {'is' if len(readers) == 1 else 'are'} imported"
+            planned[name] = Planned(instance, stage, wires[name], "unused", why)
     return planned
 
 
 def instance_of(config: PipelineConfig, name: str) -> StageInstance:
-    """Return a stage of the pipeline by name.
-
-    Raises:
-        RequestError: the pipeline has no such stage.
-    """
+    """Return a stage of the pipeline by name; raise a RequestError when there is none."""
     if name not in config.instances:
         raise RequestError(f"the pipeline has no stage {name!r}", "command line", suggestion(name, config.instances))
     return config.instances[name]
 
 
-def result_of(one: Planned) -> ActionRecord:
-    """Return a stage's result.
-
-    Raises:
-        RequestError: it has none yet.
-    """
-    if one.record is None:
+def result_of(planned: Planned) -> ActionRecord:
+    """Return a stage's result; raise a RequestError when there is none yet."""
+    if planned.record is None:
         raise RequestError(
-            f"{one.name} has no result yet",
-            f"stage {one.name}: {one.state}, {one.why}",
-            NextCommand("run", (one.name,)),
+            f"{planned.name} has no result yet",
+            f"stage {planned.name}: {planned.state}, {planned.why}",
+            NextCommand("run", (planned.name,)),
         )
-    return one.record
+    return planned.record
 
 
-def _upstream(wires: Mapping[str, Mapping[str, Wire]], names: Iterable[str], stop: Collection[str]) -> set[str]:
-    """Return the names and all that they are made from, without following the inputs of those in ``stop``."""
+def _upstream(graph: Mapping[str, Sequence[str]], names: Iterable[str], stop: Collection[str]) -> set[str]:
+    """Return the names and all stages that they need, without following the inputs of those in ``stop``."""
     reached: set[str] = set()
     ahead = list(names)
     while ahead:
         name = ahead.pop()
         if name not in reached:
             reached.add(name)
-            ahead += [] if name in stop else [wire.instance for wire in wires[name].values()]
+            ahead += [] if name in stop else graph[name]
     return reached
-
-
-def _unused(
-    instance: StageInstance, known: Mapping[str, Stage], wires: Mapping[str, Wire], readers: Sequence[str]
-) -> Planned:
-    why = f"not needed: {', '.join(readers)} {'is' if len(readers) == 1 else 'are'} imported"
-    return Planned(
-        instance,
-        known[instance.uses],
-        wires,
-        "unused",
-        why,
-        (),
-        None,
-        key=None,
-        settings={},
-        inputs={},
-        record=None,
-        before=None,
-    )
 
 
 def _wires(config: PipelineConfig, instance: StageInstance, known: Mapping[str, Stage]) -> dict[str, Wire]:
@@ -226,7 +184,8 @@ def _wires(config: PipelineConfig, instance: StageInstance, known: Mapping[str, 
             f"{config.path}, {instance.name}.inputs",
             suggestion(unknown[0], roles) or "it takes none",
         )
-    wires = {role: Wire.parse(instance.inputs.get(role, input_.default)) for role, input_ in roles.items()}
+    sources = {role: instance.inputs.get(role, roles[role].default).partition("/") for role in roles}
+    wires = {role: Wire(name, part) for role, (name, _, part) in sources.items()}
     for role, wire in wires.items():
         if wire.instance not in config.instances:
             raise SettingsError(
@@ -234,26 +193,15 @@ def _wires(config: PipelineConfig, instance: StageInstance, known: Mapping[str, 
                 f"{config.path}, {instance.name}",
                 f"add a section {wire.instance!r}, or name another with {instance.name}.inputs.{role}",
             )
-        made, taken = known[config.instances[wire.instance].uses].kind, roles[role].kinds
-        if taken and (made not in taken or wire.part):
+        kind, kinds = known[config.instances[wire.instance].uses].kind, roles[role].kinds
+        if kinds and (kind not in kinds or wire.part):
             raise SettingsError(
-                f"{wire.instance if not wire.part else f'{wire.instance}/{wire.part}'} is a {made}, and "
-                f"{instance.name} takes a {' or '.join(taken)} as its {role}",
+                f"{wire.instance if not wire.part else f'{wire.instance}/{wire.part}'} is a {kind}, and "
+                f"{instance.name} takes a {' or '.join(kinds)} as its {role}",
                 f"{config.path}, {instance.name}.inputs.{role}",
-                f"name a stage that makes a {taken[-1]}",
+                f"name a stage that makes a {kinds[-1]}",
             )
     return wires
-
-
-def _order(config: PipelineConfig, wires: Mapping[str, Mapping[str, Wire]]) -> Iterable[str]:
-    # Lists, not sets: the order of a plan is the same in every process.
-    graph = {name: [wire.instance for wire in wires[name].values()] for name in config.instances}
-    try:
-        return tuple(TopologicalSorter(graph).static_order())
-    except CycleError as error:
-        raise SettingsError(
-            f"stages need each other in a circle: {' → '.join(error.args[1])}", str(config.path), "rewire their inputs"
-        ) from error
 
 
 def _plan_one(
@@ -264,20 +212,10 @@ def _plan_one(
     store: Store,
     ref: Ref | None,
 ) -> Planned:
-    def build(state: State, why: str, **found: Any) -> Planned:
-        empty: dict[str, Any] = {
-            "needs": (),
-            "awaits": None,
-            "key": None,
-            "settings": {},
-            "inputs": {},
-            "record": None,
-        }
-        return Planned(instance, stage, wires, state, why, before=before, **(empty | found))
-
     # Read before the lookup, which moves the record of a damaged result away.
     before = store.action(ref.key) if ref else None
     latest = store.lookup(ref.key) if ref else None
+    build = partial(Planned, instance, stage, wires, before=before)
     if ref is not None and ref.imported:
         if latest is None:
             return build("blocked", "the imported model is damaged or gone")
@@ -294,20 +232,22 @@ def _plan_one(
     if needs:
         return build("blocked", f"waits for {', '.join(needs)}", needs=needs, settings=settings)
     inputs = {role: _input(instance.name, role, wire, planned, store) for role, wire in wires.items()}
-    key = key_of(stage.name, stage.version, settings, {role: str(entry["digest"]) for role, entry in inputs.items()})
+    digests = {role: str(entry["digest"]) for role, entry in inputs.items()}
+    key = key_of(stage.name, stage.version, settings, digests)
     record = store.lookup(key)
     if record is not None:
         return build("cached", "unchanged", key=key, settings=settings, inputs=inputs, record=record)
-    if before is None:
-        why = "new" if ref is None else "its latest result is gone"
-        if ref is not None and store.is_quarantined(ref.key):
-            why = "its latest result was damaged, and is in quarantine"
-    else:
-        digests = {role: entry["digest"] for role, entry in inputs.items()}
-        # Without their makers: a table has no room for what is behind a changed input.
+    if before is not None:
+        # Without makers: a table has no room for the cause of a changed input.
         now = Recipe(instance.name, stage.name, stage.version, settings, digests, None, lambda _: None)
         was = replace(of_record(before, store), maker=lambda _: None)
-        why = "; ".join(one.phrase for one in differences(was, now)) or "its result was damaged"
+        why = "; ".join(difference.phrase for difference in differences(was, now)) or "its result was damaged"
+    elif ref is None:
+        why = "new"
+    elif store.is_quarantined(ref.key):
+        why = "its latest result was damaged, and is in quarantine"
+    else:
+        why = "its latest result is gone"
     return build("missing", why, key=key, settings=settings, inputs=inputs)
 
 
@@ -326,23 +266,22 @@ def _input(name: str, role: str, wire: Wire, planned: Mapping[str, Planned], sto
     return {"artifact": record.artifact, "part": wire.part, "digest": digest, "key": record.key}
 
 
-def recipe(one: Planned, planned: Mapping[str, Planned], store: Store) -> Recipe:
-    """What a stage's result is or will be made from, also where some of its inputs are still to be made."""
-    if one.record is not None and one.why == IMPORTED:
-        return of_record(one.record, store, one.name)
-    made = {role: one.inputs.get(role) or _made_input(one, wire, planned, store) for role, wire in one.wires.items()}
+def recipe(planned: Planned, stages: Mapping[str, Planned], store: Store) -> Recipe:
+    """Return the recipe of a stage's present or future result; some of its inputs may still have to be made."""
+    if planned.record is not None and planned.why == IMPORTED:
+        return of_record(planned.record, store, planned.name)
+    digests: dict[str, str | None] = {}
+    for role, wire in planned.wires.items():
+        entry = planned.inputs.get(role)
+        if entry is None and stages[wire.instance].record is not None:
+            entry = _input(planned.name, role, wire, stages, store)
+        digests[role] = entry["digest"] if entry else None
     return Recipe(
-        one.name,
-        one.stage.name,
-        one.stage.version,
-        one.settings,
-        {role: entry["digest"] for role, entry in made.items()},
-        one.record.artifact if one.record else None,
-        lambda role: recipe(planned[one.wires[role].instance], planned, store) if role in one.wires else None,
+        planned.name,
+        planned.stage.name,
+        planned.stage.version,
+        planned.settings,
+        digests,
+        planned.record.artifact if planned.record else None,
+        lambda role: recipe(stages[planned.wires[role].instance], stages, store) if role in planned.wires else None,
     )
-
-
-def _made_input(one: Planned, wire: Wire, planned: Mapping[str, Planned], store: Store) -> Mapping[str, str | None]:
-    if planned[wire.instance].record is None:
-        return {"digest": None}
-    return _input(one.name, "", wire, planned, store)

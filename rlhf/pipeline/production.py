@@ -1,10 +1,10 @@
-"""One stage from its lease to its commit: adopt the result of another run, or run the stage and commit its own."""
+"""One stage from lease to commit: adopt the result of another run, or run the stage and commit its result."""
 
 import json
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,41 @@ from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, uploading
 from rlhf.store import SCRATCH, ActionRecord, Store
 
 
-def workers_of(planned: Planned) -> WorkerSettings:
-    """Return the worker settings of a stage that runs as a worker group."""
-    return getattr(planned.instance.settings, "workers")  # noqa: B009 - every stage of workers has it
-
-
-def ranks_of(planned: Planned, session: Session) -> RankResources:
-    """Return what each rank of a worker group gets.
-
-    Raises:
-        PreflightError: the cluster has no room for such a group.
-    """
-    workers = workers_of(planned)
+def needs_of(planned: Planned, session: Session) -> RankResources:
+    """Return the resources of a task or of a worker group's ranks; raise a PreflightError if there is no room."""
+    if planned.stage.runs == "task":
+        return session.resources().of_task()
+    settings: Any = planned.instance.settings
+    workers: WorkerSettings = settings.workers
     return session.resources().per_rank(planned.name, workers.count, workers.cpus, workers.gpu)
+
+
+def context_of(
+    planned: Planned,
+    key: str,
+    parts: Mapping[str, tuple[str, str]],
+    attempt: Path,
+    store: Store,
+    tracking: Mapping[str, str | None],
+) -> Context[Any]:
+    """Check inputs out into an attempt; return the stage's context.
+
+    parts  role to an artifact and a part of it
+    """
+    inputs = {
+        role: store.checkout(artifact, attempt / "inputs" / role, part) for role, (artifact, part) in parts.items()
+    }
+    return Context(
+        stage=planned.name,
+        key=key,
+        settings=planned.instance.settings,
+        inputs=inputs,
+        output=attempt / "output",
+        attempt=attempt,
+        attempts=tuple(store.attempts(planned.key)) if planned.key else (),
+        cache=store.root / "cache",
+        tracking=tracking,
+    )
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,7 @@ class Production:
     stop: Stop
 
     def bring_up_to_date(self, planned: Planned) -> None:
-        """Take the lease and produce the result; when the lease is lost, wait for it again and adopt the result."""
+        """Produce or adopt the result under the lease; when the lease is lost, wait for it and begin again."""
         for _ in range(self.config.cluster.max_failures):
             try:
                 self._under_lease(planned)
@@ -60,36 +82,36 @@ class Production:
         self._under_lease(planned)
 
     def _under_lease(self, planned: Planned) -> None:
+        """Take the lease; adopt the result of another run, or produce a result and commit it."""
         assert planned.key is not None
-        holders: list[str] = []
+        holders: list[str] = []  # filled with the new holder when the lease is lost
+
+        def report_waiting(message: str) -> None:
+            self.reporter.update(planned.name, state="waiting", message=message)
+            self.reporter.line(f"{planned.name}: {message}")
+
+        def refuse_if_stopped() -> None:
+            if self.stop.asked:
+                raise InterruptedRunError("interrupted")
+
         with self.store.lease(
-            planned.key,
-            timeout=None,
-            on_wait=lambda message: self._report_waiting(planned, message),
-            on_loss=holders.append,
-            check=self._refuse_to_go_on,
+            planned.key, timeout=None, on_wait=report_waiting, on_loss=holders.append, check=refuse_if_stopped
         ):
             # Another run may have committed the result while this one waited for the lease.
             if self._adopt(planned):
                 return
             try:
-                self._produce(planned, holders)
+                with self._attempt(planned) as attempt:
+                    metrics, seconds = self._run(planned, attempt, holders)
+                    self._commit(planned, attempt, metrics, seconds)
             except RlhfError as error:
-                # The new holder may have committed the result, and removed what this attempt was reading.
+                # The new holder may have committed the result, and removed files that this attempt was reading.
                 if not self._adopt(planned):
                     raise
                 self.reporter.line(f"{planned.name}: {error.what}; another run has the result")
 
-    def _report_waiting(self, planned: Planned, message: str) -> None:
-        self.reporter.update(planned.name, state="waiting", message=message)
-        self.reporter.line(f"{planned.name}: {message}")
-
-    def _refuse_to_go_on(self) -> None:
-        if self.stop.asked:
-            raise InterruptedRunError("interrupted")
-
     def _adopt(self, planned: Planned) -> bool:
-        """Point the pipeline at the result of another run; False where there is none."""
+        """Set the pipeline's ref to the result of another run; return False if there is none."""
         assert planned.key is not None
         record = self.store.lookup(planned.key)
         if record is None or not self.store.set_ref(self.config.name, planned.name, record.key):
@@ -98,25 +120,17 @@ class Production:
         self.reporter.update(planned.name, state="cached", key=record.key, why=why, message="", done=0, total=0)
         return True
 
-    def _produce(self, planned: Planned, holders: Sequence[str]) -> None:
-        """Run the stage in a new attempt and commit its result.
-
-        holders  who holds the lease instead, filled when it is lost
-        """
+    @contextmanager
+    def _attempt(self, planned: Planned) -> Generator[Path]:
+        """Make an attempt; report its start, and the error that ends it."""
         assert planned.key is not None
-        name, line = planned.name, self.reporter.line
-        fetch_attempts(self.store, planned.key, name, line)
+        name = planned.name
+        fetch_attempts(self.store, planned.key, name, self.reporter.line)
         attempt = self.store.new_attempt(planned.key)
         self.reporter.update(name, state="running", key=planned.key, why=planned.why, message="", done=0, total=0)
         try:
             with self.stop.heeded():
-                context = self._context(planned, attempt)
-                context.output.mkdir()
-                start = time.monotonic()
-                with uploading(self.store, attempt, name, line):
-                    metrics = self._run(planned, context, holders)
-                seconds = time.monotonic() - start
-                self._commit(planned, attempt, metrics, seconds)
+                yield attempt
         except (InterruptedRunError, LeaseLostError):
             self.reporter.update(name, state="waiting")
             raise
@@ -128,38 +142,16 @@ class Production:
             raise
         finally:
             shutil.rmtree(attempt / "inputs", ignore_errors=True)
-        # A stage's first metrics are those that tell most; counts of rows by the dozen tell nothing in a line.
-        first = list(metrics.items())[:3] if planned.stage.runs == "workers" or len(metrics) <= 3 else []
-        shown = "  ".join(f"{metric} {value:.3g}" for metric, value in first)
-        self.reporter.update(name, state="done", message=shown, done=0, total=0, seconds=seconds)
 
-    def _context(self, planned: Planned, attempt: Path) -> Context[Any]:
-        """Check the inputs out into the attempt, and describe it to the stage."""
+    def _run(self, planned: Planned, attempt: Path, holders: Sequence[str]) -> tuple[dict[str, float], float]:
+        """Run the stage; return its final metrics and the seconds that it took."""
         assert planned.key is not None
-        tracking = self.config.tracking
-        inputs = {
-            role: self.store.checkout(str(entry["artifact"]), attempt / "inputs" / role, str(entry["part"]))
-            for role, entry in planned.inputs.items()
-        }
-        return Context(
-            stage=planned.name,
-            key=planned.key,
-            settings=planned.instance.settings,
-            inputs=inputs,
-            output=attempt / "output",
-            attempt=attempt,
-            attempts=tuple(self.store.attempts(planned.key)),
-            cache=self.store.root / "cache",
-            tracking={
-                "mode": tracking.wandb,
-                "project": tracking.project,
-                "entity": tracking.entity,
-                "group": self.config.name,
-            },
-        )
-
-    def _run(self, planned: Planned, context: Context[Any], holders: Sequence[str]) -> dict[str, float]:
-        show = Watch(self.reporter, planned.name, context.attempt)
+        wandb = self.config.tracking
+        tracking = {"mode": wandb.wandb, "project": wandb.project, "entity": wandb.entity}
+        parts = {role: (str(entry["artifact"]), str(entry["part"])) for role, entry in planned.inputs.items()}
+        context = context_of(planned, planned.key, parts, attempt, self.store, tracking | {"group": self.config.name})
+        context.output.mkdir()
+        show = Watch(self.reporter, planned.name, attempt)
 
         def watch() -> None:
             show()
@@ -173,14 +165,21 @@ class Production:
                 # The ranks save at their next step, stop, and say so.
                 (context.attempt / STOP).touch()
 
-        if planned.stage.runs == "task":
-            begin(context.attempt, ranks=1, gpus=0)
-            return worker_group.run_task(Call(planned.stage.code, context), self.session.resources().for_task(), watch)
-        ranks = ranks_of(planned, self.session)
-        begin(context.attempt, ranks.count, ranks.count if ranks.gpu else 0)
-        timeout = workers_of(planned).timeout_minutes
-        call = Call(planned.stage.code, context, ranks.gpu, timeout, planned.stage.imports)
-        return worker_group.run_group(call, ranks, self.config.cluster.max_failures, watch, self.reporter.line)
+        start = time.monotonic()
+        with uploading(self.store, attempt, planned.name, self.reporter.line):
+            if planned.stage.runs == "task":
+                begin(attempt, ranks=1, gpus=0)
+                call, cpus = Call(planned.stage.code, context), self.session.resources().for_task()
+                metrics = worker_group.run_task(call, cpus, watch)
+            else:
+                ranks, settings = needs_of(planned, self.session), context.settings
+                begin(attempt, ranks.count, ranks.count if ranks.gpu else 0)
+                call = Call(
+                    planned.stage.code, context, ranks.gpu, settings.workers.timeout_minutes, planned.stage.imports
+                )
+                max_failures = self.config.cluster.max_failures
+                metrics = worker_group.run_group(call, ranks, max_failures, watch, self.reporter.line)
+        return metrics, time.monotonic() - start
 
     def _commit(self, planned: Planned, attempt: Path, metrics: dict[str, float], seconds: float) -> None:
         assert planned.key is not None
@@ -188,7 +187,7 @@ class Production:
         others = [folder for folder in self.store.attempts(planned.key) if folder != attempt]
         circumstances: dict[str, Any] = {
             "earlier_attempts": earlier_attempts(others),
-            # Not the same key again: a damaged result that is made anew has no other reason.
+            # Never the same key: it is produced again only because its result was damaged.
             "previous": planned.before.key if planned.before and planned.before.key != planned.key else None,
             "origin": json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {},
         }
@@ -211,10 +210,14 @@ class Production:
                 planned.name,
             )
         except RequestError as error:
-            # What the stage wrote is at fault, and not what the user asked for.
+            # The stage's output is at fault, and not the user's request.
             what = f"{planned.name} made no valid result: {error.what}"
             raise StageError(what, error.where, error.next_step) from error
         clear_checkpoints(self.store, planned.key, attempt)
         for name in SCRATCH:
             for folder in self.store.attempts(planned.key):
                 shutil.rmtree(folder / name, ignore_errors=True)
+        # A group's first metrics tell most; of a task's dozens of row counts a few would tell nothing.
+        first = list(metrics.items())[:3] if planned.stage.runs == "workers" or len(metrics) <= 3 else []
+        message = "  ".join(f"{metric} {value:.3g}" for metric, value in first)
+        self.reporter.update(planned.name, state="done", message=message, done=0, total=0, seconds=seconds)

@@ -1,7 +1,6 @@
-"""What a run and its user tell each other: reports, and requests to stop."""
+"""Between a run and its user: progress reports, the time left, and requests to stop."""
 
 import json
-import threading
 from bisect import bisect_left
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ from rlhf.attempt.context import NOTES, PROGRESS
 
 
 class Reporter(Protocol):
-    """Shows a run to its user; threads call it as they like."""
+    """Shows a run to its user; may be called from any thread."""
 
     def update(self, stage: str, **changes: Any) -> None:
-        """Change what is shown of a stage."""
+        """Change the fields that are shown for a stage."""
         ...
 
     def line(self, text: str) -> None:
@@ -48,10 +47,10 @@ class Watch:
 
 
 class Eta:
-    """Measures the seconds left from the later half of the steps seen.
+    """Estimates the seconds left from the later half of the observed steps.
 
-    The first step seen never counts: it holds a compilation or a warm-up. Nor do the steps before a resume, which this
-    process has not seen.
+    The first observed step never counts, since it may include a compilation or a warm-up. Steps before a resume count
+    neither, since this process has not observed them.
     """
 
     def __init__(self) -> None:
@@ -59,7 +58,7 @@ class Eta:
         self._total = 0
 
     def observe(self, now: float, done: int, total: int) -> None:
-        """Note how many of the steps are done; going backwards or another total is a new beginning."""
+        """Record the number of steps done; a smaller number or another total starts anew."""
         if total != self._total or (self._seen and done < self._seen[-1][1]):
             self._seen, self._total = [], total
         if not self._seen or done > self._seen[-1][1]:
@@ -67,7 +66,7 @@ class Eta:
 
     def remaining(self, now: float) -> float | None:
         """Return the seconds left, at least 0, or None before two steps have passed."""
-        seen, total = list(self._seen), self._total  # a drawing thread asks while another observes
+        seen, total = list(self._seen), self._total  # another thread may observe meanwhile
         if len(seen) < 3 or total <= 0:
             return None
         last_time, last_done = seen[-1]
@@ -79,43 +78,32 @@ class Eta:
 
 
 class Stop:
-    """Whether a run was asked to stop, and whether anybody looks: what is asked of nobody must be enforced.
+    """A request to stop a run, shared by signal handlers and threads.
 
-    Signal handlers and threads share it.
+    asked    whether the run must stop
+    aborted  whether it must stop now and lose unsaved work
     """
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
-        self._aborted = threading.Event()
+        # No locks: a signal handler that needs a lock held by its own thread would wait without end.
+        self.asked = self.aborted = False
         self._heeding: set[object] = set()
 
-    @property
-    def asked(self) -> bool:
-        """Whether the run shall stop."""
-        return self._asked.is_set()
-
-    @property
-    def aborted(self) -> bool:
-        """Whether the run shall stop now, and what is not saved yet be lost."""
-        return self._aborted.is_set()
-
     def abort(self) -> None:
-        """Have everything stop that heeds it, without saving."""
-        self._aborted.set()
-        self._asked.set()
+        """Ask the run to stop now, without saving."""
+        self.asked = self.aborted = True
 
     def ask(self) -> bool:
-        """Ask the run to stop; whether somebody heeds it."""
-        self._asked.set()
+        """Ask the run to stop; return whether a stage polls ``asked``. If not, the caller must stop the run itself."""
+        self.asked = True
         return bool(self._heeding)
 
     @contextmanager
     def heeded(self) -> Generator[None]:
-        """Inside, the caller looks at ``asked`` a few times a second."""
-        me = object()
-        # No lock: a signal's handler that met one taken in its own thread would wait for ever.
-        self._heeding.add(me)
+        """Declare that the body polls ``asked`` a few times a second."""
+        caller = object()
+        self._heeding.add(caller)
         try:
             yield
         finally:
-            self._heeding.discard(me)
+            self._heeding.discard(caller)

@@ -1,4 +1,4 @@
-"""Models in from elsewhere, and results out as folders that need no code of ours."""
+"""Import models from folders; export results as folders that other programs can load."""
 
 import errno
 import json
@@ -24,73 +24,66 @@ KINDS = {"sft": "policy", "rm": "reward-model"}
 
 
 def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: Stage, store: Store) -> ActionRecord:
-    """Make a model's folder the result of a stage; it stays so until its ref is deleted.
+    """Make a model's folder the result of a stage, until the stage's ref is deleted.
 
     Raises:
-        RequestError: the stage makes no model, or the folder holds none that fits.
+        RequestError: the stage makes no model, or the folder holds no model that fits.
     """
     if stage.kind not in KINDS.values():
         raise RequestError(
             f"{instance} cannot be imported: it makes a {stage.kind}", "--as", f"--as {' or '.join(KINDS)}"
         )
-    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
-        raise RequestError(
-            "the folder holds no model: it has no config.json", str(folder), "save one there with save_pretrained"
-        )
-    if is_adapter(folder) and not config_file(folder).exists():
-        raise RequestError(
-            "the folder holds an adapter without the model that it was trained on",
-            str(folder / BASE),
-            f"save that model there, in {BASE}/, or merge the adapter into it (PEFT's merge_and_unload) and save that",
-        )
-    _check_files(folder)
+    _check_model(folder)
     if stage.kind == "reward-model":
         _check_reward_model(folder)
     staged = store.new_attempt(key_of(IMPORT, 1, {"as": instance}, {})) / "output"
     try:
         with translated(staged):
-            _copy(folder, staged)
+            needed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            if needed > free_bytes_at(staged):
+                raise no_room(staged, needed)
+            left_out = shutil.ignore_patterns(".*", "README.md", "*.bin", "*.pt", "*.pth", "training_args*", *CODE)
+            try:
+                shutil.copytree(folder, staged, ignore=left_out)
+            except shutil.Error as error:
+                # It lists the errors of all files, as texts; on a full disk the first file has failed already.
+                source, _, reason = error.args[0][0]
+                raise OSError(errno.ENOSPC if is_no_room(error) else errno.EIO, reason, source) from error
         digest = store.put_artifact(staged, stage.kind).digest
-        return store.publish(
-            ActionRecord(
-                key=key_of(IMPORT, 1, {"as": stage.name}, {"folder": digest}),
-                stage=IMPORT,
-                version=1,
-                settings={"as": stage.name},
-                inputs={"folder": {"artifact": digest, "part": "", "digest": digest, "key": None}},
-                artifact=digest,
-                metrics={},
-                provenance=provenance()
-                | {"origin": {"model": {"source": str(folder.resolve()), "license": licence_of(folder)}}},
-                seconds=0.0,
-                attempt="import",
-            ),
-            config.name,
-            instance,
-            imported=True,
+        origin = {"origin": {"model": {"source": str(folder.resolve()), "license": licence_of(folder)}}}
+        record = ActionRecord(
+            key=key_of(IMPORT, 1, {"as": stage.name}, {"folder": digest}),
+            stage=IMPORT,
+            version=1,
+            settings={"as": stage.name},
+            inputs={"folder": {"artifact": digest, "part": "", "digest": digest, "key": None}},
+            artifact=digest,
+            metrics={},
+            provenance=provenance() | origin,
+            seconds=0.0,
+            attempt="import",
         )
+        return store.publish(record, config.name, instance, imported=True)
     finally:
         shutil.rmtree(staged.parent, ignore_errors=True)
         with suppress(OSError):  # another import of the stage may be under way
             staged.parent.parent.rmdir()
 
 
-def _copy(folder: Path, target: Path) -> None:
-    needed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if needed > free_bytes_at(target):
-        raise no_room(target, needed)
-    left_out = shutil.ignore_patterns(".*", "README.md", "*.bin", "*.pt", "*.pth", "training_args*", *CODE)
-    try:
-        shutil.copytree(folder, target, ignore=left_out)
-    except shutil.Error as error:
-        # It collects what went wrong with every file, as texts; a disk that is full is full for the first one too.
-        source, _, reason = error.args[0][0]
-        raise OSError(errno.ENOSPC if is_no_room(error) else errno.EIO, reason, source) from error
-
-
-def _check_files(folder: Path) -> None:
-    refuse_foreign_links(folder)
+def _check_model(folder: Path) -> None:
+    """Refuse a folder without a complete model, and one with code or with links that lead out of it."""
     config = config_file(folder)
+    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise RequestError(
+            "the folder holds no model: it has no config.json", str(folder), "save one there with save_pretrained"
+        )
+    if is_adapter(folder) and not config.exists():
+        raise RequestError(
+            "the folder holds an adapter without the model that it was trained on",
+            str(folder / BASE),
+            f"save that model there, in {BASE}/, or merge the adapter into it (PEFT's merge_and_unload) and save that",
+        )
+    refuse_foreign_links(folder)
     try:
         is_object = isinstance(json.loads(config.read_text(encoding="utf-8")), dict)
     except (ValueError, OSError):
@@ -105,6 +98,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_reward_model(folder: Path) -> None:
+    """Refuse a model that is no reward model, or whose config.json does not say what its scores mean."""
     path = config_file(folder)
     config: dict[str, Any] = json.loads(path.read_text())
     example = '"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512'
@@ -122,25 +116,29 @@ def _check_reward_model(folder: Path) -> None:
         "sees": config["sees"] in ("conversation", "response"),
         "score_max_length": _is_number(config["score_max_length"]) and 8 <= config["score_max_length"] <= limit,
     }
-    for name in (name for name, is_right in right.items() if not is_right):
+    for name, is_right in right.items():
+        if is_right:
+            continue
         longest = f"; its context is {limit} tokens" if name == "score_max_length" and limit < UNBOUNDED else ""
         raise RequestError(
             f"the reward model's {name} cannot be {config[name]!r}{longest}",
             str(path),
             f"set it as in this example: {example}",
         )
-    # transformers would make a head of random numbers, and say so only in a log.
-    named = config.get("architectures")
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    if not is_adapter(folder) and not any("ForSequenceClassification" in name for name in names):
+    if is_adapter(folder):
+        return
+    # transformers would make a head of random numbers, and mention it only in a log.
+    architectures = config.get("architectures")
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if not any("ForSequenceClassification" in name for name in names):
         raise RequestError(
             f"the folder holds no reward model but a {' and '.join(names) or 'model of unknown architecture'}",
             str(path),
             "import a model that AutoModelForSequenceClassification saved, with num_labels=1",
         )
-    # Two labels are transformers' default, which its config.json leaves out.
+    # Two labels are transformers' default, which config.json leaves out.
     label_names = config.get("id2label", {"0": "", "1": ""})
-    if not is_adapter(folder) and (labels := len(label_names) if isinstance(label_names, dict) else 0) != 1:
+    if (labels := len(label_names) if isinstance(label_names, dict) else 0) != 1:
         raise RequestError(
             f"the model answers {labels} numbers a text, and a reward model answers one",
             str(path),
@@ -152,28 +150,39 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def export_artifact(one: Planned, target: Path, store: Store, *, adapter: bool = False) -> Path:
-    """Write a stage's result to a folder of the user's, which works wherever it is moved.
+def export_artifact(planned: Planned, target: Path, store: Store, *, adapter: bool = False) -> Path:
+    """Write a stage's result to a folder of the user's, which can be moved anywhere.
 
-    adapter  whether an adapter stays beside its base. Otherwise it is folded into the weights, in fp32: in bf16 updates
-             below half a step of a weight would be lost
+    adapter  whether an adapter stays beside its base; else it is folded into the weights, in fp32: bf16 would lose
+             updates below half a step of a weight
 
     Raises:
         RequestError: there is no result yet, or the folder is not empty or cannot be written.
     """
-    record = result_of(one)
+    record = result_of(planned)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RequestError("the folder to export to is not empty", str(target), "name a folder that does not exist")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target and not in the store, which may be read-only to whoever exports.
+        # Beside the target and not in the store, which the user may have no right to write.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            linked = store.checkout(record.artifact, Path(scratch) / "linked")
-            if is_adapter(linked) and not adapter:
-                _fold(linked, target, scores=one.stage.kind == "reward-model")
+            folder = store.checkout(record.artifact, Path(scratch) / "linked")
+            if is_adapter(folder) and not adapter:
+                import torch
+                from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+                from rlhf.models import folders, reward
+
+                disable_progress_bar()
+                # transformers reports that a base has no score head, which the adapter has.
+                set_verbosity_error()
+                scores = planned.stage.kind == "reward-model"
+                folders.write_plain(folder, target, scores=scores, dtype=torch.float32)
+                if (folder / "README.md").exists():
+                    reward.write_card(target)
             else:
-                # Copies, not links: what the user does with an exported file must not reach the store.
-                shutil.copytree(linked, target, dirs_exist_ok=True)
+                # Copies, not links: a change to an exported file must not reach the store.
+                shutil.copytree(folder, target, dirs_exist_ok=True)
         for path in target.rglob("*"):
             path.chmod((0o755 if path.is_dir() else 0o644) & ~umask())
     except OSError as error:
@@ -181,17 +190,3 @@ def export_artifact(one: Planned, target: Path, store: Store, *, adapter: bool =
             f"the folder to export to cannot be written: {error.strerror or error}", str(target), "name another folder"
         ) from error
     return target
-
-
-def _fold(folder: Path, target: Path, *, scores: bool) -> None:
-    import torch
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    from rlhf.models import folders, reward
-
-    disable_progress_bar()
-    # transformers reports that a base has no score head, which the adapter has.
-    set_verbosity_error()
-    folders.write_plain(folder, target, scores=scores, dtype=torch.float32)
-    if (folder / "README.md").exists():
-        reward.write_card(target)

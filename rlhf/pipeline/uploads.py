@@ -1,11 +1,11 @@
-"""What a store in a bucket holds of attempts, so that a stage goes on where another machine's scratch folder was lost.
+"""Copies of attempts in a bucket, so that a stage resumes on another machine when a scratch folder is lost.
 
 While a stage runs, its newest complete checkpoint, metrics, samples and logs are uploaded to
 ``work/<key>/<attempt>/``, and the older checkpoints are deleted there. A checkpoint's marker is uploaded last, after
-metrics that reach its step: so one with a marker is whole. Whoever runs the stage next fetches the newest. After the
-commit the checkpoints are deleted.
+metrics that reach its step: a checkpoint with a marker is whole. The next run of the stage fetches the newest. After
+the commit the checkpoints are deleted.
 
-Nothing here disturbs the stage: what cannot be uploaded is tried again later. For a store in a folder, which holds the
+Uploads never disturb the stage: those that fail are tried again later. For a store in a folder, which holds the
 attempts itself, every function does nothing.
 """
 
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.attempt.checkpoints import MARKER, is_complete, newest_complete, path_of, step_of
 from rlhf.errors import DamageError, RlhfError, StoreUnreachableError, TryAgainError
@@ -29,57 +29,57 @@ if TYPE_CHECKING:
     from rlhf.store.objects import ObjectBackend
 
 LOOK_SECONDS = 1.0
-"""How often it is looked whether there is a new checkpoint."""
+"""How often the attempt is searched for a new checkpoint."""
 FILES_SECONDS = 15.0
-"""How often metrics and logs are uploaded beside."""
+"""How often metrics and logs are uploaded between checkpoints."""
 SNAPSHOT = "upload"
-"""In an attempt: hard links to the checkpoint that is being uploaded, which the stage may delete meanwhile."""
+"""In an attempt: hard links to the checkpoint that is being uploaded, since the stage may delete it meanwhile."""
 
 _NAME = re.compile(
-    r"work/[0-9a-f]{64}/(?P<attempt>[0-9A-Za-z-]+)/(checkpoints/checkpoint-(?P<step>[0-9]+)/)?(?P<file>.+)"
+    r"work/[0-9a-f]{64}/(?P<attempt>[0-9A-Za-z-]+)/(checkpoints/checkpoint-(?P<step>[0-9]+)/)?(?P<path>.+)"
 )
 
 
 def fetch_attempts(store: Store, key: str, stage: str, say: Callable[[str], None]) -> None:
-    """Bring what the bucket has of earlier attempts at a key into the scratch folder: files, and the newest checkpoint.
+    """Fetch earlier attempts at a key from the bucket into the scratch folder: files, and the newest checkpoint.
 
     Must be called before a new attempt is made, whose name sorts after theirs.
     """
     if store.bucket is None:
         return
     here = newest_complete(store.attempts(key))
-    found = _uploaded(store.bucket, key)
-    complete = [one for one in found if one.step is not None and one.file == MARKER]
-    newest = max(complete, key=lambda one: (one.step or 0, one.attempt), default=None)
+    files = _uploaded(store.bucket, key)
+    markers = [file for file in files if file.step is not None and file.path == MARKER]
+    newest = max(markers, key=lambda file: (file.step or 0, file.attempt), default=None)
     if newest is not None and here is not None and step_of(here) >= (newest.step or 0):
         newest = None
-    wanted = [one for one in found if one.step is None or (newest and one.of_checkpoint == newest.of_checkpoint)]
-    for one in sorted(wanted, key=lambda one: (one.file == MARKER, one.name)):
-        path = store.root / one.name
+    folder = newest.name.removesuffix(MARKER) if newest else None
+    wanted = [file for file in files if file.step is None or (folder and file.name.startswith(folder))]
+    for file in sorted(wanted, key=lambda file: (file.path == MARKER, file.name)):
+        path = store.root / file.name
         if not path.exists():
             with translated(path):
                 make_folder(path.parent)
             with suppress(DamageError):  # deleted meanwhile, by a holder of the lease that was thought dead
-                store.bucket.download(one.name, path)
+                store.bucket.download(file.name, path)
     if newest is not None and is_complete((store.root / newest.name).parent):
         say(f"{stage}: fetched the checkpoint of step {newest.step} from {store.address}")
 
 
 @contextmanager
 def uploading(store: Store, attempt: Path, stage: str, say: Callable[[str], None]) -> Generator[None]:
-    """Inside, upload from a thread what is new in an attempt; ``say`` is told, once, that it cannot be."""
+    """Upload new files of an attempt from a thread while the body runs; report to ``say``, once, if that fails."""
     if store.bucket is None:
         yield
         return
     uploads = _Uploads(store.bucket, attempt, stage, say)
-    uploads.start()
     try:
         yield
     except StoreUnreachableError:
         uploads.stop()
         raise
     except RlhfError:
-        uploads.finish()  # the newest checkpoint is what the next run goes on from, wherever it is
+        uploads.finish()  # the next run, on any machine, resumes from the newest checkpoint
         raise
     finally:
         uploads.stop()
@@ -105,117 +105,109 @@ def read_newest(store: Store, key: str, name: str) -> str | None:
 
 
 def clear_checkpoints(store: Store, key: str, attempt: Path) -> None:
-    """After a commit, delete the uploaded checkpoints of a key and upload the last state of the attempt's files."""
+    """Delete the uploaded checkpoints of a committed key; upload the last state of the attempt's files."""
     if store.bucket is None:
         return
-    # The result is committed. What is left behind costs room and nothing else.
+    # The result is committed: files that stay behind only take room.
     with suppress(TryAgainError):
-        _delete(store.bucket, [one for one in _uploaded(store.bucket, key) if one.step is not None])
-        _Files(store.bucket, attempt).upload()
+        _delete(store.bucket, [file for file in _uploaded(store.bucket, key) if file.step is not None])
+        _upload_files(store.bucket, attempt, {})
 
 
-class _Uploaded:
-    """One object of an attempt in the bucket."""
-
-    def __init__(self, name: str, match: re.Match[str]) -> None:
-        self.name = name
-        self.attempt = match["attempt"]
-        self.step = int(match["step"]) if match["step"] else None
-        """Of the checkpoint that it is a file of; None where it is of none."""
-        self.file = match["file"]
-
-    @property
-    def of_checkpoint(self) -> tuple[str, int | None]:
-        return self.attempt, self.step
+class _UploadedFile(NamedTuple):
+    name: str
+    """Of the object in the bucket."""
+    attempt: str
+    step: int | None
+    """The step of its checkpoint; None if it belongs to none."""
+    path: str
+    """Relative to its checkpoint or attempt."""
 
 
-def _uploaded(bucket: "ObjectBackend", key: str) -> list[_Uploaded]:
-    matches = [(name, _NAME.fullmatch(name)) for name in bucket.names(f"work/{key}")]
-    found = [_Uploaded(name, match) for name, match in matches if match is not None]
-    # An attempt's own files lie in its folder; and no name of a bucket may lead out of the scratch folder.
-    return [one for one in found if ".." not in one.file.split("/") and (one.step is not None or "/" not in one.file)]
+def _uploaded(bucket: "ObjectBackend", key: str) -> list[_UploadedFile]:
+    files: list[_UploadedFile] = []
+    for name in bucket.names(f"work/{key}"):
+        if (match := _NAME.fullmatch(name)) is not None:
+            step, path = match["step"], match["path"]
+            # An attempt's own files are in no subfolder; and no name may lead out of the scratch folder.
+            if ".." not in path.split("/") and (step or "/" not in path):
+                files.append(_UploadedFile(name, match["attempt"], int(step) if step else None, path))
+    return files
 
 
-def _delete(bucket: "ObjectBackend", files: list[_Uploaded]) -> None:
-    """Delete files of checkpoints, their markers first: what is left of a checkpoint must not look whole."""
+def _delete(bucket: "ObjectBackend", files: list[_UploadedFile]) -> None:
+    """Delete files of checkpoints, markers first: the rest of a deleted checkpoint must not look whole."""
     for markers in (True, False):
-        in_parallel(bucket.delete, [one.name for one in files if (one.file == MARKER) == markers])
+        in_parallel(bucket.delete, [file.name for file in files if (file.path == MARKER) == markers])
 
 
-class _Files:
-    """The files of an attempt that lie in its folder itself: metrics, samples, notes, logs."""
+def _upload_files(bucket: "ObjectBackend", attempt: Path, versions: dict[str, tuple[int, int]]) -> None:
+    """Upload new and changed files directly in an attempt's folder: metrics, samples, notes, logs.
 
-    def __init__(self, bucket: "ObjectBackend", attempt: Path) -> None:
-        self._bucket, self._attempt = bucket, attempt
-        self._seen: dict[str, tuple[int, int]] = {}
-
-    def upload(self) -> None:
-        """Upload those that are new or have changed since this was last called."""
-        for path in sorted(self._attempt.iterdir()):
-            if path.name.startswith(".") or path.suffix == ".tmp" or not path.is_file():
-                continue
-            with suppress(FileNotFoundError):  # replaced or removed this very moment
-                stat = path.stat()
-                seen = (stat.st_size, stat.st_mtime_ns)
-                if self._seen.get(path.name) != seen:
-                    self._bucket.put(
-                        f"work/{self._attempt.parent.name}/{self._attempt.name}/{path.name}", path.read_bytes()
-                    )
-                    self._seen[path.name] = seen
+    versions  name to size and time of the uploaded files; gets the new ones
+    """
+    for path in sorted(attempt.iterdir()):
+        if path.name.startswith(".") or path.suffix == ".tmp" or not path.is_file():
+            continue
+        with suppress(FileNotFoundError):  # replaced or removed this very moment
+            state = path.stat()
+            version = (state.st_size, state.st_mtime_ns)
+            if versions.get(path.name) != version:
+                bucket.put(f"work/{attempt.parent.name}/{attempt.name}/{path.name}", path.read_bytes())
+                versions[path.name] = version
 
 
 class _Uploads:
-    """The thread that uploads an attempt, through a client of its own that can be stopped in the middle."""
+    """The thread that uploads an attempt, through a client of its own, so that it can be stopped in the middle."""
 
     def __init__(self, bucket: "ObjectBackend", attempt: Path, stage: str, say: Callable[[str], None]) -> None:
         self._bucket, self._attempt, self._stage, self._say = bucket.separate(), attempt, stage, say
-        self._files = _Files(self._bucket, attempt)
+        self._versions: dict[str, tuple[int, int]] = {}
         self._newest: int | None = None
         self._files_at = 0.0
         self._over = threading.Event()
         self._cut_off = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"upload {attempt.name}", daemon=True)
-
-    def start(self) -> None:
         self._thread.start()
 
     def finish(self) -> None:
-        """Upload what is still new, and end."""
+        """Upload the files that are still new, and end."""
         self._over.set()
         self._thread.join()
 
     def stop(self) -> None:
-        """End without waiting for what is being uploaded."""
+        """End without waiting for the present upload."""
         self._cut_off.set()
         self._over.set()
         self._bucket.stop()
         self._thread.join()
 
     def _run(self) -> None:
-        told = over = False
+        reported = over = False
         while not over:
             over = self._over.wait(LOOK_SECONDS)
             try:
                 with translated(self._attempt):
                     self._upload(last=over)
-                told = False
+                reported = False
             except TryAgainError as error:
                 if self._cut_off.is_set():
                     return
                 if over:
-                    self._say(f"{self._stage}: what it wrote last is on this machine alone: {error.what}")
-                elif not told and not self._over.is_set():
+                    self._say(f"{self._stage}: its last files are on this machine alone: {error.what}")
+                elif not reported and not self._over.is_set():
                     self._say(f"{self._stage} goes on, and nothing of it is uploaded for now: {error.what}")
-                    told = True
+                    reported = True
 
     def _upload(self, *, last: bool) -> None:
+        """Upload a new checkpoint with the files, or else the files if it is time or the last upload."""
         newest = newest_complete([self._attempt])
         if newest is None or step_of(newest) == self._newest:
             if last or time.monotonic() >= self._files_at:
-                self._files.upload()
+                _upload_files(self._bucket, self._attempt, self._versions)
                 self._files_at = time.monotonic() + FILES_SECONDS
             return
-        snapshot = self._attempt / SNAPSHOT
+        snapshot, step = self._attempt / SNAPSHOT, step_of(newest)
         try:
             shutil.rmtree(snapshot, ignore_errors=True)
             try:
@@ -223,18 +215,16 @@ class _Uploads:
             except OSError:
                 if is_complete(newest):
                     raise
-                return  # the stage has deleted it meanwhile, since there are newer ones
-            self._upload_checkpoint(snapshot, step_of(newest))
+                return  # the stage has deleted it meanwhile, since there are newer checkpoints
+            key = self._attempt.parent.name
+            place = path_of(Path("work") / key / self._attempt.name, step).as_posix()
+            for path in sorted(snapshot.rglob("*")):
+                if path.is_file() and path != snapshot / MARKER:
+                    self._bucket.create_from(f"{place}/{path.relative_to(snapshot).as_posix()}", path, link=False)
+            _upload_files(self._bucket, self._attempt, self._versions)
+            self._bucket.create_from(f"{place}/{MARKER}", snapshot / MARKER, link=False)
+            self._newest = step
+            older = [file for file in _uploaded(self._bucket, key) if file.step is not None and file.step < step]
+            _delete(self._bucket, older)
         finally:
             shutil.rmtree(snapshot, ignore_errors=True)
-
-    def _upload_checkpoint(self, snapshot: Path, step: int) -> None:
-        key = self._attempt.parent.name
-        place = path_of(Path("work") / key / self._attempt.name, step).as_posix()
-        for path in sorted(snapshot.rglob("*")):
-            if path.is_file() and path != snapshot / MARKER:
-                self._bucket.create_from(f"{place}/{path.relative_to(snapshot).as_posix()}", path, link=False)
-        self._files.upload()
-        self._bucket.create_from(f"{place}/{MARKER}", snapshot / MARKER, link=False)
-        self._newest = step
-        _delete(self._bucket, [one for one in _uploaded(self._bucket, key) if one.step is not None and one.step < step])

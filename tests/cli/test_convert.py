@@ -29,7 +29,7 @@ def test_one_line_says_what_was_read_written_and_left_out(ask: Ask, tmp_path: Pa
         f"{file}: 2 records read, 1 comparison sets by 2 annotators written to {out}; left out: "
         "1 answers to comment, which compare no responses, 1 discarded responses, 1 records without a comparison\n"
     )
-    assert ask("data", "validate", str(out)).out == f"{out}: 1 rows of comparisons, all well\n"
+    assert ask("data", "validate", str(out)).out == f"{out}: 1 rows of comparisons, all valid\n"
 
 
 def test_options_say_what_the_file_does_not(ask: Ask, tmp_path: Path):

@@ -27,7 +27,7 @@ def test_a_good_file_is_counted_and_its_kind_told_by_its_fields(ask: Ask, tmp_pa
     for words in ((), ("--kind", kind)):
         answer = ask("data", "validate", file, *words)
         assert (answer.status, answer.err) == (0, "")
-        assert answer.out == f"{file}: 2 rows of {kind}, all well\n"
+        assert answer.out == f"{file}: 2 rows of {kind}, all valid\n"
     assert set(GOOD) == set(KINDS)
 
 
@@ -36,7 +36,7 @@ def test_rows_of_another_form_are_said_to_be_so_in_one_line(ask: Ask, tmp_path: 
     turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It."}]
     file = write(tmp_path / "rows.jsonl", {"messages": turns, "source": "web"})
     first, second = ask("data", "validate", file).out.splitlines()
-    assert first == f"{file}: 1 rows of demonstrations, all well"
+    assert first == f"{file}: 1 rows of demonstrations, all valid"
     assert second.startswith("1 rows read as conversations in 'messages'")
     assert second.endswith("fields not read: source")
 

@@ -166,7 +166,7 @@ def test_a_failed_stage_whose_last_checkpoint_cannot_be_uploaded_says_so(
     bucket.endpoint.fail("drops")
     with pytest.raises(StageError), uploading(store, attempt, "sft", told.append):
         raise StageError("failed")
-    assert told[-1].startswith("sft: what it wrote last is on this machine alone: ")
+    assert told[-1].startswith("sft: its last files are on this machine alone: ")
 
 
 def test_after_the_commit_the_checkpoints_are_deleted_and_the_logs_stay(
