@@ -35,8 +35,8 @@ def data(request: Request) -> None:
 
 
 def _convert(request: Request, source: str, target: Path) -> None:
-    from rlhf.data.imports.annotations import Wanted
-    from rlhf.data.imports.convert import ORIGINS, convert_file
+    from rlhf.data.annotations import Wanted
+    from rlhf.data.convert import ORIGINS, convert_file
 
     options = request.arguments
     if options.from_ is not None and options.from_ not in ORIGINS:

@@ -26,8 +26,7 @@ from aiohttp import web
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rlhf.collect.annotation import Ranking, clean_name
-from rlhf.collect.collection import Collection, StaleAnswerError
-from rlhf.collect.journal import described
+from rlhf.collect.collection import Collection, StaleAnswerError, described
 from rlhf.errors import RequestError, TryAgainError
 
 MAX_REQUEST_BYTES = 1 << 16

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Generic, NamedTuple
 
+from rlhf.data.convert import refuse_exports
 from rlhf.data.forms import FormReader, model_of
-from rlhf.data.imports.convert import refuse_exports
 from rlhf.data.readers import malformed, read_source
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, R, Reason
 from rlhf.errors import RecordError

@@ -1,8 +1,7 @@
 import json
 from pathlib import Path
 
-from rlhf.collect.collection import read_sets
-from rlhf.collect.journal import AnnotationJournal
+from rlhf.collect.collection import AnnotationJournal, read_sets
 from tests.cli.conftest import Ask
 
 ROW = {"prompt": "p", "responses": ["a", "b"]}

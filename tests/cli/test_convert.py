@@ -2,8 +2,8 @@ import json
 from pathlib import Path
 
 from tests.cli.conftest import Ask
-from tests.data.imports.test_argilla import ranking, response, sdk_record, server_record
-from tests.data.imports.test_label_studio import ITEMS, annotation, ranker, task
+from tests.data.test_argilla import ranking, response, sdk_record, server_record
+from tests.data.test_label_studio import ITEMS, annotation, ranker, task
 
 
 def write(path: Path, *records: object) -> str:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf.attempt.context import Context
-from rlhf.collect.chat import ChatJudge, verdict_in
+from rlhf.collect.judges import ChatJudge, verdict_in
 from rlhf.config.collect import ChatSettings, CompareSettings
 from rlhf.data.records import ComparisonSet, Message, ResponseSet
 from rlhf.errors import PreflightError, RewardError, TryAgainError

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.collect.journal import AnnotationJournal
+from rlhf.collect.collection import AnnotationJournal
 from rlhf.errors import DiskFullError, LeaseHeldError, RecordError, RequestError
 
 

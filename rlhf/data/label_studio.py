@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.data.imports.annotations import (
+from rlhf.data.annotations import (
     SIDES,
     Annotated,
     AnnotatorRanking,

@@ -1,6 +1,6 @@
 import pytest
 
-from rlhf.data.imports.annotations import is_tie, marked, meant, mentioned
+from rlhf.data.annotations import is_tie, marked, meant, mentioned
 
 
 @pytest.mark.parametrize(

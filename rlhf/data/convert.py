@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config.base import suggestion
-from rlhf.data.imports import argilla, label_studio
-from rlhf.data.imports.annotations import Annotated, Layout, Record, Wanted, find_layout
-from rlhf.data.imports.public import PUBLIC_SETS, Placed, PublicSet, RecordPlace
+from rlhf.data import argilla, label_studio
+from rlhf.data.annotations import Annotated, Layout, Record, Wanted, find_layout
+from rlhf.data.public import PUBLIC_SETS, Placed, PublicSet, RecordPlace
 from rlhf.data.readers import Row, malformed, read_source
 from rlhf.data.records import ComparisonSet, MalformedError, Reason, parse_record, to_line
 from rlhf.errors import RecordError, RequestError

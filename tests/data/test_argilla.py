@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.imports.annotations import Wanted, find_layout
-from rlhf.data.imports.argilla import fields_of, read, recognises
+from rlhf.data.annotations import Wanted, find_layout
+from rlhf.data.argilla import fields_of, read, recognises
 from rlhf.data.records import MalformedError
 
 ANN, BOB, CY = (f"{number}0e8a1c2-57ab-4f0c-9a41-3f3c5d2b7a10" for number in (1, 2, 3))

@@ -8,14 +8,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf.data.imports.annotations import Wanted
-from rlhf.data.imports.convert import Converted, convert_file
+from rlhf.data.annotations import Wanted
+from rlhf.data.convert import Converted, convert_file
 from rlhf.data.readers import NAMED_BAD_ROWS
 from rlhf.data.records import read_rows
 from rlhf.data.validation import validate_file
 from rlhf.errors import RecordError, RequestError, RlhfError
-from tests.data.imports.test_argilla import flat_record, ranking, response, sdk_record, server_record
-from tests.data.imports.test_label_studio import ITEMS, PAIR, annotation, flat, pairwise, ranker, task
+from tests.data.test_argilla import flat_record, ranking, response, sdk_record, server_record
+from tests.data.test_label_studio import ITEMS, PAIR, annotation, flat, pairwise, ranker, task
 
 ARGILLA = server_record(
     response("ann", "submitted", preference=ranking(r1=3, r2=1, r3=1)),

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.imports.annotations import Wanted
-from rlhf.data.imports.convert import Converted, convert_file
+from rlhf.data.annotations import Wanted
+from rlhf.data.convert import Converted, convert_file
 from rlhf.data.records import ComparisonSet, Demonstration, read_rows
 from rlhf.data.validation import RecordReader, validate_file
 from rlhf.errors import RecordError, RequestError

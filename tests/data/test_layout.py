@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.imports.annotations import Layout, Wanted, find_layout, read_models, read_responses
+from rlhf.data.annotations import Layout, Wanted, find_layout, read_models, read_responses
 from rlhf.data.records import MalformedError
 
 ITEMS = [{"id": "llm_1", "title": "LLM 1", "body": "a"}, {"id": 2, "title": "b"}]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.data.imports.annotations import (
+from rlhf.data.annotations import (
     Annotated,
     AnnotatorRanking,
     AnnotatorRating,

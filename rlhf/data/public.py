@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
+from rlhf.data.annotations import Record, is_number, tied
 from rlhf.data.forms import FormReader
-from rlhf.data.imports.annotations import Record, is_number, tied
 from rlhf.data.records import ComparisonSet, MalformedError
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.imports.annotations import Wanted, find_layout
-from rlhf.data.imports.label_studio import belongs, fields_of, read, recognises
+from rlhf.data.annotations import Wanted, find_layout
+from rlhf.data.label_studio import belongs, fields_of, read, recognises
 from rlhf.data.records import MalformedError
 
 PAIR = {"prompt": "Name a colour.", "answer1": "Blue.", "answer2": "Seven."}

@@ -1,1 +1,0 @@
-"""Convert annotation tools' exports and public data sets to comparison sets."""
