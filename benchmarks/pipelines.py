@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster.session import Session
 from rlhf.config.parsing import load_pipeline
 from rlhf.config.pipeline import ClusterSettings
@@ -48,7 +49,7 @@ class Pipeline:
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """What every step of an instance that has run reported."""
         record = self.records[name]
-        return read_metrics(self.store.root / "work" / record.key / record.attempt / "metrics.jsonl")
+        return read_metrics(AttemptFolder(self.store.root / "work" / record.key / record.attempt).metrics)
 
     def _result(self, record: Any) -> Path:
         target = self.folder / "results" / record.artifact

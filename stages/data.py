@@ -108,7 +108,7 @@ def _sdist(context: Context[DataSettings]) -> Path:
 
 
 def _reader(context: Context[DataSettings], kind: str, source: str, model: type[R]) -> RecordReader[R]:
-    quarantine = context.attempt / f"quarantine-{kind}.jsonl"
+    quarantine = context.folder.quarantine(kind)
     return RecordReader(source, model, quarantine, context.settings.max_bad_fraction)
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.collect.collection import name_of
 from rlhf.config.collect import ChatSettings, CompareSettings
 from rlhf.data.records import ComparisonSet, ResponseSet
 from rlhf.errors import RewardError
 from rlhf.rewards.service import Service, refuse
 
-JOURNAL = "verdicts.jsonl"
 NAME = "the judge's service"
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 
@@ -56,9 +56,9 @@ class ChatJudge:
         """
         named = {name_of(one): one for one in sets}
         for attempt in context.attempts:
-            self._verdicts |= _read(attempt / JOURNAL)
+            self._verdicts |= _read(AttemptFolder(attempt).verdicts)
         questions = [question for name, one in named.items() for question in _questions(name, one.responses)]
-        self._ask(questions, named, context.attempt / JOURNAL, context.progress)
+        self._ask(questions, named, context.folder.verdicts, context.progress)
         for name, one in named.items():
             winners = list(self._winners(name, one.responses))
             if winners:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.collect.annotation import Annotation, Answer, Ranking, renamed, shown_order
 from rlhf.collect.journal import Journal, sync, unfinished_writes_told
 from rlhf.data.readers import read_rows
@@ -64,9 +65,6 @@ def _parse(value: Any) -> ResponseSet | list[Reason]:
     return ResponseSet(prompt=found.prompt, responses=found.responses, models=found.models)
 
 
-JOURNAL = "written.jsonl"
-
-
 class Written:
     """Texts by their sample's global index, from 0 on; every rank knows all of them, and rank 0 keeps them in a file.
 
@@ -74,7 +72,7 @@ class Written:
     """
 
     def __init__(self, context: Context[Any]) -> None:
-        self._path, self._output = context.attempt / JOURNAL, context.output
+        self._path, self._output = context.folder.written, context.output
         self.texts: list[str] = group.from_main(lambda: self._take_up(context.attempts))
 
     def left(self, samples: range, at_once: int) -> Iterator[range]:
@@ -96,7 +94,7 @@ class Written:
             write_jsonl(self._output / name, sets)
 
     def _take_up(self, attempts: Sequence[Path]) -> list[str]:
-        found = max((_read(attempt / JOURNAL) for attempt in attempts), key=len, default=[])
+        found = max((_read(AttemptFolder(attempt).written) for attempt in attempts), key=len, default=[])
         self._path.write_text("".join(json.dumps(text) + "\n" for text in found), encoding="utf-8")
         return found
 

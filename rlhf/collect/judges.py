@@ -86,7 +86,7 @@ class People:
             RecordError: a row is malformed.
         """
         models = {name_of(one): one.models for one in sets}
-        for said in RecordReader(self._source, ComparisonSet, context.attempt / "quarantine-compare.jsonl"):
+        for said in RecordReader(self._source, ComparisonSet, context.folder.quarantine("compare")):
             name = name_of(said)
             if name in models:
                 yield said.model_copy(update={"models": models[name]})

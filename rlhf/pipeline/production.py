@@ -1,6 +1,5 @@
 """One stage from its lease to its commit: adopt the result of another run, or run the stage and commit its own."""
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -9,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.attempt.context import FAILURE, ORIGIN, STOP, Context
-from rlhf.attempt.cost import begin, earlier_attempts, resources_of
+from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster import worker_group
 from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
@@ -122,12 +121,11 @@ class Production:
             raise
         except RlhfError as error:
             self.reporter.update(name, state="failed")
-            values = {"what": error.what, "where": error.where, "next": error.next_step}
             with suppress(OSError):  # on a full disk the error itself must be seen
-                (attempt / FAILURE).write_text(json.dumps(values), encoding="utf-8")
+                AttemptFolder(attempt).write_error(error)
             raise
         finally:
-            shutil.rmtree(attempt / "inputs", ignore_errors=True)
+            shutil.rmtree(AttemptFolder(attempt).inputs, ignore_errors=True)
         # A stage's first metrics are those that tell most; counts of rows by the dozen tell nothing in a line.
         first = list(metrics.items())[:3] if planned.stage.runs == "workers" or len(metrics) <= 3 else []
         shown = "  ".join(f"{metric} {value:.3g}" for metric, value in first)
@@ -138,7 +136,7 @@ class Production:
         assert planned.key is not None
         tracking = self.config.tracking
         inputs = {
-            role: self.store.checkout(str(entry["artifact"]), attempt / "inputs" / role, str(entry["part"]))
+            role: self.store.checkout(str(entry["artifact"]), AttemptFolder(attempt).inputs / role, str(entry["part"]))
             for role, entry in planned.inputs.items()
         }
         return Context(
@@ -146,7 +144,7 @@ class Production:
             key=planned.key,
             settings=planned.instance.settings,
             inputs=inputs,
-            output=attempt / "output",
+            output=AttemptFolder(attempt).output,
             attempt=attempt,
             attempts=tuple(self.store.attempts(planned.key)),
             cache=self.store.root / "cache",
@@ -171,28 +169,28 @@ class Production:
                 if planned.stage.runs == "task" or self.stop.aborted:
                     raise InterruptedRunError("interrupted")
                 # The ranks save at their next step, stop, and say so.
-                (context.attempt / STOP).touch()
+                context.folder.ask_to_stop()
 
         if planned.stage.runs == "task":
-            begin(context.attempt, ranks=1, gpus=0)
+            context.folder.write_resources(ranks=1, gpus=0)
             return worker_group.run_task(Call(planned.stage.code, context), self.session.resources().for_task(), watch)
         ranks = ranks_of(planned, self.session)
-        begin(context.attempt, ranks.count, ranks.count if ranks.gpu else 0)
+        context.folder.write_resources(ranks.count, ranks.count if ranks.gpu else 0)
         call = Call(planned.stage.code, context, ranks.gpu, workers_of(planned).timeout_minutes)
         return worker_group.run_group(call, ranks, self.config.cluster.max_failures, watch, self.reporter.line)
 
     def _commit(self, planned: Planned, attempt: Path, metrics: dict[str, float], seconds: float) -> None:
         assert planned.key is not None
-        origin = attempt / ORIGIN
-        others = [folder for folder in self.store.attempts(planned.key) if folder != attempt]
+        made_in = AttemptFolder(attempt)
+        others = [AttemptFolder(path) for path in self.store.attempts(planned.key) if path != attempt]
         circumstances: dict[str, Any] = {
-            "earlier_attempts": earlier_attempts(others),
+            "earlier_attempts": [cost for other in others if (cost := other.cost())],
             # Not the same key again: a damaged result that is made anew has no other reason.
             "previous": planned.before.key if planned.before and planned.before.key != planned.key else None,
-            "origin": json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {},
+            "origin": made_in.origin(),
         }
         try:
-            manifest = self.store.put_artifact(attempt / "output", planned.stage.kind)
+            manifest = self.store.put_artifact(made_in.output, planned.stage.kind)
             self.store.publish(
                 ActionRecord(
                     key=planned.key,
@@ -202,7 +200,7 @@ class Production:
                     inputs={role: dict(entry) for role, entry in planned.inputs.items()},
                     artifact=manifest.digest,
                     metrics=metrics,
-                    provenance=provenance() | resources_of(attempt) | circumstances,
+                    provenance=provenance() | made_in.resources() | circumstances,
                     seconds=round(seconds, 3),
                     attempt=attempt.name,
                 ),

@@ -14,6 +14,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster import worker_group
 from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
@@ -201,7 +202,7 @@ class Runner:
             try:
                 written[planned.name] = self._check(planned, planned.stage.preflight, stages, attempt)
             except StageError:
-                shutil.rmtree(attempt / "inputs", ignore_errors=True)  # its message names the log
+                shutil.rmtree(AttemptFolder(attempt).inputs, ignore_errors=True)  # its message names the log
                 raise
             except BaseException:
                 shutil.rmtree(attempt.parent, ignore_errors=True)
@@ -211,7 +212,7 @@ class Runner:
 
     def _check(self, planned: Planned, code: str, stages: Mapping[str, Planned], attempt: Path) -> Mapping[str, float]:
         inputs = {
-            role: self.store.checkout(artifact, attempt / "inputs" / role, wire.part)
+            role: self.store.checkout(artifact, AttemptFolder(attempt).inputs / role, wire.part)
             for role, wire in planned.wires.items()
             if (artifact := _standing_in(stages, wire.instance)) is not None
         }
@@ -220,7 +221,7 @@ class Runner:
             key="preflight",
             settings=planned.instance.settings,
             inputs=inputs,
-            output=attempt / "output",
+            output=AttemptFolder(attempt).output,
             attempt=attempt,
             cache=self.store.root / "cache",
             attempts=tuple(self.store.attempts(planned.key)) if planned.key else (),

@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.attempt.checkpoints import MARKER, is_complete, newest_complete, path_of, step_of
+from rlhf.attempt.checkpoints import MARKER, is_complete, newest_complete, step_of
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.errors import DamageError, RlhfError, StoreUnreachableError, TryAgainError
 from rlhf.store import Store
 from rlhf.store.backend import make_folder, translated
@@ -32,11 +33,8 @@ LOOK_SECONDS = 1.0
 """How often it is looked whether there is a new checkpoint."""
 FILES_SECONDS = 15.0
 """How often metrics and logs are uploaded beside."""
-SNAPSHOT = "upload"
-"""In an attempt: hard links to the checkpoint that is being uploaded, which the stage may delete meanwhile."""
-
 _NAME = re.compile(
-    r"work/[0-9a-f]{64}/(?P<attempt>[0-9A-Za-z-]+)/(checkpoints/checkpoint-(?P<step>[0-9]+)/)?(?P<file>.+)"
+    rf"work/[0-9a-f]{{64}}/(?P<attempt>[0-9A-Za-z-]+)/({AttemptFolder.CHECKPOINT}(?P<step>[0-9]+)/)?(?P<file>.+)"
 )
 
 
@@ -215,7 +213,7 @@ class _Uploads:
                 self._files.upload()
                 self._files_at = time.monotonic() + FILES_SECONDS
             return
-        snapshot = self._attempt / SNAPSHOT
+        snapshot = AttemptFolder(self._attempt).upload
         try:
             shutil.rmtree(snapshot, ignore_errors=True)
             try:
@@ -230,7 +228,7 @@ class _Uploads:
 
     def _upload_checkpoint(self, snapshot: Path, step: int) -> None:
         key = self._attempt.parent.name
-        place = path_of(Path("work") / key / self._attempt.name, step).as_posix()
+        place = AttemptFolder(Path("work") / key / self._attempt.name).checkpoint(step).as_posix()
         for path in sorted(snapshot.rglob("*")):
             if path.is_file() and path != snapshot / MARKER:
                 self._bucket.create_from(f"{place}/{path.relative_to(snapshot).as_posix()}", path, link=False)
