@@ -50,7 +50,7 @@ class Context(Generic[S_co]):
 
         done, total  steps; total 0 means that they are not counted
         """
-        now, before = time.time(), self.folder.progress()
+        now, before = time.time(), self.folder.progress.get()
         times = list(before.times) if before is not None and before.total == total else []
         if any(step > done for _, step in times):  # the stage began anew
             times = []
@@ -58,12 +58,12 @@ class Context(Generic[S_co]):
             times.append((now, done))
         if len(times) > _TIMES_KEPT:
             times = [*times[:-1:2], times[-1]]
-        self.folder.write_progress(Progress(message, done, total, now, tuple(times)))
+        self.folder.progress.write(Progress(message, done, total, now, tuple(times)))
         liveness.beat()
 
     def origin(self, values: Mapping[str, object]) -> None:
         """Record where external things came from: source, revision or digest, licence. Only the lineage shows it."""
-        self.folder.write_origin(values)
+        self.folder.origin.write(values)
 
     def note(self, line: str) -> None:
         """Show the user one line and keep it."""

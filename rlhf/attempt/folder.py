@@ -32,13 +32,15 @@ import json
 import secrets
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from rlhf.errors import RlhfError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class Progress:
 
     @classmethod
     def parse(cls, text: str) -> "Progress":
-        """Read the content of a file `progress.json`; a run of an older version writes no ``times``."""
+        """Read the content of the file; a run of an older version writes no ``times``."""
         values = json.loads(text)
         times = tuple((float(at), int(step)) for at, step in values.get("times", []))
-        return cls(values["message"], values["done"], values["total"], values["at"], times)
+        return cls(**(values | {"times": times}))
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,69 @@ class Failure:
     log: str
 
 
+class JsonFile(Generic[T]):
+    """A file that holds one value. Writing replaces it by a rename, so that no reader sees half of it."""
+
+    def __init__(self, path: Path, parse: Callable[[str], T], to_json: Callable[[T], Mapping[str, Any]]) -> None:
+        self.path, self._parse, self._to_json = path, parse, to_json
+
+    def write(self, value: T) -> None:
+        """Replace the value; several ranks may do so at once, and the last one counts."""
+        temporary = self.path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+        try:
+            temporary.write_text(json.dumps(self._to_json(value)))
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)  # left where the disk is full
+
+    def read(self) -> T:
+        """Return the value of a file that exists."""
+        return self._parse(self.path.read_text(encoding="utf-8"))
+
+    def get(self) -> T | None:
+        """Return the value, or None where the file was never written."""
+        return self.read() if self.path.exists() else None
+
+    def read_all(self) -> list[T]:
+        """Return the values of all files that match the name, without those that cannot be read."""
+        values: list[T] = []
+        for path in sorted(self.path.parent.glob(self.path.name)):
+            with suppress(OSError, ValueError, TypeError):
+                values.append(self._parse(path.read_text(encoding="utf-8")))
+        return values
+
+
+class RankFiles:
+    """The files of one rank, or with ``*`` in place of its number those of all."""
+
+    def __init__(self, folder: Path, rank: int | Literal["*"]) -> None:
+        def failure(text: str) -> Failure:
+            values = json.loads(text)
+            return Failure(**(values | {"args": tuple(values["args"])}))
+
+        self.log = folder / f"log-{rank}.txt"
+        self.stack = folder / f"stack-{rank}.trace"
+        self.pulse = JsonFile(folder / f"pulse-{rank}.json", lambda text: Pulse(**json.loads(text)), asdict)
+        self.failure = JsonFile(folder / f"failure-{rank}.json", failure, asdict)
+        self.device = JsonFile[dict[str, str]](folder / f"device-{rank}.json", json.loads, dict)
+        """``host`` and ``device``."""
+
+    def remove_signs_of_life(self) -> None:
+        """Remove pulse and stacks."""
+        for file in (self.pulse.path, self.stack):
+            for path in file.parent.glob(file.name):
+                path.unlink(missing_ok=True)
+
+    def stacks(self) -> str:
+        """Return the stacks of a rank that hangs; empty where it could not write them or made progress since."""
+        try:
+            return self.stack.read_text(errors="replace")
+        except OSError:
+            return ""
+
+
 class AttemptFolder:
-    """Names, reads and writes the files of an attempt's folder. The table above says what each of them is for."""
+    """The files of an attempt's folder; the table above says what each of them is for."""
 
     PROGRESS = "progress.json"
     CHECKPOINT = "checkpoints/checkpoint-"
@@ -118,12 +181,24 @@ class AttemptFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.inputs, self.output = path / "inputs", path / "output"
-        self.checkpoints, self.upload = path / "checkpoints", path / "upload"
+        self.inputs, self.output, self.upload = path / "inputs", path / "output", path / "upload"
+        self.policy, self.reward, self.checkpoints = path / "policy", path / "reward", path / "checkpoints"
         self.metrics, self.samples = path / "metrics.jsonl", path / "samples.jsonl"
         self.verdicts, self.written = path / "verdicts.jsonl", path / "written.jsonl"
-        self.logs = f"{path}/log-*.txt"
-        """The pattern of all ranks' logs, for a message."""
+        self.stop = path / "stop"
+        """Empty: that it exists is the request."""
+        self.resources = JsonFile[dict[str, int]](path / "resources.json", json.loads, dict)
+        """``ranks`` and ``gpus``, written at the beginning: so the cost of a failed attempt is known too."""
+        self.result = JsonFile[dict[str, float]](path / "result.json", json.loads, dict)
+        self.origin = JsonFile[Mapping[str, Any]](path / "origin.json", json.loads, dict)
+        """Source, revision or digest, licence."""
+        self.progress = JsonFile(path / self.PROGRESS, Progress.parse, asdict)
+        names = ("what", "where", "next")
+        self.error = JsonFile[RlhfError](
+            path / "failure.json",
+            lambda text: RlhfError(*map(json.loads(text).get, names)),
+            lambda error: dict(zip(names, map(str, error.args), strict=True)),
+        )
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of a step's checkpoint, which need not exist."""
@@ -131,93 +206,33 @@ class AttemptFolder:
 
     def checkpoint_folders(self) -> list[Path]:
         """Return the folders of the checkpoints, complete or not, in no order."""
-        names = self.path.glob(f"{self.CHECKPOINT}*")
-        return [path for path in names if path.name.rpartition("-")[2].isdigit()]
+        folders = self.path.glob(f"{self.CHECKPOINT}*")
+        return [folder for folder in folders if folder.name.rpartition("-")[2].isdigit()]
 
     def quarantine(self, kind: str) -> Path:
         """Return the file for malformed rows of a kind of data."""
         return self.path / f"quarantine-{kind}.jsonl"
 
-    def scratch(self, model: Literal["policy", "reward"]) -> Path:
-        """Return a folder for a model in the form in which it is loaded."""
-        return self.path / model
-
-    def log(self, rank: int) -> Path:
-        """Return the file of a rank's output."""
-        return self.path / f"log-{rank}.txt"
-
-    def stack(self, rank: int) -> Path:
-        """Return the file into which Python's fault handler writes a rank's stacks."""
-        return self.path / f"stack-{rank}.trace"
-
-    def stacks(self, rank: int) -> str:
-        """Return a hanging rank's stacks; empty where it could not write them or made progress since."""
-        try:
-            return self.stack(rank).read_text(errors="replace")
-        except OSError:
-            return ""
-
-    def write_pulse(self, pulse: Pulse) -> None:
-        """Replace the pulse of a rank."""
-        self._write(f"pulse-{pulse.rank}.json", asdict(pulse))
+    def rank(self, rank: int | Literal["*"]) -> RankFiles:
+        """Return the files of a rank."""
+        return RankFiles(self.path, rank)
 
     def pulses(self) -> dict[int, Pulse]:
         """Return the pulses of the ranks that have begun and not ended well, by rank."""
-        pulses: dict[int, Pulse] = {}
-        for path in self.path.glob("pulse-*.json"):
-            with suppress(OSError, ValueError, TypeError):
-                pulse = Pulse(**json.loads(path.read_text()))
-                pulses[pulse.rank] = pulse
-        return dict(sorted(pulses.items()))
-
-    def remove_pulses(self, rank: int | Literal["*"]) -> None:
-        """Remove pulse and stacks of a rank or of all ranks."""
-        for pattern in (f"pulse-{rank}.json", f"stack-{rank}.trace"):
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
-
-    def write_failure(self, failure: Failure) -> None:
-        """Write a rank's account of why it stopped."""
-        self._write(f"failure-{failure.rank}.json", asdict(failure))
+        pulses = self.rank("*").pulse.read_all()
+        return {pulse.rank: pulse for pulse in sorted(pulses, key=lambda pulse: pulse.rank)}
 
     def failures(self) -> list[Failure]:
-        """Return the ranks' accounts, the earliest first."""
-        values = [json.loads(path.read_text()) for path in self.path.glob("failure-*.json")]
-        failures = [Failure(**(value | {"args": tuple(value["args"])})) for value in values]
-        return sorted(failures, key=lambda failure: failure.at)
+        """Return the ranks' own accounts of why they stopped, the earliest first."""
+        return sorted(self.rank("*").failure.read_all(), key=lambda failure: failure.at)
 
     def clear_group(self) -> None:
         """Remove what the ranks of an earlier group left, except logs and checkpoints."""
         for path in self.path.glob("failure-*.json"):
             path.unlink()
-        self.remove_pulses("*")
+        self.rank("*").remove_signs_of_life()
         shutil.rmtree(self.output, ignore_errors=True)  # a killed export leaves files
         self.output.mkdir(exist_ok=True)  # a process of that group may still be about to end
-
-    def write_result(self, metrics: Mapping[str, float]) -> None:
-        """Write the stage's final metrics."""
-        self._write("result.json", {name: float(value) for name, value in metrics.items()})
-
-    def result(self) -> dict[str, float]:
-        """Return the stage's final metrics."""
-        return json.loads((self.path / "result.json").read_text())
-
-    def ask_to_stop(self) -> None:
-        """Ask the ranks to save at their next step, and to stop."""
-        (self.path / "stop").touch()
-
-    def is_asked_to_stop(self) -> bool:
-        """Return whether the driver asked the ranks to stop."""
-        return (self.path / "stop").exists()
-
-    def write_progress(self, progress: Progress) -> None:
-        """Replace the stage's progress; several ranks may do so at once, and the last one counts."""
-        self._write(self.PROGRESS, asdict(progress), f".{secrets.token_hex(4)}.tmp")
-
-    def progress(self) -> Progress | None:
-        """Return the stage's progress; None before it first told it."""
-        path = self.path / self.PROGRESS
-        return Progress.parse(path.read_text()) if path.exists() else None
 
     def add_note(self, line: str) -> None:
         """Append a line for the user."""
@@ -230,41 +245,11 @@ class AttemptFolder:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line)["note"] for line in lines]
 
-    def write_origin(self, values: Mapping[str, object]) -> None:
-        """Write where external things came from: source, revision or digest, licence."""
-        self._write("origin.json", values)
-
-    def origin(self) -> dict[str, Any]:
-        """Return where external things came from; empty where there were none."""
-        path = self.path / "origin.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    def write_error(self, error: RlhfError) -> None:
-        """Write the error that ended the attempt."""
-        self._write("failure.json", {"what": error.what, "where": error.where, "next": error.next_step})
-
-    def error(self) -> RlhfError | None:
-        """Return the error that ended the attempt, as a plain `RlhfError`; None where none did."""
-        path = self.path / "failure.json"
-        if not path.exists():
-            return None
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return RlhfError(values["what"], values["where"], values["next"])
-
-    def write_resources(self, ranks: int, gpus: int) -> None:
-        """Write what the attempt is given, when it begins: so the cost of a failed attempt is known too."""
-        self._write("resources.json", {"ranks": ranks, "gpus": gpus})
-
-    def write_device(self, rank: int, device: str) -> None:
-        """Write where a rank runs: this host, and a device."""
-        self._write(f"device-{rank}.json", {"host": socket.gethostname(), "device": device})
-
-    def resources(self) -> dict[str, Any]:
+    def resources_used(self) -> dict[str, Any]:
         """Return the attempt's ranks and GPUs, and the hosts and devices of the ranks; empty where unknown."""
-        given = self._read("resources.json")
-        ranks = [rank for path in sorted(self.path.glob("device-*.json")) if (rank := self._read(path.name))]
-        places = {f"{name}s": sorted({str(rank[name]) for rank in ranks}) for name in ("host", "device")}
-        return given | places if given else {}
+        ranks = self.rank("*").device.read_all()
+        places = {f"{name}s": sorted({rank[name] for rank in ranks}) for name in ("host", "device")}
+        return {**given, **places} if (given := self._given()) else {}
 
     def cost(self) -> dict[str, Any]:
         """Return name, seconds, ranks and GPUs of an attempt without a result; empty where unknown.
@@ -272,21 +257,15 @@ class AttemptFolder:
         The seconds are those from its beginning to the last sign of life, since a process that is killed notes no end.
         Both are times of one file system, so that clocks need not agree.
         """
-        given = self._read("resources.json")
+        given = self._given()
         if not given:
             return {}
-        begun = (self.path / "resources.json").stat().st_mtime
+        begun = self.resources.path.stat().st_mtime
         seconds = max(path.lstat().st_mtime for path in self.path.iterdir()) - begun
-        return {"attempt": self.path.name, "seconds": round(seconds, 3)} | given
+        return {"attempt": self.path.name, "seconds": round(seconds, 3), **given}
 
-    def _write(self, name: str, values: Mapping[str, Any], temporary_suffix: str = ".tmp") -> None:
-        path = self.path / name
-        temporary = path.with_suffix(temporary_suffix)
-        temporary.write_text(json.dumps(values))
-        temporary.replace(path)
-
-    def _read(self, name: str) -> dict[str, Any]:
+    def _given(self) -> dict[str, int]:
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            return self.resources.read()
         except (OSError, ValueError):
-            return {}  # never written, or damaged: an unknown cost must not stop a commit
+            return {}  # an unknown cost must not stop a commit

@@ -9,13 +9,12 @@ import faulthandler
 import os
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
-from rlhf.attempt.folder import AttemptFolder, Pulse
+from rlhf.attempt.folder import Pulse, RankFiles
 
 STACK_AFTER = 0.8
 """The share of the time that a group may hang, after which a rank writes its stacks."""
@@ -24,27 +23,8 @@ LEAST_SECONDS = 1.0
 """Minimum interval between writes for progress smaller than a step: the folder may be on a network file system."""
 
 
-class _PulseWriter:
-    """Writes the pulse of this process, and arms the fault handler that writes its stacks."""
-
-    def __init__(self, folder: AttemptFolder, pulse: Pulse, seconds: float, stack: IO[str]) -> None:
-        self._folder, self._pulse, self._seconds, self._stack = folder, pulse, seconds, stack
-        self._due = 0.0
-
-    def beat(self, step: int | None) -> None:
-        if step is None and time.monotonic() < self._due:
-            return
-        self._due = time.monotonic() + LEAST_SECONDS
-        step = self._pulse.step if step is None else step
-        self._pulse = replace(self._pulse, step=step, beat=self._pulse.beat + 1, at=time.time())
-        self._folder.write_pulse(self._pulse)
-        # Stacks of an earlier standstill are out of date once the work makes progress.
-        self._stack.truncate(0)
-        faulthandler.dump_traceback_later(STACK_AFTER * self._seconds, file=self._stack)
-
-
 # At most one: a process is one rank, and Python's fault handler belongs to the whole process.
-_writers: list[_PulseWriter] = []
+_writers: list[Callable[[int | None], None]] = []
 
 
 @contextmanager
@@ -54,19 +34,28 @@ def beating(attempt: Path, rank: int, node: str, log: Path, seconds: float) -> G
     node     Ray's name of the node
     seconds  how long the rank may make no progress
     """
-    folder = AttemptFolder(attempt)
-    first = Pulse(rank, socket.gethostname(), node, os.getpid(), str(log), oom_kills(), None, 0, 0.0)
-    with folder.stack(rank).open("a") as stack:
-        writer = _PulseWriter(folder, first, seconds, stack)
-        writer.beat(None)
-        _writers.append(writer)
+    files, due = RankFiles(attempt, rank), 0.0
+    pulse = Pulse(rank, socket.gethostname(), node, os.getpid(), str(log), oom_kills(), None, 0, 0.0)
+    with files.stack.open("a") as stack:
+
+        def write(step: int | None) -> None:
+            nonlocal pulse, due
+            if step is None and time.monotonic() < due:
+                return
+            due = time.monotonic() + LEAST_SECONDS
+            pulse = replace(pulse, step=pulse.step if step is None else step, beat=pulse.beat + 1, at=time.time())
+            files.pulse.write(pulse)
+            stack.truncate(0)  # stacks of an earlier standstill are out of date
+            faulthandler.dump_traceback_later(STACK_AFTER * seconds, file=stack)
+
+        write(None)
+        _writers.append(write)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
-            _writers.remove(writer)
-    # Only the pulse of a rank that failed is needed.
-    folder.remove_pulses(rank)
+            _writers.remove(write)
+    files.remove_signs_of_life()  # only those of a rank that failed are needed
 
 
 def beat(step: int | None = None) -> None:
@@ -74,9 +63,9 @@ def beat(step: int | None = None) -> None:
 
     step  the step that was finished; None for a part of one
     """
-    for writer in _writers:
+    for write in _writers:
         with suppress(OSError):  # a full disk is reported where something that counts is written
-            writer.beat(step)
+            write(step)
 
 
 def oom_kills() -> int:

@@ -4,6 +4,7 @@ import re
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,26 @@ from rlhf import errors
 from rlhf.attempt.folder import Failure
 from rlhf.attempt.liveness import oom_kills
 from rlhf.cluster.worker import CONTINUE, Call, disk_full
-from rlhf.errors import (
-    DivergedError,
-    HangError,
-    KilledError,
-    OutOfMemoryError,
-    PreemptedError,
-    RewardError,
-    RlhfError,
-    StageError,
-    is_no_room,
-)
+from rlhf.errors import RlhfError, is_no_room
 
 RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
-    (DivergedError, 0),  # it would diverge again
-    (RewardError, 0),  # it would be refused again
-    (OutOfMemoryError, 1),  # another process may have taken the memory; a batch that is too large stays too large
-    (KilledError, None),
-    (PreemptedError, None),
-    (HangError, None),
-    (StageError, None),  # an exception: a failed collective or a driver's fault as well as a mistake
+    (errors.DivergedError, 0),  # it would diverge again
+    (errors.RewardError, 0),  # it would be refused again
+    (
+        errors.OutOfMemoryError,
+        1,
+    ),  # another process may have taken the memory; a batch that is too large stays too large
+    (errors.KilledError, None),
+    (errors.PreemptedError, None),
+    (errors.HangError, None),
+    (errors.StageError, None),  # an exception: a failed collective or a driver's fault as well as a mistake
     (RlhfError, 0),  # settings, data, a full disk, an unreachable store, an interruption
 )
 """How often a worker group is started again after an error, by the first class that fits; None is as often as
 :class:`Retries` allows for all of them together."""
 
-NODE_SECONDS = 30.0
-"""How long Ray may take to notice that a node is gone: 15 to 18 s as it is set, more on a busy machine."""
 RankErrors = list[tuple[int | None, Exception]]
 """Ray's errors for ranks that ended; the rank is None where it is unknown."""
-_LOG_TAIL = 20_000
 # Python's fault handler, and that of Ray's own code.
 _FATAL = re.compile(r"Fatal Python error: ([\w ]+)|\*\*\* (SIG[A-Z]+) received")
 _SIGNALS = {
@@ -123,8 +114,10 @@ def cause_of(call: Call, rank_errors: RankErrors, failures: Sequence[Failure]) -
     rank, cause = causes[0]
     from_elsewhere = isinstance(cause, exceptions.RayTaskError | exceptions.RayActorError)
     text = _last_line(cause) if from_elsewhere else _shortened(str(cause))
-    where = f"{'' if rank is None else f'rank {rank}; '}logs: {call.context.folder.logs}"
-    return StageError(f"{call.context.stage} failed before it began: {type(cause).__name__}: {text}", where, CONTINUE)
+    where = f"{'' if rank is None else f'rank {rank}; '}logs: {call.context.folder.rank('*').log}"
+    return errors.StageError(
+        f"{call.context.stage} failed before it began: {type(cause).__name__}: {text}", where, CONTINUE
+    )
 
 
 def _error_of(failure: Failure, call: Call) -> RlhfError:
@@ -133,11 +126,11 @@ def _error_of(failure: Failure, call: Call) -> RlhfError:
     kind, show_log = _class_of(failure), f"less +G {failure.log}"
     if kind is None:
         what = f"{call.context.stage} failed: {failure.error}: {_shortened(failure.args[0])}"
-        return StageError(what, place, show_log)
+        return errors.StageError(what, place, show_log)
     what, where, next_step = failure.args
-    if kind is OutOfMemoryError and not next_step:  # torch's or Python's own error
+    if kind is errors.OutOfMemoryError and not next_step:  # torch's or Python's own error
         what, next_step = f"{call.context.stage} ran out of memory: {_shortened(what)}", _less_memory(call)
-    if kind is PreemptedError and not next_step:
+    if kind is errors.PreemptedError and not next_step:
         return kind(what, where or place, CONTINUE)
     return kind(what, where or place, next_step or show_log)
 
@@ -157,34 +150,38 @@ def _death(call: Call, rank: int | None, cause: Exception) -> RlhfError:
     pulses = folder.pulses()
     pulse = pulses.get(0 if rank is None else rank) if rank is not None or len(pulses) == 1 else None
     who = f"rank {rank} of {stage}" if rank is not None else stage if pulse else f"a process of {stage}"
-    where = str(pulse) if pulse else f"{_last_line(cause)}; logs: {folder.logs}"
+    where = str(pulse) if pulse else f"{_last_line(cause)}; logs: {folder.rank('*').log}"
     if isinstance(cause, exceptions.OutOfMemoryError) or "NODE_OUT_OF_MEMORY" in text or "low on memory" in text:
         what = f"{who} was killed by Ray, because its node ran out of memory"
-        return OutOfMemoryError(what, where, _less_memory(call))
+        return errors.OutOfMemoryError(what, where, _less_memory(call))
     gone = isinstance(cause, exceptions.NodeDiedError) or "node has died" in text or "node was terminated" in text
     # A rank that does not answer was killed, or its node is gone, which takes Ray a while to notice.
     silent = pulse.node if pulse and isinstance(cause, exceptions.ActorUnavailableError) else None
     if gone or getattr(cause, "preempted", False) or (silent and _is_lost(silent)):
-        return PreemptedError(f"{who} was lost together with its node", where, CONTINUE)
+        return errors.PreemptedError(f"{who} was lost together with its node", where, CONTINUE)
     if "SIGTERM" in text:
-        return PreemptedError(f"{who} was told to end (SIGTERM)", where, CONTINUE)
+        return errors.PreemptedError(f"{who} was told to end (SIGTERM)", where, CONTINUE)
     if pulse is None:
-        return KilledError(f"{who} died without a word, most likely killed", where, CONTINUE)
-    if signal := _fatal_signal(Path(pulse.log)):
-        return KilledError(f"{who} crashed ({signal})", where, f"less +G {pulse.log}")
+        return errors.KilledError(f"{who} died without a word, most likely killed", where, CONTINUE)
+    tail = ""
+    with suppress(OSError):
+        tail = Path(pulse.log).read_bytes()[-20_000:].decode(errors="replace")
+    name, signal = [("", ""), *_FATAL.findall(tail)][-1]
+    if signal := signal or _SIGNALS.get(name.strip()):
+        return errors.KilledError(f"{who} crashed ({signal})", where, f"less +G {pulse.log}")
     # The kernel's count of a rank that ran on another host is unknown here.
     if pulse.host == socket.gethostname() and oom_kills() > pulse.oom_kills:
         what = f"{who} was killed (SIGKILL) while the kernel killed for want of memory"
-        return OutOfMemoryError(what, where, _less_memory(call))
+        return errors.OutOfMemoryError(what, where, _less_memory(call))
     # Any other signal that ends a process leaves a line in its log; Ray does not report the status of one that exits.
-    return KilledError(f"{who} died without a word, as if killed (SIGKILL)", where, CONTINUE)
+    return errors.KilledError(f"{who} died without a word, as if killed (SIGKILL)", where, CONTINUE)
 
 
 def _is_lost(node: str) -> bool:
-    """Return whether Ray declares a node dead within :data:`NODE_SECONDS`."""
+    """Return whether Ray notices that a node is gone, which takes 15 to 18 s as it is set, more on a busy machine."""
     import ray
 
-    end = time.monotonic() + NODE_SECONDS
+    end = time.monotonic() + 30
     while time.monotonic() < end:
         if any(known["NodeID"] == node and not known["Alive"] for known in ray.nodes()):
             return True
@@ -201,17 +198,6 @@ def _less_memory(call: Call) -> str:
             f"raise {stage}.workers.count, which shares the model's states out; {stage}.micro_batch_size is 1 already"
         )
     return f"lower {stage}.micro_batch_size, which is in no key: {stage}.micro_batch_size={micro // 2}"
-
-
-def _fatal_signal(log: Path) -> str | None:
-    """Return the signal of the last crash in a log."""
-    try:
-        tail = log.read_bytes()[-_LOG_TAIL:].decode(errors="replace")
-    except OSError:
-        return None
-    crashes = _FATAL.findall(tail)
-    name, signal = crashes[-1] if crashes else ("", "")
-    return signal or _SIGNALS.get(name.strip())
 
 
 def _last_line(error: Any) -> str:

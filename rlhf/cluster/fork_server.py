@@ -49,18 +49,12 @@ OUR_STAGES = (
 """The same for our own stages. For stages of other packages only ``ALL_RANKS`` is known."""
 READY_SECONDS = 30.0
 """How long a starter waits for a server that still imports: Ray gives up a worker that does not start within 60 s."""
-REQUEST_SECONDS = 5.0
-"""How long a starter may take to send its request once the server accepts it."""
-TRIES = 100
-"""How often a starter tries to connect to an address that another one has just taken."""
-PAUSE_SECONDS = 0.01
 IDLE_SECONDS = 60.0
 """How long a server stays without a rank: the next stage may start soon."""
 _SERVE = "--serve"
 _MODULES = "RLHF_FORK_SERVER_IMPORTS"
 _INSTALLED = "RLHF_FORK_SERVER_LIBRARIES"
 _STREAMS = (0, 1, 2)
-_CREDENTIALS = "3i"  # process, user, group
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
@@ -188,7 +182,7 @@ def serve(listener: socket.socket) -> Worker | None:
 def _accept(listener: socket.socket) -> Worker | None:
     """Return the next starter's request; None where it has ended, or is another user's."""
     starter, _ = listener.accept()
-    starter.settimeout(REQUEST_SECONDS)
+    starter.settimeout(5)
     try:
         if _user(starter) != os.getuid():
             raise PermissionError("another user's process asks")
@@ -210,7 +204,7 @@ def connected() -> Generator[socket.socket]:
     """
     here = address()
     with socket.socket(socket.AF_UNIX) as server:
-        for _ in range(TRIES):
+        for _ in range(100):
             try:
                 server.connect(here)
                 break
@@ -224,7 +218,7 @@ def connected() -> Generator[socket.socket]:
                         command = [sys.executable, "-P", __file__, _SERVE, str(listener.fileno())]
                         os.posix_spawn(sys.executable, command, os.environ, setsid=True)
                 except OSError:  # another starter has the address already, but does not listen yet
-                    time.sleep(PAUSE_SECONDS)
+                    time.sleep(0.01)
         else:
             raise ConnectionRefusedError("nothing listens at its address")
         if _user(server) != os.getuid():
@@ -234,8 +228,9 @@ def connected() -> Generator[socket.socket]:
 
 def _user(connection: socket.socket) -> int:
     """Return the user whose process is at the other end."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(_CREDENTIALS))
-    return struct.unpack(_CREDENTIALS, credentials)[1]
+    process_user_group = struct.Struct("3i")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, process_user_group.size)
+    return process_user_group.unpack(credentials)[1]
 
 
 def address() -> str:

@@ -109,11 +109,3 @@ def entrance(address: str, token: str | None = None) -> Literal["open", "guarded
             code = error.code()  # pyright: ignore[reportAttributeAccessIssue] - grpc raises what is a Call as well
             return "guarded" if code is grpc.StatusCode.UNAUTHENTICATED else "unknown"
     return "open"
-
-
-def warning_of_open(address: str) -> str:
-    """Return the sentence for the user of a cluster that asks for no token."""
-    return (
-        f"the Ray cluster at {address} asks for no token: whoever reaches its ports runs code on it; "
-        f"start it with {MODE}=token"
-    )

@@ -17,10 +17,6 @@ MARK = "RLHF_RAY"
 """The environment variable by whose value the processes of one Ray are known."""
 GRACE_SECONDS = 1.0
 """How long Ray's processes may take to end by themselves."""
-LAST_SECONDS = 10.0
-"""How long it kills processes that keep coming."""
-QUIET_SECONDS = 0.5
-"""After so long without a process of that Ray, none can come any more."""
 
 
 def start(mark: str) -> "subprocess.Popen[bytes]":
@@ -46,8 +42,8 @@ def main(mark: str) -> None:
     sys.stdin.buffer.read()
     time.sleep(GRACE_SECONDS)
     now = time.monotonic()
-    end, seen = now + LAST_SECONDS, now
-    while now < min(end, seen + QUIET_SECONDS):
+    end, seen = now + 10, now
+    while now < min(end, seen + 0.5):  # after so long without a process of that Ray, none can come any more
         if kill_all(mark):
             seen = now
         time.sleep(0.1)

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rlhf.cluster import reaper
-from rlhf.cluster.ray_token import MODE, default_path, entrance, known_token, prepare_token, warning_of_open
+from rlhf.cluster.ray_token import MODE, default_path, entrance, known_token, prepare_token
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.errors import ClusterLostError, DiskFullError, PreflightError, TryAgainError, is_no_room, size
 
@@ -34,16 +34,10 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 KNOCK_SECONDS = 10.0
-SILENT_SECONDS = 30.0
-"""How long a cluster's head may refuse connections before it counts as lost."""
-SHUTDOWN_SECONDS = 10.0
-"""How long Ray may take to shut down before its processes are killed."""
 TEMPORARY_VARIABLES = ("RAY_TMPDIR", "TMPDIR")
 """The variables that name Ray's temporary folder, in Ray's order."""
 _SOCKET_BYTES = 107
 """The longest path of a socket on Linux (unix(7), without the closing zero)."""
-_ROOM_BYTES = 10**6
-"""What Ray writes before it runs; with a tenth of that it does not start."""
 
 
 def check_temporary_folder() -> None:
@@ -87,7 +81,7 @@ def check_temporary_folder() -> None:
             what = f"Ray's temporary folder cannot be written: {error.strerror or error}"
             raise PreflightError(what, where, change) from error
         free = 0
-    if free < _ROOM_BYTES:
+    if free < 10**6:  # what Ray writes before it runs; with a tenth of that it does not start
         raise DiskFullError(f"Ray's temporary folder has no room: {size(free)} are free", where, change)
 
 
@@ -117,7 +111,7 @@ class Session:
                 # Shutting down may wait without end for a process of Ray's that does not answer.
                 thread = threading.Thread(target=ray.shutdown, name="ray.shutdown", daemon=True)
                 thread.start()
-                thread.join(SHUTDOWN_SECONDS)
+                thread.join(10)
                 if not thread.is_alive():
                     return
             # Of a broken Ray, its own way to shut down would end this process, without a message.
@@ -197,7 +191,10 @@ class Session:
             _knock(address)
             door = entrance(address)
             if door == "open":
-                notice = warning_of_open(address)
+                notice = (
+                    f"the Ray cluster at {address} asks for no token: whoever reaches its ports runs code on it; "
+                    f"start it with {MODE}=token"
+                )
             # Ray by itself waits 20 s for a cluster that refuses it, and sends its token only when told to.
             if door == "guarded":
                 token = known_token()
@@ -239,7 +236,7 @@ class Session:
             _knock(head)
             self._answered = now
         except TryAgainError as error:
-            if now - (self._answered or now) >= SILENT_SECONDS:
+            if now - (self._answered or now) >= 30:
                 raise _lost(f"the head of the Ray cluster does not answer: {error.what}", head) from error
             self._answered = self._answered or now
 

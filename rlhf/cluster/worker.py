@@ -13,27 +13,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from rlhf import errors
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import Failure
-from rlhf.errors import (
-    DiskFullError,
-    NextCommand,
-    OutOfMemoryError,
-    PreemptedError,
-    PreflightError,
-    RlhfError,
-    is_no_room,
-)
+from rlhf.errors import DiskFullError, NextCommand, RlhfError, is_no_room
 
 CONTINUE = NextCommand("run")
 """Continues from the newest checkpoint; the program adds the stages and the pipeline that it was called with."""
-TASK_MINUTES = 24 * 60.0
-"""How long a task may go without a note or progress: it has no steps, and one fit of strengths may take hours."""
-COLLECTIVE_SLACK_MINUTES = 1.0
-"""How much longer ranks wait for each other than the driver waits for them: it can tell which of them hangs."""
 # CUDA outside torch's allocator; that allocator on a CPU; cuBLAS. All three come as a RuntimeError.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -45,8 +35,9 @@ class Call:
     code: str
     context: Context[Any]
     gpu: bool = False
-    timeout_minutes: float = TASK_MINUTES
-    """How long none of its processes may make progress before it counts as hanging."""
+    timeout_minutes: float = 24 * 60
+    """How long none of its processes may make progress before it counts as hanging. The default is for tasks, which
+    have no steps: one fit of strengths may take hours."""
 
 
 def perform_task(call: Call) -> None:
@@ -123,7 +114,8 @@ def prepare_deepspeed(call: Call) -> None:
     deepspeed.init_distributed(
         "nccl" if call.gpu else "gloo",
         auto_mpi_discovery=False,
-        timeout=timedelta(minutes=call.timeout_minutes + COLLECTIVE_SLACK_MINUTES),
+        # Longer than the driver waits for the ranks: it can tell which of them hangs.
+        timeout=timedelta(minutes=call.timeout_minutes + 1),
     )
 
 
@@ -134,15 +126,15 @@ def _perform(call: Call, rank: int, prepare: Callable[[], Context[Any]]) -> None
     """
     folder = call.context.folder
     if not folder.path.is_dir():
-        raise PreflightError(
+        raise errors.PreflightError(
             f"this worker does not see the store: {folder.path} is not there",
             socket.gethostname(),
             "put store.uri (for a bucket store.scratch) on a file system that every node mounts at the same place",
         )
     ray = sys.modules.get("ray")  # it started this process, except in tests
     node = ray.get_runtime_context().get_node_id() if ray is not None and ray.is_initialized() else ""
-    log = folder.log(rank)
-    with _log(log), liveness.beating(folder.path, rank, node, log, 60 * call.timeout_minutes):
+    files = folder.rank(rank)
+    with _log(files.log), liveness.beating(folder.path, rank, node, files.log, 60 * call.timeout_minutes):
         try:
             # A crash below Python leaves its signal in the log.
             faulthandler.enable(file=2)
@@ -153,20 +145,20 @@ def _perform(call: Call, rank: int, prepare: Callable[[], Context[Any]]) -> None
                     import torch
 
                     device = torch.cuda.get_device_name()
-                folder.write_device(rank, device)
+                files.device.write({"host": socket.gethostname(), "device": device})
                 liveness.beat()
                 code = load(call.code)
             liveness.beat()
             metrics = code(context)
             if rank == 0:
-                folder.write_result(metrics)
+                folder.result.write({name: float(value) for name, value in metrics.items()})
         except BaseException as error:
             with suppress(OSError, UnicodeError):  # on a full disk the error itself must reach the driver
                 traceback.print_exc()
             with suppress(OSError):
                 if "SIGTERM" in getattr(error, "ray_terminate_msg", ""):  # of the exception that Ray makes of it
-                    error = PreemptedError(f"rank {rank} of {call.context.stage} was told to end (SIGTERM)")
-                folder.write_failure(_failure(error, rank, folder.path, log))
+                    error = errors.PreemptedError(f"rank {rank} of {call.context.stage} was told to end (SIGTERM)")
+                files.failure.write(_failure(error, rank, folder.path, files.log))
             raise
 
 
@@ -177,22 +169,16 @@ def _importing() -> Generator[None]:
     Garbage collection is off meanwhile, since it costs imports a tenth of their time; and what they made is exempt from
     it: DeepSpeed collects garbage again and again, half a second each time otherwise.
     """
+    # It is asked for every module, and finds none.
+    finder: Any = SimpleNamespace(find_spec=lambda *_: liveness.beat())
     gc.disable()
-    sys.meta_path.insert(0, _BeatAtImports)
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
-        sys.meta_path.remove(_BeatAtImports)
+        sys.meta_path.remove(finder)
         gc.freeze()
         gc.enable()
-
-
-class _BeatAtImports:
-    """A finder that is asked for every module, and finds none."""
-
-    @staticmethod
-    def find_spec(_name: str, _path: object = None, _target: object = None) -> None:
-        liveness.beat()
 
 
 def load(code: str) -> Callable[[Context[Any]], dict[str, float]]:
@@ -220,7 +206,7 @@ def _failure(error: BaseException, rank: int, attempt: Path, log: Path) -> Failu
         or (torch is not None and isinstance(error, torch.OutOfMemoryError))
     ):
         # Below their first lines CUDA's errors have advice on debugging kernels.
-        error = OutOfMemoryError(next(iter(str(error).splitlines()), type(error).__name__))
+        error = errors.OutOfMemoryError(next(iter(str(error).splitlines()), type(error).__name__))
     args = tuple(map(str, error.args)) if isinstance(error, RlhfError) else (str(error),)
     return Failure(time.time(), rank, socket.gethostname(), os.getpid(), type(error).__name__, args, str(log))
 

@@ -24,16 +24,8 @@ from rlhf.errors import ClusterLostError, HangError, RlhfError, TryAgainError
 POLL_SECONDS = 0.25
 START_MINUTES = 60.0
 """How long a stage may wait for its first process: other work may hold the cluster's room."""
-LOOK_SECONDS = 1.0
-"""Interval between the watchdog's looks."""
-PEERS_SECONDS = 3.0
-"""How long the other ranks have to report their ends after the first failure: theirs may be its cause."""
-PEERS_SECONDS_AFTER_A_DEATH = 0.5
-"""The same after a process died: had a peer's error caused that, its report would be there already."""
 END_SECONDS = 30.0
 """How long the processes of an ended group may take to end."""
-# A stack with this frame waits for another rank.
-_WAITING = "torch/distributed/"
 # A frame of our code, or a test's, but not of its caller.
 _FRAME = re.compile(r'File "[^"]*?((?:rlhf/(?!cluster/worker)|stages/|tests/)[^"]+)", line (\d+) in (\S+)')
 
@@ -63,7 +55,7 @@ def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, floa
         with suppress(RayError):  # the task may have ended, or Ray itself
             ray.cancel(reference, force=True)
         raise
-    return call.context.folder.result()
+    return call.context.folder.result.read()
 
 
 def run_group(
@@ -98,7 +90,7 @@ def run_group(
         else:
             error = group.outcome()
         if error is None:
-            return folder.result()
+            return folder.result.read()
         checkpoint = newest_complete([folder.path])
         if not retries.allow(error, step_of(checkpoint) if checkpoint else -1):
             raise error
@@ -126,7 +118,7 @@ class Watchdog:
             TryAgainError: no rank has begun in time.
         """
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if now - self._looked < 1:
             return
         self._looked = now
         pulses = self._call.context.folder.pulses()
@@ -157,10 +149,10 @@ class Watchdog:
         if absent:
             where = next(iter(pulses.values()), folder.path)
             return error(absent, f"did not begin within {limit:g} minutes", where)
-        stacks = {rank: folder.stacks(rank) for rank in pulses}
+        stacks = {rank: folder.rank(rank).stacks() for rank in pulses}
         culprits = [rank for rank, stack in stacks.items() if not stack]  # the process itself is stopped
-        if not culprits:
-            culprits = [rank for rank, stack in stacks.items() if _WAITING not in stack]
+        if not culprits:  # a rank inside torch.distributed waits for another one
+            culprits = [rank for rank, stack in stacks.items() if "torch/distributed/" not in stack]
         if not culprits:
             least = min(pulse.beat for pulse in pulses.values())
             culprits = [rank for rank, pulse in pulses.items() if pulse.beat == least]
@@ -268,8 +260,8 @@ class WorkerGroup:
                     results[rank] = ray.get(reference)
                 except RayError as error:
                     errors.append((rank, error))
-                    died = isinstance(error, ActorDiedError)
-                    end = min(end, time.monotonic() + (PEERS_SECONDS_AFTER_A_DEATH if died else PEERS_SECONDS))
+                    # Another rank's failure may be the cause of this one, but not of a death: its report would be here.
+                    end = min(end, time.monotonic() + (0.5 if isinstance(error, ActorDiedError) else 3.0))
         return results, errors
 
     def _end(self) -> None:

@@ -135,7 +135,7 @@ def _status(one: Planned, store: Store) -> tuple[str, str]:
     if (holder := store.holder(one.key)) is not None:
         return "running", f"held by {holder}"
     attempts = store.attempts(one.key)
-    if attempts and (error := AttemptFolder(attempts[-1]).error()) is not None:
+    if attempts and (error := AttemptFolder(attempts[-1]).error.get()) is not None:
         return "failed", f"{error.what} ({error.where})" if error.where else error.what
     return one.state, f"{one.why}; {len(attempts)} unfinished attempt(s)" if attempts else one.why
 

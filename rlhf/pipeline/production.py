@@ -122,7 +122,7 @@ class Production:
         except RlhfError as error:
             self.reporter.update(name, state="failed")
             with suppress(OSError):  # on a full disk the error itself must be seen
-                AttemptFolder(attempt).write_error(error)
+                AttemptFolder(attempt).error.write(error)
             raise
         finally:
             shutil.rmtree(AttemptFolder(attempt).inputs, ignore_errors=True)
@@ -169,13 +169,13 @@ class Production:
                 if planned.stage.runs == "task" or self.stop.aborted:
                     raise InterruptedRunError("interrupted")
                 # The ranks save at their next step, stop, and say so.
-                context.folder.ask_to_stop()
+                context.folder.stop.touch()
 
         if planned.stage.runs == "task":
-            context.folder.write_resources(ranks=1, gpus=0)
+            context.folder.resources.write({"ranks": 1, "gpus": 0})
             return worker_group.run_task(Call(planned.stage.code, context), self.session.resources().for_task(), watch)
         ranks = ranks_of(planned, self.session)
-        context.folder.write_resources(ranks.count, ranks.count if ranks.gpu else 0)
+        context.folder.resources.write({"ranks": ranks.count, "gpus": ranks.count if ranks.gpu else 0})
         call = Call(planned.stage.code, context, ranks.gpu, workers_of(planned).timeout_minutes)
         return worker_group.run_group(call, ranks, self.config.cluster.max_failures, watch, self.reporter.line)
 
@@ -187,7 +187,7 @@ class Production:
             "earlier_attempts": [cost for other in others if (cost := other.cost())],
             # Not the same key again: a damaged result that is made anew has no other reason.
             "previous": planned.before.key if planned.before and planned.before.key != planned.key else None,
-            "origin": made_in.origin(),
+            "origin": made_in.origin.get() or {},
         }
         try:
             manifest = self.store.put_artifact(made_in.output, planned.stage.kind)
@@ -200,7 +200,7 @@ class Production:
                     inputs={role: dict(entry) for role, entry in planned.inputs.items()},
                     artifact=manifest.digest,
                     metrics=metrics,
-                    provenance=provenance() | made_in.resources() | circumstances,
+                    provenance=provenance() | made_in.resources_used() | circumstances,
                     seconds=round(seconds, 3),
                     attempt=attempt.name,
                 ),

@@ -36,7 +36,7 @@ class Watch:
         for note in notes[self._notes_shown :]:
             self._reporter.line(f"{self._stage}: {note}")
         self._notes_shown = len(notes)
-        progress = self._folder.progress()
+        progress = self._folder.progress.get()
         if progress is not None and progress != self._shown:
             self._shown = progress
             self._reporter.update(self._stage, message=progress.message, done=progress.done, total=progress.total)

@@ -68,7 +68,7 @@ def ends_here(context: Context[Any], step: int) -> bool:
     """Say that a step, numbered from 1, is finished; whether the ranks shall save it and stop. A collective."""
     liveness.beat(step)
     # Rank 0 looks for all: each might see the file at another step.
-    return not group.all_true(not (group.is_main() and context.folder.is_asked_to_stop()))
+    return not group.all_true(not (group.is_main() and context.folder.stop.exists()))
 
 
 def stopped(step: int) -> InterruptedRunError:

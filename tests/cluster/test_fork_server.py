@@ -231,7 +231,7 @@ def run(session: Session, attempt: Path, count: int, stage: Callable[[Context[An
     )
     assert group.is_over(120)
     assert group.outcome() is None
-    return AttemptFolder(attempt).result()
+    return AttemptFolder(attempt).result.read()
 
 
 @pytest.mark.slow

@@ -40,10 +40,10 @@ def call(tmp_path: Path) -> Call:
 
 
 def beats(call: Call, rank: int, beat: int, stack: str = "") -> None:
-    folder = call.context.folder
+    files = call.context.folder.rank(rank)
     pulse = Pulse(rank, "node", "", 40 + rank, f"log-{rank}.txt", 0, beat, beat, float(beat))
-    folder.write_pulse(pulse)
-    folder.stack(rank).write_text(stack)
+    files.pulse.write(pulse)
+    files.stack.write_text(stack)
 
 
 def hang(call: Call, clock: Clock, watch: Watchdog) -> HangError:
@@ -108,7 +108,7 @@ def test_a_rank_that_is_done_is_not_missed(call: Call, clock: Clock):
     beats(call, 1, 5)
     clock.now += 2
     watch()
-    call.context.folder.remove_pulses(1)
+    call.context.folder.rank(1).remove_signs_of_life()
     assert hang(call, clock, watch).what.startswith("rank 0 of total stood still")
 
 

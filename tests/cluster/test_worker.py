@@ -79,7 +79,7 @@ def failed(attempt: Path, *failures: tuple[int, float, str, tuple[str, ...]]) ->
     """What the driver makes of failures (rank, time, class, arguments)."""
     folder = AttemptFolder(attempt)
     for rank, at, error, args in failures:
-        folder.write_failure(Failure(at, rank, "node", 7, error, args, f"log-{rank}"))
+        folder.rank(rank).failure.write(Failure(at, rank, "node", 7, error, args, f"log-{rank}"))
     return cause_of(call(attempt, "loud"), [(1, DiedError("first\n  the actor died\n"))], folder.failures())
 
 
@@ -106,7 +106,7 @@ print("after")
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert (answer.stdout, answer.stderr) == ("before\nafter\n", "")
     assert (attempt / "log-0.txt").read_text() == "from python\nfrom below\nfrom a child\n"
-    assert AttemptFolder(attempt).result() == {"value": 1.0}
+    assert AttemptFolder(attempt).result.read() == {"value": 1.0}
 
 
 def test_a_failure_is_kept_for_the_driver_with_its_place(attempt: Path):
@@ -299,7 +299,7 @@ def test_each_module_that_a_stage_imports_is_a_sign_of_life(
     finders = list(sys.meta_path)
     perform_task(replace(call(attempt, "loud"), code="slow_stage:run"))
     # Each part, the stage itself, the process's begin, and what comes before and after the stage's import.
-    assert AttemptFolder(attempt).result() == {"beats": len(parts) + 4}
+    assert AttemptFolder(attempt).result.read() == {"beats": len(parts) + 4}
     assert sys.meta_path == finders
 
 

@@ -259,4 +259,4 @@ def test_paths_of_ones_own_are_in_the_lineage_and_what_was_read_in_the_result(tm
     }
     expected = {kind: row | {"source": (own | {"judge": str(judge)})[kind]} for kind, row in result.items()}
     expected["demonstrations"]["heldout"] = str(heldout)
-    assert context.folder.origin() == expected
+    assert context.folder.origin.read() == expected

@@ -25,7 +25,7 @@ def fetched(folder: Path, **values: Any) -> tuple[dict[str, float], Any]:
     settings = ModelSettings.model_validate(values)
     context = Context("model", "key", settings, {"demonstrations": folder}, folder / "out", folder, folder / "cache")
     metrics = model.run(context)
-    return metrics, AttemptFolder(folder).origin()["model"]
+    return metrics, AttemptFolder(folder).origin.read()["model"]
 
 
 def parameters(folder: Path) -> int:

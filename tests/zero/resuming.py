@@ -175,7 +175,7 @@ def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
         one = _attempt(context, folder / str(number), attempts)
         attempts = one.attempts
         if step == stage.asked_at:
-            one.folder.ask_to_stop()
+            one.folder.stop.touch()
         try:
             with stops.get(step, nullcontext)(step):
                 stage.run(one)
