@@ -17,10 +17,7 @@ from rlhf.errors import RlhfError, is_no_room
 RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
     (errors.DivergedError, 0),  # it would diverge again
     (errors.RewardError, 0),  # it would be refused again
-    (
-        errors.OutOfMemoryError,
-        1,
-    ),  # another process may have taken the memory; a batch that is too large stays too large
+    (errors.OutOfMemoryError, 1),  # another process may have taken the memory; too large a batch stays too large
     (errors.KilledError, None),
     (errors.PreemptedError, None),
     (errors.HangError, None),
@@ -115,9 +112,8 @@ def cause_of(call: Call, rank_errors: RankErrors, failures: Sequence[Failure]) -
     from_elsewhere = isinstance(cause, exceptions.RayTaskError | exceptions.RayActorError)
     text = _last_line(cause) if from_elsewhere else _shortened(str(cause))
     where = f"{'' if rank is None else f'rank {rank}; '}logs: {call.context.folder.rank('*').log}"
-    return errors.StageError(
-        f"{call.context.stage} failed before it began: {type(cause).__name__}: {text}", where, CONTINUE
-    )
+    what = f"{call.context.stage} failed before it began: {type(cause).__name__}: {text}"
+    return errors.StageError(what, where, CONTINUE)
 
 
 def _error_of(failure: Failure, call: Call) -> RlhfError:
