@@ -69,10 +69,65 @@ class Retries:
 
 
 def cause_of(call: Call, rank_errors: RankErrors, failures: Sequence[Failure]) -> RlhfError:
-    """Return why a call failed: by the ranks' own accounts, else by what became of their processes, else by Ray's text.
+    """Return why a call failed: by the ranks' own accounts, else by how their processes died, else by Ray's text.
 
     rank_errors  at least one
     failures     the ranks' own accounts, the earliest first
+    """
+    from ray import exceptions
+
+    causes: list[tuple[int | None, Exception]] = []
+    for rank, error in rank_errors:
+        cause = error
+        while isinstance(inner := getattr(cause, "cause", None), Exception):
+            cause = inner
+        causes.append((rank, cause))
+    is_death = exceptions.RayActorError | exceptions.WorkerCrashedError | exceptions.NodeDiedError
+    is_death |= exceptions.OutOfMemoryError | exceptions.OwnerDiedError
+    wrote = {failure.rank for failure in failures}
+    deaths = [(rank, cause) for rank, cause in causes if rank not in wrote and isinstance(cause, is_death)]
+    # Where an actor's constructor failed its process lives, but our code could not be imported there.
+    deaths = [(rank, cause) for rank, cause in deaths if not getattr(cause, "actor_init_failed", False)]
+    if (error := _reported(call, causes, failures, died=bool(deaths))) is not None:
+        return error
+    (rank, cause), stage, folder = deaths[0], call.context.stage, call.context.folder
+    text = str(cause)
+    pulses = folder.pulses()
+    pulse = pulses.get(0 if rank is None else rank) if rank is not None or len(pulses) == 1 else None
+    who = f"rank {rank} of {stage}" if rank is not None else stage if pulse else f"a process of {stage}"
+    where = str(pulse) if pulse else f"{_last_line(cause)}; logs: {folder.rank('*').log}"
+    if isinstance(cause, exceptions.OutOfMemoryError) or "NODE_OUT_OF_MEMORY" in text or "low on memory" in text:
+        what = f"{who} was killed by Ray, because its node ran out of memory"
+        return errors.OutOfMemoryError(what, where, _less_memory(call))
+    gone = isinstance(cause, exceptions.NodeDiedError) or "node has died" in text or "node was terminated" in text
+    # A rank that does not answer was killed, or its node is gone, which takes Ray a while to notice.
+    silent = pulse.node if pulse and isinstance(cause, exceptions.ActorUnavailableError) else None
+    if gone or getattr(cause, "preempted", False) or (silent and _is_lost(silent)):
+        return errors.PreemptedError(f"{who} was lost together with its node", where, CONTINUE)
+    if "SIGTERM" in text:
+        return errors.PreemptedError(f"{who} was told to end (SIGTERM)", where, CONTINUE)
+    if pulse is None:
+        return errors.KilledError(f"{who} died without a word, most likely killed", where, CONTINUE)
+    tail = ""
+    with suppress(OSError):
+        tail = Path(pulse.log).read_bytes()[-20_000:].decode(errors="replace")
+    name, signal = [("", ""), *_FATAL.findall(tail)][-1]
+    if signal := signal or _SIGNALS.get(name.strip()):
+        return errors.KilledError(f"{who} crashed ({signal})", where, f"less +G {pulse.log}")
+    # The kernel's count of a rank that ran on another host is unknown here.
+    if pulse.host == socket.gethostname() and oom_kills() > pulse.oom_kills:
+        what = f"{who} was killed (SIGKILL) while the kernel killed for want of memory"
+        return errors.OutOfMemoryError(what, where, _less_memory(call))
+    # Any other signal that ends a process leaves a line in its log; Ray does not report the status of one that exits.
+    return errors.KilledError(f"{who} died without a word, as if killed (SIGKILL)", where, CONTINUE)
+
+
+def _reported(
+    call: Call, causes: Sequence[tuple[int | None, Exception]], failures: Sequence[Failure], *, died: bool
+) -> RlhfError | None:
+    """Return what ranks or Ray report; None where a death explains more.
+
+    died  whether a process ended without an account of its own
     """
     from ray import exceptions
 
@@ -80,12 +135,6 @@ def cause_of(call: Call, rank_errors: RankErrors, failures: Sequence[Failure]) -
     for failure in failures:
         if _class_of(failure) is not None:
             return _error_of(failure, call)
-    causes: list[tuple[int | None, Exception]] = []
-    for rank, error in rank_errors:
-        cause = error
-        while isinstance(inner := getattr(cause, "cause", None), Exception):
-            cause = inner
-        causes.append((rank, cause))
     if not failures:
         # A worker that could not even open the attempt's folder reaches us only through Ray.
         for _, cause in causes:
@@ -93,20 +142,8 @@ def cause_of(call: Call, rank_errors: RankErrors, failures: Sequence[Failure]) -
                 return cause
             if isinstance(cause, OSError) and is_no_room(cause):
                 return disk_full(cause, call.context.attempt)
-    deaths = (
-        exceptions.RayActorError
-        | exceptions.WorkerCrashedError
-        | exceptions.NodeDiedError
-        | exceptions.OutOfMemoryError
-        | exceptions.OwnerDiedError
-    )
-    wrote = {failure.rank for failure in failures}
-    for rank, cause in causes:
-        # Where the actor's constructor failed its process lives, but our code could not be imported there.
-        if rank not in wrote and isinstance(cause, deaths) and not getattr(cause, "actor_init_failed", False):
-            return _death(call, rank, cause)
-    if failures:
-        return _error_of(failures[0], call)
+    if died or failures:
+        return None if died else _error_of(failures[0], call)
     # Ray failed while it prepared a rank, or the whole group. Its text of an error from elsewhere ends with that error.
     rank, cause = causes[0]
     from_elsewhere = isinstance(cause, exceptions.RayTaskError | exceptions.RayActorError)
@@ -136,41 +173,6 @@ def _class_of(failure: Failure) -> type[RlhfError] | None:
     # Exceptions of others may share a name with ours, but not the form of their arguments.
     ours = isinstance(kind, type) and issubclass(kind, RlhfError) and len(failure.args) == 3
     return kind if ours else None
-
-
-def _death(call: Call, rank: int | None, cause: Exception) -> RlhfError:
-    """Return why a process ended without an account of its own."""
-    from ray import exceptions
-
-    stage, folder, text = call.context.stage, call.context.folder, str(cause)
-    pulses = folder.pulses()
-    pulse = pulses.get(0 if rank is None else rank) if rank is not None or len(pulses) == 1 else None
-    who = f"rank {rank} of {stage}" if rank is not None else stage if pulse else f"a process of {stage}"
-    where = str(pulse) if pulse else f"{_last_line(cause)}; logs: {folder.rank('*').log}"
-    if isinstance(cause, exceptions.OutOfMemoryError) or "NODE_OUT_OF_MEMORY" in text or "low on memory" in text:
-        what = f"{who} was killed by Ray, because its node ran out of memory"
-        return errors.OutOfMemoryError(what, where, _less_memory(call))
-    gone = isinstance(cause, exceptions.NodeDiedError) or "node has died" in text or "node was terminated" in text
-    # A rank that does not answer was killed, or its node is gone, which takes Ray a while to notice.
-    silent = pulse.node if pulse and isinstance(cause, exceptions.ActorUnavailableError) else None
-    if gone or getattr(cause, "preempted", False) or (silent and _is_lost(silent)):
-        return errors.PreemptedError(f"{who} was lost together with its node", where, CONTINUE)
-    if "SIGTERM" in text:
-        return errors.PreemptedError(f"{who} was told to end (SIGTERM)", where, CONTINUE)
-    if pulse is None:
-        return errors.KilledError(f"{who} died without a word, most likely killed", where, CONTINUE)
-    tail = ""
-    with suppress(OSError):
-        tail = Path(pulse.log).read_bytes()[-20_000:].decode(errors="replace")
-    name, signal = [("", ""), *_FATAL.findall(tail)][-1]
-    if signal := signal or _SIGNALS.get(name.strip()):
-        return errors.KilledError(f"{who} crashed ({signal})", where, f"less +G {pulse.log}")
-    # The kernel's count of a rank that ran on another host is unknown here.
-    if pulse.host == socket.gethostname() and oom_kills() > pulse.oom_kills:
-        what = f"{who} was killed (SIGKILL) while the kernel killed for want of memory"
-        return errors.OutOfMemoryError(what, where, _less_memory(call))
-    # Any other signal that ends a process leaves a line in its log; Ray does not report the status of one that exits.
-    return errors.KilledError(f"{who} died without a word, as if killed (SIGKILL)", where, CONTINUE)
 
 
 def _is_lost(node: str) -> bool:
