@@ -25,7 +25,6 @@
 
 A task counts as rank 0. The driver of a bucket's store uploads the files, but not the folders except `checkpoints/`
 (rlhf/pipeline/uploads.py); after a commit the store removes the folders except `wandb/` (``SCRATCH`` in rlhf/store).
-Files that are read while they may change are replaced by a rename, so that no reader sees half a file.
 """
 
 import json
@@ -61,7 +60,7 @@ class Progress:
         """Read the content of the file; a run of an older version writes no ``times``."""
         values = json.loads(text)
         times = tuple((float(at), int(step)) for at, step in values.get("times", []))
-        return cls(**(values | {"times": times}))
+        return cls(values["message"], values["done"], values["total"], values["at"], times)
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ class Session:
 
 @contextmanager
 def _reaped() -> Generator[None]:
-    """Kill every process started inside (known by a mark in its environment) when this process ends, or at the exit."""
+    """Kill every process started inside, known by a mark in its environment, when the context or this process ends."""
     if sys.platform != "linux":  # no other system shows processes' environments as files
         yield
         return
