@@ -40,21 +40,16 @@ def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, floa
     from ray.exceptions import RayError
 
     reference = ray.remote(num_cpus=cpus, max_retries=0)(perform_task).remote(call)
-    watchdog = Watchdog(call, 1)
+
+    def cancel() -> None:
+        with suppress(RayError):  # the task may have ended, or Ray itself
+            ray.cancel(reference, force=True)
+
     try:
-        while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
-            watch()
-            watchdog()
-        watch()
+        _watch(call, 1, lambda seconds: bool(ray.wait([reference], timeout=seconds)[0]), watch, cancel)
         ray.get(reference)
     except RayError as error:
         raise cause_of(call, [(None, error)], call.context.folder.failures()) from error
-    except ClusterLostError:
-        raise  # no Ray is left that could cancel the task
-    except BaseException:
-        with suppress(RayError):  # the task may have ended, or Ray itself
-            ray.cancel(reference, force=True)
-        raise
     return call.context.folder.result.read()
 
 
@@ -72,23 +67,12 @@ def run_group(
     retries, folder = Retries(max_failures), call.context.folder
     while True:
         folder.clear_group()
-        watchdog = Watchdog(call, resources.count)
         group = WorkerGroup(call, resources)
         try:
-            while not group.is_over(POLL_SECONDS):
-                watch()
-                watchdog()
-            watch()  # once more: after the end of Ray, those of the ranks have no cause of their own
-        except ClusterLostError:
-            raise  # no Ray is left that could end the ranks
-        except HangError as hang:
-            group.stop()
-            error = hang
-        except BaseException:
-            group.stop()
-            raise
-        else:
+            _watch(call, resources.count, group.is_over, watch, group.stop)
             error = group.outcome()
+        except HangError as hang:
+            error = hang
         if error is None:
             return folder.result.read()
         checkpoint = newest_complete([folder.path])
@@ -96,6 +80,23 @@ def run_group(
             raise error
         again = f"starting again from the newest checkpoint ({retries.count} of {max_failures})"
         say(f"{call.context.stage}: {error.what}; {again}; {error.where}")
+
+
+def _watch(
+    call: Call, count: int, is_over: Callable[[float], bool], watch: Callable[[], None], end: Callable[[], None]
+) -> None:
+    """Look at the caller's concerns and at the ranks' progress until a call is over; end it where a look raises."""
+    watchdog = Watchdog(call, count)
+    try:
+        while not is_over(POLL_SECONDS):
+            watch()
+            watchdog()
+        watch()  # once more: where Ray itself has died, the ends of the ranks say nothing of their cause
+    except ClusterLostError:
+        raise  # no Ray is left that could end the ranks
+    except BaseException:
+        end()
+        raise
 
 
 class Watchdog:
