@@ -53,7 +53,6 @@ IDLE_SECONDS = 60.0
 """How long a server stays without a rank: the next stage may start soon."""
 _SERVE = "--serve"
 _MODULES = "RLHF_FORK_SERVER_IMPORTS"
-_INSTALLED = "RLHF_FORK_SERVER_LIBRARIES"
 _STREAMS = (0, 1, 2)
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
@@ -77,7 +76,9 @@ def runtime_env(code: str, gpu: bool, raylets: Sequence[str]) -> dict[str, Any] 
     # As part of the server's environment they give each set of modules and packages a server of its own.
     variables = {
         _MODULES: ",".join(OUR_STAGES if code.startswith("stages.") else ALL_RANKS),
-        _INSTALLED: str(Path(libraries.origin).parents[1].stat().st_mtime_ns),  # changes as packages are installed
+        "RLHF_FORK_SERVER_LIBRARIES": str(
+            Path(libraries.origin).parents[1].stat().st_mtime_ns
+        ),  # changes as packages are installed
     }
     if not gpu:
         variables["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for GPUs as it is imported
@@ -143,8 +144,7 @@ class Worker:
 def serve(listener: socket.socket) -> Worker | None:
     """Import, then fork at each request of a starter, until there has been no rank for :data:`IDLE_SECONDS`.
 
-    Returns:
-        In each forked process the worker that it becomes; at the end, in the server itself, None.
+    Return in each forked process the worker that it becomes; at the end, in the server itself, None.
     """
     # Makes torch ask the driver's library alone whether there are GPUs: CUDA does not survive a fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -197,11 +197,7 @@ def _accept(listener: socket.socket) -> Worker | None:
 
 @contextmanager
 def connected() -> Generator[socket.socket]:
-    """Connect to this machine's server, which is started where there is none.
-
-    Raises:
-        OSError: no server can be started or reached.
-    """
+    """Connect to this machine's server, which is started where there is none; raise OSError where none is reached."""
     here = address()
     with socket.socket(socket.AF_UNIX) as server:
         for _ in range(100):
@@ -228,9 +224,8 @@ def connected() -> Generator[socket.socket]:
 
 def _user(connection: socket.socket) -> int:
     """Return the user whose process is at the other end."""
-    process_user_group = struct.Struct("3i")
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, process_user_group.size)
-    return process_user_group.unpack(credentials)[1]
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", credentials)[1]  # process, user, group
 
 
 def address() -> str:

@@ -177,12 +177,7 @@ class Session:
             signal.signal(signal.SIGTERM, at_termination)
 
     def _show_token(self) -> None:
-        """Prepare a token: a private one for a cluster that is started, the user's for one that asks for it.
-
-        Raises:
-            TryAgainError: nothing listens at the address.
-            PreflightError: the cluster asks for a token, and there is none; or the token is another user's.
-        """
+        """Prepare a token: a private one for a cluster that is started, the user's for one that asks for it."""
         address, notice = self.address, None
         if address is None:
             notice = prepare_token()

@@ -31,11 +31,7 @@ _FRAME = re.compile(r'File "[^"]*?((?:rlhf/(?!cluster/worker)|stages/|tests/)[^"
 
 
 def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, float]:
-    """Run the code as one Ray task; ``watch`` is called a few times a second, and its exceptions end the task.
-
-    Raises:
-        RlhfError: the code's own error, or what became of its process.
-    """
+    """Run the code as one Ray task; ``watch`` is called a few times a second, and its exceptions end the task."""
     import ray
     from ray.exceptions import RayError
 
@@ -62,7 +58,7 @@ def run_group(
     watch         called a few times a second; its exceptions end the group
 
     Raises:
-        RlhfError: the code's own error, what became of a rank once the retries are used up, or an error of ``watch``.
+        RlhfError: the code's own error, or the cause of a rank's death, once the retries are used up.
     """
     retries, folder = Retries(max_failures), call.context.folder
     while True:
@@ -185,11 +181,7 @@ class WorkerGroup:
         return not self._thread.is_alive()
 
     def outcome(self) -> RlhfError | None:
-        """Return why a group that is over failed; None where all its ranks ended well.
-
-        Raises:
-            Exception: a mistake of ours, or of Ray's, and no failure of a rank.
-        """
+        """Return why a group that is over failed, None where it did not; raise an error that is not a rank's."""
         if self._outcome is None or isinstance(self._outcome, RlhfError):
             return self._outcome
         raise self._outcome
