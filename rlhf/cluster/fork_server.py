@@ -73,7 +73,7 @@ def runtime_env(code: str, gpu: bool, raylets: Sequence[str]) -> dict[str, Any] 
     libraries = importlib.util.find_spec("torch")
     assert libraries is not None
     assert libraries.origin is not None
-    # As part of the server's environment they give each set of modules and packages a server of its own.
+    # As part of the server's environment they give each set of modules and of installed packages a server of its own.
     variables = {
         _MODULES: ",".join(OUR_STAGES if code.startswith("stages.") else ALL_RANKS),
         "RLHF_FORK_SERVER_LIBRARIES": str(
