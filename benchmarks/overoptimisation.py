@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.pipeline import load_pipeline
 from rlhf.models.evaluation import judge_of
 from rlhf.pipeline.plan import plan
@@ -77,9 +78,9 @@ def write_results(overrides: list[str]) -> None:
     for beta in BETAS:
         if (record := planned[name_of(beta)].record) is None:
             continue
-        attempt = store.root / "work" / record.key / record.attempt
-        rows = [json.loads(line) for line in (attempt / "metrics.jsonl").read_text().splitlines()]
-        samples = [json.loads(line) for line in (attempt / "samples.jsonl").read_bytes().splitlines()]
+        attempt = AttemptFolder(store.root / "work" / record.key / record.attempt)
+        rows = [json.loads(line) for line in attempt.metrics.read_text().splitlines()]
+        samples = [json.loads(line) for line in attempt.samples.read_bytes().splitlines()]
         texts: dict[int, list[str]] = {}
         for sample in samples:
             texts.setdefault(sample["step"], []).append(sample["response"])

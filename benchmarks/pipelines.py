@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster.session import Session
 from rlhf.config.pipeline import ClusterSettings, load_pipeline
 from rlhf.pipeline.runner import Runner
@@ -47,7 +48,7 @@ class Pipeline:
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """Return the metrics of every step of an instance that has run."""
         record = self.records[name]
-        return read_metrics(self.store.root / "work" / record.key / record.attempt / "metrics.jsonl")
+        return read_metrics(AttemptFolder(self.store.root / "work" / record.key / record.attempt).metrics)
 
     def _result(self, record: Any) -> Path:
         target = self.folder / "results" / record.artifact

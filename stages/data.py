@@ -99,7 +99,7 @@ def _split(context: Context[DataSettings], kind: str, snippets: dict[str, list[A
 
 def _read(context: Context[DataSettings], name: str, source: str, model: type[R]) -> Iterator[R]:
     """Yield the records of a source, then note how they were read and how many are malformed."""
-    quarantine = context.attempt / f"quarantine-{name.replace('.', '-')}.jsonl"
+    quarantine = context.folder.quarantine(name.replace(".", "-"))
     reader = RecordReader(source, model, quarantine, context.settings.max_bad_fraction)
     yield from reader
     if forms := reader.forms.line():

@@ -40,9 +40,9 @@ from rlhf.training.loading import plain_folder
 def run(context: Context[RmSettings]) -> dict[str, float]:
     """Train the reward model; final metrics: ``eval/accuracy`` and more of :mod:`rlhf.ranking.quality`."""
     settings, given = context.settings, context.inputs["base"]
-    base = plain_folder(given, context.attempt / "policy", settings.precision, scores=is_reward_model(given))
+    base = plain_folder(given, context.folder.policy, settings.precision, scores=is_reward_model(given))
     if settings.init == "scratch":
-        base = from_scratch(base, context.attempt / "reward", settings.seed)
+        base = from_scratch(base, context.folder.reward, settings.seed)
     tokenizer = load_tokenizer(base)
 
     def ids(prompt: Any, response: str) -> list[int]:

@@ -19,7 +19,7 @@ from rlhf.zero.engine import DTYPES
 def run(context: Context[SftSettings]) -> dict[str, float]:
     """Fine-tune the base model; the final metric is ``eval/loss``, nats per held-out completion token."""
     settings, demonstrations = context.settings, context.inputs["demonstrations"]
-    base = plain_folder(context.inputs["base"], context.attempt / "policy", settings.precision, scores=False)
+    base = plain_folder(context.inputs["base"], context.folder.policy, settings.precision, scores=False)
     tokenizer = load_tokenizer(base)
     trainer = trl_trainers.sft_trainer(
         context,

@@ -1,1 +1,1 @@
-"""One attempt at a stage, as driver and ranks share it: context, signs of life, checkpoints, cost."""
+"""One attempt at a stage, as driver and ranks share it: context, folder, signs of life, checkpoints."""

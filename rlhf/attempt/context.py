@@ -1,7 +1,5 @@
-"""What a stage's code is given, on whatever worker it runs."""
+"""What a stage's code is given, on every rank."""
 
-import json
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,29 +7,20 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from rlhf.attempt import liveness
+from rlhf.attempt.folder import AttemptFolder, Progress
 from rlhf.config.base import Settings
 
 S_co = TypeVar("S_co", bound=Settings, covariant=True)
 
-PROGRESS = "progress.json"
-"""In an attempt: the message, the steps done and their total, and when steps were done, from which the time left is
-measured."""
 _TIMES_KEPT = 64
-"""A long stage's earlier times are thinned out to about so many."""
-NOTES = "notes.jsonl"
-ORIGIN = "origin.json"
-"""In an attempt: what a stage says of the things that came from outside."""
-STOP = "stop"
-"""In an attempt: a file that asks its ranks to save and stop."""
-FAILURE = "failure.json"
-"""In an attempt: what, where and next of the error that ended it, for ``rlhf status``."""
+"""Of more times than this, every second one is dropped."""
 
 
 @dataclass(frozen=True)
 class Context(Generic[S_co]):
-    """A stage's settings, its inputs, and where its result goes.
+    """A stage's settings, its inputs, and the folders for its result and other files.
 
-    Driver and workers share the attempt's folder; what a stage tells the user passes through files there.
+    Driver and ranks share the attempt's folder; what a stage tells the user passes through files there.
     """
 
     stage: str
@@ -39,7 +28,7 @@ class Context(Generic[S_co]):
     key: str
     settings: S_co
     inputs: Mapping[str, Path]
-    """Role to folder. A role whose artifact is not there yet is missing, which only a preflight sees."""
+    """Role to folder. A role whose artifact does not exist yet is missing, which only a preflight sees."""
     output: Path
     """An empty folder: the artifact's payload."""
     attempt: Path
@@ -51,39 +40,32 @@ class Context(Generic[S_co]):
     tracking: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     """Weights & Biases: mode, project, entity and group."""
 
+    @property
+    def folder(self) -> AttemptFolder:
+        """The attempt's folder with the names of its files."""
+        return AttemptFolder(self.attempt)
+
     def progress(self, message: str, done: int = 0, total: int = 0) -> None:
         """Tell the user how far the stage is.
 
         done, total  steps; total 0 means that they are not counted
         """
-        path, now = self.attempt / PROGRESS, time.time()
-        times = _times(path, done, total)
+        now, before = time.time(), self.folder.progress.get()
+        times = list(before.times) if before is not None and before.total == total else []
+        if any(step > done for _, step in times):  # the stage began anew
+            times = []
         if total and (not times or done > times[-1][1]):
             times.append((now, done))
         if len(times) > _TIMES_KEPT:
             times = [*times[:-1:2], times[-1]]
-        # Several ranks may tell at once: each its own file, and the last one stands.
-        temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
-        values = {"message": message, "done": done, "total": total, "at": now, "times": times}
-        temporary.write_text(json.dumps(values))
-        temporary.replace(path)
+        self.folder.progress.write(Progress(message, done, total, now, tuple(times)))
         liveness.beat()
 
     def origin(self, values: Mapping[str, object]) -> None:
-        """Say where what came from outside came from: source, revision or digest, licence. Only the lineage has it."""
-        (self.attempt / ORIGIN).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        """Record where external things came from: source, revision or digest, licence. Only the lineage shows it."""
+        self.folder.origin.write(values)
 
     def note(self, line: str) -> None:
         """Show the user one line and keep it."""
         liveness.beat()
-        with (self.attempt / NOTES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"note": line}) + "\n")
-
-
-def _times(path: Path, done: int, total: int) -> list[tuple[float, int]]:
-    """Return when earlier steps were done, as (seconds since 1970, steps), or nothing where the stage began anew."""
-    if not path.exists():
-        return []
-    values = json.loads(path.read_text())
-    times = [(float(at), int(step)) for at, step in values["times"]]
-    return times if values["total"] == total and all(step <= done for _, step in times) else []
+        self.folder.add_note(line)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from rlhf.cli.run import Request, print_exactly
-from rlhf.cluster.temporary import check_temporary_folder
+from rlhf.cluster.session import check_temporary_folder
 from rlhf.config.base import Settings, describe, suggestion
 from rlhf.config.pipeline import (
     ClusterSettings,

@@ -1,13 +1,12 @@
-"""Starts ranks in a second: each is forked from a process of its node that has imported the libraries already.
+"""Without it, each rank imports its libraries itself: nothing is lost but 7 to 9 seconds at every start.
 
-To import torch, transformers, TRL and DeepSpeed takes a rank 7 to 9 seconds of a core, and minutes from a slow file
-system, at every start, also the one after a failure. A server that has imported them forks ranks in no time, and what
-it has imported is in memory once for all of them.
+To import torch, transformers, TRL and DeepSpeed takes a rank that long on a core, and minutes from a slow file system,
+also after a failure. This server has imported them, forks ranks in a second, and its imports are in memory once for all
+of them.
 
 Ray runs the command of :func:`runtime_env` where it would run Python. That is the starter: it hands its arguments, its
-environment and its standard streams to the machine's server, which it starts where there is none, and ends. What the
-server forks goes on as the worker that Ray asked for. Where no server is to be had in time, the starter becomes that
-worker itself, which imports everything: nothing depends on the server but time.
+environment and its standard streams to the machine's server, which it starts where there is none, and ends. The forked
+process becomes the worker that Ray asked for. Where no server answers in time, the starter becomes that worker itself.
 
 Our own code is not in the server: it may be newer by the next run.
 """
@@ -34,74 +33,66 @@ from typing import Any, NoReturn
 ALL_RANKS = ("deepspeed",)
 """Third-party modules that every rank imports, with all that they import."""
 READY_SECONDS = 30.0
-"""How long a starter waits for a server that still imports: Ray gives a worker up that has not come within 60 s."""
-REQUEST_SECONDS = 5.0
-"""How long a starter may take to say what it wants once it was told to."""
-TRIES = 100
-"""How often a starter knocks at an address that another one has just taken."""
-PAUSE_SECONDS = 0.01
+"""How long a starter waits for a server that still imports: Ray gives up a worker that does not start within 60 s."""
 IDLE_SECONDS = 60.0
-"""How long a server stays without a rank: the next stage's may be about to come."""
+"""How long a server stays without a rank: the next stage may start soon."""
 _SERVE = "--serve"
 _MODULES = "RLHF_FORK_SERVER_IMPORTS"
-_INSTALLED = "RLHF_FORK_SERVER_LIBRARIES"
 _STREAMS = (0, 1, 2)
-_CREDENTIALS = "3i"  # process, user, group
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
 def runtime_env(imports: Sequence[str], gpu: bool, raylets: Sequence[str]) -> dict[str, Any] | None:
-    """Ray's ``runtime_env`` of ranks that are to be forked; None where they cannot be.
+    """Return Ray's ``runtime_env`` of ranks that are forked; None where they cannot be.
 
     imports  the stage's modules that are imported ahead, beside :data:`ALL_RANKS`
-    raylets  the sockets of Ray's nodes: what is not a file of this user's on this machine may have Python elsewhere
+    raylets  the sockets of Ray's nodes: where one is no file of this user's here, Python may be installed elsewhere
     """
-    # No other system forks reliably what has loaded torch.
-    if sys.platform != "linux" or not all(map(_is_ours, raylets)):
+    try:
+        ours = all(Path(raylet).stat().st_uid == os.getuid() for raylet in raylets)
+    except OSError:
+        ours = False
+    # No other system reliably forks a process that has loaded torch.
+    if sys.platform != "linux" or not ours:
         return None
     libraries = importlib.util.find_spec("torch")
     assert libraries is not None
     assert libraries.origin is not None
-    # All are in the server's environment, so that there is another one for others.
+    # As part of the server's environment they give each set of modules and of installed packages a server of its own.
     variables = {
         _MODULES: ",".join((*ALL_RANKS, *imports)),
-        _INSTALLED: str(Path(libraries.origin).parents[1].stat().st_mtime_ns),  # changes as packages are installed
+        # Changes as packages are installed.
+        "RLHF_FORK_SERVER_LIBRARIES": str(Path(libraries.origin).parents[1].stat().st_mtime_ns),
     }
     if not gpu:
         variables["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for GPUs as it is imported
     return {"py_executable": shlex.join([sys.executable, "-I", "-S", __file__]), "env_vars": variables}
 
 
-def _is_ours(path: str) -> bool:
-    with suppress(OSError):
-        return Path(path).stat().st_uid == os.getuid()
-    return False
-
-
 def start(arguments: list[str]) -> None:
-    """Have Python run with the arguments, in a process that the server forks, or else in this one."""
+    """Run Python with the arguments, in a process that the server forks, or else in this one."""
     try:
         with connected() as server:
             server.settimeout(READY_SECONDS)
             _expect_byte(server)
-            wanted = {
+            request = {
                 "arguments": arguments,
                 "environment": dict(os.environ),
                 "folder": str(Path.cwd()),
                 "oom_score": _OOM_SCORE.read_text(),
             }
             socket.send_fds(server, [b"\0"], _STREAMS)
-            server.sendall(json.dumps(wanted).encode())
+            server.sendall(json.dumps(request).encode())
             server.shutdown(socket.SHUT_WR)
-            _expect_byte(server)  # by the worker itself: from now on it is there, whatever becomes of the server
-    except Exception as error:  # noqa: BLE001 - whatever it is, Ray waits for its worker
+            _expect_byte(server)  # from the worker itself: from now on it does not need the server
+    except Exception as error:  # noqa: BLE001 - whatever the error is, Ray waits for its worker
         print(f"no fork server: {error}", file=sys.stderr, flush=True)
         _run_anew(arguments)
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What a forked process is to become."""
+    """A starter's request: the worker that a forked process becomes."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -112,40 +103,39 @@ class Worker:
     starter: socket.socket
 
     def become(self) -> None:
-        """Go on as Python would that was run with the arguments."""
-        for stream, given in zip(_STREAMS, self.streams, strict=True):
-            os.dup2(given, stream)
-            os.close(given)
+        """Continue as Python does when it is run with the arguments."""
+        for stream, descriptor in zip(_STREAMS, self.streams, strict=True):
+            os.dup2(descriptor, stream)
+            os.close(descriptor)
         # Ray ends the whole process group of a worker that ends.
         os.setsid()
         os.environ.clear()
         os.environ |= self.environment
         os.chdir(self.folder)
-        with suppress(PermissionError):  # to lower it takes rights
+        with suppress(PermissionError):  # only privileged users may lower it
             _OOM_SCORE.write_text(self.oom_score)
         gc.enable()
         self.starter.sendall(b"\0")
         self.starter.close()
-        if sys.modules["torch"].cuda._is_in_bad_fork():  # somebody's import has called CUDA all the same
+        if sys.modules["torch"].cuda._is_in_bad_fork():  # an import has called CUDA in the server
             print("no forked rank: an import has initialised CUDA", file=sys.stderr, flush=True)
             _run_anew(self.arguments)
-        program = self.arguments[0]
         sys.argv = list(self.arguments)
-        sys.path.insert(0, str(Path(program).parent))
-        runpy.run_path(program, run_name="__main__")
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def serve(listener: socket.socket) -> Worker | None:
-    """Import, then fork whenever a starter asks at the listener, until there has been no rank for a while.
+    """Import, then fork at each request of a starter, until there has been no rank for :data:`IDLE_SECONDS`.
 
-    Returns what to become in each process that was forked, and at the end None in the server itself.
+    Return in each forked process the worker that it becomes; at the end, in the server itself, None.
     """
-    # Whether there are GPUs is then asked of the driver's library alone: CUDA does not survive a fork.
+    # Makes torch ask the driver's library alone whether there are GPUs: CUDA does not survive a fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     gc.disable()
     for module in os.environ[_MODULES].split(","):
         importlib.import_module(module)
-    gc.freeze()  # a rank's first collection would otherwise copy all that it shares
+    gc.freeze()  # a rank's first collection would otherwise copy all memory that it shares
     with listener, selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
         ranks: set[int] = set()
@@ -157,13 +147,13 @@ def serve(listener: socket.socket) -> Worker | None:
                     selector.unregister(key.fd)
                     os.close(key.fd)
                     continue
-                worker = _asked(listener)
+                worker = _accept(listener)
                 if worker is None:
                     continue
                 rank = os.fork()
                 if rank == 0:
-                    for ours in [one.fd for one in selector.get_map().values() if one.data is not None]:
-                        os.close(ours)
+                    for descriptor in [key.fd for key in selector.get_map().values() if key.data is not None]:
+                        os.close(descriptor)
                     return worker
                 worker.starter.close()
                 for stream in worker.streams:
@@ -173,10 +163,10 @@ def serve(listener: socket.socket) -> Worker | None:
     return None
 
 
-def _asked(listener: socket.socket) -> Worker | None:
-    """What the next starter wants; None of one that has gone, or is another user's."""
+def _accept(listener: socket.socket) -> Worker | None:
+    """Return the next starter's request; None where it has ended, or is another user's."""
     starter, _ = listener.accept()
-    starter.settimeout(REQUEST_SECONDS)
+    starter.settimeout(5)
     try:
         if _user(starter) != os.getuid():
             raise PermissionError("another user's process asks")
@@ -191,47 +181,39 @@ def _asked(listener: socket.socket) -> Worker | None:
 
 @contextmanager
 def connected() -> Generator[socket.socket]:
-    """A connection to this machine's server, which is started where there is none.
-
-    Raises:
-        OSError: there can be none.
-    """
+    """Connect to this machine's server, which is started where there is none; raise OSError where none is reached."""
     here = address()
     with socket.socket(socket.AF_UNIX) as server:
-        for _ in range(TRIES):
+        for _ in range(100):
             try:
                 server.connect(here)
                 break
             except ConnectionRefusedError:
                 try:
-                    _start_server(here)
+                    with socket.socket(socket.AF_UNIX) as listener:
+                        listener.bind(here)
+                        listener.listen()
+                        listener.set_inheritable(True)
+                        # -P: the modules beside this file must not shadow others.
+                        command = [sys.executable, "-P", __file__, _SERVE, str(listener.fileno())]
+                        os.posix_spawn(sys.executable, command, os.environ, setsid=True)
                 except OSError:  # another starter has the address already, but does not listen yet
-                    time.sleep(PAUSE_SECONDS)
+                    time.sleep(0.01)
         else:
-            raise ConnectionRefusedError("nobody listens at its address")
+            raise ConnectionRefusedError("nothing listens at its address")
         if _user(server) != os.getuid():
             raise PermissionError("another user's process has its address")
         yield server
 
 
-def _start_server(address: str) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen()
-        listener.set_inheritable(True)
-        # -P: modules beside this one have names of the standard library's.
-        command = [sys.executable, "-P", __file__, _SERVE, str(listener.fileno())]
-        os.posix_spawn(sys.executable, command, os.environ, setsid=True)
-
-
 def _user(connection: socket.socket) -> int:
-    """Whose process listens at the other end, or has connected from there."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(_CREDENTIALS))
-    return struct.unpack(_CREDENTIALS, credentials)[1]
+    """Return the user whose process is at the other end."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", credentials)[1]  # process, user, group
 
 
 def address() -> str:
-    """One for each Python and environment, which libraries read as they are imported; it is no file."""
+    """Return the address of the server for this Python and environment, which libraries read; it is no file."""
     environment = sorted((name, value) for name, value in os.environ.items() if not name.startswith("RAY_"))
     return f"\0rlhf-{hashlib.sha256(json.dumps([sys.executable, environment]).encode()).hexdigest()}"
 
@@ -246,12 +228,10 @@ def _run_anew(arguments: list[str]) -> NoReturn:
 
 
 def main(arguments: list[str]) -> None:
-    """Be the server, or a starter."""
+    """Run the server, or a starter."""
     if arguments[0] != _SERVE:
         start(arguments)
-        return
-    worker = serve(socket.socket(fileno=int(arguments[1])))
-    if worker is not None:
+    elif (worker := serve(socket.socket(fileno=int(arguments[1])))) is not None:
         worker.become()
 
 

@@ -1,7 +1,8 @@
-"""Ray's token: whoever has it runs code on the cluster as its user, and so does everybody where there is none.
+"""Ray's token: who has it runs code on the cluster as its user, and so does everyone where there is none.
 
 Ray's ports listen on all addresses of a machine. From 2.59 on it guards the clusters that it starts with a token, which
-it writes where every user of the machine can read it. So it is made here, before Ray does, and its file is private.
+it writes where every user of the machine can read it. So the token is made here, before Ray makes one, in a private
+file.
 """
 
 import os
@@ -13,24 +14,26 @@ from rlhf.errors import PreflightError
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 PRIVATE = 0o600
-# Answered by every version of the head's server, and of no consequence.
+# Every version of the head's server answers it, and it changes nothing.
 _ASK = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _ASK_SECONDS = 5.0
 
 
 def default_path() -> Path:
-    """Where Ray looks for the token unless the environment names another place."""
+    """Return where Ray looks for the token unless the environment names another file."""
     return Path.home() / ".ray" / "auth_token"
 
 
 def prepare_token() -> str | None:
-    """See to it that the cluster that is started next asks for a token that nobody else can read.
+    """Make sure that the cluster that is started next asks for a token that no other user can read.
 
-    Returns a sentence for the user where something is open or was; None where all is well. A mode, token or path that
-    the environment sets is the user's choice and is left as it is.
+    A mode, token or path that the environment sets is the user's choice and stays as it is.
+
+    Returns:
+        A sentence for the user where something is open or was; None where all is well.
 
     Raises:
-        PreflightError: the token's file belongs to somebody else, who would be let in; or it cannot be written.
+        PreflightError: the token's file belongs to another user, who would be let in; or it cannot be written.
     """
     if os.environ.get(MODE, "token").lower() != "token":
         return (
@@ -45,29 +48,25 @@ def prepare_token() -> str | None:
         return None
     path = default_path()
     try:
-        return _made_private(path)
+        if not path.exists():
+            _create(path)
+        state = path.stat()
+        if state.st_uid != os.getuid():
+            raise PreflightError(
+                "Ray's token belongs to another user, who could run code in your name with it",
+                str(path),
+                f"rm {path}: a new one is then made",
+            )
+        if not state.st_mode & 0o077:
+            return None
+        path.chmod(PRIVATE)
     except OSError as error:
         raise PreflightError(
             f"Ray's token cannot be kept in the home folder: {error.strerror or error}",
             f"{path} (HOME={os.environ.get('HOME', '')})",
             f"set HOME to a folder that you can write, or {TOKEN_PATH} to a file with a token of yours",
         ) from error
-
-
-def _made_private(path: Path) -> str | None:
-    if not path.exists():
-        _create(path)
-    state = path.stat()
-    if state.st_uid != os.getuid():
-        raise PreflightError(
-            "Ray's token belongs to another user, who could run code in your name with it",
-            str(path),
-            f"rm {path}: a new one is then made",
-        )
-    if state.st_mode & 0o077:
-        path.chmod(PRIVATE)
-        return f"{path} could be read by others, who may have Ray's token: it is private now; remove it for a new one"
-    return None
+    return f"{path} could be read by others, who may have Ray's token: it is private now; remove it for a new one"
 
 
 def _create(path: Path) -> None:
@@ -77,7 +76,7 @@ def _create(path: Path) -> None:
     try:
         os.write(descriptor, secrets.token_hex(32).encode())
         os.close(descriptor)
-        # A link, unlike a rename, leaves a token alone that another process made meanwhile and has given to its Ray.
+        # A link, unlike a rename, keeps a token that another process made meanwhile and has given to its Ray.
         os.link(temporary, path)
     except FileExistsError:
         pass
@@ -86,7 +85,7 @@ def _create(path: Path) -> None:
 
 
 def known_token() -> str | None:
-    """The token that Ray would show to a cluster, from where it would take it; None where there is none."""
+    """Return the token that Ray would send to a cluster, from where it would read it; None where there is none."""
     if token := os.environ.get(TOKEN):
         return token
     try:
@@ -96,25 +95,17 @@ def known_token() -> str | None:
 
 
 def entrance(address: str, token: str | None = None) -> Literal["open", "guarded", "unknown"]:
-    """Whether a cluster's head lets in who shows this token, or none; unknown where it gives no answer that tells."""
-    # Part of Ray's own dependencies. It costs a tenth of a second, which commands that need no Ray save.
+    """Return whether a cluster's head accepts this token, or none; "unknown" where its answer does not tell."""
+    # One of Ray's own dependencies. It costs a tenth of a second, which commands that need no Ray save.
     import grpc
 
-    shown = () if token is None else (("authorization", f"Bearer {token}"),)
+    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     # Ray speaks to its nodes directly, whatever proxy the environment names.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary(_ASK, request_serializer=bytes, response_deserializer=bytes)
         try:
-            ask(b"", timeout=_ASK_SECONDS, metadata=shown)
+            ask(b"", timeout=_ASK_SECONDS, metadata=metadata)
         except grpc.RpcError as error:
             code = error.code()  # pyright: ignore[reportAttributeAccessIssue] - grpc raises what is a Call as well
             return "guarded" if code is grpc.StatusCode.UNAUTHENTICATED else "unknown"
     return "open"
-
-
-def warning_of_open(address: str) -> str:
-    """What the user should know of a cluster that asks for no token."""
-    return (
-        f"the Ray cluster at {address} asks for no token: whoever reaches its ports runs code on it; "
-        f"start it with {MODE}=token"
-    )

@@ -3,22 +3,25 @@
 import atexit
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rlhf.cluster import reaper
-from rlhf.cluster.ray_token import MODE, default_path, entrance, known_token, prepare_token, warning_of_open
-from rlhf.cluster.temporary import check_temporary_folder
+from rlhf.cluster.ray_token import MODE, default_path, entrance, known_token, prepare_token
 from rlhf.config.pipeline import ClusterSettings
-from rlhf.errors import ClusterLostError, PreflightError, TryAgainError
+from rlhf.errors import ClusterLostError, DiskFullError, PreflightError, TryAgainError, is_no_room, size
 
 # What a worker needs in its environment before it imports anything.
 ENVIRONMENT = {
@@ -26,15 +29,60 @@ ENVIRONMENT = {
     # Nothing of ours is compiled, but DeepSpeed imports an optimiser that is, and two seconds of compiler with it.
     "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Text files are UTF-8, also those that libraries read and write, whatever the locale says.
+    # Text files are UTF-8, also those that libraries read and write, whatever the locale is.
     "PYTHONUTF8": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 KNOCK_SECONDS = 10.0
-SILENT_SECONDS = 30.0
-"""How long a cluster's head may refuse connections before it counts as lost."""
-SHUTDOWN_SECONDS = 10.0
-"""How long Ray may take to shut down before its processes are killed."""
+TEMPORARY_VARIABLES = ("RAY_TMPDIR", "TMPDIR")
+"""The variables that name Ray's temporary folder, in Ray's order."""
+_SOCKET_BYTES = 107
+"""The longest path of a socket on Linux (unix(7), without the closing zero)."""
+
+
+def check_temporary_folder() -> None:
+    """Refuse a temporary folder in which Ray would not start. An empty variable counts as one that is not set.
+
+    Ray keeps its sockets and logs there. Its own message for a folder that it cannot use names no variable, or comes
+    after half a minute.
+
+    Raises:
+        PreflightError: its path is relative or too long for a socket, or it cannot be written.
+        DiskFullError: it has no room.
+    """
+    for name in TEMPORARY_VARIABLES:
+        if os.environ.get(name) == "":
+            del os.environ[name]
+    default = "/tmp"  # noqa: S108 - Ray's own
+    variable = next((name for name in TEMPORARY_VARIABLES if name in os.environ), None)
+    folder = Path(os.environ[variable] if variable else default)
+    where = f"{variable}={folder}" if variable else str(folder)
+    change = "set RAY_TMPDIR to a folder on a disk with room that you can write"
+    if not folder.is_absolute():
+        raise PreflightError("Ray's temporary folder must have an absolute path", where, change)
+    # Ray names a session after the time and this process, as in session_2026-11-28_04-10-39_943285_23890.
+    socket_name = f"ray/session_{'x' * 26}_{os.getpid()}/sockets/plasma_store"
+    if (length := len(os.fsencode(folder / socket_name))) > _SOCKET_BYTES:
+        raise PreflightError(
+            f"Ray's temporary folder has too long a path: its sockets' would take {length} bytes, and "
+            f"{_SOCKET_BYTES} are allowed",
+            where,
+            f"set RAY_TMPDIR to one of at most {_SOCKET_BYTES - len(socket_name) - 1} bytes, {default} for instance",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # An existing folder of Ray's may be another user's.
+        existing = folder / "ray" if (folder / "ray").exists() else folder
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"0")
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        if not is_no_room(error):
+            what = f"Ray's temporary folder cannot be written: {error.strerror or error}"
+            raise PreflightError(what, where, change) from error
+        free = 0
+    if free < 10**6:  # what Ray writes before it runs; with a tenth of that it does not start
+        raise DiskFullError(f"Ray's temporary folder has no room: {size(free)} are free", where, change)
 
 
 class Session:
@@ -46,7 +94,7 @@ class Session:
         self._knocked = self._answered = 0.0
         self._reaped = ExitStack()
         self.notices: list[str] = []
-        """What the user should be told of the cluster's entrance, once it has started."""
+        """What the user should know of the cluster's authentication, once it has started."""
 
     def __enter__(self) -> Self:
         return self
@@ -55,10 +103,21 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._reaped:
-            if self._started and isinstance(error, ClusterLostError):
-                _abandon()
-            elif self._started:
-                _shut_down()
+            if not self._started:
+                return
+            import ray
+
+            if not isinstance(error, ClusterLostError):
+                # Shutting down may wait without end for a process of Ray's that does not answer.
+                thread = threading.Thread(target=ray.shutdown, name="ray.shutdown", daemon=True)
+                thread.start()
+                thread.join(10)
+                if not thread.is_alive():
+                    return
+            # Of a broken Ray, its own way to shut down would end this process, without a message.
+            if (node := _node()) is not None:  # None where Ray runs elsewhere
+                node.kill_all_processes(check_alive=False, allow_graceful=False)
+            atexit.unregister(ray.shutdown)  # Python would call it as it ends
 
     @property
     def address(self) -> str | None:
@@ -78,26 +137,23 @@ class Session:
             check_temporary_folder()
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        # It is meant for this program's output. That of the workers is logs, whose texts must not fail for a character.
+        # It is meant for this program's output. Workers write logs, which must not fail at a character.
         os.environ.pop("PYTHONIOENCODING", None)
         self._show_token()
         import ray
         import ray._private.worker
 
-        # Of a process or a node that dies it prints a paragraph on standard output, and no option stops that. We tell
-        # it ourselves, with what it means.
+        # Ray prints a paragraph on standard output when a process or a node dies, and no option stops that. Our errors
+        # report such a death with its meaning.
         ray._private.worker._worker_logs_enabled = False  # pyright: ignore[reportPrivateUsage]
         at_termination = signal.getsignal(signal.SIGTERM)
-        common: dict[str, Any] = {
-            "log_to_driver": False,
-            "logging_level": "ERROR",
-            "namespace": "rlhf",
-        }
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "rlhf"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 if self.address:
-                    ray.init(address=self.address, runtime_env={"env_vars": _for_workers()}, **common)
+                    workers = {name: os.environ[name] for name in ENVIRONMENT}  # those of a Ray started here inherit it
+                    ray.init(address=self.address, runtime_env={"env_vars": workers}, **common)
                 else:
                     self._reaped.enter_context(_reaped())
                     ray.init(
@@ -109,39 +165,38 @@ class Session:
                         **common,
                     )
             except Exception as error:
-                # Ray raises a bare one where its processes do not come up in time.
+                # Ray raises a bare Exception where its processes do not come up in time.
                 if isinstance(error, OSError | RuntimeError) or type(error) is Exception:
                     raise _not_there(error, self.address) from error
                 raise
             finally:
                 os.environ.pop(reaper.MARK, None)
         self._started = True
-        # Ray puts a handler of its own in place of the program's, which aborts whoever cleans up for longer than 3 s.
+        # Ray replaces the program's handler by its own, which aborts a cleanup that takes longer than 3 s.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, at_termination)
 
     def _show_token(self) -> None:
-        """Have a token ready: a private one for a cluster that is started, the user's for one that asks for it.
-
-        Raises:
-            TryAgainError: nobody listens at the address.
-            PreflightError: the cluster asks for a token, and there is none; or the token is another user's.
-        """
-        if self.address is None:
+        """Prepare a token: a private one for a cluster that is started, the user's for one that asks for it."""
+        address, notice = self.address, None
+        if address is None:
             notice = prepare_token()
-        elif not _is_host_and_port(self.address):
-            notice = None  # found or forwarded by Ray, which then also looks for the token
-        else:
-            _knock(self.address)
-            found = entrance(self.address)
-            notice = warning_of_open(self.address) if found == "open" else None
-            # Ray by itself waits 20 s for a cluster that does not let it in, and shows its token only when told to.
-            if found == "guarded":
+        # Any other form of address is resolved by Ray, which then also looks for the token.
+        elif address.rpartition(":")[2].isdigit() and "/" not in address:
+            _knock(address)
+            door = entrance(address)
+            if door == "open":
+                notice = (
+                    f"the Ray cluster at {address} asks for no token: whoever reaches its ports runs code on it; "
+                    f"start it with {MODE}=token"
+                )
+            # Ray by itself waits 20 s for a cluster that refuses it, and sends its token only when told to.
+            if door == "guarded":
                 token = known_token()
-                if token is None or entrance(self.address, token) == "guarded":
+                if token is None or entrance(address, token) == "guarded":
                     raise PreflightError(
                         f"the Ray cluster asks for a token, and {'none' if token is None else 'another'} is known here",
-                        self.address,
+                        address,
                         f"copy the cluster's to {default_path()} (mode 0600), or set RAY_AUTH_TOKEN_PATH to its file",
                     )
                 os.environ[MODE] = "token"
@@ -153,10 +208,10 @@ class Session:
             self.notices.append(notice)
 
     def check(self) -> None:
-        """Look whether Ray is still there: its own calls would wait for a minute and more, and then end this process.
+        """Refuse to go on without Ray: its own calls would block for over a minute, and then exit this process.
 
         Raises:
-            ClusterLostError: a process that Ray cannot do without has ended, or the cluster's head does not answer.
+            ClusterLostError: a process that Ray needs has ended, or the cluster's head does not answer.
         """
         if not self._started:
             return
@@ -176,12 +231,12 @@ class Session:
             _knock(head)
             self._answered = now
         except TryAgainError as error:
-            if now - (self._answered or now) >= SILENT_SECONDS:
+            if now - (self._answered or now) >= 30:
                 raise _lost(f"the head of the Ray cluster does not answer: {error.what}", head) from error
             self._answered = self._answered or now
 
     def resources(self) -> "Resources":
-        """What the cluster has."""
+        """Return what the cluster has, after it was started."""
         import ray
 
         self.start()
@@ -193,7 +248,7 @@ class Session:
 
 @contextmanager
 def _reaped() -> Generator[None]:
-    """Whoever inherits the environment of now ends with this process, or with the context if that is first."""
+    """Kill every process started inside, known by a mark in its environment, when the context or this process ends."""
     if sys.platform != "linux":  # no other system shows processes' environments as files
         yield
         return
@@ -208,13 +263,8 @@ def _reaped() -> Generator[None]:
         process.communicate()
 
 
-def _for_workers() -> dict[str, str]:
-    """What a cluster's workers are given; ours inherit it."""
-    return {name: os.environ[name] for name in ENVIRONMENT}
-
-
 def _node() -> Any:
-    """Ray's own account of the processes that it has started here."""
+    """Return Ray's own account of the processes that it has started here."""
     import ray._private.worker
 
     return ray._private.worker._global_node  # pyright: ignore[reportPrivateUsage] - there is no public one
@@ -226,34 +276,8 @@ def _lost(what: str, where: str) -> ClusterLostError:
     )
 
 
-def _abandon() -> None:
-    """End what is left of a broken Ray: its own way to shut down would end this process, without a word."""
-    import ray
-
-    if (node := _node()) is not None:  # None where Ray runs elsewhere
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
-    # It would be called as Python ends.
-    atexit.unregister(ray.shutdown)
-
-
-def _shut_down() -> None:
-    """Shut Ray down in a bounded time: it may wait for ever for a process of its own that does not answer."""
-    import ray
-
-    thread = threading.Thread(target=ray.shutdown, name="ray.shutdown", daemon=True)
-    thread.start()
-    thread.join(SHUTDOWN_SECONDS)
-    if thread.is_alive():
-        _abandon()
-
-
-def _is_host_and_port(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    return port.isdigit() and "/" not in host
-
-
 def _knock(address: str) -> None:
-    """Raise TryAgainError where nobody listens at ``host:port``: Ray itself would try for minutes."""
+    """Raise TryAgainError where nothing listens at ``host:port``: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
@@ -269,17 +293,27 @@ def _not_there(error: Exception, address: str | None) -> TryAgainError:
     )
 
 
+@dataclass(frozen=True)
+class RankResources:
+    """How many ranks, and what each gets."""
+
+    count: int
+    cpus: int
+    gpu: bool
+
+
+@dataclass(frozen=True)
 class Resources:
     """CPU cores and GPUs of each node."""
 
-    def __init__(self, cpus: list[int], gpus: list[int]) -> None:
-        self.cpus, self.gpus = cpus, gpus
+    cpus: Sequence[int]
+    gpus: Sequence[int]
 
     def for_task(self) -> int:
-        """How many cores a task takes: all of the smallest node that has any.
+        """Return how many cores a task takes: all of the smallest node that has any.
 
         Raises:
-            PreflightError: no node has a core, so that Ray would wait for ever.
+            PreflightError: no node has a core, so that Ray would wait without end.
         """
         with_cores = [node for node in self.cpus if node]
         if not with_cores:
@@ -290,61 +324,46 @@ class Resources:
             )
         return min(with_cores)
 
-    def of_task(self) -> "RankResources":
-        """The same, in the form of a worker group of one."""
+    def of_task(self) -> RankResources:
+        """Return the same as a worker group of one."""
         return RankResources(1, self.for_task(), gpu=False)
 
-    def have_room(self, wanted: "RankResources", beside: Sequence["RankResources"]) -> bool:
-        """Whether a group finds places beside others that run, wherever Ray has put those; alone it always does.
+    def have_room(self, wanted: RankResources, beside: Sequence[RankResources]) -> bool:
+        """Return whether a group finds places beside others that run, wherever Ray has put those; alone it always does.
 
-        A rank that takes n times what one of the wanted takes is taken to cost n places, rounded up, which it can at
-        most.
+        A running rank n times the size of a requested one counts as ceil(n) places, the worst case.
         """
-        cost = sum(one.count * max(-(-one.cpus // wanted.cpus), one.gpu and wanted.gpu) for one in beside)
+        cost = sum(group.count * max(-(-group.cpus // wanted.cpus), group.gpu and wanted.gpu) for group in beside)
         return not beside or self._fitting(wanted.cpus, wanted.gpu) - cost >= wanted.count
 
-    @property
-    def has_gpu(self) -> bool:
-        """Whether any node has a GPU."""
-        return sum(self.gpus) > 0
-
-    def per_rank(self, stage: str, count: int, cpus: int | None, gpu: bool | None) -> "RankResources":
-        """What each of ``count`` ranks gets.
+    def per_rank(self, stage: str, count: int, cpus: int | None, gpu: bool | None) -> RankResources:
+        """Return what each of ``count`` ranks gets.
 
         Raises:
-            PreflightError: the cluster does not have that much, so that Ray would wait for ever.
+            PreflightError: the cluster does not have that much, so that Ray would wait without end.
         """
-        use_gpu = self.has_gpu if gpu is None else gpu
-        if use_gpu and count > sum(self.gpus):
+        all_cpus, all_gpus = sum(self.cpus), sum(self.gpus)
+        use_gpu = all_gpus > 0 if gpu is None else gpu
+        if use_gpu and count > all_gpus:
             raise PreflightError(
-                f"{stage} asks for {count} GPUs, one for each rank, and the cluster has {sum(self.gpus)}",
+                f"{stage} asks for {count} GPUs, one for each rank, and the cluster has {all_gpus}",
                 f"{stage}.workers.count",
-                f"{stage}.workers.count={max(1, sum(self.gpus))}"
-                + ("" if self.has_gpu else f" {stage}.workers.gpu=false"),
+                f"{stage}.workers.count={max(1, all_gpus)}" + ("" if all_gpus else f" {stage}.workers.gpu=false"),
             )
-        share = cpus or (1 if use_gpu else self._share(count))
+        # On CPUs, the most cores that each of the ranks can have; 1 where not even that is there.
+        cores = range(max(self.cpus), 1, -1)
+        share = cpus or (1 if use_gpu else next((share for share in cores if self._fitting(share, False) >= count), 1))
         fits = self._fitting(share, use_gpu)
         if fits < count:
             raise PreflightError(
                 f"{stage} asks for {count} ranks of {share} CPU cores, and the cluster has "
-                f"{sum(self.cpus)} cores on {len(self.cpus)} node(s)" + (", not all beside a GPU" if use_gpu else ""),
+                f"{all_cpus} cores on {len(self.cpus)} node(s)" + (", not all beside a GPU" if use_gpu else ""),
                 f"{stage}.workers",
                 f"{stage}.workers.count={max(1, fits)}",
             )
         return RankResources(count, share, use_gpu)
 
     def _fitting(self, share: int, gpu: bool) -> int:
-        """How many ranks of ``share`` cores, and one GPU where they need it, find a place."""
+        """Return how many ranks of ``share`` cores, and one GPU where they need it, find a place."""
         places = [node // share for node in self.cpus]
         return sum(map(min, places, self.gpus) if gpu else places)
-
-    def _share(self, count: int) -> int:
-        """The most cores that each of ``count`` ranks can have; 1 where not even that is there."""
-        return next((cores for cores in range(max(self.cpus), 1, -1) if self._fitting(cores, False) >= count), 1)
-
-
-class RankResources:
-    """How many ranks, and what each gets."""
-
-    def __init__(self, count: int, cpus: int, gpu: bool) -> None:
-        self.count, self.cpus, self.gpu = count, cpus, gpu

@@ -1,9 +1,8 @@
-"""What runs on a worker: a stage's code with its output in the attempt's log and its errors kept for the driver."""
+"""What runs on a worker: a stage's code, with its output in the attempt's log and its error kept for the driver."""
 
 import faulthandler
 import gc
 import importlib
-import json
 import os
 import socket
 import sys
@@ -11,31 +10,20 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from rlhf import errors
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
-from rlhf.attempt.cost import RANKS
-from rlhf.errors import (
-    DiskFullError,
-    NextCommand,
-    OutOfMemoryError,
-    PreemptedError,
-    PreflightError,
-    RlhfError,
-    is_no_room,
-)
+from rlhf.attempt.folder import Failure
+from rlhf.errors import DiskFullError, NextCommand, RlhfError, is_no_room
 
-RESULT = "result.json"
 CONTINUE = NextCommand("run")
-"""What goes on from the newest checkpoint; the program adds the stages and the pipeline that it was called with."""
-TASK_MINUTES = 24 * 60.0
-"""How long a task may go without a note or progress: it has no steps, and one fit of strengths may take hours."""
-COLLECTIVE_SLACK_MINUTES = 1.0
-"""Ranks wait so much longer for each other than the driver waits for them, since it can tell which of them hangs."""
+"""Continues from the newest checkpoint; the program adds the stages and the pipeline that it was called with."""
 # CUDA outside torch's allocator; that allocator on a CPU; cuBLAS. All three come as a RuntimeError.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -47,34 +35,21 @@ class Call:
     code: str
     context: Context[Any]
     gpu: bool = False
-    timeout_minutes: float = TASK_MINUTES
-    """How long none of its processes may get on before it counts as hanging."""
+    timeout_minutes: float = 24 * 60
+    """How long none of its processes may make progress before it counts as hanging. The default is for tasks, which
+    have no steps: one fit of strengths may take hours."""
     imports: tuple[str, ...] = ()
     """Modules that are imported ahead of its ranks."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a rank stopped, as it told it itself; a rank that was killed tells nothing."""
-
-    at: float
-    rank: int
-    host: str
-    pid: int
-    error: str
-    """The class in ``rlhf.errors``, or the name of another exception."""
-    args: tuple[str, ...]
-    log: str
-
-
 def perform_task(call: Call) -> None:
     """Run a stage as one Ray task."""
-    _perform(call, rank=0)
+    _perform(call, 0, lambda: call.context)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where Ray has put a process."""
+class Location:
+    """Where Ray has placed a rank."""
 
     node: str
     """Ray's name of it."""
@@ -82,47 +57,47 @@ class Place:
     port: int
     """Where a group can meet."""
     gpus: tuple[str, ...]
-    """Those that are its own."""
+    """The GPUs that are the rank's own."""
 
 
 class Rank:
     """One process of a worker group, as a Ray actor."""
 
     def __init__(self) -> None:
-        # Bound as long as it lives, so that nobody is given its port; torch may listen at it all the same.
+        # Bound for the rank's whole life, so that no other process is given its port; torch may still listen there.
         self._meeting_point = socket.socket()
         self._meeting_point.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._meeting_point.bind(("", 0))
 
-    def place(self) -> Place:
-        """Where it is."""
+    def locate(self) -> Location:
+        """Return where this rank is."""
         import ray
 
         here = ray.get_runtime_context()
         port = self._meeting_point.getsockname()[1]
         gpus = here.get_accelerator_ids()["GPU"]
-        return Place(here.get_node_id(), ray.util.get_node_ip_address(), port, tuple(gpus))
+        return Location(here.get_node_id(), ray.util.get_node_ip_address(), port, tuple(gpus))
 
     def run(self, call: Call, environment: dict[str, str]) -> None:
-        """Run a stage as the rank that the environment says."""
+        """Run a stage as the rank that the environment names."""
+
+        def join_group() -> Context[Any]:
+            if call.gpu:
+                import torch
+
+                # A rank sees all devices that its group has on its node, to reach the others directly.
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            prepare_deepspeed(call)
+            from rlhf.zero.group import computable
+
+            return computable(call.context)
+
         os.environ |= environment
-        _perform(call, rank=int(environment["RANK"]), prepare=_join_group)
-
-
-def _join_group(call: Call) -> Context[Any]:
-    if call.gpu:
-        import torch
-
-        # A rank sees all devices that its group has on its node, to reach the others directly.
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    prepare_deepspeed(call)
-    from rlhf.zero.group import computable
-
-    return computable(call.context)
+        _perform(call, int(environment["RANK"]), join_group)
 
 
 def prepare_deepspeed(call: Call) -> None:
-    """Join the process group, on kernels and collectives that can be relied on."""
+    """Join the process group, on kernels and collectives that are reliable."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if not call.gpu:
         os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
@@ -130,7 +105,7 @@ def prepare_deepspeed(call: Call) -> None:
     import torch
     from deepspeed.ops import __compatible_ops__
 
-    # Ray says how many threads are a worker's own; torch looks there as it is imported, in a forked rank before that.
+    # Ray sets how many threads are a worker's own; torch reads that as it is imported, in a forked rank before that.
     if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
         torch.set_num_threads(int(threads))
     # cuDNN's attention gives queries that may see no key, as padding on the left has, a gradient that is not a number
@@ -141,80 +116,71 @@ def prepare_deepspeed(call: Call) -> None:
     deepspeed.init_distributed(
         "nccl" if call.gpu else "gloo",
         auto_mpi_discovery=False,
-        timeout=timedelta(minutes=call.timeout_minutes + COLLECTIVE_SLACK_MINUTES),
+        # Longer than the driver waits for the ranks: it can tell which of them hangs.
+        timeout=timedelta(minutes=call.timeout_minutes + 1),
     )
 
 
-def _perform(call: Call, rank: int, prepare: Callable[[Call], Context[Any]] = lambda call: call.context) -> None:
-    context = call.context
-    if not context.attempt.is_dir():
-        raise PreflightError(
-            f"this worker does not see the store: {context.attempt} is not there",
+def _perform(call: Call, rank: int, prepare: Callable[[], Context[Any]]) -> None:
+    """Run a stage's code as a rank, with its signs of life, and keep its error for the driver.
+
+    prepare  returns the context to run in
+    """
+    folder = call.context.folder
+    if not folder.path.is_dir():
+        raise errors.PreflightError(
+            f"this worker does not see the store: {folder.path} is not there",
             socket.gethostname(),
             "put store.uri (for a bucket store.scratch) on a file system that every node mounts at the same place",
         )
-    log = context.attempt / f"log-{rank}.txt"
-    with _log(log), liveness.beating(context.attempt, rank, _node(), log, 60 * call.timeout_minutes):
+    ray = sys.modules.get("ray")  # it started this process, except in tests
+    node = ray.get_runtime_context().get_node_id() if ray is not None and ray.is_initialized() else ""
+    files = folder.rank(rank)
+    with _log(files.log), liveness.beating(folder.path, rank, node, files.log, 60 * call.timeout_minutes):
         try:
             # A crash below Python leaves its signal in the log.
             faulthandler.enable(file=2)
             with _importing():
-                context = prepare(call)
-                device = _device(call, context)
-                _write(context.attempt / RANKS.format(rank), {"host": socket.gethostname(), "device": device})
+                context = prepare()
+                device = "CPU" if context is call.context else "CPU in fp32"
+                if call.gpu:
+                    import torch
+
+                    device = torch.cuda.get_device_name()
+                files.device.write({"host": socket.gethostname(), "device": device})
                 liveness.beat()
                 code = load(call.code)
             liveness.beat()
             metrics = code(context)
             if rank == 0:
-                _write(context.attempt / RESULT, {name: float(value) for name, value in metrics.items()})
+                folder.result.write({name: float(value) for name, value in metrics.items()})
         except BaseException as error:
             with suppress(OSError, UnicodeError):  # on a full disk the error itself must reach the driver
                 traceback.print_exc()
             with suppress(OSError):
                 if "SIGTERM" in getattr(error, "ray_terminate_msg", ""):  # of the exception that Ray makes of it
-                    error = PreemptedError(f"rank {rank} of {context.stage} was told to end (SIGTERM)")
-                failure = _failure(error, rank, context.attempt)
-                _write(context.attempt / f"failure-{rank}.json", asdict(failure))
+                    error = errors.PreemptedError(f"rank {rank} of {call.context.stage} was told to end (SIGTERM)")
+                files.failure.write(_failure(error, rank, folder.path, files.log))
             raise
 
 
 @contextmanager
 def _importing() -> Generator[None]:
-    """Inside each module that is imported is a sign of life: from a slow file system all of them take minutes.
+    """Inside, each module that is imported is a sign of life: from a slow file system all of them take minutes.
 
-    Nobody looks for garbage meanwhile, which costs imports a tenth of their time; and what they made stays. DeepSpeed
-    looks for garbage again and again, half a second each time otherwise.
+    Garbage collection is off meanwhile, since it costs imports a tenth of their time; and what they made is exempt from
+    it: DeepSpeed collects garbage again and again, half a second each time otherwise.
     """
+    # It is asked for every module, and finds none.
+    finder: Any = SimpleNamespace(find_spec=lambda *_: liveness.beat())
     gc.disable()
-    sys.meta_path.insert(0, _BeatAtImports)
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
-        sys.meta_path.remove(_BeatAtImports)
+        sys.meta_path.remove(finder)
         gc.freeze()
         gc.enable()
-
-
-class _BeatAtImports:
-    """A finder that is asked for every module, and finds none."""
-
-    @staticmethod
-    def find_spec(_name: str, _path: object = None, _target: object = None) -> None:
-        liveness.beat()
-
-
-def _device(call: Call, context: Context[Any]) -> str:
-    if not call.gpu:
-        return "CPU" if context is call.context else "CPU in fp32"
-    import torch
-
-    return torch.cuda.get_device_name()
-
-
-def _node() -> str:
-    ray = sys.modules.get("ray")  # which brought this process here, if it is no test
-    return ray.get_runtime_context().get_node_id() if ray is not None and ray.is_initialized() else ""
 
 
 def load(code: str) -> Callable[[Context[Any]], dict[str, float]]:
@@ -223,17 +189,8 @@ def load(code: str) -> Callable[[Context[Any]], dict[str, float]]:
     return getattr(importlib.import_module(module), function)
 
 
-def read_failures(attempt: Path) -> list[Failure]:
-    """What the ranks of an attempt told of their failures, the earliest first."""
-    failures: list[Failure] = []
-    for path in attempt.glob("failure-*.json"):
-        values = json.loads(path.read_text())
-        failures.append(Failure(**(values | {"args": tuple(values["args"])})))
-    return sorted(failures, key=lambda failure: failure.at)
-
-
-def no_room(error: OSError, attempt: Path) -> DiskFullError:
-    """What a full disk means to the user."""
+def disk_full(error: OSError, attempt: Path) -> DiskFullError:
+    """Return the error that a full disk means to the user."""
     return DiskFullError(
         "there is no room left on the file system",
         str(error.filename or attempt),
@@ -241,34 +198,19 @@ def no_room(error: OSError, attempt: Path) -> DiskFullError:
     )
 
 
-def _failure(error: BaseException, rank: int, attempt: Path) -> Failure:
+def _failure(error: BaseException, rank: int, attempt: Path, log: Path) -> Failure:
+    torch = sys.modules.get("torch")  # where it was never imported, it raised nothing
     if isinstance(error, OSError) and is_no_room(error):
-        error = no_room(error, attempt)
-    elif _is_out_of_memory(error):
+        error = disk_full(error, attempt)
+    elif (
+        isinstance(error, MemoryError)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    ):
         # Below their first lines CUDA's errors have advice on debugging kernels.
-        error = OutOfMemoryError(next(iter(str(error).splitlines()), type(error).__name__))
+        error = errors.OutOfMemoryError(next(iter(str(error).splitlines()), type(error).__name__))
     args = tuple(map(str, error.args)) if isinstance(error, RlhfError) else (str(error),)
-    return Failure(
-        at=time.time(),
-        rank=rank,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        error=type(error).__name__,
-        args=args,
-        log=str(attempt / f"log-{rank}.txt"),
-    )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-    torch = sys.modules.get("torch")  # where it was never imported, nothing of it was raised
-    return told or isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-
-
-def _write(path: Path, values: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values))
-    temporary.replace(path)
+    return Failure(time.time(), rank, socket.gethostname(), os.getpid(), type(error).__name__, args, str(log))
 
 
 @contextmanager

@@ -1,57 +1,52 @@
 """Place, run, end and judge the ranks of a stage.
 
 Ray Train would start them too, with a controller, and would have every process of a group import it, which took half of
-a short group's time, for nothing that is needed here (docs/design.md, "What differs").
+a short group's time, and nothing here needs it (docs/design.md, "What differs").
 """
 
-import json
 import os
 import re
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from rlhf.attempt import liveness
 from rlhf.attempt.checkpoints import newest_complete, step_of
-from rlhf.attempt.liveness import Pulse, pulses, stack_of
+from rlhf.attempt.folder import Pulse
 from rlhf.cluster import fork_server
-from rlhf.cluster.causes import Retries, Told, cause_of
+from rlhf.cluster.causes import RankErrors, Retries, cause_of
 from rlhf.cluster.session import RankResources
-from rlhf.cluster.worker import CONTINUE, RESULT, Call, Place, Rank, perform_task, read_failures
+from rlhf.cluster.worker import CONTINUE, Call, Location, Rank, perform_task
 from rlhf.errors import ClusterLostError, HangError, RlhfError, TryAgainError
+
+POLL_SECONDS = 0.25
+START_MINUTES = 60.0
+"""How long a stage may wait for its first process: other work may hold the cluster's room."""
+END_SECONDS = 30.0
+"""How long the processes of an ended group may take to end."""
+# A frame of our code, or a test's, but not of its caller.
+_FRAME = re.compile(r'File "[^"]*?((?:rlhf/(?!cluster/worker)|stages/|tests/)[^"]+)", line (\d+) in (\S+)')
 
 
 def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, float]:
-    """Run the code as one Ray task; ``watch`` is called a few times a second, and what it raises ends the task.
-
-    Raises:
-        RlhfError: the code's own error, or what became of its process.
-    """
+    """Run the code as one Ray task; ``watch`` is called a few times a second, and its exceptions end the task."""
     import ray
     from ray.exceptions import RayError
 
     reference = ray.remote(num_cpus=cpus, max_retries=0)(perform_task).remote(call)
-    watchdog = Watchdog(call, 1)
+
+    def cancel() -> None:
+        with suppress(RayError):  # the task may have ended, or Ray itself
+            ray.cancel(reference, force=True)
+
     try:
-        while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
-            watch()
-            watchdog()
-        watch()
+        _watch(call, 1, lambda seconds: bool(ray.wait([reference], timeout=seconds)[0]), watch, cancel)
         ray.get(reference)
     except RayError as error:
-        raise cause_of(call, [(None, error)], read_failures(call.context.attempt)) from error
-    except ClusterLostError:
-        raise  # there is nobody left to ask
-    except BaseException:
-        with suppress(RayError):  # it may have ended, or Ray itself
-            ray.cancel(reference, force=True)
-        raise
-    return _result(call.context.attempt)
+        raise cause_of(call, [(None, error)], call.context.folder.failures()) from error
+    return call.context.folder.result.read()
 
 
 def run_group(
@@ -60,64 +55,48 @@ def run_group(
     """Run the code on a worker group; after a failure the whole group starts again from its newest checkpoint.
 
     max_failures  how often in a row without a new checkpoint
-
-    What ``watch``, which is called a few times a second, raises ends the group.
+    watch         called a few times a second; its exceptions end the group
 
     Raises:
-        RlhfError: the code's own error, what became of a rank once the retries are used up, or what ``watch`` raised.
+        RlhfError: the code's own error, or the cause of a rank's death, once the retries are used up.
     """
-    retries = Retries(max_failures)
+    retries, folder = Retries(max_failures), call.context.folder
     while True:
-        for path in call.context.attempt.glob("failure-*.json"):
-            path.unlink()
-        liveness.forget(call.context.attempt)
-        shutil.rmtree(call.context.output, ignore_errors=True)  # what a killed export left there
-        call.context.output.mkdir(exist_ok=True)  # where somebody is still about to be ended
-        error = _run_once(call, resources, watch)
+        folder.clear_group()
+        group = WorkerGroup(call, resources)
+        try:
+            _watch(call, resources.count, group.is_over, watch, group.stop)
+            error = group.outcome()
+        except HangError as hang:
+            error = hang
         if error is None:
-            return _result(call.context.attempt)
-        checkpoint = newest_complete([call.context.attempt])
+            return folder.result.read()
+        checkpoint = newest_complete([folder.path])
         if not retries.allow(error, step_of(checkpoint) if checkpoint else -1):
             raise error
         again = f"starting again from the newest checkpoint ({retries.count} of {max_failures})"
         say(f"{call.context.stage}: {error.what}; {again}; {error.where}")
 
 
-def _run_once(call: Call, resources: RankResources, watch: Callable[[], None]) -> RlhfError | None:
-    """Run one group to its end; why it failed, or None."""
-    watchdog = Watchdog(call, resources.count)
-    group = WorkerGroup(call, resources)
+def _watch(
+    call: Call, count: int, is_over: Callable[[float], bool], watch: Callable[[], None], end: Callable[[], None]
+) -> None:
+    """Look at the caller's concerns and at the ranks' progress until a call is over; end it where a look raises."""
+    watchdog = Watchdog(call, count)
     try:
-        while not group.is_over(POLL_SECONDS):
+        while not is_over(POLL_SECONDS):
             watch()
             watchdog()
-        watch()  # once more: where Ray has died, what became of the ranks says nothing
+        watch()  # once more: where Ray itself has died, the ends of the ranks say nothing of their cause
     except ClusterLostError:
-        raise  # there is nobody left to ask
-    except HangError as error:
-        group.stop()
-        return error
+        raise  # no Ray is left that could end the ranks
     except BaseException:
-        group.stop()
+        end()
         raise
-    return group.outcome()
-
-
-def _result(attempt: Path) -> dict[str, float]:
-    return json.loads((attempt / RESULT).read_text())
-
-
-START_MINUTES = 60.0
-"""How long a stage may wait for its first process: somebody else's work may hold the cluster's room."""
-LOOK_SECONDS = 1.0
-# Where a rank stands that waits for another one.
-_WAITING = "torch/distributed/"
-# Our code, or a test's, but not what calls it.
-_FRAME = re.compile(r'File "[^"]*?((?:rlhf/(?!cluster/worker)|stages/|tests/)[^"]+)", line (\d+) in (\S+)')
 
 
 class Watchdog:
-    """Raises once no process of a call has got on for ``call.timeout_minutes``.
+    """Raises once no process of a call has made progress for ``call.timeout_minutes``.
 
     Call it often; it looks once a second.
     """
@@ -132,19 +111,19 @@ class Watchdog:
         """Look at the ranks' pulses.
 
         Raises:
-            HangError: no rank got on in time. It names those that the others wait for.
-            TryAgainError: none has begun in time.
+            HangError: no rank made progress in time. It names those that the others wait for.
+            TryAgainError: no rank has begun in time.
         """
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if now - self._looked < 1:
             return
         self._looked = now
-        found = pulses(self._call.context.attempt)
-        self._finished |= self._seen.keys() - found.keys()
-        if found != self._seen:
-            self._seen, self._since = found, now
+        pulses = self._call.context.folder.pulses()
+        self._finished |= self._seen.keys() - pulses.keys()
+        if pulses != self._seen:
+            self._seen, self._since = pulses, now
             return
-        begun = bool(found or self._finished)
+        begun = bool(pulses or self._finished)
         limit = self._call.timeout_minutes if begun else max(START_MINUTES, self._call.timeout_minutes)
         if now - self._since < 60 * limit:
             return
@@ -154,105 +133,86 @@ class Watchdog:
                 "the Ray cluster: it has no room, or cannot start a process",
                 "run the same command again when `ray status` shows room",
             )
-        raise self._hang(found, limit)
+        raise self._hang(pulses, limit)
 
-    def _hang(self, found: dict[int, Pulse], limit: float) -> HangError:
-        stage, attempt = self._call.context.stage, self._call.context.attempt
-        absent = sorted(set(range(self._count)) - found.keys() - self._finished)
+    def _hang(self, pulses: dict[int, Pulse], limit: float) -> HangError:
+        stage, folder = self._call.context.stage, self._call.context.folder
+
+        def error(ranks: list[int], what: str, where: object) -> HangError:
+            named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+            return HangError(f"{named} of {stage} {what}", str(where), CONTINUE)
+
+        absent = sorted(set(range(self._count)) - pulses.keys() - self._finished)
         if absent:
-            what = f"{_ranks(absent)} of {stage} did not begin within {limit:g} minutes"
-            return HangError(what, str(next(iter(found.values()), attempt)), CONTINUE)
-        stacks = {rank: stack_of(attempt, rank) for rank in found}
-        culprits = [rank for rank, stack in stacks.items() if not stack]  # the process itself stands still
+            where = next(iter(pulses.values()), folder.path)
+            return error(absent, f"did not begin within {limit:g} minutes", where)
+        stacks = {rank: folder.rank(rank).stacks() for rank in pulses}
+        culprits = [rank for rank, stack in stacks.items() if not stack]  # the process itself is stopped
+        if not culprits:  # a rank inside torch.distributed waits for another one
+            culprits = [rank for rank, stack in stacks.items() if "torch/distributed/" not in stack]
         if not culprits:
-            culprits = [rank for rank, stack in stacks.items() if _WAITING not in stack]
-        if not culprits:
-            least = min(pulse.beat for pulse in found.values())
-            culprits = [rank for rank, pulse in found.items() if pulse.beat == least]
+            least = min(pulse.beat for pulse in pulses.values())
+            culprits = [rank for rank, pulse in pulses.items() if pulse.beat == least]
         first = culprits[0]
-        place = _FRAME.search(stacks[first])
-        at = f" in {place[1]}:{place[2]} ({place[3]})" if place else "" if stacks[first] else ": its process is stopped"
-        return HangError(
-            f"{_ranks(culprits)} of {stage} stood still for {limit:g} minutes{at}", str(found[first]), CONTINUE
-        )
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-POLL_SECONDS = 0.25
-TELL_SECONDS = 3.0
-"""How long the others have to tell of their ends after the first failure: theirs may be the cause."""
-TELL_AFTER_A_DEATH_SECONDS = 0.5
-"""The same after a process died: had another's error brought that about, its account would be there already."""
-END_SECONDS = 30.0
-"""How long the processes of an ended group may take to go."""
+        frame = _FRAME.search(stacks[first])
+        at = f" in {frame[1]}:{frame[2]} ({frame[3]})" if frame else "" if stacks[first] else ": its process is stopped"
+        return error(culprits, f"stood still for {limit:g} minutes{at}", pulses[first])
 
 
 class WorkerGroup:
-    """As many ranks as a stage has, all or none of which find room.
+    """The ranks of a stage; Ray places all of them or none.
 
-    All its life is one thread's, for Ray's own calls wait for a cluster's head that does not answer, for a minute and
-    more, and then end this process.
+    All Ray calls run on one thread of the group: when the head node stops answering, Ray blocks for over a minute and
+    then exits the process.
     """
 
     def __init__(self, call: Call, resources: RankResources) -> None:
         self._call, self._resources = call, resources
         self._room: Any = None
-        self._processes: list[Any] = []
+        self._actors: list[Any] = []
         self._stopping = threading.Event()
         self._outcome: Exception | None = None
         self._thread = threading.Thread(target=self._live, name=f"ranks of {call.context.stage}", daemon=True)
         self._thread.start()
 
     def is_over(self, seconds: float) -> bool:
-        """Wait for so long at most; whether all its ranks have ended and its room is given back."""
+        """Wait for at most ``seconds``; return whether all ranks have ended and their room is given back."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def outcome(self) -> RlhfError | None:
-        """Why a group that is over failed; None where all its ranks went well.
-
-        Raises:
-            Exception: a mistake of ours, or of Ray's, and no failure of a rank.
-        """
+        """Return why a group that is over failed, None where it did not; raise an error that is not a rank's."""
         if self._outcome is None or isinstance(self._outcome, RlhfError):
             return self._outcome
         raise self._outcome
 
     def stop(self) -> None:
-        """End all ranks, whatever they are doing, and wait for that, but not for ever."""
+        """End all ranks, whatever they are doing, and wait for that for at most :data:`END_SECONDS`."""
         self._stopping.set()
         self._thread.join(END_SECONDS)
 
     def _live(self) -> None:
+        """Run the ranks, end them and judge their ends, on the group's thread."""
+        from ray.exceptions import RayError
+
         try:
-            self._outcome = self._run_and_end()
+            try:
+                try:
+                    rank_errors = self._run()
+                except RayError as error:  # the ranks could not even be requested
+                    rank_errors: RankErrors = [(None, error)]
+                # Read before the end: a rank that is killed now may write a failure of its own.
+                failures = self._call.context.folder.failures()
+            finally:
+                self._end()
+            if rank_errors:
+                self._outcome = cause_of(self._call, rank_errors, failures)
+                self._outcome.__cause__ = rank_errors[0][1]
         except Exception as error:  # noqa: BLE001 - handed to the stage's thread
             self._outcome = error
 
-    def _run_and_end(self) -> RlhfError | None:
-        from ray.exceptions import RayError
-
-        told: Told
-        try:
-            try:
-                told = self._run()
-            except RayError as error:  # it could not even be asked for
-                told = [(None, error)]
-            # Before the end: whom we end may tell of that.
-            accounts = read_failures(self._call.context.attempt)
-        finally:
-            self._end()
-        if not told:
-            return None
-        error = cause_of(self._call, told, accounts)
-        error.__cause__ = told[0][1]
-        return error
-
-    def _run(self) -> Told:
-        """Run the code on all ranks to the end of them all, or to the first failure."""
+    def _run(self) -> RankErrors:
+        """Run the code on all ranks until all have ended, or to the first failure."""
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -260,27 +220,29 @@ class WorkerGroup:
         gpus = 1 if self._resources.gpu else 0
         each = {"CPU": float(self._resources.cpus)} | ({"GPU": 1.0} if gpus else {})
         self._room = placement_group([each] * self._resources.count, strategy="PACK")
-        actor: Any = ray.remote(Rank)
         raylets = [node["RayletSocketName"] for node in ray.nodes() if node["Alive"]]
-        start = fork_server.runtime_env(self._call.imports, self._resources.gpu, raylets)
+        options = {
+            "num_cpus": self._resources.cpus,
+            "num_gpus": gpus,
+            "runtime_env": fork_server.runtime_env(self._call.imports, self._resources.gpu, raylets),
+        }
+        actor: Any = ray.remote(Rank)
         for index in range(self._resources.count):
-            there = PlacementGroupSchedulingStrategy(self._room, index)
-            options = {"num_cpus": self._resources.cpus, "num_gpus": gpus, "scheduling_strategy": there}
-            self._processes.append(actor.options(**options, runtime_env=start).remote())
-        placed, told = self._wait([one.place.remote() for one in self._processes])
-        if told or self._stopping.is_set():
-            return [(None, error) for _, error in told]
-        ranks = [self._processes[index].run.remote(self._call, variables) for index, variables in environments(placed)]
-        _, told = self._wait(ranks)
-        return told
+            bundle = PlacementGroupSchedulingStrategy(self._room, index)
+            self._actors.append(actor.options(**options, scheduling_strategy=bundle).remote())
+        locations, errors = self._wait([actor.locate.remote() for actor in self._actors])
+        if errors or self._stopping.is_set():
+            return [(None, error) for _, error in errors]
+        calls = [self._actors[index].run.remote(self._call, names) for index, names in environments(locations)]
+        return self._wait(calls)[1]
 
-    def _wait(self, references: Sequence[Any]) -> tuple[list[Any], Told]:
-        """Wait for all, or for the first failure and a while longer; results that came, and failures in their order."""
+    def _wait(self, references: Sequence[Any]) -> tuple[list[Any], RankErrors]:
+        """Wait for all, or for the first failure and a while longer; return results, and failures in their order."""
         import ray
         from ray.exceptions import ActorDiedError, RayError
 
         results: list[Any] = [None] * len(references)
-        told: Told = []
+        errors: RankErrors = []
         waiting = list(references)
         end = float("inf")
         while waiting and time.monotonic() < end and not self._stopping.is_set():
@@ -290,26 +252,27 @@ class WorkerGroup:
                 try:
                     results[rank] = ray.get(reference)
                 except RayError as error:
-                    told.append((rank, error))
-                    died = isinstance(error, ActorDiedError)
-                    end = min(end, time.monotonic() + (TELL_AFTER_A_DEATH_SECONDS if died else TELL_SECONDS))
-        return results, told
+                    errors.append((rank, error))
+                    # Another rank's failure may be the cause of this one, but not of a death: its report would be here.
+                    end = min(end, time.monotonic() + (0.5 if isinstance(error, ActorDiedError) else 3.0))
+        return results, errors
 
     def _end(self) -> None:
+        """Kill all ranks, give their room back, and wait until those on this host are gone."""
         import ray
         from ray.exceptions import RayError
         from ray.util.placement_group import remove_placement_group
 
-        for process in self._processes:
-            with suppress(RayError):  # it has not come to life
-                ray.kill(process)
+        for actor in self._actors:
+            with suppress(RayError):  # it was never started
+                ray.kill(actor)
         if self._room is not None:
             with suppress(RayError):
                 remove_placement_group(self._room)
-        # A rank that still ran would write into the folder of the group that comes next. Elsewhere Ray alone ends it.
+        # A rank that still ran would write into the folder of the next group. On other hosts Ray alone ends it.
         end = time.monotonic() + END_SECONDS
         while time.monotonic() < end:
-            here = [one.pid for one in pulses(self._call.context.attempt).values() if one.is_here()]
+            here = [pulse.pid for pulse in self._call.context.folder.pulses().values() if pulse.is_here()]
             if not here:
                 break
             for pid in here:
@@ -318,28 +281,27 @@ class WorkerGroup:
             time.sleep(0.02)
 
 
-def environments(places: Sequence[Place]) -> list[tuple[int, dict[str, str]]]:
-    """Number the ranks: by rank, the index of its place and the variables by which libraries know it.
+def environments(locations: Sequence[Location]) -> list[tuple[int, dict[str, str]]]:
+    """Number the ranks; return by rank the index of its location and the variables by which libraries know it.
 
     Ranks of a node follow each other, by their GPUs, all of which each of them sees: they reach each other directly.
     """
     nodes: dict[str, list[int]] = {}
-    for index, place in enumerate(places):
-        nodes.setdefault(place.node, []).append(index)
+    for index, location in enumerate(locations):
+        nodes.setdefault(location.node, []).append(index)
     for node in nodes.values():
-        node.sort(key=lambda index: [(len(gpu), gpu) for gpu in places[index].gpus])
-    first = places[0]
+        node.sort(key=lambda index: [(len(gpu), gpu) for gpu in locations[index].gpus])
     numbered: list[tuple[int, dict[str, str]]] = []
     for node in nodes.values():
-        gpus = [gpu for index in node for gpu in places[index].gpus]
-        for local, index in enumerate(node):
+        gpus = [gpu for index in node for gpu in locations[index].gpus]
+        for local_rank, index in enumerate(node):
             environment = {
                 "RANK": str(len(numbered)),
-                "WORLD_SIZE": str(len(places)),
-                "LOCAL_RANK": str(local),
+                "WORLD_SIZE": str(len(locations)),
+                "LOCAL_RANK": str(local_rank),
                 "LOCAL_WORLD_SIZE": str(len(node)),
-                "MASTER_ADDR": first.address,
-                "MASTER_PORT": str(first.port),
+                "MASTER_ADDR": locations[0].address,
+                "MASTER_PORT": str(locations[0].port),
             }
             numbered.append((index, environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})))
     return numbered

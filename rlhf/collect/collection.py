@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.collect.annotation import Annotation, Answer, Ranking, renamed, shown_order
 from rlhf.data.readers import malformed, read_source
 from rlhf.data.records import ComparisonSet, PreferencePair, Reason, ResponseSet, parse_record, write_jsonl
@@ -144,7 +145,6 @@ def described(error: ValidationError, separator: str) -> str:
     return f"{'.'.join(map(str, problem['loc']))}{separator}{problem['msg']}".strip()
 
 
-JOURNAL = "written.jsonl"
 _COMPARISON_FIELDS = (ComparisonSet.model_fields.keys() | PreferencePair.model_fields) - ResponseSet.model_fields.keys()
 
 
@@ -198,10 +198,11 @@ class Written:
     """
 
     def __init__(self, context: Context[Any]) -> None:
-        self._path, self._output = context.attempt / JOURNAL, context.output
+        self._path, self._output = context.folder.written, context.output
 
         def continue_longest() -> list[str]:
-            texts = max((read_whole_lines(attempt / JOURNAL) for attempt in context.attempts), key=len, default=[])
+            journals = [read_whole_lines(AttemptFolder(attempt).written) for attempt in context.attempts]
+            texts: list[str] = max(journals, key=len, default=[])
             self._path.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
             return texts
 

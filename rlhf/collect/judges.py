@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.collect.collection import name_of, read_whole_lines
 from rlhf.config.collect import ChatSettings, CompareSettings
 from rlhf.data.records import ComparisonSet, ResponseSet
@@ -22,7 +23,6 @@ from rlhf.errors import RewardError
 from rlhf.rewards.service import Service, checked_scores, refuse
 from rlhf.rewards.sources import load_function
 
-JOURNAL = "verdicts.jsonl"
 NAME = "the judge's service"
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _TURNED: dict[str | None, str | None] = {"A": "B", "B": "A", "C": "C", None: None}
@@ -58,14 +58,14 @@ class ChatJudge:
         """
         named = {name_of(response_set): response_set for response_set in sets}
         for attempt in context.attempts:
-            self._verdicts |= {Question(*row[:3]): row[3] for row in read_whole_lines(attempt / JOURNAL)}
+            self._verdicts |= {Question(*row[:3]): row[3] for row in read_whole_lines(AttemptFolder(attempt).verdicts)}
         questions: list[Question] = []
         for name, response_set in named.items():
             for i, j in combinations(range(len(response_set.responses)), 2):
                 # Two equal responses are a tie, without a question.
                 if response_set.responses[i] != response_set.responses[j]:
                     questions += [Question(name, i, j), Question(name, j, i)]
-        self._ask(questions, named, context.attempt / JOURNAL, context.progress)
+        self._ask(questions, named, context.folder.verdicts, context.progress)
         for name, response_set in named.items():
             winners: list[list[float]] = []
             for i, j in combinations(range(len(response_set.responses)), 2):
@@ -239,7 +239,7 @@ class People(Judge):
         Raises RecordError if a row is malformed.
         """
         models = {name_of(response_set): response_set.models for response_set in sets}
-        for compared in RecordReader(self._source, ComparisonSet, context.attempt / "quarantine-compare.jsonl"):
+        for compared in RecordReader(self._source, ComparisonSet, context.folder.quarantine("compare")):
             name = name_of(compared)
             if name in models:
                 yield compared.model_copy(update={"models": models[name]})

@@ -1,7 +1,6 @@
 """Provenance of results, and the documents that ``--json`` prints of a plan, a stage or a result."""
 
 import getpass
-import json
 import os
 import platform
 import re
@@ -15,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rlhf.attempt.context import FAILURE, PROGRESS
+from rlhf.attempt.folder import AttemptFolder, Progress
 from rlhf.config.base import suggestion
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import NextCommand, RequestError
@@ -97,14 +96,15 @@ def _progress(one: Planned, store: Store) -> Document | None:
     The seconds left are computed from the times in the file alone: the clocks of reader and rank may differ.
     """
     assert one.key is not None
-    text = read_newest(store, one.key, PROGRESS)
+    text = read_newest(store, one.key, AttemptFolder.PROGRESS)
     if text is None:
         return None
-    values = json.loads(text)
+    progress = Progress.parse(text)
     eta = Eta()
-    for at, done in values.get("times", []):  # a run of an older version may be under way
-        eta.observe(at, done, values["total"])
-    return {name: values[name] for name in ("message", "done", "total")} | {"eta_seconds": eta.remaining(values["at"])}
+    for at, done in progress.times:
+        eta.observe(at, done, progress.total)
+    shown = {"message": progress.message, "done": progress.done, "total": progress.total}
+    return shown | {"eta_seconds": eta.remaining(progress.at)}
 
 
 def _status(one: Planned, store: Store) -> tuple[str, str]:
@@ -113,9 +113,8 @@ def _status(one: Planned, store: Store) -> tuple[str, str]:
     if (holder := store.holder(one.key)) is not None:
         return "running", f"held by {holder}"
     attempts = store.attempts(one.key)
-    if attempts and (attempts[-1] / FAILURE).exists():
-        failure = json.loads((attempts[-1] / FAILURE).read_text(encoding="utf-8"))
-        return "failed", f"{failure['what']} ({failure['where']})" if failure["where"] else failure["what"]
+    if attempts and (error := AttemptFolder(attempts[-1]).error.get()) is not None:
+        return "failed", f"{error.what} ({error.where})" if error.where else error.what
     return one.state, f"{one.why}; {len(attempts)} unfinished attempt(s)" if attempts else one.why
 
 

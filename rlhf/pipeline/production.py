@@ -1,6 +1,5 @@
 """One stage from lease to commit: adopt the result of another run, or run the stage and commit its result."""
 
-import json
 import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -9,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.attempt.context import FAILURE, ORIGIN, STOP, Context
-from rlhf.attempt.cost import begin, earlier_attempts, resources_of
+from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster import worker_group
 from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
@@ -45,15 +44,14 @@ def context_of(
 
     parts  role to an artifact and a part of it
     """
-    inputs = {
-        role: store.checkout(artifact, attempt / "inputs" / role, part) for role, (artifact, part) in parts.items()
-    }
+    folder = AttemptFolder(attempt)
+    inputs = {role: store.checkout(artifact, folder.inputs / role, part) for role, (artifact, part) in parts.items()}
     return Context(
         stage=planned.name,
         key=key,
         settings=planned.instance.settings,
         inputs=inputs,
-        output=attempt / "output",
+        output=folder.output,
         attempt=attempt,
         attempts=tuple(store.attempts(planned.key)) if planned.key else (),
         cache=store.root / "cache",
@@ -136,12 +134,11 @@ class Production:
             raise
         except RlhfError as error:
             self.reporter.update(name, state="failed")
-            values = {"what": error.what, "where": error.where, "next": error.next_step}
             with suppress(OSError):  # on a full disk the error itself must be seen
-                (attempt / FAILURE).write_text(json.dumps(values), encoding="utf-8")
+                AttemptFolder(attempt).error.write(error)
             raise
         finally:
-            shutil.rmtree(attempt / "inputs", ignore_errors=True)
+            shutil.rmtree(AttemptFolder(attempt).inputs, ignore_errors=True)
 
     def _run(self, planned: Planned, attempt: Path, holders: Sequence[str]) -> tuple[dict[str, float], float]:
         """Run the stage; return its final metrics and the seconds that it took."""
@@ -163,17 +160,17 @@ class Production:
                 if planned.stage.runs == "task" or self.stop.aborted:
                     raise InterruptedRunError("interrupted")
                 # The ranks save at their next step, stop, and say so.
-                (context.attempt / STOP).touch()
+                context.folder.stop.touch()
 
         start = time.monotonic()
         with uploading(self.store, attempt, planned.name, self.reporter.line):
             if planned.stage.runs == "task":
-                begin(attempt, ranks=1, gpus=0)
+                context.folder.resources.write({"ranks": 1, "gpus": 0})
                 call, cpus = Call(planned.stage.code, context), self.session.resources().for_task()
                 metrics = worker_group.run_task(call, cpus, watch)
             else:
                 ranks, settings = needs_of(planned, self.session), context.settings
-                begin(attempt, ranks.count, ranks.count if ranks.gpu else 0)
+                context.folder.resources.write({"ranks": ranks.count, "gpus": ranks.count if ranks.gpu else 0})
                 call = Call(
                     planned.stage.code, context, ranks.gpu, settings.workers.timeout_minutes, planned.stage.imports
                 )
@@ -183,16 +180,16 @@ class Production:
 
     def _commit(self, planned: Planned, attempt: Path, metrics: dict[str, float], seconds: float) -> None:
         assert planned.key is not None
-        origin = attempt / ORIGIN
-        others = [folder for folder in self.store.attempts(planned.key) if folder != attempt]
+        made_in = AttemptFolder(attempt)
+        others = [AttemptFolder(path) for path in self.store.attempts(planned.key) if path != attempt]
         circumstances: dict[str, Any] = {
-            "earlier_attempts": earlier_attempts(others),
+            "earlier_attempts": [cost for other in others if (cost := other.cost())],
             # Never the same key: it is produced again only because its result was damaged.
             "previous": planned.before.key if planned.before and planned.before.key != planned.key else None,
-            "origin": json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {},
+            "origin": made_in.origin.get() or {},
         }
         try:
-            manifest = self.store.put_artifact(attempt / "output", planned.stage.kind)
+            manifest = self.store.put_artifact(made_in.output, planned.stage.kind)
             self.store.publish(
                 ActionRecord(
                     key=planned.key,
@@ -202,7 +199,7 @@ class Production:
                     inputs={role: dict(entry) for role, entry in planned.inputs.items()},
                     artifact=manifest.digest,
                     metrics=metrics,
-                    provenance=provenance() | resources_of(attempt) | circumstances,
+                    provenance=provenance() | made_in.resources_used() | circumstances,
                     seconds=round(seconds, 3),
                     attempt=attempt.name,
                 ),

@@ -1,13 +1,12 @@
 """Between a run and its user: progress reports, the time left, and requests to stop."""
 
-import json
 from bisect import bisect_left
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf.attempt.context import NOTES, PROGRESS
+from rlhf.attempt.folder import AttemptFolder, Progress
 
 
 class Reporter(Protocol):
@@ -26,24 +25,20 @@ class Watch:
     """Carries an attempt's progress and notes from its folder to the reporter, a few times a second."""
 
     def __init__(self, reporter: Reporter, stage: str, attempt: Path) -> None:
-        self._reporter, self._stage, self._attempt = reporter, stage, attempt
+        self._reporter, self._stage, self._folder = reporter, stage, AttemptFolder(attempt)
         self._notes_shown = 0
-        self._shown = ""
+        self._shown: Progress | None = None
 
     def __call__(self) -> None:
         """Look once."""
-        notes = self._attempt / NOTES
-        if notes.exists():
-            # A line that is not ended yet is still being written.
-            lines = notes.read_text(encoding="utf-8").split("\n")[:-1]
-            for line in lines[self._notes_shown :]:
-                self._reporter.line(f"{self._stage}: {json.loads(line)['note']}")
-            self._notes_shown = len(lines)
-        progress = self._attempt / PROGRESS
-        if progress.exists() and (text := progress.read_text()) != self._shown:
-            self._shown = text
-            values = json.loads(text)
-            self._reporter.update(self._stage, message=values["message"], done=values["done"], total=values["total"])
+        notes = self._folder.notes()
+        for note in notes[self._notes_shown :]:
+            self._reporter.line(f"{self._stage}: {note}")
+        self._notes_shown = len(notes)
+        progress = self._folder.progress.get()
+        if progress is not None and progress != self._shown:
+            self._shown = progress
+            self._reporter.update(self._stage, message=progress.message, done=progress.done, total=progress.total)
 
 
 class Eta:

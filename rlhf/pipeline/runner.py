@@ -11,6 +11,7 @@ from functools import partial
 from typing import Self
 from uuid import uuid4
 
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster import worker_group
 from rlhf.cluster.session import RankResources, Session
 from rlhf.cluster.worker import Call
@@ -203,7 +204,8 @@ class Runner:
                 call, show = Call(planned.stage.preflight, context), Watch(self.reporter, planned.name, attempt)
                 written[planned.name] = worker_group.run_task(call, 1, show)
             except StageError:
-                shutil.rmtree(attempt / "inputs", ignore_errors=True)  # the message names the log, which must stay
+                # The message names the log, which must stay.
+                shutil.rmtree(AttemptFolder(attempt).inputs, ignore_errors=True)
                 raise
             except BaseException:
                 shutil.rmtree(attempt.parent, ignore_errors=True)

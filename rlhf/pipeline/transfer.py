@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import RequestError, is_no_room
 from rlhf.models.layout import BASE, UNBOUNDED, config_file, context_length, count_parameters, is_adapter, licence_of
@@ -36,7 +37,7 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
     _check_model(folder)
     if stage.kind == "reward-model":
         _check_reward_model(folder)
-    staged = store.new_attempt(key_of(IMPORT, 1, {"as": instance}, {})) / "output"
+    staged = AttemptFolder(store.new_attempt(key_of(IMPORT, 1, {"as": instance}, {}))).output
     try:
         with translated(staged):
             needed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rlhf.attempt.checkpoints import MARKER, is_complete, newest_complete, path_of, step_of
+from rlhf.attempt.checkpoints import MARKER, is_complete, newest_complete, step_of
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.errors import DamageError, RlhfError, StoreUnreachableError, TryAgainError
 from rlhf.store import Store
 from rlhf.store.backend import make_folder, translated
@@ -32,11 +33,8 @@ LOOK_SECONDS = 1.0
 """How often the attempt is searched for a new checkpoint."""
 FILES_SECONDS = 15.0
 """How often metrics and logs are uploaded between checkpoints."""
-SNAPSHOT = "upload"
-"""In an attempt: hard links to the checkpoint that is being uploaded, since the stage may delete it meanwhile."""
-
 _NAME = re.compile(
-    r"work/[0-9a-f]{64}/(?P<attempt>[0-9A-Za-z-]+)/(checkpoints/checkpoint-(?P<step>[0-9]+)/)?(?P<path>.+)"
+    rf"work/[0-9a-f]{{64}}/(?P<attempt>[0-9A-Za-z-]+)/({AttemptFolder.CHECKPOINT}(?P<step>[0-9]+)/)?(?P<path>.+)"
 )
 
 
@@ -207,7 +205,7 @@ class _Uploads:
                 _upload_files(self._bucket, self._attempt, self._versions)
                 self._files_at = time.monotonic() + FILES_SECONDS
             return
-        snapshot, step = self._attempt / SNAPSHOT, step_of(newest)
+        snapshot, step = AttemptFolder(self._attempt).upload, step_of(newest)
         try:
             shutil.rmtree(snapshot, ignore_errors=True)
             try:
@@ -217,7 +215,7 @@ class _Uploads:
                     raise
                 return  # the stage has deleted it meanwhile, since there are newer checkpoints
             key = self._attempt.parent.name
-            place = path_of(Path("work") / key / self._attempt.name, step).as_posix()
+            place = AttemptFolder(Path("work") / key / self._attempt.name).checkpoint(step).as_posix()
             for path in sorted(snapshot.rglob("*")):
                 if path.is_file() and path != snapshot / MARKER:
                     self._bucket.create_from(f"{place}/{path.relative_to(snapshot).as_posix()}", path, link=False)

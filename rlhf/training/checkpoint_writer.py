@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.attempt.checkpoints import KEPT, MARKER, is_complete, marker, newest_complete, path_of, step_of
+from rlhf.attempt.checkpoints import KEPT, MARKER, is_complete, marker, newest_complete, step_of
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.errors import DiskFullError, PreflightError, is_no_room, size
 from rlhf.zero import group
 from rlhf.zero.group import precision_of
@@ -90,7 +91,7 @@ def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
         DiskFullError: on every rank, before anything is written, where there is not that much room; on the rank that
             found none, where the room ran out in the middle. What was complete stays, and what was begun is removed.
     """
-    checkpoint = path_of(context.attempt, step)
+    checkpoint = context.folder.checkpoint(step)
     needed = group.from_main(lambda: _make_room(checkpoint, context.attempts, estimate))
     try:
         yield checkpoint
@@ -165,7 +166,8 @@ def _mark_complete(checkpoint: Path, precision: str) -> None:
 
 
 def _sweep(newest: Path) -> None:
-    older = [path for path in newest.parent.glob("checkpoint-*") if step_of(path) < step_of(newest)]
+    folders = AttemptFolder(newest.parents[1]).checkpoint_folders()
+    older = [path for path in folders if step_of(path) < step_of(newest)]
     complete = sorted((path for path in older if is_complete(path)), key=step_of)
     for path in [*complete[: -(KEPT - 1)], *(path for path in older if path not in complete)]:
         shutil.rmtree(path)

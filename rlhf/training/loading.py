@@ -61,7 +61,7 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
     if settings.value_init == "reward":
         reward = context.inputs["reward"]
         check_same_tokens(reward, folder, context.stage)
-        folder = plain_folder(reward, context.attempt / "reward" / "reward", settings.precision, scores=True)
+        folder = plain_folder(reward, context.folder.reward / "reward", settings.precision, scores=True)
     return TrainedValue(
         folder,
         settings.precision,
@@ -73,7 +73,7 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
 
 
 def _plain_policy(context: Context[PpoSettings]) -> Path:
-    return plain_folder(context.inputs["policy"], context.attempt / "policy", context.settings.precision, scores=False)
+    return plain_folder(context.inputs["policy"], context.folder.policy, context.settings.precision, scores=False)
 
 
 def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, Rewards]:

@@ -12,7 +12,8 @@ from typing import Any, Protocol, cast
 import torch
 
 from rlhf.attempt import liveness
-from rlhf.attempt.context import STOP, Context
+from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.base import semantic_values
 from rlhf.errors import InterruptedRunError
 from rlhf.tracking.metrics_log import MetricsLog, read_metrics
@@ -67,15 +68,12 @@ def ends_here(context: Context[Any], step: int) -> bool:
     """Say that a step, numbered from 1, is finished; whether the ranks shall save it and stop. A collective."""
     liveness.beat(step)
     # Rank 0 looks for all: each might see the file at another step.
-    return not group.all_true(not (group.is_main() and (context.attempt / STOP).exists()))
+    return not group.all_true(not (group.is_main() and context.folder.stop.exists()))
 
 
 def stopped(step: int) -> InterruptedRunError:
     """What a rank raises that has saved a step because it was asked to stop."""
     return InterruptedRunError(f"interrupted; saved at step {step}")
-
-
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 class Journal:
@@ -91,7 +89,7 @@ class Journal:
         self._alarms: set[str] = set()
         self._tracker = self._open() if group.is_main() else None
         # Every rank judges a step by those before it, so that all must know them.
-        path = context.attempt / METRICS
+        path = context.folder.metrics
         self._rows: list[dict[str, Any]] = group.from_main(lambda: read_metrics(path) if path.exists() else [])
 
     @contextmanager
@@ -128,7 +126,7 @@ class Journal:
     def keep_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Write what the model said in a step beside the metrics."""
         if self._tracker is not None and samples:
-            with (self._context.attempt / SAMPLES).open("a", encoding="utf-8") as file:
+            with self._context.folder.samples.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step} | dict(one), ensure_ascii=False) + "\n" for one in samples)
 
     def first_row(self, default: Mapping[str, float]) -> Mapping[str, float]:
@@ -149,16 +147,16 @@ class Journal:
             self._tracker.finish()
 
     def _open(self) -> Tracker:
-        path = self._context.attempt / METRICS
+        folder = self._context.folder
         newest = checkpoint_writer.newest_complete(list(self._context.attempts))
-        for name in (METRICS, SAMPLES):
-            earlier = newest.parents[1] / name if newest else None
-            if earlier is not None and earlier != self._context.attempt / name and earlier.exists():
-                shutil.copyfile(earlier, self._context.attempt / name)
+        earlier = AttemptFolder(newest.parents[1]) if newest else folder
+        for source, target in ((earlier.metrics, folder.metrics), (earlier.samples, folder.samples)):
+            if source != target and source.exists():
+                shutil.copyfile(source, target)
         step = checkpoint_writer.step_of(newest) if newest else 0
-        log = MetricsLog(path)
+        log = MetricsLog(folder.metrics)
         log.rewind(step)
-        _rewind_samples(self._context.attempt / SAMPLES, step)
+        _rewind_samples(folder.samples, step)
         return Tracker(log, self._wandb(self._context.attempt))
 
     def _wandb(self, attempt: Path) -> WandbRun | None:

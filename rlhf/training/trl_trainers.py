@@ -52,7 +52,7 @@ def common_arguments(context: Context[Any], settings: SupervisedSettings) -> dic
     PartialState(backend=torch.distributed.get_backend())
     automatic = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     return {
-        "output_dir": str(context.attempt / "checkpoints"),
+        "output_dir": str(context.folder.checkpoints),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": share // micro,
         "learning_rate": settings.optimizer.learning_rate,

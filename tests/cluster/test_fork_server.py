@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster import fork_server
 from rlhf.cluster.session import Session
 from rlhf.cluster.worker_group import WorkerGroup
@@ -237,7 +238,7 @@ def run(
     )
     assert group.is_over(120)
     assert group.outcome() is None
-    return json.loads((attempt / "result.json").read_text())
+    return AttemptFolder(attempt).result.read()
 
 
 @pytest.mark.slow

@@ -7,18 +7,17 @@ from typing import NamedTuple
 
 import pytest
 
-from rlhf.cluster import temporary
-from rlhf.cluster.temporary import check_temporary_folder
+from rlhf.cluster.session import TEMPORARY_VARIABLES, check_temporary_folder
 from rlhf.errors import DiskFullError, PreflightError
 
 
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in temporary.VARIABLES:
+    for name in TEMPORARY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("variable", temporary.VARIABLES)
+@pytest.mark.parametrize("variable", TEMPORARY_VARIABLES)
 def test_a_path_is_refused_from_the_byte_on_that_a_socket_has_no_room_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
 ):
@@ -75,7 +74,7 @@ def test_a_full_folder_may_have_room_later(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_an_empty_variable_counts_as_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch):
     """Ray would make its folder in the working folder, and wait for half a minute."""
-    for name in temporary.VARIABLES:
+    for name in TEMPORARY_VARIABLES:
         monkeypatch.setenv(name, "")
     check_temporary_folder()
-    assert not [name for name in temporary.VARIABLES if name in os.environ]
+    assert not [name for name in TEMPORARY_VARIABLES if name in os.environ]

@@ -1,11 +1,9 @@
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from rlhf.attempt.context import Context
-from rlhf.attempt.liveness import Pulse, pulse_path, stack_path
+from rlhf.attempt.folder import Pulse
 from rlhf.cluster import worker_group
 from rlhf.cluster.worker import Call
 from rlhf.cluster.worker_group import Watchdog
@@ -42,10 +40,10 @@ def call(tmp_path: Path) -> Call:
 
 
 def beats(call: Call, rank: int, beat: int, stack: str = "") -> None:
-    attempt = call.context.attempt
+    files = call.context.folder.rank(rank)
     pulse = Pulse(rank, "node", "", 40 + rank, f"log-{rank}.txt", 0, beat, beat, float(beat))
-    pulse_path(attempt, rank).write_text(json.dumps(asdict(pulse)))
-    stack_path(attempt, rank).write_text(stack)
+    files.pulse.write(pulse)
+    files.stack.write_text(stack)
 
 
 def hang(call: Call, clock: Clock, watch: Watchdog) -> HangError:
@@ -110,7 +108,7 @@ def test_a_rank_that_is_done_is_not_missed(call: Call, clock: Clock):
     beats(call, 1, 5)
     clock.now += 2
     watch()
-    pulse_path(call.context.attempt, 1).unlink()
+    call.context.folder.rank(1).remove_signs_of_life()
     assert hang(call, clock, watch).what.startswith("rank 0 of total stood still")
 
 

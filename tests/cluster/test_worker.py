@@ -15,9 +15,10 @@ from ray.exceptions import ActorDiedError, RayActorError
 from rlhf import errors
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder, Failure
 from rlhf.attempt.liveness import beat, beating
 from rlhf.cluster.causes import Retries, cause_of
-from rlhf.cluster.worker import RESULT, Call, load, perform_task, read_failures
+from rlhf.cluster.worker import Call, load, perform_task
 from rlhf.errors import (
     DiskFullError,
     DivergedError,
@@ -76,10 +77,10 @@ def call(attempt: Path, function: str) -> Call:
 
 def failed(attempt: Path, *failures: tuple[int, float, str, tuple[str, ...]]) -> RlhfError:
     """What the driver makes of failures (rank, time, class, arguments)."""
+    folder = AttemptFolder(attempt)
     for rank, at, error, args in failures:
-        values = {"at": at, "rank": rank, "host": "node", "pid": 7, "error": error, "args": args, "log": f"log-{rank}"}
-        (attempt / f"failure-{rank}.json").write_text(json.dumps(values))
-    return cause_of(call(attempt, "loud"), [(1, DiedError("first\n  the actor died\n"))], read_failures(attempt))
+        folder.rank(rank).failure.write(Failure(at, rank, "node", 7, error, args, f"log-{rank}"))
+    return cause_of(call(attempt, "loud"), [(1, DiedError("first\n  the actor died\n"))], folder.failures())
 
 
 class DiedError(RayActorError):
@@ -105,27 +106,27 @@ print("after")
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert (answer.stdout, answer.stderr) == ("before\nafter\n", "")
     assert (attempt / "log-0.txt").read_text() == "from python\nfrom below\nfrom a child\n"
-    assert json.loads((attempt / RESULT).read_text()) == {"value": 1.0}
+    assert AttemptFolder(attempt).result.read() == {"value": 1.0}
 
 
 def test_a_failure_is_kept_for_the_driver_with_its_place(attempt: Path):
     """Class and arguments as they were raised, and where: the driver needs no pickle of the error."""
     with pytest.raises(DivergedError):
         perform_task(call(attempt, "diverged"))
-    (failure,) = read_failures(attempt)
+    (failure,) = AttemptFolder(attempt).failures()
     assert (failure.error, failure.args, failure.rank) == ("DivergedError", ("the loss is nan", "", ""), 0)
     assert failure.pid == os.getpid()
-    error = cause_of(call(attempt, "diverged"), [(None, RuntimeError())], read_failures(attempt))
+    error = cause_of(call(attempt, "diverged"), [(None, RuntimeError())], AttemptFolder(attempt).failures())
     assert type(error) is DivergedError
     assert str(attempt / "log-0.txt") in error.where
-    assert not (attempt / RESULT).exists()
+    assert not (attempt / "result.json").exists()
 
 
 def test_a_rank_that_is_told_to_end_says_so(attempt: Path):
     """Ray makes an exception of SIGTERM, which passes through the stage's code."""
     with pytest.raises(SystemExit):
         perform_task(call(attempt, "preempted"))
-    error = cause_of(call(attempt, "preempted"), [(None, RuntimeError())], read_failures(attempt))
+    error = cause_of(call(attempt, "preempted"), [(None, RuntimeError())], AttemptFolder(attempt).failures())
     assert type(error) is PreemptedError
     assert error.what == "rank 0 of total was told to end (SIGTERM)"
     assert error.next_step == "rlhf run"
@@ -135,7 +136,7 @@ def test_a_full_disk_is_a_reason_to_try_again(attempt: Path):
     """Status 75, and the file that could not be written."""
     with pytest.raises(OSError, match="No space left"):
         perform_task(call(attempt, "full"))
-    error = cause_of(call(attempt, "full"), [(None, RuntimeError())], read_failures(attempt))
+    error = cause_of(call(attempt, "full"), [(None, RuntimeError())], AttemptFolder(attempt).failures())
     assert type(error) is DiskFullError
     assert error.exit_status == 75
     assert "model.safetensors" in error.where
@@ -145,7 +146,7 @@ def test_a_disk_too_full_to_tell_of_it_is_a_reason_to_try_again_too(attempt: Pat
     """No failure could be written: Ray alone brings the cause."""
     told = RuntimeError("the task failed")
     told.__dict__["cause"] = OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
-    error = cause_of(call(attempt, "loud"), [(None, told)], read_failures(attempt))
+    error = cause_of(call(attempt, "loud"), [(None, told)], AttemptFolder(attempt).failures())
     assert type(error) is DiskFullError
     assert error.where == "metrics.jsonl"
 
@@ -249,7 +250,7 @@ def test_a_killed_rank_is_told_with_its_signal_step_and_log(attempt: Path, line:
     log.write_text(f"training\n{line}\n")
     with beating(attempt, 1, "", log, 60):
         beat(7)
-        error = cause_of(call(attempt, "loud"), [(1, ActorDiedError())], read_failures(attempt))
+        error = cause_of(call(attempt, "loud"), [(1, ActorDiedError())], AttemptFolder(attempt).failures())
     assert type(error) is KilledError
     assert signal in error.what
     assert error.what.startswith("rank 1 of total ")
@@ -260,7 +261,7 @@ def test_a_rank_that_found_no_memory_says_what_to_lower(attempt: Path):
     """torch's errors are not ours, but one of them has a name that is."""
     with pytest.raises(MemoryError):
         perform_task(call(attempt, "greedy"))
-    error = cause_of(call(attempt, "greedy"), [(None, RuntimeError())], read_failures(attempt))
+    error = cause_of(call(attempt, "greedy"), [(None, RuntimeError())], AttemptFolder(attempt).failures())
     assert type(error) is errors.OutOfMemoryError
     assert error.what == "total ran out of memory: MemoryError"
     assert error.next_step == "give total a node with more memory"
@@ -268,7 +269,7 @@ def test_a_rank_that_found_no_memory_says_what_to_lower(attempt: Path):
 
 def test_what_goes_wrong_before_a_rank_runs_our_code_is_told_as_it_came(attempt: Path):
     """Nobody was killed."""
-    error = cause_of(call(attempt, "loud"), [(3, ValueError("no such\ndevice"))], read_failures(attempt))
+    error = cause_of(call(attempt, "loud"), [(3, ValueError("no such\ndevice"))], AttemptFolder(attempt).failures())
     assert type(error) is StageError
     assert error.what == "total failed before it began: ValueError: no such device"
     assert error.where == f"rank 3; logs: {attempt}/log-*.txt"
@@ -278,7 +279,7 @@ def test_a_device_too_full_to_begin_is_out_of_memory(attempt: Path):
     """torch's class for that is no OutOfMemoryError of its own, and its advice is for who writes kernels."""
     with pytest.raises(torch.AcceleratorError):
         perform_task(call(attempt, "crowded"))
-    error = cause_of(call(attempt, "crowded"), [(None, RuntimeError())], read_failures(attempt))
+    error = cause_of(call(attempt, "crowded"), [(None, RuntimeError())], AttemptFolder(attempt).failures())
     assert type(error) is errors.OutOfMemoryError
     assert error.what == "total ran out of memory: CUDA error: out of memory"
 
@@ -291,14 +292,14 @@ def test_each_module_that_a_stage_imports_is_a_sign_of_life(
     for part in parts:
         (tmp_path / f"{part}.py").touch()
     imports = "".join(f"import {part}\n" for part in parts)
-    told = "def run(context):\n    return {'beats': pulses(context.attempt)[0].beat}\n"
-    (tmp_path / "slow_stage.py").write_text(f"from rlhf.attempt.liveness import pulses\n{imports}{told}")
+    told = "def run(context):\n    return {'beats': context.folder.pulses()[0].beat}\n"
+    (tmp_path / "slow_stage.py").write_text(f"{imports}{told}")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(liveness, "LEAST_SECONDS", 0.0)
     finders = list(sys.meta_path)
     perform_task(replace(call(attempt, "loud"), code="slow_stage:run"))
     # Each part, the stage itself, the process's begin, and what comes before and after the stage's import.
-    assert json.loads((attempt / RESULT).read_text()) == {"beats": len(parts) + 4}
+    assert AttemptFolder(attempt).result.read() == {"beats": len(parts) + 4}
     assert sys.meta_path == finders
 
 
@@ -312,4 +313,4 @@ def test_code_is_named_by_module_and_function():
 def test_a_half_written_failure_is_never_read(attempt: Path):
     """Failures come to their names by a rename; a temporary file is none."""
     (attempt / "failure-0.tmp").write_text('{"at": ')
-    assert read_failures(attempt) == []
+    assert AttemptFolder(attempt).failures() == []

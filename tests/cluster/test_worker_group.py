@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.cluster.session import Session
-from rlhf.cluster.worker import Place, Rank
+from rlhf.cluster.worker import Location, Rank
 from rlhf.cluster.worker_group import WorkerGroup, environments
 from rlhf.errors import StageError
 from tests.cluster.test_worker import attempt, call
@@ -14,8 +14,8 @@ from tests.cluster.test_worker import attempt, call
 __all__ = ["attempt"]  # a fixture
 
 
-def place(node: str, *gpus: str) -> Place:
-    return Place(node, f"address of {node}", 1000 + ord(node), gpus)
+def place(node: str, *gpus: str) -> Location:
+    return Location(node, f"address of {node}", 1000 + ord(node), gpus)
 
 
 def test_ranks_of_a_node_follow_each_other_by_their_gpus():

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.attempt.context import Context
-from rlhf.collect.collection import JOURNAL, Written
+from rlhf.attempt.folder import AttemptFolder
+from rlhf.collect.collection import Written
 from rlhf.config.collect import CompareSettings
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ def test_what_was_written_is_continued_from_where_it_got_furthest(group: None, t
     assert list(first.left(range(5), 2)) == [range(2), range(2, 4), range(4, 5)]
     first.add(["a\nb", "ü\u2028"])
     first.add([""])
-    with (attempts[0] / JOURNAL).open("a") as file:
+    with AttemptFolder(attempts[0]).written.open("a") as file:
         file.write('"cut')
     written(attempts[1], attempts[:2]).add([])
     second = written(attempts[2], attempts[:3])

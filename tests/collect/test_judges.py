@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rlhf.attempt.context import NOTES, Context
+from rlhf.attempt.context import Context
 from rlhf.collect.collection import Collection
 from rlhf.collect.judges import judge_of
 from rlhf.config.base import semantic_values
@@ -106,7 +106,7 @@ def test_the_stage_counts_what_is_compared_and_what_is_left_out(tmp_path: Path) 
     assert run(CompareSettings(file=str(said))) == {"train": 2, "heldout": 1, "left_out": 2}
     for part, prompts in (("train", ["p0", "p1"]), ("heldout", ["p3"])):
         assert [one.prompt for one in read_jsonl(tmp_path / f"{part}.jsonl", ComparisonSet)] == prompts
-    notes = tmp_path / NOTES
+    notes = tmp_path / "notes.jsonl"
     assert "2 sets are left out, because no judgement compares them" in notes.read_text()
     notes.unlink()
     judge = function(tmp_path, "return [len(response) for response in responses]")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.attempt.context import NOTES, ORIGIN, Context
+from rlhf.attempt.context import Context
 from rlhf.config.data import DataSettings
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, read_jsonl
@@ -31,7 +31,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def notes_of(context: Context[DataSettings]) -> list[str]:
-    return [json.loads(line)["note"] for line in (context.attempt / NOTES).read_text().splitlines()]
+    return context.folder.notes()
 
 
 def own_sources(folder: Path) -> dict[str, str]:
@@ -259,4 +259,4 @@ def test_paths_of_ones_own_are_in_the_lineage_and_what_was_read_in_the_result(tm
     }
     expected = {kind: row | {"source": (own | {"judge": str(judge)})[kind]} for kind, row in result.items()}
     expected["demonstrations"]["heldout"] = str(heldout)
-    assert json.loads((context.attempt / ORIGIN).read_text()) == expected
+    assert context.folder.origin.read() == expected

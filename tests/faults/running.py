@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlhf.attempt.liveness import Pulse, pulses
+from rlhf.attempt.folder import AttemptFolder, Pulse
 from rlhf.cluster.session import Session
 from rlhf.config.pipeline import PipelineConfig, load_pipeline
 from rlhf.pipeline.plan import Planned, plan
@@ -63,10 +63,10 @@ class Toy:
         ]
 
     def ranks(self) -> list[Pulse]:
-        return [one for attempt in self.attempts() for one in pulses(attempt).values()]
+        return [one for attempt in self.attempts() for one in AttemptFolder(attempt).pulses().values()]
 
     def rank(self, rank: int) -> Pulse | None:
-        found = [here[rank] for attempt in self.attempts() if rank in (here := pulses(attempt))]
+        found = [here[rank] for attempt in self.attempts() if rank in (here := AttemptFolder(attempt).pulses())]
         return found[-1] if found else None
 
     def total(self) -> bytes:

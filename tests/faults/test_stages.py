@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.attempt.checkpoints import MARKER
-from rlhf.attempt.liveness import Pulse, pulses
+from rlhf.attempt.folder import AttemptFolder, Pulse
 from rlhf.pipeline.plan import Planned
 from rlhf.store import Store
 from tests.buckets import Bucket
@@ -57,7 +57,9 @@ class Killer(threading.Thread):
         begun: float | None = None
         while not self.over.wait(0.01):
             for attempt in self._work.glob("*"):
-                if (found := pulses(attempt).get(self._rank)) is not None and found not in self.seen[-1:]:
+                if (found := AttemptFolder(attempt).pulses().get(self._rank)) is not None and found not in self.seen[
+                    -1:
+                ]:
                     self.seen.append(found)
             if not self.seen:
                 continue

@@ -12,7 +12,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from rlhf.attempt.context import NOTES, Context
+from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings
 from rlhf.errors import StageError
 from rlhf.models.evaluation import QUANTILES, check_padding, draw_reliability, write_quality
@@ -69,8 +69,7 @@ def test_scores_that_follow_length_more_than_people_do_are_noted(
     texts = [[1] * int(length) for length in np.random.default_rng(2).integers(1, 60, 120)]
     lengths = torch.tensor([float(len(text)) for text in texts])
     write_quality(context, sets, scores + follow * lengths, torch.tensor([0.0, 1.0]), texts)
-    notes = context.attempt / NOTES
-    assert ("may learn to write to a length" in (notes.read_text() if notes.exists() else "")) == said
+    assert ("may learn to write to a length" in "\n".join(context.folder.notes())) == said
 
 
 @pytest.mark.parametrize(("precision", "largest"), [("fp32", 0.01), ("bf16", 0.5)])

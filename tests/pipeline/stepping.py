@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from rlhf.attempt.checkpoints import MARKER, newest_complete, path_of, step_of
+from rlhf.attempt.checkpoints import MARKER, newest_complete, step_of
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.base import Settings, runtime, semantic
 from rlhf.pipeline.stage import Stage, taking
 from tests.pipeline.toys import wait_for
@@ -23,7 +24,7 @@ def write_checkpoint(attempt: Path, step: int) -> Path:
     """A checkpoint of two ranks, and the metrics up to it."""
     with (attempt / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step}) + "\n")
-    folder = path_of(attempt, step)
+    folder = AttemptFolder(attempt).checkpoint(step)
     (folder / "deep").mkdir(parents=True)
     shards = {"shard-0": f"{step} of 0".encode(), "deep/shard-1": f"{step} of 1".encode()}
     for name, data in shards.items():

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf.attempt.checkpoints import MARKER, path_of
+from rlhf.attempt.checkpoints import MARKER
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, LoraSettings, SftSettings
 from rlhf.errors import DiskFullError
@@ -64,7 +65,7 @@ def test_as_many_checkpoints_are_counted_as_lie_there_at_once(
             most = max(most, len(lie) + 1)
             lie = [*lie, step][-2:]
     if begun:
-        checkpoint = path_of(tmp_path, begun)
+        checkpoint = AttemptFolder(tmp_path).checkpoint(begun)
         checkpoint.mkdir(parents=True)
         (checkpoint / MARKER).write_text('{"sizes": {}}')
     told = context(SftSettings(checkpoint_every=every), tmp_path, (tmp_path,), base=base)

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.attempt.checkpoints import MARKER, newest_complete, path_of, step_of
+from rlhf.attempt.checkpoints import MARKER, newest_complete, step_of
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.errors import StageError
 from rlhf.pipeline import uploads
-from rlhf.pipeline.uploads import SNAPSHOT, clear_checkpoints, fetch_attempts, read_newest, uploading
+from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, read_newest, uploading
 from rlhf.store import Store, digest_of, objects
 from tests.buckets import Bucket
 from tests.pipeline.helpers import until
@@ -46,13 +47,13 @@ def test_another_machine_goes_on_from_the_newest_checkpoint(bucket: Bucket, mach
     assert told == [f"sft: fetched the checkpoint of step 2 from {bucket.uri}"]
     newest = newest_complete(second.attempts(KEY))
     assert newest is not None
-    assert newest == path_of(second.root / "work" / KEY / attempt.name, 2)
+    assert newest == AttemptFolder(second.root / "work" / KEY / attempt.name).checkpoint(2)
     assert (newest / "deep" / "shard-1").read_bytes() == b"2 of 1"
     assert (newest.parents[1] / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert [path.name for path in second.attempts(KEY)] == [attempt.name]
     assert second.new_attempt(KEY).name.startswith("000002-")
     fetch_attempts(second, KEY, "sft", quiet)  # what is here is not fetched again
-    assert not (attempt / SNAPSHOT).exists()
+    assert not (AttemptFolder(attempt).upload).exists()
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_fetched(bucket: Bucket, machine: Callable[[str], Store]):
@@ -72,7 +73,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_fetched(bucket: Bucket, machine: C
     newest = newest_complete(second.attempts(KEY))
     assert newest is not None
     assert step_of(newest) == 1
-    assert not path_of(newest.parents[1], 9).exists()
+    assert not AttemptFolder(newest.parents[1]).checkpoint(9).exists()
 
 
 def test_what_is_newer_here_is_kept(bucket: Bucket, machine: Callable[[str], Store]):
@@ -84,7 +85,7 @@ def test_what_is_newer_here_is_kept(bucket: Bucket, machine: Callable[[str], Sto
         until(lambda: uploaded(bucket) == [1], "the upload")
     write_checkpoint(attempt, 2)
     fetch_attempts(store, KEY, "sft", quiet)
-    assert newest_complete(store.attempts(KEY)) == path_of(attempt, 2)
+    assert newest_complete(store.attempts(KEY)) == AttemptFolder(attempt).checkpoint(2)
 
 
 def test_a_stage_goes_on_while_nothing_can_be_uploaded(
@@ -116,7 +117,7 @@ def test_a_checkpoint_that_the_stage_deletes_while_it_is_uploaded_arrives_whole(
     with uploading(store, attempt, "sft", quiet):
         folder = write_checkpoint(attempt, 1)
         written = files_under(folder)
-        until(lambda: (attempt / SNAPSHOT / MARKER).exists(), "the beginning of the upload")
+        until(lambda: (AttemptFolder(attempt).upload / MARKER).exists(), "the beginning of the upload")
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         until(lambda: uploaded(bucket) == [1], "the upload")
@@ -131,7 +132,7 @@ def test_a_stage_that_ends_while_it_is_uploaded_says_nothing_of_it(bucket: Bucke
     bucket.endpoint.latency = 0.5
     with uploading(store, attempt, "sft", told.append):
         write_checkpoint(attempt, 1)
-        until(lambda: (attempt / SNAPSHOT / MARKER).exists(), "the beginning of the upload")
+        until(lambda: (AttemptFolder(attempt).upload / MARKER).exists(), "the beginning of the upload")
     assert told == []
     assert uploaded(bucket) == []
 

@@ -29,7 +29,7 @@ def score_after_a_checkpoint(context: Context[PpoSettings]) -> dict[str, float]:
     """What PPO does, in short: a good iteration, its checkpoint, and one in which the second reward fails."""
     good, bad = (Rewards([one], {}, "fp32", 4) for one in context.settings.rewards)
     assert good.score(["a", "b"], ["x", "yy"]).tolist() == [1.0, 2.0]
-    checkpoint = checkpoint_writer.path_of(context.attempt, 1)
+    checkpoint = context.folder.checkpoint(1)
     if group.is_main():
         checkpoint.mkdir(parents=True)
     group.barrier()

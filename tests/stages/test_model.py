@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from rlhf.attempt.context import ORIGIN, Context
+from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.stages import ModelSettings
 from rlhf.models import base_models
 from stages import model
@@ -24,7 +25,7 @@ def fetched(folder: Path, **values: Any) -> tuple[dict[str, float], Any]:
     settings = ModelSettings.model_validate(values)
     context = Context("model", "key", settings, {"demonstrations": folder}, folder / "out", folder, folder / "cache")
     metrics = model.run(context)
-    return metrics, json.loads((folder / ORIGIN).read_text())["model"]
+    return metrics, AttemptFolder(folder).origin.read()["model"]
 
 
 def parameters(folder: Path) -> int:

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.data.records import read_rows
 from rlhf.errors import DivergedError
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import stages
 from rlhf.pipeline.transfer import export_artifact
 from rlhf.store import ActionRecord, Store
-from rlhf.training.checkpoint_writer import newest_complete, path_of
+from rlhf.training.checkpoint_writer import newest_complete
 from tests.small import TINY, Pipeline
 
 # Two launches of a worker group and their imports on two slow cores.
@@ -186,7 +187,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(pipeline
     assert planned.key is not None
     attempts = pipeline.store.attempts(planned.key)
     assert len(attempts) == 1
-    assert newest_complete(attempts) == path_of(attempts[0], 1)
+    assert newest_complete(attempts) == AttemptFolder(attempts[0]).checkpoint(1)
 
 
 def test_a_reward_model_starts_from_another_and_says_how_good_it_is(

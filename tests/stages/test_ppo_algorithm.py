@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.attempt.context import NOTES, Context
+from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.errors import DivergedError
 from rlhf.models import text
@@ -428,7 +429,7 @@ def test_the_user_is_told_of_an_alarm_once_and_each_row_has_it(tmp_path: Path, m
     """A policy that moves before its first update is one."""
     run(tmp_path, monkeypatch, drift=0.1)
     assert [row["alarm/ratio"] for row in rows_of(tmp_path)] == [1, 1, 1]
-    assert (tmp_path / "attempt" / NOTES).read_text().count("ratio was not 1") == 1
+    assert "\n".join(AttemptFolder(tmp_path / "attempt").notes()).count("ratio was not 1") == 1
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import LoraSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
@@ -196,7 +197,7 @@ def checkpointing(folder: Path) -> dict[str, Any]:
 
     if group.is_main():
         earlier.mkdir()
-        left = checkpoint_writer.path_of(folder, 3)
+        left = AttemptFolder(folder).checkpoint(3)
         left.mkdir(parents=True)
         (left / "shard-7").write_bytes(b"half")
         (left / checkpoint_writer.MARKER).write_text(json.dumps({"ranks": 8, "sizes": {"shard-0": 4, "shard-7": 4}}))
@@ -207,7 +208,7 @@ def checkpointing(folder: Path) -> dict[str, Any]:
     return {
         "newest": newest,
         "left": sorted(str(path.relative_to(folder)) for path in folder.glob("**/checkpoint-*")),
-        "third": json.loads((checkpoint_writer.path_of(folder, 3) / checkpoint_writer.MARKER).read_text()),
+        "third": json.loads((AttemptFolder(folder).checkpoint(3) / checkpoint_writer.MARKER).read_text()),
     }
 
 

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import load_file
 
-from rlhf.attempt.context import STOP, Context
+from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.errors import DiskFullError, InterruptedRunError
@@ -175,7 +175,7 @@ def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
         one = _attempt(context, folder / str(number), attempts)
         attempts = one.attempts
         if step == stage.asked_at:
-            (one.attempt / STOP).touch()
+            one.folder.stop.touch()
         try:
             with stops.get(step, nullcontext)(step):
                 stage.run(one)
@@ -195,7 +195,7 @@ def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
 
 
 def _has(context: Context[Any], step: int) -> bool:
-    return checkpoint_writer.path_of(context.attempt, step).exists()
+    return context.folder.checkpoint(step).exists()
 
 
 def _attempt(context: Context[Any], folder: Path, earlier: tuple[Path, ...]) -> Context[Any]:

@@ -1,12 +1,13 @@
 import json
 from pathlib import Path
 
-from rlhf.training.checkpoint_writer import MARKER, is_complete, newest_complete, path_of, step_of
+from rlhf.attempt.folder import AttemptFolder
+from rlhf.training.checkpoint_writer import MARKER, is_complete, newest_complete, step_of
 
 
 def written(attempt: Path, step: int, *, marked: bool = True) -> Path:
     """A checkpoint of two files, as all ranks and rank 0 leave it."""
-    checkpoint = path_of(attempt, step)
+    checkpoint = AttemptFolder(attempt).checkpoint(step)
     (checkpoint / "policy").mkdir(parents=True)
     for name in ("policy/shard-0", "policy/shard-1"):
         (checkpoint / name).write_bytes(b"weights")
@@ -22,8 +23,8 @@ def test_the_highest_step_of_all_attempts_is_the_newest(tmp_path: Path) -> None:
     for attempt, step in ((first, 20), (first, 100), (second, 30)):
         written(attempt, step)
     newest = newest_complete([first, second])
-    assert newest == path_of(first, 100)
-    assert step_of(path_of(first, 100)) == 100
+    assert newest == AttemptFolder(first).checkpoint(100)
+    assert step_of(AttemptFolder(first).checkpoint(100)) == 100
 
 
 def test_a_checkpoint_that_was_cut_off_is_never_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CompareSettings
 from rlhf.tracking.metrics_log import read_metrics
-from rlhf.training.loop import METRICS, SAMPLES, Journal
+from rlhf.training.loop import Journal
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_samples_with_line_ends_of_other_alphabets_are_read_again(
     group: None, context: Context[CompareSettings], tmp_path: Path
 ) -> None:
     """A model may write U+2028: its rows are still one line each when a killed stage goes on, and a torn one goes."""
-    path = tmp_path / SAMPLES
+    path = context.folder.samples
     rows = [{"step": 0, "response": "a\u2028b\x85c"}, {"step": 1, "response": "later"}]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"step": 0, "resp')
     Journal(context, 3, unit="step", shown=())
@@ -49,7 +49,7 @@ def test_a_row_has_the_gpus_highest_memory_since_the_row_before_and_on_a_cpu_non
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: held.update(reserved=10**9, allocated=5 * 10**8))
     journal.log(2, {"loss": 1.0})
     journal.log(3, {"loss": 1.0})
-    rows = read_metrics(tmp_path / METRICS)
+    rows = read_metrics(context.folder.metrics)
     measured = [{name: value for name, value in row.items() if name.startswith("memory/")} for row in rows]
     assert measured == [
         {},

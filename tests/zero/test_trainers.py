@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.attempt.context import NOTES, Context
+from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.stages import SftSettings
 from rlhf.models import folders
 from rlhf.models.packing import tokenised
@@ -86,5 +87,5 @@ def test_the_held_out_loss_is_a_mean_over_tokens_each_text_read_alone(
     settings = {"packing": packing, "micro_batch_size": micro_batch_size}
     found = trained(bases[kind], demonstrations, tmp_path, **settings)["eval/loss"]
     assert found == pytest.approx(expected, abs=1e-5)
-    padded_instead = (tmp_path / NOTES).exists() and "do not keep packed texts apart" in (tmp_path / NOTES).read_text()
+    padded_instead = "do not keep packed texts apart" in "\n".join(AttemptFolder(tmp_path).notes())
     assert padded_instead == (packing and kind == "opt")

@@ -1,0 +1,270 @@
+"""The folder of an attempt: every file by which driver, ranks and stage inform each other and the user.
+
+    file                              written by                                  read by
+    inputs/<role>/                    driver: the artifacts, checked out          stage
+    output/                           stage: the artifact's payload               driver, at the commit
+    resources.json                    driver: ranks and GPUs of the attempt       driver, at this and later commits
+    stop                              driver: save at the next step, and stop     rank 0
+    failure.json                      driver: the error that ended the attempt    rlhf status
+    upload/                           driver: links to the checkpoint that it uploads to a bucket
+    result.json                       rank 0: the final metrics                   driver
+    pulse-<rank>.json                 each rank, in liveness: step, process, log  driver: watchdog, causes
+    stack-<rank>.trace                each rank's fault handler, when it hangs    driver: watchdog
+    failure-<rank>.json               each rank that raised: its error            driver: causes
+    device-<rank>.json                each rank: host and device                  driver, at the commit
+    log-<rank>.txt                    each rank: all that it prints               user; driver: causes, for a crash
+    checkpoints/checkpoint-<step>/    all ranks; rank 0 completes it              ranks that resume; driver: uploads
+    progress.json                     stage: message, steps done, when            driver, rlhf status
+    notes.jsonl                       stage: lines for the user                   driver
+    origin.json                       stage: where external things came from      driver, at the commit
+    quarantine-<kind>.jsonl           stage: malformed rows                       user
+    metrics.jsonl samples.jsonl       stage's rank 0: its journal                 user; journal of a later attempt
+    verdicts.jsonl written.jsonl      stage's rank 0: answers that cost much      the same stage in a later attempt
+    policy/ reward/                   stage: models in the form that is loaded    stage
+    wandb/                            Weights & Biases                            user
+
+A task counts as rank 0. The driver of a bucket's store uploads the files, but not the folders except `checkpoints/`
+(rlhf/pipeline/uploads.py); after a commit the store removes the folders except `wandb/` (``SCRATCH`` in rlhf/store).
+"""
+
+import json
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from rlhf.errors import RlhfError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is."""
+
+    message: str
+    done: int
+    total: int
+    """Steps; 0 where they are not counted."""
+    at: float
+    """When this was written, in seconds since 1970 by the rank's clock."""
+    times: tuple[tuple[float, int], ...]
+    """When (by the same clock) how many steps were done, from which the time left is measured."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Progress":
+        """Read the content of the file; a run of an older version writes no ``times``."""
+        values = json.loads(text)
+        times = tuple((float(at), int(step)) for at, step in values.get("times", []))
+        return cls(values["message"], values["done"], values["total"], values["at"], times)
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """One rank when it last made progress."""
+
+    rank: int
+    host: str
+    node: str
+    """Ray's name of its node."""
+    pid: int
+    log: str
+    oom_kills: int
+    """The operating system's count of processes killed for memory when the rank began."""
+    step: int | None
+    """The last step that was finished; None before the first."""
+    beat: int
+    at: float
+    """Seconds since 1970 by the rank's clock."""
+
+    def is_here(self) -> bool:
+        """Return whether the rank's process runs on this host."""
+        if self.host != socket.gethostname():
+            return False
+        with suppress(OSError):
+            # Ray renames its workers' processes; another process may have the number by now.
+            return Path(f"/proc/{self.pid}/cmdline").read_bytes().startswith(b"ray::")
+        return False
+
+    def __str__(self) -> str:
+        """Name rank, host, process, step and log, for a message."""
+        step = "before its first step" if self.step is None else f"last step {self.step}"
+        return f"rank {self.rank} on {self.host} (pid {self.pid}), {step}; log: {self.log}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank stopped, written by the rank itself; a rank that was killed writes nothing."""
+
+    at: float
+    rank: int
+    host: str
+    pid: int
+    error: str
+    """The class in ``rlhf.errors``, or the name of another exception."""
+    args: tuple[str, ...]
+    log: str
+
+
+class JsonFile(Generic[T]):
+    """A file that holds one value. Writing replaces it by a rename, so that no reader sees half of it."""
+
+    def __init__(self, path: Path, parse: Callable[[str], T], to_json: Callable[[T], Mapping[str, Any]]) -> None:
+        self.path, self._parse, self._to_json = path, parse, to_json
+
+    def write(self, value: T) -> None:
+        """Replace the value; several ranks may do so at once, and the last one counts."""
+        temporary = self.path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+        try:
+            temporary.write_text(json.dumps(self._to_json(value)))
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)  # left where the disk is full
+
+    def read(self) -> T:
+        """Return the value of a file that exists."""
+        return self._parse(self.path.read_text(encoding="utf-8"))
+
+    def get(self) -> T | None:
+        """Return the value, or None where the file was never written."""
+        return self.read() if self.path.exists() else None
+
+    def read_all(self) -> list[T]:
+        """Return the values of all files that match the name, without those that cannot be read."""
+        values: list[T] = []
+        for path in sorted(self.path.parent.glob(self.path.name)):
+            with suppress(OSError, ValueError, TypeError):
+                values.append(self._parse(path.read_text(encoding="utf-8")))
+        return values
+
+
+class RankFiles:
+    """The files of one rank, or with ``*`` in place of its number those of all."""
+
+    def __init__(self, folder: Path, rank: int | Literal["*"]) -> None:
+        def failure(text: str) -> Failure:
+            values = json.loads(text)
+            return Failure(**(values | {"args": tuple(values["args"])}))
+
+        self.log = folder / f"log-{rank}.txt"
+        self.stack = folder / f"stack-{rank}.trace"
+        self.pulse = JsonFile(folder / f"pulse-{rank}.json", lambda text: Pulse(**json.loads(text)), asdict)
+        self.failure = JsonFile(folder / f"failure-{rank}.json", failure, asdict)
+        self.device = JsonFile[dict[str, str]](folder / f"device-{rank}.json", json.loads, dict)
+        """``host`` and ``device``."""
+
+    def remove_signs_of_life(self) -> None:
+        """Remove pulse and stacks."""
+        for file in (self.pulse.path, self.stack):
+            for path in file.parent.glob(file.name):
+                path.unlink(missing_ok=True)
+
+    def stacks(self) -> str:
+        """Return the stacks of a rank that hangs; empty where it could not write them or made progress since."""
+        try:
+            return self.stack.read_text(errors="replace")
+        except OSError:
+            return ""
+
+
+class AttemptFolder:
+    """The files of an attempt's folder; the table above says what each of them is for."""
+
+    PROGRESS = "progress.json"
+    CHECKPOINT = "checkpoints/checkpoint-"
+    """Followed by the step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.inputs, self.output, self.upload = path / "inputs", path / "output", path / "upload"
+        self.policy, self.reward, self.checkpoints = path / "policy", path / "reward", path / "checkpoints"
+        self.metrics, self.samples = path / "metrics.jsonl", path / "samples.jsonl"
+        self.verdicts, self.written = path / "verdicts.jsonl", path / "written.jsonl"
+        self.stop = path / "stop"
+        """Empty: that it exists is the request."""
+        self.resources = JsonFile[dict[str, int]](path / "resources.json", json.loads, dict)
+        """``ranks`` and ``gpus``, written at the beginning: so the cost of a failed attempt is known too."""
+        self.result = JsonFile[dict[str, float]](path / "result.json", json.loads, dict)
+        self.origin = JsonFile[Mapping[str, Any]](path / "origin.json", json.loads, dict)
+        """Source, revision or digest, licence."""
+        self.progress = JsonFile(path / self.PROGRESS, Progress.parse, asdict)
+        names = ("what", "where", "next")
+        self.error = JsonFile[RlhfError](
+            path / "failure.json",
+            lambda text: RlhfError(*map(json.loads(text).get, names)),
+            lambda error: dict(zip(names, map(str, error.args), strict=True)),
+        )
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint, which need not exist."""
+        return self.path / f"{self.CHECKPOINT}{step}"
+
+    def checkpoint_folders(self) -> list[Path]:
+        """Return the folders of the checkpoints, complete or not, in no order."""
+        folders = self.path.glob(f"{self.CHECKPOINT}*")
+        return [folder for folder in folders if folder.name.rpartition("-")[2].isdigit()]
+
+    def quarantine(self, kind: str) -> Path:
+        """Return the file for malformed rows of a kind of data."""
+        return self.path / f"quarantine-{kind}.jsonl"
+
+    def rank(self, rank: int | Literal["*"]) -> RankFiles:
+        """Return the files of a rank."""
+        return RankFiles(self.path, rank)
+
+    def pulses(self) -> dict[int, Pulse]:
+        """Return the pulses of the ranks that have begun and not ended well, by rank."""
+        pulses = self.rank("*").pulse.read_all()
+        return {pulse.rank: pulse for pulse in sorted(pulses, key=lambda pulse: pulse.rank)}
+
+    def failures(self) -> list[Failure]:
+        """Return the ranks' own accounts of why they stopped, the earliest first."""
+        return sorted(self.rank("*").failure.read_all(), key=lambda failure: failure.at)
+
+    def clear_group(self) -> None:
+        """Remove what the ranks of an earlier group left, except logs and checkpoints."""
+        for path in self.path.glob("failure-*.json"):
+            path.unlink()
+        self.rank("*").remove_signs_of_life()
+        shutil.rmtree(self.output, ignore_errors=True)  # a killed export leaves files
+        self.output.mkdir(exist_ok=True)  # a process of that group may still be about to end
+
+    def add_note(self, line: str) -> None:
+        """Append a line for the user."""
+        with (self.path / "notes.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"note": line}) + "\n")
+
+    def notes(self) -> list[str]:
+        """Return the lines for the user, without one that is still being written."""
+        path = self.path / "notes.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return [json.loads(line)["note"] for line in lines]
+
+    def resources_used(self) -> dict[str, Any]:
+        """Return the attempt's ranks and GPUs, and the hosts and devices of the ranks; empty where unknown."""
+        ranks = self.rank("*").device.read_all()
+        places = {f"{name}s": sorted({rank[name] for rank in ranks}) for name in ("host", "device")}
+        return {**given, **places} if (given := self._given()) else {}
+
+    def cost(self) -> dict[str, Any]:
+        """Return name, seconds, ranks and GPUs of an attempt without a result; empty where unknown.
+
+        The seconds are those from its beginning to the last sign of life, since a process that is killed notes no end.
+        Both are times of one file system, so that clocks need not agree.
+        """
+        given = self._given()
+        if not given:
+            return {}
+        begun = self.resources.path.stat().st_mtime
+        seconds = max(path.lstat().st_mtime for path in self.path.iterdir()) - begun
+        return {"attempt": self.path.name, "seconds": round(seconds, 3), **given}
+
+    def _given(self) -> dict[str, int]:
+        try:
+            return self.resources.read()
+        except (OSError, ValueError):
+            return {}  # an unknown cost must not stop a commit
