@@ -1,4 +1,4 @@
-"""Writing in-stage checkpoints: all ranks write into a folder, and when all have, rank 0 marks it complete."""
+"""Write in-stage checkpoints: all ranks write into a folder, and when all are done rank 0 marks it complete."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from rlhf.zero.group import precision_of
 
 
 def checkpoint_to_resume(context: Context[Any]) -> Path | None:
-    """The checkpoint that a stage goes on from, or None.
+    """Return the checkpoint that a stage continues from, or None.
 
     Raises:
         PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew; on
@@ -50,28 +50,24 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
 def refuse_planted(checkpoint: Path, attempt: Path) -> None:
     """Refuse a checkpoint that another user could have written: DeepSpeed reads pickles, which run code.
 
-    attempt  the folder of the attempt that goes on, where this process writes
+    attempt  the folder of the attempt that continues, where this process writes
 
     Raises:
         PreflightError: the folder is a link, belongs to another user, or others may write into it.
     """
     state = checkpoint.lstat()
+    # Not the process's own number: a network file system may give what root writes to another user.
+    with tempfile.TemporaryFile(dir=attempt) as probe:
+        owner = os.fstat(probe.fileno()).st_uid
     if not stat.S_ISDIR(state.st_mode):
-        raise _planted(checkpoint, "is a link")
-    if state.st_uid != _owner_of_new_files(attempt):
-        raise _planted(checkpoint, "belongs to another user")
-    if state.st_mode & 0o022:
-        raise _planted(checkpoint, "may be written by other users")
-
-
-def _owner_of_new_files(folder: Path) -> int:
-    # Not the process's own number: a network's file system may give what root writes to somebody else.
-    with tempfile.TemporaryFile(dir=folder) as probe:
-        return os.fstat(probe.fileno()).st_uid
-
-
-def _planted(checkpoint: Path, why: str) -> PreflightError:
-    return PreflightError(
+        why = "is a link"
+    elif state.st_uid != owner:
+        why = "belongs to another user"
+    elif state.st_mode & 0o022:
+        why = "may be written by other users"
+    else:
+        return
+    raise PreflightError(
         f"the checkpoint to go on from {why}: it holds pickles, and whoever wrote it could run code here",
         str(checkpoint),
         "remove it, or where you know that it is yours: chown it to the user who runs the workers, and chmod 700 it",
@@ -80,7 +76,7 @@ def _planted(checkpoint: Path, why: str) -> PreflightError:
 
 @contextmanager
 def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
-    """Inside, every rank writes its part of a step's checkpoint into the folder it is given; afterwards that counts.
+    """Inside, every rank writes its part of a step's checkpoint into the yielded folder; afterwards that is complete.
 
     A collective, to enter and to leave.
 
@@ -88,7 +84,7 @@ def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
 
     Raises:
         DiskFullError: on every rank, before anything is written, where there is not that much room; on the rank that
-            found none, where the room ran out in the middle. What was complete stays, and what was begun is removed.
+            ran out of room, where that happens in the middle. Complete checkpoints stay, the begun one is removed.
     """
     checkpoint = path_of(context.attempt, step)
     needed = group.from_main(lambda: _make_room(checkpoint, context.attempts, estimate))
@@ -97,16 +93,19 @@ def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
         mark_complete(checkpoint, precision_of(context))
     except Exception as error:
         written, free = _size(checkpoint), shutil.disk_usage(context.attempt).free
-        if not (_says_no_room(error) or free < needed - written):
+        cause: BaseException | None = error
+        while cause is not None and not is_no_room(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None and free >= needed - written:
             raise
-        # Its room is needed to tell of the failure, and for the next try.
+        # Its room is needed to report the failure, and for the next try.
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise _disk_full(checkpoint, needed, free + written) from error
 
 
 def _make_room(checkpoint: Path, attempts: Sequence[Path], estimate: int) -> int:
-    """Empty the checkpoint's folder; the bytes that are needed, which there are."""
-    # What a killed group left half-written must not pass for a part of what is written now.
+    """Empty the checkpoint's folder; return the bytes that are needed, for which there is room."""
+    # Files that a killed group left there must not pass for a part of this checkpoint.
     shutil.rmtree(checkpoint, ignore_errors=True)
     earlier = newest_complete([*attempts, checkpoint.parents[1]])
     # The newest may be the smaller: a model that has not taken a step yet has no moments.
@@ -115,7 +114,7 @@ def _make_room(checkpoint: Path, attempts: Sequence[Path], estimate: int) -> int
     if free < needed:
         raise _disk_full(checkpoint, needed, free)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever could add to it could run code when it is loaded: it holds pickles.
+    # A user who could add to it could run code when it is loaded: it holds pickles.
     checkpoint.mkdir(mode=0o700)
     return needed
 
@@ -128,20 +127,12 @@ def _disk_full(checkpoint: Path, needed: int, free: int) -> DiskFullError:
     )
 
 
-def _says_no_room(error: BaseException | None) -> bool:
-    while error is not None:
-        if is_no_room(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _size(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
 
 
 def mark_complete(checkpoint: Path, precision: str) -> None:
-    """Make a checkpoint that all ranks have written count, then sweep older and half-written ones of its attempt.
+    """Mark a checkpoint that all ranks have written as complete, then remove older and partial ones of its attempt.
 
     A collective: every rank must call it after its own writes.
     """
@@ -161,14 +152,11 @@ def _mark_complete(checkpoint: Path, precision: str) -> None:
     _sync(temporary)
     temporary.replace(checkpoint / MARKER)
     _sync(checkpoint)
-    _sweep(checkpoint)
-
-
-def _sweep(newest: Path) -> None:
-    older = [path for path in newest.parent.glob("checkpoint-*") if step_of(path) < step_of(newest)]
+    older = [path for path in checkpoint.parent.glob("checkpoint-*") if step_of(path) < step_of(checkpoint)]
     complete = sorted((path for path in older if is_complete(path)), key=step_of)
-    for path in [*complete[: -(KEPT - 1)], *(path for path in older if path not in complete)]:
-        shutil.rmtree(path)
+    for path in older:
+        if path not in complete[-(KEPT - 1) :]:
+            shutil.rmtree(path)
 
 
 def _sync(path: Path) -> None:
