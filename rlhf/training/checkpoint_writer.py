@@ -14,7 +14,6 @@ from rlhf.attempt.checkpoints import KEPT, MARKER, is_complete, marker, newest_c
 from rlhf.attempt.context import Context
 from rlhf.errors import DiskFullError, PreflightError, is_no_room, size
 from rlhf.zero import group
-from rlhf.zero.group import precision_of
 
 
 def checkpoint_to_resume(context: Context[Any]) -> Path | None:
@@ -36,7 +35,7 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
             str(newest),
             f"{context.stage}.workers.count={ranks}, or remove that folder to start the stage anew",
         )
-    precision = precision_of(context)
+    precision = group.precision_of(context)
     if (begun_in := written.get("precision", "a precision that it does not tell")) != precision:
         raise PreflightError(
             f"{begun} in {begun_in} at step {step_of(newest)}, which this CPU, computing in {precision}, "
@@ -90,7 +89,7 @@ def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
     needed = group.from_main(lambda: _make_room(checkpoint, context.attempts, estimate))
     try:
         yield checkpoint
-        mark_complete(checkpoint, precision_of(context))
+        mark_complete(checkpoint, group.precision_of(context))
     except Exception as error:
         written, free = _size(checkpoint), shutil.disk_usage(context.attempt).free
         cause: BaseException | None = error
