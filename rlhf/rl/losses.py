@@ -5,7 +5,8 @@ Log-probabilities are in nats.
 
 Each loss is a sum over the given real tokens divided by the number of real tokens in the global minibatch, so the
 losses of micro batches and ranks, and their gradients, *add* to those of the minibatch: neither padding, micro batches
-nor the number of ranks changes them. DeepSpeed averages gradients over ranks: multiply by their number.
+nor the number of ranks changes them. Where gradients are averaged over ranks or micro batches, as DeepSpeed does,
+multiply by the number of those.
 """
 
 from dataclasses import dataclass, fields
@@ -117,10 +118,10 @@ def clipped_policy_loss(
         -sum over real tokens of [ min(r * A, clamp(r, 1 - clip, 1 + clip) * A) - kl_coef * w * k + entropy_bonus * H ]
             / num_tokens
 
-    r = exp(logprob - old logprob). w is r with ``kl_importance_weights``, otherwise 1. In expectation over tokens of the
-    old policy, r * k3 is KL(policy ‖ reference) (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv:2512.02556, Eq. 7), and r * k2,
-    with r a constant, has its gradient. For one token both have the gradient r * d * grad log policy, d being the
-    log-ratio to the reference.
+    r is exp(logprob - old logprob); w is r with ``kl_importance_weights``, otherwise 1. In expectation over the old
+    policy's tokens, r * k3 is KL(policy ‖ reference) (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv:2512.02556, Eq. 7), and
+    r * k2, with r a constant, has its gradient. For one token both have the gradient r * d * grad log policy, d being
+    the log-ratio to the reference.
 
     logprobs            ``[batch, time]``, of the sampled tokens now; takes a gradient
     entropies           ``[batch, time]``, H, of the distributions they were drawn from, now; takes a gradient
@@ -142,7 +143,7 @@ def clipped_policy_loss(
     if penalties.kl_coef:
         estimates = kl_estimates(logprobs, reference_logprobs.detach(), mask, penalties.kl_estimator)
         if penalties.kl_importance_weights:
-            # The biased k2 has the right gradient with a constant weight; the weight of the unbiased k3 needs its own.
+            # k2 is biased; with a constant weight its gradient is right. k3 is unbiased, and its gradient needs r's.
             estimates = estimates * (ratio.detach() if penalties.kl_estimator == "k2" else ratio)
         kl_term = penalties.kl_coef * estimates.sum()
     if penalties.entropy_bonus:
