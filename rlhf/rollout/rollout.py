@@ -1,6 +1,6 @@
 """Rollouts: responses sampled from an unsharded copy of the policy, laid out for the models that read them.
 
-Generating through ZeRO-3 gathers every layer for every token; a copy, refreshed once an iteration, is many times
+Generating through ZeRO-3 gathers every layer for every token; a copy that is refreshed once an iteration is many times
 faster.
 """
 
@@ -91,16 +91,16 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Rollout:
-    """The samples of all ranks, in the order of their global index."""
+    """The samples of all ranks, ordered by global index."""
 
     prompts: Sequence[Prompt]
     texts: list[str]
-    """The responses, decoded, without the EOS that ends them."""
+    """The decoded responses, without the EOS that ends them."""
     sequences: Sequences
     ended: Tensor
     """``[sample]``, True where the response ended in EOS within the limit."""
     logprobs: Tensor
-    """``[sample, time]``, of the responses' tokens under the distributions that they were drawn from, nats."""
+    """``[sample, time]``, of the responses' tokens under the distributions they were drawn from, nats."""
 
     @property
     def mask(self) -> Tensor:
