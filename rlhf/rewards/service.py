@@ -53,7 +53,7 @@ def checked_scores(
         )
     for row, score in enumerate(scores, start=first):
         # Real includes numpy's numbers, and also Python's truth values, which are not scores.
-        number: Any = score if isinstance(score, Real) and not isinstance(score, bool) else math.nan
+        number: Any = math.nan if isinstance(score, bool) or not isinstance(score, Real) else score
         if not abs(number) <= LARGEST:
             raise RewardError(
                 f"{name}'s score of response {row} is {_shortened(repr(score))}, and no finite number",
@@ -197,7 +197,10 @@ NAME = "the reward's service"
 
 
 class EndpointReward:
-    """A service that answers ``{"prompts": […], "responses": […]}`` with ``{"scores": […]}``; errors as :class:`Service`."""
+    """A service that answers ``{"prompts": […], "responses": […]}`` with ``{"scores": […]}``.
+
+    Errors are those of :class:`Service`.
+    """
 
     def __init__(self, settings: EndpointSettings) -> None:
         self._batch_size = settings.batch_size
