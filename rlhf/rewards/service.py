@@ -71,7 +71,6 @@ def _shortened(text: str, limit: int = 200) -> str:
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 8.0
-TOO_MANY_REQUESTS = 429
 
 
 class Service:
@@ -139,7 +138,7 @@ class Service:
             httpx.AsyncClient(headers=self._headers, timeout=None, follow_redirects=False, trust_env=False) as client,  # noqa: S113
             client.stream("POST", settings.url, content=body) as answer,
         ):
-            if answer.status_code == TOO_MANY_REQUESTS or answer.is_server_error:
+            if answer.status_code == 429 or answer.is_server_error:  # 429: too many requests
                 raise _PassingError(f"status {answer.status_code}")
             if answer.is_redirect:
                 refuse(
@@ -207,12 +206,7 @@ class EndpointReward:
         self._service = Service(settings, NAME)
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-        """Return one score a response.
-
-        Raises:
-            RewardError: the service refused a request, or did not answer one finite number a response.
-            TryAgainError: the service could not be reached in all tries.
-        """
+        """Return one score a response; errors are those of :meth:`Service.ask` and :func:`checked_scores`."""
         scores: list[float] = []
         for first in range(0, len(responses), self._batch_size):
             batch = slice(first, first + self._batch_size)

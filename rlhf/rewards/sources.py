@@ -31,11 +31,7 @@ class FunctionReward:
         self._function = load_function(named)
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-        """Return one score a response.
-
-        Raises:
-            RewardError: the function raised, or did not return one finite number a response.
-        """
+        """Return one score a response; errors are those of :func:`rlhf.rewards.service.checked_scores`."""
         return checked_scores(lambda: self._function(list(prompts), list(responses)), self._named, len(responses))
 
 

@@ -73,7 +73,6 @@ def generalised_advantages(
 
     rewards     ``[batch, time]``, the reward for emitting each token
     values      ``[batch, time]``, V_t, the value model's estimate before that token is emitted
-    mask        ``[batch, time]``, True on real tokens
     discount    in [0, 1]; 1 is usual for responses
     gae_lambda  in [0, 1]; 0.95 is usual. 1 gives returns without the value model's bias, 0 the one-step error
     returns     advantages and returns, each ``[batch, time]``, 0 on padding; constants without a gradient
@@ -107,7 +106,6 @@ def whiten(values: Tensor, mask: Tensor, moments: Tensor, *, shift_mean: bool = 
     Ziegler et al. 2019 (arXiv:1909.08593; Huang et al. 2024, arXiv:2403.17031, on whitening). Rewards keep their mean.
 
     values   ``[batch, time]``
-    mask     ``[batch, time]``, True on real tokens
     moments  :func:`masked_moments`, added up over all ranks
     returns  ``[batch, time]`` in the type of ``values``, 0 on padding; a constant without a gradient
     """

@@ -73,7 +73,6 @@ def truncated_importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mas
 
     logprobs          ``[batch, time]``, by the trained policy before the updates, nats; no gradient passes through
     sampler_logprobs  ``[batch, time]``, of the same tokens as they were sampled
-    mask              ``[batch, time]``, True on real tokens
     cap               above 0; 2 is usual
     returns           ``[batch, time]``, 1 on padding where the cap allows
     """

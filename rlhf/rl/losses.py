@@ -128,7 +128,6 @@ def clipped_policy_loss(
     old_logprobs        ``[batch, time]``, of the same tokens under the policy that sampled them
     reference_logprobs  ``[batch, time]``, under the reference; k is :func:`rlhf.rl.kl.kl_estimates` of it
     advantages          ``[batch, time]``
-    mask                ``[batch, time]``, True on real tokens
     clip                at least 0; 0.2 is usual; None leaves the ratio as it is
     num_tokens          real tokens in the global minibatch
     """
@@ -188,7 +187,6 @@ def clipped_value_loss(
     values      ``[batch, time]``, the value model's estimates now; the only input that takes a gradient
     old_values  ``[batch, time]``, its estimates when the responses were sampled
     returns     ``[batch, time]``, R of :func:`rlhf.rl.advantages.generalised_advantages`
-    mask        ``[batch, time]``, True on real tokens
     clip        at least 0, in units of the score; 0.2 is usual; None leaves the error as it is
     num_tokens  real tokens in the global minibatch
     returns     the loss, a scalar, and this part's sums

@@ -56,10 +56,7 @@ def mismatch_metrics(sampler_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -
     logprobs          ``[sample, time]``, of the same tokens by the trained policy, before any update
     """
     gaps = masked(sampler_logprobs - logprobs, mask).double()
-    return {
-        "rollout/kl_to_trained": gaps.sum(-1).mean().item(),
-        "rollout/largest_gap": gaps.abs().max().item(),
-    }
+    return {"rollout/kl_to_trained": gaps.sum(-1).mean().item(), "rollout/largest_gap": gaps.abs().max().item()}
 
 
 def update_metrics(policy: Sequence[PolicySums], value: Sequence[ValueSums]) -> dict[str, float]:

@@ -67,11 +67,7 @@ def draw(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
 
 
 def prompt_batch(prompts: list[Prompt], samples: Sequence[int], tokenizer: Tokenizer, max_length: int) -> PromptBatch:
-    """Make a batch of given prompts.
-
-    Raises:
-        PreflightError: one is longer than ``max_length`` tokens.
-    """
+    """Make a batch of given prompts; errors are those of :func:`check_lengths`."""
     ids = [text.prompt_ids(tokenizer, prompt) for prompt in prompts]
     check_lengths(ids, "the prompts", max_length)
     return PromptBatch(prompts, ids, list(samples))

@@ -74,12 +74,7 @@ def sample_responses(
     cache = DynamicCache(config=model.config)
     for step in range(numbers.shape[1]):
         logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            cache=cache,
-            use_cache=True,
-            logits_to_keep=1,
+            input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
         ).logits[:, -1]
         if temperature:
             tokens = inverse_transform(logits, numbers[:, step], temperature)

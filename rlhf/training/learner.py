@@ -32,6 +32,7 @@ class MovingAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._module, self._decay = module, decay
         self._shards: dict[str, Tensor] = {name: shard.detach().clone() for name, shard in trained_shards(module)}
+        self._file = f"average-{group.rank()}.safetensors"
 
     @torch.no_grad()
     def update(self) -> None:
@@ -49,21 +50,17 @@ class MovingAverage:
 
     def save(self, checkpoint: Path) -> None:
         """Write this rank's shards."""
-        save_file({name: shard.cpu() for name, shard in self._shards.items()}, self._file(checkpoint))
+        save_file({name: shard.cpu() for name, shard in self._shards.items()}, checkpoint / self._file)
 
     def load(self, checkpoint: Path) -> None:
         """Read what :meth:`save` wrote."""
-        for name, shard in load_file(self._file(checkpoint)).items():
+        for name, shard in load_file(checkpoint / self._file).items():
             self._shards[name].copy_(shard)
-
-    @staticmethod
-    def _file(checkpoint: Path) -> Path:
-        return checkpoint / f"average-{group.rank()}.safetensors"
 
 
 @dataclass(frozen=True)
 class Optimiser:
-    """Settings of a model's AdamW."""
+    """Settings of a model's AdamW, as :class:`rlhf.zero.engine.Engine` takes them."""
 
     name: str
     """The model's name in errors."""
@@ -82,13 +79,7 @@ class Learner:
     """
 
     def __init__(self, module: nn.Module, precision: Precision, optimiser: Optimiser, file: str) -> None:
-        self.engine = Engine(
-            module,
-            precision,
-            name=optimiser.name,
-            learning_rate=optimiser.learning_rate,
-            max_grad_norm=optimiser.max_grad_norm,
-        )
+        self.engine = Engine(module, precision, **vars(optimiser))
         self._file = file
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

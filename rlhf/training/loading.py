@@ -75,17 +75,17 @@ def _plain_policy(context: Context[PpoSettings]) -> Path:
 def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, Rewards]:
     """Load and shard the two policies to compare, and the rewards that score them. A collective."""
     settings = context.settings
-
-    def policy(role: str) -> FrozenPolicy:
-        return FrozenPolicy(
+    before, after = (
+        FrozenPolicy(
             context.inputs[role],
             settings.precision,
             settings.sampling.temperature,
             settings.micro_batch_size,
             fp32_head=settings.sampling.fp32_head,
         )
-
-    return policy("before"), policy("after"), load_rewards(context, settings.micro_batch_size)
+        for role in ("before", "after")
+    )
+    return before, after, load_rewards(context, settings.micro_batch_size)
 
 
 def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Generator:

@@ -108,13 +108,7 @@ class FrozenPolicy(Policy):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        precision: Precision,
-        temperature: float,
-        micro_batch_size: int,
-        *,
-        fp32_head: bool = True,
+        self, folder: Path, precision: Precision, temperature: float, micro_batch_size: int, *, fp32_head: bool = True
     ) -> None:
         with sharded_loading(precision):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)

@@ -78,7 +78,6 @@ def common_arguments(context: Context[SftSettings] | Context[RmSettings]) -> dic
         "report_to": "none",
         "disable_tqdm": True,
         "gradient_checkpointing": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
     }
 
 
@@ -284,12 +283,7 @@ def reward_trainer(
 
 
 def train(trainer: Any, context: Context[Any]) -> None:
-    """Train from the newest complete checkpoint, or from the start.
-
-    Raises:
-        DiskFullError: there is no room for a checkpoint; those before it stay.
-        InterruptedRunError: the ranks were asked to stop, and have saved their current step.
-    """
+    """Train from the newest complete checkpoint, or from the start; errors as :func:`loop.resumable_steps`."""
     newest = checkpoint_writer.checkpoint_to_resume(context)
     if newest is not None:
         trainer.go_on_counting(newest)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +95,11 @@ class Engine:
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
         self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+        self.module: Any = self._engine.module
         self._finite: list[Tensor] = []
         # In training too: with dropout, layer drop or router noise, two passes over the same tokens differ, which PPO
         # would take for a change of the policy. Gradients flow in either mode.
         self._engine.eval()
-
-    @property
-    def module(self) -> Any:
-        """Return the module inside; its weights are sharded."""
-        return self._engine.module
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Run the module's forward pass."""
@@ -163,11 +159,9 @@ def checkpoint_bytes(module: nn.Module) -> int:
     return sum(parameter.ds_numel * (parameter.element_size() + 3 * 4) for parameter in trained)
 
 
-@contextmanager
-def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> Generator[None]:
+def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[None]:
     """Inside, the parameters are whole on every rank; with ``modify`` rank 0's changes are kept on all."""
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
-        yield
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
 
 
 def whole_weights(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
