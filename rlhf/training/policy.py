@@ -151,6 +151,7 @@ class TrainedPolicy(Policy):
         )
         super().__init__(self._learner.engine, generator, temperature, micro_batch_size)
         self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
+        self._state = [self._learner] if self._average is None else [self._learner, self._average]
         self._reference = (
             None if lora else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head)
         )
@@ -201,19 +202,17 @@ class TrainedPolicy(Policy):
 
     def checkpoint_bytes(self) -> int:
         """Return about how many bytes all ranks write in :meth:`save`."""
-        return self._learner.checkpoint_bytes() + (self._average.checkpoint_bytes() if self._average else 0)
+        return sum(part.checkpoint_bytes() for part in self._state)
 
     def save(self, checkpoint: Path) -> None:
         """Write the trained weights, the optimiser's state and the moving average. A collective."""
-        self._learner.save(checkpoint)
-        if self._average is not None:
-            self._average.save(checkpoint)
+        for part in self._state:
+            part.save(checkpoint)
 
     def load(self, checkpoint: Path) -> None:
         """Read what :meth:`save` wrote. A collective."""
-        self._learner.load(checkpoint)
-        if self._average is not None:
-            self._average.load(checkpoint)
+        for part in self._state:
+            part.load(checkpoint)
 
     def export(self, target: Path) -> None:
         """Write the policy's folder: the moving average where there is one. A collective."""
