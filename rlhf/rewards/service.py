@@ -56,7 +56,7 @@ def checked_scores(
         number: Any = math.nan if isinstance(score, bool) or not isinstance(score, Real) else score
         if not abs(number) <= LARGEST:
             raise RewardError(
-                f"{name}'s score of response {row} is {_shortened(repr(score))}, and no finite number",
+                f"{name}'s score of response {row} is {_shortened(repr(score))}, and not a finite number",
                 f"{source}, row {row}",
                 "return finite numbers only",
             )
@@ -122,12 +122,12 @@ class Service:
             raise TryAgainError(
                 f"{self._name} did not answer in {self._settings.retries + 1} tries; the last one: {why}",
                 where,
-                "look after the service; the same command then goes on where it was",
+                "repair the service; the same command then continues",
             )
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):
-            refuse(f"{self._name} answered what is no JSON", where, "correct url, or the service")
+            refuse(f"{self._name} answered no JSON", where, "correct url, or the service")
 
     async def _posted(self, body: bytes, where: str) -> bytes:
         settings = self._settings
@@ -145,7 +145,7 @@ class Service:
                     f"{self._name} answered with a redirect (status {answer.status_code}), "
                     "and rows are sent to no other address",
                     where,
-                    "set url to where it leads, if rows may be sent there",
+                    "set url to the redirect's address, if rows may be sent there",
                 )
             if not answer.is_success:
                 refuse(
@@ -185,7 +185,7 @@ def _token(variable: str, name: str) -> str:
     # A header cannot hold other characters, and httpx would print the header that it refuses.
     if not (token.isascii() and token.isprintable() and " " not in token):
         raise PreflightError(
-            f"the environment variable {variable} holds what no token can: blanks, or letters beyond ASCII",
+            f"the environment variable {variable} holds characters that no token has: blanks, or non-ASCII letters",
             variable,
             f"export {variable}=... anew",
         )

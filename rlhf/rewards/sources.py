@@ -68,7 +68,7 @@ def load_function(named: str, what: str = "reward", takes: str = "prompts, respo
     if not callable(function):
         raise PreflightError(f"{file} has no function {name}", str(path), f"define {name}({takes}) there")
     try:
-        with suppress(ValueError):  # it is written in C without a signature: the first call tells
+        with suppress(ValueError):  # written in C, it has no signature: the first call tells
             inspect.signature(function).bind([], [])
     except TypeError:
         message = f"{name} cannot be called with {takes}"

@@ -99,14 +99,14 @@ def _declines(now: Metrics, watched: Watched) -> dict[str, str]:
     if share > 0.95 and first < 0.8:
         raised["length"] = (
             f"responses have grown to the limit: {now['length/mean']:.0f} of {watched.max_new_tokens} tokens on "
-            f"average, and {watched.first['length/mean']:.0f} at first; length may be what pays: raise kl.coef, look "
+            f"average, and {watched.first['length/mean']:.0f} at first; length may be rewarded: raise kl.coef, look "
             "at samples"
         )
     entropy, first = now["policy/entropy_avg"], watched.first["policy/entropy_avg"]
     if first > 0.05 and entropy < first / 10:
         raised["entropy"] = (
-            f"the policy's entropy collapsed from {first:.3g} to {entropy:.2g} nats a token: it says nearly the same "
-            "to everyone; lower policy_learning_rate, raise kl.coef, or set entropy_bonus"
+            f"the policy's entropy collapsed from {first:.3g} to {entropy:.2g} nats a token: it gives nearly the same "
+            "response to every prompt; lower policy_learning_rate, raise kl.coef, or set entropy_bonus"
         )
     share = now.get("score/out_of_range", 0.0)
     if share > 0.1:
@@ -136,9 +136,9 @@ def check_finite(mask: Tensor, **tensors: Tensor) -> None:
         if not fine.all():
             rows = (~fine).nonzero().flatten().tolist()
             raise DivergedError(
-                f"{name} of {len(rows)} of {len(fine)} responses are no finite numbers; no update was made of them",
+                f"{name} of {len(rows)} of {len(fine)} responses are not finite numbers; no update was made",
                 f"response {rows[0]} of the iteration",
-                "lower the learning rates; where scores are at fault, look at the reward",
+                "lower the learning rates; for scores, look at the reward",
             )
 
 

@@ -71,10 +71,10 @@ class Generator:
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         parts: list[Tensor] = []
         for rows in group.my_rows(len(prompts)).split(self._at_once):
-            asked = [prompts[row] for row in rows.tolist()]
-            answers = sample_responses(self._copy, asked, noise[rows], self._temperature, eos_token_id=eos, pad=pad)
+            chosen = [prompts[row] for row in rows.tolist()]
+            sampled = sample_responses(self._copy, chosen, noise[rows], self._temperature, eos_token_id=eos, pad=pad)
             # One exchange for both: float64 holds every id and every float32 exactly.
-            parts.append(torch.stack([answers.ids.double(), answers.logprobs.double()], dim=1))
+            parts.append(torch.stack([sampled.ids.double(), sampled.logprobs.double()], dim=1))
         both = group.gather_rows(torch.cat(parts), len(prompts))
         return Responses(both[:, 0].long(), both[:, 1].float())
 

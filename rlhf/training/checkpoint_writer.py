@@ -31,17 +31,17 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
     begun = f"{context.stage} has a checkpoint"
     if (ranks := written["ranks"]) != group.world_size():
         raise PreflightError(
-            f"{begun} of {ranks} rank(s) at step {step_of(newest)}, which {group.world_size()} cannot go on from",
+            f"{begun} of {ranks} rank(s) at step {step_of(newest)}, which {group.world_size()} cannot continue",
             str(newest),
-            f"{context.stage}.workers.count={ranks}, or remove that folder to start the stage anew",
+            f"{context.stage}.workers.count={ranks}, or remove that folder to restart the stage",
         )
     precision = group.precision_of(context)
-    if (begun_in := written.get("precision", "a precision that it does not tell")) != precision:
+    if (begun_in := written.get("precision", "an unknown precision")) != precision:
         raise PreflightError(
             f"{begun} in {begun_in} at step {step_of(newest)}, which this CPU, computing in {precision}, "
-            "cannot go on from",
+            "cannot continue",
             str(newest),
-            "run it on a machine like the one that it began on, or remove that folder to start the stage anew",
+            "run it on a machine like the first one, or remove that folder to restart the stage",
         )
     return newest
 
@@ -67,9 +67,9 @@ def refuse_planted(checkpoint: Path, attempt: Path) -> None:
     else:
         return
     raise PreflightError(
-        f"the checkpoint to go on from {why}: it holds pickles, and whoever wrote it could run code here",
+        f"the checkpoint to continue from {why}: it holds pickles, so its author could run code here",
         str(checkpoint),
-        "remove it, or where you know that it is yours: chown it to the user who runs the workers, and chmod 700 it",
+        "remove it, or if you know that it is yours: chown it to the user that runs the workers, and chmod 700 it",
     )
 
 
@@ -122,7 +122,7 @@ def _disk_full(checkpoint: Path, needed: int, free: int) -> DiskFullError:
     return DiskFullError(
         f"no room for the checkpoint of step {step_of(checkpoint)}: {size(needed)} needed, {size(free)} free",
         str(checkpoint.parent),
-        "free some space and run the same command again: it goes on from the newest complete checkpoint",
+        "free some space and run the same command again: it continues from the newest complete checkpoint",
     )
 
 

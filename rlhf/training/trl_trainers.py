@@ -4,7 +4,7 @@ TRL and transformers give the training loop with its AdamW, learning-rate schedu
 set-up, adapters, sft's loss and packing, and reading and writing a checkpoint's content: weights, optimiser, schedule,
 random numbers, and how many rows were learned from.
 Ours are the order of the rows, rm's lists, loss and metrics, the count of tokens after a resume, when a checkpoint is
-written and when it is complete, stopping, the journal, what is measured after training, and the exported folder.
+written and when it is complete, stopping, the journal, measurements after training, and the exported folder.
 """
 
 import json
@@ -129,7 +129,7 @@ class Reports(TrainerCallback):
 
 
 class _Ordered:
-    """Mixin of both trainers; list it first among the bases. Rows come in our order, all epochs' together.
+    """Mixin of both trainers; list it first among the bases. The rows of all epochs come in our order.
 
     Checkpoints need room, are complete or ignored, and hold TRL's count of tokens.
 
