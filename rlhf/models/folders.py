@@ -7,13 +7,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.integrations import deepspeed
 
 from rlhf.errors import PreflightError
 from rlhf.models import heads, safe_loading, text
@@ -97,9 +97,15 @@ def load_whole(folder: Path, *, scores: bool, dtype: torch.dtype) -> PreTrainedM
 
 @contextmanager
 def _unsharded() -> Generator[None]:
-    # transformers shards whatever is loaded while a trainer with ZeRO-3 lives.
-    with patch("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None):
+    # transformers shards what it loads for as long as a trainer with ZeRO-3 exists, which it refers to weakly.
+    reference = deepspeed._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage] - it has no getter
+    config = reference() if reference else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
         yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def write_plain(folder: Path, target: Path, *, scores: bool, dtype: torch.dtype) -> Path:

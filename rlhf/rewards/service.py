@@ -1,10 +1,12 @@
-"""Rewards that an HTTP service computes, and the check that every answer passes."""
+"""Rewards computed by an HTTP service, and the check of all scores."""
 
 import asyncio
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from numbers import Real
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -21,24 +23,27 @@ LARGEST = 3.4e38
 def checked_scores(
     answer: Callable[[], Any], source: str, count: int, first: int = 0, name: str = "the reward"
 ) -> list[float]:
-    """Call ``answer`` and take its scores.
+    """Return the scores that ``answer`` returns.
 
-    source  the reward's name, for messages
-    count   how many responses it was asked about
-    first   the row, in the whole batch, of the first of them
-    name    what messages call who answers
+    source  the function or address that scores, for messages
+    count   the number of responses to be scored
+    first   the row of the first response in the whole batch
+    name    the scorer, for messages
 
     Raises:
-        RewardError: it raised, or did not answer ``count`` finite numbers; the message names the first bad row.
+        RewardError: it raised, or did not return ``count`` finite numbers; the message names the first bad row.
     """
     rows = f"{source}, rows {first} to {first + count - 1}"
     try:
         answered = answer()
-        # A generator runs the reward's code only here. Text is refused as a whole: its letters are no scores.
+        # A generator runs the reward's code only here. Text is refused as a whole: its letters are not scores.
         scores = list(answered) if hasattr(answered, "__iter__") and not isinstance(answered, str | bytes) else None
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        # Signals end ranks in other ways: an interrupt that comes out of a reward is the reward's own.
-        raise RewardError(f"{name} raised {_described(error)}", rows, f"correct {name}") from error
+        # Signals end ranks in other ways: an interrupt out of a reward was raised by the reward.
+        message = type(error).__name__
+        with suppress(Exception):  # the error's __str__ is the user's code too
+            message += f": {_shortened(str(error))}"
+        raise RewardError(f"{name} raised {message}", rows, f"correct {name}") from error
     if scores is None:
         kind = type(answered).__name__
         raise RewardError(f"{name} answered {kind}, and no list of scores", rows, "return a list of numbers")
@@ -47,49 +52,36 @@ def checked_scores(
             f"{name} answered {len(scores)} scores for {count} responses", rows, "return one score a response"
         )
     for row, score in enumerate(scores, start=first):
-        if not _is_finite(score):
+        # Real includes numpy's numbers, and also Python's truth values, which are not scores.
+        number: Any = math.nan if isinstance(score, bool) or not isinstance(score, Real) else score
+        if not abs(number) <= LARGEST:
             raise RewardError(
-                f"{name}'s score of response {row} is {_shortened(repr(score))}, and no finite number",
+                f"{name}'s score of response {row} is {_shortened(repr(score))}, and not a finite number",
                 f"{source}, row {row}",
                 "return finite numbers only",
             )
     return [float(score) for score in scores]
 
 
-def _is_finite(score: Any) -> bool:
-    # Real takes in numpy's numbers, and also Python's truth values, which are no scores.
-    if isinstance(score, bool) or not isinstance(score, Real):
-        return False
-    size: Any = abs(score)
-    return bool(size <= LARGEST)
-
-
-def _described(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {_shortened(str(error))}"
-    except Exception:  # noqa: BLE001 - its __str__ is the user's code too
-        return type(error).__name__
-
-
 def _shortened(text: str, limit: int = 200) -> str:
-    # Half a surrogate pair could not be written anywhere, and the error would be lost with it.
+    # Half a surrogate pair could not be written, and the error would be lost with it.
     text = " ".join(text.encode(errors="backslashreplace").decode().split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 8.0
-TOO_MANY_REQUESTS = 429
 
 
 class Service:
-    """One address. Rows go there and nowhere else: no redirect is followed, and no proxy or credentials of the
-    environment are used. Several threads may post at once.
+    """An HTTP address; several threads may post to it at once.
 
-    name  what messages call it, as "the reward's service"
+    Rows are sent nowhere else: no redirect is followed, and no proxy or credentials of the environment are used.
+
+    name  the service in messages, as "the reward's service"
 
     Raises:
-        PreflightError: the settings name a variable for the token that is not set, or holds none.
+        PreflightError: the settings name a variable for the token that is not set, or holds no token.
     """
 
     def __init__(self, settings: ServiceSettings, name: str) -> None:
@@ -97,20 +89,20 @@ class Service:
         self._name = name
         parts = urlsplit(settings.url)
         self.shown = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-        """The address without its query, which may hold what is nobody's business."""
-        # Compressed, a short answer could become a long one after it was measured.
+        """The address without its query, which may hold secrets."""
+        # A compressed answer could become long after its length was checked.
         self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if settings.token_variable is not None:
             self._headers["Authorization"] = f"Bearer {_token(settings.token_variable, name)}"
 
     def ask(self, document: Any, rows: str) -> Any:
-        """Post a document; the JSON that it is answered with.
+        """Post a document and return the answer's JSON.
 
-        rows  what the document is about, for messages
+        rows  the document's rows, for messages
 
         Raises:
-            RewardError: the service refused the request, or answered no JSON.
-            TryAgainError: it could not be reached, however often it was tried.
+            RewardError: the service refused the request, or its answer is not JSON.
+            TryAgainError: it could not be reached in all tries.
         """
         body, where = json.dumps(document).encode(), f"{self.shown}, {rows}"
         why = ""
@@ -130,30 +122,30 @@ class Service:
             raise TryAgainError(
                 f"{self._name} did not answer in {self._settings.retries + 1} tries; the last one: {why}",
                 where,
-                "look after the service; the same command then goes on where it was",
+                "repair the service; the same command then continues",
             )
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):
-            refuse(f"{self._name} answered what is no JSON", where, "correct url, or the service")
+            refuse(f"{self._name} answered no JSON", where, "correct url, or the service")
 
     async def _posted(self, body: bytes, where: str) -> bytes:
         settings = self._settings
-        # httpx limits the wait for each part: a service that sends its answer or its headers little by little would
-        # take for ever. A client of its own for each request lets several threads ask.
+        # httpx limits the wait for each part only: a service that sends answer or headers in small parts could take any
+        # time. A client for each request lets several threads ask.
         async with (
             asyncio.timeout(settings.timeout_s),
             httpx.AsyncClient(headers=self._headers, timeout=None, follow_redirects=False, trust_env=False) as client,  # noqa: S113
             client.stream("POST", settings.url, content=body) as answer,
         ):
-            if answer.status_code == TOO_MANY_REQUESTS or answer.is_server_error:
+            if answer.status_code == 429 or answer.is_server_error:  # 429: too many requests
                 raise _PassingError(f"status {answer.status_code}")
             if answer.is_redirect:
                 refuse(
                     f"{self._name} answered with a redirect (status {answer.status_code}), "
                     "and rows are sent to no other address",
                     where,
-                    "set url to where it leads, if rows may be sent there",
+                    "set url to the redirect's address, if rows may be sent there",
                 )
             if not answer.is_success:
                 refuse(
@@ -161,20 +153,20 @@ class Service:
                     where,
                     "correct url or token_variable, or the service",
                 )
-            found = bytearray()
+            body_read = bytearray()
             async for part in answer.aiter_raw():
-                found += part
-                if len(found) > settings.max_bytes:
+                body_read += part
+                if len(body_read) > settings.max_bytes:
                     refuse(
                         f"{self._name} answered more than {settings.max_bytes} bytes",
                         where,
                         "raise max_bytes, or ask for less at once",
                     )
-            return bytes(found)
+            return bytes(body_read)
 
 
 class _PassingError(Exception):
-    """A request failed in a way that another try may mend."""
+    """A request failed, and another try may succeed."""
 
 
 def refuse(what: str, where: str, next_step: str) -> NoReturn:
@@ -190,10 +182,10 @@ def _token(variable: str, name: str) -> str:
             variable,
             f"export {variable}=... before Ray starts: its workers take their environment from there",
         )
-    # A header can hold nothing else, and httpx would print the header that it refuses.
+    # A header cannot hold other characters, and httpx would print the header that it refuses.
     if not (token.isascii() and token.isprintable() and " " not in token):
         raise PreflightError(
-            f"the environment variable {variable} holds what no token can: blanks, or letters beyond ASCII",
+            f"the environment variable {variable} holds characters that no token has: blanks, or non-ASCII letters",
             variable,
             f"export {variable}=... anew",
         )
@@ -206,8 +198,7 @@ NAME = "the reward's service"
 class EndpointReward:
     """A service that answers ``{"prompts": […], "responses": […]}`` with ``{"scores": […]}``.
 
-    Raises:
-        PreflightError: the settings name a variable for the token that is not set, or holds none.
+    Errors are those of :class:`Service`.
     """
 
     def __init__(self, settings: EndpointSettings) -> None:
@@ -215,26 +206,19 @@ class EndpointReward:
         self._service = Service(settings, NAME)
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-        """One score a response.
-
-        Raises:
-            RewardError: the service refused a request, or answered something else than one finite number a response.
-            TryAgainError: the service could not be reached, however often it was tried.
-        """
+        """Return one score a response; errors are those of :meth:`Service.ask` and :func:`checked_scores`."""
         scores: list[float] = []
         for first in range(0, len(responses), self._batch_size):
-            some = list(responses[first : first + self._batch_size])
-            rows = f"rows {first} to {first + len(some) - 1}"
-            asked = {"prompts": list(prompts[first : first + self._batch_size]), "responses": some}
-            answered = _scores_in(self._service.ask(asked, rows), f"{self._service.shown}, {rows}")
-            scores += checked_scores(lambda answered=answered: answered, self._service.shown, len(some), first)
+            batch = slice(first, first + self._batch_size)
+            asked = {"prompts": list(prompts[batch]), "responses": list(responses[batch])}
+            count = len(asked["responses"])
+            rows = f"rows {first} to {first + count - 1}"
+            where, right = f"{self._service.shown}, {rows}", 'answer {"scores": [...]}'
+            answer: Any = self._service.ask(asked, rows)
+            if not isinstance(answer, dict) or "scores" not in answer:
+                refuse(f'{NAME} answered JSON without "scores"', where, right)
+            answered: Any = answer["scores"]
+            if not isinstance(answered, list):
+                refuse(f'the "scores" that {NAME} answered are no list', where, right)
+            scores += checked_scores(lambda answered=answered: answered, self._service.shown, count, first)
         return scores
-
-
-def _scores_in(document: Any, where: str) -> Any:
-    if not isinstance(document, dict) or "scores" not in document:
-        refuse(f'{NAME} answered JSON without "scores"', where, 'answer {"scores": [...]}')
-    scores: Any = document["scores"]
-    if not isinstance(scores, list):
-        refuse(f'the "scores" that {NAME} answered are no list', where, 'answer {"scores": [...]}')
-    return scores

@@ -1,10 +1,11 @@
-"""What scores responses under PPO: reward models, Python functions and endpoints, added up."""
+"""The rewards that score responses under PPO: reward models, Python functions and endpoints, added up."""
 
 import hashlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,12 @@ class FunctionReward:
         self._function = load_function(named)
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-        """One score a response.
-
-        Raises:
-            RewardError: the function raised, or answered something else than one finite number a response.
-        """
+        """Return one score a response; errors are those of :func:`rlhf.rewards.service.checked_scores`."""
         return checked_scores(lambda: self._function(list(prompts), list(responses)), self._named, len(responses))
 
 
 def load_function(named: str, what: str = "reward", takes: str = "prompts, responses") -> Callable[..., Any]:
-    """Import the file, under a name of its own, and pick the function.
+    """Import the file, under a unique module name, and return the function.
 
     what   the function's use, for messages
     takes  its two arguments, for messages
@@ -50,13 +47,13 @@ def load_function(named: str, what: str = "reward", takes: str = "prompts, respo
     """
     file, _, name = named.rpartition(":")
     path = Path(file).expanduser().absolute()
-    # Its place is part of the name: files of two folders may be called alike.
+    # The path is part of the name: files of two folders may have the same name.
     module_name = f"rlhf_{what}_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise PreflightError(f"there is no file {file} with a {what} function", str(path), "correct its path")
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickle look their module up there.
+    # Dataclasses and pickle look up their module there.
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
@@ -70,46 +67,36 @@ def load_function(named: str, what: str = "reward", takes: str = "prompts, respo
     function = getattr(module, name, None)
     if not callable(function):
         raise PreflightError(f"{file} has no function {name}", str(path), f"define {name}({takes}) there")
-    if not _takes_two(function):
-        raise PreflightError(f"{name} cannot be called with {takes}", str(path), f"define {name}({takes})")
+    try:
+        with suppress(ValueError):  # written in C, it has no signature: the first call tells
+            inspect.signature(function).bind([], [])
+    except TypeError:
+        message = f"{name} cannot be called with {takes}"
+        raise PreflightError(message, str(path), f"define {name}({takes})") from None
     return function
 
 
-def _takes_two(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind([], [])
-    except TypeError:
-        return False
-    except ValueError:  # written in C without a signature: the first call tells
-        return True
-    return True
+Scorer = Callable[[Sequence[Any], Sequence[str]], list[float]]
+"""Returns one score a response to prompts and responses."""
 
 
 class MainOnly:
     """A reward that rank 0 alone makes and asks: functions need not be safe to run twice, and endpoints cost.
 
-    make  answers the reward, which answers one score a response. To make one is a collective
+    The constructor is a collective.
     """
 
-    def __init__(self, make: Callable[[], Callable[[Sequence[Any], Sequence[str]], list[float]]]) -> None:
-        self._reward: Callable[[Sequence[Any], Sequence[str]], list[float]] | None = None
-        group.from_main(partial(self._keep, make))
-
-    def _keep(self, make: Callable[[], Callable[[Sequence[Any], Sequence[str]], list[float]]]) -> None:
-        self._reward = make()
+    def __init__(self, make: Callable[[], Scorer]) -> None:
+        self._made: list[Scorer] = []  # empty on the other ranks
+        group.from_main(lambda: self._made.append(make()))
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Scores ``[sample]`` as the reward gave them. A collective."""
-
-        def ask() -> list[float]:
-            assert self._reward is not None, "only rank 0 asks"
-            return self._reward(prompts, responses)
-
-        return torch.tensor(group.from_main(ask))
+        """Return the reward's scores ``[sample]``. A collective."""
+        return torch.tensor(group.from_main(lambda: self._made[0](prompts, responses)))
 
 
 class Rewards:
-    """One score a response: the weighted sum of what each reward says. To make one is a collective.
+    """One score a response: the weighted sum of all rewards. The constructor is a collective.
 
     models  role to plain reward-model folder
     """
@@ -123,32 +110,33 @@ class Rewards:
     ) -> None:
         self._settings = settings
         self._parts: list[FrozenReward | MainOnly] = []
-        found = 0
-        for one in settings:
-            if one.function is not None:
-                self._parts.append(MainOnly(partial(FunctionReward, one.function)))
-            elif one.endpoint is not None:
-                self._parts.append(MainOnly(partial(EndpointReward, one.endpoint)))
+        number = 0
+        for reward in settings:
+            if reward.function is not None:
+                self._parts.append(MainOnly(partial(FunctionReward, reward.function)))
+            elif reward.endpoint is not None:
+                self._parts.append(MainOnly(partial(EndpointReward, reward.endpoint)))
             else:
-                self._parts.append(FrozenReward(models[role_of_model(found)], precision, micro_batch_size))
-                found += 1
+                self._parts.append(FrozenReward(models[role_of_model(number)], precision, micro_batch_size))
+                number += 1
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Scores ``[sample]``. A collective.
+        """Return the scores ``[sample]``. A collective.
 
         Raises:
-            RewardError: on every rank, a function or endpoint raised, refused, or answered no scores.
+            RewardError: on every rank, a function or endpoint raised, refused, or returned no scores.
             TryAgainError: on every rank, an endpoint could not be reached.
         """
         total = torch.zeros(len(responses))
-        for one, part in zip(self._settings, self._parts, strict=True):
-            # A model's mean and deviation are its own, and those of the settings are then 0 and 1.
-            total += one.weight * (part.score(prompts, responses) - one.mean) / one.std
+        for reward, part in zip(self._settings, self._parts, strict=True):
+            # A model has its own mean and deviation; those of the settings are then 0 and 1.
+            total += reward.weight * (part.score(prompts, responses) - reward.mean) / reward.std
         return total
 
     def out_of_range(self, scores: Tensor) -> dict[str, float]:
-        """``score/out_of_range``: the share of scores outside the range that the reward model gave its own data, where
-        one reward model is all that scores and recorded that range.
+        """Return ``score/out_of_range``: the share of scores outside the reward model's range on its own data.
+
+        Empty unless a single reward model scores, and recorded that range.
         """
         match self._parts:
             case [FrozenReward(range=(low, high))]:

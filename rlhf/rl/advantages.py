@@ -14,15 +14,14 @@ from rlhf.rl.masks import last_token_mask, masked
 def shaped_scores(
     scores: Tensor, ended: Tensor, *, clip: float | None, missing_eos_penalty: float, missing_eos_score: float | None
 ) -> Tensor:
-    """Clip the scores ``[batch]``, and punish responses that the length limit cut off: it teaches to stop.
+    """Clip the scores ``[batch]``, then penalise responses that the length limit cut off, which teaches to stop.
 
-    Clipping comes first, so that the punishment always counts. It is Huang et al. 2024 (arXiv:2403.17031), detail 13,
-    "the EOS trick".
+    The penalty is Huang et al. 2024 (arXiv:2403.17031), detail 13, "the EOS trick".
 
     ended                bool ``[batch]``, True where the response holds an EOS
-    clip                 largest distance of a score from 0; None for any
+    clip                 largest distance of a score from 0, or None
     missing_eos_penalty  subtracted from the score of a response without EOS
-    missing_eos_score    replaces it instead, unless None
+    missing_eos_score    replaces that score instead, unless None
     """
     shaped = scores if clip is None else scores.clamp(-clip, clip)
     cut_off = shaped - missing_eos_penalty if missing_eos_score is None else torch.full_like(shaped, missing_eos_score)
@@ -47,7 +46,7 @@ def kl_penalised_rewards(
     scores              ``[batch]``, the reward model's
     logprobs            ``[batch, time]``, sampled tokens under the policy that sampled them
     reference_logprobs  ``[batch, time]``, the same tokens under the reference
-    mask                ``[batch, time]``; a row with no real token has no reward at all, so it can fill up a batch
+    mask                ``[batch, time]``; a row with no real token has no reward, so it can fill up a batch
     kl_coef             β, in units of the score per nat, at least 0
     returns             ``[batch, time]``, 0 on padding
     """
@@ -63,7 +62,8 @@ VARIANCE_FLOOR = 1e-8
 def generalised_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, discount: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: Schulman et al. 2015 (arXiv:1506.02438), Eqs. 11, 12 and 16.
+    """Estimate advantages and returns: generalised advantage estimation, Schulman et al. 2015 (arXiv:1506.02438),
+    Eqs. 11, 12 and 16.
 
         delta_t = r_t + discount * V_{t+1} - V_t
         A_t     = delta_t + discount * gae_lambda * A_{t+1}
@@ -73,17 +73,16 @@ def generalised_advantages(
 
     rewards     ``[batch, time]``, the reward for emitting each token
     values      ``[batch, time]``, V_t, the value model's estimate before that token is emitted
-    mask        ``[batch, time]``, True on real tokens
     discount    in [0, 1]; 1 is usual for responses
     gae_lambda  in [0, 1]; 0.95 is usual. 1 gives returns without the value model's bias, 0 the one-step error
-    returns     advantages and returns, each ``[batch, time]``, 0 on padding; constants, so no gradient flows
+    returns     advantages and returns, each ``[batch, time]``, 0 on padding; constants without a gradient
     """
     rewards, values = masked(rewards, mask), masked(values, mask)
     advantages = torch.zeros_like(rewards + values)
     advantage = next_value = torch.zeros_like(advantages[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + discount * next_value - values[:, t]
-        # Padding comes first in this direction and is all zeros, so it starts no advantage of its own.
+        # Padding comes first in this direction and is all zeros, so it adds no advantage.
         advantage = delta + discount * gae_lambda * advantage
         advantages[:, t] = advantage
         next_value = values[:, t]
@@ -92,10 +91,7 @@ def generalised_advantages(
 
 @torch.no_grad()
 def masked_moments(values: Tensor, mask: Tensor) -> Tensor:
-    """``[count, sum, sum of squares]`` over real tokens, in float64.
-
-    The moments of a batch are the sum of the moments of its parts: ranks all-reduce them by addition.
-    """
+    """Return ``[count, sum, sum of squares]`` over real tokens, in float64; the moments of parts add up."""
     real = masked(values, mask).double()
     return torch.stack([mask.sum().double(), real.sum(), real.square().sum()])
 
@@ -110,9 +106,8 @@ def whiten(values: Tensor, mask: Tensor, moments: Tensor, *, shift_mean: bool = 
     Ziegler et al. 2019 (arXiv:1909.08593; Huang et al. 2024, arXiv:2403.17031, on whitening). Rewards keep their mean.
 
     values   ``[batch, time]``
-    mask     ``[batch, time]``, True on real tokens
     moments  :func:`masked_moments`, added up over all ranks
-    returns  ``[batch, time]`` in the type of ``values``, 0 on padding; a constant, so no gradient flows
+    returns  ``[batch, time]`` in the type of ``values``, 0 on padding; a constant without a gradient
     """
     count, total, total_of_squares = moments.unbind()
     count = count.clamp(min=1)

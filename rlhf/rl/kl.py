@@ -4,10 +4,9 @@ follows the KL.
 Shapes: ``[batch, time]``, right-padded response tokens; the mask is True on real ones (see :mod:`rlhf.rl.masks`).
 Log-probabilities and KL are in nats.
 
-Log-probabilities and entropies out of logits ``[..., vocabulary]`` are in float32 whatever the model's precision. A
-vocabulary of 128,256 makes one float32 logits tensor the largest thing in memory. The functions that make them hold a
-single tensor of that size beyond the logits, in the forward and in the backward pass; split the batch to make even that
-small.
+Log-probabilities and entropies from logits ``[..., vocabulary]`` are in float32 whatever the model's precision. With a
+vocabulary of 128,256 a float32 logits tensor is the largest in memory. The functions here hold a single tensor of that
+size beyond the logits, in the forward and in the backward pass; split the batch to make it smaller.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,12 +26,12 @@ _ESTIMATES: Mapping[Estimator, Callable[[Tensor], Tensor]] = {
     "k3": lambda log_ratio: (-log_ratio).expm1() + log_ratio,
 }
 
-# How far the controller believes a single measurement: Ziegler et al. 2019 (arXiv:1909.08593), section 2.2.
+# The largest error that the controller corrects at once: Ziegler et al. 2019 (arXiv:1909.08593), section 2.2.
 LARGEST_ERROR = 0.2
 
 
 def kl_estimates(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, estimator: Estimator = "k1") -> Tensor:
-    """Per-token estimates ``[batch, time]`` of KL(policy ‖ reference), 0 on padding: Schulman 2020.
+    """Return per-token estimates ``[batch, time]`` of KL(policy ‖ reference), 0 on padding: Schulman 2020.
 
     With d = log policy(y_t | x, y_<t) - log reference(y_t | x, y_<t), of tokens sampled from the policy:
 
@@ -42,17 +41,17 @@ def kl_estimates(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, est
 
     The sum of k1 along a row estimates the response's KL. Differentiable in both log-probabilities.
     """
-    # Masked before anything is exponentiated, so that padding gives 0 and a gradient of 0.
+    # Masked before exp, so that padding gives 0 and a gradient of 0.
     return _ESTIMATES[estimator](masked(logprobs, mask) - masked(reference_logprobs, mask))
 
 
 def adapted_coefficient(coef: float, kl: float, target: float, horizon: int, responses: int) -> float:
-    """The KL coefficient after ``responses`` more: the proportional controller of Ziegler et al. 2019, section 2.2.
+    """Return the KL coefficient after ``responses`` more: the controller of Ziegler et al. 2019, section 2.2.
 
         e    = clip((kl - target) / target, -0.2, 0.2)
         coef = coef * (1 + e * min(responses / horizon, 1))
 
-    so that it changes by a fifth at most and stays above 0, where responses may outnumber the horizon.
+    It changes by a fifth at most and stays above 0, also where ``responses`` exceeds the horizon.
 
     coef     above 0
     kl       mean KL of those responses, nats a response
@@ -64,7 +63,7 @@ def adapted_coefficient(coef: float, kl: float, target: float, horizon: int, res
 
 
 def truncated_importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """Weigh each token by how likely it was for the policy as trained, against the program that sampled it:
+    """Return each token's weight, its likelihood by the trained policy over that by the sampler, truncated:
 
         w_t = min( exp(logprob - sampler_logprob), cap )
 
@@ -74,7 +73,6 @@ def truncated_importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mas
 
     logprobs          ``[batch, time]``, by the trained policy before the updates, nats; no gradient passes through
     sampler_logprobs  ``[batch, time]``, of the same tokens as they were sampled
-    mask              ``[batch, time]``, True on real tokens
     cap               above 0; 2 is usual
     returns           ``[batch, time]``, 1 on padding where the cap allows
     """
@@ -107,14 +105,14 @@ def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 class _LogprobsOf(torch.autograd.Function):
-    # Plain log_softmax keeps its whole result for the backward pass; a token's log-probability needs only the row's
-    # normaliser, and the logits, which the model's last layer keeps anyway.
+    # Plain log_softmax keeps its whole result for the backward pass; this keeps only each row's normaliser, and the
+    # logits, which the model's last layer keeps anyway.
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         work = _scaled_copy(logits, temperature)
         largest = work.amax(dim=-1, keepdim=True)
-        # Relative to the largest before anything is picked, so that huge logits lose no digits either.
+        # Relative to the largest first, so that huge logits lose no digits either.
         picked = work.sub_(largest).gather(-1, tokens[..., None])
         total = work.exp_().sum(dim=-1, keepdim=True)
         ctx.save_for_backward(logits, tokens, largest, total)

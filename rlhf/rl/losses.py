@@ -1,12 +1,12 @@
-"""PPO's two losses and what they measured.
+"""PPO's losses and their measurements.
 
 Shapes: ``[batch, time]``, right-padded response tokens; the mask is True on real ones (see :mod:`rlhf.rl.masks`).
 Log-probabilities are in nats.
 
-Each loss is a sum over the real tokens at hand divided by the number of real tokens in the whole global minibatch, so
-the losses of micro batches and ranks, and their gradients, *add* to those of the minibatch: neither padding, micro
-batches nor the number of ranks changes them. Where gradients are averaged over ranks or micro batches, as DeepSpeed
-does, multiply by how many are averaged.
+Each loss is a sum over the given real tokens divided by the number of real tokens in the global minibatch, so the
+losses of micro batches and ranks, and their gradients, *add* to those of the minibatch: neither padding, micro batches
+nor the number of ranks changes them. Where gradients are averaged over ranks or micro batches, as DeepSpeed does,
+multiply by the number of those.
 """
 
 from dataclasses import dataclass, fields
@@ -21,22 +21,20 @@ from rlhf.rl.masks import masked, masked_sum
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Sums over real tokens, float64 scalars: those of micro batches and ranks add to those of the whole."""
+    """Sums over real tokens, float64 scalars: those of micro batches and ranks add up."""
 
     tokens: Tensor
-    """How many real tokens were summed over."""
-
+    """The number of real tokens."""
     loss: Tensor
-    """The loss, not divided by anything."""
-
+    """The undivided loss."""
     clipped: Tensor
-    """Tokens whose loss is the clipped one, the larger of the two."""
+    """The number of tokens whose clipped loss is the larger."""
 
     def __add__(self, other: Self) -> Self:
         return type(self).from_tensor(self.to_tensor() + other.to_tensor())
 
     def to_tensor(self) -> Tensor:
-        """All sums as one float64 vector, for a single all-reduce by addition."""
+        """Return all sums as one float64 vector, for a single all-reduce by addition."""
         return torch.stack([getattr(self, field.name) for field in fields(self)])
 
     @classmethod
@@ -46,25 +44,24 @@ class TokenSums:
 
     @property
     def mean_loss(self) -> Tensor:
-        """The loss per real token."""
+        """Return the loss per real token."""
         return self.loss / self.tokens
 
     @property
     def clip_fraction(self) -> Tensor:
-        """The fraction of real tokens whose loss is the clipped one, in [0, 1]."""
+        """Return the fraction of real tokens whose clipped loss is the larger, in [0, 1]."""
         return self.clipped / self.tokens
 
 
 @dataclass(frozen=True)
 class PolicySums(TokenSums):
-    """What the policy's loss measured; ``ratio`` is exp(logprob - old logprob)."""
+    """Sums of the policy's loss; ``ratio`` is exp(logprob - old logprob)."""
 
     squared_log_ratio: Tensor
     ratio: Tensor
     squared_ratio: Tensor
-
     kl_term: Tensor
-    """The KL term of the loss, coefficient included; 0 where the penalty stands in the reward."""
+    """The KL term of the loss, coefficient included; 0 where the penalty is in the reward."""
     entropy_term: Tensor
     """The entropy bonus in the loss, coefficient and sign included."""
     demonstrations: Tensor
@@ -72,28 +69,28 @@ class PolicySums(TokenSums):
 
     @property
     def approximate_kl(self) -> Tensor:
-        """Half the mean squared log-ratio over real tokens, nats a token (Schulman 2020's k2)."""
+        """Return half the mean squared log-ratio over real tokens, nats a token (Schulman 2020's k2)."""
         return self.squared_log_ratio / self.tokens / 2
 
     @property
     def mean_ratio(self) -> Tensor:
-        """The mean ratio over real tokens; 1 before the first update of an iteration."""
+        """Return the mean ratio over real tokens; 1 before the first update of an iteration."""
         return self.ratio / self.tokens
 
     @property
     def ratio_variance(self) -> Tensor:
-        """The population variance of the ratio over real tokens; 0 before the first update of an iteration."""
+        """Return the ratio's population variance over real tokens; 0 before an iteration's first update."""
         return (self.squared_ratio / self.tokens - self.mean_ratio.square()).clamp(min=0)
 
 
 @dataclass(frozen=True)
 class ValueSums(TokenSums):
-    """What the value model's loss measured."""
+    """Sums of the value model's loss."""
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """What stands in the policy's loss beside the surrogate: KL to the reference, and entropy."""
+    """Terms of the policy's loss beside the surrogate: KL to the reference, and entropy."""
 
     kl_coef: float = 0.0
     """β, where the KL penalty is a term of the loss."""
@@ -116,25 +113,23 @@ def clipped_policy_loss(
     num_tokens: int | Tensor,
     penalties: Penalties = Penalties(),
 ) -> tuple[Tensor, PolicySums]:
-    """The negative of Schulman et al. 2017 (arXiv:1707.06347), Eqs. 7 and 9, with r = exp(logprob - old logprob):
+    """Return the negative of Schulman et al. 2017 (arXiv:1707.06347), Eqs. 7 and 9, and this part's sums:
 
         -sum over real tokens of [ min(r * A, clamp(r, 1 - clip, 1 + clip) * A) - kl_coef * w * k + entropy_bonus * H ]
             / num_tokens
 
-    w is r with ``kl_importance_weights``, otherwise 1. In expectation over tokens of the old policy, r * k3 is
-    KL(policy ‖ reference) (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv:2512.02556, Eq. 7), and r * k2, with r a constant,
-    has its gradient. Of one token both have the gradient r * d * grad log policy, d being the log-ratio to the
-    reference.
+    r is exp(logprob - old logprob); w is r with ``kl_importance_weights``, otherwise 1. In expectation over the old
+    policy's tokens, r * k3 is KL(policy ‖ reference) (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv:2512.02556, Eq. 7), and
+    r * k2, with r a constant, has its gradient. For one token both have the gradient r * d * grad log policy, d being
+    the log-ratio to the reference.
 
     logprobs            ``[batch, time]``, of the sampled tokens now; takes a gradient
     entropies           ``[batch, time]``, H, of the distributions they were drawn from, now; takes a gradient
     old_logprobs        ``[batch, time]``, of the same tokens under the policy that sampled them
     reference_logprobs  ``[batch, time]``, under the reference; k is :func:`rlhf.rl.kl.kl_estimates` of it
     advantages          ``[batch, time]``
-    mask                ``[batch, time]``, True on real tokens
     clip                at least 0; 0.2 is usual; None leaves the ratio as it is
     num_tokens          real tokens in the global minibatch
-    returns             the loss, a scalar, and this part's sums
     """
     advantages = masked(advantages.detach(), mask)
     # Masked before exp, so that padding's ratio is 1 and its gradient 0 rather than 0 * inf.
@@ -147,8 +142,7 @@ def clipped_policy_loss(
     if penalties.kl_coef:
         estimates = kl_estimates(logprobs, reference_logprobs.detach(), mask, penalties.kl_estimator)
         if penalties.kl_importance_weights:
-            # k2 is biased and has the right gradient: its weight is a constant. Of k3, which is unbiased, the weight's
-            # gradient is a part of the divergence's.
+            # k2 is biased; with a constant weight its gradient is right. k3 is unbiased, and its gradient needs r's.
             estimates = estimates * (ratio.detach() if penalties.kl_estimator == "k2" else ratio)
         kl_term = penalties.kl_coef * estimates.sum()
     if penalties.entropy_bonus:
@@ -169,13 +163,13 @@ def clipped_policy_loss(
 
 
 def demonstration_loss(logprobs: Tensor, mask: Tensor, *, coef: float, num_tokens: int) -> tuple[Tensor, PolicySums]:
-    """The last term of Ouyang et al. 2022 (arXiv:2203.02155), eq. 2, negative, over demonstrations: "ptx".
+    """Return the negative last term of Ouyang et al. 2022 (arXiv:2203.02155), eq. 2, "ptx", over demonstrations.
 
         -coef * sum over real tokens of log policy(y_t | x, y_<t) / num_tokens
 
     logprobs    ``[batch, time]``, of the demonstrations' completions now, at temperature 1; takes a gradient
     num_tokens  real tokens of all the update's demonstrations, over all ranks
-    returns     the loss, a scalar, and sums that are 0 but for ``demonstrations``
+    returns     the loss, a scalar, and sums that are 0 except for ``demonstrations``
     """
     likelihood = masked_sum(logprobs, mask) / num_tokens
     zeros = {field.name: torch.zeros_like(likelihood, dtype=torch.float64) for field in fields(PolicySums)}
@@ -186,14 +180,13 @@ def demonstration_loss(logprobs: Tensor, mask: Tensor, *, coef: float, num_token
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None, num_tokens: int | Tensor
 ) -> tuple[Tensor, ValueSums]:
-    """Half the larger of two squared errors (Huang et al. 2022, "The 37 implementation details of PPO", no. 9):
+    """Return half the larger squared error (Huang et al. 2022, "The 37 implementation details of PPO", no. 9):
 
         sum over real tokens of max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 / num_tokens
 
     values      ``[batch, time]``, the value model's estimates now; the only input that takes a gradient
     old_values  ``[batch, time]``, its estimates when the responses were sampled
     returns     ``[batch, time]``, R of :func:`rlhf.rl.advantages.generalised_advantages`
-    mask        ``[batch, time]``, True on real tokens
     clip        at least 0, in units of the score; 0.2 is usual; None leaves the error as it is
     num_tokens  real tokens in the global minibatch
     returns     the loss, a scalar, and this part's sums

@@ -1,7 +1,7 @@
 """Which response tokens are real, and sums over those that are.
 
-Shapes: responses are ``[batch, time]``, right-padded: the real tokens of a row are its first ones. A mask is bool, True
-on real tokens. What lies under padding, NaN and infinity included, never matters, neither to a value nor to a gradient.
+Shapes: responses are ``[batch, time]``, right-padded: the real tokens of a row come first. A mask is bool, True on real
+tokens. Values under padding, NaN and infinity included, never change a result or a gradient.
 """
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def response_mask(tokens: Tensor, eos_token_id: int) -> Tensor:
-    """Mark the real tokens of sampled responses: everything up to the first EOS, the EOS included.
+    """Mark the real tokens of sampled responses: those up to the first EOS, the EOS included.
 
-    tokens   sampled token ids ``[batch, time]``; what a generator wrote after an EOS is ignored
+    tokens   sampled token ids ``[batch, time]``; those after an EOS are ignored
     returns  bool ``[batch, time]``; a row without an EOS is real to its end
     """
     is_eos = tokens == eos_token_id
@@ -20,7 +20,7 @@ def response_mask(tokens: Tensor, eos_token_id: int) -> Tensor:
 
 
 def ended(tokens: Tensor, eos_token_id: int) -> Tensor:
-    """Which responses ``[batch, time]`` hold an EOS, so were not cut off by the length limit: bool ``[batch]``."""
+    """Mark responses ``[batch, time]`` with an EOS, which the length limit did not cut off: bool ``[batch]``."""
     return (tokens == eos_token_id).any(dim=-1)
 
 
@@ -31,13 +31,13 @@ def last_token_mask(mask: Tensor) -> Tensor:
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """``values`` on real tokens and 0 on padding, whatever the padding held; its gradient is 0 there too."""
+    """Return ``values`` on real tokens and 0 on padding, with a gradient of 0 there."""
     # Not values * mask: NaN * 0 is NaN, and so is the gradient of inf * 0.
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum ``values`` over real tokens, of the whole tensor or along ``dim``."""
+    """Sum ``values`` over real tokens, over the whole tensor or along ``dim``."""
     return masked(values, mask).sum(dim=dim)
 
 

@@ -5,7 +5,6 @@ Shapes: scores and ended ``[sample]``; everything else ``[sample, time]`` with t
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 from torch import Tensor
 
@@ -24,10 +23,10 @@ def rollout_metrics(
     kl_coef: float,
     estimator: Estimator = "k1",
 ) -> dict[str, float]:
-    """What an iteration's responses were like before its updates; means over responses, unless said otherwise.
+    """Measure an iteration's responses before its updates; means are over responses.
 
-    kl_coef    β of the penalty in the reward; 0 where it is no part of it
-    estimator  of that penalty; ``objective/kl`` is k1's whatever it is
+    kl_coef    β of the penalty in the reward; 0 where the reward has none
+    estimator  of that penalty; ``objective/kl`` is always k1's
     """
     kl = kl_estimates(logprobs, reference_logprobs, mask).sum(-1)
     penalty = -kl_coef * kl_estimates(logprobs, reference_logprobs, mask, estimator).sum(-1)
@@ -47,7 +46,7 @@ def rollout_metrics(
 
 
 def mismatch_metrics(sampler_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -> dict[str, float]:
-    """Measure how far the distribution that was sampled from is from the policy that is trained.
+    """Measure the distance of the distribution that was sampled from to the policy that is trained.
 
     ``rollout/kl_to_trained`` is the mean over responses of the sum over tokens of log sampler - log trained, an
     unbiased estimate of KL(sampler || trained) in nats a response; ``rollout/largest_gap`` the largest difference of a
@@ -57,25 +56,20 @@ def mismatch_metrics(sampler_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -
     logprobs          ``[sample, time]``, of the same tokens by the trained policy, before any update
     """
     gaps = masked(sampler_logprobs - logprobs, mask).double()
-    return {
-        "rollout/kl_to_trained": gaps.sum(-1).mean().item(),
-        "rollout/largest_gap": gaps.abs().max().item(),
-    }
+    return {"rollout/kl_to_trained": gaps.sum(-1).mean().item(), "rollout/largest_gap": gaps.abs().max().item()}
 
 
 def update_metrics(policy: Sequence[PolicySums], value: Sequence[ValueSums]) -> dict[str, float]:
-    """What an iteration's updates did; means over the real tokens of all its minibatches.
+    """Measure an iteration's updates; means are over the real tokens of all its minibatches.
 
     policy  empty while the value model warms up
     """
-    values = _total(value)
-    measured = {"loss/value_avg": values.mean_loss.item(), "val/clipfrac_avg": values.clip_fraction.item()}
-    return measured | (_policy_metrics(policy) if policy else {"policy/updates": 0.0})
-
-
-def _policy_metrics(policy: Sequence[PolicySums]) -> dict[str, float]:
-    policies = _total(policy)
-    return {
+    values = sum(value[1:], start=value[0])
+    metrics = {"loss/value_avg": values.mean_loss.item(), "val/clipfrac_avg": values.clip_fraction.item()}
+    if not policy:
+        return metrics | {"policy/updates": 0.0}
+    policies = sum(policy[1:], start=policy[0])
+    return metrics | {
         "loss/policy_avg": policies.mean_loss.item(),
         "policy/approxkl_avg": policies.approximate_kl.item(),
         "policy/clipfrac_avg": policies.clip_fraction.item(),
@@ -87,13 +81,3 @@ def _policy_metrics(policy: Sequence[PolicySums]) -> dict[str, float]:
         "loss/ptx_avg": policies.demonstrations.item() / len(policy),
         "loss/entropy_avg": (policies.entropy_term / policies.tokens).item(),
     }
-
-
-Sums = TypeVar("Sums", PolicySums, ValueSums)
-
-
-def _total(parts: Sequence[Sums]) -> Sums:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from rlhf.rollout.sequences import Minibatch, Sequences, lay_out, minibatch_of
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts with their ids and their samples' global indices, which name the randomness of each response."""
+    """Prompts, their token ids, and their samples' global indices, which key each response's random numbers."""
 
     prompts: list[Prompt]
     ids: list[list[int]]
@@ -41,48 +42,49 @@ class PromptStream:
         check_lengths(self._ids, place, max_length)
 
     def batch(self, iteration: int, size: int) -> PromptBatch:
-        """The ``size`` prompts of an iteration."""
-        samples = list(range(iteration * size, (iteration + 1) * size))
-        count = len(self._prompts)
-        turns = {sample // count for sample in samples}
-        orders = {turn: stream("prompts", self._seed, turn).permutation(count) for turn in turns}
-        rows = [int(orders[sample // count][sample % count]) for sample in samples]
-        return PromptBatch([self._prompts[row] for row in rows], [self._ids[row] for row in rows], samples)
+        """Return the ``size`` prompts of an iteration."""
+        samples = range(iteration * size, (iteration + 1) * size)
+        rows = _rows_of_passes("prompts", self._seed, len(self._prompts), samples)
+        return PromptBatch([self._prompts[row] for row in rows], [self._ids[row] for row in rows], list(samples))
 
     def first(self, size: int) -> PromptBatch:
-        """The first ``size`` prompts of the file, or all of them where there are fewer."""
-        rows = list(range(min(size, len(self._prompts))))
-        return PromptBatch(self._prompts[:size], self._ids[:size], rows)
+        """Return the first ``size`` prompts of the file, or all of them where there are fewer."""
+        return PromptBatch(self._prompts[:size], self._ids[:size], list(range(min(size, len(self._prompts)))))
+
+
+def _rows_of_passes(
+    name: Literal["prompts", "demonstrations in PPO"], seed: int, count: int, places: range
+) -> list[int]:
+    """Return the rows at ``places`` of endless shuffled passes over ``count`` rows, a new order each pass."""
+    turns = {place // count for place in places}
+    orders = {turn: stream(name, seed, turn).permutation(count) for turn in turns}
+    return [int(orders[place // count][place % count]) for place in places]
 
 
 def draw(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
-    """So many of the prompts, or all, in an order of the seed's."""
+    """Return at most ``count`` prompts, shuffled by ``seed``."""
     return [prompts[row] for row in stream("collected prompts", seed).permutation(len(prompts))[:count]]
 
 
 def prompt_batch(prompts: list[Prompt], samples: Sequence[int], tokenizer: Tokenizer, max_length: int) -> PromptBatch:
-    """Prompts given by whoever asks, as a batch.
-
-    Raises:
-        PreflightError: one is longer than ``max_length`` tokens.
-    """
+    """Make a batch of given prompts; errors are those of :func:`check_lengths`."""
     ids = [text.prompt_ids(tokenizer, prompt) for prompt in prompts]
     check_lengths(ids, "the prompts", max_length)
     return PromptBatch(prompts, ids, list(samples))
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """The prompts of a JSONL file that the data stage wrote."""
+    """Read the prompts of a JSONL file that the data stage wrote."""
     return [row["prompt"] for row in read_rows(file)]
 
 
 def check_lengths(ids: Sequence[list[int]], place: str, max_length: int) -> None:
     """Refuse prompts longer than ``max_length`` tokens.
 
-    place  where they stand, for messages
+    place  the prompts' file, for messages
 
     Raises:
-        PreflightError: naming the longest prompt and how many are too long.
+        PreflightError: naming the longest prompt and the number of prompts that are too long.
     """
     lengths = [len(row) for row in ids]
     over = sum(length > max_length for length in lengths)
@@ -100,7 +102,7 @@ class DemonstrationStream:
 
     def __init__(self, file: Path, tokenizer: Tokenizer, settings: PtxSettings, seed: int) -> None:
         rows = tokenised(file, tokenizer)
-        # Cut at the end, prompts included: a prompt that fills the length leaves nothing to learn.
+        # Cut at the end, prompts included: a prompt of the full length leaves nothing to learn.
         room = [(prompt, completion[: max(0, settings.max_length - len(prompt))]) for prompt, completion in rows]
         kept = [(prompt, completion) for prompt, completion in room if completion]
         self.cut = sum(row.length > settings.max_length for row in rows)
@@ -111,24 +113,21 @@ class DemonstrationStream:
                 f"{file.parent.name}/{file.name}",
                 "raise ptx.max_length",
             )
-        self._sequences: Sequences = lay_out(
-            [prompt for prompt, _ in kept], [completion for _, completion in kept], tokenizer.pad_token_id
-        )
+        prompts, completions = zip(*kept, strict=True)
+        self._sequences: Sequences = lay_out(prompts, completions, tokenizer.pad_token_id)
         self._settings, self._seed = settings, seed
 
     @classmethod
     def of(cls, context: Context[PpoSettings], tokenizer: Tokenizer) -> "DemonstrationStream | None":
-        """The stream that a run of PPO asks for, or None where it mixes nothing in."""
+        """Return the stream for a run of PPO, or None where it mixes no demonstrations in."""
         settings = context.settings
         if not settings.ptx.coef:
             return None
         return cls(context.inputs["demonstrations"] / "train.jsonl", tokenizer, settings.ptx, settings.seed)
 
     def minibatch(self, update: int, micro_batch_size: int) -> Minibatch[Sequences]:
-        """The demonstrations of an update, counted from 0."""
-        count, size = len(self._sequences.ids), self._settings.batch_size
+        """Return the demonstrations of an update, counted from 0."""
+        size = self._settings.batch_size
         places = range(update * size, (update + 1) * size)
-        turns = {place // count for place in places}
-        orders = {turn: stream("demonstrations in PPO", self._seed, turn).permutation(count) for turn in turns}
-        rows = [int(orders[place // count][place % count]) for place in places]
+        rows = _rows_of_passes("demonstrations in PPO", self._seed, len(self._sequences.ids), places)
         return minibatch_of(self._sequences, rows, micro_batch_size)

@@ -1,6 +1,6 @@
 """Rollouts: responses sampled from an unsharded copy of the policy, laid out for the models that read them.
 
-Generating through ZeRO-3 gathers every layer for every token; a copy, refreshed once an iteration, is many times
+Generating through ZeRO-3 gathers every layer for every token; a copy that is refreshed once an iteration is many times
 faster.
 """
 
@@ -25,64 +25,11 @@ from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, gathered
 
 
-class Replica:
-    """An unsharded copy of a policy on this rank's device, made of the same modules: an adapter stays one.
-
-    folder  a plain folder or an adapter's
-    lora    of a policy that trains adapters on top of the folder's weights
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        precision: Precision,
-        *,
-        eos_token_id: int,
-        pad_token_id: int,
-        fp32_head: bool = True,
-        lora: LoraSettings | None = None,
-    ) -> None:
-        model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
-        model = adapters.with_lora(model, lora, scores=False, seed=0)
-        self._model: Any = model.to(group.device()).eval()
-        self._eos, self._pad = eos_token_id, pad_token_id
-
-    @torch.no_grad()
-    def refresh(self, policy: Any) -> None:
-        """Copy the weights that a sharded policy trains. A collective.
-
-        An adapter is never folded into the weights here: in bf16 an update below half a step of a weight would be lost,
-        and what samples would not be what is trained.
-        """
-        for name, parameter in policy.named_parameters():
-            if parameter.requires_grad:
-                with gathered([parameter]):
-                    self._model.get_parameter(name).copy_(parameter)
-
-    def sample(self, prompts: Sequence[list[int]], uniforms: Tensor, temperature: float, at_once: int) -> Responses:
-        """Sample as :meth:`generate` does, each rank its share of the prompts, ``at_once`` at a time. A collective."""
-
-        def share(rows: Tensor) -> Tensor:
-            parts = [
-                self.generate([prompts[row] for row in part.tolist()], uniforms[part], temperature)
-                for part in rows.split(at_once)
-            ]
-            # One exchange for both: float64 holds every id and every float32 exactly.
-            return torch.cat([torch.stack([part.ids.double(), part.logprobs.double()], dim=1) for part in parts])
-
-        both = group.spread(len(prompts), share)
-        return Responses(both[:, 0].long(), both[:, 1].float())
-
-    def generate(self, prompts: list[list[int]], uniforms: Tensor, temperature: float) -> Responses:
-        """Sample a response to each prompt.
-
-        uniforms  ``[batch, time]``, one number a token (see :mod:`rlhf.rollout.sampling`); their width is the limit
-        """
-        return sample_responses(self._model, prompts, uniforms, temperature, eos_token_id=self._eos, pad=self._pad)
-
-
 class Generator:
-    """Samples responses from a copy of a policy on each rank, which is made when it is first needed.
+    """Samples responses from an unsharded copy of a policy on each rank, which is made when it is first needed.
+
+    The copy is made of the policy's own modules. An adapter is never folded into its weights: in bf16 an update below
+    half a step of a weight would be lost, and the copy would not sample from the policy that is trained.
 
     folder   a plain folder or an adapter's
     at_once  prompts that one rank answers at a time
@@ -102,33 +49,38 @@ class Generator:
         source: Any = None,
     ) -> None:
         self.tokenizer = text.load_tokenizer(folder)
-        self._make = partial(
-            Replica,
-            folder,
-            precision,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            fp32_head=fp32_head,
-            lora=lora,
-        )
-        self._temperature, self._at_once, self._source = temperature, at_once, source
-        self._replica: Replica | None = None
+        self._load = partial(folders.load_policy, folder, DTYPES[precision], fp32_head=fp32_head)
+        self._temperature, self._at_once, self._lora, self._source = temperature, at_once, lora, source
+        self._copy: Any = None
 
+    @torch.no_grad()
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
-        """Sample a response to each prompt. A collective.
+        """Sample a response to each prompt, each rank its share of them. A collective.
 
         noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
         """
-        if self._replica is None:
-            self._replica = self._make()
+        if self._copy is None:
+            model = adapters.with_lora(self._load(), self._lora, scores=False, seed=0)
+            self._copy = model.to(group.device()).eval()
         if self._source is not None:
             # Before the first samples too: after a resume the folder's weights are not the present ones.
-            self._replica.refresh(self._source)
-        return self._replica.sample(prompts, noise, self._temperature, self._at_once)
+            for name, parameter in self._source.named_parameters():
+                if parameter.requires_grad:
+                    with gathered([parameter]):
+                        self._copy.get_parameter(name).copy_(parameter)
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        parts: list[Tensor] = []
+        for rows in group.my_rows(len(prompts)).split(self._at_once):
+            chosen = [prompts[row] for row in rows.tolist()]
+            sampled = sample_responses(self._copy, chosen, noise[rows], self._temperature, eos_token_id=eos, pad=pad)
+            # One exchange for both: float64 holds every id and every float32 exactly.
+            parts.append(torch.stack([sampled.ids.double(), sampled.logprobs.double()], dim=1))
+        both = group.gather_rows(torch.cat(parts), len(prompts))
+        return Responses(both[:, 0].long(), both[:, 1].float())
 
 
 class Samples(Protocol):
-    """What answers prompts."""
+    """A policy that samples responses."""
 
     tokenizer: Tokenizer
 
@@ -139,24 +91,24 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Rollout:
-    """The samples of all ranks, in the order of their global index."""
+    """The samples of all ranks, ordered by global index."""
 
     prompts: Sequence[Prompt]
     texts: list[str]
-    """The responses, decoded, without the EOS that ends them."""
+    """The decoded responses, without the EOS that ends them."""
     sequences: Sequences
     ended: Tensor
     """``[sample]``, True where the response ended in EOS within the limit."""
     logprobs: Tensor
-    """``[sample, time]``, of the responses' tokens under the distributions that they were drawn from, nats."""
+    """``[sample, time]``, of the responses' tokens under the distributions they were drawn from, nats."""
 
     @property
     def mask(self) -> Tensor:
-        """``[sample, time]``, True on real response tokens, EOS included."""
+        """Return ``[sample, time]``, True on real response tokens, EOS included."""
         return self.sequences.mask
 
     def samples(self, count: int, scores: Tensor) -> list[dict[str, Any]]:
-        """The first ``count`` prompts and responses with their scores, for people to read."""
+        """Return the first ``count`` prompts and responses with their scores, for people to read."""
         rows = zip(self.prompts[:count], self.texts, scores.tolist(), self.ended.tolist(), strict=False)
         names = ("prompt", "response", "score", "ended")
         return [dict(zip(names, row, strict=True)) for row in rows]

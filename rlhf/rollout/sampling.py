@@ -1,7 +1,7 @@
-"""Sample responses by random numbers of the seed and the sample, in PPO and for ``rlhf generate``.
+"""Sample responses with random numbers keyed by seed and sample, in PPO and for ``rlhf generate``.
 
-The logits' rounding may differ with what shares the batch, and then so does what is drawn: docs/ppo.md says how often.
-Each token of each sample has one uniform number of its own; the token is where the cumulative distribution passes it.
+Each token of each sample has a uniform number of its own; the token is where the cumulative distribution passes it. The
+logits' rounding, and with it the token, may differ with the other rows of a batch: docs/ppo.md says how often.
 """
 
 from collections.abc import Sequence
@@ -29,19 +29,18 @@ class Responses(NamedTuple):
     ids: Tensor
     """Token ids, EOS included, with padding after it."""
     logprobs: Tensor
-    """Log-probabilities of these tokens under the distributions that they were drawn from, nats; 0 on padding."""
+    """Log-probabilities of these tokens under the distributions they were drawn from, nats; 0 on padding."""
 
 
 def uniforms(seed: int, samples: Sequence[int], length: int) -> Tensor:
-    """Float64 in [0, 1), ``[sample, length]``, of a counter-based generator keyed by seed and sample index."""
-    rows = [stream("sampling", seed, sample).random(length) for sample in samples]
-    return torch.from_numpy(np.stack(rows))
+    """Return float64 in [0, 1), ``[sample, length]``, of a counter-based generator keyed by seed and sample index."""
+    return torch.from_numpy(np.stack([stream("sampling", seed, sample).random(length) for sample in samples]))
 
 
 def inverse_transform(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:
     """Return the first token whose cumulative probability under softmax(logits / temperature) exceeds its number.
 
-    logits       ``[batch, vocabulary]``; -inf stands for probability 0
+    logits       ``[batch, vocabulary]``; -inf means probability 0
     numbers      ``[batch]``, float64 in [0, 1)
     temperature  above 0
     returns      token ids ``[batch]``
@@ -58,15 +57,15 @@ def sample_responses(
 ) -> Responses:
     """Sample a response to each prompt from softmax(logits / temperature) and nothing else.
 
-    transformers' ``generate`` would merge the model's own generation_config.json into what it is asked for: penalties,
-    suppressed and forced tokens, filters, more EOS tokens. None of that is part of the policy whose log-probabilities
-    are compared, and so this loop asks the model for logits alone.
+    transformers' ``generate`` would add the model's own generation_config.json to its arguments: penalties, suppressed
+    and forced tokens, filters, more EOS tokens. None of these is part of the policy whose log-probabilities are
+    compared, so this loop uses the model's logits alone.
 
     model        a causal language model, unsharded
     prompts      token ids
     numbers      ``[prompt, time]``, see :func:`uniforms`; their width is the longest response
-    temperature  0 takes the likeliest token, whatever the numbers, and gives it the log-probability 0
-    pad          the id that fills rows up
+    temperature  0 takes the likeliest token, ignores the numbers, and sets the log-probability to 0
+    pad          the id of padding
     """
     ids, mask = (tensor.to(model.device) for tensor in text.pad(prompts, pad, "left"))
     positions = text.positions(mask)
@@ -76,12 +75,7 @@ def sample_responses(
     cache = DynamicCache(config=model.config)
     for step in range(numbers.shape[1]):
         logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            cache=cache,
-            use_cache=True,
-            logits_to_keep=1,
+            input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
         ).logits[:, -1]
         if temperature:
             tokens = inverse_transform(logits, numbers[:, step], temperature)
@@ -99,7 +93,7 @@ def sample_responses(
 
 
 def answers(folder: Path, prompts: list[str], temperature: float, max_new_tokens: int, seed: int) -> list[str]:
-    """One response to each prompt by the policy in a folder, sampled as in training; temperature 0 is greedy.
+    """Return the responses of a folder's policy to prompts, sampled as in training; temperature 0 is greedy.
 
     Raises:
         RequestError: a prompt and the longest response do not fit the policy's context.
@@ -124,5 +118,4 @@ def answers(folder: Path, prompts: list[str], temperature: float, max_new_tokens
         pad=tokenizer.pad_token_id,
     )
     mask = response_mask(responses.ids, tokenizer.eos_token_id)
-    rows = zip(responses.ids, mask, strict=True)
-    return [text.response_text(tokenizer, ids[real].tolist()) for ids, real in rows]
+    return [text.response_text(tokenizer, ids[real].tolist()) for ids, real in zip(responses.ids, mask, strict=True)]

@@ -22,9 +22,9 @@ from rlhf.zero import group
 
 @dataclass(frozen=True)
 class Sequences:
-    """Samples in the order of their global index; every rank holds all of them, since they are small beside a model.
+    """Samples ordered by global index, all of them on every rank, since they are small beside a model.
 
-    Children add tensors of their own, each ``[sample]`` or ``[sample, time]``.
+    Subclasses add tensors, each ``[sample]`` or ``[sample, time]``.
     """
 
     ids: Tensor
@@ -36,11 +36,11 @@ class Sequences:
 
     @property
     def time(self) -> int:
-        """The responses' padded length."""
+        """Return the responses' padded length."""
         return self.mask.shape[1]
 
     def rows(self, indices: Tensor) -> Self:
-        """The samples at ``indices``, trimmed of columns that are padding in all of them."""
+        """Return the samples at ``indices``, without columns that are padding in all of them."""
         picked = {field.name: getattr(self, field.name)[indices] for field in fields(self)}
         time = max(1, int(picked["mask"].sum(-1).max()))
         prompt = self.ids.shape[1] - self.time
@@ -51,14 +51,14 @@ class Sequences:
         return type(self)(**picked)
 
     def micro_batches(self, indices: Tensor, size: int) -> Iterator[Self]:
-        """The samples at ``indices``, ``size`` at a time."""
+        """Yield the samples at ``indices``, ``size`` at a time."""
         for part in indices.split(size):
             yield self.rows(part)
             liveness.beat()
 
     @classmethod
     def of(cls, sequences: "Sequences", **tensors: Tensor) -> Self:
-        """Return the sequences with what else is known of them, by the names of the class's own fields."""
+        """Return the sequences with further tensors, by the names of the class's own fields."""
         return cls(ids=sequences.ids, attention_mask=sequences.attention_mask, mask=sequences.mask, **tensors)
 
     def to(self, device: torch.device) -> Self:
@@ -70,17 +70,17 @@ class Sequences:
         for part in self.micro_batches(group.my_rows(len(self.ids)), size):
             yield part.to(group.device())
 
-    def gather(self, answers: Sequence[Tensor]) -> Tensor:
-        """Return what all ranks computed of :meth:`mine`, whole on every rank and on the CPU. A collective.
+    def gather(self, results: Sequence[Tensor]) -> Tensor:
+        """Return the results of all ranks' :meth:`mine`, whole on every rank and on the CPU. A collective.
 
-        answers  of each micro batch, ``[sample, …, its time]``; the result is 0 beyond a micro batch's longest response
+        results  of each micro batch, ``[sample, …, its time]``; 0 is added beyond a micro batch's longest response
         """
-        padded = [torch.nn.functional.pad(answer, (0, self.time - answer.shape[-1])) for answer in answers]
+        padded = [torch.nn.functional.pad(result, (0, self.time - result.shape[-1])) for result in results]
         return group.gather_rows(torch.cat(padded), len(self.ids))
 
 
 def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int) -> Sequences:
-    """Rows of token ids as padded tensors."""
+    """Return rows of token ids as padded tensors."""
     prompt_ids, prompt_mask = text.pad(prompts, pad, "left")
     response_ids, response_mask = text.pad(responses, pad, "right")
     return Sequences(
@@ -96,7 +96,7 @@ S_co = TypeVar("S_co", bound=Sequences, covariant=True)
 
 @dataclass(frozen=True)
 class PolicyExperience(Sequences):
-    """What the policy's updates of an iteration learn from."""
+    """The samples that an iteration's updates of the policy learn from."""
 
     logprobs: Tensor
     reference_logprobs: Tensor
@@ -105,7 +105,7 @@ class PolicyExperience(Sequences):
 
 @dataclass(frozen=True)
 class Experience(PolicyExperience):
-    """What the updates of policy and value model learn from."""
+    """The samples that the updates of policy and value model learn from."""
 
     values: Tensor
     returns: Tensor
@@ -130,20 +130,17 @@ def shuffled(experience: S, settings: PpoSettings, iteration: int) -> Iterator[t
 
 
 def minibatches(experience: S, count: int, micro_batch_size: int, *seed: int) -> Iterator[Minibatch[S]]:
-    """Split the shuffled samples into ``count`` minibatches; each rank gets its share of each, in micro batches.
-
-    The order is a function of ``seed`` alone.
-    """
+    """Split the samples, shuffled by ``seed`` alone, into ``count`` minibatches; each rank gets its share of each."""
     order = stream("minibatches", *seed).permutation(len(experience.ids))
     for indices in np.split(order, count):
         yield minibatch_of(experience, indices.tolist(), micro_batch_size)
 
 
 def minibatch_of(sequences: S, indices: Sequence[int], micro_batch_size: int) -> Minibatch[S]:
-    """The samples at ``indices`` as a minibatch: this rank's share in micro batches.
+    """Return the samples at ``indices`` as a minibatch: this rank's share in micro batches.
 
-    A minibatch must be a multiple of the world size: then all ranks have equally many micro batches, as the collectives
-    inside each need.
+    Their number must be a multiple of the world size: all ranks then have equally many micro batches, which the
+    collectives inside each need.
     """
     parts = list(sequences.micro_batches(torch.tensor(group.share_of(list(indices))), micro_batch_size))
     return Minibatch(parts, num_tokens=int(sequences.mask[torch.tensor(indices)].sum()))

@@ -1,8 +1,8 @@
 """The metrics file of an attempt: JSON lines, each ``{"step": 3, "time": "2025-01-01T00:00:00.000+00:00", **metrics}``.
 
-JSON has no number for what is not finite, and a diverging run is where such values matter most. They are written as
-the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, the spelling of the Protocol Buffers JSON mapping, so that
-every line is valid JSON; `read_metrics` turns them back into floats. No other value beside ``time`` is a string.
+JSON has no non-finite numbers, and they matter most in a diverging run. They are written as the strings ``"NaN"``,
+``"Infinity"`` and ``"-Infinity"``, the spelling of the Protocol Buffers JSON mapping, so that every line is valid JSON;
+`read_metrics` turns them back into floats. No other value beside ``time`` is a string.
 
 Steps never go backwards in the file. Several lines may share a step (training and evaluation report apart).
 """
@@ -18,13 +18,12 @@ from typing import Any
 from rlhf.errors import DamageError
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_RESERVED = ("step", "time")
 
 MetricsRow = dict[str, Any]
 
 
 class MetricsLog:
-    """Appends to one metrics file, which outlives the process: what a kill left half-written at its end is cut off."""
+    """Appends to a metrics file, which outlives the process: a line that a kill left half-written is cut off."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,24 +32,25 @@ class MetricsLog:
         self._last_step: int | None = rows[-1]["step"] if rows else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line, which is with the operating system on return: it survives the process, not a power cut.
+        """Append one line and hand it to the operating system: it survives the process, not a power cut.
 
-        Raises ValueError where the step lies before the last one (a resumed run calls `rewind` first) or a metric is
+        Raises ValueError where the step is before the last one (a resumed run calls `rewind` first) or a metric is
         named "step" or "time".
         """
         if self._last_step is not None and step < self._last_step:
             raise ValueError(f"step {step} comes after step {self._last_step} in {self.path}: rewind first")
-        for name in _RESERVED:
-            if name in metrics:
-                raise ValueError(f"a metric cannot be named {name!r}")
         row: MetricsRow = {"step": step, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        row.update({name: _to_json(value) for name, value in metrics.items()})
+        for name, value in metrics.items():
+            if name in row:
+                raise ValueError(f"a metric cannot be named {name!r}")
+            number = value if isinstance(value, int) else float(value)  # NumPy's scalars become plain numbers
+            row[name] = number if isinstance(number, int) or math.isfinite(number) else json.dumps(number)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         self._last_step = step
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after a step, so that a run resumed from that step's checkpoint writes each later one once.
+        """Drop the lines after a step, so that a run resumed from that step's checkpoint writes each later step once.
 
         The kept lines replace the file in one rename: a kill in between leaves the old file or the new one.
         """
@@ -70,33 +70,23 @@ def read_metrics(path: Path) -> list[MetricsRow]:
     Raises DamageError where any other line cannot be read, and FileNotFoundError where there is no file.
     """
     rows, _ = _parse(path)
-    return [{name: _from_json(name, value) for name, value in row.items()} for row in rows]
-
-
-def _to_json(value: float) -> float | str:
-    """Return a number as JSON can hold it; integers stay integers, and NumPy's scalars become plain numbers."""
-    if isinstance(value, int):
-        return value
-    number = float(value)
-    if math.isnan(number):
-        return "NaN"
-    if math.isinf(number):
-        return "Infinity" if number > 0 else "-Infinity"
-    return number
-
-
-def _from_json(name: str, value: Any) -> Any:
-    return _NON_FINITE.get(value, value) if isinstance(value, str) and name != "time" else value
+    return [
+        {name: _NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
+        for row in rows
+    ]
 
 
 def _parse(path: Path) -> tuple[list[MetricsRow], int]:
-    """Return the rows as JSON gave them, and how many bytes hold them; what follows the last whole line is left out."""
+    """Return the rows as JSON gave them, and their number of bytes, without a half-written last line."""
     rows: list[MetricsRow] = []
     size = 0
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        row = _parse_line(line)
-        if row is None:
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             if number == len(lines):
                 break
             raise DamageError(
@@ -109,19 +99,8 @@ def _parse(path: Path) -> tuple[list[MetricsRow], int]:
     return rows, size
 
 
-def _parse_line(line: bytes) -> MetricsRow | None:
-    """One row, or None where the line is not whole."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
 def _repair(path: Path) -> list[MetricsRow]:
-    """Return the whole rows of the file and cut its torn tail off on disk, so that the next line starts on its own."""
+    """Return the whole rows of the file and cut a half-written last line off on disk."""
     if not path.exists():
         return []
     rows, size = _parse(path)

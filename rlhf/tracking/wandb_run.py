@@ -1,8 +1,8 @@
 """A Weights & Biases run that can never disturb the training it reports on.
 
-Everything that touches ``wandb`` happens on one background thread: starting takes seconds, or its whole time limit
-where the network is gone, and a stuck ``wandb`` blocks its caller for ever. Training only puts metrics into a queue.
-At the first thing that goes wrong the run says so in one line and stays off.
+One background thread makes all calls of ``wandb``: starting takes seconds, or its whole time limit where there is no
+network, and a stuck ``wandb`` blocks its caller without end. Training only puts metrics into a queue. At the first
+failure the run reports it in one line and stays off.
 
 A restarted attempt continues the same run: the run's id comes from the attempt's key and ``resume`` is "allow". W&B's
 own step counter only moves forward, but a run resumed from a checkpoint repeats steps, so each row carries its
@@ -20,17 +20,17 @@ from typing import Any, Literal
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
-# A row is a few hundred bytes and comes every few seconds: a queue this long means that nobody takes rows out any more.
+# A row is a few hundred bytes and comes every few seconds: a queue of this length means that the thread is stuck.
 _MAX_WAITING_ROWS = 10_000
 _INIT_TIMEOUT_S = 30.0
 _FINISH_TIMEOUT_S = 60.0
 
 
 class WandbRun:
-    """One run on Weights & Biases, or in a local folder where there is no key; where anything fails, nothing at all.
+    """A run on Weights & Biases, or in a local folder where there is no key; off where anything fails.
 
-    mode      "auto" is online with a key or login and offline without, unless the environment's WANDB_MODE says which
-    group     what the runs of one pipeline share
+    mode      "auto" is online with a key or login and offline without, unless the environment's WANDB_MODE is set
+    group     shared by the runs of one pipeline
     name      the stage's instance
     folder    where wandb writes its files, the offline history among them
     config    the stage's settings, shown beside the curves
@@ -64,7 +64,6 @@ class WandbRun:
             "dir": folder,
         }
         self._rows: queue.Queue[dict[str, float] | None] = queue.Queue(_MAX_WAITING_ROWS)
-        self._exit_code = 0
         self._off = threading.Event()
         self._off_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -77,11 +76,10 @@ class WandbRun:
         """Hand over one row; returns at once, whatever wandb is doing."""
         self._put({"step": step, **metrics})
 
-    def finish(self, *, failed: bool = False, timeout: float = _FINISH_TIMEOUT_S) -> None:
-        """Close the run as finished or failed, waiting at most ``timeout`` seconds for what is still to be sent."""
+    def finish(self, *, timeout: float = _FINISH_TIMEOUT_S) -> None:
+        """Close the run, waiting at most ``timeout`` seconds for the rows that are still to be sent."""
         if self._off.is_set():
             return
-        self._exit_code = int(failed)
         self._put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():
@@ -96,30 +94,32 @@ class WandbRun:
             self._switch_off(f"{_MAX_WAITING_ROWS} rows are waiting to be sent")
 
     def _work(self) -> None:
-        """Run on the background thread: start the run, log what arrives, close it."""
+        """Start the run, log the rows that arrive, and close it; on the background thread."""
         try:
             run = self._start()
             while (row := self._rows.get()) is not None and not self._off.is_set():
                 run.log(row)
-            run.finish(exit_code=self._exit_code)
-        except Exception as error:  # noqa: BLE001  whatever a metric sink does wrong, the training goes on
+            run.finish(exit_code=0)
+        except Exception as error:  # noqa: BLE001  training continues whatever fails here
             lines = str(error).splitlines()
             self._switch_off(lines[0] if lines else type(error).__name__)
         self._off.set()
 
     def _start(self) -> Any:
-        """Start or continue the run; everything that wandb prints, captures or copies besides the metrics is off."""
-        # wandb would quietly use the temporary folder instead of one that it cannot write.
+        """Start or continue the run; wandb prints, captures and copies nothing besides the metrics."""
+        # wandb would use the temporary folder in place of one that it cannot write.
         self._folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self._folder, os.R_OK | os.W_OK):
             raise PermissionError(f"{self._folder} cannot be written")
 
-        # Its reports about itself would go to the same server, and complain in the log where that refuses them.
+        # Reports of wandb's own errors would go to the same server, and be logged where it refuses them.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb  # Takes a second and starts nothing on the driver: only the worker that reports needs it.
+        import wandb  # takes a second; only the rank that reports needs it
 
         wandb.setup(wandb.Settings(silent=True))
-        mode = _online_or_offline() if self._mode == "auto" else self._mode
+        mode = os.environ.get("WANDB_MODE") if self._mode == "auto" else self._mode
+        if mode not in ("online", "offline", "disabled"):
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         settings = wandb.Settings(
             mode=mode,
             silent=True,
@@ -151,14 +151,3 @@ class WandbRun:
 def run_id(attempt_key: str) -> str:
     """Return the W&B id of an attempt: the same after every restart, and made of characters that W&B allows."""
     return hashlib.sha256(attempt_key.encode()).hexdigest()[:16]
-
-
-def _online_or_offline() -> Literal["online", "offline", "disabled"]:
-    """Decide what "auto" means here: WANDB_MODE where it is set, otherwise online exactly where there is a key."""
-    import wandb
-
-    match os.environ.get("WANDB_MODE"):
-        case "online" | "offline" | "disabled" as mode:
-            return mode
-        case _:
-            return "online" if wandb.login(prompt=False, verify=False) else "offline"

@@ -1,4 +1,4 @@
-"""Writing in-stage checkpoints: all ranks write into a folder, and when all have, rank 0 marks it complete."""
+"""Write in-stage checkpoints: all ranks write into a folder, and when all are done rank 0 marks it complete."""
 
 import json
 import os
@@ -15,11 +15,10 @@ from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.errors import DiskFullError, PreflightError, is_no_room, size
 from rlhf.zero import group
-from rlhf.zero.group import precision_of
 
 
 def checkpoint_to_resume(context: Context[Any]) -> Path | None:
-    """The checkpoint that a stage goes on from, or None.
+    """Return the checkpoint that a stage continues from, or None.
 
     Raises:
         PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew; on
@@ -33,17 +32,17 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
     begun = f"{context.stage} has a checkpoint"
     if (ranks := written["ranks"]) != group.world_size():
         raise PreflightError(
-            f"{begun} of {ranks} rank(s) at step {step_of(newest)}, which {group.world_size()} cannot go on from",
+            f"{begun} of {ranks} rank(s) at step {step_of(newest)}, which {group.world_size()} cannot continue",
             str(newest),
-            f"{context.stage}.workers.count={ranks}, or remove that folder to start the stage anew",
+            f"{context.stage}.workers.count={ranks}, or remove that folder to restart the stage",
         )
-    precision = precision_of(context)
-    if (begun_in := written.get("precision", "a precision that it does not tell")) != precision:
+    precision = group.precision_of(context)
+    if (begun_in := written.get("precision", "an unknown precision")) != precision:
         raise PreflightError(
             f"{begun} in {begun_in} at step {step_of(newest)}, which this CPU, computing in {precision}, "
-            "cannot go on from",
+            "cannot continue",
             str(newest),
-            "run it on a machine like the one that it began on, or remove that folder to start the stage anew",
+            "run it on a machine like the first one, or remove that folder to restart the stage",
         )
     return newest
 
@@ -51,37 +50,33 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
 def refuse_planted(checkpoint: Path, attempt: Path) -> None:
     """Refuse a checkpoint that another user could have written: DeepSpeed reads pickles, which run code.
 
-    attempt  the folder of the attempt that goes on, where this process writes
+    attempt  the folder of the attempt that continues, where this process writes
 
     Raises:
         PreflightError: the folder is a link, belongs to another user, or others may write into it.
     """
     state = checkpoint.lstat()
+    # Not the process's own number: a network file system may give what root writes to another user.
+    with tempfile.TemporaryFile(dir=attempt) as probe:
+        owner = os.fstat(probe.fileno()).st_uid
     if not stat.S_ISDIR(state.st_mode):
-        raise _planted(checkpoint, "is a link")
-    if state.st_uid != _owner_of_new_files(attempt):
-        raise _planted(checkpoint, "belongs to another user")
-    if state.st_mode & 0o022:
-        raise _planted(checkpoint, "may be written by other users")
-
-
-def _owner_of_new_files(folder: Path) -> int:
-    # Not the process's own number: a network's file system may give what root writes to somebody else.
-    with tempfile.TemporaryFile(dir=folder) as probe:
-        return os.fstat(probe.fileno()).st_uid
-
-
-def _planted(checkpoint: Path, why: str) -> PreflightError:
-    return PreflightError(
-        f"the checkpoint to go on from {why}: it holds pickles, and whoever wrote it could run code here",
+        why = "is a link"
+    elif state.st_uid != owner:
+        why = "belongs to another user"
+    elif state.st_mode & 0o022:
+        why = "may be written by other users"
+    else:
+        return
+    raise PreflightError(
+        f"the checkpoint to continue from {why}: it holds pickles, so its author could run code here",
         str(checkpoint),
-        "remove it, or where you know that it is yours: chown it to the user who runs the workers, and chmod 700 it",
+        "remove it, or if you know that it is yours: chown it to the user that runs the workers, and chmod 700 it",
     )
 
 
 @contextmanager
 def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
-    """Inside, every rank writes its part of a step's checkpoint into the folder it is given; afterwards that counts.
+    """Inside, every rank writes its part of a step's checkpoint into the yielded folder; afterwards that is complete.
 
     A collective, to enter and to leave.
 
@@ -89,25 +84,28 @@ def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
 
     Raises:
         DiskFullError: on every rank, before anything is written, where there is not that much room; on the rank that
-            found none, where the room ran out in the middle. What was complete stays, and what was begun is removed.
+            ran out of room, where that happens in the middle. Complete checkpoints stay, the begun one is removed.
     """
     checkpoint = context.folder.checkpoint(step)
     needed = group.from_main(lambda: _make_room(checkpoint, context.attempts, estimate))
     try:
         yield checkpoint
-        mark_complete(checkpoint, precision_of(context))
+        mark_complete(checkpoint, group.precision_of(context))
     except Exception as error:
         written, free = _size(checkpoint), shutil.disk_usage(context.attempt).free
-        if not (_says_no_room(error) or free < needed - written):
+        cause: BaseException | None = error
+        while cause is not None and not is_no_room(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None and free >= needed - written:
             raise
-        # Its room is needed to tell of the failure, and for the next try.
+        # Its room is needed to report the failure, and for the next try.
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise _disk_full(checkpoint, needed, free + written) from error
 
 
 def _make_room(checkpoint: Path, attempts: Sequence[Path], estimate: int) -> int:
-    """Empty the checkpoint's folder; the bytes that are needed, which there are."""
-    # What a killed group left half-written must not pass for a part of what is written now.
+    """Empty the checkpoint's folder; return the bytes that are needed, for which there is room."""
+    # Files that a killed group left there must not pass for a part of this checkpoint.
     shutil.rmtree(checkpoint, ignore_errors=True)
     earlier = newest_complete([*attempts, checkpoint.parents[1]])
     # The newest may be the smaller: a model that has not taken a step yet has no moments.
@@ -116,7 +114,7 @@ def _make_room(checkpoint: Path, attempts: Sequence[Path], estimate: int) -> int
     if free < needed:
         raise _disk_full(checkpoint, needed, free)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever could add to it could run code when it is loaded: it holds pickles.
+    # A user who could add to it could run code when it is loaded: it holds pickles.
     checkpoint.mkdir(mode=0o700)
     return needed
 
@@ -125,16 +123,8 @@ def _disk_full(checkpoint: Path, needed: int, free: int) -> DiskFullError:
     return DiskFullError(
         f"no room for the checkpoint of step {step_of(checkpoint)}: {size(needed)} needed, {size(free)} free",
         str(checkpoint.parent),
-        "free some space and run the same command again: it goes on from the newest complete checkpoint",
+        "free some space and run the same command again: it continues from the newest complete checkpoint",
     )
-
-
-def _says_no_room(error: BaseException | None) -> bool:
-    while error is not None:
-        if is_no_room(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _size(checkpoint: Path) -> int:
@@ -142,7 +132,7 @@ def _size(checkpoint: Path) -> int:
 
 
 def mark_complete(checkpoint: Path, precision: str) -> None:
-    """Make a checkpoint that all ranks have written count, then sweep older and half-written ones of its attempt.
+    """Mark a checkpoint that all ranks have written as complete, then remove older and partial ones of its attempt.
 
     A collective: every rank must call it after its own writes.
     """
@@ -162,15 +152,12 @@ def _mark_complete(checkpoint: Path, precision: str) -> None:
     _sync(temporary)
     temporary.replace(checkpoint / MARKER)
     _sync(checkpoint)
-    _sweep(checkpoint)
-
-
-def _sweep(newest: Path) -> None:
-    folders = AttemptFolder(newest.parents[1]).checkpoint_folders()
-    older = [path for path in folders if step_of(path) < step_of(newest)]
+    folders = AttemptFolder(checkpoint.parents[1]).checkpoint_folders()
+    older = [path for path in folders if step_of(path) < step_of(checkpoint)]
     complete = sorted((path for path in older if is_complete(path)), key=step_of)
-    for path in [*complete[: -(KEPT - 1)], *(path for path in older if path not in complete)]:
-        shutil.rmtree(path)
+    for path in older:
+        if path not in complete[-(KEPT - 1) :]:
+            shutil.rmtree(path)
 
 
 def _sync(path: Path) -> None:

@@ -18,23 +18,19 @@ from rlhf.zero.engine import DTYPES
 
 
 def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
-    """Load and shard the models of PPO. A collective.
-
-    Raises:
-        PreflightError: the value model, made of the reward model, would not understand the policy's tokens.
-    """
+    """Load and shard the models of PPO; errors are those of :func:`load_value`. A collective."""
     policy = load_policy(context)
     rewards = load_rewards(context, micro_batch_size(context.settings))
     return policy, load_value(context), rewards
 
 
 def micro_batch_size(settings: PpoSettings) -> int:
-    """Return how many sequences a rank computes at a time: no more than its share of a minibatch."""
+    """Return the number of sequences that a rank computes at a time: at most its share of a minibatch."""
     return min(settings.micro_batch_size, settings.rollouts // settings.minibatches // group.world_size())
 
 
 def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
-    """Load and shard the policy that is trained, with its reference. A collective."""
+    """Load and shard the trained policy, with its reference. A collective."""
     settings = context.settings
     return TrainedPolicy(
         _plain_policy(context),
@@ -77,19 +73,19 @@ def _plain_policy(context: Context[PpoSettings]) -> Path:
 
 
 def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, Rewards]:
-    """Load and shard the two policies to compare, and what scores them. A collective."""
+    """Load and shard the two policies to compare, and the rewards that score them. A collective."""
     settings = context.settings
-
-    def policy(role: str) -> FrozenPolicy:
-        return FrozenPolicy(
+    before, after = (
+        FrozenPolicy(
             context.inputs[role],
             settings.precision,
             settings.sampling.temperature,
             settings.micro_batch_size,
             fp32_head=settings.sampling.fp32_head,
         )
-
-    return policy("before"), policy("after"), load_rewards(context, settings.micro_batch_size)
+        for role in ("before", "after")
+    )
+    return before, after, load_rewards(context, settings.micro_batch_size)
 
 
 def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Generator:
@@ -101,17 +97,17 @@ def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Ge
 
 
 def load_rewards(context: Context[PpoSettings] | Context[EvaluateSettings], micro_batch_size: int) -> Rewards:
-    """Load what scores responses. A collective."""
+    """Load the rewards that score responses. A collective."""
     settings = context.settings
     models = {role: folder for role, folder in context.inputs.items() if role.startswith("reward")}
     return Rewards(settings.rewards, models, settings.precision, micro_batch_size)
 
 
 def plain_folder(folder: Path, target: Path, precision: Precision, *, scores: bool) -> Path:
-    """The folder that training starts from: any adapter is folded into the weights, once. A collective.
+    """Return the folder that training starts from, any adapter folded into the weights once. A collective.
 
-    Folded in fp32 and then cast, so that what is trained, its reference and its sampler all begin at the same weights.
-    Written to ``target``, and only if there is an adapter.
+    It is folded in fp32 and then cast, so that trained model, reference and sampler begin at the same weights. It is
+    written to ``target``, and only if there is an adapter.
     """
     if not is_adapter(folder):
         return folder

@@ -17,17 +17,16 @@ from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.base import semantic_values
 from rlhf.errors import InterruptedRunError
 from rlhf.tracking.metrics_log import MetricsLog, read_metrics
-from rlhf.tracking.tracker import Tracker
 from rlhf.tracking.wandb_run import WandbMode, WandbRun
 from rlhf.training import checkpoint_writer
 from rlhf.zero import group
 
 
 class Checkpointed(Protocol):
-    """What has state of its own between the steps of a loop."""
+    """Something with state of its own between the steps of a loop."""
 
     def checkpoint_bytes(self) -> int:
-        """About how many bytes all ranks together will write in :meth:`save`."""
+        """Return about how many bytes all ranks together will write in :meth:`save`."""
         ...
 
     def save(self, checkpoint: Path) -> None:
@@ -35,18 +34,18 @@ class Checkpointed(Protocol):
         ...
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from what :meth:`save` wrote. A collective."""
+        """Read what :meth:`save` wrote. A collective."""
         ...
 
 
 def resumable_steps(
     context: Context, total: int, checkpoint_every: int, state: Sequence[Checkpointed]
 ) -> Iterator[int]:
-    """Count 0 … total - 1, from the newest complete checkpoint on, and write one after every ``checkpoint_every``.
+    """Yield 0 … total - 1, from the newest complete checkpoint on, and write one after every ``checkpoint_every``.
 
     Raises:
         DiskFullError: there is no room for a checkpoint; those before it stay.
-        InterruptedRunError: the ranks were asked to stop, and have saved the step that they were at.
+        InterruptedRunError: the ranks were asked to stop, and have saved their current step.
     """
     newest = checkpoint_writer.checkpoint_to_resume(context)
     if newest is not None:
@@ -65,21 +64,23 @@ def resumable_steps(
 
 
 def ends_here(context: Context[Any], step: int) -> bool:
-    """Say that a step, numbered from 1, is finished; whether the ranks shall save it and stop. A collective."""
+    """Show that a step, numbered from 1, is finished; return whether to save it and stop. A collective."""
     liveness.beat(step)
     # Rank 0 looks for all: each might see the file at another step.
     return not group.all_true(not (group.is_main() and context.folder.stop.exists()))
 
 
 def stopped(step: int) -> InterruptedRunError:
-    """What a rank raises that has saved a step because it was asked to stop."""
+    """Return the error of a rank that has saved a step because it was asked to stop."""
     return InterruptedRunError(f"interrupted; saved at step {step}")
 
 
 class Journal:
     """Metrics and progress of one stage, continued where the newest complete checkpoint ends.
 
-    unit   what a step is called, for the user
+    Metrics go to the file first, which must not fail, and then to W&B, which may.
+
+    unit   the name of a step, for the user
     shown  metrics that the user sees as the stage runs
     """
 
@@ -87,9 +88,14 @@ class Journal:
         self._context, self._total, self._unit, self._shown = context, total, unit, shown
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._alarms: set[str] = set()
-        self._tracker = self._open() if group.is_main() else None
-        # Every rank judges a step by those before it, so that all must know them.
         path = context.folder.metrics
+        self._metrics_log: MetricsLog | None = None
+        self._wandb: WandbRun | None = None
+        if group.is_main():
+            _continue_files(context)
+            self._metrics_log = MetricsLog(path)
+            self._wandb = _wandb_run(context)
+        # Every rank judges a step by those before it, so all ranks must have them.
         self._rows: list[dict[str, Any]] = group.from_main(lambda: read_metrics(path) if path.exists() else [])
 
     @contextmanager
@@ -111,76 +117,85 @@ class Journal:
         row |= gpu_memory()
         self._seconds.clear()
         self._rows.append(row)
-        if self._tracker is not None:
-            self._tracker.log(step, row)
+        if self._metrics_log is not None:
+            self._metrics_log.log(step, row)
+            if self._wandb is not None:
+                self._wandb.log(step, row)
             shown = "  ".join(f"{name.split('/')[-1]} {row[name]:.3g}" for name in self._shown if name in row)
             self._context.progress(f"{self._unit} {step}/{self._total}  {shown}", step, self._total)
 
     def alarm(self, raised: Mapping[str, str]) -> None:
         """Show the user alarms by their names, each only the first time."""
         for name, line in raised.items():
-            if self._tracker is not None and name not in self._alarms:
+            if self._metrics_log is not None and name not in self._alarms:
                 self._alarms.add(name)
                 self._context.note(line)
 
     def keep_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Write what the model said in a step beside the metrics."""
-        if self._tracker is not None and samples:
+        """Write a step's samples beside the metrics."""
+        if self._metrics_log is not None and samples:
             with self._context.folder.samples.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": step} | dict(one), ensure_ascii=False) + "\n" for one in samples)
+                file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
 
     def first_row(self, default: Mapping[str, float]) -> Mapping[str, float]:
-        """The first step's metrics, or the given ones where this is the first."""
+        """Return the first step's metrics, or ``default`` before it is logged."""
         return self._rows[0] if self._rows else default
 
     def first(self, name: str) -> float:
-        """A metric's first value, from before a resume too."""
+        """Return a metric's first value, from before a resume too."""
         return next(row[name] for row in self._rows if name in row)
 
     def last(self, *names: str) -> dict[str, float]:
-        """Metrics' latest values."""
+        """Return metrics' latest values."""
         return {name: next(row[name] for row in reversed(self._rows) if name in row) for name in names}
 
     def finish(self) -> None:
-        """Close the sinks."""
-        if self._tracker is not None:
-            self._tracker.finish()
+        """Close the W&B run, within a bounded time; the file needs no closing."""
+        if self._wandb is not None:
+            self._wandb.finish()
 
-    def _open(self) -> Tracker:
-        folder = self._context.folder
-        newest = checkpoint_writer.newest_complete(list(self._context.attempts))
-        earlier = AttemptFolder(newest.parents[1]) if newest else folder
-        for source, target in ((earlier.metrics, folder.metrics), (earlier.samples, folder.samples)):
-            if source != target and source.exists():
-                shutil.copyfile(source, target)
-        step = checkpoint_writer.step_of(newest) if newest else 0
-        log = MetricsLog(folder.metrics)
-        log.rewind(step)
-        _rewind_samples(folder.samples, step)
-        return Tracker(log, self._wandb(self._context.attempt))
 
-    def _wandb(self, attempt: Path) -> WandbRun | None:
-        tracking = self._context.tracking
-        if tracking["mode"] == "disabled":
-            return None
-        return WandbRun(
-            mode=cast(WandbMode, tracking["mode"]),
-            project=tracking["project"] or "rlhf",
-            entity=tracking["entity"],
-            group=tracking["group"] or "rlhf",
-            name=self._context.stage,
-            attempt_key=self._context.key,
-            folder=attempt,
-            config=semantic_values(self._context.settings),
-            warn=self._context.note,
-        )
+def _continue_files(context: Context[Any]) -> None:
+    """Take over the metrics and samples of the newest complete checkpoint's attempt, up to its step."""
+    folder, newest = context.folder, checkpoint_writer.newest_complete(list(context.attempts))
+    earlier = AttemptFolder(newest.parents[1]) if newest else folder
+    for source, target in ((earlier.metrics, folder.metrics), (earlier.samples, folder.samples)):
+        if source != target and source.exists():
+            shutil.copyfile(source, target)
+    step = checkpoint_writer.step_of(newest) if newest else 0
+    MetricsLog(folder.metrics).rewind(step)
+    samples = folder.samples
+    if samples.exists():
+        # Lines of bytes: as text, a response may hold line ends of other alphabets.
+        rows = samples.read_bytes().splitlines(keepends=True)
+        # A row that a kill left half-written belongs to a step that is repeated.
+        kept = [row for row in rows if row.endswith(b"\n") and json.loads(row)["step"] <= step]
+        temporary = samples.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(kept))
+        temporary.replace(samples)
+
+
+def _wandb_run(context: Context[Any]) -> WandbRun | None:
+    tracking = context.tracking
+    if tracking["mode"] == "disabled":
+        return None
+    return WandbRun(
+        mode=cast(WandbMode, tracking["mode"]),
+        project=tracking["project"] or "rlhf",
+        entity=tracking["entity"],
+        group=tracking["group"] or "rlhf",
+        name=context.stage,
+        attempt_key=context.key,
+        folder=context.attempt,
+        config=semantic_values(context.settings),
+        warn=context.note,
+    )
 
 
 def gpu_memory() -> dict[str, float]:
-    """Return the memory that torch took on GPUs since the last call, of the rank that took most; empty on a CPU.
+    """Return the most GPU memory that any rank took since the last call, 10^9 bytes; empty on a CPU. A collective.
 
-    A collective. ``memory/peak_gb`` is the most that tensors took, ``memory/reserved_gb`` the most that the allocator
-    held for them, in 10^9 bytes.
+    ``memory/peak_gb`` is that of tensors, ``memory/reserved_gb`` that of the allocator, which holds more.
     """
     if not torch.cuda.is_initialized():
         return {}
@@ -188,14 +203,3 @@ def gpu_memory() -> dict[str, float]:
     torch.cuda.reset_peak_memory_stats()
     reserved, peak = (group.all_max(taken) / 1e9).tolist()
     return {"memory/reserved_gb": reserved, "memory/peak_gb": peak}
-
-
-def _rewind_samples(path: Path, step: int) -> None:
-    if path.exists():
-        # Lines of bytes: as text, what a model wrote may hold line ends of other alphabets.
-        rows = path.read_bytes().splitlines(keepends=True)
-        # What a kill left half-written belongs to a step that is repeated.
-        kept = [row for row in rows if row.endswith(b"\n") and json.loads(row)["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(path)

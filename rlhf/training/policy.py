@@ -2,9 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +16,13 @@ from rlhf.rl.losses import PolicySums, demonstration_loss
 from rlhf.rollout.rollout import Generator
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Minibatch, PolicyExperience, Sequences
-from rlhf.training.learner import Learner, Loss, MovingAverage, Optimiser
+from rlhf.training.learner import Learner, MovingAverage, Optimiser
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, Engine, sharded_loading, whole_weights
 
 
 class KlCoefficient:
-    """β of the iteration at hand. Every rank has the same: it follows from numbers that all ranks share."""
+    """β of the present iteration. All ranks have the same: it follows from numbers that they share."""
 
     def __init__(self, settings: KlSettings) -> None:
         self._settings = settings
@@ -32,12 +30,12 @@ class KlCoefficient:
 
     @property
     def in_reward(self) -> float:
-        """β where the penalty is part of the reward, otherwise 0."""
+        """Return β where the penalty is part of the reward, otherwise 0."""
         return self.value if self._settings.place == "reward" else 0.0
 
     @property
     def in_loss(self) -> float:
-        """β where the penalty is a term of the policy's loss, otherwise 0."""
+        """Return β where the penalty is a term of the policy's loss, otherwise 0."""
         return self.value if self._settings.place == "loss" else 0.0
 
     def adapt(self, kl: float, responses: int) -> None:
@@ -46,7 +44,7 @@ class KlCoefficient:
             self.value = adapted_coefficient(self.value, kl, self._settings.target, self._settings.horizon, responses)
 
     def checkpoint_bytes(self) -> int:
-        """About what :meth:`save` writes."""
+        """Return about how many bytes :meth:`save` writes."""
         return 64
 
     def save(self, checkpoint: Path) -> None:
@@ -55,7 +53,7 @@ class KlCoefficient:
             (checkpoint / "kl.json").write_text(json.dumps({"coef": self.value}))
 
     def load(self, checkpoint: Path) -> None:
-        """Go on with what :meth:`save` wrote."""
+        """Read what :meth:`save` wrote."""
         self.value = json.loads((checkpoint / "kl.json").read_text())["coef"]
 
 
@@ -64,14 +62,21 @@ AT_ONCE = 4
 """Micro batches that are sampled at a time: nothing is kept for a backward pass, so more fits than in training."""
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Log-probabilities of response tokens by a sharded language model."""
+class Policy:
+    """A sharded language model that samples responses and computes log-probabilities of their tokens.
 
-    engine: Engine
-    """Of a :class:`rlhf.models.heads.TokenLogprobs`."""
-    temperature: float
-    micro_batch_size: int
+    engine     of a :class:`rlhf.models.heads.TokenLogprobs`
+    generator  samples from the same weights
+    """
+
+    def __init__(self, engine: Engine, generator: Generator, temperature: float, micro_batch_size: int) -> None:
+        self.engine, self._generator = engine, generator
+        self.tokenizer = generator.tokenizer
+        self._temperature, self._micro_batch_size = temperature, micro_batch_size
+
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+        """Sample a response to each prompt, as :meth:`Generator.sample`. A collective."""
+        return self._generator.sample(prompts, noise)
 
     def forward(
         self, part: Sequences, *, entropies: bool = False, temperature: float | None = None
@@ -79,60 +84,39 @@ class Scorer:
         """Return log-probabilities and entropies of a micro batch, ``[sample, time]``, nats, with gradients.
 
         entropies    whether they are computed; otherwise they are 0
-        temperature  in place of the scorer's own
+        temperature  in place of the policy's own
         """
-        return self.engine(part.ids, part.attention_mask, part.time, temperature or self.temperature, entropies)
+        return self.engine(part.ids, part.attention_mask, part.time, temperature or self._temperature, entropies)
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences) -> Tensor:
         """Return the log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
-        return sequences.gather([self.forward(part)[0] for part in sequences.mine(self.micro_batch_size)])
+        return sequences.gather([self.forward(part)[0] for part in sequences.mine(self._micro_batch_size)])
 
     @torch.no_grad()
     def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Return also the entropies of the distributions that the tokens were drawn from, nats. A collective."""
-        parts = sequences.mine(self.micro_batch_size)
+        parts = sequences.mine(self._micro_batch_size)
         both = sequences.gather([torch.stack(self.forward(part, entropies=True), dim=1) for part in parts])
         return both[:, 0], both[:, 1]
 
 
-def load_sharded(folder: Path, precision: Precision, *, fp32_head: bool) -> Any:
-    """Load a language model in shards. A collective."""
-    with sharded_loading(precision):
-        return folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
-
-
-class FrozenPolicy:
-    """A policy that only answers: it samples, and tells log-probabilities.
+class FrozenPolicy(Policy):
+    """A policy that is not trained: a reference, or one to compare.
 
     folder  a plain folder or an adapter's
     """
 
     def __init__(
-        self,
-        folder: Path,
-        precision: Precision,
-        temperature: float,
-        micro_batch_size: int,
-        *,
-        fp32_head: bool = True,
+        self, folder: Path, precision: Precision, temperature: float, micro_batch_size: int, *, fp32_head: bool = True
     ) -> None:
-        engine = Engine(TokenLogprobs(load_sharded(folder, precision, fp32_head=fp32_head)), precision)
-        self._scorer = Scorer(engine, temperature, micro_batch_size)
-        at_once = AT_ONCE * micro_batch_size
-        self._generator = Generator(folder, precision, temperature, at_once, fp32_head=fp32_head)
-        self.tokenizer = self._generator.tokenizer
-
-    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
-        """Sample a response to each prompt, as :meth:`Generator.sample`. A collective."""
-        return self._generator.sample(prompts, noise)
-
-    def logprobs(self, sequences: Sequences) -> Tensor:
-        """Return the log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
-        return self._scorer.logprobs(sequences)
+        with sharded_loading(precision):
+            model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
+        generator = Generator(folder, precision, temperature, AT_ONCE * micro_batch_size, fp32_head=fp32_head)
+        super().__init__(Engine(TokenLogprobs(model), precision), generator, temperature, micro_batch_size)
 
 
-class TrainedPolicy:
+class TrainedPolicy(Policy):
     """The policy under PPO, with its reference: the same weights with the adapter off, or a frozen copy.
 
     folder  a plain folder
@@ -153,35 +137,24 @@ class TrainedPolicy:
         ptx_coef: float = 0.0,
         average_decay: float | None = None,
     ) -> None:
+        self._folder, self._lora = folder, lora
+        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
+        with sharded_loading(precision):
+            model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
         # PPO switches all dropout off: otherwise old and new log-probabilities differ by chance.
         silent = lora.model_copy(update={"dropout": 0.0}) if lora else None
-        sharded = load_sharded(folder, precision, fp32_head=fp32_head)
-        self._model = adapters.with_lora(sharded, silent, scores=False, seed=seed)
+        self._model = adapters.with_lora(model, silent, scores=False, seed=seed)
         self._learner = Learner(TokenLogprobs(self._model), precision, optimiser, "policy")
-        self._scorer = Scorer(self._learner.engine, temperature, micro_batch_size)
         at_once = AT_ONCE * micro_batch_size
-        self._generator = Generator(
+        generator = Generator(
             folder, precision, temperature, at_once, fp32_head=fp32_head, lora=lora, source=self._model
         )
+        super().__init__(self._learner.engine, generator, temperature, micro_batch_size)
         self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
+        self._state = [self._learner] if self._average is None else [self._learner, self._average]
         self._reference = (
             None if lora else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head)
         )
-        self.tokenizer = self._generator.tokenizer
-        self._folder, self._lora = folder, lora
-        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
-
-    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
-        """Sample a response to each prompt, as :meth:`Generator.sample`. A collective."""
-        return self._generator.sample(prompts, noise)
-
-    def logprobs(self, sequences: Sequences) -> Tensor:
-        """Return the log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
-        return self._scorer.logprobs(sequences)
-
-    def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Return also the entropies of the distributions that the tokens were drawn from, nats. A collective."""
-        return self._scorer.logprobs_and_entropies(sequences)
 
     def reference_logprobs(self, sequences: Sequences) -> Tensor:
         """Return the log-probabilities under the policy that PPO began with, ``[sample, time]``, nats. A collective."""
@@ -204,44 +177,42 @@ class TrainedPolicy:
         loss  of (log-probabilities and entropies now, old log-probabilities, the reference's, advantages, mask,
               num_tokens=…), as :func:`rlhf.rl.losses.clipped_policy_loss`
         """
-
-        def of_rollouts(part: PolicyExperience) -> tuple[Tensor, Tensor]:
-            now, entropies = self._scorer.forward(part, entropies=self._learns_entropy)
+        last = (demonstrations or minibatch).parts[-1]
+        measured: list[PolicySums] = []
+        for micro in minibatch.parts:
+            part = micro.to(group.device())
+            now, entropies = self.forward(part, entropies=self._learns_entropy)
             constants = part.logprobs, part.reference_logprobs, part.advantages, part.mask
-            value, sums = loss(now, entropies, *constants, num_tokens=minibatch.num_tokens)
-            return value, sums.to_tensor()
-
-        work: list[tuple[Minibatch[Any], Loss]] = [(minibatch, of_rollouts)]
+            share, sums = loss(now, entropies, *constants, num_tokens=minibatch.num_tokens)
+            self._learner.backward(share, last=micro is last)
+            measured.append(sums)
         if demonstrations is not None:
-            num_tokens = demonstrations.num_tokens
-
-            def of_demonstrations(part: Sequences) -> tuple[Tensor, Tensor]:
+            for micro in demonstrations.parts:
+                part = micro.to(group.device())
                 # At temperature 1: the likelihood that SFT maximised, and not that of the sampler.
-                now, _ = self._scorer.forward(part, temperature=1.0)
-                value, sums = demonstration_loss(now, part.mask, coef=self._ptx_coef, num_tokens=num_tokens)
-                return value, sums.to_tensor()
-
-            work.append((demonstrations, of_demonstrations))
-        sums = PolicySums.from_tensor(self._learner.step(work, learning_rate))
+                now, _ = self.forward(part, temperature=1.0)
+                tokens = demonstrations.num_tokens
+                share, sums = demonstration_loss(now, part.mask, coef=self._ptx_coef, num_tokens=tokens)
+                self._learner.backward(share, last=micro is last)
+                measured.append(sums)
+        total = self._learner.step(learning_rate, measured)
         if self._average is not None:
             self._average.update()
-        return sums
+        return total
 
     def checkpoint_bytes(self) -> int:
-        """About what all ranks write in :meth:`save`."""
-        return self._learner.checkpoint_bytes() + (self._average.checkpoint_bytes() if self._average else 0)
+        """Return about how many bytes all ranks write in :meth:`save`."""
+        return sum(part.checkpoint_bytes() for part in self._state)
 
     def save(self, checkpoint: Path) -> None:
         """Write the trained weights, the optimiser's state and the moving average. A collective."""
-        self._learner.save(checkpoint)
-        if self._average is not None:
-            self._average.save(checkpoint)
+        for part in self._state:
+            part.save(checkpoint)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from what :meth:`save` wrote. A collective."""
-        self._learner.load(checkpoint)
-        if self._average is not None:
-            self._average.load(checkpoint)
+        """Read what :meth:`save` wrote. A collective."""
+        for part in self._state:
+            part.load(checkpoint)
 
     def export(self, target: Path) -> None:
         """Write the policy's folder: the moving average where there is one. A collective."""

@@ -1,4 +1,4 @@
-"""In which order a training stage learns from its rows, and at which learning rate. Pure."""
+"""The order of a training stage's rows, and its learning rate. Pure functions."""
 
 import math
 from collections.abc import Sequence
@@ -10,33 +10,33 @@ from rlhf.randomness import stream
 
 
 def learning_order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
-    """The numbers of the rows, batch after batch, all of one size, through all epochs: a function of these arguments.
+    """Return row numbers, batch after batch of one size, for all epochs: a function of these arguments alone.
 
-    Each epoch has every row once, in an order of its own. Its last batch is filled up with rows of its first: what
-    fills it must not be for whoever splits batches among ranks to decide. Rows of a batch stand in falling order of
-    their lengths, so that micro batches hold rows of about one length; which rows make a batch is chance.
+    Each epoch has every row once, in an order of its own. Its last batch is filled up with rows of its first, here and
+    not where batches are split among ranks. Rows of a batch are sorted by falling length, so that micro batches hold
+    rows of similar length; which rows make a batch is random.
 
-    lengths  of each row, at least one
+    lengths  of each row; at least one row
     epochs   above 0; a part of an epoch is its first batches
     """
     batches = -(-len(lengths) // batch_size)
     lengths_of = np.asarray(lengths)
-    found: list[int] = []
+    rows: list[int] = []
     for epoch in range(math.ceil(epochs)):
         order = np.resize(stream("learning order", seed, epoch).permutation(len(lengths)), (batches, batch_size))
         for batch in order:
-            found += batch[np.argsort(-lengths_of[batch], kind="stable")].tolist()
-    return found[: math.ceil(epochs * batches) * batch_size]
+            rows += batch[np.argsort(-lengths_of[batch], kind="stable")].tolist()
+    return rows[: math.ceil(epochs * batches) * batch_size]
 
 
 def learning_rate_share(
     done: int, total: int, schedule: Literal["linear", "cosine", "constant"], warmup_fraction: float = 0.0
 ) -> float:
-    """The share in (0, 1] for update number ``done``, counted from 0, of ``total``.
+    """Return the share in (0, 1] of the peak learning rate for update ``done``, counted from 0, of ``total``.
 
-    Over the first ``warmup_fraction`` of the updates it rises along a line, and the first update already moves. Then it
-    falls towards 0, which only an update after the last would have: along a line, along half a cosine (Loshchilov and
-    Hutter 2016, arXiv:1608.03983, eq. 5), or not at all.
+    It rises linearly over the first ``warmup_fraction`` of the updates and is above 0 in the first. Then it falls
+    towards 0, which an update after the last would have: linearly, along half a cosine (Loshchilov and Hutter 2016,
+    arXiv:1608.03983, eq. 5), or not at all.
     """
     warmup = math.ceil(warmup_fraction * total)
     if done < warmup:

@@ -1,16 +1,18 @@
-"""TRL's trainers inside a worker group: the one module that knows what they and transformers' Trainer need from us.
+"""sft and rm through TRL: the one module that knows TRL's trainers, transformers' Trainer and accelerate.
 
-They bring the loss, the data order and exact resumption; we bring the process group, checkpoints that are complete or
-ignored, and metrics that go where all others go.
+TRL and transformers give the training loop with its AdamW, learning-rate schedule and mixed precision, DeepSpeed's
+set-up, adapters, sft's loss and packing, and reading and writing a checkpoint's content: weights, optimiser, schedule,
+random numbers, and how many rows were learned from.
+Ours are the order of the rows, rm's lists, loss and metrics, the count of tokens after a resume, when a checkpoint is
+written and when it is complete, stopping, the journal, measurements after training, and the exported folder.
 """
 
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
@@ -41,14 +43,15 @@ from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3
 TOKENS = "tokens.json"
 
 
-def common_arguments(context: Context[Any], settings: SupervisedSettings) -> dict[str, Any]:
-    """What every trainer is told: batch arithmetic, optimiser, precision, ZeRO-3, checkpoints.
+def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
+    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO-3, checkpoints.
 
-    The batch is a multiple of the ranks: the stages' checks see to it.
+    The batch is a multiple of the ranks, which the stages' preflight checks.
     """
+    settings = context.settings
     share = settings.batch_size // group.world_size()
     micro = max(size for size in range(1, min(settings.micro_batch_size, share) + 1) if share % size == 0)
-    # accelerate would take a CPU group for a single process: it is told of the group that there is.
+    # Without it accelerate takes a CPU group for a single process.
     PartialState(backend=torch.distributed.get_backend())
     automatic = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     return {
@@ -60,33 +63,26 @@ def common_arguments(context: Context[Any], settings: SupervisedSettings) -> dic
         "warmup_steps": settings.optimizer.warmup_fraction,
         "lr_scheduler_type": "linear",
         "max_grad_norm": settings.optimizer.max_grad_norm,
-        # The rows come in the order in which they are learned from, all epochs' together.
+        # The rows of all epochs are one pass, in the order of learning_order.
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
         "seed": seed_of("trainer", settings.seed),
         "bf16": settings.precision == "bf16",
+        "use_cpu": group.device().type == "cpu",
         "deepspeed": zero3_config(settings.precision, gradient_clipping="auto", **automatic),
         "accelerator_config": {"use_configured_state": True},
-        # Else the last step would be saved too, which the result makes superfluous: Reports says when.
+        # Reports says when to save: any other strategy also saves the last step, which the result makes superfluous.
         "save_strategy": "no",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
         "gradient_checkpointing": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
     }
 
 
-@contextmanager
-def _bf16_anywhere() -> Generator[None]:
-    """Inside, transformers accepts bf16 without a GPU: it takes every process without ``use_cpu`` to be on one."""
-    with patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True):
-        yield
-
-
 class Reports(TrainerCallback):
-    """Carries the trainer's logs to the journal."""
+    """Carries the trainer's logs to the journal, and tells the trainer when to save and stop."""
 
     def __init__(self, context: Context[Any], shown: tuple[str, ...]) -> None:
         self._context, self._shown = context, shown
@@ -98,12 +94,13 @@ class Reports(TrainerCallback):
         self.journal = Journal(self._context, state.max_steps, unit="step", shown=self._shown)
 
     def on_log(self, args: Any, state: Any, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:  # noqa: ARG002 - positional
-        """Write the trainer's metrics under our names, and stop where the loss is no number."""
+        """Write the trainer's metrics under our names, and stop at a loss that is not finite."""
         if not logs or "loss" not in logs or self.journal is None:
             return
-        metrics = {_renamed(name): float(value) for name, value in logs.items() if name != "epoch"}
+        names = {"learning_rate": "lr"}
+        metrics = {names.get(name, name): float(value) for name, value in logs.items() if name != "epoch"}
         self.journal.log(state.global_step, metrics)
-        if not all(map(torch.isfinite, map(torch.tensor, (metrics["loss"], metrics.get("grad_norm", 0.0))))):
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics.get("grad_norm", 0.0))):
             raise DivergedError(
                 f"the loss is {metrics['loss']} at step {state.global_step}",
                 self._context.stage,
@@ -111,11 +108,11 @@ class Reports(TrainerCallback):
             )
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """Say that a micro batch is done."""
+        """Show that a micro batch is done."""
         liveness.beat()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - positional
-        """Say that a step is done; have it saved where that is due, and training stopped where that is asked for."""
+        """Show that a step is done, save it where a checkpoint is due, and stop where the ranks are asked to."""
         step = state.global_step
         self._stopping = ends_here(self._context, step)
         due = step % self._context.settings.checkpoint_every == 0 and step < state.max_steps
@@ -124,34 +121,20 @@ class Reports(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002 - positional
-        """Close the journal; a training that was asked to stop goes no further, and has no time for that."""
+        """Close the journal, or raise at once where the ranks were asked to stop."""
         if self._stopping:
             raise stopped(state.global_step)
         if self.journal is not None:
             self.journal.finish()
 
 
-def _renamed(name: str) -> str:
-    return {"learning_rate": "lr"}.get(name, name)
+class _Ordered:
+    """Mixin of both trainers; list it first among the bases. The rows of all epochs come in our order.
 
+    Checkpoints need room, are complete or ignored, and hold TRL's count of tokens.
 
-def train(trainer: Any, context: Context[Any]) -> None:
-    """Train from the newest complete checkpoint, or from the start.
-
-    Raises:
-        DiskFullError: there is no room for a checkpoint; those before it stay.
-        InterruptedRunError: the ranks were asked to stop, and have saved the step that they were at.
-    """
-    newest = checkpoint_writer.checkpoint_to_resume(context)
-    if newest is not None:
-        trainer.go_on_counting(newest)
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-
-
-class _Checkpointed:
-    """What TRL's trainers are told of checkpoints: they need room, are complete or ignored, and hold all that counts.
-
-    It stands before the trainer among a class's bases.
+    length  the tokens that a row of the prepared data set is padded to
+    shown   metrics that the user sees as the stage runs
     """
 
     state: Any
@@ -159,18 +142,28 @@ class _Checkpointed:
     train_dataset: Dataset
     _total_train_tokens: int
 
-    def __init__(self, context: Context[Any], **trainer: Any) -> None:
-        self._context = context
-        super().__init__(**trainer)
-        lengths = list(map(self._length, self.train_dataset))
-        settings = context.settings
+    def __init__(
+        self,
+        context: Context[SupervisedSettings],
+        model: Any,
+        length: Callable[[Any], int],
+        *,
+        shown: tuple[str, ...],
+        scores: bool,
+        **trainer: Any,
+    ) -> None:
+        self._context, settings = context, context.settings
+        mark_leaves(model)
+        above: Any = super()
+        above.__init__(
+            model=model,
+            peft_config=adapters.lora_config(settings.lora, scores=scores) if settings.lora else None,
+            callbacks=[Reports(context, shown)],
+            **trainer,
+        )
+        lengths = list(map(length, self.train_dataset))
         order = learning_order(lengths, settings.batch_size, settings.epochs, settings.seed)
         self.train_dataset = self.train_dataset.select(order)
-
-    @staticmethod
-    def _length(row: Any) -> int:
-        """The tokens that a row is padded to."""
-        raise NotImplementedError
 
     def go_on_counting(self, checkpoint: Path) -> None:
         """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
@@ -185,25 +178,19 @@ class _Checkpointed:
                 (checkpoint / TOKENS).write_text(json.dumps({"tokens": self._total_train_tokens}))
 
 
-class _SftTrainer(_Checkpointed, SFTTrainer):
-    @staticmethod
-    def _length(row: Any) -> int:
-        return len(row["input_ids"])
+class _SftTrainer(_Ordered, SFTTrainer):
+    pass
 
 
-class _RewardTrainer(_Checkpointed, RewardTrainer):
-    """TRL's, with lists of any number of responses in place of pairs.
+class _RewardTrainer(_Ordered, RewardTrainer):
+    """TRL's trainer with lists of any number of responses in place of pairs.
 
-    TRL's own loss is that of lists of two, which a test holds ours to.
+    TRL's own loss is that of lists of two; a test compares ours with it.
     """
 
-    def __init__(self, context: Context[Any], loss: ListLoss, **trainer: Any) -> None:
+    def __init__(self, loss: ListLoss, *arguments: Any, **named: Any) -> None:
         self._loss = loss
-        super().__init__(context, **trainer)
-
-    @staticmethod
-    def _length(row: Any) -> int:
-        return max(map(len, row["ids"]))
+        super().__init__(*arguments, **named)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:  # noqa: ARG002 - TRL's signature
         return dataset
@@ -218,45 +205,41 @@ class _RewardTrainer(_Checkpointed, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,  # noqa: ARG002 - transformers' signature
     ) -> Any:
-        """The mean over the micro batch's lists; lists of a batch count alike, whatever micro batches they are in."""
+        """Return the mean over the micro batch's lists; all lists of a batch have one weight in any micro batch."""
         lists = ListBatch(**inputs)
         outputs = model(input_ids=lists.input_ids, attention_mask=lists.attention_mask, use_cache=False)
         scores = lists.arranged(outputs.logits.squeeze(-1).float())
         loss = self._loss(scores, lists).mean()
         gather: Callable[[Tensor], Tensor] = cast(Any, self.accelerator).gather
+        metrics = self._metrics["train"]
         self._total_train_tokens += int(gather(lists.attention_mask.sum()).sum())
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        metrics["num_tokens"] = [self._total_train_tokens]
         with torch.no_grad():
-            found = scores[lists.present]
-            share = reward_losses.accuracy(scores, lists.strengths, lists.present).mean()
-            for name, value, of_ranks in (
-                ("min_reward", found.min(), torch.min),
-                ("mean_reward", found.mean(), torch.mean),
-                ("max_reward", found.max(), torch.max),
-                ("accuracy", share, torch.mean),
-            ):
-                self._metrics["train"][name].append(of_ranks(gather(value)).item())
+            rewards = scores[lists.present]
+            accuracy = reward_losses.accuracy(scores, lists.strengths, lists.present).mean()
+            metrics["min_reward"].append(gather(rewards.min()).min().item())
+            metrics["mean_reward"].append(gather(rewards.mean()).mean().item())
+            metrics["max_reward"].append(gather(rewards.max()).max().item())
+            metrics["accuracy"].append(gather(accuracy).mean().item())
         return (loss, outputs) if return_outputs else loss
 
 
 def sft_trainer(
     context: Context[SftSettings],
-    load: Any,
+    load: Callable[[], Any],
     tokenizer: Tokenizer,
     demonstrations: Dataset,
     heldout: Dataset,
 ) -> Any:
-    """TRL's SFTTrainer: loss on completions alone; several demonstrations are packed into a sequence where that is set
-    and the model keeps them apart.
+    """Make TRL's SFTTrainer: the loss is of completions alone.
+
+    Several demonstrations are packed into a sequence where ``packing`` is set and the model keeps them apart.
 
     load  loads the model; called when transformers already knows of ZeRO-3, so that it is sharded as it is read
     """
     settings = context.settings
-    with _bf16_anywhere():
-        arguments = SFTConfig(
-            **common_arguments(context, settings), max_length=settings.max_length, completion_only_loss=True
-        )
-    model = _prepared(load())
+    arguments = SFTConfig(**common_arguments(context), max_length=settings.max_length, completion_only_loss=True)
+    model = load()
     arguments.packing = settings.packing and keeps_texts_apart(model.config)
     if settings.packing and not arguments.packing and group.is_main():
         context.note(
@@ -265,43 +248,46 @@ def sft_trainer(
         )
     return _SftTrainer(
         context,
-        model=model,
+        model,
+        lambda row: len(row["input_ids"]),
+        shown=("loss", "mean_token_accuracy"),
+        scores=False,
         args=arguments,
         train_dataset=demonstrations,
         eval_dataset=heldout,
         processing_class=tokenizer,
-        peft_config=adapters.lora_config(settings.lora, scores=False) if settings.lora else None,
-        callbacks=[Reports(context, shown=("loss", "mean_token_accuracy"))],
     )
 
 
 def reward_trainer(
-    context: Context[RmSettings], load: Any, tokenizer: Tokenizer, lists: Dataset, loss: ListLoss
+    context: Context[RmSettings], load: Callable[[], Any], tokenizer: Tokenizer, lists: Dataset, loss: ListLoss
 ) -> Any:
-    """TRL's RewardTrainer, over lists of responses.
+    """Make TRL's RewardTrainer over lists of responses.
 
     load   as for :func:`sft_trainer`
     lists  tokenised, with :data:`rlhf.models.reward_losses.COLUMNS`
     """
-    settings = context.settings
-    with _bf16_anywhere():
-        arguments = RewardConfig(**common_arguments(context, settings), max_length=None)
+    arguments = RewardConfig(**common_arguments(context), max_length=None)
     return _RewardTrainer(
-        context,
         loss,
-        model=_prepared(load()),
+        context,
+        load(),
+        lambda row: max(map(len, row["ids"])),
+        shown=("loss", "accuracy"),
+        scores=True,
         args=arguments,
         train_dataset=lists,
         data_collator=partial(collate, padding=tokenizer.pad_token_id),
         processing_class=tokenizer,
-        peft_config=adapters.lora_config(settings.lora, scores=True) if settings.lora else None,
-        callbacks=[Reports(context, shown=("loss", "accuracy"))],
     )
 
 
-def _prepared(model: Any) -> Any:
-    mark_leaves(model)
-    return model
+def train(trainer: Any, context: Context[Any]) -> None:
+    """Train from the newest complete checkpoint, or from the start; errors as :func:`loop.resumable_steps`."""
+    newest = checkpoint_writer.checkpoint_to_resume(context)
+    if newest is not None:
+        trainer.go_on_counting(newest)
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 
 def export(
@@ -318,37 +304,33 @@ def export(
     group.barrier()
 
 
+@torch.no_grad()
 def heldout_loss(trainer: Any, at_once: int) -> float:
-    """Return the mean negative log-likelihood of the held-out rows, in nats per token that is learned of. A collective.
+    """Return the mean negative log-likelihood of the held-out rows, in nats per learned token. A collective.
 
     at_once  rows of a forward pass; changes the result by rounding only
     """
     rows, engine = trainer.eval_dataset, trainer.model_wrapped
     engine.eval()
     batches = torch.arange(len(rows)).split(at_once)
-
-    def sums(numbers: Tensor) -> Tensor:
-        """``[batch, 2]``: the sum over a batch's tokens, and their number."""
-        found = torch.zeros(len(numbers), 2, dtype=torch.float64)
-        for place, number in enumerate(numbers.tolist()):
-            batch = trainer.data_collator([rows[row] for row in batches[number].tolist()])
-            # As in training, TRL's forward pass answers log-probabilities without keeping the logits.
-            outputs = engine(**_on_device(batch), use_cache=False, fused_lm_head=True)
-            found[place, 0], found[place, 1] = -outputs.log_probs.double().sum(), outputs.label_mask.sum()
-            liveness.beat()
-        return found
-
-    with torch.no_grad():
-        total, tokens = group.spread(len(batches), sums).sum(0).tolist()
+    mine, device = group.my_rows(len(batches)).tolist(), group.device()
+    sums = torch.zeros(len(mine), 2, dtype=torch.float64)  # of each batch: over its tokens, and their number
+    for place, number in enumerate(mine):
+        batch = trainer.data_collator([rows[row] for row in batches[number].tolist()])
+        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        # As in training, TRL's forward pass returns log-probabilities without keeping the logits.
+        outputs = engine(**batch, use_cache=False, fused_lm_head=True)
+        sums[place, 0], sums[place, 1] = -outputs.log_probs.double().sum(), outputs.label_mask.sum()
+        liveness.beat()
+    total, tokens = group.gather_rows(sums, len(batches)).sum(0).tolist()
     return total / tokens
 
 
-def _on_device(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to(group.device()) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
 def scores(trainer: Any, texts: Sequence[list[int]], at_once: int) -> Tensor:
-    """Raw scores ``[text]`` of rows of token ids by the trained reward model, so many in a batch. A collective."""
+    """Return the trained reward model's raw scores ``[text]`` of rows of token ids. A collective.
+
+    at_once  rows of a forward pass
+    """
     engine = trainer.model_wrapped
     engine.eval()
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from rlhf.zero import group
 
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Adam's denominator keeps early, tiny second moments from making huge steps: Huang et al. 2024 (arXiv:2403.17031).
+# Keeps early, tiny second moments from making huge steps: Huang et al. 2024 (arXiv:2403.17031).
 ADAM_EPSILON = 1e-5
 
 
 def zero3_config(precision: Precision, **overrides: Any) -> dict[str, Any]:
-    """DeepSpeed's configuration for ZeRO-3; ``overrides`` are top-level fields."""
-    config: dict[str, Any] = {
+    """Return DeepSpeed's configuration for ZeRO-3; ``overrides`` are top-level fields."""
+    return {
         "zero_optimization": {
             "stage": 3,
             # Gloo has no asynchronous reduction to overlap with.
@@ -33,20 +33,19 @@ def zero3_config(precision: Precision, **overrides: Any) -> dict[str, Any]:
             "contiguous_gradients": True,
         },
         "bf16": {"enabled": precision == "bf16"},
-        # In bf16, whose numbers have three digits, a sum over micro batches or ranks loses what is small beside it.
+        # In bf16, which has three digits, a sum over micro batches or ranks loses gradients that are small beside it.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 2**31,
-    }
-    return config | overrides
+    } | overrides
 
 
 @contextmanager
 def sharded_loading(precision: Precision) -> Generator[None]:
-    """Inside, ``from_pretrained`` shards each weight as it reads it, so that no rank ever holds the whole model."""
-    # transformers keeps only a weak reference: the configuration acts as long as this variable lives.
+    """Inside, ``from_pretrained`` shards each weight as it reads it, so that no rank holds the whole model."""
+    # transformers keeps only a weak reference: the configuration acts for as long as this variable exists.
     config = HfDeepSpeedConfig(zero3_config(precision))
     try:
         yield
@@ -66,7 +65,7 @@ def mark_leaves(model: nn.Module) -> None:
     if names & present:
         set_z3_leaf_modules(model, sorted(names & present))
     for part in model.modules():
-        # A leaf gathers its weights again for the backward pass when a gradient reaches its input: below frozen
+        # A leaf gathers its weights again for the backward pass when a gradient reaches its input: with frozen
         # embeddings that never happens in the first layer, whose weights would be missing.
         if isinstance(part, PreTrainedModel) and hasattr(part, "get_input_embeddings"):
             part.enable_input_require_grads()
@@ -74,10 +73,9 @@ def mark_leaves(model: nn.Module) -> None:
 
 
 class Engine:
-    """A module under ZeRO-3, in eval mode. Frozen unless a learning rate is given; then AdamW trains what requires a
-    gradient.
+    """A module under ZeRO-3, in eval mode; with a learning rate, AdamW trains the weights that require a gradient.
 
-    name  what errors call it
+    name  the module's name in errors
     """
 
     def __init__(
@@ -94,64 +92,53 @@ class Engine:
         config = zero3_config(precision, gradient_clipping=max_grad_norm)
         optimizer = None
         if learning_rate is not None:
-            trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.AdamW(trainable, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
         self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+        self.module: Any = self._engine.module
         self._finite: list[Tensor] = []
         # In training too: with dropout, layer drop or router noise, two passes over the same tokens differ, which PPO
-        # takes for a change of the policy. Gradients flow in either mode.
+        # would take for a change of the policy. Gradients flow in either mode.
         self._engine.eval()
 
-    @property
-    def module(self) -> Any:
-        """The module inside; its weights are sharded."""
-        return self._engine.module
-
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """The module's forward pass."""
+        """Run the module's forward pass."""
         return self._engine(*arguments, **named)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add a micro batch's gradients.
 
-        loss  this rank's and micro batch's *part of a sum*: DeepSpeed averages over ranks, which is undone here
+        loss  this rank's and micro batch's *share of a sum*: DeepSpeed averages over ranks, which is undone here
         last  whether :meth:`step` comes next
         """
-        # Looked at in :meth:`step`: to ask a GPU here would wait for it at every micro batch.
+        # Read in :meth:`step`: reading here would wait for the GPU at every micro batch.
         self._finite.append(torch.isfinite(loss.detach()))
-        # The boundary is set by hand: how many micro batches an update has is for the caller to decide each time.
+        # The boundary is set by hand: the caller decides for each update how many micro batches it has.
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * group.world_size())
 
     def step(self, learning_rate: float) -> float:
-        """Take the optimiser step on what :meth:`backward` added up; the gradients' norm before clipping.
+        """Take the optimiser step on what :meth:`backward` added up; return the gradients' norm before clipping.
 
         Raises:
             DivergedError: on every rank, when any rank's loss or the gradients' norm is not finite; no step was taken.
         """
+        not_taken, advice = "the optimiser step was not taken", "lower the learning rates"
         finite = bool(torch.stack(self._finite).all())
         self._finite.clear()
         if not group.all_true(finite):
-            raise DivergedError(
-                f"the {self._name}'s loss is not a finite number; the optimiser step was not taken",
-                "",
-                "lower the learning rates",
-            )
+            raise DivergedError(f"the {self._name}'s loss is not a finite number; {not_taken}", "", advice)
         for parameters in self._engine.optimizer.param_groups:
             parameters["lr"] = learning_rate
-        # DeepSpeed takes no step where the norm, which it adds up over all ranks, is not finite.
+        # DeepSpeed takes no step where the norm over all ranks is not finite.
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
-            raise DivergedError(
-                f"the {self._name}'s gradients are not finite numbers; the optimiser step was not taken",
-                "",
-                "lower the learning rates",
-            )
+            raise DivergedError(f"the {self._name}'s gradients are not finite numbers; {not_taken}", "", advice)
         return norm
 
     def checkpoint_bytes(self) -> int:
-        """About what all ranks write in :meth:`save`."""
+        """Return about how many bytes all ranks write in :meth:`save`."""
         return checkpoint_bytes(self.module)
 
     def save(self, folder: Path, name: str) -> None:
@@ -159,12 +146,12 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, name: str) -> None:
-        """Read what :meth:`save` wrote; the weights that do not train stay as they are."""
+        """Read what :meth:`save` wrote; frozen weights stay as they are."""
         self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
-    """About how many bytes all ranks write of a module that trains: its weights, in fp32 too, and Adam's two moments.
+    """Return about how many bytes all ranks write of a trained module: weights, also in fp32, and Adam's two moments.
 
     module  under ZeRO-3 already
     """
@@ -172,15 +159,13 @@ def checkpoint_bytes(module: nn.Module) -> int:
     return sum(parameter.ds_numel * (parameter.element_size() + 3 * 4) for parameter in trained)
 
 
-@contextmanager
-def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> Generator[None]:
+def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[None]:
     """Inside, the parameters are whole on every rank; with ``modify`` rank 0's changes are kept on all."""
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
-        yield
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
 
 
 def whole_weights(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
-    """The module's weights by name, whole and on the CPU, on rank 0; empty on the other ranks."""
+    """Return the module's weights by name, whole and on the CPU, on rank 0; empty elsewhere. A collective."""
     weights: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         if trained_only and not parameter.requires_grad:
@@ -192,16 +177,16 @@ def whole_weights(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]
 
 
 def trained_shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """This rank's fp32 shard of every weight that trains, flat, by the weight's name."""
+    """Yield the name of every trained weight and this rank's fp32 shard of it, flat."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             yield name, safe_get_local_fp32_param(parameter)
 
 
 def whole_from_shards(module: nn.Module, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in the model's type, whole and on the CPU, on rank 0, out of all ranks' shards. A collective.
+    """Return weights in the model's type, whole and on the CPU, on rank 0, from all ranks' shards. A collective.
 
-    shards  laid out as :func:`trained_shards` gives them
+    shards  laid out as those of :func:`trained_shards`
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():

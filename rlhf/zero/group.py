@@ -1,6 +1,6 @@
-"""The ranks of a worker group: who they are, what they exchange, and the precision they compute in.
+"""The ranks of a worker group: their numbers, exchanges and precision.
 
-Every function here is a collective: all ranks must call it, in the same order.
+Functions that exchange are collectives: all ranks must call them, in the same order.
 """
 
 from collections.abc import Callable
@@ -17,46 +17,46 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's rank in its worker group."""
+    """Return this process's rank in its worker group."""
     return dist.get_rank()
 
 
 def world_size() -> int:
-    """How many ranks the worker group has."""
+    """Return the number of ranks in the worker group."""
     return dist.get_world_size()
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which writes what is written once."""
+    """Return whether this is rank 0, which writes files of which there is one."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank calls it."""
     dist.barrier()
 
 
 def device() -> torch.device:
-    """The device this rank computes on."""
+    """Return the device that this rank computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def all_sum(value: Tensor) -> Tensor:
-    """The sum of ``value`` over ranks, on every rank."""
+    """Return the sum of ``value`` over ranks, on every rank."""
     total = value.detach().clone().to(device())
     dist.all_reduce(total)
     return total
 
 
 def all_max(value: Tensor) -> Tensor:
-    """The largest of each entry of ``value`` over ranks, on every rank."""
+    """Return the largest of each entry of ``value`` over ranks, on every rank."""
     largest = value.detach().clone().to(device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
 
 
 def all_concatenated(shard: Tensor) -> Tensor:
-    """The ranks' flat tensors, all of one length, one after the other, on every rank, on the CPU."""
+    """Concatenate the ranks' flat tensors of equal length, on every rank, on the CPU."""
     mine = shard.detach().to(device()).contiguous()
     parts = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(parts, mine)
@@ -64,7 +64,7 @@ def all_concatenated(shard: Tensor) -> Tensor:
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """What ``compute`` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+    """Return on every rank what ``compute`` returns on rank 0, or raise its error on every rank."""
     answer: list[Any] = [None, None]
     if is_main():
         try:
@@ -78,18 +78,17 @@ def from_main(compute: Callable[[], T]) -> T:
 
 
 def all_true(condition: bool) -> bool:
-    """Whether the condition holds on every rank."""
+    """Return whether the condition holds on every rank."""
     flag = torch.tensor(float(condition), device=device())
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
 
 
 def spread(count: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """Compute ``count`` rows together: each rank its share, the result whole on every rank, on the CPU.
+    """Compute ``count`` rows, each rank its share, and return them all on every rank, on the CPU.
 
-    compute  of row indices: the rows at these indices, ``[len(indices), ...]``, of one shape on all ranks. Every rank
-             computes equally many rows (some twice where the world size does not divide ``count``), so that
-             collectives inside meet
+    compute  returns the rows of given indices, ``[len(indices), ...]``, of one shape on all ranks. Every rank computes
+             equally many rows (some twice where the world size does not divide ``count``): it may call collectives
     """
     return gather_rows(compute(my_rows(count)), count)
 
@@ -97,7 +96,7 @@ def spread(count: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
 def my_rows(count: int) -> Tensor:
     """Return this rank's share of ``count`` row indices: every W-th, from its rank on.
 
-    Every rank has equally many; the last row stands for the missing ones where W does not divide ``count``.
+    Every rank has equally many; the last row is repeated where W does not divide ``count``.
     """
     world = world_size()
     padded = -(-count // world) * world
@@ -107,7 +106,7 @@ def my_rows(count: int) -> Tensor:
 def gather_rows(rows: Tensor, count: int) -> Tensor:
     """Return all ranks' rows ``[count, ...]`` in order, on the CPU. A collective.
 
-    rows  this rank's, of the indices of :func:`my_rows`
+    rows  this rank's, at the indices of :func:`my_rows`
     """
     rows = rows.to(device()).contiguous()
     parts = [torch.empty_like(rows) for _ in range(world_size())]
@@ -116,34 +115,30 @@ def gather_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def share_of(items: list[T]) -> list[T]:
-    """This rank's items: every W-th, from its rank on. The length must be a multiple of the world size."""
+    """Return this rank's items: every W-th, from its rank on. Their number must be a multiple of the world size."""
     return items[rank() :: world_size()]
 
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""As torch names them, on x86 and on ARM. Without any of them torch emulates bf16: on a CPU of two cores with AVX2, a
-matrix product took 9 times as long as in fp32, and its gradients 20 times."""
+"""torch's names, on x86 and ARM. Without any of them torch emulates bf16: on a CPU of two cores with AVX2, a matrix
+product took 9 times as long as in fp32, and its gradients 20 times."""
 
 
 def precision_of(context: Context[Any]) -> str:
-    """What a stage computes in; one without such a setting has nothing that either would change."""
+    """Return the precision that a stage computes in; fp32 where it has no such setting."""
     return getattr(context.settings, "precision", "fp32")
 
 
 def computable(context: Context[Any]) -> Context[Any]:
-    """The context with the precision in its settings that all ranks compute in. A collective.
+    """Return the context with the precision that all ranks can compute in: fp32 if any has slow bf16. A collective.
 
     A result made in fp32 in place of bf16 differs from it by bf16's rounding, which it is free of.
     """
-    if precision_of(context) == "fp32" or all_true(_is_quick_in_bf16()):
+    if precision_of(context) == "fp32":
+        return context
+    capabilities = torch.cpu.get_capabilities() if device().type == "cpu" else {}
+    if all_true(device().type != "cpu" or any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)):
         return context
     if is_main():
         context.note("computes in fp32, since this CPU has no instructions for bf16")
     return replace(context, settings=context.settings.model_copy(update={"precision": "fp32"}))
-
-
-def _is_quick_in_bf16() -> bool:
-    if device().type != "cpu":
-        return True
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in BF16_INSTRUCTIONS)

@@ -19,15 +19,16 @@ KEY = "k" * 40
 BODY = """
 import rlhf.tracking.wandb_run as module
 module._INIT_TIMEOUT_S = 2.0
-tracker = Tracker(MetricsLog(folder.parent / "metrics.jsonl"), start(mode="online"))
+log, run = MetricsLog(folder.parent / "metrics.jsonl"), start(mode="online")
 slowest = 0.0
 for step in range(20):
     began = time.monotonic()
-    tracker.log(step, {"loss": 1.0})
+    log.log(step, {"loss": 1.0})
+    run.log(step, {"loss": 1.0})
     slowest = max(slowest, time.monotonic() - began)
     time.sleep(PAUSE)
 began = time.monotonic()
-tracker.finish()
+run.finish()
 print(json.dumps({"lines": lines, "slowest": slowest, "finish": time.monotonic() - began}))
 """
 

@@ -56,7 +56,7 @@ def sequences() -> Sequences:
 
 def weights_of(trained: Any) -> dict[str, Tensor]:
     """By the names that its file has."""
-    weights = whole_weights(trained._learner.engine.module, trained_only=False)
+    weights = whole_weights(trained.engine.module, trained_only=False)
     return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 

@@ -434,7 +434,7 @@ def test_the_user_is_told_of_an_alarm_once_and_each_row_has_it(tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("more", "words"),
-    [({"scale": math.nan}, "scores of 6 of 6 responses are no finite numbers"), ({"kl": {"limit": 0.01}}, "drifted")],
+    [({"scale": math.nan}, "scores of 6 of 6 responses are not finite numbers"), ({"kl": {"limit": 0.01}}, "drifted")],
 )
 def test_a_run_that_diverged_stops_before_any_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], words: str

@@ -16,7 +16,6 @@ PROGRAM = """
 import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 from rlhf.tracking.metrics_log import MetricsLog
-from rlhf.tracking.tracker import Tracker
 from rlhf.tracking.wandb_run import WandbRun
 
 folder = Path(sys.argv[1])
@@ -121,11 +120,12 @@ def test_a_folder_that_cannot_be_written_costs_one_line_and_no_metric(tmp_path: 
     """Training and the metrics file go on as if W&B had never been asked for."""
     (tmp_path / "file").write_text("in the way")
     body = """
-tracker = Tracker(MetricsLog(folder.parent.parent / "metrics.jsonl"), start())
+log, run = MetricsLog(folder.parent.parent / "metrics.jsonl"), start()
 for step in range(3):
-    tracker.log(step, {"loss": 1.0})
+    log.log(step, {"loss": 1.0})
+    run.log(step, {"loss": 1.0})
     time.sleep(0.05)
-tracker.finish()
+run.finish()
 print(json.dumps(lines))
 """
     (line,) = run_program(tmp_path / "file" / "attempt", body, HOME=str(tmp_path), WANDB_CONFIG_DIR=str(tmp_path))

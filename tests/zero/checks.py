@@ -37,7 +37,7 @@ from rlhf.models import adapters
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rollout.prompts import PromptBatch
-from rlhf.rollout.rollout import Replica, roll_out
+from rlhf.rollout.rollout import Generator, roll_out
 from rlhf.rollout.sampling import uniforms
 from rlhf.rollout.sequences import Experience, Sequences, minibatches
 from rlhf.training import checkpoint_writer
@@ -57,7 +57,6 @@ FORMS: dict[str, LoraSettings | None] = {"full": None, "lora": LORA}
 COUNTS = (1, 2, 3, 5, 8)
 BATCH, PROMPT, TIME = 4, 3, 5
 PROMPTS = PromptBatch(prompts=["a", "b", "c"], ids=[[5, 6, 7], [8], [9, 10]], samples=[0, 1, 2])
-EOS, PAD = 3, 0
 
 
 def rows_of(indices: Tensor) -> Tensor:
@@ -313,27 +312,24 @@ def computed_precision(folder: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def replica(tiny: Path, folder: Path) -> dict[str, Any]:
-    """Responses of an unsharded copy before and after a refresh, and of the exported model."""
+    """Responses of an unsharded copy before its policy was trained and after, and of the exported model."""
     found: dict[str, Any] = {}
     noise = uniforms(0, range(6), 12)
     prompts = [[5 + row, 40, 41 + row] for row in range(6)]
 
-    def generate(one: Replica) -> Tensor:
-        return one.generate(prompts, noise, 1.0).ids
-
     for form, lora in FORMS.items():
         learner = Learner(tiny, lora)
+        copied = Generator(tiny, "fp32", 1.0, 6, lora=lora, source=learner.model)
+        before = copied.sample(prompts, noise).ids
         for _ in range(3):
             learner.step(0.05)
-        copied = Replica(tiny, "fp32", eos_token_id=EOS, pad_token_id=PAD, lora=lora)
-        before = generate(copied)
-        copied.refresh(learner.model)
+        refreshed = copied.sample(prompts, noise).ids
         exported, weights = folder / f"replica-{form}", learner.weights()
         if group.is_main():
             adapters.save(learner.model, weights, tiny, exported, lora, scores=False)
         group.barrier()
-        plain = Replica(exported, "fp32", eos_token_id=EOS, pad_token_id=PAD)
-        found[form] = {"before": before, "refreshed": generate(copied), "exported": generate(plain)}
+        plain = Generator(exported, "fp32", 1.0, 6).sample(prompts, noise).ids
+        found[form] = {"before": before, "refreshed": refreshed, "exported": plain}
     return found
 
 
