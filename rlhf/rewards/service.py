@@ -122,7 +122,7 @@ class Service:
             raise TryAgainError(
                 f"{self._name} did not answer in {self._settings.retries + 1} tries; the last one: {why}",
                 where,
-                "repair the service; the same command then continues",
+                "repair the service; the same command then goes on where it was",
             )
         try:
             return json.loads(answer)
