@@ -3,7 +3,7 @@
 Models of three families with random weights, whose logits have the spread of a language model's, are sampled from and
 trained for three iterations, in fp32 and in bf16, whole and with an adapter, with the head in fp32 and without. The
 columns: the largest ``rollout/kl_to_trained`` in nats a token and the largest ``rollout/largest_gap``, of which the
-alarm's bounds are a multiple (:mod:`rlhf.rl.alarms`); the root mean square difference to the same weights computed in
+alarm's bounds are a multiple (:mod:`rlhf.rl.metrics`); the root mean square difference to the same weights computed in
 fp32 throughout; the seconds of sampling and of an update. It uses a GPU where there is one.
 """
 

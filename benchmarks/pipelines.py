@@ -17,7 +17,7 @@ from rlhf.pipeline.runner import Runner
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store
 from rlhf.terminal import Display
-from rlhf.tracking.metrics_log import read_metrics
+from rlhf.tracking import read_metrics
 
 
 @dataclass

@@ -29,8 +29,7 @@ from rlhf.models.text import (
 )
 from rlhf.pipeline import disk
 from rlhf.ranking.lists import draw_lists
-from rlhf.rewards.service import EndpointReward
-from rlhf.rewards.sources import load_function
+from rlhf.rewards import EndpointReward, load_function
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
 
 

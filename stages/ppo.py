@@ -11,20 +11,27 @@ from functools import partial
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.rewards.sources import Rewards
+from rlhf.rewards import Rewards
 from rlhf.rl.advantages import generalised_advantages, kl_penalised_rewards, masked_moments, shaped_scores, whiten
-from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_health
 from rlhf.rl.kl import truncated_importance_weights
 from rlhf.rl.losses import Penalties, PolicySums, ValueSums, clipped_policy_loss, clipped_value_loss
-from rlhf.rl.metrics import mismatch_metrics, rollout_metrics, update_metrics
+from rlhf.rl.metrics import (
+    Watched,
+    alarm_metrics,
+    alarms,
+    check_finite,
+    check_health,
+    mismatch_metrics,
+    rollout_metrics,
+    update_metrics,
+)
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sequences import Experience, shuffled
 from rlhf.training.learner import TrainedValue
 from rlhf.training.loading import load_models
-from rlhf.training.loop import Journal, resumable_steps
+from rlhf.training.loop import Journal, learning_rate_share, resumable_steps
 from rlhf.training.policy import KlCoefficient, TrainedPolicy
-from rlhf.training.schedules import learning_rate_share
 
 
 def run(context: Context[PpoSettings]) -> dict[str, float]:

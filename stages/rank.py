@@ -23,7 +23,6 @@ from rlhf.config.data import RankSettings, ranked_inputs
 from rlhf.data.records import ComparisonSet, read_jsonl, to_line
 from rlhf.errors import RecordError
 from rlhf.ranking.bradley_terry import Strengths
-from rlhf.ranking.crowd import Crowd
 from rlhf.ranking.report import in_words, leaderboard, report
 from rlhf.ranking.scales import (
     ComparedSet,
@@ -35,7 +34,7 @@ from rlhf.ranking.scales import (
     pool,
     with_partial_views,
 )
-from rlhf.ranking.strengths import strengths_of
+from rlhf.ranking.strengths import Crowd, strengths_of
 
 MOST_NAMED = 5
 """Annotators that a message names."""

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from rlhf.attempt.checkpoints import newest_complete, step_of
-from rlhf.attempt.folder import Pulse
+from rlhf.attempt.folder import Pulse, newest_complete, step_of
 from rlhf.cluster import fork_server
 from rlhf.cluster.causes import RankErrors, Retries, cause_of
 from rlhf.cluster.session import RankResources

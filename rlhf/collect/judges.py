@@ -20,8 +20,7 @@ from rlhf.config.collect import ChatSettings, CompareSettings
 from rlhf.data.records import ComparisonSet, ResponseSet
 from rlhf.data.validation import RecordReader
 from rlhf.errors import RewardError
-from rlhf.rewards.service import Service, checked_scores, refuse
-from rlhf.rewards.sources import load_function
+from rlhf.rewards import Service, checked_scores, load_function, refuse
 
 NAME = "the judge's service"
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.attempt.checkpoints import KEPT, newest_complete, step_of
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import KEPT, newest_complete, step_of
 from rlhf.errors import DiskFullError, size
 from rlhf.models.layout import BASE, count_adapter_parameters, count_parameters, is_adapter
 from rlhf.store import Store

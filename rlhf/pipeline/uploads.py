@@ -19,8 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rlhf.attempt.checkpoints import MARKER, is_complete, newest_complete, step_of
-from rlhf.attempt.folder import AttemptFolder
+from rlhf.attempt.folder import MARKER, AttemptFolder, is_complete, newest_complete, step_of
 from rlhf.errors import DamageError, RlhfError, StoreUnreachableError, TryAgainError
 from rlhf.store import Store
 from rlhf.store.backend import make_folder, translated

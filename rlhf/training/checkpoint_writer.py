@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.attempt.checkpoints import KEPT, MARKER, is_complete, marker, newest_complete, step_of
 from rlhf.attempt.context import Context
-from rlhf.attempt.folder import AttemptFolder
+from rlhf.attempt.folder import KEPT, MARKER, AttemptFolder, is_complete, marker, newest_complete, step_of
 from rlhf.errors import DiskFullError, PreflightError, is_no_room, size
 from rlhf.zero import group
 

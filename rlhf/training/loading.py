@@ -9,7 +9,7 @@ from rlhf.config.stages import EvaluateSettings, Precision
 from rlhf.models import folders
 from rlhf.models.layout import is_adapter
 from rlhf.models.text import check_same_tokens
-from rlhf.rewards.sources import Rewards
+from rlhf.rewards import Rewards
 from rlhf.rollout.rollout import Generator
 from rlhf.training.learner import Optimiser, TrainedValue
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy

@@ -35,8 +35,7 @@ from rlhf.models.reward_losses import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.templates import Tokenizer
 from rlhf.randomness import seed_of
 from rlhf.training import checkpoint_writer
-from rlhf.training.loop import Journal, ends_here, stopped
-from rlhf.training.schedules import learning_order
+from rlhf.training.loop import Journal, ends_here, learning_order, stopped
 from rlhf.zero import group
 from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3_config
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from rlhf import rewards
 from rlhf.attempt.context import Context
 from rlhf.collect.judges import ChatJudge, verdict_in
 from rlhf.config.collect import ChatSettings, CompareSettings
 from rlhf.data.records import ComparisonSet, Message, ResponseSet
 from rlhf.errors import PreflightError, RewardError, TryAgainError
-from rlhf.rewards import service
 from tests.rewards.server import Answer, Service, serving
 
 SETS = [
@@ -26,7 +26,7 @@ INSTRUCTIONS = "<{prompt}|{first}|{second}>"
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(rewards, "FIRST_WAIT_S", 0.01)
 
 
 def said(text: str) -> Answer:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.training.schedules import learning_order
+from rlhf.training.loop import learning_order
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=40)
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from rlhf.attempt.checkpoints import newest_complete, step_of
+from rlhf.attempt.folder import newest_complete, step_of
 from rlhf.cluster.session import Session
 from rlhf.errors import OutOfMemoryError
 from tests.faults.running import Toy, expected_total, signalled

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.attempt.checkpoints import MARKER
-from rlhf.attempt.folder import AttemptFolder, Pulse
+from rlhf.attempt.folder import MARKER, AttemptFolder, Pulse
 from rlhf.pipeline.plan import Planned
 from rlhf.store import Store
 from tests.buckets import Bucket

@@ -17,7 +17,7 @@ from tests.tracking.test_wandb_run import run_program
 FAULTS = ("silent", "refusing", "closed", "broken")
 KEY = "k" * 40
 BODY = """
-import rlhf.tracking.wandb_run as module
+import rlhf.tracking as module
 module._INIT_TIMEOUT_S = 2.0
 log, run = MetricsLog(folder.parent / "metrics.jsonl"), start(mode="online")
 slowest = 0.0

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from rlhf.attempt.checkpoints import MARKER, newest_complete, step_of
 from rlhf.attempt.context import Context
-from rlhf.attempt.folder import AttemptFolder
+from rlhf.attempt.folder import MARKER, AttemptFolder, newest_complete, step_of
 from rlhf.config.base import Settings, runtime, semantic
 from rlhf.pipeline.stage import Stage, taking
 from tests.pipeline.toys import wait_for

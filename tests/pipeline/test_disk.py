@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf.attempt.checkpoints import MARKER
 from rlhf.attempt.context import Context
-from rlhf.attempt.folder import AttemptFolder
+from rlhf.attempt.folder import MARKER, AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, LoraSettings, SftSettings
 from rlhf.errors import DiskFullError

@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.attempt.checkpoints import MARKER, newest_complete, step_of
-from rlhf.attempt.folder import AttemptFolder
+from rlhf.attempt.folder import MARKER, AttemptFolder, newest_complete, step_of
 from rlhf.errors import StageError
 from rlhf.pipeline import uploads
 from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, read_newest, uploading

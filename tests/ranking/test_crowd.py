@@ -7,7 +7,7 @@ from scipy.stats import binom
 
 from rlhf.ranking.bradley_terry import ELO_SCALE, TIE_MODELS, TieModel, fit
 from rlhf.ranking.comparisons import NOBODY, Comparisons, FloatArray
-from rlhf.ranking.crowd import PRIOR_HONEST, PRIOR_REVERSED, fit_crowd
+from rlhf.ranking.strengths import PRIOR_HONEST, PRIOR_REVERSED, fit_crowd
 from tests.ranking.drawn import drawn, outcome_probabilities, random_pairs
 
 PRIOR = 200.0

@@ -8,9 +8,8 @@ from rlhf.data.records import ComparisonSet
 from rlhf.errors import RecordError
 from rlhf.ranking.bradley_terry import fit
 from rlhf.ranking.comparisons import NOBODY, FloatArray, compare, rating_table
-from rlhf.ranking.crowd import fit_crowd
 from rlhf.ranking.scales import ComparedSet, Ranked, compared_sets, normalised, pool
-from rlhf.ranking.strengths import fit_online, fit_rankings, rankings_of
+from rlhf.ranking.strengths import fit_crowd, fit_online, fit_rankings, rankings_of
 from rlhf.ranking.strengths import strengths_of as strengths_by
 
 PRIOR = 200.0

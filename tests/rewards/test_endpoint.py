@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from rlhf import rewards as service_module
 from rlhf.config.rewards import EndpointSettings
 from rlhf.errors import PreflightError, RewardError, RlhfError, TryAgainError
-from rlhf.rewards import service as service_module
-from rlhf.rewards.service import EndpointReward
+from rlhf.rewards import EndpointReward
 from tests.rewards.server import Answer, Service, lengths, scored, serving
 
 PROMPTS: list[Any] = ["a", [{"role": "user", "content": "b"}], "c", "d", "e"]

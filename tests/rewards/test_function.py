@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import PreflightError, RewardError
-from rlhf.rewards.sources import FunctionReward, load_function
+from rlhf.rewards import FunctionReward, load_function
 
 FILE = Path(__file__).parent / "functions.py"
 PROMPTS, RESPONSES = ["a", "b", "c"], ["x", "yy", ""]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf import rewards
 from rlhf.config.rewards import EndpointSettings, RewardSettings
-from rlhf.rewards import sources
 from rlhf.zero import group
 
 PROMPTS, RESPONSES = ["a", "bb", "ccc"], ["xxxx", "y", "zz"]
@@ -30,12 +30,12 @@ class MadeUpModel:
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FrozenReward", MadeUpModel)
+    monkeypatch.setattr(rewards, "FrozenReward", MadeUpModel)
     monkeypatch.setattr(group, "from_main", lambda make: make())
 
 
-def summed(settings: list[RewardSettings], **models: str) -> sources.Rewards:
-    return sources.Rewards(settings, {role: Path(folder) for role, folder in models.items()}, "bf16", 4)
+def summed(settings: list[RewardSettings], **models: str) -> rewards.Rewards:
+    return rewards.Rewards(settings, {role: Path(folder) for role, folder in models.items()}, "bf16", 4)
 
 
 def test_rewards_add_up_with_their_weights_means_and_deviations(
@@ -50,7 +50,7 @@ def test_rewards_add_up_with_their_weights_means_and_deviations(
     def endpoint(_: EndpointSettings) -> Any:
         return lambda prompts, responses: [100.0 * len(p) - len(r) for p, r in zip(prompts, responses, strict=True)]
 
-    monkeypatch.setattr(sources, "EndpointReward", endpoint)
+    monkeypatch.setattr(rewards, "EndpointReward", endpoint)
     total = summed(
         [
             RewardSettings(model="rm", weight=0.5),

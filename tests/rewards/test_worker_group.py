@@ -12,7 +12,7 @@ from rlhf.cluster.worker_group import run_group
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.errors import RewardError
-from rlhf.rewards.sources import Rewards
+from rlhf.rewards import Rewards
 from rlhf.training import checkpoint_writer
 from rlhf.zero import group
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.errors import DivergedError
-from rlhf.rl.alarms import Watched, alarm_metrics, alarms, check_finite, check_health, out_of_range
+from rlhf.rl.metrics import Watched, alarm_metrics, alarms, check_finite, check_health, out_of_range
 
 FIRST = {
     "policy/approxkl_first": 0.0,

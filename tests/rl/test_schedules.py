@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.training.schedules import learning_rate_share
+from rlhf.training.loop import learning_rate_share
 
 SCHEDULES = ("linear", "cosine", "constant")
 

@@ -21,7 +21,7 @@ from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.prompts import DemonstrationStream
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
-from rlhf.tracking.metrics_log import read_metrics
+from rlhf.tracking import read_metrics
 from rlhf.training.loop import Journal
 from tests.models.tiny import make_tiny_llama
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.errors import DamageError
-from rlhf.tracking.metrics_log import MetricsLog, read_metrics
+from rlhf.tracking import MetricsLog, read_metrics
 
 
 def steps_in(path: Path) -> list[int]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from rlhf.tracking.wandb_run import run_id
+from rlhf.tracking import run_id
 
 PROGRAM = """
 import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
-from rlhf.tracking.metrics_log import MetricsLog
-from rlhf.tracking.wandb_run import WandbRun
+from rlhf.tracking import MetricsLog
+from rlhf.tracking import WandbRun
 
 folder = Path(sys.argv[1])
 lines = []
@@ -142,7 +142,7 @@ print(json.dumps(lines))
 def test_online_without_a_key_or_a_network_costs_one_line(environment: dict[str, str], why: str, tmp_path: Path):
     """What is wrong on the way to W&B is said once, without the key, and logging goes on into nothing."""
     body = """
-import rlhf.tracking.wandb_run as module
+import rlhf.tracking as module
 module._INIT_TIMEOUT_S = 1.0
 run = start(mode="online")
 run.log(1, {"loss": 1.0})

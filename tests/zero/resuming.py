@@ -24,7 +24,7 @@ from rlhf.models import folders
 from rlhf.models.layout import is_adapter
 from rlhf.models.reward import FrozenReward
 from rlhf.rollout.sequences import lay_out
-from rlhf.tracking.metrics_log import read_metrics
+from rlhf.tracking import read_metrics
 from rlhf.training import checkpoint_writer
 from rlhf.training.policy import FrozenPolicy
 from rlhf.zero import group

@@ -5,7 +5,7 @@ import pytest
 
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CompareSettings
-from rlhf.tracking.metrics_log import read_metrics
+from rlhf.tracking import read_metrics
 from rlhf.training.loop import Journal
 
 

@@ -1,1 +1,0 @@
-"""Where a stage's metrics go: a JSON lines file always, Weights & Biases on request."""
