@@ -89,7 +89,7 @@ def annotate(request: Request) -> None:
                 def tell(address: str, for_others: bool) -> None:
                     print(f"{len(collection.annotation.sets)} rows to rank; open {address}")
                     if for_others:
-                        print("anyone with that address can answer, without encryption: use a network that you trust")
+                        print("anyone with that address can answer; it is not encrypted: use a trusted network")
                     print(f"answers are kept in {collection.journal.path}; Ctrl-C ends and writes {out}", flush=True)
 
                 serve(collection, options.host, options.port, options.annotator, tell)

@@ -145,6 +145,8 @@ def _flat_annotation(record: Record, layout: Layout, wanted: Wanted) -> _Annotat
     person, results = _person(record["annotator"], "annotator"), list[_Result]()
     for key, value in record.items():
         if kind := _flat_tag(value):
+            if not all(isinstance(item, Mapping) for item in value):
+                raise MalformedError(key, "must be a list of objects")
             values = [item.get(_VALUE[kind]) for item in value]
             results += [_Result(kind, key, "", content, f"{key}[{index}]") for index, content in enumerate(values)]
         elif key in (*_FLAT, "id", layout.prompt, *layout.responses) or not isinstance(value, str):
