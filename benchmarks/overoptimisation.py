@@ -19,7 +19,7 @@ import numpy as np
 
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.pipeline import load_pipeline
-from rlhf.models.evaluation import judge_of
+from rlhf.models.evaluation import load_judge
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store
@@ -73,7 +73,7 @@ def write_results(overrides: list[str]) -> None:
     record = planned["data"].record
     assert record is not None
     folder = Path("overoptimisation-judge")
-    judge = judge_of(store.checkout(record.artifact, folder, "judge"))
+    judge = load_judge(store.checkout(record.artifact, folder, "judge"))
     curves: dict[str, list[dict[str, float]]] = {}
     for beta in BETAS:
         if (record := planned[name_of(beta)].record) is None:

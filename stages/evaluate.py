@@ -36,7 +36,7 @@ def run(context: Context[EvaluateSettings]) -> dict[str, float]:
         "length/after": new.mask.sum(-1).float().mean().item(),
     } | evaluation.diversity(old.texts, new.texts)
     if settings.judge:
-        metrics |= evaluation.judged(evaluation.judge_of(context.inputs["judge"]), old.texts, new.texts)
+        metrics |= evaluation.judged(evaluation.load_judge(context.inputs["judge"]), old.texts, new.texts)
     columns = {
         "prompt": batch.prompts,
         "before": old.texts,

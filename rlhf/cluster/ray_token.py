@@ -37,8 +37,8 @@ def prepare_token() -> str | None:
     """
     if os.environ.get(MODE, "token").lower() != "token":
         return (
-            f"{MODE} is {os.environ[MODE]}: whoever reaches this cluster's ports runs code as you; unset it to have "
-            "them ask for a token"
+            f"{MODE} is {os.environ[MODE]}: anyone who reaches this cluster's ports runs code as you; unset it, and "
+            "they ask for a token"
         )
     if os.environ.get(TOKEN):
         return None

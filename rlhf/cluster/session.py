@@ -187,7 +187,7 @@ class Session:
             door = entrance(address)
             if door == "open":
                 notice = (
-                    f"the Ray cluster at {address} asks for no token: whoever reaches its ports runs code on it; "
+                    f"the Ray cluster at {address} asks for no token: anyone who reaches its ports can run code on it; "
                     f"start it with {MODE}=token"
                 )
             # Ray by itself waits 20 s for a cluster that refuses it, and sends its token only when told to.

@@ -70,7 +70,7 @@ class TextJudge:
         return self._ridge.predict(self._features.transform(texts)) if texts else np.empty(0)
 
 
-def judge_of(folder: Path) -> TextJudge:
+def load_judge(folder: Path) -> TextJudge:
     """Return the judge fitted to a data set's ratings."""
     rows = read_rows(folder / "ratings.jsonl")
     return TextJudge([row["text"] for row in rows], [row["rating"] for row in rows])

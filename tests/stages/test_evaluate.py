@@ -94,7 +94,7 @@ def test_every_figure_is_that_of_its_policy(context: Context[EvaluateSettings]) 
 def test_the_judges_difference_is_after_less_before_with_its_interval(context: Context[EvaluateSettings]) -> None:
     """The judge that the ratings fit, prompt by prompt; without a judge nothing of it is there."""
     metrics = evaluate.run(context)
-    judge = evaluate.evaluation.judge_of(context.inputs["judge"])
+    judge = evaluate.evaluation.load_judge(context.inputs["judge"])
     before, after = judge.rate(BEFORE), judge.rate(AFTER)
     interval = paired_interval(before, after)
     assert metrics["judge/before"] == pytest.approx(before.mean())
