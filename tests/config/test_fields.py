@@ -4,8 +4,9 @@ import pkgutil
 import pytest
 
 import rlhf.config
-from rlhf.config.base import Settings, describe, role_of, section_type, semantic, texts_under_fields
+from rlhf.config.base import Settings, describe, role_of, section_type, semantic, semantic_values, texts_under_fields
 from rlhf.config.collect import CompareSettings
+from rlhf.errors import SettingsError
 from tests.config.example import KlExample, TrainExample
 
 
@@ -84,6 +85,16 @@ def test_a_section_s_default_is_what_its_owner_gives_it() -> None:
         kl: KlExample = semantic(KlExample(coef=0.5))
 
     assert {help_.path: help_.default for help_ in describe(Owner)}["kl.coef"] == "0.5"
+
+
+def test_a_setting_without_a_mark_never_gets_into_a_key() -> None:
+    """Left out of it in silence, a changed setting would find an old result."""
+
+    class Forgotten(Settings):
+        count: int = 10
+
+    with pytest.raises(SettingsError, match=r"Forgotten\.count has no mark"):
+        semantic_values(Forgotten())
 
 
 # Of a judge there is no default: one of three must be named.
