@@ -1,11 +1,21 @@
 import importlib
 import pkgutil
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
+from pydantic import Field
 
 import rlhf.config
-from rlhf.config.base import Settings, describe, role_of, section_types, semantic, texts_under_fields
+from rlhf.config.base import (
+    Settings,
+    describe,
+    in_words,
+    role_of,
+    schema_at,
+    section_types,
+    semantic,
+    texts_under_fields,
+)
 from rlhf.config.collect import CompareSettings
 from tests.config.example import KlExample, TrainExample
 
@@ -108,6 +118,33 @@ def test_a_section_s_default_is_what_its_owner_gives_it() -> None:
         kl: KlExample = semantic(KlExample(coef=0.5))
 
     assert {help_.path: help_.default for help_ in describe(Owner)}["kl.coef"] == "0.5"
+
+
+def test_what_a_setting_takes_is_what_it_takes_in_the_form_that_was_written() -> None:
+    """Forms may have settings of one name and different types; without a form it may be any of them."""
+
+    class Counted(Settings):
+        form: Literal["counted"] = semantic()
+        level: int = semantic(1, ge=1)
+
+    class Named(Settings):
+        form: Literal["named"] = semantic()
+        level: str = semantic("low")
+
+    class Owner(Settings):
+        part: Annotated[Counted | Named, Field(discriminator="form")] = semantic(Named(form="named"))
+
+    def takes(*path: str, written: dict[str, str]) -> str:
+        schema = schema_at(Owner, ("part", *path), {"part": written})
+        assert schema is not None
+        return in_words(*schema)
+
+    assert takes("level", written={"form": "counted"}) == "a whole number of at least 1"
+    assert takes("level", written={"form": "named"}) == "text"
+    assert takes("level", written={}) == "a whole number of at least 1, or text"
+    assert takes("form", written={}) == "one of counted, named"
+    assert takes(written={}) == "a section whose form is one of counted, named"
+    assert {field.path: field.default for field in describe(Owner)}["part"] == '{"form": "named", "level": "low"}'
 
 
 # Of a judge there is no default: one of three must be named.
