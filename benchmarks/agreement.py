@@ -45,7 +45,7 @@ LEARNING_RATES = {"small": {"full": 1e-4, "lora": 1e-3}, "large": {"full": 3e-6,
 ROWS_WITHOUT_TOKEN = 64
 BOUNDS = {"fp32": (1e-3, 5e-9), "bf16": (0.05, 5e-3)}
 """By precision: of ``kl_to_trained`` in nats a response, and of ``first``."""
-TUNINGS = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 16, "alpha": 32}}
+FORMS = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 16, "alpha": 32}}
 
 
 def make_model(kind: str, size: str, folder: Path) -> Path:
@@ -76,7 +76,7 @@ def instances(kind: str, model: Path, size: str, precision: str) -> dict[str, An
     sampling = {"temperature": 1.0, "max_new_tokens": 48}
     common = {"precision": precision, "rewards": rewards, "sampling": sampling, "max_prompt_length": 128}
     sections: dict[str, Any] = {f"model-{kind}": {"uses": "model", "base": str(model)}}
-    for form, tuning in TUNINGS.items():
+    for form, tuning in FORMS.items():
         rate = LEARNING_RATES[size][form]
         rates = {"policy_learning_rate": rate, "value_learning_rate": rate}
         ppo = {"uses": "ppo", "inputs": {"policy": f"model-{kind}"}, "value_init": "policy", "iterations": 6}
@@ -112,7 +112,7 @@ def main() -> int:
         sections |= instances(kind, model, chosen.size, chosen.precision)
     file = folder / "agreement.yaml"
     file.write_text("".join(f"{name}: {json.dumps(section)}\n" for name, section in sections.items()))
-    names = [f"{kind}-{form}" for kind in SHAPES for form in TUNINGS]
+    names = [f"{kind}-{form}" for kind in SHAPES for form in FORMS]
     with opened(file, folder, gpus=None) as pipeline:
         pipeline.run([], *names, *(f"{name}-evaluated" for name in names))
         return table(pipeline, names, chosen.precision)
