@@ -139,14 +139,9 @@ def changed_settings(
         was_of, now_of = (f"{stage} version {version}" for stage, version, _ in (old, new))
         changed.append(Difference("version", "stage", was_of, now_of))
     was, now = flatten(old[2]), flatten(new[2])
-    for name in [name for name in was.keys() | now.keys() if name.endswith(f".{_METHOD}")]:
-        if was.get(name) != now.get(name):
-            section = name.removesuffix(_METHOD)
-            for side in (was, now):
-                inner = {key.removeprefix(section): side.pop(key) for key in list(side) if key.startswith(section)}
-                if inner:
-                    method_first = sorted(inner.items(), key=lambda item: item[0] != _METHOD)
-                    side[section.removesuffix(".")] = dict(method_first)
+    methods = [name for name in was.keys() | now.keys() if name.endswith(f".{_METHOD}")]
+    for section in (name.removesuffix(f".{_METHOD}") for name in methods if was.get(name) != now.get(name)):
+        was, now = _with_section_whole(was, section), _with_section_whole(now, section)
     for name in sorted(was.keys() | now.keys()):
         before, after = was.get(name, ABSENT), now.get(name, ABSENT)
         # As JSON, like keys: 1, 1.0 and true are three values in JSON, but equal in Python.
@@ -154,6 +149,15 @@ def changed_settings(
             kind = "content" if name.startswith(_SOURCES) else "setting"
             changed.append(Difference(kind, name.removeprefix(_SOURCES), before, after))
     return changed
+
+
+def _with_section_whole(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Return flattened settings in which ``section`` is one value that begins with its method, if it is there."""
+    inside = f"{section}."
+    inner = {name.removeprefix(inside): value for name, value in settings.items() if name.startswith(inside)}
+    method_first = dict(sorted(inner.items(), key=lambda item: item[0] != _METHOD))
+    outside = {name: value for name, value in settings.items() if not name.startswith(inside)}
+    return outside | ({section: method_first} if inner else {})
 
 
 def shown(value: Any) -> str:
