@@ -78,8 +78,10 @@ def config(request: Request) -> None:
             raise RequestError(f"no section is named {name!r}", "command line", suggestion(name, sections))
     for name in request.names or sections:
         for field in describe(sections[name]):
-            request.out.print(f"{name}.{field.path}: {field.type}; default {field.default}; {field.role}", markup=False)
-            request.out.print(f"    {field.help}", markup=False)
+            shown = f"{name}.{field.path}" + (f" with {field.form}" if field.form else "")
+            request.out.print(f"{shown}: {field.type}; default {field.default}; {field.role}", markup=False)
+            for line in field.help.splitlines():
+                request.out.print(f"    {line}", markup=False)
 
 
 def doctor(request: Request) -> int:
