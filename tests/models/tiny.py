@@ -48,9 +48,9 @@ def tiny_config(model_type: str, **more: Any) -> Any:
     return type(default)(**{name: value for name, value in SMALL.items() if name in known} | more)
 
 
-def make_tiny_llama(folder: Path) -> Path:
+def make_tiny_llama(folder: Path, shape: ScratchSettings = SHAPE) -> Path:
     """Write the model, with weights so large that it has opinions: a fresh one finds all tokens alike."""
-    make_from_scratch(SHAPE, TEXTS, seed=0, target=folder)
+    make_from_scratch(shape, TEXTS, seed=0, target=folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,27 +1,35 @@
 """Every way of fine-tuning in every stage, in a group: ``python -m tests.zero.grid RANK WORLD_SIZE FOLDER``.
 
-Starting a group costs more than all runs together. Rank 0 keeps what each run gave in ``FOLDER/grid.pt``.
+Starting a group costs more than a run, so one start makes all of them. What rank 0 saw of each run is kept in
+``FOLDER/grid.pt`` for the tests to judge.
 """
 
 import gc
 import os
 import sys
 import time
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
+from torch import Tensor
 
-from rlhf.models import folders
+from rlhf.attempt.context import Context
+from rlhf.models import text, tuning
 from rlhf.rollout.sampling import answers
-from rlhf.training import checkpoint_writer
-from rlhf.zero import group
-from tests.zero.resuming import STAGES, KilledError, attempt_of, context_of, forget, killed_after, outcome
+from rlhf.training import policy, trl_trainers
+from rlhf.zero import engine, group
+from stages import rm, sft
+from tests.zero.inputs import PROMPT
+from tests.zero.resuming import STAGES, attempt_of, context_of, outcome
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -30,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "top": {"method": "top", "blocks": 1},
     "bottom-frozen": {"method": "bottom-frozen", "blocks": 1},
+    # Of three blocks two have begun when the two steps of a run are over, and the second of them after the resume.
     "gradual": {"method": "gradual", "every": 1, "decay": 2.0},
     "transfer": {"method": "transfer"},
     "lora": {"method": "lora", "rank": 4, "dropout": 0.1},
@@ -42,41 +51,109 @@ METHODS: dict[str, dict[str, Any]] = {
     "p-tuning-v2": {"method": "p-tuning-v2", "tokens": 4},
     "ia3": {"method": "ia3"},
 }
-SHORT: dict[str, dict[str, Any]] = {
-    "sft": {"epochs": 1, "checkpoint_every": 1, "optimizer": {"learning_rate": 1e-2, "warmup_fraction": 0.0}},
-    "rm": {"epochs": 1, "checkpoint_every": 1, "optimizer": {"learning_rate": 1e-2, "warmup_fraction": 0.0}},
-    "ppo": {"iterations": 2, "epochs": 1, "minibatches": 2, "value_warmup": 0, "average_decay": None},
+LEARNING_RATE = 1e-2
+_SUPERVISED = {
+    "epochs": 2,
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "optimizer": {"learning_rate": LEARNING_RATE, "warmup_fraction": 0.0},
 }
-IDS = [[5, 17, 40, 41, 99, 60, 61, 4]]
+# Two optimiser steps, on all rows each, with a checkpoint between them.
+SHORT: dict[str, dict[str, Any]] = {
+    "sft": _SUPERVISED,
+    "rm": _SUPERVISED,
+    "ppo": {
+        "iterations": 2,
+        "rollouts": 4,
+        "epochs": 1,
+        "minibatches": 1,
+        "value_warmup": 0,
+        "warmup_fraction": 0.0,
+        "average_decay": None,
+        "sampling": {"max_new_tokens": 4},
+        "ptx": {"coef": 0.0},
+        "policy_learning_rate": LEARNING_RATE,
+    },
+}
+
+
+@dataclass
+class Watched:
+    """What is seen of the model that a stage trains while the stage runs; weights are whole, on rank 0."""
+
+    start: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Weights before the first step, by name."""
+    end: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Weights after the last step."""
+    trained: list[str] = field(default_factory=list[str])
+    """Names of the weights that the optimiser has."""
+    logits: Tensor | None = None
+    """Logits or scores of :data:`PROMPT` after the last step."""
+
+
+@contextmanager
+def watching(ids: Tensor) -> Generator[Watched]:
+    """Inside, the first model that a stage prepares is watched until its weights are exported."""
+    watched, prepared, whole_weights = Watched(), tuning.prepared, engine.whole_weights
+
+    def prepare(*arguments: Any, **named: Any) -> Any:
+        model = prepared(*arguments, **named)
+        if not watched.trained:
+            watched.start = whole_weights(model, trained_only=False)
+            watched.trained = [name for name, _ in engine.trained(model)]
+        return model
+
+    @torch.no_grad()
+    def export(model: Any, **named: Any) -> dict[str, Tensor]:
+        watched.end = whole_weights(model, trained_only=False)
+        watched.logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return whole_weights(model, **named)
+
+    with (
+        patch.object(sft, "prepared", prepare),
+        patch.object(rm, "prepared", prepare),
+        patch.object(tuning, "prepared", prepare),
+        patch.object(trl_trainers, "whole_weights", export),
+        patch.object(policy, "whole_weights", export),
+    ):
+        yield watched
 
 
 def run(name: str, method: dict[str, Any], data: Path, folder: Path) -> dict[str, Any]:
-    """Run a stage in one go, and killed after its first checkpoint and gone on with; then a next stage from the result."""
-    known = STAGES[name].settings(data)
-    settings = type(known).model_validate(known.model_dump() | SHORT[name] | {"tuning": method})
+    """Run a stage in one go, and once more from its checkpoint."""
+    settings = _settings(name, data, tuning=method, checkpoint_every=1)
     stage = replace(STAGES[name], settings=lambda _: settings)
     context = context_of(name, stage, data, folder)
     whole = attempt_of(context, folder / "whole", ())
-    found: dict[str, Any] = {"unbroken": outcome(stage, whole)}
-
-    first = attempt_of(context, folder / "killed", ())
-    with suppress(KilledError), killed_after(1):
-        stage.run(first)
-    forget()
-    found["killed at"] = checkpoint_writer.step_of(checkpoint_writer.newest_complete([first.attempt]))
-    found["resumed"] = outcome(stage, attempt_of(context, folder / "resumed", first.attempts))
-
-    role = "policy" if name == "ppo" else "base"
-    after = attempt_of(replace(context, inputs=dict(context.inputs) | {role: whole.output}), folder / "next", ())
-    found["next"] = outcome(stage, after)
-    if group.is_main():
-        with torch.no_grad():
-            model = folders.load(whole.output, scores=name == "rm", dtype=torch.float32).eval()
-            ids = torch.tensor(IDS)
-            found["logits"] = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        if name != "rm":
-            found["answer"] = answers(whole.output, ["a film"], 1.0, 4, seed=0)
+    with watching(_ids(data)) as watched:
+        found: dict[str, Any] = {"unbroken": outcome(stage, whole)}
+    found["resumed"] = outcome(stage, attempt_of(context, folder / "resumed", whole.attempts))
+    found |= vars(watched) | {"folder": whole.output}
+    if group.is_main() and name != "rm":
+        found["answer"] = answers(whole.output, [PROMPT], 0.0, 3, seed=0)[0]
     return found
+
+
+def go_on(name: str, method: dict[str, Any], data: Path, folder: Path, results: dict[str, Path]) -> dict[str, Any]:
+    """Run a next stage by the same method: the stage again, and of ppo one on the results of ppo and rm.
+
+    results  of the method, by the stage's name
+    """
+    once = {"sft": {"epochs": 1}, "rm": {"epochs": 1}, "ppo": {"iterations": 1, "value_init": "reward", "rewards": [{}]}}
+    settings = _settings(name, data, tuning=method, **once[name])
+    stage = replace(STAGES[name], settings=lambda _: settings)
+    context = context_of(name, stage, data, folder)
+    before = {"policy": results["ppo"], "reward": results["rm"]} if name == "ppo" else {"base": results[name]}
+    return outcome(stage, attempt_of(replace(context, inputs={**context.inputs, **before}), folder, ()))
+
+
+def _settings(name: str, data: Path, **more: Any) -> Any:
+    known = STAGES[name].settings(data)
+    return type(known).model_validate(known.model_dump() | SHORT[name] | more)
+
+
+def _ids(data: Path) -> Tensor:
+    return torch.tensor([text.prompt_ids(text.load_tokenizer(data / "tiny"), PROMPT)])
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:
@@ -87,38 +164,19 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     meeting = f"file://{folder / 'meeting'}"
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=meeting, rank=rank, world_size=world_size)
-    found: dict[str, Any] = {}
-    chosen = os.environ.get("CELLS", "").split(",")
-    import traceback
-
-    for name in SHORT:
-        for label, method in METHODS.items():
-            if chosen != [""] and f"{name}/{label}" not in chosen and name not in chosen and label not in chosen:
-                continue
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for label, method in METHODS.items():
+        results: dict[str, Path] = {}
+        for name in SHORT:
             start = time.process_time()
-            try:
-                found[f"{name}: {label}"] = r = run(
-                    name, method, folder.parent, folder / f"{name}-{label}".replace(" ", "-")
-                )
-                same = all(torch.equal(r["resumed"]["weights"][k], v) for k, v in r["unbroken"]["weights"].items())
-                key = {"sft": "loss", "rm": "loss", "ppo": "objective/kl"}[name]
-                print(
-                    f"{name}: {label}: {time.process_time() - start:.1f} s",
-                    "resumed" if same else "NOT RESUMED",
-                    r["killed at"],
-                    [round(x.get(key, 9), 5) for x in r["unbroken"]["rows"]],
-                    [round(x.get(key, 9), 5) for x in r["next"]["rows"]],
-                    r.get("answer"),
-                    flush=True,
-                )
-            except Exception as e:
-                traceback.print_exc()
-                from tests import accelerator
-
-                accelerator.forget()
-                print(f"{name}: {label}: FAILED {type(e).__name__} {str(e)[:300]}", flush=True)
-                if world_size > 1:
-                    raise
+            cell = folder / f"{name}-{label}".replace(" ", "-")
+            found[name, label] = run(name, method, folder.parent, cell)
+            results[name] = found[name, label]["folder"]
+            if world_size == 1:
+                found[name, label]["next"] = go_on(name, method, folder.parent, cell / "next", results)
+            # The machine may be busy with other things.
+            print(f"{name}, {label}: {time.process_time() - start:.1f} s of this process", flush=True)
+        gc.freeze()  # what was imported for the first cell need not be searched for garbage after each other
     if group.is_main():
         torch.save(found, folder / "grid.pt")
     dist.destroy_process_group()
