@@ -5,9 +5,12 @@ be trained, the model that it will be trained from. It returns its counts, and t
 write (:mod:`rlhf.pipeline.disk`).
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rlhf.attempt.context import Context
 from rlhf.collect.judges import judge_of
@@ -15,9 +18,29 @@ from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
+from rlhf.config.tuning import (
+    BottomFrozenTuning,
+    LoraTuning,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    QLoraTuning,
+    TopTuning,
+    Tuning,
+)
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
-from rlhf.models.layout import check_scored_length, config_of, context_length
+from rlhf.models.layout import (
+    ADAPTER_CONFIG,
+    BASE,
+    check_scored_length,
+    config_of,
+    context_length,
+    is_adapter,
+    shapes,
+    virtual_tokens_in,
+)
 from rlhf.models.packing import tokenised
 from rlhf.models.reward import reads_messages
 from rlhf.models.text import (
@@ -27,6 +50,7 @@ from rlhf.models.text import (
     response_ids,
     text_start,
 )
+from rlhf.models.tuning import anchors
 from rlhf.pipeline import disk
 from rlhf.ranking.lists import draw_lists
 from rlhf.rewards import EndpointReward, load_function
@@ -38,6 +62,7 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
     settings, file = context.settings, context.inputs["demonstrations"] / "train.jsonl"
     tokenizer = load_tokenizer(context.inputs["base"])
     check_supervised(context, "demonstrations")
+    check_tuning(context, ["base"])
     rows = tokenised(file, tokenizer)
     tokenised(file.with_name("heldout.jsonl"), tokenizer)
     lengths = [row.length for row in rows]
@@ -64,6 +89,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
     """Check that the model reads every text, and count the responses that are cut."""
     settings, tokenizer = context.settings, load_tokenizer(context.inputs["base"])
     check_supervised(context, "comparisons")
+    check_tuning(context, [] if settings.init == "scratch" else ["base"])
     if "comparisons" not in context.inputs:
         return {}
     over = total = 0
@@ -110,8 +136,9 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
         )
     PromptStream(inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     check_rewards_read(inputs, "train")
-    response = settings.sampling.max_new_tokens
-    check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens")
+    check_tuning(context, ["policy", "reward"] if from_reward else ["policy"])
+    response, tokens = settings.sampling.max_new_tokens, virtual_tokens_of(settings.tuning)
+    check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens", tokens)
     models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
     return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
@@ -154,9 +181,12 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     role  of the input with the data; not checked while its artifact does not exist
     """
     settings, stage, ranks = context.settings, context.stage, context.settings.workers.count
+    virtual = virtual_tokens_of(settings.tuning)
     length, limit = settings.max_length, context_length(config_of(context.inputs["base"]))
-    if length > limit:
-        raise _fitting(stage, "max_length", limit, f"max_length is {length}, and the model's context is {limit} tokens")
+    if length + virtual > limit:
+        before = f", of which {virtual} are for virtual tokens" if virtual else ""
+        what = f"max_length is {length}, and the model's context is {limit} tokens{before}"
+        raise _fitting(stage, "max_length", limit - virtual, what)
     if settings.batch_size % ranks:
         what = f"batch_size {settings.batch_size} is not a multiple of the {ranks} ranks"
         raise _fitting(stage, "batch_size", math.ceil(settings.batch_size / ranks) * ranks, what)
@@ -168,17 +198,116 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
         )
 
 
-def check_room(stage: str, model: Path, prompt: int, response: int, field: str) -> None:
+def check_tuning(context: Context[Any], roles: Sequence[str]) -> None:
+    """Refuse a method that does not fit the model, its tokenizer, the workers, or virtual tokens that a model has.
+
+    roles  of the inputs whose virtual tokens would go on training
+    """
+    settings, stage = context.settings, context.stage
+    method = settings.tuning
+    folder = next(context.inputs[role] for role in ("base", "policy") if role in context.inputs)
+    plain = folder / BASE if is_adapter(folder) else folder
+    config = config_of(folder)
+    config = config.get("text_config", config)
+    match method:
+        case TopTuning(blocks=blocks) | BottomFrozenTuning(blocks=blocks):
+            depth = config.get("num_hidden_layers", config.get("n_layer", config.get("num_layers")))
+            if depth is not None and blocks > depth:
+                what = f"tuning.blocks is {blocks}, and the model has {depth} blocks"
+                raise _fitting(stage, "tuning.blocks", depth, what)
+        case LoraTuning() | QLoraTuning():
+            check_targets(stage, method.targets or [], plain, config.get("vocab_size"))
+            if isinstance(method, QLoraTuning):
+                check_qlora(stage, settings.workers.gpu)
+        case PTuning():
+            anchors(method, folder)
+        case PrefixTuning() | PTuningV2() if has_window(config):
+            raise PreflightError(
+                f"{method.method} puts keys before the text, and this model's layers see a window of the last tokens "
+                "alone, which the prefix would fall out of",
+                f"{stage}.tuning.method",
+                f"{stage}.tuning={{method: lora}}, or prompt or p-tuning, whose virtual tokens are read as text is",
+            )
+        case _:
+            pass
+    for role in roles:
+        check_goes_on(stage, role, context.inputs[role], method)
+
+
+def check_targets(stage: str, targets: Sequence[str], folder: Path, vocabulary: int | None) -> None:
+    """Refuse names of modules that a plain folder's model does not have: PEFT passes over one of several."""
+    matrices = [name for name, shape in shapes(folder).items() if len(shape) == 2 and vocabulary not in shape]
+    modules = [name.removesuffix(".weight") for name in matrices]
+    missing = [target for target in targets if not any(f".{module}".endswith(f".{target}") for module in modules)]
+    if modules and missing:
+        there = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+        raise PreflightError(
+            f"the model has no linear layer named {', '.join(missing)}; it has {there}",
+            f"{stage}.tuning.targets",
+            f"name some of those, or leave {stage}.tuning.targets out for all of them",
+        )
+
+
+def check_qlora(stage: str, gpu: bool | None) -> None:
+    """Refuse QLoRA on workers that are to have no GPU, and without its library."""
+    if gpu is False:
+        raise PreflightError(
+            f"qlora computes with 4-bit weights, which needs a GPU, and {stage}.workers.gpu is false",
+            f"{stage}.tuning.method, {stage}.workers.gpu",
+            f"{stage}.workers.gpu=true, or {stage}.tuning={{method: lora}}",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise PreflightError(
+            "qlora needs bitsandbytes, which is not installed",
+            f"{stage}.tuning.method",
+            "pip install 'rlhf-pipeline[qlora]'",
+        )
+
+
+def has_window(config: Mapping[str, Any]) -> bool:
+    """Return whether any of a model's layers attends to a window of the last tokens alone."""
+    if layers := config.get("layer_types"):
+        return "sliding_attention" in layers
+    return config.get("sliding_window") is not None and config.get("use_sliding_window", True)
+
+
+def virtual_tokens_of(method: Tuning) -> int:
+    """Return the virtual tokens that a method puts before every text."""
+    return method.tokens if isinstance(method, PromptTuning | PTuning | PrefixTuning | PTuningV2) else 0
+
+
+def check_goes_on(stage: str, role: str, folder: Path, method: Tuning) -> None:
+    """Refuse a model whose virtual tokens the method cannot train further: nothing can fold them into the weights."""
+    if not (tokens := virtual_tokens_in(folder)):
+        return
+    is_prefix = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"] == "PREFIX_TUNING"
+    kinds = (PrefixTuning, PTuningV2) if is_prefix else (PromptTuning, PTuning)
+    if isinstance(method, kinds) and virtual_tokens_of(method) == tokens:
+        return
+    name, other = ("p-tuning-v2", "prefix") if is_prefix else ("prompt", "p-tuning")
+    given = f" with {virtual_tokens_of(method)}" if virtual_tokens_of(method) else ""
+    raise PreflightError(
+        f"the model that {stage} takes as {role} has {tokens} virtual tokens of {name} or {other}, which only these "
+        f"methods can train further, and tuning is {method.method}{given}",
+        f"{stage}.tuning",
+        f"{stage}.tuning={{method: {name}, tokens: {tokens}}}, or give {stage} the model that they were trained on",
+    )
+
+
+def check_room(stage: str, model: Path, prompt: int, response: int, field: str, virtual: int | None = None) -> None:
     """Refuse prompts and responses whose longest do not fit a model's context together.
 
     prompt    the setting ``max_prompt_length``, tokens
     response  the setting ``field``, tokens
+    virtual   virtual tokens before them; None for those that the model has
     """
-    limit = context_length(config_of(model))
+    virtual = virtual_tokens_in(model) if virtual is None else virtual
+    limit = context_length(config_of(model)) - virtual
     if prompt + response > limit:
         fits = f"max_prompt_length={limit - response}" if response < limit else f"{field}={limit // 2}"
         raise PreflightError(
-            f"prompts of {prompt} and responses of {response} tokens do not fit the policy's context of {limit}",
+            f"prompts of {prompt} and responses of {response} tokens do not fit the policy's context of "
+            + (f"{limit + virtual}, of which {virtual} are for virtual tokens" if virtual else f"{limit}"),
             f"{stage}.max_prompt_length, {stage}.{field}",
             f"{stage}.{fits}",
         )

@@ -43,7 +43,8 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
     settings, given = context.settings, context.inputs["base"]
     base = plain_folder(given, context.folder.policy, settings.precision, scores=is_reward_model(given))
     if settings.init == "scratch":
-        base = from_scratch(base, context.folder.reward, settings.seed)
+        # Nothing of the given model, its virtual tokens included, goes on.
+        given = base = from_scratch(base, context.folder.reward, settings.seed)
     tokenizer = load_tokenizer(base)
 
     def ids(prompt: Any, response: str) -> list[int]:

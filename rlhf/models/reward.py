@@ -14,7 +14,16 @@ from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
 from rlhf.models import folders, safe_loading, templates, text
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, unwrapped
-from rlhf.models.layout import BASE, check_scored_length, config_file, config_of, is_adapter, update_json
+from rlhf.models.layout import (
+    ADAPTER_CONFIG,
+    BASE,
+    check_scored_length,
+    config_file,
+    config_of,
+    is_adapter,
+    update_json,
+    virtual_tokens_in,
+)
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.randomness import seed_of
@@ -159,9 +168,9 @@ def ids(prompt, response):
 
 def score(prompts, responses):
     rows = [ids(prompt, response) for prompt, response in zip(prompts, responses)]
-    batch = tokenizer.pad({{"input_ids": rows}}, return_tensors="pt")
     with torch.no_grad():
-        return (model(**batch).logits[:, 0].float() - {mean!r}) / {deviation!r}
+        raw = {raw}
+    return (raw[:, 0].float() - {mean!r}) / {deviation!r}
 ```
 """
 _PLAIN = "model = AutoModelForSequenceClassification.from_pretrained(folder).eval()"
@@ -169,6 +178,16 @@ _ADAPTER = f"""from peft import PeftModel
 
 base = AutoModelForSequenceClassification.from_pretrained(folder + "/{BASE}", num_labels=1)
 model = PeftModel.from_pretrained(base, folder).eval()"""
+_TOGETHER = 'model(**tokenizer.pad({"input_ids": rows}, return_tensors="pt")).logits'
+# Behind a soft prompt, transformers takes padding for text. PEFT cannot run a classifier with a prefix itself: it asks
+# for an argument by its old name.
+_ONE_BY_ONE = "torch.cat([model(torch.tensor([row])).logits for row in rows])"
+_AFTER_PREFIX = """torch.cat([
+            model.get_base_model()(
+                torch.tensor([row]), torch.ones(1, {tokens} + len(row), dtype=torch.long), cache=model.get_prompt(1)
+            ).logits
+            for row in rows
+        ])"""
 _CHAT = """messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True}
     before = tokenizer.apply_chat_template(messages, **options)["input_ids"]"""
@@ -205,6 +224,14 @@ def complete(folder: Path) -> None:
     write_card(folder)
 
 
+def _scoring(folder: Path) -> str:
+    tokens = virtual_tokens_in(folder)
+    if not tokens:
+        return _TOGETHER
+    prefix = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"] == "PREFIX_TUNING"
+    return _AFTER_PREFIX.format(tokens=tokens) if prefix else _ONE_BY_ONE
+
+
 def write_card(folder: Path) -> None:
     """Write ``README.md`` with the code that scores in plain transformers, for a plain folder or an adapter's."""
     tokenizer, config = text.load_tokenizer(folder), config_of(folder)
@@ -218,6 +245,7 @@ def write_card(folder: Path) -> None:
         before=plain if response_only or tokenizer.chat_template is None else _CHAT,
         answer=f"tokens({prefix!r} + response)[{prefix_length}:]" if prefix else "tokens(response)",
         end=tokenizer.eos_token_id,
+        raw=_scoring(folder),
         longest=config["score_max_length"],
         mean=config["score_mean"],
         deviation=config["score_std"],

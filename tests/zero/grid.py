@@ -11,7 +11,6 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,13 +21,12 @@ import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from torch import Tensor
 
-from rlhf.attempt.context import Context
 from rlhf.models import text, tuning
 from rlhf.rollout.sampling import answers
 from rlhf.training import policy, trl_trainers
 from rlhf.zero import engine, group
 from stages import rm, sft
-from tests.zero.inputs import PROMPT
+from tests.zero.inputs import ANSWER_TOKENS, PROMPT
 from tests.zero.resuming import STAGES, attempt_of, context_of, outcome
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -125,12 +123,13 @@ def run(name: str, method: dict[str, Any], data: Path, folder: Path) -> dict[str
     stage = replace(STAGES[name], settings=lambda _: settings)
     context = context_of(name, stage, data, folder)
     whole = attempt_of(context, folder / "whole", ())
-    with watching(_ids(data)) as watched:
+    ids = text.prompt_ids(text.load_tokenizer(data / "tiny"), PROMPT)
+    with watching(torch.tensor([ids])) as watched:
         found: dict[str, Any] = {"unbroken": outcome(stage, whole)}
     found["resumed"] = outcome(stage, attempt_of(context, folder / "resumed", whole.attempts))
-    found |= vars(watched) | {"folder": whole.output}
+    found |= vars(watched) | {"folder": whole.output, "ids": ids}
     if group.is_main() and name != "rm":
-        found["answer"] = answers(whole.output, [PROMPT], 0.0, 3, seed=0)[0]
+        found["answer"] = answers(whole.output, [PROMPT], 0.0, ANSWER_TOKENS, seed=0)[0]
     return found
 
 
@@ -139,7 +138,11 @@ def go_on(name: str, method: dict[str, Any], data: Path, folder: Path, results: 
 
     results  of the method, by the stage's name
     """
-    once = {"sft": {"epochs": 1}, "rm": {"epochs": 1}, "ppo": {"iterations": 1, "value_init": "reward", "rewards": [{}]}}
+    once = {
+        "sft": {"epochs": 1},
+        "rm": {"epochs": 1},
+        "ppo": {"iterations": 1, "value_init": "reward", "rewards": [{}]},
+    }
     settings = _settings(name, data, tuning=method, **once[name])
     stage = replace(STAGES[name], settings=lambda _: settings)
     context = context_of(name, stage, data, folder)
@@ -150,10 +153,6 @@ def go_on(name: str, method: dict[str, Any], data: Path, folder: Path, results: 
 def _settings(name: str, data: Path, **more: Any) -> Any:
     known = STAGES[name].settings(data)
     return type(known).model_validate(known.model_dump() | SHORT[name] | more)
-
-
-def _ids(data: Path) -> Tensor:
-    return torch.tensor([text.prompt_ids(text.load_tokenizer(data / "tiny"), PROMPT)])
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:

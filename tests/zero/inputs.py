@@ -14,7 +14,7 @@ def reward(prompts, responses):
 """
 
 
-PROMPT = "a film of joy"
+PROMPT, ANSWER_TOKENS = "a film of joy", 3
 
 
 def write_inputs(folder: Path, rows: int = 11) -> None:
