@@ -25,7 +25,7 @@ def load(auto: Any, folder: Path, **named: Any) -> Any:
 
 
 def score(model: Any, ids: Tensor) -> Tensor:
-    """Of one text. PEFT's own forward pass of a classifier with a prefix asks transformers for an argument's old name."""
+    """Of one text. With a prefix, PEFT's own pass of a classifier asks transformers for an argument by its old name."""
     if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, PrefixTuningConfig):
         return model(ids).logits
     prefix = model.get_prompt(batch_size=1)
