@@ -119,7 +119,10 @@ class Reports(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any) -> None:  # noqa: ARG002 - positional
         """Unfreeze what begins to train at this step."""
-        optimizer.optimizer.steps = state.global_step
+        # Within accelerate's wrapper and DeepSpeed's.
+        inner = optimizer.optimizer.optimizer
+        assert isinstance(inner, GradualAdamW)
+        inner.steps = state.global_step
         unfreeze(model, state.global_step)
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:

@@ -28,7 +28,7 @@ def score(model: Any, ids: Tensor) -> Tensor:
     """Of one text. With a prefix, PEFT's own pass of a classifier asks transformers for an argument by its old name."""
     if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, PrefixTuningConfig):
         return model(ids).logits
-    prefix = model.get_prompt(batch_size=1)
+    prefix: Any = model.get_prompt(batch_size=1)
     mask = torch.ones(1, prefix.get_seq_length() + ids.shape[1], dtype=torch.long)
     return model.get_base_model()(input_ids=ids, attention_mask=mask, cache=prefix).logits
 

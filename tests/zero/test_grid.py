@@ -35,7 +35,7 @@ def every_cell(test: Any) -> Any:
 
 def trains(name: str, method: str, stage: str) -> bool:
     """Whether a weight trains, of a Llama of three blocks whose head is tied to its embeddings; independent of ours."""
-    if "score.weight" in name and "original_module" not in name:
+    if "score." in name and "original_module" not in name:
         return True
     if method not in WHOLE:
         return any(part in name for part in ("lora_", "prompt_encoder.", "ia3_"))
