@@ -179,7 +179,8 @@ def test_the_program_answers_from_each_kind_of_result(
     """Plain weights, an adapter, a soft prompt and a prefix, imported into a store."""
     cell = grid[1]["sft", method]
     config = tmp_path / "pipeline.yaml"
-    config.write_text(f"name: grid\nstore: {tmp_path / 'store'}\nsft: {{}}\n")
+    store = f"store: {{uri: {tmp_path / 'store'}}}"
+    config.write_text(f"pipeline: grid\n{store}\ndata: {{}}\nmodel: {{base: scratch}}\nsft: {{}}\n")
     assert main(["import", str(cell["folder"]), "--as", "sft", "--config", str(config)]) == 0
     capsys.readouterr()
     words = ["generate", "sft", "--prompt", PROMPT, "--temperature", "0", "--max-new-tokens", "3"]
