@@ -11,7 +11,8 @@ import pytest
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
-from rlhf.errors import PreflightError
+from rlhf.errors import PreflightError, RequestError
+from rlhf.rollout.sampling import answers
 from stages import checks
 from tests.models.tiny import make_tiny_llama
 
@@ -193,3 +194,14 @@ def test_a_value_model_cannot_begin_at_virtual_tokens_that_do_not_fit(base: Path
     policy = with_tokens(base, tmp_path / "policy", "PROMPT_TUNING", 4)
     assert refused(policy, tmp_path, {"method": "full"}, RmSettings, init="scratch") is None
     assert refused(policy, tmp_path, {"method": "full"}, RmSettings) is not None
+
+
+def test_who_answers_leaves_room_for_a_model_s_virtual_tokens(base: Path, tmp_path: Path) -> None:
+    """In evaluate and collect by their longest prompts, in `rlhf generate` by each prompt."""
+    policy = with_tokens(base, tmp_path / "policy", "PROMPT_TUNING", 4)
+    checks.check_room("evaluate", policy, 30, 30, "sampling.max_new_tokens")
+    with pytest.raises(PreflightError, match="context of 64, of which 4 are for virtual tokens") as error:
+        checks.check_room("evaluate", policy, 30, 31, "sampling.max_new_tokens")
+    assert error.value.next_step == "evaluate.max_prompt_length=29"
+    with pytest.raises(RequestError, match="do not fit the context of 60"):
+        answers(policy, ["a"], 0.0, 60, 0)
