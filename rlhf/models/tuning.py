@@ -48,7 +48,7 @@ from rlhf.config.tuning import (
 from rlhf.errors import PreflightError
 from rlhf.models import folders, reward, text, virtual_tokens
 from rlhf.models.layout import ADAPTER_CONFIG, BASE, update_json, virtual_tokens_in
-from rlhf.models.virtual_tokens import TRAINED, AnchoredEncoder
+from rlhf.models.virtual_tokens import TRAINED, AnchoredEncoder, StartedPrefixEncoder
 from rlhf.randomness import seed_of
 from rlhf.zero.engine import Schedule, set_schedule
 
@@ -222,10 +222,14 @@ def _with_adapter(model: Any, tuning: Tuning, source: Path, *, scores: bool) -> 
         tokens = _first_tokens(tuning, source)
         encoder: Any = adapted.prompt_encoder[TRAINED]
         encoder.embedding.weight.data = virtual_tokens.embeddings_of(model, tokens)
-    elif isinstance(tuning, PTuningV2):
-        # At PEFT's deviation of 1 a model's own keys and values are lost among them; at 0 all tokens would stay alike.
-        encoder = adapted.prompt_encoder[TRAINED]
-        nn.init.normal_(encoder.embedding.weight, std=0.02)
+    elif isinstance(tuning, PrefixTuning | PTuningV2):
+        start = virtual_tokens.keys_and_values(model, _first_tokens(tuning, source))
+        if isinstance(tuning, PTuningV2):
+            encoder = adapted.prompt_encoder[TRAINED]
+            encoder.embedding.weight.data = start
+        else:
+            encoder = StartedPrefixEncoder(config, start)
+            adapted.prompt_encoder[TRAINED] = encoder.to(model.device, model.dtype)
     elif isinstance(tuning, PTuning):
         places, words = anchors(tuning, source)
         embeddings = virtual_tokens.embeddings_of(model, words) if words else []
@@ -235,8 +239,8 @@ def _with_adapter(model: Any, tuning: Tuning, source: Path, *, scores: bool) -> 
     return adapted
 
 
-def _first_tokens(tuning: PromptTuning, source: Path) -> list[int]:
-    """Return the tokens that a soft prompt starts from, as many as it has."""
+def _first_tokens(tuning: PromptTuning | PrefixTuning | PTuningV2, source: Path) -> list[int]:
+    """Return the tokens that virtual tokens start from, as many as there are."""
     tokenizer = text.load_tokenizer(source)
     if tuning.text is None:
         return torch.randint(len(tokenizer), (tuning.tokens,)).tolist()

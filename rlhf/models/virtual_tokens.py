@@ -6,11 +6,13 @@ body does, for the text alone.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig
 from peft.tuners.p_tuning.model import PromptEncoder
+from peft.tuners.prefix_tuning.model import PrefixEncoder
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor
 from transformers import DynamicCache
@@ -40,6 +42,25 @@ class AnchoredEncoder(PromptEncoder):
             places[place] = True
             words[place] = embedding.to(words)
         return torch.where(places[:, None], words, prompt)
+
+
+class StartedPrefixEncoder(PrefixEncoder):
+    """Prefix tuning's encoder whose output is added to keys and values that the model has itself.
+
+    So training begins at a model that reads a text before each text, rather than at one whose attention is lost among
+    random keys (Li and Liang 2021, arXiv:2101.00190, §7.4).
+
+    start  ``[token, layers · 2 · heads · head size]``, see :func:`keys_and_values`
+    """
+
+    def __init__(self, config: Any, start: Tensor) -> None:
+        super().__init__(config)
+        self.start = start
+
+    def forward(self, prefix: Tensor) -> Tensor:
+        """Return keys and values ``[batch, token, layers · 2 · heads · head size]``."""
+        change = super().forward(prefix)
+        return change + self.start.to(change)[prefix]
 
 
 def apply_in_body(model: Any) -> None:
@@ -104,7 +125,8 @@ def computed(model: PeftModel, weights: Mapping[str, Tensor]) -> Tensor:
     if len(own) == 1:
         return tokens
     # The model's own encoder is sharded.
-    whole = AnchoredEncoder(config, encoder.anchors) if isinstance(encoder, AnchoredEncoder) else type(encoder)(config)
+    anchored = isinstance(encoder, AnchoredEncoder)
+    whole = AnchoredEncoder(config, encoder.anchors) if anchored else StartedPrefixEncoder(config, encoder.start.cpu())
     whole.load_state_dict(own)
     with torch.no_grad():
         return whole(torch.arange(len(tokens))[None])[0].to(tokens.dtype)
@@ -116,6 +138,35 @@ def without_encoder(config: Any) -> PromptTuningConfig | PrefixTuningConfig:
     sizes = {name: getattr(config, name) for name in ("token_dim", "num_layers", "num_attention_heads")}
     kind = PrefixTuningConfig if isinstance(config, PrefixTuningConfig) else PromptTuningConfig
     return kind(**common, **sizes, num_transformer_submodules=1)
+
+
+@torch.no_grad()
+def keys_and_values(model: Any, tokens: Sequence[int]) -> Tensor:
+    """Return the keys and values that a causal model has of a text in all layers, as PEFT lays out a prefix.
+
+    That is ``[token, layers · 2 · heads · head size]``, for each layer first its keys. A collective where the model is
+    sharded: each rank then gathers one module at a time.
+    """
+    body = getattr(model, model.base_model_prefix)
+    with ExitStack() as gathering:
+
+        def gather(module: Any, _: Any) -> None:
+            gathering.enter_context(gather_params_ctx(list(module.parameters(recurse=False)), modifier_rank=None))
+
+        def release(_: Any, __: Any, ___: Any) -> None:
+            gathering.close()
+
+        owners = [part for part in body.modules() if next(part.parameters(recurse=False), None) is not None]
+        hooks = [part.register_forward_pre_hook(gather) for part in owners]
+        hooks += [part.register_forward_hook(release) for part in owners]
+        ids = torch.tensor([tokens], device=model.device)
+        cache = DynamicCache(config=body.config)
+        body(input_ids=ids, attention_mask=torch.ones_like(ids), cache=cache, use_cache=True)
+        for hook in hooks:
+            hook.remove()
+    layers: list[Any] = cache.layers
+    parts = [part[0].transpose(0, 1).flatten(1) for layer in layers for part in (layer.keys, layer.values)]
+    return torch.cat(parts, dim=1)
 
 
 def embeddings_of(model: Any, tokens: Sequence[int]) -> Tensor:
