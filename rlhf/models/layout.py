@@ -105,7 +105,7 @@ def count_parameters(folder: Path) -> int:
     Raises:
         PreflightError: a file is damaged or cannot be read.
     """
-    return sum(map(math.prod, _shapes(folder)))
+    return sum(map(math.prod, weight_shapes(folder).values()))
 
 
 def count_adapter_parameters(folder: Path, rank: int) -> int:
@@ -116,16 +116,22 @@ def count_adapter_parameters(folder: Path, rank: int) -> int:
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     vocabulary = config.get("text_config", config).get("vocab_size")
-    matrices = [shape for shape in _shapes(folder) if len(shape) == 2 and vocabulary not in shape]
+    matrices = [shape for shape in weight_shapes(folder).values() if len(shape) == 2 and vocabulary not in shape]
     return rank * sum(map(sum, matrices))
 
 
-def _shapes(folder: Path) -> list[list[int]]:
-    shapes: list[list[int]] = []
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight by name, from a folder's safetensors files.
+
+    Raises:
+        PreflightError: a file is damaged or cannot be read.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy") as weights:
-                shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - not a mapping
+                for name in weights.keys():  # noqa: SIM118 - not a mapping
+                    shapes[name] = tuple(weights.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise PreflightError(
                 f"the weights cannot be read: {error}",

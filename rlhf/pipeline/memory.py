@@ -1,0 +1,337 @@
+"""Predict the memory of a training stage's ranks before anything runs, and say what to change where it does not fit.
+
+A prediction is what ``memory/peak_gb`` in a stage's metrics then measures: the tensors of one rank at their most, which
+is at one of several moments. Beside them a GPU holds CUDA's own context and what the allocator cannot use, about
+:data:`CONTEXT`. Texts are taken to be as long as the settings or the data allow; shorter ones need less.
+
+What DeepSpeed 0.19 keeps under ZeRO-3, in bytes for each trained parameter of a rank's share: the weight, in bf16 also
+in fp32 (4), Adam's moments (8), gradients (4). Beside these a buffer for gradients on their way to other ranks, of
+:data:`BUCKET` parameters whatever the model's size.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.tuning import LoraTuning
+from rlhf.errors import PreflightError, size
+from rlhf.models import footprint
+from rlhf.models.footprint import Architecture, Learned, learned, weight_bytes
+
+PARTS = ("weights", "gradients", "optimiser", "activations", "logits", "generation", "frozen models")
+TOLERANCE = 0.15
+"""How far a measured peak may be from the prediction."""
+CONTEXT = 10**9
+BUCKET = 5 * 10**8
+"""DeepSpeed's ``reduce_bucket_size``, in parameters."""
+SUB_GROUP = 10**9
+"""DeepSpeed's ``sub_group_size``: parameters whose optimiser step is taken at a time."""
+REUSE = 5 * 10**8
+"""Parameters of a rank's layers that stay gathered from the forward to the backward pass, half of DeepSpeed's
+``max_reuse_distance``."""
+AT_ONCE = 4
+"""Micro batches that a policy samples at a time, as in :mod:`rlhf.training.policy`."""
+TILE = 4096, 32768
+"""Tokens and entries of the vocabulary whose logits sft has at a time: TRL's."""
+MOST_RANKS = 64
+"""The largest worker group that is ever advised."""
+
+Training = SftSettings | RmSettings | PpoSettings
+Bytes = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The longest texts of a stage, in tokens."""
+
+    longest: int
+    """Of a whole text, of ppo prompt and response together."""
+    response: int = 0
+    """Of a response in ppo."""
+    in_list: int = 1
+    """Most responses in a list of rm."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The memory of one rank at its peak."""
+
+    moment: str
+    """When the peak is."""
+    parts: Bytes
+    """Bytes by the names of :data:`PARTS`; parts without any are missing."""
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts, in bytes."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        listed = [f"{size(self.parts[name])} for {name}" for name in PARTS if self.parts.get(name, 0) >= 10**6]
+        return f"{size(self.total)} {self.moment} ({', '.join(listed)})"
+
+
+def limits(settings: Training) -> Texts:
+    """Return the longest texts that the settings allow; lists of rm that have no set size count as four responses."""
+    match settings:
+        case SftSettings():
+            return Texts(settings.max_length)
+        case RmSettings():
+            return Texts(settings.max_length, in_list=settings.responses_per_list or 4)
+        case PpoSettings():
+            response = settings.sampling.max_new_tokens
+            return Texts(settings.max_prompt_length + response, response)
+
+
+def predict(
+    settings: Training, models: Mapping[str, Architecture], texts: Texts | None = None, *, gpu: bool = True
+) -> Prediction:
+    """Predict the peak of each rank.
+
+    models  of the stage's inputs, by role: ``base``, or ``policy`` and each ``reward…``
+    texts   the longest of the data; None takes the longest that the settings allow
+    gpu     whether ranks have GPUs; on CPUs buffers count as far as they are filled
+    """
+    texts = texts or limits(settings)
+    if isinstance(settings, PpoSettings):
+        moments = list(_ppo(settings, models, texts, gpu))
+    else:
+        moments = list(_supervised(settings, models["base"], texts, gpu))
+    moment, parts = max(moments, key=lambda candidate: sum(candidate[1].values()))
+    return Prediction(moment, {name: parts[name] for name in PARTS if parts.get(name)})
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A model that a stage trains on one rank.
+
+    fused  whether the optimiser's step needs no memory of its own
+    """
+
+    settings: Training
+    name: str
+    model: Architecture
+    part: Learned
+    scores: bool
+    fused: bool
+    gpu: bool
+
+    @property
+    def width(self) -> int:
+        return 2 if self.settings.precision == "bf16" else 4
+
+    @property
+    def share(self) -> float:
+        """Trained parameters of a rank."""
+        return self.part.parameters / self.settings.workers.count
+
+    @property
+    def bucket(self) -> float:
+        return min(BUCKET, self.part.parameters)
+
+    def standing(self) -> Bytes:
+        """Return the bytes that are there from the first step to the last."""
+        ranks = self.settings.workers.count
+        whole = weight_bytes(self.model, self.part, self.width, scores=self.scores)
+        at_work = min(whole, (REUSE + self.model.layer) * self.width) if ranks > 1 else 0.0
+        return {
+            "weights": whole / ranks + at_work,
+            "gradients": 4 * self.share + 4 * (BUCKET if self.gpu else self.bucket),
+            "optimiser": ((4 if self.width < 4 else 0) + 8) * self.share,
+        }
+
+    def saved(self, rows: int, time: int) -> float:
+        """Return the bytes that a forward pass saves."""
+        checkpointing = getattr(self.settings, "activation_checkpointing", False)
+        return footprint.saved(self.model, self.part, self.width, rows, time, checkpointing=checkpointing)
+
+    def moments(self, rows: int, time: int, logits: float) -> Iterator[tuple[str, Bytes]]:
+        """Yield what an update takes beside what stands.
+
+        rows, time  shape of a micro batch of token ids
+        logits      bytes at the loss
+        """
+        kept = self.saved(rows, time)
+        yield f"at {self.name} loss", {"activations": kept, "logits": logits}
+        # A tied head's gradient waits for that of the embeddings.
+        tied = self.width * self.model.embeddings if self.part.head and not self.model.head else 0
+        layer = footprint.work(self.model, self.width, rows, time, backward=True)
+        yield f"in {self.name} backward pass", {"activations": kept + layer, "gradients": 0 if self.scores else tied}
+        # Full buckets are reduced by a copy, the first after as many parameters of the top layers have gradients.
+        left = max(0.0, 1 - self.bucket / self.part.parameters)
+        yield (
+            f"in {self.name} reduction of gradients",
+            {"activations": kept * left, "gradients": 4 * self.bucket},
+        )
+        stepped = min(self.share, SUB_GROUP + self.model.layer / self.settings.workers.count)
+        step = {"gradients": 4 * stepped, "optimiser": 0 if self.fused else 4 * stepped}
+        yield f"in {self.name} optimiser step", step
+
+
+def _supervised(
+    settings: SftSettings | RmSettings, model: Architecture, texts: Texts, gpu: bool
+) -> Iterator[tuple[str, Bytes]]:
+    """Yield the moments of sft or rm."""
+    scores = isinstance(settings, RmSettings)
+    part = learned(model, settings.tuning, scores=scores)
+    trained = _Trained(settings, "the", model, part, scores, fused=True, gpu=gpu)
+    share = max(1, settings.batch_size // settings.workers.count)
+    micro = max(number for number in range(1, min(settings.micro_batch_size, share) + 1) if share % number == 0)
+    if isinstance(settings, SftSettings):
+        # Packed sequences lie end to end.
+        length = settings.max_length if settings.packing else texts.longest
+        rows, time = (1, micro * length) if settings.packing else (micro, length)
+        logits = _tiled_logits(trained, rows * time)
+    else:
+        rows, time, logits = micro * texts.in_list, texts.longest, 0.0
+    for moment, parts in trained.moments(rows, time, logits):
+        yield moment, _sum(trained.standing(), parts)
+
+
+def _tiled_logits(trained: _Trained, tokens: int) -> float:
+    """Return bytes of a tile of logits, of the gradients of hidden states and, where it trains, of the head."""
+    model, width = trained.model, trained.width
+    head = (4 + (width if width < 4 else 0)) * model.vocabulary * model.hidden if trained.part.head else 0
+    return min(tokens, TILE[0]) * TILE[1] * width + 4 * tokens * model.hidden + head
+
+
+def _ppo(
+    settings: PpoSettings, models: Mapping[str, Architecture], texts: Texts, gpu: bool
+) -> Iterator[tuple[str, Bytes]]:
+    """Yield the moments of an iteration."""
+    ranks, given = settings.workers.count, models["policy"]
+    rewards = [model for role, model in models.items() if role.startswith("reward")]
+    tuning = settings.tuning
+    if isinstance(tuning, LoraTuning):
+        tuning = tuning.model_copy(update={"dropout": 0.0})  # as PPO does
+    policy = _Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, False, gpu)
+    start = rewards[0] if settings.value_init == "reward" and rewards else given
+    value = _Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, False, gpu)
+    width, micro = (
+        policy.width,
+        max(1, min(settings.micro_batch_size, settings.rollouts // settings.minibatches // ranks)),
+    )
+    reference = 0 if policy.part.keeps_base else given.parameters * width
+    standing = _sum(
+        policy.standing(),
+        value.standing(),
+        {
+            "frozen models": (reference + sum(model.parameters * width for model in rewards)) / ranks,
+            "generation": weight_bytes(given, policy.part, width, scores=False),
+            "optimiser": 4 * policy.share if settings.average_decay is not None else 0.0,
+        },
+    )
+    yield "while responses are sampled", _sum(standing, _sampling(settings, policy, texts, micro))
+    tokens = micro * texts.response
+    scoring = {
+        "activations": footprint.work(given, width, micro, texts.longest, backward=False),
+        "logits": max((_logit_width(policy) + 8) * tokens * given.vocabulary, _head_work(policy, tokens)),
+    }
+    yield "while responses are scored", _sum(standing, scoring)
+    # The loss holds two tensors as large as the logits in fp32; with the entropy's gradient five.
+    copies = 20 if settings.entropy_bonus else 8
+    logits = max(copies * tokens * given.vocabulary, _head_work(policy, tokens, trained=policy.part.head))
+    for trained, at_loss in ((policy, logits), (value, (4 + width) * tokens * start.hidden)):
+        for moment, parts in trained.moments(micro, texts.longest, at_loss):
+            yield moment, _sum(standing, parts)
+
+
+def _logit_width(policy: _Trained) -> int:
+    settings = policy.settings
+    return 4 if isinstance(settings, PpoSettings) and settings.sampling.fp32_head else policy.width
+
+
+def _head_work(policy: _Trained, tokens: int, *, trained: bool = False) -> float:
+    """Return the bytes of logits, of the head in fp32, and of its gradient where it trains."""
+    matrix, width = policy.model.vocabulary * policy.model.hidden, _logit_width(policy)
+    copied = width * matrix if width > policy.width or trained else 0
+    cast = policy.width * matrix if width > policy.width and trained else 0
+    return width * tokens * policy.model.vocabulary + copied + cast
+
+
+def _sampling(settings: PpoSettings, policy: _Trained, texts: Texts, micro: int) -> Bytes:
+    """Return the bytes of the cache and of what a step of sampling computes."""
+    model, prompt = policy.model, texts.longest - texts.response
+    rows = min(AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.count))
+    layers = model.layers + 1  # one layer's is copied as it grows
+    cache = rows * (texts.longest + policy.part.tokens) * layers * 2 * model.keys * policy.width
+    # Two distributions in fp32, and the cumulative one in fp64 with its source.
+    logits = max((_logit_width(policy) + 20) * rows * model.vocabulary, _head_work(policy, rows))
+    work = footprint.work(model, policy.width, rows, prompt, backward=False)
+    return {"generation": cache, "activations": work, "logits": logits}
+
+
+def _sum(*parts: Bytes) -> dict[str, float]:
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in PARTS}
+
+
+def check(
+    stage: str, settings: Training, models: Mapping[str, Architecture], texts: Texts, gpu_bytes: int
+) -> str | None:
+    """Return a line about a prediction that is near the size of the GPU, if it is.
+
+    gpu_bytes  size of the smallest GPU that a rank may get
+
+    Raises:
+        PreflightError: the prediction is beyond that size by more than :data:`TOLERANCE`.
+    """
+    predicted = predict(settings, models, texts)
+    if predicted.total + CONTEXT <= gpu_bytes:
+        return None
+    needs = f"{stage} will need about {predicted} on each rank's GPU, which has {size(gpu_bytes)}"
+    change = advice(settings, lambda changed: predict(changed, models, texts).total + CONTEXT <= gpu_bytes)
+    then = " ".join(f"{stage}.{setting}" for setting in change)
+    if predicted.total <= (1 + TOLERANCE) * gpu_bytes:
+        return f"{needs}: it may not fit" + (f"; if it does not, {then}" if then else "")
+    raise PreflightError(needs, f"{stage}.micro_batch_size", then or "take a smaller model or larger GPUs")
+
+
+def advice(settings: Training, fits: Callable[[Any], bool]) -> Sequence[str]:
+    """Return the settings to change, those that cost least; empty where no change is enough.
+
+    A single change is preferred, in the order of :func:`_changes`; else changes are added up in that order.
+    """
+    for options in _changes(settings):
+        for text, changed in options:
+            if fits(changed):
+                return [text]
+    texts: list[str] = []
+    changed: Any = settings
+    for number in range(len(_changes(settings))):
+        for text, candidate in (options := _changes(changed)[number]):
+            if fits(candidate):
+                return [*texts, text]
+        if options:
+            text, changed = options[-1]
+            texts.append(text)
+    return []
+
+
+def _changes(settings: Training) -> list[list[tuple[str, Any]]]:
+    """Return changes of settings, the cheapest kind first, and of each kind the mildest.
+
+    Small micro batches and checkpointing cost time, LoRA changes the result, ranks need GPUs.
+    """
+    halves = [settings.micro_batch_size >> power for power in range(1, settings.micro_batch_size.bit_length())]
+    micro = [(f"micro_batch_size={size}", settings.model_copy(update={"micro_batch_size": size})) for size in halves]
+    checkpointing = []
+    if "activation_checkpointing" in type(settings).model_fields:
+        checkpointing = [_changed(settings, "activation_checkpointing=true", activation_checkpointing=True)]
+    lora: list[tuple[str, Any]] = []
+    if settings.tuning.method == "full":
+        lora = [_changed(settings, "tuning.method=lora", tuning=LoraTuning(method="lora"))]
+    rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
+    counts = [settings.workers.count << power for power in range(1, MOST_RANKS.bit_length())]
+    ranks = [
+        _changed(settings, f"workers.count={count}", workers=settings.workers.model_copy(update={"count": count}))
+        for count in counts
+        if count <= MOST_RANKS and rows % count == 0
+    ]
+    return [micro, checkpointing, lora, ranks]
+
+
+def _changed(settings: Training, text: str, **update: Any) -> tuple[str, Any]:
+    return text, settings.model_copy(update=update)
