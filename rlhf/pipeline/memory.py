@@ -105,7 +105,7 @@ def predict(
 
 
 @dataclass(frozen=True)
-class _Trained:
+class Trained:
     """A model that a stage trains on one rank.
 
     fused  whether the optimiser's step needs no memory of its own
@@ -129,16 +129,24 @@ class _Trained:
         return self.part.parameters / self.settings.workers.count
 
     @property
+    def whole(self) -> float:
+        """Bytes of the weights on all ranks together."""
+        return weight_bytes(self.model, self.part, self.width, scores=self.scores)
+
+    @property
+    def gathered(self) -> float:
+        """Bytes of whole weights that a rank has beside its share while it computes; one rank's share is the whole."""
+        at_work = (REUSE + self.model.layer) * self.width
+        return min(self.whole, at_work) if self.settings.workers.count > 1 else 0.0
+
+    @property
     def bucket(self) -> float:
         return min(BUCKET, self.part.parameters)
 
     def standing(self) -> Bytes:
         """Return the bytes that are there from the first step to the last."""
-        ranks = self.settings.workers.count
-        whole = weight_bytes(self.model, self.part, self.width, scores=self.scores)
-        at_work = min(whole, (REUSE + self.model.layer) * self.width) if ranks > 1 else 0.0
         return {
-            "weights": whole / ranks + at_work,
+            "weights": self.whole / self.settings.workers.count,
             "gradients": 4 * self.share + 4 * (BUCKET if self.gpu else self.bucket),
             "optimiser": ((4 if self.width < 4 else 0) + 8) * self.share,
         }
@@ -155,19 +163,21 @@ class _Trained:
         logits      bytes at the loss
         """
         kept = self.saved(rows, time)
-        yield f"at {self.name} loss", {"activations": kept, "logits": logits}
+        yield f"at {self.name} loss", {"weights": self.gathered, "activations": kept, "logits": logits}
         # A tied head's gradient waits for that of the embeddings.
         tied = self.width * self.model.embeddings if self.part.head and not self.model.head else 0
         layer = footprint.work(self.model, self.width, rows, time, backward=True)
-        yield f"in {self.name} backward pass", {"activations": kept + layer, "gradients": 0 if self.scores else tied}
+        backward = {"weights": self.gathered, "activations": kept + layer, "gradients": 0 if self.scores else tied}
+        yield f"in {self.name} backward pass", backward
         # Full buckets are reduced by a copy, the first after as many parameters of the top layers have gradients.
         left = max(0.0, 1 - self.bucket / self.part.parameters)
         yield (
             f"in {self.name} reduction of gradients",
-            {"activations": kept * left, "gradients": 4 * self.bucket},
+            {"weights": self.gathered, "activations": kept * left, "gradients": 4 * self.bucket},
         )
         stepped = min(self.share, SUB_GROUP + self.model.layer / self.settings.workers.count)
-        step = {"gradients": 4 * stepped, "optimiser": 0 if self.fused else 4 * stepped}
+        own = 0 if self.fused else 4 * stepped if self.gpu else 8 * stepped
+        step = {"gradients": 4 * stepped, "optimiser": own}
         yield f"in {self.name} optimiser step", step
 
 
@@ -177,7 +187,7 @@ def _supervised(
     """Yield the moments of sft or rm."""
     scores = isinstance(settings, RmSettings)
     part = learned(model, settings.tuning, scores=scores)
-    trained = _Trained(settings, "the", model, part, scores, fused=True, gpu=gpu)
+    trained = Trained(settings, "the", model, part, scores, fused=True, gpu=gpu)
     share = max(1, settings.batch_size // settings.workers.count)
     micro = max(number for number in range(1, min(settings.micro_batch_size, share) + 1) if share % number == 0)
     if isinstance(settings, SftSettings):
@@ -191,7 +201,7 @@ def _supervised(
         yield moment, _sum(trained.standing(), parts)
 
 
-def _tiled_logits(trained: _Trained, tokens: int) -> float:
+def _tiled_logits(trained: Trained, tokens: int) -> float:
     """Return bytes of a tile of logits, of the gradients of hidden states and, where it trains, of the head."""
     model, width = trained.model, trained.width
     head = (4 + (width if width < 4 else 0)) * model.vocabulary * model.hidden if trained.part.head else 0
@@ -207,9 +217,9 @@ def _ppo(
     tuning = settings.tuning
     if isinstance(tuning, LoraTuning):
         tuning = tuning.model_copy(update={"dropout": 0.0})  # as PPO does
-    policy = _Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, False, gpu)
+    policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, False, gpu)
     start = rewards[0] if settings.value_init == "reward" and rewards else given
-    value = _Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, False, gpu)
+    value = Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, False, gpu)
     width, micro = (
         policy.width,
         max(1, min(settings.micro_batch_size, settings.rollouts // settings.minibatches // ranks)),
@@ -227,6 +237,7 @@ def _ppo(
     yield "while responses are sampled", _sum(standing, _sampling(settings, policy, texts, micro))
     tokens = micro * texts.response
     scoring = {
+        "weights": policy.gathered,
         "activations": footprint.work(given, width, micro, texts.longest, backward=False),
         "logits": max((_logit_width(policy) + 8) * tokens * given.vocabulary, _head_work(policy, tokens)),
     }
@@ -239,12 +250,12 @@ def _ppo(
             yield moment, _sum(standing, parts)
 
 
-def _logit_width(policy: _Trained) -> int:
+def _logit_width(policy: Trained) -> int:
     settings = policy.settings
     return 4 if isinstance(settings, PpoSettings) and settings.sampling.fp32_head else policy.width
 
 
-def _head_work(policy: _Trained, tokens: int, *, trained: bool = False) -> float:
+def _head_work(policy: Trained, tokens: int, *, trained: bool = False) -> float:
     """Return the bytes of logits, of the head in fp32, and of its gradient where it trains."""
     matrix, width = policy.model.vocabulary * policy.model.hidden, _logit_width(policy)
     copied = width * matrix if width > policy.width or trained else 0
@@ -252,7 +263,7 @@ def _head_work(policy: _Trained, tokens: int, *, trained: bool = False) -> float
     return width * tokens * policy.model.vocabulary + copied + cast
 
 
-def _sampling(settings: PpoSettings, policy: _Trained, texts: Texts, micro: int) -> Bytes:
+def _sampling(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
     """Return the bytes of the cache and of what a step of sampling computes."""
     model, prompt = policy.model, texts.longest - texts.response
     rows = min(AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.count))
