@@ -22,7 +22,7 @@ class TopTuning(Settings):
     embeddings stays frozen with them.
     """
 
-    method: Literal["top"] = semantic()
+    method: Literal["top"] = semantic("top")
     """The method."""
     blocks: int = semantic(2, ge=1)
     """Number of blocks, counted from the top, that train."""
@@ -31,7 +31,7 @@ class TopTuning(Settings):
 class BottomFrozenTuning(Settings):
     """Everything trains but the embeddings, a head that is tied to them, and the lowest blocks."""
 
-    method: Literal["bottom-frozen"] = semantic()
+    method: Literal["bottom-frozen"] = semantic("bottom-frozen")
     """The method."""
     blocks: int = semantic(2, ge=1)
     """Number of blocks, counted from the bottom, that are frozen."""
@@ -43,7 +43,7 @@ class GradualTuning(Settings):
     The head and the norm below it train from the first step. The embeddings are unfrozen with the lowest block.
     """
 
-    method: Literal["gradual"] = semantic()
+    method: Literal["gradual"] = semantic("gradual")
     """The method."""
     start: Literal["top", "bottom"] = semantic("top")
     """Where unfreezing begins: at the top block, as in the paper, or at the bottom one."""
@@ -58,7 +58,7 @@ class TransferTuning(Settings):
     method; in sft it is a language head, no longer tied to the embeddings; PPO's policy keeps its head.
     """
 
-    method: Literal["transfer"] = semantic()
+    method: Literal["transfer"] = semantic("transfer")
     """The method."""
     body: Literal["frozen", "trained"] = semantic("frozen")
     """Whether the body below the head trains too."""
@@ -67,7 +67,7 @@ class TransferTuning(Settings):
 class LoraTuning(Settings):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) and a whole score head."""
 
-    method: Literal["lora"] = semantic()
+    method: Literal["lora"] = semantic("lora")
     """The method."""
     rank: int = semantic(16, ge=1)
     """Rank r of the update; 8 to 64 are usual."""
@@ -99,7 +99,7 @@ class LoraTuning(Settings):
 class QLoraTuning(Settings):
     """LoRA on a base of 4-bit weights (Dettmers et al. 2023, arXiv:2305.14314), on GPUs; needs the extra ``qlora``."""
 
-    method: Literal["qlora"] = semantic()
+    method: Literal["qlora"] = semantic("qlora")
     """The method."""
     rank: int = semantic(16, ge=1)
     """Rank r of the update."""
@@ -116,7 +116,7 @@ class QLoraTuning(Settings):
 class PromptTuning(Settings):
     """A soft prompt before every text (Lester et al. 2021, arXiv:2104.08691); the model is frozen."""
 
-    method: Literal["prompt"] = semantic()
+    method: Literal["prompt"] = semantic("prompt")
     """The method."""
     tokens: int = semantic(20, ge=1)
     """Virtual tokens."""
@@ -129,13 +129,18 @@ class PTuning(Settings):
     which words of the language, the anchors, may stay. The result is a soft prompt without the encoder.
     """
 
-    method: Literal["p-tuning"] = semantic()
+    method: Literal["p-tuning"] = semantic("p-tuning")
     """The method."""
     template: list[int | str] = semantic([20], min_length=1)
     """The prompt in order: a number stands for that many pseudo-tokens, text for an anchor of one token, as in
     ``[3, " capital", 3, " Britain", 3]``."""
     hidden_size: int | None = semantic(None, ge=1)
     """Width of the encoder; null takes the model's."""
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of virtual tokens, anchors included."""
+        return sum(part if isinstance(part, int) else 1 for part in self.template)
 
     @model_validator(mode="after")
     def _template_has_pseudo_tokens(self) -> "PTuning":
@@ -153,7 +158,7 @@ class PrefixTuning(Settings):
     arXiv:2101.00190); the MLP is not part of the result.
     """
 
-    method: Literal["prefix"] = semantic()
+    method: Literal["prefix"] = semantic("prefix")
     """The method."""
     tokens: int = semantic(20, ge=1)
     """Virtual tokens."""
@@ -164,7 +169,7 @@ class PrefixTuning(Settings):
 class PTuningV2(Settings):
     """Keys and values before every text in every layer, learned as they are (Liu et al. 2022, arXiv:2110.07602)."""
 
-    method: Literal["p-tuning-v2"] = semantic()
+    method: Literal["p-tuning-v2"] = semantic("p-tuning-v2")
     """The method."""
     tokens: int = semantic(20, ge=1)
     """Virtual tokens."""
@@ -175,7 +180,7 @@ class Ia3Tuning(Settings):
     of the last feed-forward layer.
     """
 
-    method: Literal["ia3"] = semantic()
+    method: Literal["ia3"] = semantic("ia3")
     """The method."""
     merge: bool = semantic(False)
     """Fold the scales into the weights of the result, which are then fp32."""
@@ -197,3 +202,9 @@ Tuning = Annotated[
     Field(discriminator="method"),
 ]
 FULL = FullTuning()
+
+
+def results_in_adapter(tuning: Tuning) -> bool:
+    """Return whether a stage's result is an adapter beside its base rather than whole weights."""
+    whole = isinstance(tuning, FullTuning | TopTuning | BottomFrozenTuning | GradualTuning | TransferTuning)
+    return not whole and not getattr(tuning, "merge", False)

@@ -26,7 +26,7 @@ from rlhf.config.tuning import (
     TransferTuning,
     Tuning,
 )
-from rlhf.models.layout import config_file, weight_shapes
+from rlhf.models.layout import config_file, shapes
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _STEPWISE = ("gelu_new", "gelu_fast", "quick_gelu", "gelu_python", "gelu_pytorch_tanh_python")
@@ -72,11 +72,11 @@ class Architecture:
 
     @classmethod
     def of(cls, folder: Path) -> Self:
-        """Read a plain folder or the base of an adapter's; errors as :func:`rlhf.models.layout.weight_shapes`."""
+        """Read a plain folder or the base of an adapter's; errors as :func:`rlhf.models.layout.shapes`."""
         file = config_file(folder)
         content: dict[str, Any] = json.loads(file.read_text())
         config = content.get("text_config", content)
-        shapes = weight_shapes(file.parent)
+        found = shapes(file.parent)
         hidden, layers, heads = (
             _first(config, *names)
             for names in (
@@ -88,8 +88,8 @@ class Architecture:
         head_width = _first(config, "head_dim", default=hidden // heads)
         keys = _first(config, "num_key_value_heads", "multi_query_group_num", default=heads) * head_width
         vocabulary = _first(config, "vocab_size")
-        tables = [math.prod(shape) for shape in shapes.values() if len(shape) == 2 and shape[0] == vocabulary]
-        in_layers = {name: shape for name, shape in shapes.items() if _LAYER.search(name)}
+        tables = [math.prod(shape) for shape in found.values() if len(shape) == 2 and shape[0] == vocabulary]
+        in_layers = {name: shape for name, shape in found.items() if _LAYER.search(name)}
         order = 1 if config.get("model_type") in _INPUTS_FIRST else -1
         linear = {
             name: (shape[::order][0], shape[::order][1])
@@ -104,7 +104,7 @@ class Architecture:
         ) / max(1, layers * hidden * dense)
         norms = [name for name, shape in in_layers.items() if shape == (hidden,) and name.endswith("weight")]
         return cls(
-            parameters=sum(map(math.prod, shapes.values())),
+            parameters=sum(map(math.prod, found.values())),
             layer=sum(map(math.prod, in_layers.values())) // layers,
             head=tables[-1] if len(tables) > 1 else 0,
             embeddings=tables[0] if tables else 0,
@@ -119,7 +119,7 @@ class Architecture:
             gated=inner_matrices > 2.5 or experts > 0,
             activation=str(next((config[name] for name in _ACTIVATIONS if config.get(name)), "")),
             norms=max(1, round(len(norms) / layers)),
-            rms=not any(name.removesuffix("weight") + "bias" in shapes for name in norms),
+            rms=not any(name.removesuffix("weight") + "bias" in found for name in norms),
             normed_heads=head_width != hidden and any(shape == (head_width,) for shape in in_layers.values()),
             wide_norms=str(config.get("model_type")).startswith(_WIDE_NORMS),
             eager=config.get("model_type") == "bloom"
@@ -192,8 +192,8 @@ def learned(model: Architecture, tuning: Tuning, *, scores: bool) -> Learned:
         case PromptTuning(tokens=tokens):
             added = tokens * model.hidden
             return Learned(added + score, added=added, tokens=tokens, keeps_base=True)
-        case PTuning(template=template, hidden_size=width):
-            tokens, width = sum(part if isinstance(part, int) else 1 for part in template), width or model.hidden
+        case PTuning(tokens=tokens, hidden_size=width):
+            width = width or model.hidden
             # A bidirectional LSTM of two layers and an MLP of three: peft's prompt encoder.
             lstm = 8 * width * (model.hidden + width + 2) + 8 * width * (3 * width + 2)
             added = tokens * model.hidden + lstm + 2 * width * (2 * width + 1) * 2 + (2 * width + 1) * model.hidden

@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
-from rlhf.config.tuning import LoraTuning
+from rlhf.config.tuning import LoraTuning, QLoraTuning
 from rlhf.errors import PreflightError, size
 from rlhf.models import footprint
 from rlhf.models.footprint import Architecture, Learned, learned, weight_bytes
@@ -215,8 +215,8 @@ def _ppo(
     ranks, given = settings.workers.count, models["policy"]
     rewards = [model for role, model in models.items() if role.startswith("reward")]
     tuning = settings.tuning
-    if isinstance(tuning, LoraTuning):
-        tuning = tuning.model_copy(update={"dropout": 0.0})  # as PPO does
+    if isinstance(tuning, LoraTuning | QLoraTuning):
+        tuning = tuning.model_copy(update={"dropout": 0.0})  # PPO's models are never in training mode
     policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, False, gpu)
     start = rewards[0] if settings.value_init == "reward" and rewards else given
     value = Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, False, gpu)
