@@ -102,7 +102,7 @@ class Architecture:
         inner_matrices = sum(
             math.prod(shape) for shape in linear.values() if dense in shape or 2 * dense in shape
         ) / max(1, layers * hidden * dense)
-        norms = [name for name, shape in in_layers.items() if shape == (hidden,) and name.endswith("weight")]
+        norms = [name for name, shape in in_layers.items() if list(shape) == [hidden] and name.endswith("weight")]
         return cls(
             parameters=sum(map(math.prod, found.values())),
             layer=sum(map(math.prod, in_layers.values())) // layers,
@@ -120,7 +120,7 @@ class Architecture:
             activation=str(next((config[name] for name in _ACTIVATIONS if config.get(name)), "")),
             norms=max(1, round(len(norms) / layers)),
             rms=not any(name.removesuffix("weight") + "bias" in found for name in norms),
-            normed_heads=head_width != hidden and any(shape == (head_width,) for shape in in_layers.values()),
+            normed_heads=head_width != hidden and any(list(shape) == [head_width] for shape in in_layers.values()),
             wide_norms=str(config.get("model_type")).startswith(_WIDE_NORMS),
             eager=config.get("model_type") == "bloom"
             or config.get("attn_logit_softcapping") is not None

@@ -1,4 +1,4 @@
-"""Predict the memory of a training stage's ranks before anything runs, and say what to change where it does not fit.
+"""Predict the memory of a training stage's ranks before anything runs.
 
 A prediction is what ``memory/peak_gb`` in a stage's metrics then measures: the tensors of one rank at their most, which
 is at one of several moments. Beside them a GPU holds CUDA's own context and what the allocator cannot use, about
@@ -6,29 +6,24 @@ is at one of several moments. Beside them a GPU holds CUDA's own context and wha
 
 What DeepSpeed 0.19 keeps under ZeRO-3, in bytes for each trained parameter of a rank's share: the weight, in bf16 also
 in fp32 (4), Adam's moments (8), gradients (4). Beside these a buffer for gradients on their way to other ranks, of
-:data:`BUCKET` parameters whatever the model's size.
+``reduce_bucket_size`` parameters whatever the model's size. A test counts these bytes in a real engine.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.config.tuning import LoraTuning, QLoraTuning
-from rlhf.errors import PreflightError, size
+from rlhf.errors import size
 from rlhf.models import footprint
 from rlhf.models.footprint import Architecture, Learned, learned, weight_bytes
 
 PARTS = ("weights", "gradients", "optimiser", "activations", "logits", "generation", "frozen models")
-TOLERANCE = 0.15
-"""How far a measured peak may be from the prediction."""
 CONTEXT = 10**9
-BUCKET = 5 * 10**8
-"""DeepSpeed's ``reduce_bucket_size``, in parameters."""
-SUB_GROUP = 10**9
-"""DeepSpeed's ``sub_group_size``: parameters whose optimiser step is taken at a time."""
+"""Bytes of a GPU that no tensor can have."""
 REUSE = 5 * 10**8
 """Parameters of a rank's layers that stay gathered from the forward to the backward pass, half of DeepSpeed's
 ``max_reuse_distance``."""
@@ -36,8 +31,6 @@ AT_ONCE = 4
 """Micro batches that a policy samples at a time, as in :mod:`rlhf.training.policy`."""
 TILE = 4096, 32768
 """Tokens and entries of the vocabulary whose logits sft has at a time: TRL's."""
-MOST_RANKS = 64
-"""The largest worker group that is ever advised."""
 
 Training = SftSettings | RmSettings | PpoSettings
 Bytes = Mapping[str, float]
@@ -82,8 +75,8 @@ def limits(settings: Training) -> Texts:
         case RmSettings():
             return Texts(settings.max_length, in_list=settings.responses_per_list or 4)
         case PpoSettings():
-            response = settings.sampling.max_new_tokens
-            return Texts(settings.max_prompt_length + response, response)
+            response, mixed = settings.sampling.max_new_tokens, settings.ptx.max_length if settings.ptx.coef else 0
+            return Texts(max(settings.max_prompt_length + response, mixed), max(response, mixed))
 
 
 def predict(
@@ -105,6 +98,33 @@ def predict(
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """What of ``zero`` decides about memory; the numbers are DeepSpeed's defaults."""
+
+    stage: int = 3
+    host_optimiser: bool = False
+    host_weights: bool = False
+    bucket: float = 5e8
+    """Parameters whose gradients are reduced at a time."""
+    sub_group: float = 1e9
+    """Parameters whose optimiser step is taken at a time."""
+
+    @classmethod
+    def of(cls, settings: Training) -> Self:
+        """Read a stage's settings."""
+        zero: Any = getattr(settings, "zero", None)
+        if zero is None:
+            return cls()
+        return cls(
+            zero.stage,
+            zero.offload_optimizer != "none",
+            zero.offload_parameters != "none",
+            zero.sharding.get("reduce_bucket_size", cls.bucket),
+            zero.sharding.get("sub_group_size", cls.sub_group),
+        )
+
+
+@dataclass(frozen=True)
 class Trained:
     """A model that a stage trains on one rank.
 
@@ -121,6 +141,7 @@ class Trained:
 
     @property
     def width(self) -> int:
+        """Bytes of an element of the model's precision."""
         return 2 if self.settings.precision == "bf16" else 4
 
     @property
@@ -134,21 +155,35 @@ class Trained:
         return weight_bytes(self.model, self.part, self.width, scores=self.scores)
 
     @property
+    def sharding(self) -> Sharding:
+        """How it is spread over ranks and host."""
+        return Sharding.of(self.settings)
+
+    @property
     def gathered(self) -> float:
         """Bytes of whole weights that a rank has beside its share while it computes; one rank's share is the whole."""
         at_work = (REUSE + self.model.layer) * self.width
-        return min(self.whole, at_work) if self.settings.workers.count > 1 else 0.0
+        alone = self.settings.workers.count == 1 and not self.sharding.host_weights
+        return 0.0 if alone or self.sharding.stage < 3 else min(self.whole, at_work)
 
     @property
-    def bucket(self) -> float:
-        return min(BUCKET, self.part.parameters)
+    def filled(self) -> float:
+        """Parameters whose gradients are reduced at a time."""
+        return min(self.sharding.bucket, self.part.parameters)
 
     def standing(self) -> Bytes:
         """Return the bytes that are there from the first step to the last."""
+        sharding, ranks = self.sharding, self.settings.workers.count
+        whole = 0.0 if sharding.host_weights else self.whole
+        copied = 4 if self.width < 4 or sharding.stage < 3 else 0
+        gradients = (
+            0.0 if sharding.host_optimiser else 4 * (self.part.parameters if sharding.stage == 1 else self.share)
+        )
+        buffer = 4 * (sharding.bucket if self.gpu else self.filled) if sharding.stage == 3 else 0.0
         return {
-            "weights": self.whole / self.settings.workers.count,
-            "gradients": 4 * self.share + 4 * (BUCKET if self.gpu else self.bucket),
-            "optimiser": ((4 if self.width < 4 else 0) + 8) * self.share,
+            "weights": whole / ranks if sharding.stage == 3 else whole,
+            "gradients": (0.0 if sharding.host_optimiser else 4 * kept) + buffer,
+            "optimiser": 0.0 if sharding.host_optimiser else (copied + 8) * self.share,
         }
 
     def saved(self, rows: int, time: int) -> float:
@@ -163,22 +198,31 @@ class Trained:
         logits      bytes at the loss
         """
         kept = self.saved(rows, time)
-        yield f"at {self.name} loss", {"weights": self.gathered, "activations": kept, "logits": logits}
+        stage = self.sharding.stage
+        # Stages 1 and 2 make their buffers, two that overlap, for each backward pass.
+        buffers = self.width * (2 * self.sharding.bucket if self.gpu else self.filled) if stage < 3 else 0.0
+        at_work = {"weights": self.gathered, "gradients": buffers}
+        yield f"at {self.name} loss", _sum(at_work, {"activations": kept, "logits": logits})
         # A tied head's gradient waits for that of the embeddings.
-        tied = self.width * self.model.embeddings if self.part.head and not self.model.head else 0
+        tied = self.width * self.model.embeddings if self.part.head and not (self.model.head or self.scores) else 0
         layer = footprint.work(self.model, self.width, rows, time, backward=True)
-        backward = {"weights": self.gathered, "activations": kept + layer, "gradients": 0 if self.scores else tied}
-        yield f"in {self.name} backward pass", backward
+        backward = {"activations": kept + layer, "gradients": tied}
+        yield f"in {self.name} backward pass", _sum(at_work, backward)
         # Full buckets are reduced by a copy, the first after as many parameters of the top layers have gradients.
-        left = max(0.0, 1 - self.bucket / self.part.parameters)
-        yield (
-            f"in {self.name} reduction of gradients",
-            {"weights": self.gathered, "activations": kept * left, "gradients": 4 * self.bucket},
-        )
-        stepped = min(self.share, SUB_GROUP + self.model.layer / self.settings.workers.count)
-        own = 0 if self.fused else 4 * stepped if self.gpu else 8 * stepped
-        step = {"gradients": 4 * stepped, "optimiser": own}
-        yield f"in {self.name} optimiser step", step
+        left = max(0.0, 1 - self.filled / self.part.parameters)
+        reduced = {"activations": kept * left, "gradients": 4 * self.filled}
+        yield f"in {self.name} reduction of gradients", _sum(at_work, reduced)
+        if not self.sharding.host_optimiser:
+            yield f"in {self.name} optimiser step", self._step()
+
+    def _step(self) -> Bytes:
+        """Return what an optimiser step takes: a copy of its gradients, and the square roots of the second moments."""
+        stage, ranks = self.sharding.stage, self.settings.workers.count
+        stepped = min(self.share, self.sharding.sub_group + self.model.layer / ranks) if stage == 3 else self.share
+        # Stage 2 has them in one piece; stage 1 has those of the model's precision too.
+        gradients = {1: self.part.parameters * (self.width % 4), 2: 0.0, 3: 4 * stepped}[stage]
+        own = 0.0 if self.fused else (4 if self.gpu else 8) * stepped
+        return {"gradients": gradients, "optimiser": own}
 
 
 def _supervised(
@@ -224,12 +268,13 @@ def _ppo(
         policy.width,
         max(1, min(settings.micro_batch_size, settings.rollouts // settings.minibatches // ranks)),
     )
-    reference = 0 if policy.part.keeps_base else given.parameters * width
+    frozen = sum(model.parameters * width for model in rewards)
+    frozen += 0 if policy.part.keeps_base else given.parameters * width
     standing = _sum(
         policy.standing(),
         value.standing(),
         {
-            "frozen models": (reference + sum(model.parameters * width for model in rewards)) / ranks,
+            "frozen models": frozen / ranks if policy.sharding.stage == 3 else frozen,
             "generation": weight_bytes(given, policy.part, width, scores=False),
             "optimiser": 4 * policy.share if settings.average_decay is not None else 0.0,
         },
@@ -277,72 +322,3 @@ def _sampling(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) 
 
 def _sum(*parts: Bytes) -> dict[str, float]:
     return {name: sum(part.get(name, 0.0) for part in parts) for name in PARTS}
-
-
-def check(
-    stage: str, settings: Training, models: Mapping[str, Architecture], texts: Texts, gpu_bytes: int
-) -> str | None:
-    """Return a line about a prediction that is near the size of the GPU, if it is.
-
-    gpu_bytes  size of the smallest GPU that a rank may get
-
-    Raises:
-        PreflightError: the prediction is beyond that size by more than :data:`TOLERANCE`.
-    """
-    predicted = predict(settings, models, texts)
-    if predicted.total + CONTEXT <= gpu_bytes:
-        return None
-    needs = f"{stage} will need about {predicted} on each rank's GPU, which has {size(gpu_bytes)}"
-    change = advice(settings, lambda changed: predict(changed, models, texts).total + CONTEXT <= gpu_bytes)
-    then = " ".join(f"{stage}.{setting}" for setting in change)
-    if predicted.total <= (1 + TOLERANCE) * gpu_bytes:
-        return f"{needs}: it may not fit" + (f"; if it does not, {then}" if then else "")
-    raise PreflightError(needs, f"{stage}.micro_batch_size", then or "take a smaller model or larger GPUs")
-
-
-def advice(settings: Training, fits: Callable[[Any], bool]) -> Sequence[str]:
-    """Return the settings to change, those that cost least; empty where no change is enough.
-
-    A single change is preferred, in the order of :func:`_changes`; else changes are added up in that order.
-    """
-    for options in _changes(settings):
-        for text, changed in options:
-            if fits(changed):
-                return [text]
-    texts: list[str] = []
-    changed: Any = settings
-    for number in range(len(_changes(settings))):
-        for text, candidate in (options := _changes(changed)[number]):
-            if fits(candidate):
-                return [*texts, text]
-        if options:
-            text, changed = options[-1]
-            texts.append(text)
-    return []
-
-
-def _changes(settings: Training) -> list[list[tuple[str, Any]]]:
-    """Return changes of settings, the cheapest kind first, and of each kind the mildest.
-
-    Small micro batches and checkpointing cost time, LoRA changes the result, ranks need GPUs.
-    """
-    halves = [settings.micro_batch_size >> power for power in range(1, settings.micro_batch_size.bit_length())]
-    micro = [(f"micro_batch_size={size}", settings.model_copy(update={"micro_batch_size": size})) for size in halves]
-    checkpointing = []
-    if "activation_checkpointing" in type(settings).model_fields:
-        checkpointing = [_changed(settings, "activation_checkpointing=true", activation_checkpointing=True)]
-    lora: list[tuple[str, Any]] = []
-    if settings.tuning.method == "full":
-        lora = [_changed(settings, "tuning.method=lora", tuning=LoraTuning(method="lora"))]
-    rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
-    counts = [settings.workers.count << power for power in range(1, MOST_RANKS.bit_length())]
-    ranks = [
-        _changed(settings, f"workers.count={count}", workers=settings.workers.model_copy(update={"count": count}))
-        for count in counts
-        if count <= MOST_RANKS and rows % count == 0
-    ]
-    return [micro, checkpointing, lora, ranks]
-
-
-def _changed(settings: Training, text: str, **update: Any) -> tuple[str, Any]:
-    return text, settings.model_copy(update=update)

@@ -22,11 +22,11 @@ class LiveBytes(TorchDispatchMode):
         peak, self.peak = self.peak, self.now
         return peak
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002 - torch's signature
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {_storage(tensor)._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (key := _storage(tensor)._cdata) not in self._known | given:
+            if isinstance(tensor, Tensor) and (key := _identity(tensor)) not in self._known | given:
                 self._known.add(key)
                 self.now += _storage(tensor).nbytes()
                 self.peak = max(self.peak, self.now)
@@ -40,3 +40,7 @@ class LiveBytes(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
+
+
+def _identity(tensor: Tensor) -> int:
+    return _storage(tensor)._cdata  # pyright: ignore[reportPrivateUsage] - the address of the data may be 0

@@ -6,9 +6,11 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import FileStore
 from transformers import AutoModelForCausalLM
 
 from rlhf.models.heads import TokenLogprobs, compute_in_fp32
@@ -24,12 +26,12 @@ def main(rank: int, world: int, folder: Path) -> None:
 
     __compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["LOCAL_RANK"] = str(rank)
-    store = dist.FileStore(str(folder / f"store-{world}"), world)
+    store = FileStore(str(folder / f"store-{world}"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=5))
     torch.manual_seed(0)
     with LiveBytes() as live:
         with sharded_loading("bf16"):
-            model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
         compute_in_fp32(model.get_output_embeddings())
         ids = torch.randint(0, model.config.vocab_size, (ROWS, TIME))
         mask = torch.ones_like(ids)
