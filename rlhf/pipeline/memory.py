@@ -176,9 +176,7 @@ class Trained:
         sharding, ranks = self.sharding, self.settings.workers.count
         whole = 0.0 if sharding.host_weights else self.whole
         copied = 4 if self.width < 4 or sharding.stage < 3 else 0
-        gradients = (
-            0.0 if sharding.host_optimiser else 4 * (self.part.parameters if sharding.stage == 1 else self.share)
-        )
+        kept = self.part.parameters if sharding.stage == 1 else self.share
         buffer = 4 * (sharding.bucket if self.gpu else self.filled) if sharding.stage == 3 else 0.0
         return {
             "weights": whole / ranks if sharding.stage == 3 else whole,
