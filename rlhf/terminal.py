@@ -194,8 +194,8 @@ def memory_table(forecasts: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(part, *(_gigabytes(forecast["parts"].get(part)) for forecast in known))
     table.add_row("sum", *(_gigabytes(forecast["total"]) for forecast in known), style="bold")
     if any(forecast["device"] for forecast in known):
-        table.add_row("there are", *(_gigabytes(forecast["device"]) for forecast in known))
-    table.add_row("the most", *(forecast["moment"] for forecast in known), style="dim")
+        table.add_row("available", *(_gigabytes(forecast["device"]) for forecast in known))
+    table.add_row("peak", *(forecast["moment"] for forecast in known), style="dim")
     return table
 
 

@@ -123,5 +123,4 @@ def _memory_check(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["device"] is not None:
         found += f" of {size(row['device'])}"
     change = " ".join(f"{row['stage']}.{setting}" for setting in row["change"])
-    then = "" if row["fits"] is not False else change or "take a smaller model"
-    return {"name": name, "ok": row["fits"] is not False, "found": found, "next": then}
+    return {"name": name, "ok": not row["refused"], "found": found, "next": change}

@@ -42,7 +42,7 @@ def check(context: Context[Any], texts: Texts) -> None:
     change = advice(settings, models, texts, device)
     what = f"{context.stage} will need about {predicted} on each rank, and {_room(settings, device)}"
     then = " ".join(f"{context.stage}.{setting}" for setting in change)
-    if device.gpu and predicted.total > (1 + TOLERANCE) * device.bytes:
+    if _is_refused(predicted, device):
         raise PreflightError(
             what, f"{context.stage}.micro_batch_size", then or "take a smaller model, or GPUs with more memory"
         )
@@ -64,6 +64,10 @@ def architectures(inputs: Mapping[str, Path]) -> dict[str, Architecture] | None:
 def fits(predicted: Prediction, settings: Training, device: Device) -> bool:
     """Return whether the ranks' peak fits a GPU beside CUDA's context, or those of all ranks a machine's memory."""
     return predicted.total * (1 if device.gpu else settings.workers.count) + CONTEXT <= device.bytes
+
+
+def _is_refused(predicted: Prediction, device: Device) -> bool:
+    return device.gpu and predicted.total > (1 + TOLERANCE) * device.bytes
 
 
 def _room(settings: Training, device: Device) -> str:
@@ -136,8 +140,9 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
     """Predict the memory of a plan's training stages, for texts as long as their settings allow.
 
     Return for each ``stage``, ``ranks``, ``moment``, ``parts`` in bytes, ``total``, ``device`` (its bytes, null where
-    they are not known here), ``fits`` and ``change``, the settings to change. Models come from results, or from what
-    they will be trained from; without either ``moment`` is null.
+    they are not known here), ``refused`` (whether preflight would refuse the stage) and ``change``, the settings to
+    change where it may not fit. Models come from results, or from what they will be trained from; without either
+    ``moment`` is null.
     """
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -156,7 +161,7 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
 
 def _forecast(settings: Training, models: Mapping[str, Architecture] | None) -> dict[str, Any]:
     if models is None:
-        return {"moment": None, "parts": {}, "total": None, "device": None, "fits": None, "change": []}
+        return {"moment": None, "parts": {}, "total": None, "device": None, "refused": False, "change": []}
     device = device_of_ranks(settings.workers.gpu)
     predicted = predict(settings, models, gpu=device is None or device.gpu)
     enough = device is None or fits(predicted, settings, device)
@@ -165,7 +170,7 @@ def _forecast(settings: Training, models: Mapping[str, Architecture] | None) -> 
         "parts": dict(predicted.parts),
         "total": predicted.total,
         "device": device.bytes if device else None,
-        "fits": enough if device else None,
+        "refused": device is not None and _is_refused(predicted, device),
         "change": [] if device is None or enough else list(advice(settings, models, None, device)),
     }
 

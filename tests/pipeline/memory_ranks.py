@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import FileStore
 from transformers import AutoModelForCausalLM
 
 from rlhf.models.heads import TokenLogprobs, compute_in_fp32
@@ -26,8 +25,8 @@ def main(rank: int, world: int, folder: Path) -> None:
 
     __compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["LOCAL_RANK"] = str(rank)
-    store = FileStore(str(folder / f"store-{world}"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=5))
+    meeting = f"file://{folder}/meeting-{world}"
+    dist.init_process_group("gloo", meeting, rank=rank, world_size=world, timeout=timedelta(minutes=5))
     torch.manual_seed(0)
     with LiveBytes() as live:
         with sharded_loading("bf16"):
