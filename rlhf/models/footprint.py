@@ -43,7 +43,7 @@ class Architecture:
     head: int
     """Parameters of the language head; 0 where it is tied to the embeddings or missing."""
     embeddings: int
-    """Parameters of the token embeddings."""
+    """Parameters of the embeddings, of tokens and of positions."""
     linear: Mapping[str, tuple[int, int]]
     """Inputs and outputs of each matrix of the layers, by name."""
     layers: int
@@ -88,8 +88,10 @@ class Architecture:
         head_width = _first(config, "head_dim", default=hidden // heads)
         keys = _first(config, "num_key_value_heads", "multi_query_group_num", default=heads) * head_width
         vocabulary = _first(config, "vocab_size")
-        tables = [math.prod(shape) for shape in found.values() if len(shape) == 2 and shape[0] == vocabulary]
         in_layers = {name: shape for name, shape in found.items() if _LAYER.search(name)}
+        outside = {name: shape for name, shape in found.items() if name not in in_layers}
+        tables = [math.prod(shape) for shape in outside.values() if len(shape) == 2 and shape[0] == vocabulary]
+        head = tables[-1] if len(tables) > 1 else 0
         order = 1 if config.get("model_type") in _INPUTS_FIRST else -1
         linear = {
             name: (shape[::order][0], shape[::order][1])
@@ -106,8 +108,8 @@ class Architecture:
         return cls(
             parameters=sum(map(math.prod, found.values())),
             layer=sum(map(math.prod, in_layers.values())) // layers,
-            head=tables[-1] if len(tables) > 1 else 0,
-            embeddings=tables[0] if tables else 0,
+            head=head,
+            embeddings=sum(math.prod(shape) for shape in outside.values() if len(shape) == 2) - head,
             linear=linear,
             layers=layers,
             hidden=hidden,
@@ -182,7 +184,7 @@ def learned(model: Architecture, tuning: Tuning, *, scores: bool) -> Learned:
             count = max(0, model.layers - blocks)
             return Learned(count * model.layer + rest - model.embeddings + head, head=bool(head), whole_layers=count)
         case TransferTuning(body=body):
-            fresh = head or model.embeddings
+            fresh = head or model.vocabulary * model.hidden
             added = 0 if head else fresh
             if body == "frozen":
                 return Learned(fresh, True, added)
@@ -194,13 +196,13 @@ def learned(model: Architecture, tuning: Tuning, *, scores: bool) -> Learned:
             return Learned(added + score, added=added, tokens=tokens, keeps_base=True)
         case PTuning(tokens=tokens, hidden_size=width):
             width = width or model.hidden
-            # A bidirectional LSTM of two layers and an MLP of three: peft's prompt encoder.
+            # A bidirectional LSTM of two layers and an MLP of two: peft's prompt encoder.
             lstm = 8 * width * (model.hidden + width + 2) + 8 * width * (3 * width + 2)
-            added = tokens * model.hidden + lstm + 2 * width * (2 * width + 1) * 2 + (2 * width + 1) * model.hidden
+            added = tokens * model.hidden + lstm + (2 * width + 1) * (2 * width + model.hidden)
             return Learned(added + score, added=added, tokens=tokens, keeps_base=True)
         case PrefixTuning(tokens=tokens, hidden_size=width):
             width = width or model.hidden
-            added = tokens * model.hidden + width * (model.hidden + 1) + tokens_width * (width + 1)
+            added = tokens * model.keys + width * (model.keys + 1) + tokens_width * (width + 1)
             return Learned(added + score, added=added, tokens=tokens, keeps_base=True)
         case PTuningV2(tokens=tokens):
             added = tokens * tokens_width

@@ -202,9 +202,10 @@ class Trained:
         at_work = {"weights": self.gathered, "gradients": buffers}
         yield f"at {self.name} loss", _sum(at_work, {"activations": kept, "logits": logits})
         # A tied head's gradient waits for that of the embeddings.
-        tied = self.width * self.model.embeddings if self.part.head and not (self.model.head or self.scores) else 0
+        tied = self.part.head and not (self.model.head or self.scores)
+        matrix = self.model.vocabulary * self.model.hidden
         layer = footprint.work(self.model, self.width, rows, time, backward=True)
-        backward = {"activations": kept + layer, "gradients": tied}
+        backward = {"activations": kept + layer, "gradients": self.width * matrix if tied else 0.0}
         yield f"in {self.name} backward pass", _sum(at_work, backward)
         # Full buckets are reduced by a copy, the first after as many parameters of the top layers have gradients.
         left = max(0.0, 1 - self.filled / self.part.parameters)

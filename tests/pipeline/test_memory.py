@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
+from copy import deepcopy
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.errors import PreflightError
 from rlhf.models import footprint
+from rlhf.models.folders import copy_tokenizer
 from rlhf.models.footprint import Architecture, Learned, learned
 from rlhf.models.tuning import prepared
 from rlhf.pipeline import fitting
 from rlhf.pipeline.memory import Prediction, Texts, Trained, predict
 from rlhf.terminal import memory_table
-from tests.models.tiny import tiny_config
+from tests.models.tiny import make_tiny_llama, tiny_config
 from tests.pipeline.memory_ranks import RESPONSE, ROWS, TIME
 
 pytestmark = [
@@ -40,7 +43,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = {torch.bfloat16: 2, torch.float32: 4}
-COMMON: dict[str, Any] = {"vocab_size": 200, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+COMMON: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA: dict[str, Any] = COMMON | {
     "hidden_size": 128,
     "intermediate_size": 352,
@@ -73,18 +76,35 @@ METHODS: dict[str, Any] = {
 }
 
 
+EXACT = [method for method in METHODS if method != "ia3"]
+Made = dict[str, tuple[Path, Any]]
+
+
 def tuning_of(name: str) -> Any:
     return SftSettings.model_validate({"tuning": {"method": name} | METHODS[name]}).tuning
 
 
-def written(config: Any, folder: Path) -> Path:
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
+def written(config: Any, folder: Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    return model
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: written(config, tmp_path_factory.mktemp("model")) for name, config in CONFIGS.items()}
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Folder and model of each configuration."""
+    found: Made = {}
+    tokenizer = make_tiny_llama(tmp_path_factory.mktemp("tokenizer"))
+    for name, config in CONFIGS.items():
+        folder = tmp_path_factory.mktemp("model")
+        found[name] = folder, written(config, folder).eval()
+        copy_tokenizer(tokenizer, folder)
+    return found
+
+
+def adapted(made: Made, name: str, method: str, *, dtype: torch.dtype = torch.float32) -> Any:
+    folder, model = made[name]
+    return prepared(deepcopy(model).to(dtype), tuning_of(method), folder, scores=False, seed=0)
 
 
 def bytes_saved(model: Any, rows: int, time: int) -> int:
@@ -106,19 +126,20 @@ def bytes_saved(model: Any, rows: int, time: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 
-@pytest.mark.parametrize("dtype", WIDTHS)
-@pytest.mark.parametrize("method", ["full", "top", "lora", "lora, chosen", "transfer"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_forward_pass_keeps_what_was_said(
-    folders: dict[str, Path], name: str, method: str, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        *((method, torch.bfloat16) for method in ("full", "top", "lora", "lora, chosen", "transfer")),
+        ("full", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_a_forward_pass_keeps_what_was_said(made: Made, name: str, method: str, dtype: torch.dtype) -> None:
     """Within 3 %, whatever the batch; adapters on some matrices alone are counted as if these shared no input."""
-    tuning, folder = tuning_of(method), folders[name]
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    prepared_model = prepared(loaded, tuning, folder, scores=False, seed=0)
-    model = prepared_model.get_base_model() if hasattr(prepared_model, "get_base_model") else prepared_model
-    architecture = Architecture.of(folder)
-    part = learned(architecture, tuning, scores=False)
+    model = adapted(made, name, method, dtype=dtype)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    architecture = Architecture.of(made[name][0])
+    part = learned(architecture, tuning_of(method), scores=False)
     for rows, time in ((1, 96), (4, 64)):
         said = footprint.saved(architecture, part, WIDTHS[dtype], rows, time)
         tolerance = 0.1 if method == "lora, chosen" else 0.03
@@ -128,31 +149,42 @@ def test_a_forward_pass_keeps_what_was_said(
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "gemma", "gemma2", "phi", "phi3", "opt", "olmo2", "stablelm"])
 def test_other_decoders_keep_about_as_much(kind: str, tmp_path: Path) -> None:
     """Within 20 %."""
-    folder = written(tiny_config(kind, num_hidden_layers=4), tmp_path)
-    architecture = Architecture.of(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = written(tiny_config(kind, num_hidden_layers=4), tmp_path).to(torch.bfloat16).eval()
+    architecture = Architecture.of(tmp_path)
     said = footprint.saved(architecture, learned(architecture, FULL, scores=False), 2, 2, 48)
     assert said == pytest.approx(bytes_saved(model, 2, 48), rel=0.2)
 
 
-@pytest.mark.parametrize("scores", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_as_many_weights_train_as_were_said(folders: dict[str, Path], name: str, method: str, scores: bool) -> None:
-    """Exactly; of the gradual method all that will."""
-    tuning, folder = tuning_of(method), folders[name]
-    auto: Any = partial(AutoModelForSequenceClassification.from_pretrained, num_labels=1)
-    model = auto(folder) if scores else AutoModelForCausalLM.from_pretrained(folder)
-    model = prepared(model, tuning, folder, scores=scores, seed=0)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert learned(Architecture.of(folder), tuning, scores=scores).parameters == trained
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, method) for name in ("llama", "gpt2", "qwen3") for method in EXACT),
+        *(("llama, tied", method) for method in ("full", "top", "bottom-frozen", "transfer")),
+    ],
+)
+def test_as_many_weights_train_as_were_said(made: Made, name: str, method: str) -> None:
+    """Exactly; of the gradual method all that will. Those of (IA)³ depend on PEFT's list of modules, and are few."""
+    model = adapted(made, name, method)
+    said = learned(Architecture.of(made[name][0]), tuning_of(method), scores=False)
+    assert said.parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_a_score_head_trains_too(made: Made, method: str) -> None:
+    """Whole, in place of the language head."""
+    folder, _ = made["llama"]
+    model: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    model = prepared(model, tuning_of(method), folder, scores=True, seed=0)
+    said = learned(Architecture.of(folder), tuning_of(method), scores=True)
+    assert said.parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Architecture, dict[int, dict[str, int]]]:
     """A model, and the bytes alive in the first rank of one and of two that trained it, less the empty buffer."""
     folder = tmp_path_factory.mktemp("ranks")
-    written(LlamaConfig(**LLAMA | {"vocab_size": 2000, "num_hidden_layers": 6}), folder / "model")
+    shape: dict[str, Any] = LLAMA | {"vocab_size": 2000, "num_hidden_layers": 6}
+    written(LlamaConfig(**shape), folder / "model")
     environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "tests.pipeline.memory_ranks"]
     ranks = [
@@ -266,7 +298,8 @@ def test_memory_follows_the_settings(stage: str) -> None:
         assert predict(changed(settings, *smaller), MODELS).total < total
     by_ranks = [predict(changed(settings, f"workers.count={count}"), MODELS).total for count in (2, 4, 8, 16)]
     assert by_ranks == sorted(by_ranks, reverse=True)
-    assert predict(settings, MODELS, Texts(100, 50)).total < total
+    if stage != "sft":  # which packs short texts into long sequences
+        assert predict(settings, MODELS, Texts(100, 50)).total < total
 
 
 def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
@@ -274,14 +307,9 @@ def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
     part = learned(BILLION, FULL, scores=False)
     one = footprint.saved(BILLION, part, 2, 4, 512, checkpointing=True)
     deeper = Learned(part.parameters, head=True, whole_layers=32)
-    two = footprint.saved(_with_layers(32), deeper, 2, 4, 512, checkpointing=True)
+    two = footprint.saved(replace(BILLION, layers=32), deeper, 2, 4, 512, checkpointing=True)
     assert two - one == 16 * 4 * 512 * 2048 * 2
     assert one < footprint.saved(BILLION, part, 2, 4, 512) / 5
-
-
-def _with_layers(count: int) -> Architecture:
-    values = {name: getattr(BILLION, name) for name in BILLION.__dataclass_fields__}
-    return Architecture(**values | {"layers": count})
 
 
 def test_an_average_and_a_frozen_reference_are_counted() -> None:
@@ -325,7 +353,7 @@ def test_the_advice_is_enough(gpu: Any, stage: str, share: float, tmp_path: Path
     words = [word.removeprefix("stage.") for word in refused.value.next_step.split()]
     better = changed(settings, *words)
     fitting.check(context_of(better, tmp_path, tmp_path), texts)
-    assert not AttemptFolder(tmp_path).notes.get()
+    assert not AttemptFolder(tmp_path).notes()
     assert fitting.fits(predict(better, MODELS, texts), better, device)
 
 
@@ -346,7 +374,7 @@ def test_what_may_fit_after_all_is_noted_alone(gpu: Any, size: float, gpu_there:
     predicted = predict(settings, MODELS, texts, gpu=gpu_there).total
     gpu(size * predicted if size < 1 else predicted + 0.5e9, gpu=gpu_there)
     fitting.check(context_of(settings, tmp_path, tmp_path), texts)
-    (note,) = AttemptFolder(tmp_path).notes.get()
+    (note,) = AttemptFolder(tmp_path).notes()
     assert "may not fit" in note
 
 
@@ -355,20 +383,20 @@ def test_nothing_is_said_of_unknown_devices(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(fitting, "device_of_ranks", lambda _: None)
     monkeypatch.setattr(fitting, "architectures", lambda _: MODELS)
     fitting.check(context_of(STAGES["ppo"], tmp_path, tmp_path), Texts(1024, 512))
-    assert not AttemptFolder(tmp_path).notes.get()
+    assert not AttemptFolder(tmp_path).notes()
 
 
 def test_doctors_table_shows_each_part_and_their_sum(gpu: Any) -> None:
     """A column for each stage, whose numbers add up."""
     gpu(40e9)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"stage": stage, "ranks": 1} | fitting._forecast(settings, MODELS)  # pyright: ignore[reportPrivateUsage]
         for stage, settings in STAGES.items()
     ]
     for row in rows:
         assert sum(row["parts"].values()) == row["total"]
         assert Prediction(row["moment"], row["parts"]).total == predict(STAGES[row["stage"]], MODELS).total
-    console = Console(width=100, record=True, quiet=False, file=open(os.devnull, "w"))
+    console = Console(width=100, file=StringIO(), record=True)
     console.print(memory_table(rows))
     lines = {line[:16].strip(): line[16:].split() for line in console.export_text().splitlines()}
     assert lines["GB on each rank"] == list(STAGES)
