@@ -80,27 +80,26 @@ def config(request: Request) -> None:
             raise RequestError(f"no section is named {name!r}", "command line", suggestion(name, sections))
     for name in request.names or sections:
         for field in describe(sections[name]):
-            request.out.print(f"{name}.{field.path}: {field.type}; default {field.default}; {field.role}", markup=False)
-            request.out.print(f"    {field.help}", markup=False)
+            shown = f"{name}.{field.path}" + (f" with {field.form}" if field.form else "")
+            request.out.print(f"{shown}: {field.type}; default {field.default}; {field.role}", markup=False)
+            for line in field.help.splitlines():
+                request.out.print(f"    {line}", markup=False)
 
 
 def doctor(request: Request) -> int:
     """Say whether this machine can run the pipeline, and how much memory its training stages will take."""
     from rlhf.cluster.session import Session
 
-    address = Session(request.config.cluster).address
-    entries, memory = diagnose(request.store().root, address), _memory(request)
+    entries = diagnose(request.store().root, Session(request.config.cluster).address)
+    memory = _memory(request)
     entries += [_memory_check(row) for row in memory]
-
-    def show() -> None:
+    if not request.answer({"checks": entries, "memory": memory}):
         for entry in entries:
             mark = Text("ok ", "green") if entry["ok"] else Text("bad", "red")
             request.out.print(mark.append(f" {entry['name']}: {entry['found']}  {entry['next']}", "default"))
         if any(row["total"] for row in memory):
             request.out.print()
             request.out.print(memory_table(memory))
-
-    request.answer({"checks": entries, "memory": memory}, show)
     return 0 if all(entry["ok"] for entry in entries) else 1
 
 

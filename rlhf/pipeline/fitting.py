@@ -116,7 +116,9 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, Any]]]:
     known = type(settings).model_fields
     values: Any = settings
     micro = [settings.micro_batch_size >> power for power in range(1, settings.micro_batch_size.bit_length())]
-    checkpoints = "activation_checkpointing" in known and not values.activation_checkpointing
+    # A cache of keys and values, as these methods learn, would be read anew by a layer that is computed again.
+    cached = settings.tuning.method in ("prefix", "p-tuning-v2")
+    checkpoints = "activation_checkpointing" in known and not (values.activation_checkpointing or cached)
     offloads: list[tuple[str, Any]] = []
     if device.gpu and "zero" in known and values.zero.offload_optimizer == "none":
         update = {"offload_optimizer": "cpu"}
