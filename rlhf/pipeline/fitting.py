@@ -2,8 +2,9 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf.attempt.context import Context
 from rlhf.cluster.devices import Device, device_of_ranks
@@ -81,57 +82,47 @@ def advice(
 ) -> Sequence[str]:
     """Return the settings to change so that a stage fits, those that cost least; empty where no change is enough.
 
-    A single change is preferred, in the order of :func:`_changes`; else changes are added up in that order.
+    Of the changes that are enough those are taken that do without the dearest kind, then without the next dearest.
     """
-
-    def is_enough(changed: Training) -> bool:
-        return fits(predict(changed, models, texts, gpu=device.gpu), changed, device)
-
-    for options in _changes(settings, device):
-        for text, changed in options:
-            if is_enough(changed):
-                return [text]
-    texts_of_changes: list[str] = []
-    for kind in range(len(_changes(settings, device))):
-        options = _changes(settings, device)[kind]
-        for text, changed in options:
-            if is_enough(changed):
-                return [*texts_of_changes, text]
-        if options:
-            text, settings = options[-1]
-            texts_of_changes.append(text)
+    kinds = [[("", {}), *options] for options in _changes(settings, device)]
+    for dearest_first in product(*reversed(kinds)):
+        changed = settings
+        for _, update in dearest_first:
+            changed = changed.model_copy(update=update)
+        if fits(predict(changed, models, texts, gpu=device.gpu), changed, device):
+            return [text for text, _ in reversed(dearest_first) if text]
     return []
 
 
-def _changes(settings: Training, device: Device) -> list[list[tuple[str, Any]]]:
-    """Return changes of settings, the cheapest kind first, and of each kind the mildest.
+def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[str, Any]]]]:
+    """Return changes of settings as words and values, the cheapest kind first, and of each kind the mildest.
 
     Small micro batches and checkpointing cost time, LoRA changes the result, offloading costs much time, and ranks need
     GPUs.
     """
-
-    def changed(text: str, **update: Any) -> tuple[str, Any]:
-        return text, settings.model_copy(update=update)
-
-    known = type(settings).model_fields
-    values: Any = settings
+    known, values = type(settings).model_fields, cast(Any, settings)
     micro = [settings.micro_batch_size >> power for power in range(1, settings.micro_batch_size.bit_length())]
+    checkpointing: list[tuple[str, dict[str, Any]]] = []
+    lora: list[tuple[str, dict[str, Any]]] = []
+    offloading: list[tuple[str, dict[str, Any]]] = []
     # A cache of keys and values, as these methods learn, would be read anew by a layer that is computed again.
     cached = settings.tuning.method in ("prefix", "p-tuning-v2")
-    checkpoints = "activation_checkpointing" in known and not (values.activation_checkpointing or cached)
-    offloads: list[tuple[str, Any]] = []
+    if "activation_checkpointing" in known and not (values.activation_checkpointing or cached):
+        checkpointing = [("activation_checkpointing=true", {"activation_checkpointing": True})]
+    if settings.tuning.method == "full":
+        lora = [("tuning.method=lora", {"tuning": LoraTuning()})]
     if device.gpu and "zero" in known and values.zero.offload_optimizer == "none":
-        update = {"offload_optimizer": "cpu"}
-        offloads = [changed("zero.offload_optimizer=cpu", zero=values.zero.model_copy(update=update))]
+        zero = values.zero.model_copy(update={"offload_optimizer": "cpu"})
+        offloading = [("zero.offload_optimizer=cpu", {"zero": zero})]
     rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
     counts = [settings.workers.count << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
     return [
-        [changed(f"micro_batch_size={count}", micro_batch_size=count) for count in micro],
-        [changed("activation_checkpointing=true", activation_checkpointing=True)] if checkpoints else [],
-        [changed("tuning.method=lora", tuning=LoraTuning())] if settings.tuning.method == "full" else [],
-        offloads,
+        [(f"micro_batch_size={count}", {"micro_batch_size": count}) for count in micro],
+        checkpointing,
+        lora,
+        offloading,
         [
-            changed(f"workers.count={count}", workers=settings.workers.model_copy(update={"count": count}))
+            (f"workers.count={count}", {"workers": settings.workers.model_copy(update={"count": count})})
             for count in counts
             if count <= MOST_RANKS and rows % count == 0
         ],

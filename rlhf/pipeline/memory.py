@@ -269,11 +269,12 @@ def _ppo(
     )
     frozen = sum(model.parameters * width for model in rewards)
     frozen += 0 if policy.part.keeps_base else given.parameters * width
+    shares = ranks if policy.sharding.stage == 3 else 1
     standing = _sum(
         policy.standing(),
         value.standing(),
         {
-            "frozen models": frozen / ranks if policy.sharding.stage == 3 else frozen,
+            "frozen models": 0.0 if policy.sharding.host_weights else frozen / shares,
             "generation": weight_bytes(given, policy.part, width, scores=False),
             "optimiser": 4 * policy.share if settings.average_decay is not None else 0.0,
         },

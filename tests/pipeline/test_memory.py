@@ -358,12 +358,12 @@ def test_the_advice_is_enough(gpu: Any, stage: str, share: float, tmp_path: Path
 
 
 def test_what_costs_least_is_advised_first(gpu: Any, tmp_path: Path) -> None:
-    """The largest micro batch that fits; where none does, something else."""
+    """The largest micro batch that fits; where none does, something beside it."""
     settings, texts = STAGES["sft"], Texts(2048)
     sizes = {count: predict(changed(settings, f"micro_batch_size={count}"), MODELS, texts).total for count in (1, 2, 4)}
     assert fitting.advice(settings, MODELS, texts, gpu(sizes[4] + 1.1e9)) == ["micro_batch_size=4"]
     assert fitting.advice(settings, MODELS, texts, gpu(sizes[2] + 1.1e9)) == ["micro_batch_size=2"]
-    assert "micro_batch_size" not in fitting.advice(settings, MODELS, texts, gpu(sizes[1] + 0.9e9))[0]
+    assert "micro_batch_size" not in fitting.advice(settings, MODELS, texts, gpu(sizes[1] + 0.9e9))[-1]
     assert fitting.advice(settings, MODELS, texts, gpu(1e9)) == []
 
 
