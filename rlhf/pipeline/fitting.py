@@ -44,9 +44,9 @@ def check(context: Context[Any], texts: Texts) -> None:
     what = f"{context.stage} will need about {predicted} on each rank, and {_room(settings, device)}"
     then = " ".join(f"{context.stage}.{setting}" for setting in change)
     if _is_refused(predicted, device):
-        raise PreflightError(
-            what, f"{context.stage}.micro_batch_size", then or "take a smaller model, or GPUs with more memory"
-        )
+        setting = change[0].partition("=")[0] if change else "workers"
+        advised = then or "take a smaller model, or GPUs with more memory"
+        raise PreflightError(what, f"{context.stage}.{setting}", advised)
     context.note(f"{what}: it may not fit" + (f"; if so, {then}" if then else ""))
 
 
