@@ -17,7 +17,7 @@ from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
-from rlhf.models.layout import check_scored_length, config_of, context_length
+from rlhf.models.layout import UNBOUNDED, check_scored_length, config_of, context_length
 from rlhf.models.packing import tokenised
 from rlhf.models.reward import reads_messages
 from rlhf.models.text import (
@@ -27,7 +27,8 @@ from rlhf.models.text import (
     response_ids,
     text_start,
 )
-from rlhf.pipeline import disk
+from rlhf.pipeline import disk, fitting
+from rlhf.pipeline.memory import Texts
 from rlhf.ranking.lists import draw_lists
 from rlhf.rewards import EndpointReward, load_function
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
@@ -53,6 +54,7 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
             f"{over} of {len(rows)} demonstrations are longer than {settings.max_length} tokens: they are cut at the "
             "end, and nothing is learned of how they end"
         )
+    fitting.check(context, Texts(min(max(lengths), settings.max_length)))
     # At most one of the sequences that rows are packed into is less than half full.
     tokens = sum(min(length, settings.max_length) for length in lengths)
     sequences = min(len(rows), 2 * tokens // settings.max_length + 1) if settings.packing else len(rows)
@@ -66,7 +68,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
     check_supervised(context, "comparisons")
     if "comparisons" not in context.inputs:
         return {}
-    over = total = 0
+    over = total = longest = 0
     sets = {part: read_rows(context.inputs["comparisons"] / f"{part}.jsonl") for part in ("train", "heldout")}
     for part, rows in sets.items():
         for number, row in enumerate(rows, start=1):
@@ -74,6 +76,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
             before = text_start(tokenizer) if alone else prompt_ids(tokenizer, row["prompt"], place)
             lengths = [len(before) + len(response_ids(tokenizer, response)) for response in row["responses"]]
             total += len(lengths)
+            longest = max(longest, *lengths)
             over += sum(length > settings.max_length for length in lengths)
     if settings.sees == "conversation" and "demonstrations" in context.inputs:
         tokenised(context.inputs["demonstrations"] / "train.jsonl", tokenizer)
@@ -83,6 +86,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
             "cut at the start"
         )
     lists = draw_lists(sets["train"], settings.responses_per_list, settings.lists_per_response, settings.seed)
+    fitting.check(context, Texts(min(longest, settings.max_length), in_list=max(map(len, lists), default=1)))
     steps = math.ceil(settings.epochs * math.ceil(len(lists) / settings.batch_size))
     return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
@@ -108,10 +112,12 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
             f"{stream.cut} demonstrations are longer than {settings.ptx.max_length} tokens and are cut at the end, "
             f"{stream.left_out} of them left out because nothing of their completion would remain"
         )
-    PromptStream(inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
+    prompts = PromptStream(inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     check_rewards_read(inputs, "train")
     response = settings.sampling.max_new_tokens
     check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens")
+    longest, mixed = max(map(len, prompts.first(UNBOUNDED).ids)), settings.ptx.max_length if settings.ptx.coef else 0
+    fitting.check(context, Texts(max(longest + response, mixed), max(response, mixed)))
     models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
     return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
