@@ -43,6 +43,10 @@ class AnchoredEncoder(PromptEncoder):
             words[place] = embedding.to(words)
         return torch.where(places[:, None], words, prompt)
 
+    def unsharded(self, config: Any) -> "AnchoredEncoder":
+        """Return another encoder of this prompt, whose weights are whole."""
+        return AnchoredEncoder(config, self.anchors)
+
 
 class StartedPrefixEncoder(PrefixEncoder):
     """Prefix tuning's encoder whose output is added to keys and values that the model has itself.
@@ -61,6 +65,10 @@ class StartedPrefixEncoder(PrefixEncoder):
         """Return keys and values ``[batch, token, layers · 2 · heads · head size]``."""
         change = super().forward(prefix)
         return change + self.start.to(change)[prefix]
+
+    def unsharded(self, config: Any) -> "StartedPrefixEncoder":
+        """Return another encoder of this prefix, whose weights are whole and on the CPU."""
+        return StartedPrefixEncoder(config, self.start.cpu())
 
 
 def apply_in_body(model: Any) -> None:
@@ -118,15 +126,15 @@ def computed(model: PeftModel, weights: Mapping[str, Tensor]) -> Tensor:
 
     weights  the encoder's by their names in the model, whole
     """
-    encoder, config = model.prompt_encoder[TRAINED], model.peft_config[TRAINED]
+    encoder: Any = model.prompt_encoder[TRAINED]
+    config = model.peft_config[TRAINED]
     prefix = f"prompt_encoder.{TRAINED}."
     own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
     tokens = own["embedding.weight"]
     if len(own) == 1:
         return tokens
     # The model's own encoder is sharded.
-    anchored = isinstance(encoder, AnchoredEncoder)
-    whole = AnchoredEncoder(config, encoder.anchors) if anchored else StartedPrefixEncoder(config, encoder.start.cpu())
+    whole = encoder.unsharded(config)
     whole.load_state_dict(own)
     with torch.no_grad():
         return whole(torch.arange(len(tokens))[None])[0].to(tokens.dtype)
