@@ -17,6 +17,7 @@ from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
+from rlhf.models.architectures import check_policy, check_scorer
 from rlhf.models.layout import check_scored_length, config_of, context_length
 from rlhf.models.packing import tokenised
 from rlhf.models.reward import reads_messages
@@ -36,6 +37,7 @@ from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
 def sft(context: Context[SftSettings]) -> dict[str, float]:
     """Check that every demonstration leaves a completion to learn, and count those that are cut."""
     settings, file = context.settings, context.inputs["demonstrations"] / "train.jsonl"
+    check_policy(context.inputs["base"])
     tokenizer = load_tokenizer(context.inputs["base"])
     check_supervised(context, "demonstrations")
     rows = tokenised(file, tokenizer)
@@ -62,6 +64,8 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
 
 def rm(context: Context[RmSettings]) -> dict[str, float]:
     """Check that the model reads every text, and count the responses that are cut."""
+    check_policy(context.inputs["base"])
+    check_scorer(context.inputs["base"])
     settings, tokenizer = context.settings, load_tokenizer(context.inputs["base"])
     check_supervised(context, "comparisons")
     if "comparisons" not in context.inputs:
@@ -95,6 +99,7 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     if minibatch % ranks:
         what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"
         raise _fitting(context.stage, "rollouts", math.ceil(settings.rollouts / multiple) * multiple, what)
+    check_policy(inputs["policy"])
     from_reward = settings.value_init == "reward" and "reward" in inputs
     if from_reward:
         check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
@@ -120,6 +125,8 @@ def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
     """Check the rewards, and that held-out prompts and responses together fit the policy's context."""
     settings, inputs = context.settings, context.inputs
     check_rewards(settings.rewards, inputs)
+    for role in inputs.keys() & {"before", "after"}:
+        check_policy(inputs[role])
     if "before" in inputs and "prompts" in inputs:
         tokenizer = load_tokenizer(inputs["before"])
         PromptStream(inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
@@ -133,6 +140,8 @@ def collect(context: Context[CollectSettings]) -> dict[str, float]:
     """Check that prompts and responses together fit every model's context."""
     settings, inputs = context.settings, context.inputs
     for role in writer_inputs(settings):
+        if role in inputs:
+            check_policy(inputs[role])
         if role in inputs and "prompts" in inputs:
             tokenizer, longest = load_tokenizer(inputs[role]), settings.max_prompt_length
             for part in ("train", "heldout"):

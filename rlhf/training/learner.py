@@ -8,11 +8,11 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from rlhf.attempt import liveness
 from rlhf.config.stages import LoraSettings, Precision
 from rlhf.models import adapters, safe_loading
+from rlhf.models.architectures import classifier_of
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
@@ -133,7 +133,7 @@ class TrainedValue(Learner):
         optimiser: Optimiser,
     ) -> None:
         with sharded_loading(precision):
-            model = AutoModelForSequenceClassification.from_pretrained(
+            model = classifier_of(folder).from_pretrained(
                 folder, dtype=DTYPES[precision], num_labels=1, **safe_loading.MODEL
             )
         lora = lora.model_copy(update={"dropout": 0.0}) if lora else None
