@@ -3,6 +3,7 @@
 import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def zero3_config(precision: Precision, **overrides: Any) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        # It knows torch's AdamW, and not a subclass that leaves groups out.
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     } | overrides
 
@@ -72,6 +75,62 @@ def mark_leaves(model: nn.Module) -> None:
             break
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """When a weight begins to train, and how fast."""
+
+    first_step: int = 0
+    """The optimiser step, counted from 0, from which it trains."""
+    share: float = 1.0
+    """Its learning rate as a share of the model's."""
+
+
+def set_schedule(parameter: nn.Parameter, schedule: Schedule) -> None:
+    """Give a weight a schedule; :class:`GradualAdamW` and :func:`unfreeze` follow it."""
+    vars(parameter)["schedule"] = schedule
+
+
+def trained(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the weights that train, now or later, by name."""
+    return [
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad or "schedule" in vars(parameter)
+    ]
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Return the optimiser's groups of the weights that train, those of one schedule in each."""
+    groups: dict[Schedule, list[nn.Parameter]] = {}
+    for _, parameter in trained(module):
+        groups.setdefault(vars(parameter).get("schedule", Schedule()), []).append(parameter)
+    return [{"params": parameters, "schedule": schedule} for schedule, parameters in groups.items()]
+
+
+def unfreeze(module: nn.Module, step: int) -> None:
+    """Let those weights require a gradient whose schedule has begun at optimiser step ``step``."""
+    for _, parameter in trained(module):
+        if schedule := vars(parameter).get("schedule"):
+            parameter.requires_grad_(schedule.first_step <= step)
+
+
+class GradualAdamW(torch.optim.AdamW):
+    """AdamW whose groups each take their first step when their ``schedule`` says, so with moments that begin there.
+
+    steps  optimiser steps taken so far, which the caller counts
+    """
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step with the groups that have begun; DeepSpeed calls it once for each group."""
+        for parameters in self.param_groups:
+            if parameters["schedule"].first_step > self.steps:
+                for parameter in parameters["params"]:
+                    parameter.grad = None
+        return super().step(closure)
+
+
 class Engine:
     """A module under ZeRO-3, in eval mode; with a learning rate, AdamW trains the weights that require a gradient.
 
@@ -92,14 +151,21 @@ class Engine:
         config = zero3_config(precision, gradient_clipping=max_grad_norm)
         optimizer = None
         if learning_rate is not None:
-            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
+            groups = parameter_groups(module)
+            optimizer = GradualAdamW(groups, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
         self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
         self.module: Any = self._engine.module
         self._finite: list[Tensor] = []
         # In training too: with dropout, layer drop or router noise, two passes over the same tokens differ, which PPO
         # would take for a change of the policy. Gradients flow in either mode.
         self._engine.eval()
+        self._optimizer = optimizer
+        self._follow_schedule()
+
+    def _follow_schedule(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.steps = self._engine.global_steps
+            unfreeze(self.module, self._engine.global_steps)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Run the module's forward pass."""
@@ -129,12 +195,13 @@ class Engine:
         if not group.all_true(finite):
             raise DivergedError(f"the {self._name}'s loss is not a finite number; {not_taken}", "", advice)
         for parameters in self._engine.optimizer.param_groups:
-            parameters["lr"] = learning_rate
+            parameters["lr"] = learning_rate * parameters["schedule"].share
         # DeepSpeed takes no step where the norm over all ranks is not finite.
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise DivergedError(f"the {self._name}'s gradients are not finite numbers; {not_taken}", "", advice)
+        self._follow_schedule()
         return norm
 
     def checkpoint_bytes(self) -> int:
@@ -148,6 +215,7 @@ class Engine:
     def load(self, folder: Path, name: str) -> None:
         """Read what :meth:`save` wrote; frozen weights stay as they are."""
         self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+        self._follow_schedule()
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
@@ -155,8 +223,7 @@ def checkpoint_bytes(module: nn.Module) -> int:
 
     module  under ZeRO-3 already
     """
-    trained: list[Any] = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return sum(parameter.ds_numel * (parameter.element_size() + 3 * 4) for parameter in trained)
+    return sum(parameter.ds_numel * (parameter.element_size() + 3 * 4) for _, parameter in trained(module))
 
 
 def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[None]:
@@ -167,9 +234,7 @@ def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> Abstrac
 def whole_weights(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
     """Return the module's weights by name, whole and on the CPU, on rank 0; empty elsewhere. A collective."""
     weights: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if trained_only and not parameter.requires_grad:
-            continue
+    for name, parameter in trained(module) if trained_only else module.named_parameters():
         with gathered([parameter]):
             if group.is_main():
                 weights[name] = parameter.detach().cpu().clone()
@@ -178,9 +243,8 @@ def whole_weights(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]
 
 def trained_shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the name of every trained weight and this rank's fp32 shard of it, flat."""
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            yield name, safe_get_local_fp32_param(parameter)
+    for name, parameter in trained(module):
+        yield name, safe_get_local_fp32_param(parameter)
 
 
 def whole_from_shards(module: nn.Module, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
