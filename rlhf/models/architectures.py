@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -53,7 +54,7 @@ def classifier_of(folder: Path) -> Any:
     config = _config(folder)
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return AutoModelForSequenceClassification
-    above: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__bases__[0]
+    above: Any = _causal_class(config).__bases__[0]
     # A body has the name in its files that it has in the language model.
     named = {"base_model_prefix": above.base_model_prefix, "__module__": __name__}
     return type(f"{above.__name__}WithScore", (GenericForSequenceClassification, above), named)
@@ -63,16 +64,20 @@ def _config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(config_file(folder).parent, **safe_loading.TOKENIZER)
 
 
+def _causal_class(config: Any) -> Any:
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
 def _why_no_policy(config: Any) -> str | None:
     if config.is_encoder_decoder:
         return "their prompts go through an encoder, and stages read prompt and response as one text"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "transformers has no causal language model of this type"
-    if getattr(config, "is_decoder", True) is False:
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return "they are encoders, whose attention sees the tokens that are to be predicted"
     if config.model_type in NUMBERED_FROM_PADDING:
         return "they number positions in a way of their own, from their padding token on"
-    named = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters
+    named = inspect.signature(_causal_class(config).forward).parameters
     if not {"cache", "logits_to_keep"} <= named.keys():
         return "they have no cache of transformers' kind, with which responses are sampled"
     if config.model_type in ANOTHER_WITH_CACHE:

@@ -33,7 +33,18 @@ def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
     named = {"num_labels": 1} if scores else {}
     plain = folder / BASE if is_adapter(folder) else folder
     model = auto.from_pretrained(plain, dtype=dtype, **named, **safe_loading.MODEL)
+    without_router_logits(model)
     return _with_adapter(model, folder) if is_adapter(folder) else model
+
+
+def without_router_logits(model: Any) -> None:
+    """Make a mixture of experts return no logits of its routers, whatever its configuration asks for.
+
+    From them it would compute a loss in every forward pass, which fails where a cache holds a part of the text.
+    """
+    config = model.config.get_text_config()
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:

@@ -29,7 +29,7 @@ from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings, SftSettings, SupervisedSettings
 from rlhf.errors import DivergedError
-from rlhf.models import reward_losses, tuning
+from rlhf.models import folders, reward_losses, tuning
 from rlhf.models.heads import unwrapped
 from rlhf.models.packing import keeps_texts_apart
 from rlhf.models.reward import raw_scores
@@ -328,6 +328,8 @@ def export(
     """
     method = context.settings.tuning
     weights = whole_weights(trainer.model, trained_only=isinstance(trainer.model, PeftModel))
+    # TRL sets this for the loss of the routers, which it adds to sft's.
+    folders.without_router_logits(trainer.model)
     if group.is_main():
         tuning.save(trainer.model, weights, source, context.output, method, scores=scores, config=config)
     group.barrier()

@@ -21,7 +21,7 @@ from rlhf.models import folders
 from rlhf.rollout.sampling import answers
 from rlhf.training import checkpoint_writer
 from rlhf.zero import group
-from tests.zero.resuming import STAGES, KilledError, Stage, attempt_of, context_of, forget, killed_after, outcome
+from tests.zero.resuming import STAGES, KilledError, attempt_of, context_of, forget, killed_after, outcome
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
