@@ -322,7 +322,7 @@ def save(
     config   entries to add to ``config.json``; of a reward model its normaliser and what it reads
     """
     if not isinstance(model, PeftModel):
-        model.save_pretrained(target, state_dict=weights)
+        folders.save_whole(model, weights, target)
         folders.copy_tokenizer(source, target)
         update_json(target / "config.json", config or {}, ensure_ascii=True)
     elif isinstance(tuning, LoraTuning | Ia3Tuning) and tuning.merge:

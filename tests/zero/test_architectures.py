@@ -69,7 +69,11 @@ class Architecture(NamedTuple):
     """Whether transformers has a sequence classifier of this type."""
 
 
-VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16} | {
+VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
     "image_size": 8,
     "patch_size": 4,
 }
@@ -78,7 +82,7 @@ ARCHITECTURES = {
     "llama": Architecture("llama", "first llama 3", {"tie_word_embeddings": False}),
     "gpt2": Architecture("gpt2", "no template, no bos"),
     # transformers reads its tokenizer by another class where there is no config.json, as beside an adapter.
-    "qwen2": Architecture("qwen2", "qwen2.5 base", {"use_sliding_window": True, "max_window_layers": 0}),
+    "qwen2": Architecture("qwen2", "qwen 1.5 base", {"use_sliding_window": True, "max_window_layers": 0}),
     "qwen3": Architecture("qwen3", "qwen3 base", {"tie_word_embeddings": True}),
     # Its template refuses a system's message.
     "gemma": Architecture("gemma3_text", "gemma"),
@@ -92,7 +96,6 @@ ARCHITECTURES = {
 }
 OTHERS = {
     "bloom": Architecture("bloom", "no template"),
-    "falcon": Architecture("falcon", "no template"),
     "gpt_oss": Architecture("gpt_oss", "smollm 3"),
     "gemma3 with text_config": Architecture("gemma3", "gemma 3", {"vision_config": VISION, "mm_tokens_per_image": 4}),
     "mpt": Architecture("mpt", "no template"),
@@ -151,13 +154,13 @@ def assert_trained(method: str, folder: Path, source: Path) -> None:
     """Every weight has changed, or every adapter has left 0, and the base beside it is as it was."""
     before, after = weights_in(source), weights_in(folder)
     if method == "full":
+        # A head may be replaced by another.
+        assert len(before.keys() - after.keys()) <= 1
+        assert after.keys() - before.keys() <= {"score.weight"}
         # Texts do not train what sees pictures, and so few do not reach every expert.
         left = ("vision", "multi_modal", ".experts.")
-        now, then = (
-            {name for name in weights if not any(part in name for part in left)} for weights in (after, before)
-        )
-        assert len(now & then) >= len(then) - 1  # but for the head that another replaces
-        assert not [name for name in now & then if torch.equal(after[name], before[name])]
+        names = [name for name in after.keys() & before.keys() if not any(part in name for part in left)]
+        assert not [name for name in names if torch.equal(after[name], before[name])]
     else:
         updates = [weight for name, weight in after.items() if "lora_B" in name]
         assert updates
@@ -202,11 +205,14 @@ def assert_scores(folder: Path, method: str) -> None:
         torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(architecture, id=name) for name, architecture in ARCHITECTURES.items()]
-    + [pytest.param(architecture, id=name, marks=pytest.mark.slow) for name, architecture in OTHERS.items()],
+    ("architecture", "method"),
+    [
+        pytest.param(architecture, method, id=f"{name}, {method}")
+        for name, architecture in ARCHITECTURES.items()
+        for method in METHODS
+    ]
+    + [pytest.param(architecture, "full", id=name, marks=pytest.mark.slow) for name, architecture in OTHERS.items()],
 )
 def test_an_architecture_goes_through_every_stage(
     architecture: Architecture, method: str, data: Path, tmp_path: Path
