@@ -17,7 +17,7 @@ from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
-from rlhf.models.architectures import check_policy, check_scorer
+from rlhf.models.architectures import check_policy, check_scorer, check_virtual_tokens
 from rlhf.models.layout import check_scored_length, config_of, context_length
 from rlhf.models.packing import tokenised
 from rlhf.models.reward import reads_messages
@@ -117,6 +117,7 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     check_rewards_read(inputs, "train")
     response = settings.sampling.max_new_tokens
     check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens")
+    check_virtual_tokens(inputs["policy"], settings.tuning, settings.max_prompt_length + response, context.stage)
     models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
     return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
@@ -166,6 +167,7 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     length, limit = settings.max_length, context_length(config_of(context.inputs["base"]))
     if length > limit:
         raise _fitting(stage, "max_length", limit, f"max_length is {length}, and the model's context is {limit} tokens")
+    check_virtual_tokens(context.inputs["base"], settings.tuning, length, stage)
     if settings.batch_size % ranks:
         what = f"batch_size {settings.batch_size} is not a multiple of the {ranks} ranks"
         raise _fitting(stage, "batch_size", math.ceil(settings.batch_size / ranks) * ranks, what)

@@ -13,6 +13,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from rlhf.config.tuning import PrefixTuning, PromptTuning, PTuning, PTuningV2, Tuning
 from rlhf.errors import PreflightError
 from rlhf.models import safe_loading
 from rlhf.models.layout import NUMBERED_FROM_PADDING, config_file
@@ -47,6 +48,31 @@ def check_scorer(folder: Path) -> None:
             str(config_file(folder)),
             "train the reward model from a base of another type: ppo takes a reward model of any",
         )
+
+
+def check_virtual_tokens(folder: Path, tuning: Tuning, longest: int, stage: str) -> None:
+    """Refuse, by a PreflightError, virtual tokens of a kind that a model cannot have.
+
+    longest  tokens of the longest text
+    """
+    if not isinstance(tuning, PromptTuning | PTuning | PrefixTuning | PTuningV2):
+        return
+    config = _config(folder)
+    sizes = config.get_text_config()
+    window = getattr(sizes, "sliding_window", None)
+    if isinstance(tuning, PromptTuning | PTuning):
+        if getattr(sizes, "word_embed_proj_dim", sizes.hidden_size) == sizes.hidden_size:
+            return
+        why = "PEFT knows no embeddings that are narrower than the model's layers"
+    elif _causal_class(config)._is_stateful:
+        why = f"{config.model_type} models have layers without keys and values"
+    elif window and tuning.tokens + longest > window:
+        why = f"with texts of {longest} tokens, the {tuning.tokens} before them leave the sliding window of {window}"
+    else:
+        return
+    raise PreflightError(
+        f"method {tuning.method} does not fit the model: {why}", f"{stage}.tuning.method", "choose lora, for instance"
+    )
 
 
 def classifier_of(folder: Path) -> Any:

@@ -278,6 +278,9 @@ def sft_trainer(
     base = unwrapped(model)
     virtual = has_virtual_tokens(getattr(base, base.base_model_prefix))
     arguments.packing = settings.packing and keeps_texts_apart(model.config) and not virtual
+    if virtual:
+        # The routers of a mixture of experts are frozen, and their loss knows of no tokens but the text's.
+        arguments.router_aux_loss_coef = 0.0
     if settings.packing and not arguments.packing and group.is_main():
         why = (
             "virtual tokens stand before each text" if virtual else f"{model.config.model_type} models mix packed texts"

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rlhf.config.stages import SftSettings
 from rlhf.errors import PreflightError
-from rlhf.models.architectures import ANOTHER_WITH_CACHE, check_policy, check_scorer
+from rlhf.models.architectures import ANOTHER_WITH_CACHE, check_policy, check_scorer, check_virtual_tokens
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.packing import PACKABLE
 from rlhf.rollout.sampling import Responses, sample_responses, uniforms
@@ -114,3 +115,31 @@ def test_a_reward_model_that_no_program_could_read_is_refused(tmp_path: Path) ->
     check_scorer(tmp_path / "llama")
     with pytest.raises(PreflightError, match="no sequence classifier for olmoe models"):
         check_scorer(tmp_path / "olmoe")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "method", "longest", "why"),
+    [
+        ("mistral", {}, "p-tuning-v2", 3, "leave the sliding window of 6"),
+        ("mistral", {}, "prefix", 2, None),
+        ("mistral", {}, "prompt", 60, None),
+        ("mistral", {"sliding_window": None}, "prefix", 60, None),
+        ("opt", {"word_embed_proj_dim": 16}, "prompt", 60, "narrower than the model's layers"),
+        ("opt", {}, "prompt", 60, None),
+        ("qwen3_next", HYBRID, "prefix", 60, "layers without keys and values"),
+        ("qwen3_next", HYBRID, "lora", 60, None),
+    ],
+)
+def test_virtual_tokens_that_a_model_cannot_have_are_refused(
+    tmp_path: Path, model_type: str, more: dict[str, Any], method: str, longest: int, why: str | None
+) -> None:
+    """Four of them, before texts of some length."""
+    tiny_config(model_type, **more).save_pretrained(tmp_path)
+    own = {} if method == "lora" else {"tokens": 4}
+    tuning = SftSettings.model_validate({"tuning": {"method": method} | own}).tuning
+    if why is None:
+        check_virtual_tokens(tmp_path, tuning, longest, "sft")
+    else:
+        with pytest.raises(PreflightError, match=why) as error:
+            check_virtual_tokens(tmp_path, tuning, longest, "sft")
+        assert error.value.where == "sft.tuning.method"

@@ -34,7 +34,12 @@ pytestmark = [
     pytest.mark.usefixtures("group", "under_deepspeed"),
 ]
 
-METHODS: dict[str, dict[str, Any]] = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 4}}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "rank": 4},
+    "prompt": {"method": "prompt", "tokens": 4},
+    "prefix": {"method": "p-tuning-v2", "tokens": 4},
+}
 PROMPTS, RESPONSES = ["a film", "the", "of two halves is"], ["a joy", "dull , dull", "the film of two"]
 RESPONSE_TOKENS = 12
 """Twice the tiny models' sliding window."""
@@ -104,6 +109,14 @@ OTHERS = {
 """What people have beside these, in the slow part."""
 
 
+VIRTUAL = {
+    # Whose sliding window counts padding, whose routers see the virtual tokens, and whose head goes past the body.
+    "mistral, prompt": (Architecture("mistral", "no template", {"sliding_window": 16}), "prompt"),
+    "mixtral, prompt": (Architecture("mixtral", "no template", {"sliding_window": 16}), "prompt"),
+    "opt, prefix": (Architecture("opt", "opt"), "prefix"),
+}
+
+
 @pytest.fixture
 def under_deepspeed(monkeypatch: pytest.MonkeyPatch, new_accelerator: None) -> None:
     """As a rank is told before it imports anything."""
@@ -161,7 +174,7 @@ def assert_trained(method: str, folder: Path, source: Path) -> None:
         left = ("vision", "multi_modal", ".experts.")
         names = [name for name in after.keys() & before.keys() if not any(part in name for part in left)]
         assert not [name for name in names if torch.equal(after[name], before[name])]
-    else:
+    elif method == "lora":
         updates = [weight for name, weight in after.items() if "lora_B" in name]
         assert updates
         assert all(weight.any() for weight in updates)
@@ -170,9 +183,9 @@ def assert_trained(method: str, folder: Path, source: Path) -> None:
 def plainly(folder: Path, method: str, *, scores: bool) -> Any:
     """The model as a program without our code loads it."""
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    plain = folder / BASE if method == "lora" else folder
+    plain = folder if method == "full" else folder / BASE
     model = auto.from_pretrained(plain, **({"num_labels": 1} if scores else {}))
-    return (PeftModel.from_pretrained(model, str(folder)) if method == "lora" else model).eval()
+    return (model if method == "full" else PeftModel.from_pretrained(model, str(folder))).eval()
 
 
 @torch.no_grad()
@@ -186,7 +199,7 @@ def assert_readable(folder: Path, method: str) -> None:
     model = plainly(folder, method, scores=False)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         # Rows beyond the tokenizer's tokens have no probability here.
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, : len(tokenizer)]
+        logits = model(torch.tensor([prompt + response])).logits[0, -len(response) - 1 : -1, : len(tokenizer)]
         expected = logits.log_softmax(-1)[range(len(response)), response]
         torch.testing.assert_close(found[row, : len(response)], expected, atol=1e-4, rtol=1e-4)
     assert len(answers(folder, PROMPTS, 1.0, RESPONSE_TOKENS, seed=0)) == len(PROMPTS)
@@ -210,8 +223,9 @@ def assert_scores(folder: Path, method: str) -> None:
     [
         pytest.param(architecture, method, id=f"{name}, {method}")
         for name, architecture in ARCHITECTURES.items()
-        for method in METHODS
+        for method in ("full", "lora")
     ]
+    + [pytest.param(*case, id=name) for name, case in VIRTUAL.items()]
     + [pytest.param(architecture, "full", id=name, marks=pytest.mark.slow) for name, architecture in OTHERS.items()],
 )
 def test_an_architecture_goes_through_every_stage(
@@ -229,7 +243,8 @@ def test_an_architecture_goes_through_every_stage(
     if architecture.can_score:
         settings = RmSettings.model_validate(TRAINING | {"batch_size": 4} | tuning)
         inputs["reward"] = run(rm, "rm", settings, inputs | {"base": policy}, tmp_path / "rm").output
-        assert_scores(inputs["reward"], method)
+        if method != "prefix":  # PEFT reads no classifier with prefixes beside this release of transformers
+            assert_scores(inputs["reward"], method)
         rewards = {}
 
     settings = PpoSettings.model_validate(PPO | rewards | tuning)
