@@ -17,6 +17,7 @@ from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
+from rlhf.models.architectures import check_policy, check_scorer, check_virtual_tokens
 from rlhf.models.layout import UNBOUNDED, check_scored_length, config_of, context_length
 from rlhf.models.packing import tokenised
 from rlhf.models.reward import reads_messages
@@ -37,6 +38,7 @@ from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
 def sft(context: Context[SftSettings]) -> dict[str, float]:
     """Check that every demonstration leaves a completion to learn, and count those that are cut."""
     settings, file = context.settings, context.inputs["demonstrations"] / "train.jsonl"
+    check_policy(context.inputs["base"])
     tokenizer = load_tokenizer(context.inputs["base"])
     check_supervised(context, "demonstrations")
     rows = tokenised(file, tokenizer)
@@ -64,6 +66,8 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
 
 def rm(context: Context[RmSettings]) -> dict[str, float]:
     """Check that the model reads every text, and count the responses that are cut."""
+    check_policy(context.inputs["base"])
+    check_scorer(context.inputs["base"])
     settings, tokenizer = context.settings, load_tokenizer(context.inputs["base"])
     check_supervised(context, "comparisons")
     if "comparisons" not in context.inputs:
@@ -99,6 +103,7 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     if minibatch % ranks:
         what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"
         raise _fitting(context.stage, "rollouts", math.ceil(settings.rollouts / multiple) * multiple, what)
+    check_policy(inputs["policy"])
     from_reward = settings.value_init == "reward" and "reward" in inputs
     if from_reward:
         check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
@@ -118,6 +123,7 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens")
     longest, mixed = max(map(len, prompts.first(UNBOUNDED).ids)), settings.ptx.max_length if settings.ptx.coef else 0
     fitting.check(context, Texts(max(longest + response, mixed), max(response, mixed)))
+    check_virtual_tokens(inputs["policy"], settings.tuning, settings.max_prompt_length + response, context.stage)
     models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
     return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
@@ -126,6 +132,8 @@ def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
     """Check the rewards, and that held-out prompts and responses together fit the policy's context."""
     settings, inputs = context.settings, context.inputs
     check_rewards(settings.rewards, inputs)
+    for role in inputs.keys() & {"before", "after"}:
+        check_policy(inputs[role])
     if "before" in inputs and "prompts" in inputs:
         tokenizer = load_tokenizer(inputs["before"])
         PromptStream(inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
@@ -139,6 +147,8 @@ def collect(context: Context[CollectSettings]) -> dict[str, float]:
     """Check that prompts and responses together fit every model's context."""
     settings, inputs = context.settings, context.inputs
     for role in writer_inputs(settings):
+        if role in inputs:
+            check_policy(inputs[role])
         if role in inputs and "prompts" in inputs:
             tokenizer, longest = load_tokenizer(inputs[role]), settings.max_prompt_length
             for part in ("train", "heldout"):
@@ -163,6 +173,7 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     length, limit = settings.max_length, context_length(config_of(context.inputs["base"]))
     if length > limit:
         raise _fitting(stage, "max_length", limit, f"max_length is {length}, and the model's context is {limit} tokens")
+    check_virtual_tokens(context.inputs["base"], settings.tuning, length, stage)
     if settings.batch_size % ranks:
         what = f"batch_size {settings.batch_size} is not a multiple of the {ranks} ranks"
         raise _fitting(stage, "batch_size", math.ceil(settings.batch_size / ranks) * ranks, what)

@@ -74,10 +74,13 @@ class StartedPrefixEncoder(PrefixEncoder):
 def apply_in_body(model: Any) -> None:
     """Make a PEFT model of a prompt-learning method apply its virtual tokens within its body.
 
-    Their position ids are 0 … n - 1, and the text's begin at n, as in PEFT.
+    Their position ids are 0 … n - 1, and the text's begin at n, as in PEFT. Learned embeddings stand directly before
+    the text, behind padding on its left: a sliding window counts padding too.
     """
     base: Any = model.get_base_model()
-    body = getattr(base, base.base_model_prefix)
+    whole_body = getattr(base, base.base_model_prefix)
+    # OPT's language model goes past its body to the decoder within.
+    body = getattr(whole_body, "decoder", whole_body)
     plain, embeddings = body.forward, body.get_input_embeddings()
     count = model.active_peft_config.num_virtual_tokens
 
@@ -94,26 +97,42 @@ def apply_in_body(model: Any) -> None:
         rows = len(input_ids)
         mask = torch.cat([attention_mask.new_ones(rows, count), attention_mask], dim=1)
         positions = None if position_ids is None else position_ids + count
+        columns = None
+        if not isinstance(model.active_peft_config, PrefixTuningConfig):
+            columns = _behind_padding(attention_mask, count)
+            mask = mask.gather(1, columns)
         if cache is not None and cache.get_seq_length():
             return plain(input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache, **named)
-        if isinstance(model.active_peft_config, PrefixTuningConfig):
+        if columns is None:
             cache = DynamicCache(config=body.config) if cache is None else cache
             for number, layer in enumerate(model.get_prompt(rows).layers):
                 cache.update(layer.keys, layer.values, number)
             return plain(input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache, **named)
         if positions is not None:
             places = torch.arange(count, device=positions.device)
-            positions = torch.cat([places.expand(rows, count), positions], dim=1)
+            positions = torch.cat([places.expand(rows, count), positions.expand(rows, -1)], dim=1).gather(1, columns)
         texts = embeddings(input_ids)
         whole = torch.cat([model.get_prompt(rows).to(texts), texts], dim=1)
+        whole = whole.gather(1, columns[..., None].expand_as(whole))
         outputs = plain(inputs_embeds=whole, attention_mask=mask, position_ids=positions, cache=cache, **named)
         outputs.last_hidden_state = outputs.last_hidden_state[:, count:]
         return outputs
 
     body.forward = forward
-    body.has_virtual_tokens = True
+    whole_body.has_virtual_tokens = True
     # PEFT's own forward pass would put the virtual tokens before the text once more.
     vars(model)["forward"] = base  # not as its submodule
+
+
+def _behind_padding(attention_mask: Tensor, count: int) -> Tensor:
+    """Return the order ``[batch, count + time]`` of columns that puts ``count`` tokens behind the padding on the left.
+
+    attention_mask  ``[batch, time]``, of the text alone
+    """
+    start = attention_mask.long().argmax(dim=1, keepdim=True)
+    place = torch.arange(count + attention_mask.shape[1], device=attention_mask.device)
+    moved = torch.where(place < start + count, place - start, place)
+    return torch.where(place < start, place + count, moved)
 
 
 def has_virtual_tokens(body: Any) -> bool:

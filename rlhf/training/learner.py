@@ -8,12 +8,12 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
 from rlhf.models import folders, tuning
+from rlhf.models.architectures import classifier_of
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
@@ -136,7 +136,7 @@ class TrainedValue(Learner):
         optimiser: Optimiser,
     ) -> None:
         with sharded_loading(precision):
-            model = AutoModelForSequenceClassification.from_pretrained(
+            model = classifier_of(folder).from_pretrained(
                 folder, num_labels=1, **folders.loading_options(method, DTYPES[precision])
             )
             model = tuning.prepared(model, method, source, scores=True, seed=seed)

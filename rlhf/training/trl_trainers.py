@@ -29,7 +29,7 @@ from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings, SftSettings, SupervisedSettings
 from rlhf.errors import DivergedError
-from rlhf.models import reward_losses, tuning
+from rlhf.models import folders, reward_losses, tuning
 from rlhf.models.heads import unwrapped
 from rlhf.models.packing import keeps_texts_apart
 from rlhf.models.reward import raw_scores
@@ -278,6 +278,9 @@ def sft_trainer(
     base = unwrapped(model)
     virtual = has_virtual_tokens(getattr(base, base.base_model_prefix))
     arguments.packing = settings.packing and keeps_texts_apart(model.config) and not virtual
+    if virtual:
+        # The routers of a mixture of experts are frozen, and their loss knows of no tokens but the text's.
+        arguments.router_aux_loss_coef = 0.0
     if settings.packing and not arguments.packing and group.is_main():
         why = (
             "virtual tokens stand before each text" if virtual else f"{model.config.model_type} models mix packed texts"
@@ -334,6 +337,8 @@ def export(
     """
     method = context.settings.tuning
     weights = whole_weights(trainer.model, trained_only=isinstance(trainer.model, PeftModel))
+    # TRL sets this for the loss of the routers, which it adds to sft's.
+    folders.without_router_logits(trainer.model)
     if group.is_main():
         tuning.save(trainer.model, weights, source, context.output, method, scores=scores, config=config)
     group.barrier()
