@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from rlhf.config.base import Seed, Settings, runtime, semantic, source
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
+from rlhf.config.zero import ZeroSettings
 
 Precision = Literal["fp32", "bf16"]
 
@@ -146,6 +147,21 @@ class TrainingSettings(ShardedSettings):
     """Adapters instead of full fine-tuning; null trains every weight."""
     checkpoint_every: int = runtime(50, ge=1)
     """Optimiser steps between in-stage checkpoints."""
+    activation_checkpointing: bool = runtime(False)
+    """Keep of each layer its input alone, and compute the rest again for the gradients (Chen et al. 2016,
+    arXiv:1604.06174): much less memory, a third more time."""
+    zero: ZeroSettings = runtime(ZeroSettings())
+    """How the trained models are spread over ranks, host memory and disk."""
+
+    @model_validator(mode="after")
+    def _memory_settings_fit(self) -> "TrainingSettings":
+        if self.zero.bf16 is not None and self.zero.bf16 != (self.precision == "bf16"):
+            wanted = "bf16" if self.zero.bf16 else "fp32"
+            raise ValueError(
+                f"zero.config has bf16.enabled {str(self.zero.bf16).lower()}, and precision is {self.precision}; write "
+                f'precision: {wanted}, or "auto" in the file'
+            )
+        return self
 
 
 class SupervisedSettings(TrainingSettings):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf.config.ppo import KlSettings
 from rlhf.config.stages import LoraSettings, Precision
+from rlhf.config.zero import ZeroSettings
 from rlhf.models import adapters, folders
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.kl import adapted_coefficient
@@ -18,7 +19,7 @@ from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Minibatch, PolicyExperience, Sequences
 from rlhf.training.learner import Learner, MovingAverage, Optimiser
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, Engine, sharded_loading, whole_weights
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, sharded_loading, whole_weights
 
 
 class KlCoefficient:
@@ -108,12 +109,19 @@ class FrozenPolicy(Policy):
     """
 
     def __init__(
-        self, folder: Path, precision: Precision, temperature: float, micro_batch_size: int, *, fp32_head: bool = True
+        self,
+        folder: Path,
+        precision: Precision,
+        temperature: float,
+        micro_batch_size: int,
+        *,
+        fp32_head: bool = True,
+        zero: ZeroSettings = STAGE_3,
     ) -> None:
-        with sharded_loading(precision):
+        with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
         generator = Generator(folder, precision, temperature, AT_ONCE * micro_batch_size, fp32_head=fp32_head)
-        super().__init__(Engine(TokenLogprobs(model), precision), generator, temperature, micro_batch_size)
+        super().__init__(Engine(TokenLogprobs(model), precision, zero=zero), generator, temperature, micro_batch_size)
 
 
 class TrainedPolicy(Policy):
@@ -136,15 +144,24 @@ class TrainedPolicy(Policy):
         learns_entropy: bool = False,
         ptx_coef: float = 0.0,
         average_decay: float | None = None,
+        zero: ZeroSettings = STAGE_3,
+        activation_checkpointing: bool = False,
     ) -> None:
         self._folder, self._lora = folder, lora
         self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
-        with sharded_loading(precision):
+        with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
         # PPO switches all dropout off: otherwise old and new log-probabilities differ by chance.
         silent = lora.model_copy(update={"dropout": 0.0}) if lora else None
         self._model = adapters.with_lora(model, silent, scores=False, seed=seed)
-        self._learner = Learner(TokenLogprobs(self._model), precision, optimiser, "policy")
+        self._learner = Learner(
+            TokenLogprobs(self._model),
+            precision,
+            optimiser,
+            "policy",
+            zero=zero,
+            activation_checkpointing=activation_checkpointing,
+        )
         at_once = AT_ONCE * micro_batch_size
         generator = Generator(
             folder, precision, temperature, at_once, fp32_head=fp32_head, lora=lora, source=self._model
@@ -153,7 +170,9 @@ class TrainedPolicy(Policy):
         self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
         self._state = [self._learner] if self._average is None else [self._learner, self._average]
         self._reference = (
-            None if lora else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head)
+            None
+            if lora
+            else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head, zero=zero)
         )
 
     def reference_logprobs(self, sequences: Sequences) -> Tensor:

@@ -37,13 +37,13 @@ from rlhf.randomness import seed_of
 from rlhf.training import checkpoint_writer
 from rlhf.training.loop import Journal, ends_here, learning_order, stopped
 from rlhf.zero import group
-from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3_config
+from rlhf.zero.engine import checkpoint_activations, checkpoint_bytes, deepspeed_config, mark_leaves, whole_weights
 
 TOKENS = "tokens.json"
 
 
 def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
-    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO-3, checkpoints.
+    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO, checkpoints.
 
     The batch is a multiple of the ranks, which the stages' preflight checks.
     """
@@ -68,7 +68,7 @@ def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
         "seed": seed_of("trainer", settings.seed),
         "bf16": settings.precision == "bf16",
         "use_cpu": group.device().type == "cpu",
-        "deepspeed": zero3_config(settings.precision, gradient_clipping="auto", **automatic),
+        "deepspeed": deepspeed_config(settings.precision, settings.zero, gradient_clipping="auto", **automatic),
         "accelerator_config": {"use_configured_state": True},
         # Reports says when to save: any other strategy also saves the last step, which the result makes superfluous.
         "save_strategy": "no",
@@ -76,6 +76,7 @@ def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
+        # checkpoint_activations is ours.
         "gradient_checkpointing": False,
     }
 
@@ -152,7 +153,10 @@ class _Ordered:
         **trainer: Any,
     ) -> None:
         self._context, settings = context, context.settings
-        mark_leaves(model)
+        if settings.activation_checkpointing:
+            checkpoint_activations(model)
+        if settings.zero.stage == 3:
+            mark_leaves(model)
         above: Any = super()
         above.__init__(
             model=model,
@@ -167,6 +171,9 @@ class _Ordered:
     def go_on_counting(self, checkpoint: Path) -> None:
         """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
         self._total_train_tokens = json.loads((checkpoint / TOKENS).read_text())["tokens"]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write no weights: a checkpoint has those of the engine, and the result is :func:`export`'s."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         above: Any = super()

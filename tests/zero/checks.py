@@ -46,6 +46,7 @@ from rlhf.training.policy import TrainedPolicy
 from rlhf.zero import group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
 from rlhf.zero.group import computable
+from tests.zero.memory import memory
 from tests.zero.resuming import STAGES, KilledError, first_iterations, forms, unbroken_and_resumed
 
 # Before DeepSpeed and accelerate are imported by whatever comes below.
@@ -425,6 +426,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "policies": partial(policies, tiny, folder),
     }
     checks["first_iterations"] = partial(first_iterations, folder.parent, folder / "first")
+    checks["memory"] = partial(memory, folder.parent, folder / "memory")
     if world_size > 1:
         checks["forms"] = partial(forms, folder.parent, folder / "forms")
     for name in STAGES:
