@@ -132,6 +132,12 @@ class ZeroSettings(Settings):
         return self.config.get(_SHARDING, {}) if isinstance(self.config, dict) else {}
 
     @property
+    def others(self) -> dict[str, Any]:
+        """The file's other sections that are DeepSpeed's alone."""
+        given = self.config if isinstance(self.config, dict) else {}
+        return {name: value for name, value in given.items() if name in _TAKEN}
+
+    @property
     def bf16(self) -> bool | None:
         """Whether the file says to compute in bf16; None where it does not say."""
         return self.config.get("bf16") if isinstance(self.config, dict) else None

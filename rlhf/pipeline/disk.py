@@ -35,9 +35,8 @@ def written(
     meanwhile = sum(count_parameters(folder / BASE) for folder in read if is_adapter(folder)) * weight
     if not models:
         return {RESULT: 0.0, MEANWHILE: float(meanwhile)}
-    plain = [folder / BASE if is_adapter(folder) else folder for folder in models]
-    lora = settings.lora
-    trained = [count_adapter_parameters(folder, lora.rank) if lora else count_parameters(folder) for folder in plain]
+    plain = [_plain(folder) for folder in models]
+    lora, trained = settings.lora, trained_weights(context, models)
     checkpoint = sum(trained) * (weight + _OPTIMISER) + trained[0] * 4 * average
     newest = newest_complete(list(context.attempts))
     begun = step_of(newest) if newest else 0
@@ -45,6 +44,16 @@ def written(
     due = max(0, (steps - 1) // settings.checkpoint_every - begun // settings.checkpoint_every)
     result = (count_parameters(plain[0]) if lora and lora.merge else trained[0]) * weight
     return {RESULT: float(result), MEANWHILE: float(meanwhile + min(due, KEPT + 1) * checkpoint)}
+
+
+def trained_weights(context: Context[Any], models: Sequence[Path]) -> list[int]:
+    """Return the number of weights that train of each model."""
+    lora, plain = context.settings.lora, [_plain(folder) for folder in models]
+    return [count_adapter_parameters(folder, lora.rank) if lora else count_parameters(folder) for folder in plain]
+
+
+def _plain(folder: Path) -> Path:
+    return folder / BASE if is_adapter(folder) else folder
 
 
 def check(stages: Mapping[str, Mapping[str, float]], store: Store) -> None:

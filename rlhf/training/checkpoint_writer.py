@@ -37,14 +37,14 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
             str(newest),
             f"{context.stage}.workers.count={ranks}, or remove that folder to restart the stage",
         )
-    layout, written_in = context.settings.zero.layout, written.get("zero", ZeroSettings().layout)
-    for name in layout.keys() | written_in.keys():
-        if (was := written_in.get(name)) != (now := layout.get(name)):
-            setting = f"{context.stage}.zero.{name}"
+    layout = _layout(context)
+    for name, was in written.get("zero", ZeroSettings().layout).items():
+        if was != (now := layout.get(name, was)):
             raise PreflightError(
-                f"{begun} of step {step_of(newest)} in which {setting} was {was}, and it is {now}: shards lie elsewhere",
+                f"{begun} of zero.{name} {was} at step {step_of(newest)}, which zero.{name} {now} cannot continue: "
+                "its shards lie otherwise",
                 str(newest),
-                f"{setting}={was}, or remove that folder to restart the stage",
+                f"{context.stage}.zero.{name}={was}, or remove that folder to restart the stage",
             )
     precision = group.precision_of(context)
     if (begun_in := written.get("precision", "an unknown precision")) != precision:
@@ -150,9 +150,14 @@ def mark_complete(checkpoint: Path, context: Context[Any]) -> None:
     made = {
         "ranks": group.world_size(),
         "precision": group.precision_of(context),
-        "zero": context.settings.zero.layout,
+        "zero": _layout(context),
     }
     group.from_main(lambda: _mark_complete(checkpoint, made))
+
+
+def _layout(context: Context[Any]) -> dict[str, Any]:
+    """Return what decides how shards lie; stages of other packages need not have the settings."""
+    return getattr(context.settings, "zero", ZeroSettings()).layout
 
 
 def _mark_complete(checkpoint: Path, made: dict[str, Any]) -> None:

@@ -35,19 +35,18 @@ ADAM_EPSILON = 1e-5
 
 def deepspeed_config(precision: Precision, zero: ZeroSettings, **overrides: Any) -> dict[str, Any]:
     """Return DeepSpeed's configuration; ``overrides`` are top-level fields."""
-    given = {name: value for name, value in (zero.config or {}).items() if name != "bf16"}  # pyright: ignore
-    sharding = {"contiguous_gradients": True, "overlap_comm": True} | zero.sharding | {"stage": zero.stage}
+    sharding: dict[str, Any] = {"contiguous_gradients": True, "overlap_comm": True} | zero.sharding
+    sharding["stage"] = zero.stage
     # Gloo has no asynchronous reduction to overlap with.
     sharding["overlap_comm"] &= torch.cuda.is_available()
     offloads = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
     for name, device in offloads.items():
-        more = sharding.pop(name, {})
+        more: dict[str, Any] = sharding.pop(name, {})
         if device != "none":
-            sharding[name] = (
-                more | {"device": device} | ({"nvme_path": str(zero.nvme_path)} if device == "nvme" else {})
-            )
+            path = {"nvme_path": str(zero.nvme_path)} if device == "nvme" else {}
+            sharding[name] = more | {"device": device} | path
     return (
-        given
+        zero.others
         | {
             "zero_optimization": sharding,
             "bf16": {"enabled": precision == "bf16"},
@@ -259,7 +258,8 @@ def trained_shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if hasattr(parameter, "ds_id"):
             yield name, safe_get_local_fp32_param(parameter)
         else:
-            whole = safe_get_full_fp32_param(parameter).flatten()
+            whole: Any = safe_get_full_fp32_param(parameter)
+            whole = whole.flatten()
             yield name, nn.functional.pad(whole, (0, -len(whole) % ranks)).chunk(ranks)[group.rank()]
 
 
