@@ -15,6 +15,7 @@ from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
+from rlhf.config.tuning import results_in_adapter
 from rlhf.config.zero import ZeroSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
@@ -117,7 +118,9 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens")
     models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
     frozen = [folder for role, folder in inputs.items() if role.startswith("reward")]
-    check_offloading(context, models, frozen=frozen if settings.lora else [inputs["policy"], *frozen])
+    check_offloading(
+        context, models, frozen=frozen if results_in_adapter(settings.tuning) else [inputs["policy"], *frozen]
+    )
     return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
 

@@ -6,7 +6,8 @@ from pydantic import model_validator
 
 from rlhf.config.base import Seed, Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
-from rlhf.config.stages import LoraSettings, SamplingSettings, TrainingSettings
+from rlhf.config.stages import SamplingSettings, TrainingSettings
+from rlhf.config.tuning import FULL, Tuning
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -69,8 +70,9 @@ class PpoSettings(TrainingSettings):
     Glaese et al. 2022, arXiv:2209.14375): it sets ``epochs`` and ``minibatches`` to 1, both clips to null."""
     seed: Seed = semantic(0)
     """Seeds the prompts, the sampling and the minibatches."""
-    lora: LoraSettings | None = semantic(None)
-    """Adapters for policy and value model; the reference is then the policy's weights with the adapter off."""
+    tuning: Tuning = semantic(FULL)
+    """Which weights of policy and value model train, and how (docs/tuning.md). With an adapter, the reference is the
+    policy's own weights with the adapter as it was at the start."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
     """What scores responses; several are added up, each times its weight."""
     iterations: int = semantic(100, ge=1)

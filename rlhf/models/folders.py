@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.integrations import deepspeed
 
 from rlhf.errors import PreflightError
-from rlhf.models import heads, safe_loading, text
+from rlhf.models import heads, safe_loading, text, virtual_tokens
 from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, config_file, is_adapter
 
 
@@ -40,25 +40,44 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     config: Any = PeftConfig.from_pretrained(str(folder), local_files_only=True)
     start = str(getattr(config, "init_lora_weights", "")).lower()
     # PEFT begins these adapters by also changing the weights under them, which can only be done with whole weights.
-    if config.is_prompt_learning or start.startswith(("pissa", "olora", "corda", "loftq")):
-        kind = config.peft_type.value if config.is_prompt_learning else f"LoRA begun by {start}"
+    if start.startswith(("pissa", "olora", "corda", "loftq")):
         raise PreflightError(
-            f"the adapter, {kind}, cannot be read beside its base's weights: it changes them, or the text before it",
+            f"the adapter, LoRA begun by {start}, cannot be read beside its base's weights: it changes them",
             str(folder / ADAPTER_CONFIG),
             "convert it to plain LoRA, or merge it into the weights (PEFT's merge_and_unload), and import that",
         )
+    if config.is_prompt_learning:
+        config = virtual_tokens.without_encoder(config)
     config.base_model_name_or_path = None
     with warnings.catch_warnings():
         # PEFT asks transformers for a property by its old name.
         warnings.simplefilter("ignore", FutureWarning)
         # PEFT's own loading copies into whole weights only. Adapters get the base's type, as in training.
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if config.is_prompt_learning:
+        adapted.prompt_encoder.to(model.dtype)
+        virtual_tokens.apply_in_body(adapted)
+    fill(adapted, folder)
+    return adapted
+
+
+def fill(adapted: Any, folder: Path, *, fresh_head: bool = False) -> None:
+    """Copy the weights of a folder's adapter into a model with an adapter of its shape. A collective where sharded.
+
+    fresh_head  whether the model has a score head that the folder lacks
+
+    Raises:
+        PreflightError: they do not fit.
+    """
     own: dict[str, Any] = dict(adapted.named_parameters())
     adapter: dict[str, Any] = get_peft_model_state_dict(adapted, state_dict=own, save_embedding_layers=False)
+    if adapted.active_peft_config.is_prompt_learning:
+        adapter["prompt_embeddings"] = adapted.prompt_encoder[virtual_tokens.TRAINED].embedding.weight
     # Weights that are no adapter's, such as embeddings, have the names of the model's parameters in the file.
     parameters = own | adapter
     saved = load_file(folder / ADAPTER_WEIGHTS)
-    wrong = (saved.keys() - parameters.keys()) | (adapter.keys() - saved.keys())
+    missing = {name for name in adapter.keys() - saved.keys() if not (fresh_head and name.endswith("score.weight"))}
+    wrong = (saved.keys() - parameters.keys()) | missing
     with torch.no_grad(), gather_params_ctx([parameters[name] for name in saved.keys() - wrong]):
         wrong |= {name for name in saved.keys() - wrong if saved[name].shape != parameters[name].shape}
         if wrong:
@@ -69,7 +88,6 @@ def _with_adapter(model: Any, folder: Path) -> Any:
             )
         for name, weight in saved.items():
             parameters[name].copy_(weight)
-    return adapted
 
 
 def load_policy(folder: Path, dtype: torch.dtype, *, fp32_head: bool = True) -> Any:

@@ -13,6 +13,21 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from rlhf.config.tuning import (
+    BottomFrozenTuning,
+    FullTuning,
+    GradualTuning,
+    Ia3Tuning,
+    LoraTuning,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    QLoraTuning,
+    TopTuning,
+    TransferTuning,
+    Tuning,
+)
 from rlhf.errors import PreflightError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -40,6 +55,13 @@ NUMBERED_FROM_PADDING = frozenset(
 def is_adapter(folder: Path) -> bool:
     """Return whether the folder holds an adapter rather than whole weights."""
     return (folder / ADAPTER_CONFIG).exists()
+
+
+def virtual_tokens_in(folder: Path) -> int:
+    """Return the number of virtual tokens of a folder's adapter; 0 where it has none."""
+    if not is_adapter(folder):
+        return 0
+    return json.loads((folder / ADAPTER_CONFIG).read_text()).get("num_virtual_tokens") or 0
 
 
 def config_file(folder: Path) -> Path:
@@ -105,31 +127,60 @@ def count_parameters(folder: Path) -> int:
     Raises:
         PreflightError: a file is damaged or cannot be read.
     """
-    return sum(map(math.prod, _shapes(folder)))
+    return sum(map(math.prod, shapes(folder).values()))
 
 
-def count_adapter_parameters(folder: Path, rank: int) -> int:
-    """Estimate the number of parameters of adapters on every linear layer of a folder's model.
+def count_trained_parameters(folder: Path, tuning: Tuning) -> int:
+    """Estimate how many parameters of a plain folder's model train by a method. Raises as :func:`count_parameters`."""
+    config = config_of(folder)
+    config = config.get("text_config", config)
+    vocabulary = config.get("vocab_size")
+    matrices = [shape for shape in shapes(folder).values() if len(shape) == 2 and vocabulary not in shape]
+    everything = count_parameters(folder)
+    # GPT-2's configuration has other names.
+    width = config.get("hidden_size", config.get("n_embd", 0))
+    layers = config.get("num_hidden_layers", config.get("n_layer", 1))
+    heads = config.get("num_attention_heads", config.get("n_head", 1))
+    keys_and_values = 2 * layers * (width // heads) * config.get("num_key_value_heads", heads)
+    embeddings = sum(math.prod(shape) for shape in shapes(folder).values() if vocabulary in shape)
+    blocks = everything - embeddings
+    match tuning:
+        case FullTuning() | GradualTuning():
+            return everything
+        case TopTuning(blocks=count):
+            return min(count, layers) * blocks // layers + embeddings
+        case BottomFrozenTuning(blocks=count):
+            return max(0, layers - count) * blocks // layers + embeddings
+        case TransferTuning(body=body):
+            return (everything if body == "trained" else 0) + width * (vocabulary or 1)
+        case LoraTuning() | QLoraTuning():
+            return tuning.rank * sum(map(sum, matrices))
+        case PromptTuning():
+            return tuning.tokens * width
+        case PTuning():
+            # Embeddings, two bidirectional LSTM layers of four gates, and an MLP.
+            hidden = tuning.hidden_size or width
+            return tuning.tokens * width + 8 * hidden * (width + 4 * hidden) + 2 * hidden * (2 * hidden + width)
+        case PrefixTuning():
+            hidden = tuning.hidden_size or width
+            return tuning.tokens * width + hidden * (width + keys_and_values)
+        case PTuningV2():
+            return tuning.tokens * keys_and_values
+        case Ia3Tuning():
+            return sum(map(max, matrices))
 
-    That is rank · (inputs + outputs) of each matrix but embeddings and heads, which have a row for each token. Raises
-    PreflightError as :func:`count_parameters`.
-    """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    vocabulary = config.get("text_config", config).get("vocab_size")
-    matrices = [shape for shape in _shapes(folder) if len(shape) == 2 and vocabulary not in shape]
-    return rank * sum(map(sum, matrices))
 
-
-def _shapes(folder: Path) -> list[list[int]]:
-    shapes: list[list[int]] = []
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shapes of a plain folder's weights by name, without reading them; raises as count_parameters."""
+    found: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy") as weights:
-                shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - not a mapping
+                found |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
             raise PreflightError(
                 f"the weights cannot be read: {error}",
                 str(file),
                 "copy the model again, or save it with save_pretrained",
             ) from error
-    return shapes
+    return found

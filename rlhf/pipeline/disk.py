@@ -10,8 +10,9 @@ from typing import Any
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import KEPT, newest_complete, step_of
+from rlhf.config.tuning import results_in_adapter
 from rlhf.errors import DiskFullError, size
-from rlhf.models.layout import BASE, count_adapter_parameters, count_parameters, is_adapter
+from rlhf.models.layout import BASE, count_parameters, count_trained_parameters, is_adapter
 from rlhf.store import Store
 
 RESULT, MEANWHILE = "disk/result", "disk/meanwhile"
@@ -36,20 +37,19 @@ def written(
     if not models:
         return {RESULT: 0.0, MEANWHILE: float(meanwhile)}
     plain = [_plain(folder) for folder in models]
-    lora, trained = settings.lora, trained_weights(context, models)
+    method, trained = settings.tuning, trained_weights(context, models)
     checkpoint = sum(trained) * (weight + _OPTIMISER) + trained[0] * 4 * average
     newest = newest_complete(list(context.attempts))
     begun = step_of(newest) if newest else 0
     # The last step writes no checkpoint but the result.
     due = max(0, (steps - 1) // settings.checkpoint_every - begun // settings.checkpoint_every)
-    result = (count_parameters(plain[0]) if lora and lora.merge else trained[0]) * weight
+    result = (trained[0] if results_in_adapter(method) else count_parameters(plain[0])) * weight
     return {RESULT: float(result), MEANWHILE: float(meanwhile + min(due, KEPT + 1) * checkpoint)}
 
 
 def trained_weights(context: Context[Any], models: Sequence[Path]) -> list[int]:
     """Return the number of weights that train of each model."""
-    lora, plain = context.settings.lora, [_plain(folder) for folder in models]
-    return [count_adapter_parameters(folder, lora.rank) if lora else count_parameters(folder) for folder in plain]
+    return [count_trained_parameters(_plain(folder), context.settings.tuning) for folder in models]
 
 
 def _plain(folder: Path) -> Path:

@@ -4,7 +4,7 @@ Generating through ZeRO-3 gathers every layer for every token; a copy that is re
 faster.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.config.stages import LoraSettings, Precision
-from rlhf.models import adapters, folders, text
+from rlhf.config.stages import Precision
+from rlhf.models import folders, text
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.rl.masks import ended, response_mask
@@ -22,7 +22,7 @@ from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.sampling import Responses, sample_responses, uniforms
 from rlhf.rollout.sequences import Sequences
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, gathered
+from rlhf.zero.engine import DTYPES, gathered, trained
 
 
 class Generator:
@@ -33,7 +33,7 @@ class Generator:
 
     folder   a plain folder or an adapter's
     at_once  prompts that one rank answers at a time
-    lora     of a policy that trains adapters on top of the folder's weights
+    prepare  turns the folder's model into one with the policy's weights by their names, adapters included
     source   the sharded policy whose weights the copy takes before it samples; None where the folder's never change
     """
 
@@ -45,12 +45,12 @@ class Generator:
         at_once: int,
         *,
         fp32_head: bool = True,
-        lora: LoraSettings | None = None,
+        prepare: Callable[[Any], Any] = lambda model: model,
         source: Any = None,
     ) -> None:
         self.tokenizer = text.load_tokenizer(folder)
         self._load = partial(folders.load_policy, folder, DTYPES[precision], fp32_head=fp32_head)
-        self._temperature, self._at_once, self._lora, self._source = temperature, at_once, lora, source
+        self._temperature, self._at_once, self._prepare, self._source = temperature, at_once, prepare, source
         self._copy: Any = None
 
     @torch.no_grad()
@@ -60,14 +60,13 @@ class Generator:
         noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
         """
         if self._copy is None:
-            model = adapters.with_lora(self._load(), self._lora, scores=False, seed=0)
+            model = self._prepare(self._load())
             self._copy = model.to(group.device()).eval()
         if self._source is not None:
             # Before the first samples too: after a resume the folder's weights are not the present ones.
-            for name, parameter in self._source.named_parameters():
-                if parameter.requires_grad:
-                    with gathered([parameter]):
-                        self._copy.get_parameter(name).copy_(parameter)
+            for name, parameter in trained(self._source):
+                with gathered([parameter]):
+                    self._copy.get_parameter(name).copy_(parameter)
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         parts: list[Tensor] = []
         for rows in group.my_rows(len(prompts)).split(self._at_once):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.attempt import liveness
-from rlhf.config.stages import LoraSettings, Precision
+from rlhf.config.stages import Precision
+from rlhf.config.tuning import Tuning
 from rlhf.config.zero import ZeroSettings
-from rlhf.models import adapters, safe_loading
+from rlhf.models import safe_loading, tuning
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
@@ -132,6 +133,7 @@ class TrainedValue(Learner):
     """A value for every response token: another model's weights with a fresh head (Stiennon et al. 2020).
 
     folder  a plain folder of a reward model or a policy, whose language head is left out
+    source  the folder that it was made from, which may have virtual tokens
     """
 
     def __init__(
@@ -140,7 +142,8 @@ class TrainedValue(Learner):
         precision: Precision,
         micro_batch_size: int,
         *,
-        lora: LoraSettings | None,
+        method: Tuning,
+        source: Path,
         seed: int,
         optimiser: Optimiser,
         zero: ZeroSettings = STAGE_3,
@@ -150,8 +153,7 @@ class TrainedValue(Learner):
             model = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=DTYPES[precision], num_labels=1, **safe_loading.MODEL
             )
-        lora = lora.model_copy(update={"dropout": 0.0}) if lora else None
-        model = adapters.with_lora(model, lora, scores=True, seed=seed)
+            model = tuning.prepared(model, method, source, scores=True, seed=seed)
         heads = [weight for weight in unwrapped(model).score.parameters() if weight.requires_grad]
         with gathered(heads, modify=True):
             for head in heads:

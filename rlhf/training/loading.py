@@ -8,7 +8,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision
 from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders
-from rlhf.models.layout import is_adapter
+from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
 from rlhf.models.text import check_same_tokens
 from rlhf.rewards import Rewards
 from rlhf.rollout.rollout import Generator
@@ -38,7 +38,8 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
         settings.precision,
         settings.sampling.temperature,
         micro_batch_size(settings),
-        lora=settings.lora,
+        method=settings.tuning,
+        source=context.inputs["policy"],
         seed=settings.seed,
         optimiser=Optimiser("policy", settings.policy_learning_rate, settings.max_grad_norm),
         fp32_head=settings.sampling.fp32_head,
@@ -56,16 +57,17 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
     Raises:
         PreflightError: the reward model would not understand the policy's tokens.
     """
-    settings, folder = context.settings, _plain_policy(context)
+    settings, source, folder = context.settings, context.inputs["policy"], _plain_policy(context)
     if settings.value_init == "reward":
-        reward = context.inputs["reward"]
-        check_same_tokens(reward, folder, context.stage)
-        folder = plain_folder(reward, context.folder.reward / "reward", settings.precision, scores=True)
+        source = context.inputs["reward"]
+        check_same_tokens(source, folder, context.stage)
+        folder = plain_folder(source, context.folder.reward / "reward", settings.precision, scores=True)
     return TrainedValue(
         folder,
         settings.precision,
         micro_batch_size(settings),
-        lora=settings.lora,
+        method=settings.tuning,
+        source=source,
         seed=settings.seed,
         optimiser=Optimiser("value model", settings.value_learning_rate, settings.max_grad_norm),
         zero=settings.zero,
@@ -114,10 +116,13 @@ def plain_folder(folder: Path, target: Path, precision: Precision, *, scores: bo
     """Return the folder that training starts from, any adapter folded into the weights once. A collective.
 
     It is folded in fp32 and then cast, so that trained model, reference and sampler begin at the same weights. It is
-    written to ``target``, and only if there is an adapter.
+    written to ``target``, and only if there is an adapter. Virtual tokens cannot be folded: of such an adapter the base
+    is returned, and :func:`rlhf.models.tuning.prepared` goes on with the tokens.
     """
     if not is_adapter(folder):
         return folder
+    if virtual_tokens_in(folder):
+        return folder / BASE
     if group.is_main() and not (target / "config.json").exists():
         folders.write_plain(folder, target, scores=scores, dtype=DTYPES[precision])
     group.barrier()

@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from rlhf.config.ppo import KlSettings
-from rlhf.config.stages import LoraSettings, Precision
+from rlhf.config.stages import Precision
+from rlhf.config.tuning import Tuning
 from rlhf.config.zero import ZeroSettings
-from rlhf.models import adapters, folders
+from rlhf.models import folders, tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.kl import adapted_coefficient
 from rlhf.rl.losses import PolicySums, demonstration_loss
@@ -125,9 +128,10 @@ class FrozenPolicy(Policy):
 
 
 class TrainedPolicy(Policy):
-    """The policy under PPO, with its reference: the same weights with the adapter off, or a frozen copy.
+    """The policy under PPO, with its reference: the same weights with the adapter as at the start, or a frozen copy.
 
     folder  a plain folder
+    source  the folder that it was made from, which may have virtual tokens
     """
 
     def __init__(
@@ -137,7 +141,8 @@ class TrainedPolicy(Policy):
         temperature: float,
         micro_batch_size: int,
         *,
-        lora: LoraSettings | None,
+        method: Tuning,
+        source: Path,
         seed: int,
         optimiser: Optimiser,
         fp32_head: bool = True,
@@ -147,13 +152,12 @@ class TrainedPolicy(Policy):
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
     ) -> None:
-        self._folder, self._lora = folder, lora
+        self._folder, self._method = folder, method
         self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
         with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
-        # PPO switches all dropout off: otherwise old and new log-probabilities differ by chance.
-        silent = lora.model_copy(update={"dropout": 0.0}) if lora else None
-        self._model = adapters.with_lora(model, silent, scores=False, seed=seed)
+            prepare = partial(tuning.prepared, tuning=method, source=source, scores=False, seed=seed)
+            self._model = tuning.with_reference(prepare(model))
         self._learner = Learner(
             TokenLogprobs(self._model),
             precision,
@@ -164,14 +168,15 @@ class TrainedPolicy(Policy):
         )
         at_once = AT_ONCE * micro_batch_size
         generator = Generator(
-            folder, precision, temperature, at_once, fp32_head=fp32_head, lora=lora, source=self._model
+            folder, precision, temperature, at_once, fp32_head=fp32_head, prepare=prepare, source=self._model
         )
         super().__init__(self._learner.engine, generator, temperature, micro_batch_size)
         self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
         self._state = [self._learner] if self._average is None else [self._learner, self._average]
+        self._adapted = isinstance(self._model, PeftModel)
         self._reference = (
             None
-            if lora
+            if self._adapted
             else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head, zero=zero)
         )
 
@@ -179,7 +184,7 @@ class TrainedPolicy(Policy):
         """Return the log-probabilities under the policy that PPO began with, ``[sample, time]``, nats. A collective."""
         if self._reference is not None:
             return self._reference.logprobs(sequences)
-        with self._model.disable_adapter():
+        with tuning.as_at_start(self._model):
             return self.logprobs(sequences)
 
     def update(
@@ -235,10 +240,9 @@ class TrainedPolicy(Policy):
 
     def export(self, target: Path) -> None:
         """Write the policy's folder: the moving average where there is one. A collective."""
+        weights = whole_weights(self._model, trained_only=self._adapted)
         if self._average is not None:
-            weights = self._average.weights()
-        else:
-            weights = whole_weights(self._model, trained_only=self._lora is not None)
+            weights |= self._average.weights()
         if group.is_main():
-            adapters.save(self._model, weights, self._folder, target, self._lora, scores=False)
+            tuning.save(self._model, weights, self._folder, target, self._method, scores=False)
         group.barrier()

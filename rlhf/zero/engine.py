@@ -7,6 +7,7 @@ frozen model is a plain module.
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,22 +46,21 @@ def deepspeed_config(precision: Precision, zero: ZeroSettings, **overrides: Any)
         if device != "none":
             path = {"nvme_path": str(zero.nvme_path)} if device == "nvme" else {}
             sharding[name] = more | {"device": device} | path
-    return (
-        zero.others
-        | {
-            "zero_optimization": sharding,
-            "bf16": {"enabled": precision == "bf16"},
-            # In bf16, which has three digits, a sum over micro batches or ranks loses gradients that are small beside it.
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
-            # torch's AdamW computes on the host too; DeepSpeed's needs a compiler there.
-            "zero_force_ds_cpu_optimizer": False,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "steps_per_print": 2**31,
-        }
-        | overrides
-    )
+    own = {
+        "zero_optimization": sharding,
+        "bf16": {"enabled": precision == "bf16"},
+        # In bf16, which has three digits, a sum over micro batches or ranks loses gradients that are small beside it.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # It knows torch's AdamW, and not a subclass that leaves groups out.
+        "zero_allow_untested_optimizer": True,
+        # torch's AdamW computes on the host too; DeepSpeed's needs a compiler there.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    return zero.others | own | overrides
 
 
 @contextmanager
@@ -119,6 +119,62 @@ def mark_leaves(model: nn.Module) -> None:
             break
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """When a weight begins to train, and how fast."""
+
+    first_step: int = 0
+    """The optimiser step, counted from 0, from which it trains."""
+    share: float = 1.0
+    """Its learning rate as a share of the model's."""
+
+
+def set_schedule(parameter: nn.Parameter, schedule: Schedule) -> None:
+    """Give a weight a schedule; :class:`GradualAdamW` and :func:`unfreeze` follow it."""
+    vars(parameter)["schedule"] = schedule
+
+
+def trained(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the weights that train, now or later, by name."""
+    return [
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad or "schedule" in vars(parameter)
+    ]
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Return the optimiser's groups of the weights that train, those of one schedule in each."""
+    groups: dict[Schedule, list[nn.Parameter]] = {}
+    for _, parameter in trained(module):
+        groups.setdefault(vars(parameter).get("schedule", Schedule()), []).append(parameter)
+    return [{"params": parameters, "schedule": schedule} for schedule, parameters in groups.items()]
+
+
+def unfreeze(module: nn.Module, step: int) -> None:
+    """Let those weights require a gradient whose schedule has begun at optimiser step ``step``."""
+    for _, parameter in trained(module):
+        if schedule := vars(parameter).get("schedule"):
+            parameter.requires_grad_(schedule.first_step <= step)
+
+
+class GradualAdamW(torch.optim.AdamW):
+    """AdamW whose groups each take their first step when their ``schedule`` says, so with moments that begin there.
+
+    steps  optimiser steps taken so far, which the caller counts
+    """
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step with the groups that have begun; DeepSpeed calls it once for each group."""
+        for parameters in self.param_groups:
+            if parameters["schedule"].first_step > self.steps:
+                for parameter in parameters["params"]:
+                    parameter.grad = None
+        return super().step(closure)
+
+
 class Engine:
     """A module under ZeRO, in eval mode; with a learning rate, AdamW trains the weights that require a gradient.
 
@@ -143,8 +199,8 @@ class Engine:
             checkpoint_activations(module)
         optimizer = None
         if learning_rate is not None:
-            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
+            groups = parameter_groups(module)
+            optimizer = GradualAdamW(groups, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
         elif zero.stage != 3:
             self._engine = self.module = module.to(group.device()).eval()
             return
@@ -158,6 +214,13 @@ class Engine:
         # In training too: with dropout, layer drop or router noise, two passes over the same tokens differ, which PPO
         # would take for a change of the policy. Gradients flow in either mode.
         self._engine.eval()
+        self._optimizer = optimizer
+        self._follow_schedule()
+
+    def _follow_schedule(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.steps = self._engine.global_steps
+            unfreeze(self.module, self._engine.global_steps)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Run the module's forward pass."""
@@ -187,12 +250,13 @@ class Engine:
         if not group.all_true(finite):
             raise DivergedError(f"the {self._name}'s loss is not a finite number; {not_taken}", "", advice)
         for parameters in self._engine.optimizer.param_groups:
-            parameters["lr"] = learning_rate
+            parameters["lr"] = learning_rate * parameters["schedule"].share
         # DeepSpeed takes no step where the norm over all ranks is not finite.
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise DivergedError(f"the {self._name}'s gradients are not finite numbers; {not_taken}", "", advice)
+        self._follow_schedule()
         return norm
 
     def checkpoint_bytes(self) -> int:
@@ -206,6 +270,7 @@ class Engine:
     def load(self, folder: Path, name: str) -> None:
         """Read what :meth:`save` wrote; frozen weights stay as they are."""
         self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+        self._follow_schedule()
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
@@ -213,8 +278,7 @@ def checkpoint_bytes(module: nn.Module) -> int:
 
     module  under ZeRO already
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return sum(whole_shape(parameter).numel() * (parameter.element_size() + 3 * 4) for parameter in trained)
+    return sum(whole_shape(weight).numel() * (weight.element_size() + 3 * 4) for _, weight in trained(module))
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
@@ -237,9 +301,7 @@ def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> Generat
 def whole_weights(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
     """Return the module's weights by name, whole and on the CPU, on rank 0; empty elsewhere. A collective."""
     weights: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if trained_only and not parameter.requires_grad:
-            continue
+    for name, parameter in trained(module) if trained_only else module.named_parameters():
         with gathered([parameter]):
             if group.is_main():
                 weights[name] = parameter.detach().cpu().clone()
@@ -252,9 +314,7 @@ def trained_shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     A collective in stages 1 and 2, where DeepSpeed cuts the weights at other places.
     """
     ranks = group.world_size()
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trained(module):
         if hasattr(parameter, "ds_id"):
             yield name, safe_get_local_fp32_param(parameter)
         else:

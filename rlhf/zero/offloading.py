@@ -74,7 +74,7 @@ def _check_async_io(folder: Path, stage: str) -> None:
         missing = ["libaio with its headers"]
     if missing:
         raise PreflightError(
-            f"offloading to {folder} needs DeepSpeed's async_io, which cannot be compiled here: {missing[0]} is missing",
+            f"offloading to {folder} needs DeepSpeed's async_io, which cannot be compiled: {missing[0]} is not here",
             f"{stage}.zero",
             "install it (libaio-dev, g++, ninja-build), or offload to cpu",
         )

@@ -121,7 +121,7 @@ def test_rewards_of_several_kinds_add_up(pipeline: Pipeline, unbroken: dict[str,
     file.write_text(TINY.read_text() + MORE)
     function.write_text("def reward(prompts, responses):\n    return [float(len(one)) for one in responses]\n")
     parts = f"[{{model: rm, weight: 0.5}}, {{model: pmp, weight: 2}}, {{function: '{function}:reward', std: 40}}]"
-    merged = "lora={rank: 4, merge: true}"
+    merged = "tuning={method: lora, rank: 4, merge: true}"
     settings = (
         f"ppo.rewards={parts}",
         f"evaluate.rewards={parts}",

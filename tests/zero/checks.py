@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import LoraSettings
+from rlhf.config.tuning import FULL, LoraTuning, Tuning
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
-from rlhf.models import adapters
+from rlhf.models import tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rollout.prompts import PromptBatch
@@ -53,8 +53,8 @@ from tests.zero.resuming import STAGES, KilledError, first_iterations, forms, un
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
-LORA = LoraSettings(rank=4)
-FORMS: dict[str, LoraSettings | None] = {"full": None, "lora": LORA}
+LORA = LoraTuning(rank=4)
+FORMS: dict[str, Tuning] = {"full": FULL, "lora": LORA}
 COUNTS = (1, 2, 3, 5, 8)
 BATCH, PROMPT, TIME = 4, 3, 5
 PROMPTS = PromptBatch(prompts=["a", "b", "c"], ids=[[5, 6, 7], [8], [9, 10]], samples=[0, 1, 2])
@@ -75,18 +75,18 @@ def share(_: Path) -> list[int]:
     return group.share_of(list(range(8)))
 
 
-def sharded(tiny: Path, lora: LoraSettings | None) -> Any:
+def sharded(tiny: Path, method: Tuning) -> Any:
     """The tiny model, sharded as it is read."""
     with sharded_loading("fp32"):
         model = AutoModelForCausalLM.from_pretrained(tiny)
-    return adapters.with_lora(model, lora, scores=False, seed=0)
+        return tuning.prepared(model, method, tiny, scores=False, seed=0)
 
 
 class Learner:
     """An engine that learns a fixed batch by heart, each rank its share of it, one sequence a micro batch."""
 
-    def __init__(self, tiny: Path, lora: LoraSettings | None) -> None:
-        self.model = sharded(tiny, lora)
+    def __init__(self, tiny: Path, method: Tuning) -> None:
+        self.model = sharded(tiny, method)
         self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2)
         self._ids = torch.randint(5, 300, (BATCH, PROMPT + TIME), generator=torch.Generator().manual_seed(0))
 
@@ -106,7 +106,7 @@ class Learner:
 
 def whole(tiny: Path) -> dict[str, Tensor]:
     """All weights of a model that nothing has changed."""
-    model = sharded(tiny, None)
+    model = sharded(tiny, FULL)
     Engine(TokenLogprobs(model), "fp32")
     return whole_weights(model, trained_only=False)
 
@@ -114,8 +114,8 @@ def whole(tiny: Path) -> dict[str, Tensor]:
 def steps(tiny: Path) -> dict[str, Any]:
     """Three optimiser steps: weights and gradient norms."""
     found: dict[str, Any] = {}
-    for form, lora in FORMS.items():
-        learner = Learner(tiny, lora)
+    for form, method in FORMS.items():
+        learner = Learner(tiny, method)
         norms = [learner.step() for _ in range(3)]
         found[form] = {"norms": norms, "weights": learner.weights()}
     return found
@@ -124,13 +124,13 @@ def steps(tiny: Path) -> dict[str, Any]:
 def resume(tiny: Path, folder: Path) -> dict[str, Any]:
     """Weights after four steps: in one go, and by a second engine from a save after two."""
     found: dict[str, Any] = {}
-    for form, lora in FORMS.items():
-        first = Learner(tiny, lora)
+    for form, method in FORMS.items():
+        first = Learner(tiny, method)
         for _ in range(2):
             first.step()
         first.engine.save(folder / form, "policy")
         halfway = first.weights()
-        second = Learner(tiny, lora)
+        second = Learner(tiny, method)
         second.engine.load(folder / form, "policy")
         loaded = second.weights()
         for learner in (first, second):
@@ -318,16 +318,17 @@ def replica(tiny: Path, folder: Path) -> dict[str, Any]:
     noise = uniforms(0, range(6), 12)
     prompts = [[5 + row, 40, 41 + row] for row in range(6)]
 
-    for form, lora in FORMS.items():
-        learner = Learner(tiny, lora)
-        copied = Generator(tiny, "fp32", 1.0, 6, lora=lora, source=learner.model)
+    for form, method in FORMS.items():
+        learner = Learner(tiny, method)
+        prepare = partial(tuning.prepared, tuning=method, source=tiny, scores=False, seed=0)
+        copied = Generator(tiny, "fp32", 1.0, 6, prepare=prepare, source=learner.model)
         before = copied.sample(prompts, noise).ids
         for _ in range(3):
             learner.step(0.05)
         refreshed = copied.sample(prompts, noise).ids
         exported, weights = folder / f"replica-{form}", learner.weights()
         if group.is_main():
-            adapters.save(learner.model, weights, tiny, exported, lora, scores=False)
+            tuning.save(learner.model, weights, tiny, exported, method, scores=False)
         group.barrier()
         plain = Generator(exported, "fp32", 1.0, 6).sample(prompts, noise).ids
         found[form] = {"before": before, "refreshed": refreshed, "exported": plain}
@@ -351,11 +352,11 @@ def experience_of(sequences: Sequences, logprobs: Tensor) -> Experience:
 def policies(tiny: Path, folder: Path) -> dict[str, Any]:
     """Samples of a policy under PPO: fresh, after an update, and by another one resumed from its checkpoint."""
     found: dict[str, Any] = {}
-    for form, lora in FORMS.items():
+    for form, method in FORMS.items():
 
-        def fresh(lora: LoraSettings | None = lora) -> TrainedPolicy:
+        def fresh(method: Tuning = method) -> TrainedPolicy:
             optimiser = Optimiser("policy", learning_rate=0.03, max_grad_norm=1.0)
-            return TrainedPolicy(tiny, "fp32", 1.0, 4, lora=lora, seed=0, optimiser=optimiser)
+            return TrainedPolicy(tiny, "fp32", 1.0, 4, method=method, source=tiny, seed=0, optimiser=optimiser)
 
         policy = fresh()
         batch = copy.deepcopy(PROMPTS)
@@ -391,7 +392,7 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
 
 def gathering(tiny: Path) -> Tensor:
     """A weight that rank 0 alone has changed while it was whole, as every rank then sees it."""
-    model = sharded(tiny, None)
+    model = sharded(tiny, FULL)
     weight = model.model.norm.weight
     with gathered([weight], modify=True):
         if group.is_main():

@@ -23,7 +23,7 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
 RESUMED = (("sft", "stage 2"), ("rm", "offloaded"), ("ppo", "offloaded"))
 _SHORT: Mapping[str, dict[str, Any]] = {
     # Dropout is drawn on each rank.
-    "sft": {"epochs": 1, "lora": {"rank": 4}},
+    "sft": {"epochs": 1, "tuning": {"method": "lora", "rank": 4}},
     "rm": {"epochs": 1, "micro_batch_size": 1},
     "ppo": {"iterations": 2, "value_warmup": 0, "minibatches": 1, "epochs": 1},
 }

@@ -57,7 +57,7 @@ def _sft(_: Path) -> SftSettings:
     # Eleven demonstrations: three steps an epoch, the last of them filled up with rows of the first.
     values = {"epochs": 2, "batch_size": 4, "max_length": 64, "packing": False, "checkpoint_every": 1}
     return SftSettings.model_validate(
-        values | {"lora": {"rank": 4, "dropout": 0.2}, "optimizer": {"learning_rate": 1e-2}}
+        values | {"tuning": {"method": "lora", "rank": 4, "dropout": 0.2}, "optimizer": {"learning_rate": 1e-2}}
     )
 
 
@@ -93,7 +93,11 @@ def _ppo(data: Path, **more: Any) -> PpoSettings:
 _PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
 
 PROMPTS, RESPONSES = ["a film", "the"], ["a joy", "dull , dull"]
-LORAS: dict[str, Any] = {"full": None, "adapter": {"rank": 4}, "merged": {"rank": 4, "merge": True}}
+METHODS: dict[str, Any] = {
+    "full": {"method": "full"},
+    "adapter": {"method": "lora", "rank": 4},
+    "merged": {"method": "lora", "rank": 4, "merge": True},
+}
 
 STAGES = {
     # Inside the first epoch, at its end, and inside the second.
@@ -108,7 +112,9 @@ STAGES = {
     ),
     # While the value model alone is trained; then with everything.
     "ppo": Stage(ppo.run, _ppo, _PPO_ROLES, (1,), 4, 2),
-    "ppo with adapters": Stage(ppo.run, lambda data: _ppo(data, lora={"rank": 4}), _PPO_ROLES, (), 3, 1),
+    "ppo with adapters": Stage(
+        ppo.run, lambda data: _ppo(data, tuning={"method": "lora", "rank": 4}), _PPO_ROLES, (), 3, 1
+    ),
 }
 assert tuple(STAGES) == STAGE_NAMES
 
@@ -131,8 +137,10 @@ def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in ("sft", "rm", "ppo"):
         found[name] = {}
-        for form, lora in LORAS.items():
-            short = {"lora": lora, "checkpoint_every": 100} | ({"iterations": 2} if name == "ppo" else {"epochs": 1})
+        for form, method in METHODS.items():
+            short = {"tuning": method, "checkpoint_every": 100} | (
+                {"iterations": 2} if name == "ppo" else {"epochs": 1}
+            )
             known = STAGES[name].settings(data)
             settings = type(known).model_validate(known.model_dump() | short)
             stage = replace(STAGES[name], settings=lambda _, settings=settings: settings)

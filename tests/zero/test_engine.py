@@ -1,6 +1,7 @@
 """What an optimiser step under ZeRO-3 does, in a group of one."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from rlhf.config.stages import LoraSettings
-from rlhf.models import adapters
+from rlhf.config.tuning import FULL, LoraTuning, Tuning
+from rlhf.models import tuning
 from rlhf.models.packing import PACKABLE
 from rlhf.zero.engine import Engine, whole_weights
 from tests.models.tiny import tiny_config
@@ -67,11 +68,11 @@ def with_noise(config: Any) -> Any:
     return config
 
 
-def noisy_model(model_type: str, lora: LoraSettings | None) -> Any:
+def noisy_model(model_type: str, method: Tuning) -> Any:
     """In training mode, where two passes differ."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(with_noise(tiny_config(model_type)))
-    model = adapters.with_lora(model, lora, scores=False, seed=0).train()
+    model = tuning.prepared(model, method, Path(), scores=False, seed=0).train()
     with torch.no_grad():
         assert loss_of(model) != loss_of(model)
     return model
@@ -85,16 +86,16 @@ def loss_of(model: Any) -> Tensor:
 
 # ERNIE 4.5 has no dropout.
 TYPES = [*sorted(PACKABLE - {"ernie4_5"}), "biogpt", "bloom", "gpt_oss", "mpt", "opt", "phimoe", "xglm"]
-ADAPTERS = LoraSettings(rank=2, dropout=0.1)
+ADAPTERS = LoraTuning(rank=2, dropout=0.1)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "lora"),
-    [(name, None) for name in TYPES] + [(name, ADAPTERS) for name in ("llama", "opt")],
+    ("model_type", "method"),
+    [(name, FULL) for name in TYPES] + [(name, ADAPTERS) for name in ("llama", "opt")],
 )
-def test_models_that_ppo_trains_compute_alike_every_time(model_type: str, lora: LoraSettings | None) -> None:
+def test_models_that_ppo_trains_compute_alike_every_time(model_type: str, method: Tuning) -> None:
     """Two passes agree bit for bit, and gradients are plain torch's without dropout, wherever a type has it."""
-    model = noisy_model(model_type, lora)
+    model = noisy_model(model_type, method)
     plain = copy.deepcopy(model).eval()
     loss_of(plain).backward()
     engine = Engine(model, "fp32", name="policy", learning_rate=0.1, max_grad_norm=1.0)
