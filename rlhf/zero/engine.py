@@ -168,11 +168,13 @@ class GradualAdamW(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         """Take a step with the groups that have begun; DeepSpeed calls it once for each group."""
-        for parameters in self.param_groups:
-            if parameters["schedule"].first_step > self.steps:
-                for parameter in parameters["params"]:
-                    parameter.grad = None
-        return super().step(closure)
+        groups = self.param_groups
+        # Taking their gradients away would take DeepSpeed's buffers, where it offloads in stages 1 and 2.
+        self.param_groups = [one for one in groups if one["schedule"].first_step <= self.steps]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
 
 
 class Engine:
@@ -315,12 +317,16 @@ def trained_shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     ranks = group.world_size()
     for name, parameter in trained(module):
+        begun = parameter.requires_grad
+        parameter.requires_grad_(True)  # DeepSpeed returns nothing of a weight that does not train yet
         if hasattr(parameter, "ds_id"):
-            yield name, safe_get_local_fp32_param(parameter)
+            shard = safe_get_local_fp32_param(parameter)
         else:
             whole: Any = safe_get_full_fp32_param(parameter)
             whole = whole.flatten()
-            yield name, nn.functional.pad(whole, (0, -len(whole) % ranks)).chunk(ranks)[group.rank()]
+            shard = nn.functional.pad(whole, (0, -len(whole) % ranks)).chunk(ranks)[group.rank()]
+        parameter.requires_grad_(begun)
+        yield name, shard
 
 
 def whole_from_shards(module: nn.Module, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
