@@ -91,10 +91,11 @@ def test_the_stages_checks_count_the_weights_that_are_offloaded(tiny: Path, tmp_
     values: dict[str, Any] = {"value_init": "policy", "max_prompt_length": 32, "sampling": {"max_new_tokens": 8}}
     ppo = PpoSettings.model_validate(values | {"zero": zero, "rewards": rewards})
     sft = SftSettings.model_validate({"zero": zero, "max_length": 32})
-    for check, settings, role, trained, all_weights in (
+    cases: list[tuple[Any, Any, str, int, int]] = [
         (checks.sft, sft, "base", weights, weights),
         (checks.ppo, ppo, "policy", 2 * weights, 3 * weights),
-    ):
+    ]
+    for check, settings, role, trained, all_weights in cases:
         inputs = {role: tiny, "prompts": data, "demonstrations": data}
         with patch.object(offloading, "check_zero") as check_zero:
             check(Context("s", "0" * 64, settings, inputs, tmp_path, tmp_path, tmp_path))
