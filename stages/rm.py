@@ -50,7 +50,7 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
         return scored_ids(tokenizer, prompt if settings.sees == "conversation" else None, response, settings.max_length)
 
     def load() -> Any:
-        model = load_scorer(base, settings.precision, tokenizer, head_seed=settings.seed)
+        model = load_scorer(base, settings.precision, settings.tuning, tokenizer, head_seed=settings.seed)
         return prepared(model, settings.tuning, given, scores=True, seed=settings.seed)
 
     sets = read_rows(context.inputs["comparisons"] / "train.jsonl")

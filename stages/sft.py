@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
 from rlhf.config.stages import SftSettings
-from rlhf.models import safe_loading
+from rlhf.models.folders import loading_options
 from rlhf.models.packing import as_dataset
 from rlhf.models.text import load_tokenizer
 from rlhf.models.tuning import prepared
@@ -26,7 +26,9 @@ def run(context: Context[SftSettings]) -> dict[str, float]:
     tokenizer = load_tokenizer(base)
 
     def load() -> Any:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[settings.precision], **safe_loading.MODEL)
+        model = AutoModelForCausalLM.from_pretrained(
+            base, **loading_options(settings.tuning, DTYPES[settings.precision])
+        )
         return prepared(model, settings.tuning, given, scores=False, seed=settings.seed, fresh_head=True)
 
     trainer = trl_trainers.sft_trainer(

@@ -52,9 +52,12 @@ class Request:
 
     @cached_property
     def config(self) -> PipelineConfig:
-        """The pipeline file with its overrides."""
+        """The pipeline file with its overrides; its notices are printed on standard error."""
         types = {name: stage.settings for name, stage in self.known.items()}
-        return load_pipeline(self.arguments.config, self.overrides, types)
+        config = load_pipeline(self.arguments.config, self.overrides, types)
+        for notice in config.notices:
+            print(printable_lines(notice), file=sys.stderr)
+        return config
 
     def store(self, *, create: bool = False) -> Store:
         """Return the pipeline's store."""
@@ -79,12 +82,11 @@ class Request:
         """Plan a stage and what it needs; return the planned stage."""
         return self.planned([name])[name]
 
-    def answer(self, document: Any, show: Callable[[], None]) -> None:
-        """Print the document under ``--json``; else call ``show``, which prints it for people."""
+    def answer(self, document: Any) -> bool:
+        """Print the document under ``--json``; return whether that was asked for. If not, print it for people."""
         if self.arguments.json:
             print_exactly(json.dumps(document, indent=2, ensure_ascii=False), lambda: json.dumps(document, indent=2))
-        else:
-            show()
+        return self.arguments.json
 
 
 def print_exactly(text: str, in_ascii: Callable[[], str]) -> None:

@@ -78,8 +78,10 @@ def config(request: Request) -> None:
             raise RequestError(f"no section is named {name!r}", "command line", suggestion(name, sections))
     for name in request.names or sections:
         for field in describe(sections[name]):
-            request.out.print(f"{name}.{field.path}: {field.type}; default {field.default}; {field.role}", markup=False)
-            request.out.print(f"    {field.help}", markup=False)
+            shown = f"{name}.{field.path}" + (f" with {field.form}" if field.form else "")
+            request.out.print(f"{shown}: {field.type}; default {field.default}; {field.role}", markup=False)
+            for line in field.help.splitlines():
+                request.out.print(f"    {line}", markup=False)
 
 
 def doctor(request: Request) -> int:
@@ -87,11 +89,8 @@ def doctor(request: Request) -> int:
     from rlhf.cluster.session import Session
 
     entries = diagnose(request.store().root, Session(request.config.cluster).address)
-
-    def show() -> None:
+    if not request.answer({"checks": entries}):
         for entry in entries:
             mark = Text("ok ", "green") if entry["ok"] else Text("bad", "red")
             request.out.print(mark.append(f" {entry['name']}: {entry['found']}  {entry['next']}", "default"))
-
-    request.answer({"checks": entries}, show)
     return 0 if all(entry["ok"] for entry in entries) else 1

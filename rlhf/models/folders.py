@@ -5,6 +5,7 @@ import shutil
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,53 @@ import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import deepspeed
 
+from rlhf.config.tuning import FULL, QLoraTuning, Tuning
 from rlhf.errors import PreflightError
 from rlhf.models import heads, safe_loading, text, virtual_tokens
 from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, config_file, is_adapter
 
 
-def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
+def loading_options(tuning: Tuning, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what ``from_pretrained`` takes to load the base that a method trains on: of 4 bits for QLoRA.
+
+    Raises:
+        PreflightError: there is no GPU, or no bitsandbytes.
+    """
+    options: dict[str, Any] = {"dtype": dtype} | safe_loading.MODEL
+    if not isinstance(tuning, QLoraTuning):
+        return options
+    if not torch.cuda.is_available():
+        raise PreflightError(
+            "qlora computes with 4-bit weights, for which this worker has no GPU",
+            "tuning.method",
+            "run it where workers have GPUs, or write {method: lora}",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise PreflightError(
+            "qlora needs bitsandbytes, which is not installed", "tuning.method", "pip install 'rlhf-pipeline[qlora]'"
+        )
+    # NF4 and double quantisation: Dettmers et al. 2023, §3.
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=tuning.double_quantisation,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return options | {"quantization_config": quantised}
+
+
+def load(folder: Path, *, scores: bool, dtype: torch.dtype, tuning: Tuning = FULL) -> Any:
     """Load a folder's model; an adapter stays beside the weights of its base.
+
+    tuning  the method that it is loaded for
 
     Inside ``rlhf.zero.engine.sharded_loading`` the weights are sharded as they are read, and this is a collective.
 
@@ -32,7 +70,7 @@ def load(folder: Path, *, scores: bool, dtype: torch.dtype) -> Any:
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     named = {"num_labels": 1} if scores else {}
     plain = folder / BASE if is_adapter(folder) else folder
-    model = auto.from_pretrained(plain, dtype=dtype, **named, **safe_loading.MODEL)
+    model = auto.from_pretrained(plain, **named, **loading_options(tuning, dtype))
     return _with_adapter(model, folder) if is_adapter(folder) else model
 
 
@@ -90,12 +128,13 @@ def fill(adapted: Any, folder: Path, *, fresh_head: bool = False) -> None:
             parameters[name].copy_(weight)
 
 
-def load_policy(folder: Path, dtype: torch.dtype, *, fp32_head: bool = True) -> Any:
+def load_policy(folder: Path, dtype: torch.dtype, *, fp32_head: bool = True, tuning: Tuning = FULL) -> Any:
     """Load a language model for sampling or log-probabilities; embeddings without a token get the probability 0.
 
+    tuning     the method that it is loaded for
     fp32_head  whether the logits are computed in fp32, whatever ``dtype`` is
     """
-    model = load(folder, scores=False, dtype=dtype)
+    model = load(folder, scores=False, dtype=dtype, tuning=tuning)
     if fp32_head:
         heads.compute_in_fp32(heads.unwrapped(model).get_output_embeddings())
     heads.forbid_rows_without_token(heads.unwrapped(model), text.load_tokenizer(folder))

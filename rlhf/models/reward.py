@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
+from rlhf.config.tuning import Tuning
 from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, safe_loading, templates, text
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, unwrapped
@@ -122,10 +123,10 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
     return target
 
 
-def load_scorer(folder: Path, precision: Precision, tokenizer: Tokenizer, head_seed: int) -> Any:
+def load_scorer(folder: Path, precision: Precision, tuning: Tuning, tokenizer: Tokenizer, head_seed: int) -> Any:
     """Load a model that scores, for training: a language model gets a fresh head, a reward model keeps its own."""
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=DTYPES[precision], num_labels=1, **safe_loading.MODEL
+        folder, num_labels=1, **folders.loading_options(tuning, DTYPES[precision])
     )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     pack_texts(model)

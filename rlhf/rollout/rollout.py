@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.stages import Precision
+from rlhf.config.tuning import FULL, Tuning
 from rlhf.models import folders, text
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
@@ -33,6 +34,7 @@ class Generator:
 
     folder   a plain folder or an adapter's
     at_once  prompts that one rank answers at a time
+    tuning   the method by which the policy trains
     prepare  turns the folder's model into one with the policy's weights by their names, adapters included
     source   the sharded policy whose weights the copy takes before it samples; None where the folder's never change
     """
@@ -45,11 +47,12 @@ class Generator:
         at_once: int,
         *,
         fp32_head: bool = True,
+        tuning: Tuning = FULL,
         prepare: Callable[[Any], Any] = lambda model: model,
         source: Any = None,
     ) -> None:
         self.tokenizer = text.load_tokenizer(folder)
-        self._load = partial(folders.load_policy, folder, DTYPES[precision], fp32_head=fp32_head)
+        self._load = partial(folders.load_policy, folder, DTYPES[precision], fp32_head=fp32_head, tuning=tuning)
         self._temperature, self._at_once, self._prepare, self._source = temperature, at_once, prepare, source
         self._copy: Any = None
 

@@ -14,7 +14,7 @@ from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
 from rlhf.config.zero import ZeroSettings
-from rlhf.models import safe_loading, tuning
+from rlhf.models import folders, tuning
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
@@ -151,7 +151,7 @@ class TrainedValue(Learner):
     ) -> None:
         with sharded_loading(precision, zero):
             model = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=DTYPES[precision], num_labels=1, **safe_loading.MODEL
+                folder, num_labels=1, **folders.loading_options(method, DTYPES[precision])
             )
             model = tuning.prepared(model, method, source, scores=True, seed=seed)
         heads = [weight for weight in unwrapped(model).score.parameters() if weight.requires_grad]

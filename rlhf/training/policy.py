@@ -155,7 +155,7 @@ class TrainedPolicy(Policy):
         self._folder, self._method = folder, method
         self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
         with sharded_loading(precision, zero):
-            model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
+            model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
             prepare = partial(tuning.prepared, tuning=method, source=source, scores=False, seed=seed)
             self._model = tuning.with_reference(prepare(model))
         self._learner = Learner(
@@ -168,7 +168,14 @@ class TrainedPolicy(Policy):
         )
         at_once = AT_ONCE * micro_batch_size
         generator = Generator(
-            folder, precision, temperature, at_once, fp32_head=fp32_head, prepare=prepare, source=self._model
+            folder,
+            precision,
+            temperature,
+            at_once,
+            fp32_head=fp32_head,
+            tuning=method,
+            prepare=prepare,
+            source=self._model,
         )
         super().__init__(self._learner.engine, generator, temperature, micro_batch_size)
         self._average = None if average_decay is None else MovingAverage(self._model, average_decay)

@@ -94,6 +94,26 @@ def test_debug_shows_the_traceback_beside_the_message(ask: Ask):
     assert "error: the pipeline has no stage 'totl'" in answer.err
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("tests.pipeline.toys:TOTAL", "another stage is named 'total'"),
+        ("tests.pipeline.toys:TotalSettings", "no Stage"),
+    ],
+)
+def test_a_package_registers_stages_under_names_of_their_own(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, said: str
+):
+    """In place of a stage of that name, its settings and results would be another's."""
+    info = tmp_path / "second" / "second-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: second\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[rlhf.stages]\ntotal = {value}\n")
+    monkeypatch.syspath_prepend(info.parent)
+    message = refused(ask, "plan")
+    assert said in message
+
+
 def test_what_nobody_foresaw_is_an_error_and_no_traceback(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A broken package that registers a stage, say, is told in three lines, with the command that shows more."""
     info = tmp_path / "broken" / "broken-1.dist-info"
@@ -320,6 +340,15 @@ def test_fields_of_a_section_that_is_not_there_are_refused(ask: Ask):
     assert {line.partition(".")[0] for line in ask("config", "--fields", "store").out.splitlines()[::2]} == {"store"}
 
 
+def test_settings_of_one_name_say_whose_they_are(ask: Ask):
+    """Every method of tuning has a line of its own under the choice, and its settings name it."""
+    lines = ask("config", "--fields", "sft").out.splitlines()
+    assert "    full: Every weight trains." in lines
+    for method, text in (("lora", "Rank r of the update; 8 to 64 are usual."), ("qlora", "Rank r of the update.")):
+        row = lines.index(f"sft.tuning.rank with method {method}: a whole number of at least 1; default 16; semantic")
+        assert lines[row + 1] == f"    {text}"
+
+
 def test_settings_that_are_printed_load_to_the_same_keys(ask: Ask, path: Path, tmp_path: Path):
     """`rlhf config > file` keeps everything that defines a result."""
     answer = ask("config", "count.step=2", "words.style.upper=true")
@@ -330,3 +359,18 @@ def test_settings_that_are_printed_load_to_the_same_keys(ask: Ask, path: Path, t
     assert "count.step: a whole number of at least 1; default 1; semantic" in fields
     assert "What a word counts." in fields
     assert "words.left" not in fields
+
+
+def test_settings_under_a_former_name_are_noted_on_standard_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A line for each stage, once; the document on standard output is whole."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.yaml").write_text("model: {base: scratch}\ndata: {}\nsft: {lora: {rank: 4}}\n", encoding="utf-8")
+    assert main(["plan", "--json", "--config", "p.yaml"]) == 0
+    said = capsys.readouterr()
+    assert [stage["stage"] for stage in json.loads(said.out)["stages"]] == ["data", "model", "sft"]
+    assert said.err.splitlines() == [
+        "sft.lora is now called sft.tuning, and the next release refuses the old name; "
+        "write tuning: {method: lora, rank: 4} (p.yaml:3)"
+    ]

@@ -109,7 +109,7 @@ def test_an_adapter_written_as_a_plain_folder_is_the_same_reward_model(tmp_path:
     ("entries", "words"),
     [
         ({"init_lora_weights": "pissa_niter_4"}, "LoRA begun by pissa_niter_4"),
-        ({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}, "PROMPT_TUNING"),
+        ({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}, "do not fit"),
         ({"r": 2}, "do not fit"),
         ({"target_modules": ["q_proj"]}, "do not fit its configuration and base; the first is base_model.model"),
     ],

@@ -15,6 +15,7 @@ from rlhf.config.stages import EvaluateSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.errors import DiskFullError
 from rlhf.models.layout import count_parameters
+from rlhf.models.tuning import prepared
 from rlhf.pipeline import disk
 from rlhf.store import Store
 from tests.models.tiny import make_tiny_llama

@@ -113,5 +113,5 @@ def test_models_that_ppo_trains_compute_alike_every_time(model_type: str, method
 @pytest.mark.parametrize("model_type", ["opt", "mixtral"])
 def test_frozen_models_compute_alike_every_time(model_type: str) -> None:
     """The reference, the reward model, and the policies of evaluate."""
-    engine = Engine(noisy_model(model_type, None), "fp32")
+    engine = Engine(noisy_model(model_type, FULL), "fp32")
     assert loss_of(engine) == loss_of(engine)
