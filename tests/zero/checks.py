@@ -32,6 +32,7 @@ from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import tuning
 from rlhf.models.heads import TokenLogprobs
@@ -274,13 +275,18 @@ def _filled(engine: Engine, context: Context[Any]) -> dict[str, Any]:
 
 
 def other_groups(folder: Path) -> dict[str, str]:
-    """Which checkpoint a stage goes on from; and the errors when the newest is of one rank more, and in bf16."""
+    """Which checkpoint a stage goes on from; and the errors when the newest is of one rank more, in bf16, of stage 2."""
     context = context_of(folder)
     newest = checkpoint_writer.checkpoint_to_resume(context)
     assert newest is not None
     found = {"newest": newest.name}
     written = json.loads((newest / checkpoint_writer.MARKER).read_text())
-    for name, other in {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}.items():
+    others = {
+        "ranks": {"ranks": written["ranks"] + 1},
+        "bf16": {"precision": "bf16"},
+        "stage": {"zero": ZeroSettings(stage=2).layout},
+    }
+    for name, other in others.items():
         group.barrier()
         if group.is_main():
             (newest / checkpoint_writer.MARKER).write_text(json.dumps(written | other))
