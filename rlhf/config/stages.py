@@ -16,7 +16,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 class WorkerSettings(Settings):
-    """The worker group of a stage: one Ray actor per ZeRO-3 rank."""
+    """The worker group of a stage: one Ray actor per ZeRO rank."""
 
     count: int = runtime(1, ge=1)
     """Ranks. On a CPU one rank with all threads is the fastest; on a cluster one rank per GPU."""

@@ -114,6 +114,8 @@ class ZeroSettings(Settings):
             raise ValueError("offloading to nvme needs nvme_path, a folder on a local disk")
         if self.nvme_path is not None and not uses_nvme:
             raise ValueError("nvme_path is for offloading to nvme; write offload_optimizer: nvme, or leave it out")
+        if self.nvme_path is not None and not self.nvme_path.is_absolute():
+            raise ValueError(f"nvme_path is {self.nvme_path}; write it from / on, since ranks run in other folders")
         return self
 
     @property

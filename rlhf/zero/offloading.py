@@ -29,7 +29,7 @@ def check_zero(zero: ZeroSettings, stage: str, trained: int, weights: int) -> No
         _check_types(zero, stage)
     if zero.nvme_path is None:
         return
-    setting, folder = f"{stage}.zero.nvme_path", zero.nvme_path.expanduser()
+    setting, folder = f"{stage}.zero.nvme_path", zero.nvme_path
     if not folder.is_dir():
         raise PreflightError(f"the folder to offload to is not there: {folder}", setting, f"mkdir -p {folder}")
     try:

@@ -124,6 +124,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"stage": 2, "offload_parameters": "cpu"}, "offload_parameters needs stage 3"),
         ({"offload_optimizer": "nvme"}, "offloading to nvme needs nvme_path"),
         ({"offload_optimizer": "cpu", "nvme_path": "/x"}, "nvme_path is for offloading to nvme"),
+        ({"offload_optimizer": "nvme", "nvme_path": "x"}, "nvme_path is x; write it from / on"),
     ],
 )
 def test_contradictions_of_the_block_are_refused(values: dict[str, Any], said: str) -> None:
