@@ -275,7 +275,7 @@ def _filled(engine: Engine, context: Context[Any]) -> dict[str, Any]:
 
 
 def other_groups(folder: Path) -> dict[str, str]:
-    """Which checkpoint a stage goes on from; and the errors when the newest is of one rank more, in bf16, of stage 2."""
+    """Which checkpoint a stage goes on from; and the errors when the newest is of another rank count, bf16 or stage 2."""
     context = context_of(folder)
     newest = checkpoint_writer.checkpoint_to_resume(context)
     assert newest is not None
