@@ -275,17 +275,14 @@ def _filled(engine: Engine, context: Context[Any]) -> dict[str, Any]:
 
 
 def other_groups(folder: Path) -> dict[str, str]:
-    """Which checkpoint a stage goes on from; and the errors when the newest is of another rank count, bf16 or stage 2."""
+    """Which checkpoint a stage goes on from; and the errors when the newest was written otherwise."""
     context = context_of(folder)
     newest = checkpoint_writer.checkpoint_to_resume(context)
     assert newest is not None
     found = {"newest": newest.name}
     written = json.loads((newest / checkpoint_writer.MARKER).read_text())
-    others = {
-        "ranks": {"ranks": written["ranks"] + 1},
-        "bf16": {"precision": "bf16"},
-        "stage": {"zero": ZeroSettings(stage=2).layout},
-    }
+    others = {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}
+    others["stage"] = {"zero": ZeroSettings(stage=2).layout}
     for name, other in others.items():
         group.barrier()
         if group.is_main():

@@ -3,7 +3,7 @@
 import copy
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_activations_that_are_kept(
 
 
 @contextmanager
-def kept() -> Iterator[dict[int, int]]:
+def kept() -> Generator[dict[int, int]]:
     """Inside, the storages that are kept for a backward pass, by their address, and their bytes."""
     found: dict[int, int] = {}
 
