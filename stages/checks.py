@@ -15,10 +15,12 @@ from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
+from rlhf.config.tuning import results_in_adapter
+from rlhf.config.zero import ZeroSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
 from rlhf.models.architectures import check_policy, check_scorer, check_virtual_tokens
-from rlhf.models.layout import UNBOUNDED, check_scored_length, config_of, context_length
+from rlhf.models.layout import UNBOUNDED, check_scored_length, config_of, context_length, count_parameters
 from rlhf.models.packing import tokenised
 from rlhf.models.reward import reads_messages
 from rlhf.models.text import (
@@ -61,6 +63,7 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
     tokens = sum(min(length, settings.max_length) for length in lengths)
     sequences = min(len(rows), 2 * tokens // settings.max_length + 1) if settings.packing else len(rows)
     steps = math.ceil(settings.epochs * math.ceil(sequences / settings.batch_size))
+    check_offloading(context, [context.inputs["base"]])
     return {"demonstrations/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
@@ -92,6 +95,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
     lists = draw_lists(sets["train"], settings.responses_per_list, settings.lists_per_response, settings.seed)
     fitting.check(context, Texts(min(longest, settings.max_length), in_list=max(map(len, lists), default=1)))
     steps = math.ceil(settings.epochs * math.ceil(len(lists) / settings.batch_size))
+    check_offloading(context, [context.inputs["base"]])
     return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
@@ -125,6 +129,10 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     fitting.check(context, Texts(max(longest + response, mixed), max(response, mixed)))
     check_virtual_tokens(inputs["policy"], settings.tuning, settings.max_prompt_length + response, context.stage)
     models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
+    frozen = [folder for role, folder in inputs.items() if role.startswith("reward")]
+    check_offloading(
+        context, models, frozen=frozen if results_in_adapter(settings.tuning) else [inputs["policy"], *frozen]
+    )
     return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
 
@@ -199,6 +207,21 @@ def check_room(stage: str, model: Path, prompt: int, response: int, field: str) 
             f"{stage}.max_prompt_length, {stage}.{field}",
             f"{stage}.{fits}",
         )
+
+
+def check_offloading(
+    context: Context[SftSettings] | Context[RmSettings] | Context[PpoSettings],
+    models: Sequence[Path],
+    frozen: Sequence[Path] = (),
+) -> None:
+    """Refuse ``zero`` settings that cannot work with the models that train and those that are frozen."""
+    settings = context.settings
+    if settings.zero == ZeroSettings():
+        return
+    from rlhf.zero.offloading import check_zero  # it imports DeepSpeed
+
+    weights = sum(map(count_parameters, [*models, *frozen])) * (2 if settings.precision == "bf16" else 4)
+    check_zero(settings.zero, context.stage, sum(disk.trained_weights(context, models)), weights)
 
 
 def check_rewards(rewards: Sequence[RewardSettings], inputs: Mapping[str, Path]) -> None:

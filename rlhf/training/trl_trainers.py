@@ -42,19 +42,20 @@ from rlhf.training.loop import Journal, ends_here, learning_order, stopped
 from rlhf.zero import group
 from rlhf.zero.engine import (
     GradualAdamW,
+    checkpoint_activations,
     checkpoint_bytes,
+    deepspeed_config,
     mark_leaves,
     parameter_groups,
     unfreeze,
     whole_weights,
-    zero3_config,
 )
 
 TOKENS = "tokens.json"
 
 
 def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
-    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO-3, checkpoints.
+    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO, checkpoints.
 
     The batch is a multiple of the ranks, which the stages' preflight checks.
     """
@@ -79,7 +80,7 @@ def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
         "seed": seed_of("trainer", settings.seed),
         "bf16": settings.precision == "bf16",
         "use_cpu": group.device().type == "cpu",
-        "deepspeed": zero3_config(settings.precision, gradient_clipping="auto", **automatic),
+        "deepspeed": deepspeed_config(settings.precision, settings.zero, gradient_clipping="auto", **automatic),
         "accelerator_config": {"use_configured_state": True},
         # Reports says when to save: any other strategy also saves the last step, which the result makes superfluous.
         "save_strategy": "no",
@@ -87,6 +88,7 @@ def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
+        # checkpoint_activations is ours.
         "gradient_checkpointing": False,
     }
 
@@ -167,7 +169,10 @@ class _Ordered:
         **trainer: Any,
     ) -> None:
         self._context, settings = context, context.settings
-        mark_leaves(model)
+        if settings.activation_checkpointing:
+            checkpoint_activations(model)
+        if settings.zero.stage == 3:
+            mark_leaves(model)
         above: Any = super()
         above.__init__(
             model=model,
