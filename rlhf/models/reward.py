@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, safe_loading, templates, text
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, unwrapped
 from rlhf.models.layout import (
@@ -28,7 +29,7 @@ from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.randomness import seed_of
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, Engine, gathered, sharded_loading
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, gathered, sharded_loading
 
 
 def raw_scores(
@@ -74,7 +75,7 @@ class FrozenReward:
         PreflightError: ``score_max_length`` is beyond the model's context, or its tokenizer lacks what it needs.
     """
 
-    def __init__(self, folder: Path, precision: Precision, micro_batch_size: int) -> None:
+    def __init__(self, folder: Path, precision: Precision, micro_batch_size: int, zero: ZeroSettings = STAGE_3) -> None:
         config = config_of(folder)
         self._mean, self._deviation = float(config["score_mean"]), float(config["score_std"])
         low, high = config.get("score_low"), config.get("score_high")
@@ -82,11 +83,12 @@ class FrozenReward:
         self._response_only = config["sees"] == "response"
         self._max_length = int(config["score_max_length"])
         check_scored_length(folder)
-        with sharded_loading(precision):
+        with sharded_loading(precision, zero):
             model = folders.load(folder, scores=True, dtype=DTYPES[precision])
         self._is_decoder = hasattr(unwrapped(model), "score")  # a linear head on the last token's state
         self.tokenizer = (text.load_tokenizer if self._is_decoder else text.load_encoder_tokenizer)(folder)
-        self._engine = Engine(SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model)), precision)
+        scores = SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model))
+        self._engine = Engine(scores, precision, zero=zero)
         self._micro_batch_size = micro_batch_size
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:

@@ -36,9 +36,8 @@ def written(
     meanwhile = sum(count_parameters(folder / BASE) for folder in read if is_adapter(folder)) * weight
     if not models:
         return {RESULT: 0.0, MEANWHILE: float(meanwhile)}
-    plain = [folder / BASE if is_adapter(folder) else folder for folder in models]
-    method = settings.tuning
-    trained = [count_trained_parameters(folder, method) for folder in plain]
+    plain = [_plain(folder) for folder in models]
+    method, trained = settings.tuning, trained_weights(context, models)
     checkpoint = sum(trained) * (weight + _OPTIMISER) + trained[0] * 4 * average
     newest = newest_complete(list(context.attempts))
     begun = step_of(newest) if newest else 0
@@ -46,6 +45,15 @@ def written(
     due = max(0, (steps - 1) // settings.checkpoint_every - begun // settings.checkpoint_every)
     result = (trained[0] if results_in_adapter(method) else count_parameters(plain[0])) * weight
     return {RESULT: float(result), MEANWHILE: float(meanwhile + min(due, KEPT + 1) * checkpoint)}
+
+
+def trained_weights(context: Context[Any], models: Sequence[Path]) -> list[int]:
+    """Return the number of weights that train of each model."""
+    return [count_trained_parameters(_plain(folder), context.settings.tuning) for folder in models]
+
+
+def _plain(folder: Path) -> Path:
+    return folder / BASE if is_adapter(folder) else folder
 
 
 def check(stages: Mapping[str, Mapping[str, float]], store: Store) -> None:

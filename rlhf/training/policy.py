@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf.config.ppo import KlSettings
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.kl import adapted_coefficient
@@ -21,7 +22,7 @@ from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Minibatch, PolicyExperience, Sequences
 from rlhf.training.learner import Learner, MovingAverage, Optimiser
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, Engine, sharded_loading, whole_weights
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, sharded_loading, whole_weights
 
 
 class KlCoefficient:
@@ -111,12 +112,19 @@ class FrozenPolicy(Policy):
     """
 
     def __init__(
-        self, folder: Path, precision: Precision, temperature: float, micro_batch_size: int, *, fp32_head: bool = True
+        self,
+        folder: Path,
+        precision: Precision,
+        temperature: float,
+        micro_batch_size: int,
+        *,
+        fp32_head: bool = True,
+        zero: ZeroSettings = STAGE_3,
     ) -> None:
-        with sharded_loading(precision):
+        with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
         generator = Generator(folder, precision, temperature, AT_ONCE * micro_batch_size, fp32_head=fp32_head)
-        super().__init__(Engine(TokenLogprobs(model), precision), generator, temperature, micro_batch_size)
+        super().__init__(Engine(TokenLogprobs(model), precision, zero=zero), generator, temperature, micro_batch_size)
 
 
 class TrainedPolicy(Policy):
@@ -141,14 +149,23 @@ class TrainedPolicy(Policy):
         learns_entropy: bool = False,
         ptx_coef: float = 0.0,
         average_decay: float | None = None,
+        zero: ZeroSettings = STAGE_3,
+        activation_checkpointing: bool = False,
     ) -> None:
         self._folder, self._method = folder, method
         self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
-        with sharded_loading(precision):
+        with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
             prepare = partial(tuning.prepared, tuning=method, source=source, scores=False, seed=seed)
             self._model = tuning.with_reference(prepare(model))
-        self._learner = Learner(TokenLogprobs(self._model), precision, optimiser, "policy")
+        self._learner = Learner(
+            TokenLogprobs(self._model),
+            precision,
+            optimiser,
+            "policy",
+            zero=zero,
+            activation_checkpointing=activation_checkpointing,
+        )
         at_once = AT_ONCE * micro_batch_size
         generator = Generator(
             folder,
@@ -167,7 +184,7 @@ class TrainedPolicy(Policy):
         self._reference = (
             None
             if self._adapted
-            else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head)
+            else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head, zero=zero)
         )
 
     def reference_logprobs(self, sequences: Sequences) -> Tensor:

@@ -137,28 +137,6 @@ def test_qlora_without_a_gpu_is_refused(base: Path, tmp_path: Path) -> None:
     assert "it.workers.gpu is false" in error.what
 
 
-@pytest.mark.parametrize(
-    ("config", "seen"),
-    [
-        ({"sliding_window": 6}, True),
-        ({"sliding_window": 6, "use_sliding_window": False}, False),
-        ({"sliding_window": None}, False),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, True),
-        ({"layer_types": ["full_attention", "full_attention"], "sliding_window": 6}, False),
-    ],
-)
-def test_a_prefix_is_refused_where_layers_see_a_window(
-    base: Path, tmp_path: Path, config: dict[str, Any], seen: bool
-) -> None:
-    """It would fall out of it; a soft prompt is read as text is."""
-    model = changed(base, tmp_path / "model", **config)
-    for method in ("prefix", "p-tuning-v2"):
-        error = refused(model, tmp_path, {"method": method, "tokens": 4})
-        assert (error is not None) == seen
-        assert error is None or "fall out of" in error.what
-    assert refused(model, tmp_path, {"method": "prompt", "tokens": 4}) is None
-
-
 SOFT, DEEP = ("prompt", "p-tuning"), ("prefix", "p-tuning-v2")
 
 
