@@ -85,7 +85,7 @@ def iterations(folder: Path, precision: Precision, form: str, fp32_head: bool) -
     """Sample, compare, and train on made-up advantages, three times."""
     method, rate = FORMS[form], 1e-5 if form == "full" else 1e-3
     optimiser = Optimiser("policy", rate, 1.0)
-    policy = TrainedPolicy(
+    policy = TrainedPolicy.load_folder(
         folder, precision, 1.0, 16, method=method, source=folder, seed=0, optimiser=optimiser, fp32_head=fp32_head
     )
     exact = FrozenPolicy(folder, "fp32", 1.0, 16)

@@ -312,7 +312,8 @@ class MainOnly:
 class Rewards:
     """One score a response: the weighted sum of all rewards. The constructor is a collective.
 
-    models  role to plain reward-model folder
+    models   role to reward-model folder
+    engines  role to the engine of a model that is loaded already, as :class:`rlhf.models.reward.FrozenReward` takes it
     """
 
     def __init__(
@@ -321,6 +322,7 @@ class Rewards:
         models: Mapping[str, Path],
         precision: Precision,
         micro_batch_size: int,
+        engines: Mapping[str, Callable[..., Tensor]] | None = None,
     ) -> None:
         self._settings = settings
         self._parts: list[FrozenReward | MainOnly] = []
@@ -331,7 +333,9 @@ class Rewards:
             elif reward.endpoint is not None:
                 self._parts.append(MainOnly(partial(EndpointReward, reward.endpoint)))
             else:
-                self._parts.append(FrozenReward(models[role_of_model(number)], precision, micro_batch_size))
+                role = role_of_model(number)
+                engine = (engines or {}).get(role)
+                self._parts.append(FrozenReward(models[role], precision, micro_batch_size, engine))
                 number += 1
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:

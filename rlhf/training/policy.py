@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -72,7 +73,9 @@ class Policy:
     generator  samples from the same weights
     """
 
-    def __init__(self, engine: Engine, generator: Generator, temperature: float, micro_batch_size: int) -> None:
+    def __init__(
+        self, engine: Callable[..., Any], generator: Generator, temperature: float, micro_batch_size: int
+    ) -> None:
         self.engine, self._generator = engine, generator
         self.tokenizer = generator.tokenizer
         self._temperature, self._micro_batch_size = temperature, micro_batch_size
@@ -122,12 +125,40 @@ class FrozenPolicy(Policy):
 class TrainedPolicy(Policy):
     """The policy under PPO, with its reference: the same weights with the adapter as at the start, or a frozen copy.
 
-    folder  a plain folder
-    source  the folder that it was made from, which may have virtual tokens
+    model      under the learner's engine
+    learner    of a :class:`rlhf.models.heads.TokenLogprobs`
+    generator  samples from the same weights
+    reference  None where the model's adapter as at the start is the reference
+    average    of the model's weights
+    part       the policy's part of the model, where it has several
+    folder     the plain folder that the model was loaded from
     """
 
     def __init__(
         self,
+        model: Any,
+        learner: Learner,
+        generator: Generator,
+        reference: Policy | None,
+        average: MovingAverage | None,
+        temperature: float,
+        micro_batch_size: int,
+        *,
+        folder: Path,
+        method: Tuning,
+        part: str = "",
+        learns_entropy: bool = False,
+        ptx_coef: float = 0.0,
+    ) -> None:
+        super().__init__(learner.engine, generator, temperature, micro_batch_size)
+        self._model, self._learner, self._reference, self._average = model, learner, reference, average
+        self._folder, self._method, self._part = folder, method, part
+        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
+        self._state = [learner] if average is None else [learner, average]
+
+    @classmethod
+    def load_folder(
+        cls,
         folder: Path,
         precision: Precision,
         temperature: float,
@@ -141,14 +172,17 @@ class TrainedPolicy(Policy):
         learns_entropy: bool = False,
         ptx_coef: float = 0.0,
         average_decay: float | None = None,
-    ) -> None:
-        self._folder, self._method = folder, method
-        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
+    ) -> Self:
+        """Load and shard a policy. A collective.
+
+        folder  a plain folder
+        source  the folder that it was made from, which may have virtual tokens
+        """
         with sharded_loading(precision):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
             prepare = partial(tuning.prepared, tuning=method, source=source, scores=False, seed=seed)
-            self._model = tuning.with_reference(prepare(model))
-        self._learner = Learner(TokenLogprobs(self._model), precision, optimiser, "policy")
+            model = tuning.with_reference(prepare(model))
+        learner = Learner(Engine(TokenLogprobs(model), precision, **vars(optimiser)), "policy")
         at_once = AT_ONCE * micro_batch_size
         generator = Generator(
             folder,
@@ -158,16 +192,21 @@ class TrainedPolicy(Policy):
             fp32_head=fp32_head,
             tuning=method,
             prepare=prepare,
-            source=self._model,
+            source=model,
         )
-        super().__init__(self._learner.engine, generator, temperature, micro_batch_size)
-        self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
-        self._state = [self._learner] if self._average is None else [self._learner, self._average]
-        self._adapted = isinstance(self._model, PeftModel)
-        self._reference = (
-            None
-            if self._adapted
-            else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head)
+        adapted = isinstance(model, PeftModel)
+        return cls(
+            model,
+            learner,
+            generator,
+            None if adapted else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head),
+            None if average_decay is None else MovingAverage(model, average_decay),
+            temperature,
+            micro_batch_size,
+            folder=folder,
+            method=method,
+            learns_entropy=learns_entropy,
+            ptx_coef=ptx_coef,
         )
 
     def reference_logprobs(self, sequences: Sequences) -> Tensor:
@@ -230,7 +269,7 @@ class TrainedPolicy(Policy):
 
     def export(self, target: Path) -> None:
         """Write the policy's folder: the moving average where there is one. A collective."""
-        weights = whole_weights(self._model, trained_only=self._adapted)
+        weights = whole_weights(self._model, trained_only=isinstance(self._model, PeftModel), part=self._part)
         if self._average is not None:
             weights |= self._average.weights()
         if group.is_main():
