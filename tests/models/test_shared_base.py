@@ -1,24 +1,36 @@
 """PPO's models as adapters on one base, in a group of one."""
 
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import LoraTuning
+from rlhf.errors import PreflightError
 from rlhf.models import tuning
+from rlhf.models.layout import update_json
 from rlhf.models.reward import FrozenReward
+from rlhf.models.text import load_tokenizer
+from rlhf.models.virtual_tokens import TRAINED
+from rlhf.rl.losses import clipped_policy_loss, clipped_value_loss
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Rollout, roll_out
-from rlhf.rollout.sequences import Experience
+from rlhf.rollout.sequences import Experience, minibatch_of
 from rlhf.training.loading import load_models
-from rlhf.zero.engine import ADAM_EPSILON
+from rlhf.training.policy import FrozenPolicy
+from rlhf.training.shared_base import VALUE, check_adapters
+from rlhf.zero.engine import ADAM_EPSILON, whole_weights
 
 pytestmark = [
     # DeepSpeed's and torch's own.
@@ -91,39 +103,233 @@ class Slow:
         auto: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
         base = auto.from_pretrained(folder / "base", **({} if head is None else {"num_labels": 1}))
         self.model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval()
-        self._head = head is not None
         if head is not None:
-            self.model.get_base_model().score.weight.data.copy_(head)
-        self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self._optimizer = torch.optim.AdamW(self.trained, lr=1.0, eps=ADAM_EPSILON, weight_decay=0.0)
+            base.score.modules_to_save["default"].weight.data.copy_(head)
+        self._base, self._scores = base, head is not None
+        self._tokens = len(load_tokenizer(folder))
+        self.trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1.0, eps=ADAM_EPSILON, weight_decay=0.0)
 
     def __call__(self, part: Experience) -> Tensor:
         """Log-probabilities or values ``[sample, time]``, row by row and without padding."""
         rows: list[Tensor] = []
         for ids, attends, mask in zip(part.ids, part.attention_mask.bool(), part.mask, strict=True):
             row, count = ids[attends][None], int(mask.sum())
-            base = self.model.get_base_model()
-            states = base.model(input_ids=row).last_hidden_state[0, -count - 1 : -1]
-            if self._head:
-                found = base.score(states).squeeze(-1)
+            states = self._base.model(input_ids=row).last_hidden_state[0, -count - 1 : -1]
+            if self._scores:
+                found = self._base.score(states).squeeze(-1)
             else:
-                found = base.lm_head(states)[:, :300].log_softmax(-1)[range(count), row[0, -count:]]
+                found = self._base.lm_head(states)[:, : self._tokens].log_softmax(-1)[range(count), row[0, -count:]]
             rows.append(torch.nn.functional.pad(found, (0, part.time - count)))
         return torch.stack(rows)
 
-    def step(self, loss: Tensor, learning_rate: float) -> float:
-        self._optimizer.zero_grad()
+    def step(self, loss: Tensor, learning_rate: float) -> None:
+        self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self._optimizer.param_groups[0]["lr"] = learning_rate
-        self._optimizer.step()
-        return float(norm)
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
 
 
-def test_debug(folders: dict[str, Path], tmp_path: Path) -> None:
-    policy, value, rewards = models_of(folders, tmp_path)
+def module_of(model: Any) -> Any:
+    return model.engine._shared.engine.module
+
+
+def head_of(value: Any) -> Tensor:
+    return whole_weights(module_of(value), trained_only=False)[f"heads.{VALUE}.weight"]
+
+
+POLICY_LOSS, VALUE_LOSS = partial(clipped_policy_loss, clip=0.2), partial(clipped_value_loss, clip=0.2)
+
+
+def test_updates_are_those_of_separate_models(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Each with its own rate, norm and moments: weights, Adam's moments and losses, after three updates of each."""
+    policy, value, _ = models_of(folders, tmp_path)
+    slow_policy, slow_value = Slow(folders["policy"]), Slow(folders["reward"], head_of(value))
+    experience = experience_of(policy, value, sampled(policy))
+    with torch.no_grad():
+        torch.testing.assert_close(slow_policy(experience), experience.logprobs * experience.mask, atol=1e-5, rtol=0)
+        torch.testing.assert_close(slow_value(experience), experience.values * experience.mask, atol=1e-5, rtol=0)
+    whole = minibatch_of(experience, [0, 1, 2, 3], 4)
+    (part,) = whole.parts
+    constants = part.logprobs, part.reference_logprobs, part.advantages, part.mask
+    for update in range(3):
+        sums = value.update(minibatch_of(experience, [0, 1, 2, 3], 2), VALUE_LOSS, 3e-3)
+        loss, expected = VALUE_LOSS(slow_value(part), part.values, part.returns, part.mask, num_tokens=whole.num_tokens)
+        torch.testing.assert_close(sums.loss, expected.loss, atol=1e-5, rtol=1e-5)
+        slow_value.step(loss, 3e-3)
+        if update == 0:
+            continue  # as during the value model's warm-up
+        sums = policy.update(minibatch_of(experience, [0, 1, 2, 3], 2), POLICY_LOSS, 1e-3)
+        now = slow_policy(part)
+        loss, expected = POLICY_LOSS(now, torch.zeros_like(now), *constants, num_tokens=whole.num_tokens)
+        torch.testing.assert_close(sums.loss, expected.loss, atol=1e-5, rtol=1e-5)
+        slow_policy.step(loss, 1e-3)
+    policy.engine._shared.engine.take_turn("")  # DeepSpeed shows the state of what requires a gradient
+    ours = dict(module_of(policy).named_parameters())
+    for slow, adapter in ((slow_policy, TRAINED), (slow_value, VALUE)):
+        for name, weight in slow.trained.items():
+            mine = ours[f"heads.{VALUE}.weight" if "score" in name else f"model.{name.replace(TRAINED, adapter)}"]
+            state = slow.optimizer.state[weight]
+            assert state["step"] == (3 if adapter == VALUE else 2)
+            torch.testing.assert_close(
+                safe_get_full_fp32_param(mine),
+                weight.detach(),
+                atol=1e-5,
+                rtol=1e-4,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+            for moment in ("exp_avg", "exp_avg_sq"):
+                found = safe_get_full_optimizer_state(mine, moment)
+                torch.testing.assert_close(
+                    found, state[moment], atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+                )
+
+
+@pytest.mark.parametrize("form", ["adapter", "plain"])
+def test_the_reference_is_what_the_policy_was(folders: dict[str, Path], tiny: Path, tmp_path: Path, form: str) -> None:
+    """KL exactly 0 before the first update; afterwards the policy alone has moved, and samples as it is."""
+    inputs = folders if form == "adapter" else folders | {"policy": tiny}
+    policy, value, rewards = models_of(inputs, tmp_path)
     rollout = sampled(policy)
-    print(rollout.texts)
-    e = experience_of(policy, value, rollout)
-    print((e.logprobs - e.reference_logprobs).abs().max(), (e.logprobs - rollout.logprobs).abs().max())
-    print(rewards.score(PROMPTS, TEXTS), FrozenReward(folders["reward"], "fp32", 2).score(PROMPTS, TEXTS))
+    experience, scores = experience_of(policy, value, rollout), rewards.score(PROMPTS, TEXTS)
+    assert torch.equal(experience.logprobs, experience.reference_logprobs)
+    plain = FrozenPolicy(inputs["policy"], "fp32", 1.0, 2).logprobs(rollout.sequences)
+    torch.testing.assert_close(experience.logprobs, plain, atol=1e-5, rtol=0)
+    before = whole_weights(module_of(policy), trained_only=False)
+    policy.update(minibatch_of(experience, [0, 1, 2, 3], 2), POLICY_LOSS, 0.03)
+    assert changed(before, policy) == {TRAINED}
+    assert torch.equal(policy.reference_logprobs(rollout.sequences), experience.logprobs)
+    assert torch.equal(value.values(rollout.sequences), experience.values)
+    assert torch.equal(rewards.score(PROMPTS, TEXTS), scores)
+    again = sampled(policy)
+    gaps = (again.logprobs - policy.logprobs(again.sequences))[again.mask]
+    assert gaps.abs().max() < 1e-5
+    assert (policy.logprobs(rollout.sequences) - experience.logprobs).abs().max() > 0.01
+
+    before = whole_weights(module_of(policy), trained_only=False)
+    value.update(minibatch_of(experience, [0, 1, 2, 3], 2), VALUE_LOSS, 0.03)
+    assert changed(before, policy) == {VALUE}
+
+
+def changed(before: dict[str, Tensor], model: Any) -> set[str]:
+    """The adapters, or other parts, of which a weight differs."""
+    after = whole_weights(module_of(model), trained_only=False)
+    names = [name for name, weight in after.items() if not torch.equal(weight, before[name])]
+    return {next((part for part in (TRAINED, VALUE) if f".{part}." in name), name) for name in names}
+
+
+def test_scores_are_those_of_the_reward_model_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Bit for bit, normalised, whatever adapter was active before; the range of people's scores is known too."""
+    policy, _, rewards = models_of(folders, tmp_path)
+    sampled(policy)
+    assert torch.equal(rewards.score(PROMPTS, TEXTS), FrozenReward(folders["reward"], "fp32", 2).score(PROMPTS, TEXTS))
+
+
+def test_the_value_model_starts_from_the_policy_where_a_function_rewards(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its states are the policy's own."""
+    (tmp_path / "reward.py").write_text("def length(prompts, responses):\n    return [len(one) for one in responses]\n")
+    rewards = [{"function": f"{tmp_path / 'reward.py'}:length"}]
+    policy, value, rewards = models_of({"policy": folders["policy"]}, tmp_path, rewards=rewards, value_init="policy")
+    experience = experience_of(policy, value, sampled(policy))
+    slow = Slow(folders["policy"])
+    slow._base.score, slow._scores = torch.nn.Linear(32, 1, bias=False), True
+    slow._base.score.weight.data.copy_(head_of(value))
+    with torch.no_grad():
+        torch.testing.assert_close(slow(experience), experience.values * experience.mask, atol=1e-5, rtol=0)
+    assert rewards.score(PROMPTS, TEXTS).tolist() == [len(one) for one in TEXTS]
+
+
+def test_one_rank_keeps_the_base_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What samples is a view of the sharded weights, not a copy."""
+    policy, *_ = models_of(folders, tmp_path)
+    sampled(policy)
+    view = policy._generator._view
+    shards = {name: weight.ds_tensor.data_ptr() for name, weight in module_of(policy).model.named_parameters()}
+    held = {name: weight.data_ptr() for name, weight in view.named_parameters() if weight.numel()}
+    assert held
+    assert held.items() <= shards.items()
+
+
+def test_the_result_is_the_policy_s_adapter_with_its_base(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Read by plain PEFT it has the trained policy's log-probabilities; no other adapter is written."""
+    policy, value, _ = models_of(folders, tmp_path)
+    experience = experience_of(policy, value, sampled(policy))
+    policy.update(minibatch_of(experience, [0, 1, 2, 3], 2), POLICY_LOSS, 0.03)
+    policy.export(tmp_path / "out")
+    file = "adapter_model.safetensors"
+    assert load_file(tmp_path / "out" / file).keys() == load_file(folders["policy"] / file).keys()
+    now = policy.logprobs(experience) * experience.mask
+    assert (now - experience.logprobs * experience.mask).abs().max() > 0.01
+    with torch.no_grad():
+        torch.testing.assert_close(Slow(tmp_path / "out")(experience), now, atol=1e-5, rtol=0)
+
+
+def test_the_average_is_of_the_policy_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Half what the adapter was and half what it is, for a decay of 0.5 and one update."""
+    policy, value, _ = models_of(folders, tmp_path, average_decay=0.5)
+    experience = experience_of(policy, value, sampled(policy))
+    value.update(minibatch_of(experience, [0, 1, 2, 3], 2), VALUE_LOSS, 0.03)
+    policy.update(minibatch_of(experience, [0, 1, 2, 3], 2), POLICY_LOSS, 0.03)
+    policy.export(tmp_path / "out")
+    start, exported = (load_file(one / "adapter_model.safetensors") for one in (folders["policy"], tmp_path / "out"))
+    last = whole_weights(module_of(policy), trained_only=True)
+    for name, weight in exported.items():
+        mine = last[f"model.{name.replace('.weight', f'.{TRAINED}.weight')}"]
+        assert not torch.equal(mine, start[name])
+        torch.testing.assert_close(weight, (start[name] + mine) / 2, atol=1e-6, rtol=0)
+
+
+def with_other_base(folder: Path, inputs: dict[str, Path], tiny: Path) -> dict[str, Path]:
+    base = folder / "tiny"
+    shutil.copytree(tiny, base)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return inputs | {"reward": trained_adapter(base, folder / "reward", REWARD, scores=True)}
+
+
+def with_whole_reward(folder: Path, inputs: dict[str, Path], tiny: Path) -> dict[str, Path]:
+    shutil.copytree(tiny, folder / "whole")
+    update_json(folder / "whole" / "config.json", NORMALISER)
+    return inputs | {"reward": folder / "whole"}
+
+
+def with_more_weights(folder: Path, inputs: dict[str, Path], _: Path) -> dict[str, Path]:
+    shutil.copytree(inputs["policy"], folder / "more")
+    weights = load_file(folder / "more" / "adapter_model.safetensors")
+    weights["base_model.model.model.embed_tokens.weight"] = torch.zeros(1)
+    save_file(weights, folder / "more" / "adapter_model.safetensors")
+    return inputs | {"policy": folder / "more"}
+
+
+def with_other_adapter(folder: Path, inputs: dict[str, Path], _: Path) -> dict[str, Path]:
+    shutil.copytree(inputs["policy"], folder / "other")
+    update_json(folder / "other" / "adapter_config.json", {"peft_type": "IA3"})
+    return inputs | {"policy": folder / "other"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (with_other_base, r"reward is an adapter for another base \([0-9a-f]{12}\) than the policy's \([0-9a-f]{12}\)"),
+        (with_whole_reward, "reward is a whole model"),
+        (with_more_weights, "policy's adapter replaces weights of its base.*embed_tokens"),
+        (with_other_adapter, "policy is an adapter of type IA3"),
+    ],
+)
+def test_models_that_cannot_share_a_base_are_refused(
+    folders: dict[str, Path],
+    tiny: Path,
+    tmp_path: Path,
+    change: Callable[[Path, dict[str, Path], Path], dict[str, Path]],
+    words: str,
+) -> None:
+    """Before anything is loaded, with what to do."""
+    check_adapters(folders, "ppo")
+    check_adapters({"policy": tiny, "reward": tiny}, "ppo")  # neither is trained yet
+    with pytest.raises(PreflightError, match=words) as error:
+        check_adapters(change(tmp_path, folders, tiny), "ppo")
+    assert "share_base: false" in error.value.next_step
