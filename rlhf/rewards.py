@@ -312,17 +312,15 @@ class MainOnly:
 class Rewards:
     """One score a response: the weighted sum of all rewards. The constructor is a collective.
 
-    models   role to reward-model folder
-    engines  role to the engine of a model that is loaded already, as :class:`rlhf.models.reward.FrozenReward` takes it
+    models  role to reward-model folder, or to the model where it is loaded already
     """
 
     def __init__(
         self,
         settings: Sequence[RewardSettings],
-        models: Mapping[str, Path],
+        models: Mapping[str, Path | FrozenReward],
         precision: Precision,
         micro_batch_size: int,
-        engines: Mapping[str, Callable[..., Tensor]] | None = None,
     ) -> None:
         self._settings = settings
         self._parts: list[FrozenReward | MainOnly] = []
@@ -333,9 +331,9 @@ class Rewards:
             elif reward.endpoint is not None:
                 self._parts.append(MainOnly(partial(EndpointReward, reward.endpoint)))
             else:
-                role = role_of_model(number)
-                engine = (engines or {}).get(role)
-                self._parts.append(FrozenReward(models[role], precision, micro_batch_size, engine))
+                model = models[role_of_model(number)]
+                loaded = FrozenReward(model, precision, micro_batch_size) if isinstance(model, Path) else model
+                self._parts.append(loaded)
                 number += 1
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:

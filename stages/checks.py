@@ -31,6 +31,7 @@ from rlhf.pipeline import disk
 from rlhf.ranking.lists import draw_lists
 from rlhf.rewards import EndpointReward, load_function
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
+from rlhf.training.shared_base import check_adapters
 
 
 def sft(context: Context[SftSettings]) -> dict[str, float]:
@@ -91,6 +92,8 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks."""
     settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.count
     check_rewards(settings.rewards, inputs)
+    if settings.share_base:
+        check_adapters(inputs, context.stage)
     minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks
     if minibatch % ranks:
         what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"
@@ -113,7 +116,8 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     response = settings.sampling.max_new_tokens
     check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens")
     models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
-    return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
+    average, folded = settings.average_decay is not None, not settings.share_base
+    return disk.written(context, models, settings.iterations, average=average, folded=folded)
 
 
 def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:

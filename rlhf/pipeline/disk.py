@@ -22,23 +22,27 @@ _OPTIMISER = 3 * 4
 
 
 def written(
-    context: Context[Any], models: Sequence[Path] = (), steps: int = 0, *, average: bool = False
+    context: Context[Any], models: Sequence[Path] = (), steps: int = 0, *, average: bool = False, folded: bool = True
 ) -> dict[str, float]:
     """Return an estimate of the bytes that a stage will write, as :data:`RESULT` and :data:`MEANWHILE`.
 
     models   folders of the models that it trains, the model of its result first; empty without training
     steps    their largest number, in the unit of ``checkpoint_every``
     average  whether it keeps a moving average of the result
+    folded   whether it folds the adapters that it reads into whole weights; otherwise those that train go on training
     """
     settings = context.settings
     weight = 2 if settings.precision == "bf16" else 4
     read = context.inputs.values()
-    meanwhile = sum(count_parameters(folder / BASE) for folder in read if is_adapter(folder)) * weight
+    meanwhile = sum(count_parameters(folder / BASE) for folder in read if is_adapter(folder) and folded) * weight
     if not models:
         return {RESULT: 0.0, MEANWHILE: float(meanwhile)}
     plain = [folder / BASE if is_adapter(folder) else folder for folder in models]
     method = settings.tuning
-    trained = [count_trained_parameters(folder, method) for folder in plain]
+    trained = [
+        count_parameters(folder) if is_adapter(folder) and not folded else count_trained_parameters(base, method)
+        for folder, base in zip(models, plain, strict=True)
+    ]
     checkpoint = sum(trained) * (weight + _OPTIMISER) + trained[0] * 4 * average
     newest = newest_complete(list(context.attempts))
     begun = step_of(newest) if newest else 0

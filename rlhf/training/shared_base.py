@@ -25,7 +25,7 @@ from rlhf.errors import PreflightError
 from rlhf.models import folders, tuning
 from rlhf.models.heads import SequenceScores, TokenLogprobs, TokenValues, initialise_head, unwrapped
 from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, is_adapter
-from rlhf.models.reward import is_reward_model
+from rlhf.models.reward import FrozenReward, is_reward_model
 from rlhf.models.text import check_same_tokens
 from rlhf.models.tuning import INITIAL
 from rlhf.models.virtual_tokens import TRAINED
@@ -59,8 +59,7 @@ def check_adapters(inputs: Mapping[str, Path], stage: str) -> None:
     inputs  of the stage ppo; a reward model that is yet to be trained may be the model that it is trained from
 
     Raises:
-        PreflightError: one is no LoRA adapter, holds other weights than an adapter's, reads other tokens than the
-            policy, or was trained on another base.
+        PreflightError: one is no LoRA adapter, holds other weights than an adapter's, or was trained on another base.
     """
     policy = inputs["policy"]
     for role, folder in inputs.items():
@@ -71,7 +70,6 @@ def check_adapters(inputs: Mapping[str, Path], stage: str) -> None:
         elif is_reward_model(folder):
             raise PreflightError(f"{role} is a whole model, and share_base takes adapters", f"{stage}.{role}", REMEDY)
         if role != "policy":
-            check_same_tokens(folder, policy, stage)
             _check_same_base(role, folder, policy)
 
 
@@ -294,6 +292,8 @@ def load_models(context: Context[PpoSettings], micro_batch_size: int) -> tuple[T
     """Load and shard one base with the adapters of PPO's models. A collective; errors as :func:`check_adapters`."""
     settings, inputs = context.settings, context.inputs
     check_adapters(inputs, context.stage)
+    if settings.value_init == "reward":
+        check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
     with sharded_loading(settings.precision):
         model, heads = _adapted(inputs, settings)
     module = OneBase(model, heads)
@@ -323,6 +323,9 @@ def load_models(context: Context[PpoSettings], micro_batch_size: int) -> tuple[T
         ptx_coef=settings.ptx.coef,
     )
     value = TrainedValue(AdapterEngine(shared, VALUE), micro_batch_size)
-    models = {role: folder for role, folder in inputs.items() if role.startswith("reward")}
-    engines = {role: AdapterEngine(shared, role) for role in models}
-    return policy, value, Rewards(settings.rewards, models, settings.precision, micro_batch_size, engines)
+    rewards = {
+        role: FrozenReward(folder, settings.precision, micro_batch_size, AdapterEngine(shared, role))
+        for role, folder in inputs.items()
+        if role.startswith("reward")
+    }
+    return policy, value, Rewards(settings.rewards, rewards, settings.precision, micro_batch_size)

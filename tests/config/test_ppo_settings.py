@@ -36,6 +36,7 @@ def ppo(*overrides: str) -> PpoSettings:
         ("ppo.algorithm=a3c", "one of ppo, a2c"),
         ("ppo.score_clip=0", "ppo.score_clip is 0 and must be a number above 0"),
         ("ppo.entropy_bonu=0.1", "entropy_bonus"),
+        ("ppo.share_base=true", "share_base needs tuning {method: lora} with init zero, and it is full"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(override: str, words: str) -> None:

@@ -18,7 +18,6 @@ from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import LoraTuning
 from rlhf.errors import PreflightError
-from rlhf.models import tuning
 from rlhf.models.layout import update_json
 from rlhf.models.reward import FrozenReward
 from rlhf.models.text import load_tokenizer
@@ -31,6 +30,7 @@ from rlhf.training.loading import load_models
 from rlhf.training.policy import FrozenPolicy
 from rlhf.training.shared_base import VALUE, check_adapters
 from rlhf.zero.engine import ADAM_EPSILON, whole_weights
+from tests.models.tiny import NORMALISER, make_tiny_adapter
 
 pytestmark = [
     # DeepSpeed's and torch's own.
@@ -40,32 +40,16 @@ pytestmark = [
     pytest.mark.usefixtures("group"),
 ]
 
-NORMALISER = {"score_mean": 0.5, "score_std": 2.0, "sees": "conversation", "score_max_length": 32}
 POLICY, REWARD = LoraTuning(rank=4, alpha=8.0), LoraTuning(rank=2, targets=["q_proj", "down_proj"], rslora=True)
 PROMPTS, TEXTS = ["a film", "the", "a"], ["a joy", "dull , dull", ""]
-
-
-def trained_adapter(tiny: Path, folder: Path, method: LoraTuning, *, scores: bool) -> Path:
-    """An adapter as sft or rm makes it, with weights that matter."""
-    auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    model = tuning.prepared(
-        auto.from_pretrained(tiny, **({"num_labels": 1} if scores else {})), method, tiny, scores=scores, seed=0
-    )
-    generator = torch.Generator().manual_seed(int(scores))
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    with torch.no_grad():
-        for weight in weights.values():
-            weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    tuning.save(model, weights, tiny, folder, method, scores=scores, config=NORMALISER if scores else None)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
     return {
-        "policy": trained_adapter(tiny, folder / "policy", POLICY, scores=False),
-        "reward": trained_adapter(tiny, folder / "reward", REWARD, scores=True),
+        "policy": make_tiny_adapter(tiny, folder / "policy", POLICY, scores=False),
+        "reward": make_tiny_adapter(tiny, folder / "reward", REWARD, scores=True),
     }
 
 
@@ -105,7 +89,7 @@ class Slow:
         self.model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval()
         if head is not None:
             base.score.modules_to_save["default"].weight.data.copy_(head)
-        self._base, self._scores = base, head is not None
+        self.base, self.scores = base, head is not None
         self._tokens = len(load_tokenizer(folder))
         self.trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1.0, eps=ADAM_EPSILON, weight_decay=0.0)
@@ -115,11 +99,11 @@ class Slow:
         rows: list[Tensor] = []
         for ids, attends, mask in zip(part.ids, part.attention_mask.bool(), part.mask, strict=True):
             row, count = ids[attends][None], int(mask.sum())
-            states = self._base.model(input_ids=row).last_hidden_state[0, -count - 1 : -1]
-            if self._scores:
-                found = self._base.score(states).squeeze(-1)
+            states = self.base.model(input_ids=row).last_hidden_state[0, -count - 1 : -1]
+            if self.scores:
+                found = self.base.score(states).squeeze(-1)
             else:
-                found = self._base.lm_head(states)[:, : self._tokens].log_softmax(-1)[range(count), row[0, -count:]]
+                found = self.base.lm_head(states)[:, : self._tokens].log_softmax(-1)[range(count), row[0, -count:]]
             rows.append(torch.nn.functional.pad(found, (0, part.time - count)))
         return torch.stack(rows)
 
@@ -235,8 +219,8 @@ def test_the_value_model_starts_from_the_policy_where_a_function_rewards(
     policy, value, rewards = models_of({"policy": folders["policy"]}, tmp_path, rewards=rewards, value_init="policy")
     experience = experience_of(policy, value, sampled(policy))
     slow = Slow(folders["policy"])
-    slow._base.score, slow._scores = torch.nn.Linear(32, 1, bias=False), True
-    slow._base.score.weight.data.copy_(head_of(value))
+    slow.base.score, slow.scores = torch.nn.Linear(32, 1, bias=False), True
+    slow.base.score.weight.data.copy_(head_of(value))
     with torch.no_grad():
         torch.testing.assert_close(slow(experience), experience.values * experience.mask, atol=1e-5, rtol=0)
     assert rewards.score(PROMPTS, TEXTS).tolist() == [len(one) for one in TEXTS]
@@ -288,7 +272,7 @@ def with_other_base(folder: Path, inputs: dict[str, Path], tiny: Path) -> dict[s
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    return inputs | {"reward": trained_adapter(base, folder / "reward", REWARD, scores=True)}
+    return inputs | {"reward": make_tiny_adapter(base, folder / "reward", REWARD, scores=True)}
 
 
 def with_whole_reward(folder: Path, inputs: dict[str, Path], tiny: Path) -> dict[str, Path]:
