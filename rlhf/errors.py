@@ -59,26 +59,14 @@ class RlhfError(Exception):
 
     def __init__(self, what: str, where: str = "", next_step: str | NextCommand = "") -> None:
         super().__init__(what, where, next_step)
-
-    @property
-    def what(self) -> str:
+        self.what = what
         """What is wrong, in one sentence."""
-        return self.args[0]
-
-    @property
-    def where(self) -> str:
+        self.where = where
         """File and line, row and field, or rank and host; empty without a place."""
-        return self.args[1]
-
-    @property
-    def next_step(self) -> str:
+        self.next_step = str(next_step)
         """The command to run or the change to make; empty if ``what`` already says it."""
-        return str(self.args[2])
-
-    @property
-    def next_command(self) -> NextCommand | None:
+        self.next_command = next_step if isinstance(next_step, NextCommand) else None
         """The next step if it is a command of this program, else None."""
-        return self.args[2] if isinstance(self.args[2], NextCommand) else None
 
     def __str__(self) -> str:
         where = f"\n  where: {self.where}" if self.where else ""
@@ -175,6 +163,13 @@ class InterruptedRunError(RlhfError):
     """The run was interrupted from the keyboard, or by SIGTERM."""
 
     exit_status = 130
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text as one line of at most ``limit`` characters."""
+    # Half a surrogate pair could not be written, and the error would be lost with it.
+    text = " ".join(text.encode(errors="backslashreplace").decode().split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def size(count: float) -> str:

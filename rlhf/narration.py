@@ -128,24 +128,22 @@ def diff_view(document: Document) -> Group:
     lines = _differences(document["differences"], set()) or ["  nothing differs"]
     parts: list[RenderableType] = [sides, Text("\n".join(map(printable, ["made from, a → b:", *lines])))]
     if document["circumstances"]:
-        circumstances = document["circumstances"].items()
-        lines = [f"  {name} {_plain(values['a'])} → {_plain(values['b'])}" for name, values in circumstances]
-        parts.append(Text("\n".join(map(printable, ["made with, a → b:", *lines]))))
+        lines = ["made with, a → b:"]
+        for name, values in document["circumstances"].items():
+            was, now = (
+                ", ".join(map(str, value)) if isinstance(value, list) else "unknown" if value is None else str(value)
+                for value in (values["a"], values["b"])
+            )
+            lines.append(f"  {name} {was} → {now}")
+        parts.append(Text("\n".join(map(printable, lines))))
     if document["metrics"]:
         table = plain_table()
         table.add_column("metric", overflow="fold")
         for name in ("a", "b", "b - a"):
             table.add_column(name, justify="right", no_wrap=True)
         for name, values in document["metrics"].items():
-            numbers = [_number(values["a"]), _number(values["b"]), _number(values["difference"], "+")]
-            table.add_row(Text(printable(name)), *numbers)
+            numbers = ((values["a"], ""), (values["b"], ""), (values["difference"], "+"))
+            cells = ("–" if number is None else f"{number:{sign}.4g}" for number, sign in numbers)
+            table.add_row(Text(printable(name)), *cells)
         parts += [Text(), table]
     return Group(*parts)
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return "–" if value is None else f"{value:{sign}.4g}"
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else "unknown" if value is None else str(value)

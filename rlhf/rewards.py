@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlhf.config.rewards import EndpointSettings, RewardSettings, ServiceSettings, role_of_model
 from rlhf.config.stages import Precision
-from rlhf.errors import PreflightError, RewardError, TryAgainError
+from rlhf.errors import PreflightError, RewardError, TryAgainError, shortened
 from rlhf.models.reward import FrozenReward
 from rlhf.models.text import Prompt
 from rlhf.rl.metrics import out_of_range
@@ -55,7 +55,7 @@ def checked_scores(
         # Signals end ranks in other ways: an interrupt out of a reward was raised by the reward.
         message = type(error).__name__
         with suppress(Exception):  # the error's __str__ is the user's code too
-            message += f": {_shortened(str(error))}"
+            message += f": {shortened(str(error), 200)}"
         raise RewardError(f"{name} raised {message}", rows, f"correct {name}") from error
     if scores is None:
         kind = type(answered).__name__
@@ -69,17 +69,11 @@ def checked_scores(
         number: Any = math.nan if isinstance(score, bool) or not isinstance(score, Real) else score
         if not abs(number) <= LARGEST:
             raise RewardError(
-                f"{name}'s score of response {row} is {_shortened(repr(score))}, and not a finite number",
+                f"{name}'s score of response {row} is {shortened(repr(score), 200)}, and not a finite number",
                 f"{source}, row {row}",
                 "return finite numbers only",
             )
     return [float(score) for score in scores]
-
-
-def _shortened(text: str, limit: int = 200) -> str:
-    # Half a surrogate pair could not be written, and the error would be lost with it.
-    text = " ".join(text.encode(errors="backslashreplace").decode().split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 FIRST_WAIT_S = 0.5
@@ -139,8 +133,8 @@ class Service:
             )
         try:
             return json.loads(answer)
-        except (ValueError, RecursionError):
-            refuse(f"{self._name} answered no JSON", where, "correct url, or the service")
+        except (ValueError, RecursionError) as error:
+            raise RewardError(f"{self._name} answered no JSON", where, "correct url, or the service") from error
 
     async def _posted(self, body: bytes, where: str) -> bytes:
         settings = self._settings
@@ -154,14 +148,14 @@ class Service:
             if answer.status_code == 429 or answer.is_server_error:  # 429: too many requests
                 raise _PassingError(f"status {answer.status_code}")
             if answer.is_redirect:
-                refuse(
+                raise RewardError(
                     f"{self._name} answered with a redirect (status {answer.status_code}), "
                     "and rows are sent to no other address",
                     where,
                     "set url to the redirect's address, if rows may be sent there",
                 )
             if not answer.is_success:
-                refuse(
+                raise RewardError(
                     f"{self._name} refused the request with status {answer.status_code}",
                     where,
                     "correct url or token_variable, or the service",
@@ -170,7 +164,7 @@ class Service:
             async for part in answer.aiter_raw():
                 body_read += part
                 if len(body_read) > settings.max_bytes:
-                    refuse(
+                    raise RewardError(
                         f"{self._name} answered more than {settings.max_bytes} bytes",
                         where,
                         "raise max_bytes, or ask for less at once",
@@ -180,11 +174,6 @@ class Service:
 
 class _PassingError(Exception):
     """A request failed, and another try may succeed."""
-
-
-def refuse(what: str, where: str, next_step: str) -> NoReturn:
-    """Raise RewardError."""
-    raise RewardError(what, where, next_step)
 
 
 def _token(variable: str, name: str) -> str:
@@ -229,10 +218,10 @@ class EndpointReward:
             where, right = f"{self._service.shown}, {rows}", 'answer {"scores": [...]}'
             answer: Any = self._service.ask(asked, rows)
             if not isinstance(answer, dict) or "scores" not in answer:
-                refuse(f'{NAME} answered JSON without "scores"', where, right)
+                raise RewardError(f'{NAME} answered JSON without "scores"', where, right)
             answered: Any = answer["scores"]
             if not isinstance(answered, list):
-                refuse(f'the "scores" that {NAME} answered are no list', where, right)
+                raise RewardError(f'the "scores" that {NAME} answered are no list', where, right)
             scores += checked_scores(lambda answered=answered: answered, self._service.shown, count, first)
         return scores
 

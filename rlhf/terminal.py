@@ -221,12 +221,6 @@ def gc_table(document: Mapping[str, Any]) -> Table:
     return table
 
 
-def usage_line(usage: Mapping[str, int]) -> str:
-    """Return the usage of the store in one line; several copies of a file are one blob."""
-    files, blobs, free = (size(usage[name]) for name in ("file_bytes", "blob_bytes", "free_bytes"))
-    return f"store: {usage['artifacts']} artifacts, {files} of files in {blobs} of blobs, {free} free"
-
-
 def print_error(console: Console, error: RlhfError) -> None:
     """Print an error on a console for standard error; lines are not wrapped, so that commands can be copied whole."""
     text = Text("error: " + printable_lines(str(error)))

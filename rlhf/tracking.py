@@ -161,7 +161,8 @@ class WandbRun:
             "entity": entity,
             "group": group,
             "name": name,
-            "id": run_id(attempt_key),
+            # The same after every restart, and made of characters that W&B allows.
+            "id": hashlib.sha256(attempt_key.encode()).hexdigest()[:16],
             "resume": "allow",
             "config": dict(config),
             "dir": folder,
@@ -249,8 +250,3 @@ class WandbRun:
         if key:
             why = why.replace(key, "…")
         self._warn(f"Weights & Biases is off for this attempt: {why}")
-
-
-def run_id(attempt_key: str) -> str:
-    """Return the W&B id of an attempt: the same after every restart, and made of characters that W&B allows."""
-    return hashlib.sha256(attempt_key.encode()).hexdigest()[:16]

@@ -23,7 +23,7 @@ from rlhf.data.snippets import movie_datasets, other_comparisons, read_movie_sni
 from rlhf.data.split import Split, write_part, write_split
 from rlhf.data.validation import RecordReader
 
-MODELS: dict[str, type[Demonstration] | type[ComparisonSet] | type[Prompt]] = {
+RECORDS: dict[str, type[Demonstration] | type[ComparisonSet] | type[Prompt]] = {
     "demonstrations": Demonstration,
     "comparisons": ComparisonSet,
     "prompts": Prompt,
@@ -38,7 +38,7 @@ def run(context: Context[DataSettings]) -> dict[str, float]:
     snippets = _snippets(context)
     splits: dict[str, Split] = {}
     rows: dict[str, int] = {}
-    for kind in MODELS:
+    for kind in RECORDS:
         context.progress(f"reading {kind}")
         # ppo trains on prompts, after sft has trained on demonstrations.
         trained = {*splits["demonstrations"].train} if kind == "prompts" else set[int]()
@@ -80,7 +80,7 @@ def _snippets(context: Context[DataSettings]) -> dict[str, list[Any]]:
 
 def _split(context: Context[DataSettings], kind: str, snippets: dict[str, list[Any]], trained: Container[int]) -> Split:
     """Write both parts of a kind of records."""
-    settings, folder, model = context.settings, context.output / kind, MODELS[kind]
+    settings, folder, model = context.settings, context.output / kind, RECORDS[kind]
     source, heldout = settings.by_kind()[kind]
     assert source is not None
     parts: tuple[Iterable[Any], Iterable[Any]]

@@ -114,24 +114,26 @@ class Failure:
     log: str
 
 
+@dataclass(frozen=True)
 class JsonFile(Generic[T]):
     """A file that holds one value. Writing replaces it by a rename, so that no reader sees half of it."""
 
-    def __init__(self, path: Path, parse: Callable[[str], T], to_json: Callable[[T], Mapping[str, Any]]) -> None:
-        self.path, self._parse, self._to_json = path, parse, to_json
+    path: Path
+    parse: Callable[[str], T]
+    to_json: Callable[[T], Mapping[str, Any]]
 
     def write(self, value: T) -> None:
         """Replace the value; several ranks may do so at once, and the last one counts."""
         temporary = self.path.with_suffix(f".{secrets.token_hex(4)}.tmp")
         try:
-            temporary.write_text(json.dumps(self._to_json(value)))
+            temporary.write_text(json.dumps(self.to_json(value)))
             temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)  # left where the disk is full
 
     def read(self) -> T:
         """Return the value of a file that exists."""
-        return self._parse(self.path.read_text(encoding="utf-8"))
+        return self.parse(self.path.read_text(encoding="utf-8"))
 
     def get(self) -> T | None:
         """Return the value, or None where the file was never written."""
@@ -142,7 +144,7 @@ class JsonFile(Generic[T]):
         values: list[T] = []
         for path in sorted(self.path.parent.glob(self.path.name)):
             with suppress(OSError, ValueError, TypeError):
-                values.append(self._parse(path.read_text(encoding="utf-8")))
+                values.append(self.parse(path.read_text(encoding="utf-8")))
         return values
 
 
@@ -167,13 +169,6 @@ class RankFiles:
             for path in file.parent.glob(file.name):
                 path.unlink(missing_ok=True)
 
-    def stacks(self) -> str:
-        """Return the stacks of a rank that hangs; empty where it could not write them or made progress since."""
-        try:
-            return self.stack.read_text(errors="replace")
-        except OSError:
-            return ""
-
 
 class AttemptFolder:
     """The files of an attempt's folder; the table above says what each of them is for."""
@@ -188,6 +183,7 @@ class AttemptFolder:
         self.policy, self.reward, self.checkpoints = path / "policy", path / "reward", path / "checkpoints"
         self.metrics, self.samples = path / "metrics.jsonl", path / "samples.jsonl"
         self.verdicts, self.written = path / "verdicts.jsonl", path / "written.jsonl"
+        self.note_lines = path / "notes.jsonl"
         self.stop = path / "stop"
         """Empty: that it exists is the request."""
         self.resources = JsonFile[dict[str, int]](path / "resources.json", json.loads, dict)
@@ -237,14 +233,9 @@ class AttemptFolder:
         shutil.rmtree(self.output, ignore_errors=True)  # a killed export leaves files
         self.output.mkdir(exist_ok=True)  # a process of that group may still be about to end
 
-    def add_note(self, line: str) -> None:
-        """Append a line for the user."""
-        with (self.path / "notes.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"note": line}) + "\n")
-
     def notes(self) -> list[str]:
         """Return the lines for the user, without one that is still being written."""
-        path = self.path / "notes.jsonl"
+        path = self.note_lines
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line)["note"] for line in lines]
 
@@ -252,7 +243,9 @@ class AttemptFolder:
         """Return the attempt's ranks and GPUs, and the hosts and devices of the ranks; empty where unknown."""
         ranks = self.rank("*").device.read_all()
         places = {f"{name}s": sorted({rank[name] for rank in ranks}) for name in ("host", "device")}
-        return {**given, **places} if (given := self._given()) else {}
+        # An unknown cost must not stop a commit.
+        given = self.resources.read_all()
+        return {**given[0], **places} if given else {}
 
     def cost(self) -> dict[str, Any]:
         """Return name, seconds, ranks and GPUs of an attempt without a result; empty where unknown.
@@ -260,18 +253,12 @@ class AttemptFolder:
         The seconds are those from its beginning to the last sign of life, since a process that is killed notes no end.
         Both are times of one file system, so that clocks need not agree.
         """
-        given = self._given()
+        given = self.resources.read_all()
         if not given:
             return {}
         begun = self.resources.path.stat().st_mtime
         seconds = max(path.lstat().st_mtime for path in self.path.iterdir()) - begun
-        return {"attempt": self.path.name, "seconds": round(seconds, 3), **given}
-
-    def _given(self) -> dict[str, int]:
-        try:
-            return self.resources.read()
-        except (OSError, ValueError):
-            return {}  # an unknown cost must not stop a commit
+        return {"attempt": self.path.name, "seconds": round(seconds, 3), **given[0]}
 
 
 MARKER = "complete.json"

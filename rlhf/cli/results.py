@@ -8,29 +8,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.cli.run import Request, command_line, single_name
-from rlhf.errors import RequestError
+from rlhf.errors import RequestError, size
 from rlhf.narration import diff_view, explain_view, lineage_view
 from rlhf.pipeline import documents
 from rlhf.pipeline.plan import instance_of, result_of
 from rlhf.store import ActionRecord
-from rlhf.terminal import gc_table, leaderboard_table, plan_table, printable, printable_lines, usage_line
+from rlhf.terminal import gc_table, leaderboard_table, plan_table, printable, printable_lines
 
 
 def plan_(request: Request) -> None:
     """Show what would run, and why."""
     document = documents.plan_document(request.config, request.planned(request.names), request.store())
-    request.answer(document, lambda: request.out.print(plan_table(document["stages"])))
+    if not request.answer(document):
+        request.out.print(plan_table(document["stages"]))
 
 
 def status(request: Request) -> None:
     """Show what is done, running and failed."""
     document = documents.status_document(request.config, request.planned(request.names), request.store())
-
-    def show() -> None:
-        request.out.print(plan_table(document["stages"], metrics=True))
-        request.out.print(usage_line(document["usage"]))
-
-    request.answer(document, show)
+    if request.answer(document):
+        return
+    request.out.print(plan_table(document["stages"], metrics=True))
+    # Several copies of a file are one blob.
+    usage = document["usage"]
+    files, blobs, free = (size(usage[name]) for name in ("file_bytes", "blob_bytes", "free_bytes"))
+    request.out.print(f"store: {usage['artifacts']} artifacts, {files} of files in {blobs} of blobs, {free} free")
 
 
 def explain(request: Request) -> None:
@@ -38,7 +40,8 @@ def explain(request: Request) -> None:
     name = single_name(request, "STAGE")
     planned = request.planned([name])
     document = documents.explain_document(planned[name], planned, request.store())
-    request.answer(document, lambda: request.out.print(explain_view(document), soft_wrap=True))
+    if not request.answer(document):
+        request.out.print(explain_view(document), soft_wrap=True)
 
 
 def lineage(request: Request) -> None:
@@ -47,7 +50,8 @@ def lineage(request: Request) -> None:
         raise RequestError("lineage takes one stage or artifact", "command line", "rlhf diff A B compares two")
     (record,) = _records(request, request.names or [None])
     document = documents.lineage_document(record, request.store())
-    request.answer(document, lambda: request.out.print(lineage_view(document)))
+    if not request.answer(document):
+        request.out.print(lineage_view(document))
 
 
 def _records(request: Request, targets: Sequence[str | None]) -> list[ActionRecord]:
@@ -63,7 +67,8 @@ def diff(request: Request) -> None:
         raise RequestError("diff takes two stages, keys or artifacts", "command line", "rlhf diff A B")
     old, new = _records(request, request.names)
     document = documents.diff_document(old, new, request.store())
-    request.answer(document, lambda: request.out.print(diff_view(document)))
+    if not request.answer(document):
+        request.out.print(diff_view(document))
 
 
 def leaderboard(request: Request) -> None:
@@ -79,24 +84,24 @@ def leaderboard(request: Request) -> None:
             'write "models": [name, …] beside the responses of the comparison sets, or have stage collect write them',
         )
     rows = json.loads(request.store().read_file(record.artifact, "leaderboard.json"))
-    request.answer({"models": rows}, lambda: request.out.print(leaderboard_table(rows)))
+    if not request.answer({"models": rows}):
+        request.out.print(leaderboard_table(rows))
 
 
 def verify(request: Request) -> int:
     """Check every file of the store against its digest."""
     report = request.store().verify(repair=request.arguments.repair)
     damaged = [{"artifact": damage.artifact, "file": damage.file, "why": damage.why} for damage in report.damaged]
-
-    def show() -> None:
-        for damage in report.damaged:
-            line = printable(f"{damage.artifact[:12]} {damage.file}: {damage.why}")
-            request.out.print(line, highlight=False, markup=False)
-        request.out.print(f"{report.checked} files checked, {len(damaged)} damaged")
-        if damaged and not request.arguments.repair:
-            request.out.print("next: rlhf verify --repair moves them to quarantine; rlhf run makes them again")
-
-    request.answer({"checked": report.checked, "damaged": damaged}, show)
-    return 1 if damaged else 0
+    status = 1 if damaged else 0
+    if request.answer({"checked": report.checked, "damaged": damaged}):
+        return status
+    for damage in report.damaged:
+        line = printable(f"{damage.artifact[:12]} {damage.file}: {damage.why}")
+        request.out.print(line, highlight=False, markup=False)
+    request.out.print(f"{report.checked} files checked, {len(damaged)} damaged")
+    if damaged and not request.arguments.repair:
+        request.out.print("next: rlhf verify --repair moves them to quarantine; rlhf run makes them again")
+    return status
 
 
 def gc(request: Request) -> None:
@@ -108,7 +113,8 @@ def gc(request: Request) -> None:
         raise RequestError(f"--grace is {hours}, and must be a number from 0 on", "command line", "--grace 24")
     report = request.store().collect_garbage(hours * 3600, dry_run=request.arguments.dry_run)
     document = documents.gc_document(report, hours, dry_run=request.arguments.dry_run)
-    request.answer(document, lambda: request.out.print(gc_table(document)))
+    if not request.answer(document):
+        request.out.print(gc_table(document))
 
 
 def import_(request: Request) -> None:

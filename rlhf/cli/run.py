@@ -82,12 +82,11 @@ class Request:
         """Plan a stage and what it needs; return the planned stage."""
         return self.planned([name])[name]
 
-    def answer(self, document: Any, show: Callable[[], None]) -> None:
-        """Print the document under ``--json``; else call ``show``, which prints it for people."""
+    def answer(self, document: Any) -> bool:
+        """Print the document under ``--json``; return whether that was asked for. If not, print it for people."""
         if self.arguments.json:
             print_exactly(json.dumps(document, indent=2, ensure_ascii=False), lambda: json.dumps(document, indent=2))
-        else:
-            show()
+        return self.arguments.json
 
 
 def print_exactly(text: str, in_ascii: Callable[[], str]) -> None:

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rlhf import errors
 from rlhf.attempt.folder import Failure
 from rlhf.attempt.liveness import oom_kills
 from rlhf.cluster.worker import CONTINUE, Call, disk_full
-from rlhf.errors import RlhfError, is_no_room
+from rlhf.errors import RlhfError, is_no_room, shortened
 
 RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
     (errors.DivergedError, 0),  # it would diverge again
@@ -27,6 +28,8 @@ RETRIES: tuple[tuple[type[RlhfError], int | None], ...] = (
 """How often a worker group is started again after an error, by the first class that fits; None is as often as
 :class:`Retries` allows for all of them together."""
 
+LONGEST = 300
+"""Characters of an error of others in a message."""
 RankErrors = list[tuple[int | None, Exception]]
 """Ray's errors for ranks that ended; the rank is None where it is unknown."""
 # Python's fault handler, and that of Ray's own code.
@@ -41,18 +44,16 @@ _SIGNALS = {
 }
 
 
+@dataclass
 class Retries:
-    """Decides whether a stage's group starts again: it may fail any number of times if it makes progress in between.
+    """Decides whether a stage's group starts again: it may fail any number of times if it makes progress in between."""
 
-    max_failures  how often it may fail without a new checkpoint
-    """
-
-    def __init__(self, max_failures: int) -> None:
-        self.max_failures = max_failures
-        self.count = 0
-        """Failures since the last one that had come further than those before."""
-        self._errors: list[RlhfError] = []
-        self._reached = -1
+    max_failures: int
+    """How often it may fail without a new checkpoint."""
+    count: int = 0
+    """Failures since the last one that had come further than those before."""
+    _errors: list[RlhfError] = field(default_factory=list, init=False)
+    _reached: int = field(default=-1, init=False)
 
     def allow(self, error: RlhfError, reached: int) -> bool:
         """Count a failure, and return whether the group is started again after it.
@@ -147,7 +148,7 @@ def _reported(
     # Ray failed while it prepared a rank, or the whole group. Its text of an error from elsewhere ends with that error.
     rank, cause = causes[0]
     from_elsewhere = isinstance(cause, exceptions.RayTaskError | exceptions.RayActorError)
-    text = _last_line(cause) if from_elsewhere else _shortened(str(cause))
+    text = _last_line(cause) if from_elsewhere else shortened(str(cause), LONGEST)
     where = f"{'' if rank is None else f'rank {rank}; '}logs: {call.context.folder.rank('*').log}"
     what = f"{call.context.stage} failed before it began: {type(cause).__name__}: {text}"
     return errors.StageError(what, where, CONTINUE)
@@ -158,11 +159,11 @@ def _error_of(failure: Failure, call: Call) -> RlhfError:
     place = f"rank {failure.rank} on {failure.host} (pid {failure.pid}); log: {failure.log}"
     kind, show_log = _class_of(failure), f"less +G {failure.log}"
     if kind is None:
-        what = f"{call.context.stage} failed: {failure.error}: {_shortened(failure.args[0])}"
+        what = f"{call.context.stage} failed: {failure.error}: {shortened(failure.args[0], LONGEST)}"
         return errors.StageError(what, place, show_log)
     what, where, next_step = failure.args
     if kind is errors.OutOfMemoryError and not next_step:  # torch's or Python's own error
-        what, next_step = f"{call.context.stage} ran out of memory: {_shortened(what)}", _less_memory(call)
+        what, next_step = f"{call.context.stage} ran out of memory: {shortened(what, LONGEST)}", _less_memory(call)
     if kind is errors.PreemptedError and not next_step:
         return kind(what, where or place, CONTINUE)
     return kind(what, where or place, next_step or show_log)
@@ -201,10 +202,4 @@ def _less_memory(call: Call) -> str:
 def _last_line(error: Any) -> str:
     """Return the last line of an error's text that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _shortened(lines[-1]) if lines else type(error).__name__
-
-
-def _shortened(text: str, limit: int = 300) -> str:
-    """Return the text as one line of at most ``limit`` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return shortened(lines[-1], LONGEST) if lines else type(error).__name__

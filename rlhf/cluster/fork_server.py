@@ -28,7 +28,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ALL_RANKS = ("deepspeed",)
 """Third-party modules that every rank imports, with all that they import."""
@@ -87,7 +87,7 @@ def start(arguments: list[str]) -> None:
             _expect_byte(server)  # from the worker itself: from now on it does not need the server
     except Exception as error:  # noqa: BLE001 - whatever the error is, Ray waits for its worker
         print(f"no fork server: {error}", file=sys.stderr, flush=True)
-        _run_anew(arguments)
+        os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Worker:
         self.starter.close()
         if sys.modules["torch"].cuda._is_in_bad_fork():  # an import has called CUDA in the server
             print("no forked rank: an import has initialised CUDA", file=sys.stderr, flush=True)
-            _run_anew(self.arguments)
+            os.execv(sys.executable, [sys.executable, *self.arguments])  # noqa: S606
         sys.argv = list(self.arguments)
         sys.path.insert(0, str(Path(sys.argv[0]).parent))
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -221,10 +221,6 @@ def address() -> str:
 def _expect_byte(connection: socket.socket) -> None:
     if not connection.recv(1):
         raise ConnectionError("the server has ended")
-
-
-def _run_anew(arguments: list[str]) -> NoReturn:
-    os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606
 
 
 def main(arguments: list[str]) -> None:

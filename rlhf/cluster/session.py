@@ -12,11 +12,11 @@ import threading
 import time
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rlhf.cluster import reaper
 from rlhf.cluster.ray_token import MODE, default_path, entrance, known_token, prepare_token
@@ -85,19 +85,18 @@ def check_temporary_folder() -> None:
         raise DiskFullError(f"Ray's temporary folder has no room: {size(free)} are free", where, change)
 
 
-class Session:
+class Session(AbstractContextManager["Session"]):
     """A context manager that starts Ray when it is first needed."""
 
     def __init__(self, settings: ClusterSettings) -> None:
         self._settings = settings
+        self.address = settings.address or os.environ.get("RAY_ADDRESS")
+        """The cluster to attach to; None starts one here."""
         self._started = False
         self._knocked = self._answered = 0.0
         self._reaped = ExitStack()
         self.notices: list[str] = []
         """What the user should know of the cluster's authentication, once it has started."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -118,11 +117,6 @@ class Session:
             if (node := _node()) is not None:  # None where Ray runs elsewhere
                 node.kill_all_processes(check_alive=False, allow_graceful=False)
             atexit.unregister(ray.shutdown)  # Python would call it as it ends
-
-    @property
-    def address(self) -> str | None:
-        """The cluster to attach to; None starts one here."""
-        return self._settings.address or os.environ.get("RAY_ADDRESS")
 
     def start(self) -> None:
         """Start Ray or attach to it, once.
@@ -217,10 +211,11 @@ class Session:
             return
         import ray
 
+        again = "run the same command again: what was committed and the newest checkpoints stay"
         if self.address is None:
             died = {kind for kind, _ in _node().dead_processes()} & {"gcs_server", "raylet"}
             if died:
-                raise _lost(f"Ray's {' and '.join(sorted(died))} died", "this machine")
+                raise ClusterLostError(f"Ray's {' and '.join(sorted(died))} died", "this machine", again)
             return
         now = time.monotonic()
         if now - self._knocked < KNOCK_SECONDS / 2:
@@ -232,7 +227,8 @@ class Session:
             self._answered = now
         except TryAgainError as error:
             if now - (self._answered or now) >= 30:
-                raise _lost(f"the head of the Ray cluster does not answer: {error.what}", head) from error
+                what = f"the head of the Ray cluster does not answer: {error.what}"
+                raise ClusterLostError(what, head, again) from error
             self._answered = self._answered or now
 
     def resources(self) -> "Resources":
@@ -268,12 +264,6 @@ def _node() -> Any:
     import ray._private.worker
 
     return ray._private.worker._global_node  # pyright: ignore[reportPrivateUsage] - there is no public one
-
-
-def _lost(what: str, where: str) -> ClusterLostError:
-    return ClusterLostError(
-        what, where, "run the same command again: what was committed and the newest checkpoints stay"
-    )
 
 
 def _knock(address: str) -> None:
@@ -323,10 +313,6 @@ class Resources:
                 "add a node, or start one with cores (`ray start --num-cpus`)",
             )
         return min(with_cores)
-
-    def of_task(self) -> RankResources:
-        """Return the same as a worker group of one."""
-        return RankResources(1, self.for_task(), gpu=False)
 
     def have_room(self, wanted: RankResources, beside: Sequence[RankResources]) -> bool:
         """Return whether a group finds places beside others that run, wherever Ray has put those; alone it always does.

@@ -42,11 +42,6 @@ class Call:
     """Modules that are imported ahead of its ranks."""
 
 
-def perform_task(call: Call) -> None:
-    """Run a stage as one Ray task."""
-    _perform(call, 0, lambda: call.context)
-
-
 @dataclass(frozen=True)
 class Location:
     """Where Ray has placed a rank."""
@@ -93,7 +88,7 @@ class Rank:
             return computable(call.context)
 
         os.environ |= environment
-        _perform(call, int(environment["RANK"]), join_group)
+        perform(call, int(environment["RANK"]), join_group)
 
 
 def prepare_deepspeed(call: Call) -> None:
@@ -121,10 +116,10 @@ def prepare_deepspeed(call: Call) -> None:
     )
 
 
-def _perform(call: Call, rank: int, prepare: Callable[[], Context[Any]]) -> None:
-    """Run a stage's code as a rank, with its signs of life, and keep its error for the driver.
+def perform(call: Call, rank: int = 0, prepare: Callable[[], Context[Any]] | None = None) -> None:
+    """Run a stage's code as a task or a rank, with its signs of life, and keep its error for the driver.
 
-    prepare  returns the context to run in
+    prepare  returns the context to run in, where that is not the call's
     """
     folder = call.context.folder
     if not folder.path.is_dir():
@@ -141,7 +136,7 @@ def _perform(call: Call, rank: int, prepare: Callable[[], Context[Any]]) -> None
             # A crash below Python leaves its signal in the log.
             faulthandler.enable(file=2)
             with _importing():
-                context = prepare()
+                context = call.context if prepare is None else prepare()
                 device = "CPU" if context is call.context else "CPU in fp32"
                 if call.gpu:
                     import torch

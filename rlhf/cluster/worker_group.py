@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from rlhf.attempt.folder import Pulse, newest_complete, step_of
 from rlhf.cluster import fork_server
 from rlhf.cluster.causes import RankErrors, Retries, cause_of
 from rlhf.cluster.session import RankResources
-from rlhf.cluster.worker import CONTINUE, Call, Location, Rank, perform_task
+from rlhf.cluster.worker import CONTINUE, Call, Location, Rank, perform
 from rlhf.errors import ClusterLostError, HangError, RlhfError, TryAgainError
 
 POLL_SECONDS = 0.25
@@ -34,13 +35,9 @@ def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, floa
     import ray
     from ray.exceptions import RayError
 
-    reference = ray.remote(num_cpus=cpus, max_retries=0)(perform_task).remote(call)
-
-    def cancel() -> None:
-        with suppress(RayError):  # the task may have ended, or Ray itself
-            ray.cancel(reference, force=True)
-
+    reference = ray.remote(num_cpus=cpus, max_retries=0)(perform).remote(call)
     try:
+        cancel = partial(ray.cancel, reference, force=True)
         _watch(call, 1, lambda seconds: bool(ray.wait([reference], timeout=seconds)[0]), watch, cancel)
         ray.get(reference)
     except RayError as error:
@@ -81,6 +78,8 @@ def _watch(
     call: Call, count: int, is_over: Callable[[float], bool], watch: Callable[[], None], end: Callable[[], None]
 ) -> None:
     """Look at the caller's concerns and at the ranks' progress until a call is over; end it where a look raises."""
+    from ray.exceptions import RayError
+
     watchdog = Watchdog(call, count)
     try:
         while not is_over(POLL_SECONDS):
@@ -90,7 +89,8 @@ def _watch(
     except ClusterLostError:
         raise  # no Ray is left that could end the ranks
     except BaseException:
-        end()
+        with suppress(RayError):  # a task may have ended, or Ray itself
+            end()
         raise
 
 
@@ -145,7 +145,10 @@ class Watchdog:
         if absent:
             where = next(iter(pulses.values()), folder.path)
             return error(absent, f"did not begin within {limit:g} minutes", where)
-        stacks = {rank: folder.rank(rank).stacks() for rank in pulses}
+        stacks = dict.fromkeys(pulses, "")  # of a rank that could not write them, or made progress since
+        for rank in pulses:
+            with suppress(OSError):
+                stacks[rank] = folder.rank(rank).stack.read_text(errors="replace")
         culprits = [rank for rank, stack in stacks.items() if not stack]  # the process itself is stopped
         if not culprits:  # a rank inside torch.distributed waits for another one
             culprits = [rank for rank, stack in stacks.items() if "torch/distributed/" not in stack]

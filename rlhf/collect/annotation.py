@@ -7,7 +7,7 @@ set. Each annotator sees each row in an order of their own, so that a preference
 import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -67,15 +67,15 @@ class Task:
     """The first row behind this one that the annotator skipped."""
 
 
+@dataclass
 class Annotation:
     """The rows, and every annotator's newest answers to them."""
 
-    def __init__(self, sets: Mapping[str, ResponseSet]) -> None:
-        self.sets = dict(sets)
-        self.strays: set[str] = set()
-        """Rows that were answered and are not among the sets."""
-        # By annotator and row, in the order of the first answers: a dictionary keeps the place of a replaced entry.
-        self._answers: dict[str, dict[str, Answer]] = {}
+    sets: Mapping[str, ResponseSet]
+    strays: set[str] = field(default_factory=set[str], init=False)
+    """Rows that were answered and are not among the sets."""
+    # By annotator and row, in the order of the first answers: a dictionary keeps the place of a replaced entry.
+    _answers: dict[str, dict[str, Answer]] = field(default_factory=dict[str, dict[str, Answer]], init=False)
 
     @property
     def annotators(self) -> list[str]:

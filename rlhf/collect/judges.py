@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -20,7 +21,7 @@ from rlhf.config.collect import ChatSettings, CompareSettings
 from rlhf.data.records import ComparisonSet, ResponseSet
 from rlhf.data.validation import RecordReader
 from rlhf.errors import RewardError
-from rlhf.rewards import Service, checked_scores, load_function, refuse
+from rlhf.rewards import Service, checked_scores, load_function
 
 NAME = "the judge's service"
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
@@ -91,10 +92,10 @@ class ChatJudge:
         decided = [verdict == "A" for verdict in verdicts.values() if verdict in ("A", "B")]
         metrics = {
             "judge/verdicts": float(len(verdicts)),
-            "judge/none": _share([verdict is None for verdict in verdicts.values()]),
+            "judge/none": sum(verdict is None for verdict in verdicts.values()) / max(len(verdicts), 1),
         }
-        metrics |= {"judge/consistent": _share(agree)} if agree else {}
-        return metrics | ({"judge/first": _share(decided)} if decided else {})
+        metrics |= {"judge/consistent": sum(agree) / len(agree)} if agree else {}
+        return metrics | ({"judge/first": sum(decided) / len(decided)} if decided else {})
 
     def _ask(
         self,
@@ -152,12 +153,12 @@ class ChatJudge:
         answer = self._service.ask(document, pair)
         try:
             return str(answer["choices"][0]["message"]["content"] or "")
-        except (KeyError, IndexError, TypeError):
-            refuse(
+        except (KeyError, IndexError, TypeError) as error:
+            raise RewardError(
                 f"{NAME} answered JSON without a message",
                 f"{self._service.shown}, {pair}",
                 "set url to an endpoint of chat completions",
-            )
+            ) from error
 
 
 def verdict_in(reply: str) -> str | None:
@@ -167,10 +168,6 @@ def verdict_in(reply: str) -> str | None:
         return verdicts[-1]
     bare = reply.strip().strip(".").upper()
     return bare if bare in ("A", "B", "C") else None
-
-
-def _share(values: Sequence[bool]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 class Judge(Protocol):
@@ -226,11 +223,11 @@ class FunctionJudge(Judge):
             yield ComparisonSet(**dict(response_set), ratings=[[rating] for rating in ratings], annotators=[name])
 
 
+@dataclass
 class People(Judge):
     """People's answers, in a file of comparison sets with the collected prompts and responses."""
 
-    def __init__(self, source: str) -> None:
-        self._source = source
+    source: str
 
     def compare(self, sets: Sequence[ResponseSet], context: Context[CompareSettings]) -> Iterator[ComparisonSet]:
         """Yield every row of the file that is about one of the sets, with the models that the set names.
@@ -238,7 +235,7 @@ class People(Judge):
         Raises RecordError if a row is malformed.
         """
         models = {name_of(response_set): response_set.models for response_set in sets}
-        for compared in RecordReader(self._source, ComparisonSet, context.folder.quarantine("compare")):
+        for compared in RecordReader(self.source, ComparisonSet, context.folder.quarantine("compare")):
             name = name_of(compared)
             if name in models:
                 yield compared.model_copy(update={"models": models[name]})

@@ -71,9 +71,13 @@ class Server:
         self._project = hashlib.sha256(str(collection.out.resolve()).encode()).hexdigest()[:16]
         page = files("rlhf.collect").joinpath("page.html").read_text(encoding="utf-8")
         self._page = page.replace("{{project}}", self._project).replace("{{title}}", html.escape(collection.out.stem))
-        script, style = _hash_of("script", self._page), _hash_of("style", self._page)
+        hashes: list[str] = []
+        for element in ("script", "style"):
+            match = re.search(f"<{element}>(.*?)</{element}>", self._page, re.DOTALL)
+            assert match is not None, f"the page has one {element} element"
+            hashes.append(f"'sha256-{base64.b64encode(hashlib.sha256(match[1].encode()).digest()).decode()}'")
         self._policy = (
-            f"default-src 'none'; script-src {script}; style-src {style}; "
+            f"default-src 'none'; script-src {hashes[0]}; style-src {hashes[1]}; "
             "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
 
@@ -232,9 +236,3 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _hash_of(element: str, page: str) -> str:
-    match = re.search(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
-    assert match is not None, f"the page has one {element} element"
-    return f"'sha256-{base64.b64encode(hashlib.sha256(match[1].encode()).digest()).decode()}'"

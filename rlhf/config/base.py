@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rlhf.errors import SettingsError
+
 FEW = 12
 """Most names that a message lists; beyond them, the command that explains each says more."""
 
@@ -138,7 +140,7 @@ def source(default: Any = ..., **constraints: Any) -> Any:
 
 
 def role_of(model: type[Settings], field: str) -> Role | None:
-    """Return the mark of a field, or None for a field without a mark (which a test refuses)."""
+    """Return the mark of a field, or None for a field without a mark."""
     extra: Any = model.model_fields[field].json_schema_extra
     return extra.get("role") if isinstance(extra, dict) else None
 
@@ -147,6 +149,9 @@ def semantic_values(settings: Settings) -> dict[str, Any]:
     """Return the semantic and source fields as JSON values, nested settings included; runtime fields are left out.
 
     A source that is a local path reads ``"file"``; the key also holds the digest of its content.
+
+    Raises:
+        SettingsError: a field has no mark.
     """
     values: dict[str, Any] = {}
     dumped = settings.model_dump(mode="json")
@@ -157,8 +162,15 @@ def semantic_values(settings: Settings) -> dict[str, Any]:
                 values[name] = _semantic_value(value, dumped[name])
             case "source":
                 values[name] = word_in_key(value) if isinstance(value, str) else dumped[name]
-            case _:
+            case "runtime":
                 pass
+            case None:
+                model = type(settings)
+                raise SettingsError(
+                    f"{model.__name__}.{name} has no mark, so nothing says whether it is part of the key",
+                    model.__module__,
+                    "give it the value semantic(…), runtime(…) or source(…), from rlhf.config.base",
+                )
     return values
 
 

@@ -233,8 +233,8 @@ def _instance(
         return None
     if model is None:
         what = f"{name} is neither a stage nor a section of the pipeline"
-        hint = f"{suggestion(name, [*settings_types, *_TOP_LEVEL])} (another name for a stage needs {_USES}: STAGE)"
-        tree.problems.append(Problem(what, where, hint.strip()))
+        known, rule = suggestion(name, [*settings_types, *_TOP_LEVEL]), f"another name for a stage needs {_USES}: STAGE"
+        tree.problems.append(Problem(what, where, f"{known} ({rule})" if known else rule))
         return None
     assert not {_USES, _INPUTS} & set(model.model_fields), "these two names belong to the loader"
 

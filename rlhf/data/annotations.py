@@ -73,11 +73,6 @@ def meant(option: str, names: Sequence[str], *, ranked: bool) -> str | None:
     return names[SIDES.index(mark.mark)] if len(names) == 2 and not mark.stem and mark.mark in SIDES else None
 
 
-def is_tie(label: str) -> bool:
-    """Return whether a label says that two responses are equally good."""
-    return " ".join(words(label)) in TIES
-
-
 def mentioned(text: str, names: Sequence[str]) -> str | None:
     """Return the only response whose name is in a text, such as that of a question; None where there is not one."""
     inside = f" {' '.join(words(text))} "
@@ -89,7 +84,7 @@ def preference(label: str, names: Sequence[str]) -> list[list[str]] | None:
     """Return the places of a label that chooses between two responses; None where it does not."""
     if len(names) != 2:
         return None
-    if is_tie(label):
+    if " ".join(words(label)) in TIES:
         return [list(names)]
     best = meant(label, names, ranked=False)
     return None if best is None else [[best], [name for name in names if name != best]]

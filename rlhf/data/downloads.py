@@ -4,7 +4,6 @@ The digest is checked before anything in a file is used. pip gets the digest too
 the ``setup.py`` of a source distribution to prepare its metadata: only the pinned bytes ever run.
 """
 
-import hashlib
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.errors import IndexUnreachableError, PreflightError, RequestError, SettingsError
+from rlhf.store import digest_file
 
 CONNECTION_TIMEOUT_S = 10
 CONNECTION_RETRIES = 2
@@ -82,10 +82,10 @@ def fetch(source: PinnedFile, downloads: Path | None, cache: Path) -> Path:
             raise SettingsError("the folder of downloads does not exist", str(downloads), "correct downloads=DIR")
         given = downloads.expanduser() / source.filename
         if given.is_file():
-            _check(_sha256(given), source, str(given))
+            _check(digest_file(given), source, str(given))
             return given
     kept = cache / source.filename
-    if not (kept.is_file() and _sha256(kept) == source.sha256):
+    if not (kept.is_file() and digest_file(kept) == source.sha256):
         _download(source, kept)
     return kept
 
@@ -111,7 +111,7 @@ def _download(source: PinnedFile, target: Path) -> None:
         if process.returncode:
             raise _failure(source, process.stdout + process.stderr)
         fetched = folder / source.filename
-        _check(_sha256(fetched), source, str(fetched))
+        _check(digest_file(fetched), source, str(fetched))
         fetched.replace(target)
 
 
@@ -152,8 +152,3 @@ def _check(digest: str, source: PinnedFile, where: str) -> None:
             where,
             f"remove it, and {_by_hand(source)}",
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

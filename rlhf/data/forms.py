@@ -9,6 +9,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
@@ -77,12 +78,12 @@ class _Form(NamedTuple):
     """The name of the form in messages; empty for our own form."""
 
 
+@dataclass
 class FormReader:
     """Parse records from rows of any form, and count the rows of each form."""
 
-    def __init__(self) -> None:
-        self._forms = Counter[str]()
-        self._unread: dict[str, None] = {}
+    _forms: Counter[str] = field(default_factory=Counter[str], init=False)
+    _unread: dict[str, None] = field(default_factory=dict[str, None], init=False)
 
     def parse(self, value: Any, model: type[R]) -> R | list[Reason]:
         """Return a row's value as a record, or the reasons why it is none."""
@@ -184,7 +185,8 @@ def _demonstration(row: Fields) -> _Form:
             return form
         # Only the last message of a completion is learned, so the others belong to the prompt.
         name = "completions of several turns: the last message is the completion, all before it belongs to the prompt"
-        turns = {"prompt": _as_messages(prompt) + before, "completion": [last]}
+        asked: Messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        turns = {"prompt": asked + before, "completion": [last]}
         return form._replace(row=form.row | turns, name=name)
     if key := _conversation_field(row):
         messages = _whole_conversation(row, key)
@@ -296,7 +298,7 @@ def _instruction(row: Fields) -> tuple[str | Messages, tuple[str, ...]] | None:
             if not isinstance(turn, (list, tuple)) or len(turn) != 2:
                 raise MalformedError(f"history[{number}]", "must be two texts, the user's and the assistant's")
             earlier += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return (earlier + _as_messages(text) if earlier else text), used
+    return ([*earlier, {"role": "user", "content": text}] if earlier else text), used
 
 
 def _whole_conversation(row: Fields, key: str) -> Messages:
@@ -369,10 +371,6 @@ def _is_conversation(value: Any) -> bool:
 
 def _conversation_field(row: Mapping[str, Any]) -> str | None:
     return next((name for name in CONVERSATIONS if _is_conversation(row.get(name))), None)
-
-
-def _as_messages(prompt: str | Messages) -> Messages:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _without(row: Fields, names: Iterable[str]) -> Fields:

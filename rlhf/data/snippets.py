@@ -24,6 +24,8 @@ BLOCK_ROWS = 30
 SDIST_MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 
 COMPARISON_PROMPT = "Write a one-sentence movie review."
+OPENING_PROMPT = "Write a one-sentence movie review that starts with: "
+"""Followed by the opening."""
 OTHER_PROMPTS = {
     "amazonReviewSnippets": "Write a sentence of a product review.",
     "nytEditorialSnippets": "Write a sentence of a newspaper's editorial.",
@@ -40,11 +42,6 @@ class Snippet(NamedTuple):
     ratings: tuple[int, ...]
     block: int | None
     """The number of its block, whose raters are assumed to rate no other; None where the raters change in the block."""
-
-    @property
-    def mean(self) -> float:
-        """The raters' mean, from -4 to 4."""
-        return sum(self.ratings) / len(self.ratings)
 
 
 Block = list[Snippet]
@@ -154,7 +151,9 @@ def movie_datasets(blocks: list[Block], sizes: SnippetSettings, seed: int) -> di
         "comparisons/train": [*comparison_sets(draw(sizes.comparisons), sizes.set_size)],
         "comparisons/heldout": [*comparison_sets(draw(sizes.comparisons_heldout), sizes.set_size)],
         "judge/ratings": [
-            JudgeRating(text=snippet.text, rating=snippet.mean) for block in draw(sizes.judge) for snippet in block
+            JudgeRating(text=snippet.text, rating=sum(snippet.ratings) / len(snippet.ratings))
+            for block in draw(sizes.judge)
+            for snippet in block
         ],
     }
 
@@ -165,15 +164,10 @@ def opening(text: str) -> str | None:
     return " ".join(words) if len(words) == 2 and all(map(_PLAIN_WORD.fullmatch, words)) else None
 
 
-def opening_prompt(words: str) -> str:
-    """Return the prompt that asks for a review with this opening."""
-    return f"Write a one-sentence movie review that starts with: {words}"
-
-
 def demonstrations(blocks: list[Block]) -> list[Demonstration]:
     """Take every snippet with a plain opening, good or bad, as the answer to the prompt that asks for its opening."""
     return [
-        Demonstration(prompt=opening_prompt(words), completion=snippet.text)
+        Demonstration(prompt=OPENING_PROMPT + words, completion=snippet.text)
         for block in blocks
         for snippet in block
         if (words := opening(snippet.text))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, NamedTuple
 
@@ -12,6 +13,7 @@ from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt,
 from rlhf.errors import RecordError
 
 
+@dataclass
 class RecordReader(Generic[R]):
     """Iterate over the records of a source; every row is checked.
 
@@ -20,14 +22,13 @@ class RecordReader(Generic[R]):
     counts them by their forms.
     """
 
-    def __init__(self, source: str, model: type[R], quarantine: Path, max_bad_fraction: float = 0.0) -> None:
-        self.source = source
-        self.model = model
-        self.quarantine = quarantine
-        self.max_bad_fraction = max_bad_fraction
-        self.good = 0
-        self.bad = 0
-        self.forms = FormReader()
+    source: str
+    model: type[R]
+    quarantine: Path
+    max_bad_fraction: float = 0.0
+    good: int = field(default=0, init=False)
+    bad: int = field(default=0, init=False)
+    forms: FormReader = field(default_factory=FormReader, init=False)
 
     def __iter__(self) -> Iterator[R]:
         """Read the source from its beginning.

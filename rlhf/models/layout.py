@@ -102,7 +102,7 @@ def check_scored_length(folder: Path) -> None:
     if longest > limit:
         raise PreflightError(
             f"the reward model's score_max_length is {longest}, and its context is {limit} tokens",
-            str(folder / "config.json"),
+            str(config_file(folder)),
             f'set "score_max_length": {limit} there',
         )
 

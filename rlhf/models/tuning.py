@@ -183,7 +183,11 @@ def _peft_config(tuning: Tuning, model: Any, *, scores: bool) -> PeftConfig:
         case PrefixTuning():
             hidden = tuning.hidden_size or width
             return PrefixTuningConfig(
-                num_virtual_tokens=tuning.tokens, prefix_projection=True, encoder_hidden_size=hidden, **common
+                num_virtual_tokens=tuning.tokens,
+                prefix_projection=True,
+                encoder_hidden_size=hidden,
+                init_weights="zero",
+                **common,
             )
         case PTuningV2():
             return PrefixTuningConfig(num_virtual_tokens=tuning.tokens, **common)
@@ -218,6 +222,10 @@ def _with_adapter(model: Any, tuning: Tuning, source: Path, *, scores: bool) -> 
         tokens = _first_tokens(tuning, source)
         encoder: Any = adapted.prompt_encoder[TRAINED]
         encoder.embedding.weight.data = virtual_tokens.embeddings_of(model, tokens)
+    elif isinstance(tuning, PTuningV2):
+        # At PEFT's deviation of 1 a model's own keys and values are lost among them; at 0 all tokens would stay alike.
+        encoder = adapted.prompt_encoder[TRAINED]
+        nn.init.normal_(encoder.embedding.weight, std=0.02)
     elif isinstance(tuning, PTuning):
         places, words = anchors(tuning, source)
         embeddings = virtual_tokens.embeddings_of(model, words) if words else []

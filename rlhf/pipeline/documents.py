@@ -226,7 +226,11 @@ def gc_document(report: GarbageReport, grace_hours: float, *, dry_run: bool) -> 
 def diff_document(old: ActionRecord, new: ActionRecord, store: Store) -> Document:
     """Return the differences of two results: what they were made from, with what, and their metrics side by side."""
     changed = differences(of_record(old, store), of_record(new, store))
-    was, now = _circumstances(old), _circumstances(new)
+    # What enters no key, but may change a number beyond rounding where it should not.
+    names = ("commit", "python", "platform", "ranks", "gpus", "devices")
+    was, now = (
+        {name: made.get(name) for name in names} | made.get("versions", {}) for made in (old.provenance, new.provenance)
+    )
     metrics: Document = {}
     for name in {**old.metrics, **new.metrics}:
         a, b = old.metrics.get(name), new.metrics.get(name)
@@ -245,13 +249,6 @@ def diff_document(old: ActionRecord, new: ActionRecord, store: Store) -> Documen
 
 def _reference(record: ActionRecord) -> Document:
     return {"stage": record.stage, "key": record.key, "artifact": record.artifact}
-
-
-def _circumstances(record: ActionRecord) -> Document:
-    """Return what enters no key, but may change a number beyond rounding where it should not."""
-    made = record.provenance
-    names = ("commit", "python", "platform", "ranks", "gpus", "devices")
-    return {name: made.get(name) for name in names} | made.get("versions", {})
 
 
 def find_record(target: str | None, stages: Mapping[str, Planned], store: Store) -> ActionRecord:

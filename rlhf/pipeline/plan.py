@@ -195,9 +195,9 @@ def _wires(config: PipelineConfig, instance: StageInstance, known: Mapping[str, 
             )
         kind, kinds = known[config.instances[wire.instance].uses].kind, roles[role].kinds
         if kinds and (kind not in kinds or wire.part):
+            given = f"{wire.instance}/{wire.part} is a part of" if wire.part else f"{wire.instance} is"
             raise SettingsError(
-                f"{wire.instance if not wire.part else f'{wire.instance}/{wire.part}'} is a {kind}, and "
-                f"{instance.name} takes a {' or '.join(kinds)} as its {role}",
+                f"{given} a {kind}, and {instance.name} takes a {' or '.join(kinds)} as its {role}",
                 f"{config.path}, {instance.name}.inputs.{role}",
                 f"name a stage that makes a {kinds[-1]}",
             )

@@ -26,7 +26,7 @@ from rlhf.store import SCRATCH, ActionRecord, Store
 def needs_of(planned: Planned, session: Session) -> RankResources:
     """Return the resources of a task or of a worker group's ranks; raise a PreflightError if there is no room."""
     if planned.stage.runs == "task":
-        return session.resources().of_task()
+        return RankResources(1, session.resources().for_task(), gpu=False)
     settings: Any = planned.instance.settings
     workers: WorkerSettings = settings.workers
     return session.resources().per_rank(planned.name, workers.count, workers.cpus, workers.gpu)
@@ -148,7 +148,7 @@ class Production:
         parts = {role: (str(entry["artifact"]), str(entry["part"])) for role, entry in planned.inputs.items()}
         context = context_of(planned, planned.key, parts, attempt, self.store, tracking | {"group": self.config.name})
         context.output.mkdir()
-        show = Watch(self.reporter, planned.name, attempt)
+        show = Watch(self.reporter, planned.name, context.folder)
 
         def watch() -> None:
             show()

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rlhf.attempt.folder import AttemptFolder, Progress
@@ -21,26 +21,29 @@ class Reporter(Protocol):
         ...
 
 
+@dataclass
 class Watch:
     """Carries an attempt's progress and notes from its folder to the reporter, a few times a second."""
 
-    def __init__(self, reporter: Reporter, stage: str, attempt: Path) -> None:
-        self._reporter, self._stage, self._folder = reporter, stage, AttemptFolder(attempt)
-        self._notes_shown = 0
-        self._shown: Progress | None = None
+    reporter: Reporter
+    stage: str
+    folder: AttemptFolder
+    _notes_shown: int = field(default=0, init=False)
+    _shown: Progress | None = field(default=None, init=False)
 
     def __call__(self) -> None:
         """Look once."""
-        notes = self._folder.notes()
+        notes = self.folder.notes()
         for note in notes[self._notes_shown :]:
-            self._reporter.line(f"{self._stage}: {note}")
+            self.reporter.line(f"{self.stage}: {note}")
         self._notes_shown = len(notes)
-        progress = self._folder.progress.get()
+        progress = self.folder.progress.get()
         if progress is not None and progress != self._shown:
             self._shown = progress
-            self._reporter.update(self._stage, message=progress.message, done=progress.done, total=progress.total)
+            self.reporter.update(self.stage, message=progress.message, done=progress.done, total=progress.total)
 
 
+@dataclass
 class Eta:
     """Estimates the seconds left from the later half of the observed steps.
 
@@ -48,9 +51,8 @@ class Eta:
     neither, since this process has not observed them.
     """
 
-    def __init__(self) -> None:
-        self._seen: list[tuple[float, int]] = []
-        self._total = 0
+    _seen: list[tuple[float, int]] = field(default_factory=list, init=False)
+    _total: int = field(default=0, init=False)
 
     def observe(self, now: float, done: int, total: int) -> None:
         """Record the number of steps done; a smaller number or another total starts anew."""
@@ -72,6 +74,7 @@ class Eta:
         return max(0.0, seconds_per_step * (total - last_done) - (now - last_time))
 
 
+@dataclass
 class Stop:
     """A request to stop a run, shared by signal handlers and threads.
 
@@ -79,10 +82,10 @@ class Stop:
     aborted  whether it must stop now and lose unsaved work
     """
 
-    def __init__(self) -> None:
-        # No locks: a signal handler that needs a lock held by its own thread would wait without end.
-        self.asked = self.aborted = False
-        self._heeding: set[object] = set()
+    # No locks: a signal handler that needs a lock held by its own thread would wait without end.
+    asked: bool = False
+    aborted: bool = False
+    _heeding: set[object] = field(default_factory=set, init=False)
 
     def abort(self) -> None:
         """Ask the run to stop now, without saving."""

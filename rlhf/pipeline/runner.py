@@ -6,9 +6,9 @@ The driver keeps no state: everything is read from the store, and a second drive
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Self
 from uuid import uuid4
 
 from rlhf.attempt.folder import AttemptFolder
@@ -29,25 +29,22 @@ SECONDS_TO_END = 20.0
 """Time that threads have to end their stages after the driver was interrupted."""
 
 
-class ConcurrentStages:
+@dataclass
+class ConcurrentStages(AbstractContextManager["ConcurrentStages"]):
     """Threads that bring stages up to date. Context manager: when it exits, all have ended, unless interrupted twice.
 
     abort  called if the body raises while stages run, which must then end soon
     """
 
-    def __init__(self, abort: Callable[[], None]) -> None:
-        self._abort = abort
-        # Events, not threads: a thread whose join is interrupted counts as ended from then on (Python before 3.13).
-        self._ended: dict[str, threading.Event] = {}
-        self._errors: dict[str, BaseException] = {}
-
-    def __enter__(self) -> Self:
-        return self
+    abort: Callable[[], None]
+    # Events, not threads: a thread whose join is interrupted counts as ended from then on (Python before 3.13).
+    _ended: dict[str, threading.Event] = field(default_factory=dict, init=False)
+    _errors: dict[str, BaseException] = field(default_factory=dict, init=False)
 
     def __exit__(self, *_: object) -> None:
         if not self._ended:
             return
-        self._abort()
+        self.abort()
         for ended in self._ended.values():
             ended.wait(SECONDS_TO_END)
 
@@ -201,7 +198,7 @@ class Runner:
                     if (artifact := _standing_in(stages, wire.instance)) is not None
                 }
                 context = context_of(planned, "preflight", parts, attempt, self.store, tracking={})
-                call, show = Call(planned.stage.preflight, context), Watch(self.reporter, planned.name, attempt)
+                call, show = Call(planned.stage.preflight, context), Watch(self.reporter, planned.name, context.folder)
                 written[planned.name] = worker_group.run_task(call, 1, show)
             except StageError:
                 # The message names the log, which must stay.

@@ -17,6 +17,7 @@ from rlhf.config.data import DataSettings, RankSettings, ranked_inputs, sources
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import reward_inputs, reward_sources
 from rlhf.config.stages import EvaluateSettings, ModelSettings, RmSettings, SftSettings
+from rlhf.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,17 @@ OURS = (
 
 
 def stages() -> dict[str, Stage]:
-    """Return every known stage by name: ours, and those that other packages register."""
-    others: list[Stage] = [point.load() for point in entry_points(group="rlhf.stages")]
-    return {stage.name: stage for stage in (*OURS, *others)}
+    """Return every known stage by name: ours, and those that other packages register.
+
+    Raises:
+        RequestError: what is registered is no Stage, or has the name of another.
+    """
+    known = {stage.name: stage for stage in OURS}
+    for point in entry_points(group="rlhf.stages"):
+        stage, where = point.load(), f"entry point {point.name} = {point.value} of group rlhf.stages"
+        if not isinstance(stage, Stage):
+            raise RequestError(f"what is registered as a stage is no Stage: {stage!r}", where, "name a Stage there")
+        if stage.name in known:
+            raise RequestError(f"another stage is named {stage.name!r} already", where, "rename the stage there")
+        known[stage.name] = stage
+    return known

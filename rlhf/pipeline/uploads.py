@@ -73,13 +73,13 @@ def uploading(store: Store, attempt: Path, stage: str, say: Callable[[str], None
     try:
         yield
     except StoreUnreachableError:
-        uploads.stop()
+        uploads.end(at_once=True)
         raise
     except RlhfError:
-        uploads.finish()  # the next run, on any machine, resumes from the newest checkpoint
+        uploads.end(at_once=False)  # the next run, on any machine, resumes from the newest checkpoint
         raise
     finally:
-        uploads.stop()
+        uploads.end(at_once=True)
 
 
 def read_newest(store: Store, key: str, name: str) -> str | None:
@@ -167,16 +167,12 @@ class _Uploads:
         self._thread = threading.Thread(target=self._run, name=f"upload {attempt.name}", daemon=True)
         self._thread.start()
 
-    def finish(self) -> None:
-        """Upload the files that are still new, and end."""
+    def end(self, *, at_once: bool) -> None:
+        """Upload the files that are still new, and end; or end ``at_once``, in the middle of an upload."""
+        if at_once:
+            self._cut_off.set()
+            self._bucket.stop()
         self._over.set()
-        self._thread.join()
-
-    def stop(self) -> None:
-        """End without waiting for the present upload."""
-        self._cut_off.set()
-        self._over.set()
-        self._bucket.stop()
         self._thread.join()
 
     def _run(self) -> None:

@@ -103,7 +103,4 @@ def by_share(sets: Sequence[Mapping[str, Any]]) -> Preferences:
             return float("nan")
         return float(((a[:, None] > b) + 0.5 * (a[:, None] == b)).mean())
 
-    def of_list(members: Sequence[ResponseIndex]) -> FloatArray:
-        return np.array([[preferred(first, second) for second in members] for first in members])
-
-    return of_list
+    return lambda members: np.array([[preferred(first, second) for second in members] for first in members])

@@ -37,6 +37,7 @@ responses each. Strengths are in nats of log-odds.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -82,10 +83,7 @@ def strengths_of(
         rankings = rankings_of(pooled.tables, pooled.starts[:-1].tolist())
         return fit_rankings(pooled.responses, rankings, unranked, settings.prior_elo), None
     if settings.normalise == "annotator":
-
-        def alone(count: int, comparisons: Comparisons) -> Strengths:
-            return fit(count, comparisons, settings.prior_elo, settings.ties, tie_parameter)
-
+        alone = partial(fit, prior_elo=settings.prior_elo, ties=settings.ties, tie_parameter=tie_parameter)
         return fit_each_annotator(pooled.responses, pooled.comparisons, alone), None
     return of_comparisons(settings, pooled.responses, pooled.comparisons, tie_parameter)
 

@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -111,11 +112,11 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class LocalBackend:
     """A folder of a file system with hard links and atomic renames, such as ext4, XFS, tmpfs or NFS."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    root: Path
 
     def probe(self) -> None:
         """Make the folder, and test that files can be created in it."""

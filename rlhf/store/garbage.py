@@ -85,7 +85,7 @@ class GarbageCollection:
         for lost in lost_records(self.backend):
             raise _damaged(lost.file, lost.why)
         refs, records = self._refs(), self._records()
-        self._manifests()  # damage ends the collection before anything is touched
+        self._read("manifests", Manifest)  # damage ends the collection before anything is touched
         live = self._live_leases()
         needed = _closure(records, {ref.key for ref in refs.values()} | live)
         young = {key for key in records.keys() - needed if not self._is_old(action_name(key))}
@@ -103,12 +103,13 @@ class GarbageCollection:
         condemned = [name for name in names if name not in mentioned and self._is_old(name)]
         removed["manifests"] = self._sweep("manifests", condemned, lambda: _mentioned(self._records().values()))
 
-        owned = _owned(manifest for name, manifest in self._manifests().items() if name not in condemned)
+        manifests = self._read("manifests", Manifest)
+        owned = _owned(manifest for name, manifest in manifests.items() if name not in condemned)
         names = [n for n in self.backend.names(BLOBS) if blob_name(PurePosixPath(n).name) == n]
         condemned = [name for name in names if name not in owned and self._is_old(name)]
         kept_names = set(names) - set(condemned)
         kept_blobs = self._heap(kept_names)
-        removed["blobs"] = self._sweep(BLOBS, condemned, lambda: _owned(self._manifests().values()))
+        removed["blobs"] = self._sweep(BLOBS, condemned, lambda: _owned(self._read("manifests", Manifest).values()))
         removed["copies"] = self._sweep_copies(kept_names)
 
         removed["leases"] = self._sweep_leases()
@@ -136,9 +137,6 @@ class GarbageCollection:
 
     def _records(self) -> dict[str, ActionRecord]:
         return {record.key: record for record in self._read("actions", ActionRecord).values()}
-
-    def _manifests(self) -> dict[str, Manifest]:
-        return self._read("manifests", Manifest)
 
     def _read(self, folder: str, kind: type[_Document]) -> dict[str, _Document]:
         """Read the files of a folder and those hidden from it: name, or name before it was hidden, to document."""

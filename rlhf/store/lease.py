@@ -118,12 +118,6 @@ def hold(
         heart.stop(release=release)
 
 
-def holder_of(backend: Backend, name: str) -> Holder | None:
-    """Return the holder of a lease; None if there is none or it is known to have ended."""
-    _, holder = _read(backend, name)
-    return None if holder is None or holder.is_gone() else holder
-
-
 def _read(backend: Backend, name: str) -> tuple[bytes, Holder | None]:
     raw = backend.read(name) or b""
     return raw, Holder.from_json(raw)

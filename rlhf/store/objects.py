@@ -65,12 +65,6 @@ class _Object(NamedTuple):
     version: str
 
 
-def default_scratch(uri: str) -> Path:
-    """Return the folder of a store's attempts and copies on this machine: one for each address, in the user's cache."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "rlhf" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-
-
 class ObjectBackend:
     """A bucket, or a prefix of one. Blobs that are read are kept as local copies.
 
@@ -398,7 +392,8 @@ class ObjectBackend:
                     raise StoreUnreachableError("The connection to the object store was ended.", self._place(name))
                 return ask()
             except AnswerError as answer:
-                if answer.is_for_the_caller:
+                # It says something of the object, and not of the endpoint or the credentials.
+                if answer.code in (*ABSENT, *CONDITION_FAILED, UPLOAD_IS_OVER):
                     raise
                 if not answer.may_pass:
                     raise refused(answer, self._place(name), self._bucket) from answer

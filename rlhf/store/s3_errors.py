@@ -45,11 +45,6 @@ class AnswerError(Exception):
         """Whether the same request may succeed later."""
         return self.code in _BUSY or self.status == 429 or (self.status >= 500 and self.status != 501)
 
-    @property
-    def is_for_the_caller(self) -> bool:
-        """Whether it says something of the object, and not of the endpoint or the credentials."""
-        return self.code in (*ABSENT, *CONDITION_FAILED, UPLOAD_IS_OVER)
-
 
 @contextmanager
 def answers() -> Generator[None, None, None]:

@@ -35,7 +35,7 @@ from rlhf.store.backend import Backend, LocalBackend, local_root, make_folder, n
 from rlhf.store.blobs import Blobs, blob_name, in_parallel, quarantine, set_aside
 from rlhf.store.garbage import GarbageCollection, GarbageReport
 from rlhf.store.keys import DIGEST, ActionRecord, Manifest, PayloadFile, Ref, digest_file, key_of, payload_paths
-from rlhf.store.lease import Holder, hold, holder_of
+from rlhf.store.lease import Holder, hold
 from rlhf.store.verify import (
     Usage,
     VerifyReport,
@@ -44,7 +44,6 @@ from rlhf.store.verify import (
     manifest_name,
     read_action,
     read_manifest,
-    usage_of,
     verify_all,
 )
 
@@ -90,14 +89,18 @@ class Store:
             backend, bucket = LocalBackend(root), None
         else:
             try:
-                from rlhf.store.objects import ObjectBackend, default_scratch
+                from rlhf.store.objects import ObjectBackend
             except ImportError as error:
                 raise SettingsError(
                     f"A store in a bucket needs a package that is not installed: {error.name}.",
                     "store.uri",
                     "pip install 'rlhf-pipeline[s3]'",
                 ) from error
-            root = Path.cwd() / Path(scratch).expanduser() if scratch is not None else default_scratch(str(uri))
+            if scratch is not None:
+                root = Path.cwd() / Path(scratch).expanduser()
+            else:  # a folder for each address, in the user's cache
+                caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+                root = Path(caches) / "rlhf" / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
             backend = bucket = ObjectBackend(str(uri), root)
         if create:
             backend.probe()
@@ -357,7 +360,8 @@ class Store:
     def holder(self, key: str) -> Holder | None:
         """Return the process that works on a key; None if there is none or it is known to have ended."""
         _refuse_malformed(key, "key")
-        return holder_of(self._backend, f"leases/{key}")
+        holder = Holder.from_json(self._backend.read(f"leases/{key}") or b"")
+        return None if holder is None or holder.is_gone() else holder
 
     # ---- care
 
@@ -396,7 +400,18 @@ class Store:
 
     def usage(self) -> Usage:
         """Count what the store holds, by its manifests; damaged ones are left out."""
-        return usage_of(self._backend)
+        manifests: list[Manifest] = []
+        for name in self._backend.names("manifests"):
+            with suppress(DamageError):
+                if (manifest := read_manifest(self._backend, PurePosixPath(name).stem)) is not None:
+                    manifests.append(manifest)
+        files = [file for manifest in manifests for file in manifest.files]
+        return Usage(
+            artifacts=len(manifests),
+            file_bytes=sum(file.size for file in files),
+            blob_bytes=sum({file.sha256: file.size for file in files}.values()),
+            free_bytes=self._backend.free_bytes(),
+        )
 
     def free_bytes(self) -> int:
         """Return how many bytes can still be written to the folder of attempts, and to a store in the same folder."""

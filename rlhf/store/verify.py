@@ -1,6 +1,5 @@
 """Reading the documents and blobs of a store, and reporting those that are not as they were written."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -78,9 +77,12 @@ def read_manifest(backend: Backend, digest: str) -> Manifest | None:
 
 def artifact_damage(backend: Backend, blobs: Blobs, digest: str) -> list[Damage]:
     """List the damage of one artifact; blobs that this node has verified before are not read again."""
-    manifest, damage = _manifest_or_damage(backend, digest)
+    try:
+        manifest = read_manifest(backend, digest)
+    except DamageError as error:
+        return [Damage(digest, manifest_name(digest), error.what)]
     if manifest is None:
-        return [damage or Damage(digest, manifest_name(digest), "is missing")]
+        return [Damage(digest, manifest_name(digest), "is missing")]
     return _blob_damage(manifest, blobs.damaged(manifest.files))
 
 
@@ -103,11 +105,13 @@ def verify_all(backend: Backend, blobs: Blobs) -> VerifyReport:
     digests = [PurePosixPath(name).stem for name in backend.names("manifests")]
     manifests: list[Manifest] = []
     for digest in sorted({*wanted, *digests}):
-        manifest, damage = _manifest_or_damage(backend, digest)
+        try:
+            manifest = read_manifest(backend, digest)
+        except DamageError as error:
+            damaged.append(Damage(digest, manifest_name(digest), error.what))
+            continue
         if manifest is not None:
             manifests.append(manifest)
-        elif damage is not None:
-            damaged.append(damage)
         elif digest in wanted and backend.state(action_name(wanted[digest])) is not None:
             damaged.append(Damage(digest, manifest_name(digest), "is missing"))
 
@@ -147,29 +151,6 @@ def lost_records(backend: Backend) -> list[Damage]:
         elif ref.key not in aside and not is_there(backend, record := action_name(ref.key)):
             damaged.append(Damage("", name, f"names {record}, which is missing"))
     return damaged
-
-
-def usage_of(backend: Backend) -> Usage:
-    """Count what a store holds, by its manifests; damaged ones are left out."""
-    manifests: list[Manifest] = []
-    for name in backend.names("manifests"):
-        with suppress(DamageError):
-            if (manifest := read_manifest(backend, PurePosixPath(name).stem)) is not None:
-                manifests.append(manifest)
-    files = [file for manifest in manifests for file in manifest.files]
-    return Usage(
-        artifacts=len(manifests),
-        file_bytes=sum(file.size for file in files),
-        blob_bytes=sum({file.sha256: file.size for file in files}.values()),
-        free_bytes=backend.free_bytes(),
-    )
-
-
-def _manifest_or_damage(backend: Backend, digest: str) -> tuple[Manifest | None, Damage | None]:
-    try:
-        return read_manifest(backend, digest), None
-    except DamageError as error:
-        return None, Damage(digest, manifest_name(digest), error.what)
 
 
 def _blob_damage(manifest: Manifest, bad: dict[str, str]) -> list[Damage]:

@@ -198,6 +198,12 @@ class _Ordered:
         """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
         self._total_train_tokens = json.loads((checkpoint / TOKENS).read_text())["tokens"]
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write no weights beside those in DeepSpeed's part of a checkpoint, from which a run continues.
+
+        PEFT would also compute virtual tokens on rank 0 alone, with an encoder that is sharded over all ranks.
+        """
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         above: Any = super()
         estimate = checkpoint_bytes(self.model)

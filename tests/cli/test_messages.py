@@ -94,6 +94,26 @@ def test_debug_shows_the_traceback_beside_the_message(ask: Ask):
     assert "error: the pipeline has no stage 'totl'" in answer.err
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("tests.pipeline.toys:TOTAL", "another stage is named 'total'"),
+        ("tests.pipeline.toys:TotalSettings", "no Stage"),
+    ],
+)
+def test_a_package_registers_stages_under_names_of_their_own(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, said: str
+):
+    """In place of a stage of that name, its settings and results would be another's."""
+    info = tmp_path / "second" / "second-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: second\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[rlhf.stages]\ntotal = {value}\n")
+    monkeypatch.syspath_prepend(info.parent)
+    message = refused(ask, "plan")
+    assert said in message
+
+
 def test_what_nobody_foresaw_is_an_error_and_no_traceback(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A broken package that registers a stage, say, is told in three lines, with the command that shows more."""
     info = tmp_path / "broken" / "broken-1.dist-info"

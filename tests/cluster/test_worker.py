@@ -18,7 +18,7 @@ from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder, Failure
 from rlhf.attempt.liveness import beat, beating
 from rlhf.cluster.causes import Retries, cause_of
-from rlhf.cluster.worker import Call, load, perform_task
+from rlhf.cluster.worker import Call, load, perform
 from rlhf.errors import (
     DiskFullError,
     DivergedError,
@@ -98,9 +98,9 @@ def test_whatever_a_stage_prints_is_in_its_log_and_nowhere_else(attempt: Path):
     """Also what libraries below Python and child processes print; afterwards printing is as before."""
     # In a process of its own: pytest's capture gives this one a standard output that is no file descriptor.
     code = f"""from pathlib import Path
-from tests.cluster.test_worker import call, perform_task
+from tests.cluster.test_worker import call, perform
 print("before")
-perform_task(call(Path({str(attempt)!r}), "loud"))
+perform(call(Path({str(attempt)!r}), "loud"))
 print("after")
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
@@ -112,7 +112,7 @@ print("after")
 def test_a_failure_is_kept_for_the_driver_with_its_place(attempt: Path):
     """Class and arguments as they were raised, and where: the driver needs no pickle of the error."""
     with pytest.raises(DivergedError):
-        perform_task(call(attempt, "diverged"))
+        perform(call(attempt, "diverged"))
     (failure,) = AttemptFolder(attempt).failures()
     assert (failure.error, failure.args, failure.rank) == ("DivergedError", ("the loss is nan", "", ""), 0)
     assert failure.pid == os.getpid()
@@ -125,7 +125,7 @@ def test_a_failure_is_kept_for_the_driver_with_its_place(attempt: Path):
 def test_a_rank_that_is_told_to_end_says_so(attempt: Path):
     """Ray makes an exception of SIGTERM, which passes through the stage's code."""
     with pytest.raises(SystemExit):
-        perform_task(call(attempt, "preempted"))
+        perform(call(attempt, "preempted"))
     error = cause_of(call(attempt, "preempted"), [(None, RuntimeError())], AttemptFolder(attempt).failures())
     assert type(error) is PreemptedError
     assert error.what == "rank 0 of total was told to end (SIGTERM)"
@@ -135,7 +135,7 @@ def test_a_rank_that_is_told_to_end_says_so(attempt: Path):
 def test_a_full_disk_is_a_reason_to_try_again(attempt: Path):
     """Status 75, and the file that could not be written."""
     with pytest.raises(OSError, match="No space left"):
-        perform_task(call(attempt, "full"))
+        perform(call(attempt, "full"))
     error = cause_of(call(attempt, "full"), [(None, RuntimeError())], AttemptFolder(attempt).failures())
     assert type(error) is DiskFullError
     assert error.exit_status == 75
@@ -155,7 +155,7 @@ def test_a_worker_without_the_attempts_folder_names_the_store(tmp_path: Path):
     """It makes no folder of its own, which the driver would never see."""
     gone = tmp_path / "gone"
     with pytest.raises(PreflightError, match="does not see the store") as caught:
-        perform_task(call(gone, "loud"))
+        perform(call(gone, "loud"))
     assert "store.uri" in caught.value.next_step
     assert not gone.exists()
 
@@ -260,7 +260,7 @@ def test_a_killed_rank_is_told_with_its_signal_step_and_log(attempt: Path, line:
 def test_a_rank_that_found_no_memory_says_what_to_lower(attempt: Path):
     """torch's errors are not ours, but one of them has a name that is."""
     with pytest.raises(MemoryError):
-        perform_task(call(attempt, "greedy"))
+        perform(call(attempt, "greedy"))
     error = cause_of(call(attempt, "greedy"), [(None, RuntimeError())], AttemptFolder(attempt).failures())
     assert type(error) is errors.OutOfMemoryError
     assert error.what == "total ran out of memory: MemoryError"
@@ -278,7 +278,7 @@ def test_what_goes_wrong_before_a_rank_runs_our_code_is_told_as_it_came(attempt:
 def test_a_device_too_full_to_begin_is_out_of_memory(attempt: Path):
     """torch's class for that is no OutOfMemoryError of its own, and its advice is for who writes kernels."""
     with pytest.raises(torch.AcceleratorError):
-        perform_task(call(attempt, "crowded"))
+        perform(call(attempt, "crowded"))
     error = cause_of(call(attempt, "crowded"), [(None, RuntimeError())], AttemptFolder(attempt).failures())
     assert type(error) is errors.OutOfMemoryError
     assert error.what == "total ran out of memory: CUDA error: out of memory"
@@ -297,7 +297,7 @@ def test_each_module_that_a_stage_imports_is_a_sign_of_life(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(liveness, "LEAST_SECONDS", 0.0)
     finders = list(sys.meta_path)
-    perform_task(replace(call(attempt, "loud"), code="slow_stage:run"))
+    perform(replace(call(attempt, "loud"), code="slow_stage:run"))
     # Each part, the stage itself, the process's begin, and what comes before and after the stage's import.
     assert AttemptFolder(attempt).result.read() == {"beats": len(parts) + 4}
     assert sys.meta_path == finders

@@ -14,9 +14,11 @@ from rlhf.config.base import (
     schema_at,
     section_types,
     semantic,
+    semantic_values,
     texts_under_fields,
 )
 from rlhf.config.collect import CompareSettings
+from rlhf.errors import SettingsError
 from tests.config.example import KlExample, TrainExample
 
 
@@ -145,6 +147,16 @@ def test_what_a_setting_takes_is_what_it_takes_in_the_form_that_was_written() ->
     assert takes("form", written={}) == "one of counted, named"
     assert takes(written={}) == "a section whose form is one of counted, named"
     assert {field.path: field.default for field in describe(Owner)}["part"] == '{"form": "named", "level": "low"}'
+
+
+def test_a_setting_without_a_mark_never_gets_into_a_key() -> None:
+    """Left out of it in silence, a changed setting would find an old result."""
+
+    class Forgotten(Settings):
+        count: int = 10
+
+    with pytest.raises(SettingsError, match=r"Forgotten\.count has no mark"):
+        semantic_values(Forgotten())
 
 
 # Of a judge there is no default: one of three must be named.

@@ -1,6 +1,6 @@
 import pytest
 
-from rlhf.data.annotations import is_tie, marked, meant, mentioned
+from rlhf.data.annotations import marked, meant, mentioned, preference
 
 
 @pytest.mark.parametrize(
@@ -66,5 +66,7 @@ def test_marks_and_ties() -> None:
         None,
         None,
     ]
-    assert all(map(is_tie, ("Tie", "both", "equally good", "Both bad")))
-    assert not any(map(is_tie, ("", "response-1", "both of them are fine", "untie")))
+    tied = [["a", "b"]]
+    assert all(preference(label, ["a", "b"]) == tied for label in ("Tie", "both", "equally good", "Both bad"))
+    labels = ("", "response-1", "both of them are fine", "untie")
+    assert not any(preference(label, ["a", "b"]) == tied for label in labels)

@@ -11,13 +11,13 @@ from rlhf.config.data import SNIPPET_BLOCKS, SnippetSettings
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt
 from rlhf.data.snippets import (
     BLOCK_ROWS,
+    OPENING_PROMPT,
     Snippet,
     SnippetBlocks,
     clean,
     comparison_sets,
     movie_datasets,
     opening,
-    opening_prompt,
     read_movie_snippets,
 )
 
@@ -112,7 +112,7 @@ def test_no_held_out_prompt_is_one_that_sft_or_ppo_trains_on(snippets: SnippetBl
 def test_a_demonstration_begins_with_the_opening_that_its_prompt_asks_for(files: dict[str, list[Any]]) -> None:
     """The completion must be a right answer to the prompt."""
     for record in files["demonstrations/train"]:
-        words = record.prompt.removeprefix(opening_prompt(""))
+        words = record.prompt.removeprefix(OPENING_PROMPT)
         assert len(words.split()) == 2
         assert record.completion.startswith(words)
 
@@ -121,7 +121,7 @@ def test_a_set_has_one_prompt_five_snippets_and_everybody_s_ratings(
     files: dict[str, list[Any]], snippets: SnippetBlocks
 ) -> None:
     """Means of a set's ratings are the snippets' own, and the judge's ratings likewise."""
-    mean_of = {snippet.text: snippet.mean for block in snippets.blocks for snippet in block}
+    mean_of = {row.text: sum(row.ratings) / len(row.ratings) for block in snippets.blocks for row in block}
     sets = files["comparisons/train"]
     assert {len(record.responses) for record in sets} <= {4, 5}
     for record in sets:

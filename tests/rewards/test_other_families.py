@@ -154,6 +154,16 @@ def test_a_reward_model_that_would_be_given_too_long_texts_is_refused(tmp_path: 
         layout.check_scored_length(model)
 
 
+def test_the_length_of_an_adapter_s_texts_is_corrected_in_its_base(tmp_path: Path) -> None:
+    """Its own folder has no config.json."""
+    base = make_roberta(tmp_path / layout.BASE)
+    (tmp_path / layout.ADAPTER_CONFIG).write_text("{}")
+    layout.update_json(base / "config.json", {"score_max_length": CONTEXT + 1})
+    with pytest.raises(PreflightError) as caught:
+        layout.check_scored_length(tmp_path)
+    assert caught.value.where == str(base / "config.json")
+
+
 def test_a_value_model_never_starts_from_a_reward_model_with_other_tokens(folder: Path, tmp_path: Path) -> None:
     """An encoder's tokenizer without EOS is told apart like any other; the message says what to set."""
     policy = make_tiny_llama(tmp_path / "policy")

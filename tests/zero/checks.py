@@ -146,7 +146,7 @@ def resume(tiny: Path, folder: Path) -> dict[str, Any]:
 
 def not_a_number(tiny: Path) -> dict[str, Any]:
     """The error of a step in which the last rank alone has a loss that is no number; and the weights after it."""
-    learner = Learner(tiny, None)
+    learner = Learner(tiny, FULL)
     before = learner.weights()
     ids = torch.full((1, PROMPT + TIME), 9)
     loss = learner.engine(ids, torch.ones_like(ids), TIME, 1.0, False)[0].sum()
@@ -221,7 +221,7 @@ def full_disk(tiny: Path, folder: Path) -> dict[str, Any]:
     if (mounted := subprocess.run(mount, capture_output=True, text=True)).returncode:
         return {"why_not": mounted.stderr.strip()}
     try:
-        return _filled(Learner(tiny, None).engine, context_of(small))
+        return _filled(Learner(tiny, FULL).engine, context_of(small))
     finally:
         subprocess.run(["umount", "--lazy", str(small)], check=True)
 
