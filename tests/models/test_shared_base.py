@@ -1,5 +1,6 @@
 """PPO's models as adapters on one base, in a group of one."""
 
+import gc
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from benchmarks.shared_base import weights_held
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
+from rlhf.config.stages import ScratchSettings
 from rlhf.config.tuning import LoraTuning
 from rlhf.errors import PreflightError
-from rlhf.models.layout import update_json
+from rlhf.models.base_models import make_from_scratch
+from rlhf.models.layout import count_parameters, update_json
 from rlhf.models.reward import FrozenReward
 from rlhf.models.text import load_tokenizer
 from rlhf.models.virtual_tokens import TRAINED
@@ -30,7 +34,7 @@ from rlhf.training.loading import load_models
 from rlhf.training.policy import FrozenPolicy
 from rlhf.training.shared_base import VALUE, check_adapters
 from rlhf.zero.engine import ADAM_EPSILON, whole_weights
-from tests.models.tiny import NORMALISER, make_tiny_adapter
+from tests.models.tiny import NORMALISER, TEXTS, make_tiny_adapter
 
 pytestmark = [
     # DeepSpeed's and torch's own.
@@ -41,7 +45,7 @@ pytestmark = [
 ]
 
 POLICY, REWARD = LoraTuning(rank=4, alpha=8.0), LoraTuning(rank=2, targets=["q_proj", "down_proj"], rslora=True)
-PROMPTS, TEXTS = ["a film", "the", "a"], ["a joy", "dull , dull", ""]
+PROMPTS, RESPONSES = ["a film", "the", "a"], ["a joy", "dull , dull", ""]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +180,7 @@ def test_the_reference_is_what_the_policy_was(folders: dict[str, Path], tiny: Pa
     inputs = folders if form == "adapter" else folders | {"policy": tiny}
     policy, value, rewards = models_of(inputs, tmp_path)
     rollout = sampled(policy)
-    experience, scores = experience_of(policy, value, rollout), rewards.score(PROMPTS, TEXTS)
+    experience, scores = experience_of(policy, value, rollout), rewards.score(PROMPTS, RESPONSES)
     assert torch.equal(experience.logprobs, experience.reference_logprobs)
     plain = FrozenPolicy(inputs["policy"], "fp32", 1.0, 2).logprobs(rollout.sequences)
     torch.testing.assert_close(experience.logprobs, plain, atol=1e-5, rtol=0)
@@ -185,7 +189,7 @@ def test_the_reference_is_what_the_policy_was(folders: dict[str, Path], tiny: Pa
     assert changed(before, policy) == {TRAINED}
     assert torch.equal(policy.reference_logprobs(rollout.sequences), experience.logprobs)
     assert torch.equal(value.values(rollout.sequences), experience.values)
-    assert torch.equal(rewards.score(PROMPTS, TEXTS), scores)
+    assert torch.equal(rewards.score(PROMPTS, RESPONSES), scores)
     again = sampled(policy)
     gaps = (again.logprobs - policy.logprobs(again.sequences))[again.mask]
     assert gaps.abs().max() < 1e-5
@@ -207,7 +211,9 @@ def test_scores_are_those_of_the_reward_model_alone(folders: dict[str, Path], tm
     """Bit for bit, normalised, whatever adapter was active before; the range of people's scores is known too."""
     policy, _, rewards = models_of(folders, tmp_path)
     sampled(policy)
-    assert torch.equal(rewards.score(PROMPTS, TEXTS), FrozenReward(folders["reward"], "fp32", 2).score(PROMPTS, TEXTS))
+    assert torch.equal(
+        rewards.score(PROMPTS, RESPONSES), FrozenReward(folders["reward"], "fp32", 2).score(PROMPTS, RESPONSES)
+    )
 
 
 def test_the_value_model_starts_from_the_policy_where_a_function_rewards(
@@ -223,7 +229,7 @@ def test_the_value_model_starts_from_the_policy_where_a_function_rewards(
     slow.base.score.weight.data.copy_(head_of(value))
     with torch.no_grad():
         torch.testing.assert_close(slow(experience), experience.values * experience.mask, atol=1e-5, rtol=0)
-    assert rewards.score(PROMPTS, TEXTS).tolist() == [len(one) for one in TEXTS]
+    assert rewards.score(PROMPTS, RESPONSES).tolist() == [len(one) for one in RESPONSES]
 
 
 def test_one_rank_keeps_the_base_once(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -317,3 +323,25 @@ def test_models_that_cannot_share_a_base_are_refused(
     with pytest.raises(PreflightError, match=words) as error:
         check_adapters(change(tmp_path, folders, tiny), "ppo")
     assert "share_base: false" in error.value.next_step
+
+
+def test_the_base_is_held_once_in_place_of_four_times(tmp_path: Path) -> None:
+    """Counted over all modules, generation's copy among them: one base and its adapters, to the byte."""
+    base = tmp_path / "base"
+    make_from_scratch(ScratchSettings(vocabulary=2000, hidden_size=64, layers=4, heads=2), TEXTS, seed=0, target=base)
+    inputs = {
+        role: make_tiny_adapter(base, tmp_path / f"our-{role}", LoraTuning(rank=1), scores=role == "reward")
+        for role in ("policy", "reward")
+    }
+    held: dict[bool, int] = {}
+    for shared in (False, True):
+        gc.collect()
+        before = weights_held()
+        models = models_of(inputs, tmp_path, share_base=shared, tuning={"method": "lora", "rank": 1})
+        sampled(models[0])
+        held[shared] = weights_held() - before
+        del models
+    adapters = sum(4 * count_parameters(folder) for folder in inputs.values())
+    # The reference is a second one of the policy's, and the value model begins as the reward model's.
+    assert held[True] == 4 * count_parameters(base) + 2 * adapters
+    assert 0.2 < held[True] / held[False] < 0.4
