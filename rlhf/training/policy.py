@@ -130,7 +130,6 @@ class TrainedPolicy(Policy):
     generator  samples from the same weights
     reference  None where the model's adapter as at the start is the reference
     average    of the model's weights
-    part       the policy's part of the model, where it has several
     folder     the plain folder that the model was loaded from
     """
 
@@ -146,13 +145,12 @@ class TrainedPolicy(Policy):
         *,
         folder: Path,
         method: Tuning,
-        part: str = "",
         learns_entropy: bool = False,
         ptx_coef: float = 0.0,
     ) -> None:
         super().__init__(learner.engine, generator, temperature, micro_batch_size)
         self._model, self._learner, self._reference, self._average = model, learner, reference, average
-        self._folder, self._method, self._part = folder, method, part
+        self._folder, self._method = folder, method
         self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
         self._state = [learner] if average is None else [learner, average]
 
@@ -269,7 +267,7 @@ class TrainedPolicy(Policy):
 
     def export(self, target: Path) -> None:
         """Write the policy's folder: the moving average where there is one. A collective."""
-        weights = whole_weights(self._model, trained_only=isinstance(self._model, PeftModel), part=self._part)
+        weights = whole_weights(self._model, trained_only=isinstance(self._model, PeftModel))
         if self._average is not None:
             weights |= self._average.weights()
         if group.is_main():

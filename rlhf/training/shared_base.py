@@ -231,10 +231,8 @@ class SharedGenerator(Generator):
     def _present(self) -> Any:
         others = [f".{name}." for name in self._source.peft_config if name != TRAINED]
         changed = dict(trained(self._source, PARTS[TRAINED]))
-        # Views of the shards are made anew each time: DeepSpeed may have moved them.
-        again = group.world_size() == 1 or not self._filled
         for name, weight in self._source.named_parameters():
-            if (again or name in changed) and not any(other in f"{name}." for other in others):
+            if (name in changed or not self._filled) and not any(other in f"{name}." for other in others):
                 self._view.get_parameter(name).data = whole_weight(weight)
         self._filled = True
         return self._view
@@ -278,12 +276,11 @@ def _choose_trained(model: Any, heads: Mapping[str, nn.Linear]) -> None:
     model.requires_grad_(False)
     for head in heads.values():
         head.requires_grad_(False)
-    own: dict[str, Any] = dict(model.named_parameters())
+    own = dict(model.named_parameters())
     for adapter, part in PARTS.items():
-        weights: dict[str, Any] = get_peft_model_state_dict(
-            model, own, adapter_name=adapter, save_embedding_layers=False
-        )
-        for weight in (*weights.values(), *([heads[VALUE].weight] if adapter == VALUE else [])):
+        weights: list[Any] = list(get_peft_model_state_dict(model, own, adapter, save_embedding_layers=False).values())
+        weights += [heads[VALUE].weight] if adapter == VALUE else []
+        for weight in weights:
             weight.requires_grad_(True)
             set_schedule(weight, Schedule(part=part))
 
@@ -318,7 +315,6 @@ def load_models(context: Context[PpoSettings], micro_batch_size: int) -> tuple[T
         micro_batch_size,
         folder=_base(inputs["policy"]),
         method=settings.tuning,
-        part=PARTS[TRAINED],
         learns_entropy=settings.entropy_bonus > 0,
         ptx_coef=settings.ptx.coef,
     )

@@ -254,13 +254,10 @@ def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> Abstrac
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
 
 
-def whole_weights(module: nn.Module, *, trained_only: bool, part: str = "") -> dict[str, Tensor]:
-    """Return the module's weights by name, whole and on the CPU, on rank 0; empty elsewhere. A collective.
-
-    part  of those that train, as :func:`trained`
-    """
+def whole_weights(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
+    """Return the module's weights by name, whole and on the CPU, on rank 0; empty elsewhere. A collective."""
     weights: dict[str, Tensor] = {}
-    for name, parameter in trained(module, part) if trained_only else module.named_parameters():
+    for name, parameter in trained(module) if trained_only else module.named_parameters():
         with gathered([parameter]):
             if group.is_main():
                 weights[name] = parameter.detach().cpu().clone()
