@@ -285,25 +285,29 @@ def _choose_trained(model: Any, heads: Mapping[str, nn.Linear]) -> None:
             set_schedule(weight, Schedule(part=part))
 
 
-def load_models(context: Context[PpoSettings], micro_batch_size: int) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
-    """Load and shard one base with the adapters of PPO's models. A collective; errors as :func:`check_adapters`."""
-    settings, inputs = context.settings, context.inputs
-    check_adapters(inputs, context.stage)
-    if settings.value_init == "reward":
-        check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
+def _sharded(
+    inputs: Mapping[str, Path], settings: PpoSettings, micro_batch_size: int
+) -> tuple[Any, SharedEngine, SharedGenerator]:
+    """Load and shard the base with all adapters; return the adapted model with its engine and generator."""
     with sharded_loading(settings.precision):
         model, heads = _adapted(inputs, settings)
     module = OneBase(model, heads)
     module.activate(TRAINED)
     generator = SharedGenerator(inputs["policy"], model, settings, AT_ONCE * micro_batch_size)
     _choose_trained(model, heads)
-    engine = Engine(
-        module,
-        settings.precision,
-        learning_rate=settings.policy_learning_rate,
-        max_grad_norm=settings.max_grad_norm,
-    )
-    shared = SharedEngine(engine)
+    # The rates of both are given with each step.
+    rate, norm = settings.policy_learning_rate, settings.max_grad_norm
+    engine = Engine(module, settings.precision, learning_rate=rate, max_grad_norm=norm)
+    return model, SharedEngine(engine), generator
+
+
+def load_models(context: Context[PpoSettings], micro_batch_size: int) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
+    """Load and shard one base with the adapters of PPO's models. A collective; errors as :func:`check_adapters`."""
+    settings, inputs = context.settings, context.inputs
+    check_adapters(inputs, context.stage)
+    if settings.value_init == "reward":
+        check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
+    model, shared, generator = _sharded(inputs, settings, micro_batch_size)
     temperature = settings.sampling.temperature
     policy = TrainedPolicy(
         model,
