@@ -1,5 +1,6 @@
 """Tiny models: a Llama of two layers, made once for many tests, and the configuration of any other architecture."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,10 @@ def make_tiny_adapter(tiny: Path, folder: Path, method: LoraTuning, *, scores: b
     """Write an adapter as sft or rm makes it of the model, with weights that matter."""
     auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     base = auto.from_pretrained(tiny, **({"num_labels": 1} if scores else {}))
-    model = tuning.prepared(base, method, tiny, scores=scores, seed=0)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = tuning.prepared(base, method, tiny, scores=scores, seed=0)
     generator = torch.Generator().manual_seed(int(scores))
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     with torch.no_grad():

@@ -252,7 +252,6 @@ def test_what_ppo_will_write_is_of_both_models_that_are_trained(base: Path, rewa
         assert found == {disk.RESULT: 4 * policy, disk.MEANWHILE: 2 * expected}
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by an old name
 def test_adapters_on_one_base_are_checked_and_write_themselves_alone(base: Path, reward: Path, tmp_path: Path) -> None:
     """No base is folded, and the policy's adapter has its own rank; a whole reward model is refused before ppo."""
     adapters = {
