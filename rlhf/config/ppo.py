@@ -1,13 +1,14 @@
 """Settings of PPO: docs/ppo.md has every equation, and the source of every default."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from rlhf.config.base import Seed, Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
-from rlhf.config.stages import SamplingSettings, TrainingSettings
-from rlhf.config.tuning import FULL, LoraTuning, Tuning
+from rlhf.config.stages import RmSettings, SamplingSettings, SftSettings, TrainingSettings
+from rlhf.config.tuning import FULL, LoraTuning, QLoraTuning, Tuning, results_in_adapter
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -175,3 +176,21 @@ class PpoSettings(TrainingSettings):
             raise ValueError(f"share_base needs tuning {{method: lora}} with init zero, and it is {given}")
         rewards_are_sound(self.rewards)
         return self
+
+
+def without_adapter(settings: PpoSettings, makers: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return why ``share_base`` cannot be, where a stage makes no LoRA adapter that it needs, and what to do.
+
+    makers  settings of the stages that make the inputs, by role
+    """
+    for role, maker in makers.items() if settings.share_base else ():
+        if not isinstance(maker, SftSettings | RmSettings):
+            continue
+        method = maker.tuning
+        adapter = results_in_adapter(method)
+        # A policy may be whole weights, on which the reward model's adapter was trained.
+        if (adapter and not isinstance(method, LoraTuning | QLoraTuning)) or (not adapter and role != "policy"):
+            made = f"an adapter of method {method.method}" if adapter else "whole weights"
+            what = f"share_base needs LoRA adapters on one base, and {role} will be {made}"
+            return what, f"give the stage that makes {role} tuning: {{method: lora}}, without merge"
+    return None
