@@ -23,11 +23,13 @@ from torch import Tensor
 
 from rlhf.config.rewards import EndpointSettings, RewardSettings, ServiceSettings, role_of_model
 from rlhf.config.stages import Precision
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError, RewardError, TryAgainError, shortened
 from rlhf.models.reward import FrozenReward
 from rlhf.models.text import Prompt
 from rlhf.rl.metrics import out_of_range
 from rlhf.zero import group
+from rlhf.zero.engine import STAGE_3
 
 # Scores are added up in single precision, in which a larger number is infinite.
 LARGEST = 3.4e38
@@ -310,6 +312,7 @@ class Rewards:
         models: Mapping[str, Path | FrozenReward],
         precision: Precision,
         micro_batch_size: int,
+        zero: ZeroSettings = STAGE_3,
     ) -> None:
         self._settings = settings
         self._parts: list[FrozenReward | MainOnly] = []
@@ -321,7 +324,7 @@ class Rewards:
                 self._parts.append(MainOnly(partial(EndpointReward, reward.endpoint)))
             else:
                 model = models[role_of_model(number)]
-                loaded = FrozenReward(model, precision, micro_batch_size) if isinstance(model, Path) else model
+                loaded = FrozenReward(model, precision, micro_batch_size, zero) if isinstance(model, Path) else model
                 self._parts.append(loaded)
                 number += 1
 

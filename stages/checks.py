@@ -15,9 +15,12 @@ from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
+from rlhf.config.tuning import results_in_adapter
+from rlhf.config.zero import ZeroSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
-from rlhf.models.layout import check_scored_length, config_of, context_length
+from rlhf.models.architectures import check_policy, check_scorer, check_virtual_tokens
+from rlhf.models.layout import UNBOUNDED, check_scored_length, config_of, context_length, count_parameters
 from rlhf.models.packing import tokenised
 from rlhf.models.reward import reads_messages
 from rlhf.models.text import (
@@ -27,7 +30,8 @@ from rlhf.models.text import (
     response_ids,
     text_start,
 )
-from rlhf.pipeline import disk
+from rlhf.pipeline import disk, fitting
+from rlhf.pipeline.memory import Texts
 from rlhf.ranking.lists import draw_lists
 from rlhf.rewards import EndpointReward, load_function
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
@@ -37,6 +41,7 @@ from rlhf.training.shared_base import check_adapters
 def sft(context: Context[SftSettings]) -> dict[str, float]:
     """Check that every demonstration leaves a completion to learn, and count those that are cut."""
     settings, file = context.settings, context.inputs["demonstrations"] / "train.jsonl"
+    check_policy(context.inputs["base"])
     tokenizer = load_tokenizer(context.inputs["base"])
     check_supervised(context, "demonstrations")
     rows = tokenised(file, tokenizer)
@@ -54,20 +59,24 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
             f"{over} of {len(rows)} demonstrations are longer than {settings.max_length} tokens: they are cut at the "
             "end, and nothing is learned of how they end"
         )
+    fitting.check(context, Texts(min(max(lengths), settings.max_length)))
     # At most one of the sequences that rows are packed into is less than half full.
     tokens = sum(min(length, settings.max_length) for length in lengths)
     sequences = min(len(rows), 2 * tokens // settings.max_length + 1) if settings.packing else len(rows)
     steps = math.ceil(settings.epochs * math.ceil(sequences / settings.batch_size))
+    check_offloading(context, [context.inputs["base"]])
     return {"demonstrations/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
 def rm(context: Context[RmSettings]) -> dict[str, float]:
     """Check that the model reads every text, and count the responses that are cut."""
+    check_policy(context.inputs["base"])
+    check_scorer(context.inputs["base"])
     settings, tokenizer = context.settings, load_tokenizer(context.inputs["base"])
     check_supervised(context, "comparisons")
     if "comparisons" not in context.inputs:
         return {}
-    over = total = 0
+    over = total = longest = 0
     sets = {part: read_rows(context.inputs["comparisons"] / f"{part}.jsonl") for part in ("train", "heldout")}
     for part, rows in sets.items():
         for number, row in enumerate(rows, start=1):
@@ -75,6 +84,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
             before = text_start(tokenizer) if alone else prompt_ids(tokenizer, row["prompt"], place)
             lengths = [len(before) + len(response_ids(tokenizer, response)) for response in row["responses"]]
             total += len(lengths)
+            longest = max(longest, *lengths)
             over += sum(length > settings.max_length for length in lengths)
     if settings.sees == "conversation" and "demonstrations" in context.inputs:
         tokenised(context.inputs["demonstrations"] / "train.jsonl", tokenizer)
@@ -84,7 +94,9 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
             "cut at the start"
         )
     lists = draw_lists(sets["train"], settings.responses_per_list, settings.lists_per_response, settings.seed)
+    fitting.check(context, Texts(min(longest, settings.max_length), in_list=max(map(len, lists), default=1)))
     steps = math.ceil(settings.epochs * math.ceil(len(lists) / settings.batch_size))
+    check_offloading(context, [context.inputs["base"]])
     return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
@@ -98,6 +110,7 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     if minibatch % ranks:
         what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"
         raise _fitting(context.stage, "rollouts", math.ceil(settings.rollouts / multiple) * multiple, what)
+    check_policy(inputs["policy"])
     from_reward = settings.value_init == "reward" and "reward" in inputs
     if from_reward:
         check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
@@ -111,19 +124,27 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
             f"{stream.cut} demonstrations are longer than {settings.ptx.max_length} tokens and are cut at the end, "
             f"{stream.left_out} of them left out because nothing of their completion would remain"
         )
-    PromptStream(inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
+    prompts = PromptStream(inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     check_rewards_read(inputs, "train")
     response = settings.sampling.max_new_tokens
     check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens")
+    longest, mixed = max(map(len, prompts.first(UNBOUNDED).ids)), settings.ptx.max_length if settings.ptx.coef else 0
+    fitting.check(context, Texts(max(longest + response, mixed), max(response, mixed)))
+    check_virtual_tokens(inputs["policy"], settings.tuning, settings.max_prompt_length + response, context.stage)
     models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
-    average, folded = settings.average_decay is not None, not settings.share_base
-    return disk.written(context, models, settings.iterations, average=average, folded=folded)
+    frozen = [folder for role, folder in inputs.items() if role.startswith("reward")]
+    check_offloading(
+        context, models, frozen=frozen if results_in_adapter(settings.tuning) else [inputs["policy"], *frozen]
+    )
+    return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
 
 def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
     """Check the rewards, and that held-out prompts and responses together fit the policy's context."""
     settings, inputs = context.settings, context.inputs
     check_rewards(settings.rewards, inputs)
+    for role in inputs.keys() & {"before", "after"}:
+        check_policy(inputs[role])
     if "before" in inputs and "prompts" in inputs:
         tokenizer = load_tokenizer(inputs["before"])
         PromptStream(inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
@@ -137,6 +158,8 @@ def collect(context: Context[CollectSettings]) -> dict[str, float]:
     """Check that prompts and responses together fit every model's context."""
     settings, inputs = context.settings, context.inputs
     for role in writer_inputs(settings):
+        if role in inputs:
+            check_policy(inputs[role])
         if role in inputs and "prompts" in inputs:
             tokenizer, longest = load_tokenizer(inputs[role]), settings.max_prompt_length
             for part in ("train", "heldout"):
@@ -161,6 +184,7 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     length, limit = settings.max_length, context_length(config_of(context.inputs["base"]))
     if length > limit:
         raise _fitting(stage, "max_length", limit, f"max_length is {length}, and the model's context is {limit} tokens")
+    check_virtual_tokens(context.inputs["base"], settings.tuning, length, stage)
     if settings.batch_size % ranks:
         what = f"batch_size {settings.batch_size} is not a multiple of the {ranks} ranks"
         raise _fitting(stage, "batch_size", math.ceil(settings.batch_size / ranks) * ranks, what)
@@ -186,6 +210,21 @@ def check_room(stage: str, model: Path, prompt: int, response: int, field: str) 
             f"{stage}.max_prompt_length, {stage}.{field}",
             f"{stage}.{fits}",
         )
+
+
+def check_offloading(
+    context: Context[SftSettings] | Context[RmSettings] | Context[PpoSettings],
+    models: Sequence[Path],
+    frozen: Sequence[Path] = (),
+) -> None:
+    """Refuse ``zero`` settings that cannot work with the models that train and those that are frozen."""
+    settings = context.settings
+    if settings.zero == ZeroSettings():
+        return
+    from rlhf.zero.offloading import check_zero  # it imports DeepSpeed
+
+    weights = sum(map(count_parameters, [*models, *frozen])) * (2 if settings.precision == "bf16" else 4)
+    check_zero(settings.zero, context.stage, sum(disk.trained_weights(context, models)), weights)
 
 
 def check_rewards(rewards: Sequence[RewardSettings], inputs: Mapping[str, Path]) -> None:

@@ -9,13 +9,14 @@ from pydantic import model_validator
 
 from rlhf.config.base import Seed, Settings, runtime, semantic, source
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
-from rlhf.config.tuning import FULL, Tuning
+from rlhf.config.tuning import FULL, PrefixTuning, PTuningV2, Tuning
+from rlhf.config.zero import ZeroSettings
 
 Precision = Literal["fp32", "bf16"]
 
 
 class WorkerSettings(Settings):
-    """The worker group of a stage: one Ray actor per ZeRO-3 rank."""
+    """The worker group of a stage: one Ray actor per ZeRO rank."""
 
     count: int = runtime(1, ge=1)
     """Ranks. On a CPU one rank with all threads is the fastest; on a cluster one rank per GPU."""
@@ -133,6 +134,27 @@ class TrainingSettings(ShardedSettings):
     """Which weights train, and how: docs/tuning.md."""
     checkpoint_every: int = runtime(50, ge=1)
     """Optimiser steps between in-stage checkpoints."""
+    activation_checkpointing: bool = runtime(False)
+    """Keep of each layer its input alone, and compute the rest again for the gradients (Chen et al. 2016,
+    arXiv:1604.06174): much less memory, a third more time."""
+    zero: ZeroSettings = runtime(ZeroSettings())
+    """How the trained models are spread over ranks, host memory and disk."""
+
+    @model_validator(mode="after")
+    def _memory_settings_fit(self) -> "TrainingSettings":
+        if self.zero.bf16 is not None and self.zero.bf16 != (self.precision == "bf16"):
+            wanted = "bf16" if self.zero.bf16 else "fp32"
+            raise ValueError(
+                f"zero.config has bf16.enabled {str(self.zero.bf16).lower()}, and precision is {self.precision}; write "
+                f'precision: {wanted}, or "auto" in the file'
+            )
+        if self.activation_checkpointing and isinstance(self.tuning, PrefixTuning | PTuningV2):
+            raise ValueError(
+                f"activation_checkpointing does not go with tuning.method {self.tuning.method}, whose keys and values "
+                "are a cache: a layer that is computed again would read its own; leave activation_checkpointing out, "
+                "or write method: prompt, or lora"
+            )
+        return self
 
 
 class SupervisedSettings(TrainingSettings):

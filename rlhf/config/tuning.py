@@ -162,6 +162,8 @@ class PrefixTuning(Settings):
     """The method."""
     tokens: int = semantic(20, ge=1)
     """Virtual tokens."""
+    text: str | None = semantic(None, min_length=1)
+    """Text whose keys and values the prefix starts from, repeated or cut to its length; null draws tokens at random."""
     hidden_size: int | None = semantic(None, ge=1)
     """Width of the MLP; null takes the model's."""
 
@@ -173,6 +175,8 @@ class PTuningV2(Settings):
     """The method."""
     tokens: int = semantic(20, ge=1)
     """Virtual tokens."""
+    text: str | None = semantic(None, min_length=1)
+    """Text whose keys and values the prefix starts from, repeated or cut to its length; null draws tokens at random."""
 
 
 class Ia3Tuning(Settings):

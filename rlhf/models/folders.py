@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +13,14 @@ import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import WeightRenaming
 from transformers.integrations import deepspeed
 
 from rlhf.config.tuning import FULL, QLoraTuning, Tuning
@@ -71,7 +73,18 @@ def load(folder: Path, *, scores: bool, dtype: torch.dtype, tuning: Tuning = FUL
     named = {"num_labels": 1} if scores else {}
     plain = folder / BASE if is_adapter(folder) else folder
     model = auto.from_pretrained(plain, **named, **loading_options(tuning, dtype))
+    without_router_logits(model)
     return _with_adapter(model, folder) if is_adapter(folder) else model
+
+
+def without_router_logits(model: Any) -> None:
+    """Make a mixture of experts return no logits of its routers, whatever its configuration asks for.
+
+    From them it would compute a loss in every forward pass, which fails where a cache holds a part of the text.
+    """
+    config = model.config.get_text_config()
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
 
 
 def adapter_config(folder: Path) -> Any:
@@ -186,6 +199,16 @@ def _unsharded() -> Generator[None]:
     finally:
         if config is not None:
             deepspeed.set_hf_deepspeed_config(config)
+
+
+def save_whole(model: Any, weights: Mapping[str, Tensor], target: Path) -> None:
+    """Write a model's configuration and ``weights`` by the names that they had in the files it was loaded from."""
+    # Loading into shards, transformers keeps every renaming that it knows for the type, and saving reverts them all.
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        used = [one for one in conversions if one.was_used() or not isinstance(one, WeightRenaming)]
+        model._weight_conversions = used  # pyright: ignore[reportPrivateUsage] - it has no setter
+    model.save_pretrained(target, state_dict=weights)
 
 
 def write_plain(folder: Path, target: Path, *, scores: bool, dtype: torch.dtype) -> Path:

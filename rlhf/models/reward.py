@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, safe_loading, templates, text
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, unwrapped
 from rlhf.models.layout import BASE, check_scored_length, config_file, config_of, is_adapter, update_json
@@ -19,7 +20,7 @@ from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.randomness import seed_of
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, Engine, gathered, sharded_loading
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, gathered, sharded_loading
 
 
 def raw_scores(
@@ -67,7 +68,12 @@ class FrozenReward:
     """
 
     def __init__(
-        self, folder: Path, precision: Precision, micro_batch_size: int, engine: Callable[..., Tensor] | None = None
+        self,
+        folder: Path,
+        precision: Precision,
+        micro_batch_size: int,
+        zero: ZeroSettings = STAGE_3,
+        engine: Callable[..., Tensor] | None = None,
     ) -> None:
         config = config_of(folder)
         self._mean, self._deviation = float(config["score_mean"]), float(config["score_std"])
@@ -78,10 +84,11 @@ class FrozenReward:
         check_scored_length(folder)
         self._is_decoder = True
         if engine is None:
-            with sharded_loading(precision):
+            with sharded_loading(precision, zero):
                 model = folders.load(folder, scores=True, dtype=DTYPES[precision])
             self._is_decoder = hasattr(unwrapped(model), "score")  # a linear head on the last token's state
-            engine = Engine(SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model)), precision)
+            scores = SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model))
+            engine = Engine(scores, precision, zero=zero)
         self._engine = engine
         self.tokenizer = (text.load_tokenizer if self._is_decoder else text.load_encoder_tokenizer)(folder)
         self._micro_batch_size = micro_batch_size

@@ -29,6 +29,7 @@ from peft import (
 from peft.tuners.prompt_tuning.model import PromptEmbedding
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from rlhf.config.tuning import (
     BottomFrozenTuning,
@@ -46,9 +47,9 @@ from rlhf.config.tuning import (
     Tuning,
 )
 from rlhf.errors import PreflightError
-from rlhf.models import folders, reward, text, virtual_tokens
+from rlhf.models import folders, reward, safe_loading, text, virtual_tokens
 from rlhf.models.layout import ADAPTER_CONFIG, BASE, update_json, virtual_tokens_in
-from rlhf.models.virtual_tokens import TRAINED, AnchoredEncoder
+from rlhf.models.virtual_tokens import TRAINED, AnchoredEncoder, StartedPrefixEncoder
 from rlhf.randomness import seed_of
 from rlhf.zero.engine import Schedule, set_schedule
 
@@ -222,10 +223,14 @@ def _with_adapter(model: Any, tuning: Tuning, source: Path, *, scores: bool) -> 
         tokens = _first_tokens(tuning, source)
         encoder: Any = adapted.prompt_encoder[TRAINED]
         encoder.embedding.weight.data = virtual_tokens.embeddings_of(model, tokens)
-    elif isinstance(tuning, PTuningV2):
-        # At PEFT's deviation of 1 a model's own keys and values are lost among them; at 0 all tokens would stay alike.
-        encoder = adapted.prompt_encoder[TRAINED]
-        nn.init.normal_(encoder.embedding.weight, std=0.02)
+    elif isinstance(tuning, PrefixTuning | PTuningV2):
+        start = virtual_tokens.keys_and_values(model, _first_tokens(tuning, source))
+        if isinstance(tuning, PTuningV2):
+            encoder = adapted.prompt_encoder[TRAINED]
+            encoder.embedding.weight.data = start
+        else:
+            encoder = StartedPrefixEncoder(config, start)
+            adapted.prompt_encoder[TRAINED] = encoder.to(model.device, model.dtype)
     elif isinstance(tuning, PTuning):
         places, words = anchors(tuning, source)
         embeddings = virtual_tokens.embeddings_of(model, words) if words else []
@@ -235,8 +240,8 @@ def _with_adapter(model: Any, tuning: Tuning, source: Path, *, scores: bool) -> 
     return adapted
 
 
-def _first_tokens(tuning: PromptTuning, source: Path) -> list[int]:
-    """Return the tokens that a soft prompt starts from, as many as it has."""
+def _first_tokens(tuning: PromptTuning | PrefixTuning | PTuningV2, source: Path) -> list[int]:
+    """Return the tokens that virtual tokens start from, as many as there are."""
     tokenizer = text.load_tokenizer(source)
     if tuning.text is None:
         return torch.randint(len(tokenizer), (tuning.tokens,)).tolist()
@@ -329,7 +334,7 @@ def save(
     config   entries to add to ``config.json``; of a reward model its normaliser and what it reads
     """
     if not isinstance(model, PeftModel):
-        model.save_pretrained(target, state_dict=weights)
+        folders.save_whole(model, weights, target)
         folders.copy_tokenizer(source, target)
         update_json(target / "config.json", config or {}, ensure_ascii=True)
     elif isinstance(tuning, LoraTuning | Ia3Tuning) and tuning.merge:
@@ -363,6 +368,7 @@ def _save_adapter(
     model.peft_config[TRAINED] = trained
     (target / "README.md").unlink(missing_ok=True)  # PEFT's model card names the folder that the base was loaded from
     folders.copy_tokenizer(source, target)
+    _name_tokenizer(source, target)
     base = target / BASE
     base.mkdir()
     for path in source.rglob("*"):
@@ -376,6 +382,18 @@ def _save_adapter(
     update_json(target / ADAPTER_CONFIG, {"base_model_name_or_path": BASE}, ensure_ascii=True)
     if config:
         update_json(base / "config.json", config, ensure_ascii=True)
+
+
+def _name_tokenizer(source: Path, target: Path) -> None:
+    """Name the class of the source's tokenizer where transformers would take another for the copy beside an adapter.
+
+    It chooses by ``config.json`` too, which an adapter's folder has not: for Qwen 2 and Phi 3, for instance.
+    """
+    own, copy = (
+        type(AutoTokenizer.from_pretrained(folder, **safe_loading.TOKENIZER)).__name__ for folder in (source, target)
+    )
+    if own != copy:
+        update_json(target / "tokenizer_config.json", {"tokenizer_class": own})
 
 
 def _as_plain_lora(

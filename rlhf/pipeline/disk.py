@@ -22,27 +22,23 @@ _OPTIMISER = 3 * 4
 
 
 def written(
-    context: Context[Any], models: Sequence[Path] = (), steps: int = 0, *, average: bool = False, folded: bool = True
+    context: Context[Any], models: Sequence[Path] = (), steps: int = 0, *, average: bool = False
 ) -> dict[str, float]:
     """Return an estimate of the bytes that a stage will write, as :data:`RESULT` and :data:`MEANWHILE`.
 
     models   folders of the models that it trains, the model of its result first; empty without training
     steps    their largest number, in the unit of ``checkpoint_every``
     average  whether it keeps a moving average of the result
-    folded   whether it folds the adapters that it reads into whole weights; otherwise those that train go on training
     """
     settings = context.settings
     weight = 2 if settings.precision == "bf16" else 4
     read = context.inputs.values()
-    meanwhile = sum(count_parameters(folder / BASE) for folder in read if is_adapter(folder) and folded) * weight
+    folded = [folder for folder in read if is_adapter(folder) and not _shares_base(settings)]
+    meanwhile = sum(count_parameters(folder / BASE) for folder in folded) * weight
     if not models:
         return {RESULT: 0.0, MEANWHILE: float(meanwhile)}
-    plain = [folder / BASE if is_adapter(folder) else folder for folder in models]
-    method = settings.tuning
-    trained = [
-        count_parameters(folder) if is_adapter(folder) and not folded else count_trained_parameters(base, method)
-        for folder, base in zip(models, plain, strict=True)
-    ]
+    plain = [_plain(folder) for folder in models]
+    method, trained = settings.tuning, trained_weights(context, models)
     checkpoint = sum(trained) * (weight + _OPTIMISER) + trained[0] * 4 * average
     newest = newest_complete(list(context.attempts))
     begun = step_of(newest) if newest else 0
@@ -50,6 +46,26 @@ def written(
     due = max(0, (steps - 1) // settings.checkpoint_every - begun // settings.checkpoint_every)
     result = (trained[0] if results_in_adapter(method) else count_parameters(plain[0])) * weight
     return {RESULT: float(result), MEANWHILE: float(meanwhile + min(due, KEPT + 1) * checkpoint)}
+
+
+def trained_weights(context: Context[Any], models: Sequence[Path]) -> list[int]:
+    """Return the number of weights that train of each model."""
+    settings = context.settings
+    return [
+        # There the adapters that it reads go on training.
+        count_parameters(folder)
+        if is_adapter(folder) and _shares_base(settings)
+        else count_trained_parameters(_plain(folder), settings.tuning)
+        for folder in models
+    ]
+
+
+def _shares_base(settings: Any) -> bool:
+    return getattr(settings, "share_base", False)
+
+
+def _plain(folder: Path) -> Path:
+    return folder / BASE if is_adapter(folder) else folder
 
 
 def check(stages: Mapping[str, Mapping[str, float]], store: Store) -> None:

@@ -295,3 +295,12 @@ def recipe(planned: Planned, stages: Mapping[str, Planned], store: Store) -> Rec
         planned.record.artifact if planned.record else None,
         lambda role: recipe(stages[planned.wires[role].instance], stages, store) if role in planned.wires else None,
     )
+
+
+def standing_in(stages: Mapping[str, Planned], name: str) -> str | None:
+    """Return an instance's artifact, else that of the nearest committed model from which its training will start."""
+    planned = stages[name]
+    if planned.record is not None:
+        return planned.record.artifact
+    continues = planned.stage.continues
+    return standing_in(stages, planned.wires[continues].instance) if continues else None

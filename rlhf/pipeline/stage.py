@@ -58,7 +58,7 @@ class Stage:
     inputs: Inputs
     """Maps the settings to {role: input}."""
     runs: Literal["task", "workers"] = "task"
-    """One Ray task, or a worker group of ZeRO-3 ranks (the settings then have ``workers``)."""
+    """One Ray task, or a worker group of ZeRO ranks (the settings then have ``workers``)."""
     continues: str | None = None
     """The role whose model the result is a trained version of."""
     preflight: str | None = None

@@ -8,17 +8,18 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, tuning
+from rlhf.models.architectures import classifier_of
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, Engine, gathered, sharded_loading, trained_shards, whole_from_shards
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, gathered, sharded_loading, trained_shards, whole_from_shards
 
 
 class MovingAverage:
@@ -27,7 +28,7 @@ class MovingAverage:
     Polyak and Juditsky 1992 average a stochastic approximation's iterates; the exponential window is that of Kingma and
     Ba 2015 (arXiv:1412.6980), section 7.2. Without its bias correction: the first weights are not zeros, and count.
 
-    module  under ZeRO-3 already
+    module  under ZeRO already
     part    the part of it that is averaged, where it has several
     """
 
@@ -103,7 +104,7 @@ class Trains(Protocol):
 
 
 class Learner:
-    """A model under ZeRO-3 that takes optimiser steps.
+    """A model under ZeRO that takes optimiser steps.
 
     file  the name of its part of a checkpoint
     """
@@ -167,14 +168,16 @@ class TrainedValue(Learner):
         source: Path,
         seed: int,
         optimiser: Optimiser,
+        zero: ZeroSettings = STAGE_3,
+        activation_checkpointing: bool = False,
     ) -> Self:
         """Load and shard a model. A collective.
 
         folder  a plain folder of a reward model or a policy, whose language head is left out
         source  the folder that it was made from, which may have virtual tokens
         """
-        with sharded_loading(precision):
-            model = AutoModelForSequenceClassification.from_pretrained(
+        with sharded_loading(precision, zero):
+            model = classifier_of(folder).from_pretrained(
                 folder, num_labels=1, **folders.loading_options(method, DTYPES[precision])
             )
             model = tuning.prepared(model, method, source, scores=True, seed=seed)
@@ -183,7 +186,14 @@ class TrainedValue(Learner):
             for head in heads:
                 if group.is_main():
                     initialise_head(head, "value head", seed)
-        return cls(Engine(TokenValues(model), precision, **vars(optimiser)), micro_batch_size)
+        engine = Engine(
+            TokenValues(model),
+            precision,
+            **vars(optimiser),
+            zero=zero,
+            activation_checkpointing=activation_checkpointing,
+        )
+        return cls(engine, micro_batch_size)
 
     def _forward(self, part: Sequences) -> Tensor:
         return self.engine(part.ids, part.attention_mask, part.time)

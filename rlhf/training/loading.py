@@ -6,6 +6,7 @@ from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision
+from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders
 from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
 from rlhf.models.text import check_same_tokens
@@ -15,7 +16,7 @@ from rlhf.training import shared_base
 from rlhf.training.learner import Optimiser, TrainedValue
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES
+from rlhf.zero.engine import DTYPES, STAGE_3
 
 
 def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
@@ -23,7 +24,7 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     if context.settings.share_base:
         return shared_base.load_models(context, micro_batch_size(context.settings))
     policy = load_policy(context)
-    rewards = load_rewards(context, micro_batch_size(context.settings))
+    rewards = load_rewards(context, micro_batch_size(context.settings), context.settings.zero)
     return policy, load_value(context), rewards
 
 
@@ -48,6 +49,8 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
         learns_entropy=settings.entropy_bonus > 0,
         ptx_coef=settings.ptx.coef,
         average_decay=settings.average_decay,
+        zero=settings.zero,
+        activation_checkpointing=settings.activation_checkpointing,
     )
 
 
@@ -70,6 +73,8 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
         source=source,
         seed=settings.seed,
         optimiser=Optimiser("value model", settings.value_learning_rate, settings.max_grad_norm),
+        zero=settings.zero,
+        activation_checkpointing=settings.activation_checkpointing,
     )
 
 
@@ -101,11 +106,13 @@ def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Ge
     return Generator(context.inputs[role], settings.precision, temperature, settings.micro_batch_size)
 
 
-def load_rewards(context: Context[PpoSettings] | Context[EvaluateSettings], micro_batch_size: int) -> Rewards:
+def load_rewards(
+    context: Context[PpoSettings] | Context[EvaluateSettings], micro_batch_size: int, zero: ZeroSettings = STAGE_3
+) -> Rewards:
     """Load the rewards that score responses. A collective."""
     settings = context.settings
     models = {role: folder for role, folder in context.inputs.items() if role.startswith("reward")}
-    return Rewards(settings.rewards, models, settings.precision, micro_batch_size)
+    return Rewards(settings.rewards, models, settings.precision, micro_batch_size, zero)
 
 
 def plain_folder(folder: Path, target: Path, precision: Precision, *, scores: bool) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf.config.ppo import KlSettings
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.kl import adapted_coefficient
@@ -22,7 +23,7 @@ from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Minibatch, PolicyExperience, Sequences
 from rlhf.training.learner import Learner, MovingAverage, Optimiser
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, Engine, sharded_loading, whole_weights
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, sharded_loading, whole_weights
 
 
 class KlCoefficient:
@@ -114,12 +115,19 @@ class FrozenPolicy(Policy):
     """
 
     def __init__(
-        self, folder: Path, precision: Precision, temperature: float, micro_batch_size: int, *, fp32_head: bool = True
+        self,
+        folder: Path,
+        precision: Precision,
+        temperature: float,
+        micro_batch_size: int,
+        *,
+        fp32_head: bool = True,
+        zero: ZeroSettings = STAGE_3,
     ) -> None:
-        with sharded_loading(precision):
+        with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
         generator = Generator(folder, precision, temperature, AT_ONCE * micro_batch_size, fp32_head=fp32_head)
-        super().__init__(Engine(TokenLogprobs(model), precision), generator, temperature, micro_batch_size)
+        super().__init__(Engine(TokenLogprobs(model), precision, zero=zero), generator, temperature, micro_batch_size)
 
 
 class TrainedPolicy(Policy):
@@ -170,17 +178,25 @@ class TrainedPolicy(Policy):
         learns_entropy: bool = False,
         ptx_coef: float = 0.0,
         average_decay: float | None = None,
+        zero: ZeroSettings = STAGE_3,
+        activation_checkpointing: bool = False,
     ) -> Self:
         """Load and shard a policy. A collective.
 
         folder  a plain folder
         source  the folder that it was made from, which may have virtual tokens
         """
-        with sharded_loading(precision):
+        with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
             prepare = partial(tuning.prepared, tuning=method, source=source, scores=False, seed=seed)
             model = tuning.with_reference(prepare(model))
-        learner = Learner(Engine(TokenLogprobs(model), precision, **vars(optimiser)), "policy")
+        engine = Engine(
+            TokenLogprobs(model),
+            precision,
+            **vars(optimiser),
+            zero=zero,
+            activation_checkpointing=activation_checkpointing,
+        )
         at_once = AT_ONCE * micro_batch_size
         generator = Generator(
             folder,
@@ -192,12 +208,16 @@ class TrainedPolicy(Policy):
             prepare=prepare,
             source=model,
         )
-        adapted = isinstance(model, PeftModel)
+        reference = (
+            None
+            if isinstance(model, PeftModel)
+            else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head, zero=zero)
+        )
         return cls(
             model,
-            learner,
+            Learner(engine, "policy"),
             generator,
-            None if adapted else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head),
+            reference,
             None if average_decay is None else MovingAverage(model, average_decay),
             temperature,
             micro_batch_size,

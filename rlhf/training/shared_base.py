@@ -289,15 +289,21 @@ def _sharded(
     inputs: Mapping[str, Path], settings: PpoSettings, micro_batch_size: int
 ) -> tuple[Any, SharedEngine, SharedGenerator]:
     """Load and shard the base with all adapters; return the adapted model with its engine and generator."""
-    with sharded_loading(settings.precision):
+    with sharded_loading(settings.precision, settings.zero):
         model, heads = _adapted(inputs, settings)
     module = OneBase(model, heads)
     module.activate(TRAINED)
     generator = SharedGenerator(inputs["policy"], model, settings, AT_ONCE * micro_batch_size)
     _choose_trained(model, heads)
     # The rates of both are given with each step.
-    rate, norm = settings.policy_learning_rate, settings.max_grad_norm
-    engine = Engine(module, settings.precision, learning_rate=rate, max_grad_norm=norm)
+    engine = Engine(
+        module,
+        settings.precision,
+        learning_rate=settings.policy_learning_rate,
+        max_grad_norm=settings.max_grad_norm,
+        zero=settings.zero,
+        activation_checkpointing=settings.activation_checkpointing,
+    )
     return model, SharedEngine(engine), generator
 
 
@@ -324,7 +330,7 @@ def load_models(context: Context[PpoSettings], micro_batch_size: int) -> tuple[T
     )
     value = TrainedValue(AdapterEngine(shared, VALUE), micro_batch_size)
     rewards = {
-        role: FrozenReward(folder, settings.precision, micro_batch_size, AdapterEngine(shared, role))
+        role: FrozenReward(folder, settings.precision, micro_batch_size, engine=AdapterEngine(shared, role))
         for role, folder in inputs.items()
         if role.startswith("reward")
     }

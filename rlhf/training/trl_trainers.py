@@ -29,7 +29,7 @@ from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings, SftSettings, SupervisedSettings
 from rlhf.errors import DivergedError
-from rlhf.models import reward_losses, tuning
+from rlhf.models import folders, reward_losses, tuning
 from rlhf.models.heads import unwrapped
 from rlhf.models.packing import keeps_texts_apart
 from rlhf.models.reward import raw_scores
@@ -42,19 +42,20 @@ from rlhf.training.loop import Journal, ends_here, learning_order, stopped
 from rlhf.zero import group
 from rlhf.zero.engine import (
     GradualAdamW,
+    checkpoint_activations,
     checkpoint_bytes,
+    deepspeed_config,
     mark_leaves,
     parameter_groups,
     unfreeze,
     whole_weights,
-    zero3_config,
 )
 
 TOKENS = "tokens.json"
 
 
 def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
-    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO-3, checkpoints.
+    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO, checkpoints.
 
     The batch is a multiple of the ranks, which the stages' preflight checks.
     """
@@ -79,7 +80,7 @@ def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
         "seed": seed_of("trainer", settings.seed),
         "bf16": settings.precision == "bf16",
         "use_cpu": group.device().type == "cpu",
-        "deepspeed": zero3_config(settings.precision, gradient_clipping="auto", **automatic),
+        "deepspeed": deepspeed_config(settings.precision, settings.zero, gradient_clipping="auto", **automatic),
         "accelerator_config": {"use_configured_state": True},
         # Reports says when to save: any other strategy also saves the last step, which the result makes superfluous.
         "save_strategy": "no",
@@ -87,6 +88,7 @@ def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
+        # checkpoint_activations is ours.
         "gradient_checkpointing": False,
     }
 
@@ -167,7 +169,10 @@ class _Ordered:
         **trainer: Any,
     ) -> None:
         self._context, settings = context, context.settings
-        mark_leaves(model)
+        if settings.activation_checkpointing:
+            checkpoint_activations(model)
+        if settings.zero.stage == 3:
+            mark_leaves(model)
         above: Any = super()
         above.__init__(
             model=model,
@@ -278,6 +283,9 @@ def sft_trainer(
     base = unwrapped(model)
     virtual = has_virtual_tokens(getattr(base, base.base_model_prefix))
     arguments.packing = settings.packing and keeps_texts_apart(model.config) and not virtual
+    if virtual:
+        # The routers of a mixture of experts are frozen, and their loss knows of no tokens but the text's.
+        arguments.router_aux_loss_coef = 0.0
     if settings.packing and not arguments.packing and group.is_main():
         why = (
             "virtual tokens stand before each text" if virtual else f"{model.config.model_type} models mix packed texts"
@@ -334,6 +342,8 @@ def export(
     """
     method = context.settings.tuning
     weights = whole_weights(trainer.model, trained_only=isinstance(trainer.model, PeftModel))
+    # TRL sets this for the loss of the routers, which it adds to sft's.
+    folders.without_router_logits(trainer.model)
     if group.is_main():
         tuning.save(trainer.model, weights, source, context.output, method, scores=scores, config=config)
     group.barrier()

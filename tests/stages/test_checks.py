@@ -19,7 +19,7 @@ from rlhf.models.packing import tokenised
 from rlhf.models.text import load_tokenizer, prompt_ids, response_ids, text_start
 from rlhf.pipeline import disk
 from stages import checks
-from tests.models.tiny import TEXTS, make_tiny_adapter, make_tiny_llama
+from tests.models.tiny import TEXTS, make_tiny_adapter, make_tiny_llama, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,25 @@ def context(settings: Any, base: Path, folder: Path, role: str, train: list[Any]
 
 DEMONSTRATION = {"prompt": "a film", "completion": "of two halves"}
 SET: dict[str, Any] = {"prompt": "a film", "responses": ["a joy", "dull"], "strengths": [1.0, -1.0]}
+
+
+def test_an_architecture_that_a_stage_cannot_train_is_refused(base: Path, tmp_path: Path) -> None:
+    """Before anything is read; the second has no classifier in transformers."""
+    for check, settings, role, name, said in (
+        (checks.sft, SftSettings(max_length=32), "demonstrations", "bert", "bert models cannot be trained"),
+        (checks.ppo, None, "prompts", "mamba", "mamba models cannot be trained"),
+        (checks.rm, RmSettings(max_length=32), "comparisons", "olmoe", "no sequence classifier for olmoe models"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(base, folder / "model")
+        tiny_config(name).save_pretrained(folder / "model")
+        given = (
+            ppo(folder / "model", folder)
+            if settings is None
+            else context(settings, folder / "model", folder, role, [], [])
+        )
+        with pytest.raises(PreflightError, match=said):
+            check(given)
 
 
 def test_data_without_a_held_out_part_is_refused(base: Path, tmp_path: Path) -> None:

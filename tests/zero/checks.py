@@ -32,6 +32,7 @@ from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import tuning
 from rlhf.models.heads import TokenLogprobs
@@ -46,6 +47,7 @@ from rlhf.training.policy import TrainedPolicy
 from rlhf.zero import group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
 from rlhf.zero.group import computable
+from tests.zero.memory import memory
 from tests.zero.resuming import STAGES, KilledError, first_iterations, forms, unbroken_and_resumed
 
 # Before DeepSpeed and accelerate are imported by whatever comes below.
@@ -273,13 +275,15 @@ def _filled(engine: Engine, context: Context[Any]) -> dict[str, Any]:
 
 
 def other_groups(folder: Path) -> dict[str, str]:
-    """Which checkpoint a stage goes on from; and the errors when the newest is of one rank more, and in bf16."""
+    """Which checkpoint a stage goes on from; and the errors when the newest was written otherwise."""
     context = context_of(folder)
     newest = checkpoint_writer.checkpoint_to_resume(context)
     assert newest is not None
     found = {"newest": newest.name}
     written = json.loads((newest / checkpoint_writer.MARKER).read_text())
-    for name, other in {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}.items():
+    others = {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}
+    others["stage"] = {"zero": ZeroSettings(stage=2).layout}
+    for name, other in others.items():
         group.barrier()
         if group.is_main():
             (newest / checkpoint_writer.MARKER).write_text(json.dumps(written | other))
@@ -428,6 +432,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "policies": partial(policies, tiny, folder),
     }
     checks["first_iterations"] = partial(first_iterations, folder.parent, folder / "first")
+    checks["memory"] = partial(memory, folder.parent, folder / "memory")
     if world_size > 1:
         checks["forms"] = partial(forms, folder.parent, folder / "forms")
     for name in STAGES:

@@ -257,8 +257,8 @@ def forget() -> None:
 def killed_after(step: int) -> Generator[None]:
     mark_complete = checkpoint_writer.mark_complete
 
-    def then_die(checkpoint: Path, precision: str) -> None:
-        mark_complete(checkpoint, precision)
+    def then_die(checkpoint: Path, context: Context[Any]) -> None:
+        mark_complete(checkpoint, context)
         if checkpoint_writer.step_of(checkpoint) == step:
             raise KilledError
 
