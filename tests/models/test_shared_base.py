@@ -130,9 +130,10 @@ def head_of(value: Any) -> Tensor:
 POLICY_LOSS, VALUE_LOSS = partial(clipped_policy_loss, clip=0.2), partial(clipped_value_loss, clip=0.2)
 
 
-def test_updates_are_those_of_separate_models(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_updates_are_those_of_separate_models(folders: dict[str, Path], tmp_path: Path, stage: int) -> None:
     """Each with its own rate, norm and moments: weights, Adam's moments and losses, after three updates of each."""
-    policy, value, _ = models_of(folders, tmp_path)
+    policy, value, _ = models_of(folders, tmp_path, zero={"stage": stage})
     slow_policy, slow_value = Slow(folders["policy"]), Slow(folders["reward"], head_of(value))
     experience = experience_of(policy, value, sampled(policy))
     with torch.no_grad():
@@ -167,7 +168,8 @@ def test_updates_are_those_of_separate_models(folders: dict[str, Path], tmp_path
                 rtol=1e-4,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
-            for moment in ("exp_avg", "exp_avg_sq"):
+            # DeepSpeed shows none in stage 2.
+            for moment in ("exp_avg", "exp_avg_sq") if stage == 3 else ():
                 found = safe_get_full_optimizer_state(mine, moment)
                 torch.testing.assert_close(
                     found, state[moment], atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
