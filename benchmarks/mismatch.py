@@ -19,17 +19,16 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops import __compatible_ops__
-from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
+from benchmarks.tiny_models import save_word_tokenizer
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
 from rlhf.rl.losses import clipped_policy_loss
@@ -75,17 +74,14 @@ def save_model(config: PreTrainedConfig, folder: Path) -> None:
         spread = model(torch.randint(2, VOCABULARY, (4, 32))).logits.std()
         model.get_output_embeddings().weight.mul_(SPREAD / spread)
     model.bfloat16().save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{row}": row for row in range(VOCABULARY)}, unk_token="w2"))  # noqa: S106 - no password
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0", unk_token="w2").save_pretrained(  # noqa: S106
-        folder
-    )
+    save_word_tokenizer(VOCABULARY, folder)
 
 
 def iterations(folder: Path, precision: Precision, form: str, fp32_head: bool) -> Iterator[dict[str, float]]:
     """Sample, compare, and train on made-up advantages, three times."""
     method, rate = FORMS[form], 1e-5 if form == "full" else 1e-3
     optimiser = Optimiser("policy", rate, 1.0)
-    policy = TrainedPolicy(
+    policy = TrainedPolicy.load_folder(
         folder, precision, 1.0, 16, method=method, source=folder, seed=0, optimiser=optimiser, fp32_head=fp32_head
     )
     exact = FrozenPolicy(folder, "fp32", 1.0, 16)

@@ -303,13 +303,13 @@ class MainOnly:
 class Rewards:
     """One score a response: the weighted sum of all rewards. The constructor is a collective.
 
-    models  role to plain reward-model folder
+    models  role to reward-model folder, or to the model where it is loaded already
     """
 
     def __init__(
         self,
         settings: Sequence[RewardSettings],
-        models: Mapping[str, Path],
+        models: Mapping[str, Path | FrozenReward],
         precision: Precision,
         micro_batch_size: int,
         zero: ZeroSettings = STAGE_3,
@@ -323,7 +323,9 @@ class Rewards:
             elif reward.endpoint is not None:
                 self._parts.append(MainOnly(partial(EndpointReward, reward.endpoint)))
             else:
-                self._parts.append(FrozenReward(models[role_of_model(number)], precision, micro_batch_size, zero))
+                model = models[role_of_model(number)]
+                loaded = FrozenReward(model, precision, micro_batch_size, zero) if isinstance(model, Path) else model
+                self._parts.append(loaded)
                 number += 1
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:

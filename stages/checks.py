@@ -61,6 +61,7 @@ from rlhf.pipeline.memory import Texts
 from rlhf.ranking.lists import draw_lists
 from rlhf.rewards import EndpointReward, load_function
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
+from rlhf.training.shared_base import check_adapters
 
 
 def sft(context: Context[SftSettings]) -> dict[str, float]:
@@ -131,6 +132,8 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks."""
     settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.count
     check_rewards(settings.rewards, inputs)
+    if settings.share_base:
+        check_adapters(inputs, context.stage)
     minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks
     if minibatch % ranks:
         what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"

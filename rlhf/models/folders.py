@@ -87,7 +87,12 @@ def without_router_logits(model: Any) -> None:
         config.output_router_logits = False
 
 
-def _with_adapter(model: Any, folder: Path) -> Any:
+def adapter_config(folder: Path) -> Any:
+    """Read the configuration of an adapter that can stand beside its base.
+
+    Raises:
+        PreflightError: it changes its base.
+    """
     config: Any = PeftConfig.from_pretrained(str(folder), local_files_only=True)
     start = str(getattr(config, "init_lora_weights", "")).lower()
     # PEFT begins these adapters by also changing the weights under them, which can only be done with whole weights.
@@ -97,9 +102,14 @@ def _with_adapter(model: Any, folder: Path) -> Any:
             str(folder / ADAPTER_CONFIG),
             "convert it to plain LoRA, or merge it into the weights (PEFT's merge_and_unload), and import that",
         )
+    config.base_model_name_or_path = None
+    return config
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    config = adapter_config(folder)
     if config.is_prompt_learning:
         config = virtual_tokens.without_encoder(config)
-    config.base_model_name_or_path = None
     with warnings.catch_warnings():
         # PEFT asks transformers for a property by its old name.
         warnings.simplefilter("ignore", FutureWarning)
@@ -112,16 +122,29 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     return adapted
 
 
-def fill(adapted: Any, folder: Path, *, fresh_head: bool = False) -> None:
+def fill(
+    adapted: Any,
+    folder: Path,
+    *,
+    fresh_head: bool = False,
+    adapter_name: str = virtual_tokens.TRAINED,
+    head: Any = None,
+) -> None:
     """Copy the weights of a folder's adapter into a model with an adapter of its shape. A collective where sharded.
 
-    fresh_head  whether the model has a score head that the folder lacks
+    fresh_head    whether the model has a score head that the folder lacks
+    adapter_name  PEFT's name of the adapter in the model
+    head          the weights of the adapter's score head, where they are no part of the model
 
     Raises:
         PreflightError: they do not fit.
     """
     own: dict[str, Any] = dict(adapted.named_parameters())
-    adapter: dict[str, Any] = get_peft_model_state_dict(adapted, state_dict=own, save_embedding_layers=False)
+    adapter: dict[str, Any] = get_peft_model_state_dict(
+        adapted, state_dict=own, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    if head is not None:
+        adapter["base_model.model.score.weight"] = head
     if adapted.active_peft_config.is_prompt_learning:
         adapter["prompt_embeddings"] = adapted.prompt_encoder[virtual_tokens.TRAINED].embedding.weight
     # Weights that are no adapter's, such as embeddings, have the names of the model's parameters in the file.

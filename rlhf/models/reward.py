@@ -70,12 +70,20 @@ class FrozenReward:
     folder  a plain reward-model folder or an adapter's, whose ``config.json`` has ``score_mean``, ``score_std`` and
             ``sees``, and may have ``score_low`` and ``score_high``: the range of the normalised scores that the model
             gave people's responses
+    engine  a :class:`SequenceScores` of the folder's model, where it is loaded already
 
     Raises:
         PreflightError: ``score_max_length`` is beyond the model's context, or its tokenizer lacks what it needs.
     """
 
-    def __init__(self, folder: Path, precision: Precision, micro_batch_size: int, zero: ZeroSettings = STAGE_3) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision,
+        micro_batch_size: int,
+        zero: ZeroSettings = STAGE_3,
+        engine: Callable[..., Tensor] | None = None,
+    ) -> None:
         config = config_of(folder)
         self._mean, self._deviation = float(config["score_mean"]), float(config["score_std"])
         low, high = config.get("score_low"), config.get("score_high")
@@ -83,12 +91,15 @@ class FrozenReward:
         self._response_only = config["sees"] == "response"
         self._max_length = int(config["score_max_length"])
         check_scored_length(folder)
-        with sharded_loading(precision, zero):
-            model = folders.load(folder, scores=True, dtype=DTYPES[precision])
-        self._is_decoder = hasattr(unwrapped(model), "score")  # a linear head on the last token's state
+        self._is_decoder = True
+        if engine is None:
+            with sharded_loading(precision, zero):
+                model = folders.load(folder, scores=True, dtype=DTYPES[precision])
+            self._is_decoder = hasattr(unwrapped(model), "score")  # a linear head on the last token's state
+            scores = SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model))
+            engine = Engine(scores, precision, zero=zero)
+        self._engine = engine
         self.tokenizer = (text.load_tokenizer if self._is_decoder else text.load_encoder_tokenizer)(folder)
-        scores = SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model))
-        self._engine = Engine(scores, precision, zero=zero)
         self._micro_batch_size = micro_batch_size
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:

@@ -33,7 +33,8 @@ def written(
     settings = context.settings
     weight = 2 if settings.precision == "bf16" else 4
     read = context.inputs.values()
-    meanwhile = sum(count_parameters(folder / BASE) for folder in read if is_adapter(folder)) * weight
+    folded = [folder for folder in read if is_adapter(folder) and not _shares_base(settings)]
+    meanwhile = sum(count_parameters(folder / BASE) for folder in folded) * weight
     if not models:
         return {RESULT: 0.0, MEANWHILE: float(meanwhile)}
     plain = [_plain(folder) for folder in models]
@@ -49,7 +50,18 @@ def written(
 
 def trained_weights(context: Context[Any], models: Sequence[Path]) -> list[int]:
     """Return the number of weights that train of each model."""
-    return [count_trained_parameters(_plain(folder), context.settings.tuning) for folder in models]
+    settings = context.settings
+    return [
+        # There the adapters that it reads go on training.
+        count_parameters(folder)
+        if is_adapter(folder) and _shares_base(settings)
+        else count_trained_parameters(_plain(folder), settings.tuning)
+        for folder in models
+    ]
+
+
+def _shares_base(settings: Any) -> bool:
+    return getattr(settings, "share_base", False)
 
 
 def _plain(folder: Path) -> Path:

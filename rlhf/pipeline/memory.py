@@ -273,12 +273,18 @@ def _ppo(
     frozen = sum(model.parameters * width for model in rewards)
     frozen += 0 if policy.part.keeps_base else given.parameters * width
     shares = ranks if policy.sharding.stage == 3 else 1
+    of_value, generation = dict(value.standing()), weight_bytes(given, policy.part, width, scores=False)
+    if settings.share_base:
+        # Beside the policy's base there are adapters alone, and one engine with one buffer.
+        of_value |= {"weights": value.part.parameters * width / shares, "gradients": 4 * value.share}
+        frozen = (1 + len(rewards)) * policy.part.parameters * width
+        generation *= ranks > 1
     standing = _sum(
         policy.standing(),
-        value.standing(),
+        of_value,
         {
             "frozen models": 0.0 if policy.sharding.host_weights else frozen / shares,
-            "generation": weight_bytes(given, policy.part, width, scores=False),
+            "generation": generation,
             "optimiser": 4 * policy.share if settings.average_decay is not None else 0.0,
         },
     )

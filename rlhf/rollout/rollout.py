@@ -62,6 +62,19 @@ class Generator:
 
         noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
         """
+        model = self._present()
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        parts: list[Tensor] = []
+        for rows in group.my_rows(len(prompts)).split(self._at_once):
+            chosen = [prompts[row] for row in rows.tolist()]
+            sampled = sample_responses(model, chosen, noise[rows], self._temperature, eos_token_id=eos, pad=pad)
+            # One exchange for both: float64 holds every id and every float32 exactly.
+            parts.append(torch.stack([sampled.ids.double(), sampled.logprobs.double()], dim=1))
+        both = group.gather_rows(torch.cat(parts), len(prompts))
+        return Responses(both[:, 0].long(), both[:, 1].float())
+
+    def _present(self) -> Any:
+        """Return the copy with the policy's present weights. A collective."""
         if self._copy is None:
             model = self._prepare(self._load())
             self._copy = model.to(group.device()).eval()
@@ -70,15 +83,7 @@ class Generator:
             for name, parameter in trained(self._source):
                 with gathered([parameter]):
                     self._copy.get_parameter(name).copy_(parameter)
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        parts: list[Tensor] = []
-        for rows in group.my_rows(len(prompts)).split(self._at_once):
-            chosen = [prompts[row] for row in rows.tolist()]
-            sampled = sample_responses(self._copy, chosen, noise[rows], self._temperature, eos_token_id=eos, pad=pad)
-            # One exchange for both: float64 holds every id and every float32 exactly.
-            parts.append(torch.stack([sampled.ids.double(), sampled.logprobs.double()], dim=1))
-        both = group.gather_rows(torch.cat(parts), len(prompts))
-        return Responses(both[:, 0].long(), both[:, 1].float())
+        return self._copy
 
 
 class Samples(Protocol):

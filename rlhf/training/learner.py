@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,17 +29,18 @@ class MovingAverage:
     Ba 2015 (arXiv:1412.6980), section 7.2. Without its bias correction: the first weights are not zeros, and count.
 
     module  under ZeRO already
+    part    the part of it that is averaged, where it has several
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self._module, self._decay = module, decay
-        self._shards: dict[str, Tensor] = {name: shard.detach().clone() for name, shard in trained_shards(module)}
+    def __init__(self, module: nn.Module, decay: float, part: str = "") -> None:
+        self._module, self._decay, self._part = module, decay, part
+        self._shards: dict[str, Tensor] = {name: shard.detach().clone() for name, shard in trained_shards(module, part)}
         self._file = f"average-{group.rank()}.safetensors"
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the present weights in."""
-        for name, shard in trained_shards(self._module):
+        for name, shard in trained_shards(self._module, self._part):
             self._shards[name].lerp_(shard, 1 - self._decay)
 
     def weights(self) -> dict[str, Tensor]:
@@ -74,25 +75,42 @@ class Optimiser:
 Sums = TypeVar("Sums", PolicySums, ValueSums)
 
 
+class Trains(Protocol):
+    """An :class:`rlhf.zero.engine.Engine`, or one of several models that share one."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Run the forward pass."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add a micro batch's gradients."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Take the optimiser step."""
+        ...
+
+    def checkpoint_bytes(self) -> int:
+        """Return about how many bytes all ranks write in :meth:`save`."""
+        ...
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write this rank's part of a checkpoint."""
+        ...
+
+    def load(self, folder: Path, name: str) -> None:
+        """Read what :meth:`save` wrote."""
+        ...
+
+
 class Learner:
-    """A module under ZeRO that takes optimiser steps.
+    """A model under ZeRO that takes optimiser steps.
 
     file  the name of its part of a checkpoint
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        precision: Precision,
-        optimiser: Optimiser,
-        file: str,
-        *,
-        zero: ZeroSettings = STAGE_3,
-        activation_checkpointing: bool = False,
-    ) -> None:
-        self.engine = Engine(
-            module, precision, **vars(optimiser), zero=zero, activation_checkpointing=activation_checkpointing
-        )
+    def __init__(self, engine: Trains, file: str) -> None:
+        self.engine = engine
         self._file = file
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -132,12 +150,16 @@ ValueLoss = Callable[..., tuple[Tensor, ValueSums]]
 class TrainedValue(Learner):
     """A value for every response token: another model's weights with a fresh head (Stiennon et al. 2020).
 
-    folder  a plain folder of a reward model or a policy, whose language head is left out
-    source  the folder that it was made from, which may have virtual tokens
+    engine  of a :class:`rlhf.models.heads.TokenValues`
     """
 
-    def __init__(
-        self,
+    def __init__(self, engine: Trains, micro_batch_size: int) -> None:
+        super().__init__(engine, "value")
+        self._micro_batch_size = micro_batch_size
+
+    @classmethod
+    def load_folder(
+        cls,
         folder: Path,
         precision: Precision,
         micro_batch_size: int,
@@ -148,7 +170,12 @@ class TrainedValue(Learner):
         optimiser: Optimiser,
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
-    ) -> None:
+    ) -> Self:
+        """Load and shard a model. A collective.
+
+        folder  a plain folder of a reward model or a policy, whose language head is left out
+        source  the folder that it was made from, which may have virtual tokens
+        """
         with sharded_loading(precision, zero):
             model = classifier_of(folder).from_pretrained(
                 folder, num_labels=1, **folders.loading_options(method, DTYPES[precision])
@@ -159,15 +186,14 @@ class TrainedValue(Learner):
             for head in heads:
                 if group.is_main():
                     initialise_head(head, "value head", seed)
-        super().__init__(
+        engine = Engine(
             TokenValues(model),
             precision,
-            optimiser,
-            "value",
+            **vars(optimiser),
             zero=zero,
             activation_checkpointing=activation_checkpointing,
         )
-        self._micro_batch_size = micro_batch_size
+        return cls(engine, micro_batch_size)
 
     def _forward(self, part: Sequences) -> Tensor:
         return self.engine(part.ids, part.attention_mask, part.time)

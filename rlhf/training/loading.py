@@ -12,6 +12,7 @@ from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
 from rlhf.models.text import check_same_tokens
 from rlhf.rewards import Rewards
 from rlhf.rollout.rollout import Generator
+from rlhf.training import shared_base
 from rlhf.training.learner import Optimiser, TrainedValue
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
 from rlhf.zero import group
@@ -20,6 +21,8 @@ from rlhf.zero.engine import DTYPES, STAGE_3
 
 def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
     """Load and shard the models of PPO; errors are those of :func:`load_value`. A collective."""
+    if context.settings.share_base:
+        return shared_base.load_models(context, micro_batch_size(context.settings))
     policy = load_policy(context)
     rewards = load_rewards(context, micro_batch_size(context.settings), context.settings.zero)
     return policy, load_value(context), rewards
@@ -33,7 +36,7 @@ def micro_batch_size(settings: PpoSettings) -> int:
 def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
     """Load and shard the trained policy, with its reference. A collective."""
     settings = context.settings
-    return TrainedPolicy(
+    return TrainedPolicy.load_folder(
         _plain_policy(context),
         settings.precision,
         settings.sampling.temperature,
@@ -62,7 +65,7 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
         source = context.inputs["reward"]
         check_same_tokens(source, folder, context.stage)
         folder = plain_folder(source, context.folder.reward / "reward", settings.precision, scores=True)
-    return TrainedValue(
+    return TrainedValue.load_folder(
         folder,
         settings.precision,
         micro_batch_size(settings),

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -73,7 +74,9 @@ class Policy:
     generator  samples from the same weights
     """
 
-    def __init__(self, engine: Engine, generator: Generator, temperature: float, micro_batch_size: int) -> None:
+    def __init__(
+        self, engine: Callable[..., Any], generator: Generator, temperature: float, micro_batch_size: int
+    ) -> None:
         self.engine, self._generator = engine, generator
         self.tokenizer = generator.tokenizer
         self._temperature, self._micro_batch_size = temperature, micro_batch_size
@@ -130,12 +133,38 @@ class FrozenPolicy(Policy):
 class TrainedPolicy(Policy):
     """The policy under PPO, with its reference: the same weights with the adapter as at the start, or a frozen copy.
 
-    folder  a plain folder
-    source  the folder that it was made from, which may have virtual tokens
+    model      under the learner's engine
+    learner    of a :class:`rlhf.models.heads.TokenLogprobs`
+    generator  samples from the same weights
+    reference  None where the model's adapter as at the start is the reference
+    average    of the model's weights
+    folder     the plain folder that the model was loaded from
     """
 
     def __init__(
         self,
+        model: Any,
+        learner: Learner,
+        generator: Generator,
+        reference: Policy | None,
+        average: MovingAverage | None,
+        temperature: float,
+        micro_batch_size: int,
+        *,
+        folder: Path,
+        method: Tuning,
+        learns_entropy: bool = False,
+        ptx_coef: float = 0.0,
+    ) -> None:
+        super().__init__(learner.engine, generator, temperature, micro_batch_size)
+        self._model, self._learner, self._reference, self._average = model, learner, reference, average
+        self._folder, self._method = folder, method
+        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
+        self._state = [learner] if average is None else [learner, average]
+
+    @classmethod
+    def load_folder(
+        cls,
         folder: Path,
         precision: Precision,
         temperature: float,
@@ -151,18 +180,20 @@ class TrainedPolicy(Policy):
         average_decay: float | None = None,
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
-    ) -> None:
-        self._folder, self._method = folder, method
-        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
+    ) -> Self:
+        """Load and shard a policy. A collective.
+
+        folder  a plain folder
+        source  the folder that it was made from, which may have virtual tokens
+        """
         with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
             prepare = partial(tuning.prepared, tuning=method, source=source, scores=False, seed=seed)
-            self._model = tuning.with_reference(prepare(model))
-        self._learner = Learner(
-            TokenLogprobs(self._model),
+            model = tuning.with_reference(prepare(model))
+        engine = Engine(
+            TokenLogprobs(model),
             precision,
-            optimiser,
-            "policy",
+            **vars(optimiser),
             zero=zero,
             activation_checkpointing=activation_checkpointing,
         )
@@ -175,16 +206,25 @@ class TrainedPolicy(Policy):
             fp32_head=fp32_head,
             tuning=method,
             prepare=prepare,
-            source=self._model,
+            source=model,
         )
-        super().__init__(self._learner.engine, generator, temperature, micro_batch_size)
-        self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
-        self._state = [self._learner] if self._average is None else [self._learner, self._average]
-        self._adapted = isinstance(self._model, PeftModel)
-        self._reference = (
+        reference = (
             None
-            if self._adapted
+            if isinstance(model, PeftModel)
             else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head, zero=zero)
+        )
+        return cls(
+            model,
+            Learner(engine, "policy"),
+            generator,
+            reference,
+            None if average_decay is None else MovingAverage(model, average_decay),
+            temperature,
+            micro_batch_size,
+            folder=folder,
+            method=method,
+            learns_entropy=learns_entropy,
+            ptx_coef=ptx_coef,
         )
 
     def reference_logprobs(self, sequences: Sequences) -> Tensor:
@@ -247,7 +287,7 @@ class TrainedPolicy(Policy):
 
     def export(self, target: Path) -> None:
         """Write the policy's folder: the moving average where there is one. A collective."""
-        weights = whole_weights(self._model, trained_only=self._adapted)
+        weights = whole_weights(self._model, trained_only=isinstance(self._model, PeftModel))
         if self._average is not None:
             weights |= self._average.weights()
         if group.is_main():

@@ -127,6 +127,8 @@ class Schedule:
     """The optimiser step, counted from 0, from which it trains."""
     share: float = 1.0
     """Its learning rate as a share of the model's."""
+    part: str = ""
+    """The model that it belongs to, where several are parts of one module and take steps of their own."""
 
 
 def set_schedule(parameter: nn.Parameter, schedule: Schedule) -> None:
@@ -134,12 +136,13 @@ def set_schedule(parameter: nn.Parameter, schedule: Schedule) -> None:
     vars(parameter)["schedule"] = schedule
 
 
-def trained(module: nn.Module) -> list[tuple[str, Any]]:
-    """Return the weights that train, now or later, by name."""
+def trained(module: nn.Module, part: str = "") -> list[tuple[str, Any]]:
+    """Return the weights that train, now or later, by name; of all parts, or of one."""
     return [
         (name, parameter)
         for name, parameter in module.named_parameters()
         if parameter.requires_grad or "schedule" in vars(parameter)
+        if not part or vars(parameter).get("schedule", Schedule()).part == part
     ]
 
 
@@ -151,26 +154,35 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": parameters, "schedule": schedule} for schedule, parameters in groups.items()]
 
 
-def unfreeze(module: nn.Module, step: int) -> None:
-    """Let those weights require a gradient whose schedule has begun at optimiser step ``step``."""
+def unfreeze(module: nn.Module, step: int, turn: str = "") -> None:
+    """Let those weights require a gradient whose schedule has begun at optimiser step ``step``.
+
+    turn  the part whose weights may; "" for all
+    """
     for _, parameter in trained(module):
         if schedule := vars(parameter).get("schedule"):
-            parameter.requires_grad_(schedule.first_step <= step)
+            parameter.requires_grad_(_takes_steps(schedule, step, turn))
+
+
+def _takes_steps(schedule: Schedule, step: int, turn: str) -> bool:
+    return schedule.first_step <= step and turn in ("", schedule.part)
 
 
 class GradualAdamW(torch.optim.AdamW):
     """AdamW whose groups each take their first step when their ``schedule`` says, so with moments that begin there.
 
     steps  optimiser steps taken so far, which the caller counts
+    turn   the part whose groups take steps; "" for all
     """
 
     steps = 0
+    turn = ""
 
     def step(self, closure: Any = None) -> Any:
         """Take a step with the groups that have begun; DeepSpeed calls it once for each group."""
         groups = self.param_groups
         # Taking their gradients away would take DeepSpeed's buffers, where it offloads in stages 1 and 2.
-        self.param_groups = [one for one in groups if one["schedule"].first_step <= self.steps]
+        self.param_groups = [one for one in groups if _takes_steps(one["schedule"], self.steps, self.turn)]
         try:
             return super().step(closure)
         finally:
@@ -217,12 +229,21 @@ class Engine:
         # would take for a change of the policy. Gradients flow in either mode.
         self._engine.eval()
         self._optimizer = optimizer
+        self._turn = ""
         self._follow_schedule()
 
     def _follow_schedule(self) -> None:
         if self._optimizer is not None:
-            self._optimizer.steps = self._engine.global_steps
-            unfreeze(self.module, self._engine.global_steps)
+            self._optimizer.steps, self._optimizer.turn = self._engine.global_steps, self._turn
+            unfreeze(self.module, self._engine.global_steps, self._turn)
+
+    def take_turn(self, part: str) -> None:
+        """Let the weights of one part alone require a gradient and take the steps that follow; "" for all parts.
+
+        DeepSpeed takes the gradients of the others for zeros, so that they count in no norm.
+        """
+        self._turn = part
+        self._follow_schedule()
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Run the module's forward pass."""
@@ -247,17 +268,18 @@ class Engine:
             DivergedError: on every rank, when any rank's loss or the gradients' norm is not finite; no step was taken.
         """
         not_taken, advice = "the optimiser step was not taken", "lower the learning rates"
+        name = self._turn or self._name
         finite = bool(torch.stack(self._finite).all())
         self._finite.clear()
         if not group.all_true(finite):
-            raise DivergedError(f"the {self._name}'s loss is not a finite number; {not_taken}", "", advice)
+            raise DivergedError(f"the {name}'s loss is not a finite number; {not_taken}", "", advice)
         for parameters in self._engine.optimizer.param_groups:
             parameters["lr"] = learning_rate * parameters["schedule"].share
         # DeepSpeed takes no step where the norm over all ranks is not finite.
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
-            raise DivergedError(f"the {self._name}'s gradients are not finite numbers; {not_taken}", "", advice)
+            raise DivergedError(f"the {name}'s gradients are not finite numbers; {not_taken}", "", advice)
         self._follow_schedule()
         return norm
 
@@ -266,7 +288,8 @@ class Engine:
         return checkpoint_bytes(self.module)
 
     def save(self, folder: Path, name: str) -> None:
-        """Write this rank's shards of the weights that train and of the optimiser's state."""
+        """Write this rank's shards of the weights that train and of the optimiser's state, of all parts."""
+        self.take_turn("")
         self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, name: str) -> None:
@@ -310,13 +333,27 @@ def whole_weights(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]
     return weights
 
 
-def trained_shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name of every trained weight and this rank's fp32 shard of it, flat and of one length on all ranks.
+def whole_weight(parameter: Any) -> Tensor:
+    """Return a parameter's weights, whole and on this rank's device: with one rank, or unsharded, they are not copied.
+
+    A collective.
+    """
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    if group.world_size() == 1:
+        return parameter.ds_tensor.detach().view(parameter.ds_shape).to(group.device())
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+def trained_shards(module: nn.Module, part: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of every trained weight, as :func:`trained`, and this rank's fp32 shard of it, flat and of one
+    length on all ranks.
 
     A collective in stages 1 and 2, where DeepSpeed cuts the weights at other places.
     """
     ranks = group.world_size()
-    for name, parameter in trained(module):
+    for name, parameter in trained(module, part):
         begun = parameter.requires_grad
         parameter.requires_grad_(True)  # DeepSpeed returns nothing of a weight that does not train yet
         if hasattr(parameter, "ds_id"):

@@ -48,7 +48,7 @@ def policy_of(
     **more: Any,
 ) -> TrainedPolicy:
     optimiser = Optimiser("policy", learning_rate=0.01, max_grad_norm=1.0)
-    return TrainedPolicy(
+    return TrainedPolicy.load_folder(
         tiny, precision, temperature, 2, method=method, source=tiny, seed=0, optimiser=optimiser, **more
     )
 
@@ -153,7 +153,7 @@ def test_the_value_model_moves_from_its_old_values_towards_the_returns(
     """Before each token of a response a value, by transformers alone; never one that dropout changed."""
 
     def value_of(seed: int) -> TrainedValue:
-        return TrainedValue(
+        return TrainedValue.load_folder(
             tiny,
             "fp32",
             2,

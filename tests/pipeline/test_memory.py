@@ -312,6 +312,21 @@ def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
     assert one < footprint.saved(BILLION, part, 2, 4, 512) / 5
 
 
+def test_adapters_on_one_base_are_counted_with_one_base() -> None:
+    """In place of those of policy, value model, reward model and generation; on several ranks the last one stays."""
+    lora, shared = (["tuning.method=lora", *more] for more in ([], ["share_base=true"]))
+    held: dict[tuple[int, bool], float] = {}
+    for ranks in (1, 4):
+        for overrides in (lora, shared):
+            parts = predict(changed(STAGES["ppo"], *overrides, f"workers.count={ranks}"), MODELS).parts
+            weights = sum(parts.get(name, 0.0) for name in ("weights", "frozen models", "generation"))
+            held[ranks, overrides is shared] = weights / (2 * BILLION.parameters)
+    assert held[1, False] == pytest.approx(4, abs=0.1)
+    assert held[1, True] == pytest.approx(1, abs=0.1)
+    # Beside them there are layers that are whole while a rank computes.
+    assert held[4, False] - held[4, True] == pytest.approx(2 / 4, abs=0.1)
+
+
 def test_an_average_and_a_frozen_reference_are_counted() -> None:
     """Four bytes a weight, and two; with adapters the reference is the policy itself."""
     plain, averaged = (predict(changed(STAGES["ppo"], *more), MODELS) for more in ([], ["average_decay=0.9"]))

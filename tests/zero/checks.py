@@ -359,7 +359,9 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
 
         def fresh(method: Tuning = method) -> TrainedPolicy:
             optimiser = Optimiser("policy", learning_rate=0.03, max_grad_norm=1.0)
-            return TrainedPolicy(tiny, "fp32", 1.0, 4, method=method, source=tiny, seed=0, optimiser=optimiser)
+            return TrainedPolicy.load_folder(
+                tiny, "fp32", 1.0, 4, method=method, source=tiny, seed=0, optimiser=optimiser
+            )
 
         policy = fresh()
         batch = copy.deepcopy(PROMPTS)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.cluster.session import ENVIRONMENT
-from tests.models.tiny import SHAPE, make_tiny_llama
+from rlhf.config.tuning import LoraTuning
+from tests.models.tiny import SHAPE, make_tiny_adapter, make_tiny_llama
 from tests.zero.inputs import ANSWER_TOKENS, write_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What the checks of ``tests.zero.checks`` found: by world size, by rank. Both groups run once, side by side."""
     folder = tmp_path_factory.mktemp("groups")
     make_tiny_llama(folder / "tiny")
+    make_tiny_adapter(folder / "tiny", folder / "policy", LoraTuning(rank=4), scores=False)
+    make_tiny_adapter(folder / "tiny", folder / "reward", LoraTuning(rank=2, dora=True), scores=True)
     write_inputs(folder)
     run_groups("tests.zero.checks", folder)
     # Written by our own processes a moment ago.

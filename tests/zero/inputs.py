@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-STAGE_NAMES = ("sft", "rm", "ppo", "ppo with adapters")
+STAGE_NAMES = ("sft", "rm", "ppo", "ppo with adapters", "ppo with one base")
 MEMORY_STAGES = ("sft", "rm", "ppo")
 MICRO_BATCH_SIZES = (1, 4)
 WORDS = ("a", "film", "of", "two", "halves", "joy", "dull", "the", "is", ",")

@@ -115,6 +115,23 @@ STAGES = {
     "ppo with adapters": Stage(
         ppo.run, lambda data: _ppo(data, tuning={"method": "lora", "rank": 4}), _PPO_ROLES, (), 3, 1
     ),
+    # While the value model alone has taken steps; then with both.
+    "ppo with one base": Stage(
+        ppo.run,
+        lambda data: _ppo(
+            data,
+            share_base=True,
+            tuning={"method": "lora"},
+            rewards=[{}],
+            value_init="reward",
+            iterations=4,
+            epochs=1,
+        ),
+        _PPO_ROLES | {"policy": "policy", "reward": "reward"},
+        (),
+        3,
+        1,
+    ),
 }
 assert tuple(STAGES) == STAGE_NAMES
 

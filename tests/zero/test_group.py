@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(results
     assert found["second"] == {"error": None, "newest": "checkpoint-2", "left": ["checkpoint-1", "checkpoint-2"]}
 
 
-@pytest.mark.parametrize("stage", ["rm", "ppo", "ppo with adapters"])
+@pytest.mark.parametrize("stage", ["rm", "ppo", "ppo with adapters", "ppo with one base"])
 def test_two_ranks_learn_from_the_rows_that_one_learns_from(results: Results, stage: str) -> None:
     """To the end of a run, where an epoch does not fill its last batch too; sft draws its dropout on each rank."""
     one, two = (results[size][0][stage]["unbroken"] for size in (1, 2))
@@ -210,7 +210,7 @@ def test_every_stage_writes_every_form_of_what_it_trained(
     assert (found["full"]["read"] - found["adapter"]["read"]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo with adapters"])
+@pytest.mark.parametrize("name", ["ppo", "ppo with adapters", "ppo with one base"])
 def test_the_resumed_ppo_has_state_to_lose(results: Results, name: str) -> None:
     """The KL coefficient moved, and demonstrations were mixed in."""
     rows = results[2][0][name]["unbroken"]["rows"]
