@@ -181,7 +181,12 @@ def main() -> None:
         print(f"the models were written in {time.perf_counter() - start:.1f} s", flush=True)
         attempt = folder / "attempt"
         (attempt / "output").mkdir(parents=True)
-        outputs = {"output": attempt / "output", "attempt": attempt, "cache": folder, "tracking": {"mode": "disabled"}}
+        outputs: dict[str, Any] = {
+            "output": attempt / "output",
+            "attempt": attempt,
+            "cache": folder,
+            "tracking": {"mode": "disabled"},
+        }
         context = Context("ppo", "0" * 64, settings_of(given), inputs, **outputs)
         print(f"| iteration | {' | '.join(COLUMNS)} |\n{'| --- ' * (1 + len(COLUMNS))}|")
         for number, row in enumerate(iterations(context), start=1):
