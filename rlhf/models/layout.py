@@ -13,21 +13,6 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from rlhf.config.tuning import (
-    BottomFrozenTuning,
-    FullTuning,
-    GradualTuning,
-    Ia3Tuning,
-    LoraTuning,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
-    PTuningV2,
-    QLoraTuning,
-    TopTuning,
-    TransferTuning,
-    Tuning,
-)
 from rlhf.errors import PreflightError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -128,46 +113,6 @@ def count_parameters(folder: Path) -> int:
         PreflightError: a file is damaged or cannot be read.
     """
     return sum(map(math.prod, shapes(folder).values()))
-
-
-def count_trained_parameters(folder: Path, tuning: Tuning) -> int:
-    """Estimate how many parameters of a plain folder's model train by a method. Raises as :func:`count_parameters`."""
-    config = config_of(folder)
-    config = config.get("text_config", config)
-    vocabulary = config.get("vocab_size")
-    matrices = [shape for shape in shapes(folder).values() if len(shape) == 2 and vocabulary not in shape]
-    everything = count_parameters(folder)
-    # GPT-2's configuration has other names.
-    width = config.get("hidden_size", config.get("n_embd", 0))
-    layers = config.get("num_hidden_layers", config.get("n_layer", 1))
-    heads = config.get("num_attention_heads", config.get("n_head", 1))
-    keys_and_values = 2 * layers * (width // heads) * config.get("num_key_value_heads", heads)
-    embeddings = sum(math.prod(shape) for shape in shapes(folder).values() if vocabulary in shape)
-    blocks = everything - embeddings
-    match tuning:
-        case FullTuning() | GradualTuning():
-            return everything
-        case TopTuning(blocks=count):
-            return min(count, layers) * blocks // layers + embeddings
-        case BottomFrozenTuning(blocks=count):
-            return max(0, layers - count) * blocks // layers + embeddings
-        case TransferTuning(body=body):
-            return (everything if body == "trained" else 0) + width * (vocabulary or 1)
-        case LoraTuning() | QLoraTuning():
-            return tuning.rank * sum(map(sum, matrices))
-        case PromptTuning():
-            return tuning.tokens * width
-        case PTuning():
-            # Embeddings, two bidirectional LSTM layers of four gates, and an MLP.
-            hidden = tuning.hidden_size or width
-            return tuning.tokens * width + 8 * hidden * (width + 4 * hidden) + 2 * hidden * (2 * hidden + width)
-        case PrefixTuning():
-            hidden = tuning.hidden_size or width
-            return tuning.tokens * width + hidden * (width + keys_and_values)
-        case PTuningV2():
-            return tuning.tokens * keys_and_values
-        case Ia3Tuning():
-            return sum(map(max, matrices))
 
 
 def shapes(folder: Path) -> dict[str, list[int]]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import KEPT, newest_complete, step_of
-from rlhf.config.tuning import results_in_adapter
+from rlhf.config.tuning import Tuning, results_in_adapter
 from rlhf.errors import DiskFullError, size
-from rlhf.models.layout import BASE, count_parameters, count_trained_parameters, is_adapter
+from rlhf.models.footprint import Architecture, learned
+from rlhf.models.layout import BASE, count_parameters, is_adapter
 from rlhf.store import Store
 
 RESULT, MEANWHILE = "disk/result", "disk/meanwhile"
@@ -55,9 +56,16 @@ def trained_weights(context: Context[Any], models: Sequence[Path]) -> list[int]:
         # There the adapters that it reads go on training.
         count_parameters(folder)
         if is_adapter(folder) and _shares_base(settings)
-        else count_trained_parameters(_plain(folder), settings.tuning)
+        else _trained(_plain(folder), settings.tuning)
         for folder in models
     ]
+
+
+def _trained(folder: Path, method: Tuning) -> int:
+    try:
+        return learned(Architecture.of(folder), method, scores=False).parameters
+    except KeyError:  # a configuration that says too little: at most all of them train
+        return count_parameters(folder)
 
 
 def _shares_base(settings: Any) -> bool:

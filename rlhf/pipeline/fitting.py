@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rlhf.attempt.context import Context
 from rlhf.cluster.devices import Device, device_of_ranks
@@ -34,7 +34,7 @@ def check(context: Context[Any], texts: Texts) -> None:
         PreflightError: the prediction is beyond the GPU's size by more than :data:`TOLERANCE`.
     """
     settings: Training = context.settings
-    device, models = device_of_ranks(settings.workers.gpu), architectures(context.inputs)
+    device, models = device_of_ranks(settings.workers.gpu), architectures(settings, context.inputs)
     if device is None or models is None:
         return
     predicted = predict(settings, models, texts, gpu=device.gpu)
@@ -50,8 +50,13 @@ def check(context: Context[Any], texts: Texts) -> None:
     context.note(f"{what}: it may not fit" + (f"; if so, {then}" if then else ""))
 
 
-def architectures(inputs: Mapping[str, Path]) -> dict[str, Architecture] | None:
-    """Return the sizes of a training stage's models by role; None if a model is missing or says too little."""
+def architectures(settings: Training, inputs: Mapping[str, Path]) -> dict[str, Architecture] | None:
+    """Return the sizes of a training stage's models by role; None if a model is missing or says too little.
+
+    None also where models share a base, whose memory is not predicted.
+    """
+    if isinstance(settings, PpoSettings) and settings.share_base:
+        return None
     folders = {role: path for role, path in inputs.items() if role in ("base", "policy") or role.startswith("reward")}
     if not folders.keys() & {"base", "policy"}:
         return None
@@ -100,19 +105,18 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
     Small micro batches and checkpointing cost time, LoRA changes the result, offloading costs much time, and ranks need
     GPUs.
     """
-    known, values = type(settings).model_fields, cast(Any, settings)
     micro = [settings.micro_batch_size >> power for power in range(1, settings.micro_batch_size.bit_length())]
     checkpointing: list[tuple[str, dict[str, Any]]] = []
     lora: list[tuple[str, dict[str, Any]]] = []
     offloading: list[tuple[str, dict[str, Any]]] = []
     # A cache of keys and values, as these methods learn, would be read anew by a layer that is computed again.
     cached = settings.tuning.method in ("prefix", "p-tuning-v2")
-    if "activation_checkpointing" in known and not (values.activation_checkpointing or cached):
+    if not (settings.activation_checkpointing or cached):
         checkpointing = [("activation_checkpointing=true", {"activation_checkpointing": True})]
     if settings.tuning.method == "full":
         lora = [("tuning.method=lora", {"tuning": LoraTuning()})]
-    if device.gpu and "zero" in known and values.zero.offload_optimizer == "none":
-        zero = values.zero.model_copy(update={"offload_optimizer": "cpu"})
+    if device.gpu and settings.zero.offload_optimizer == "none":
+        zero = settings.zero.model_copy(update={"offload_optimizer": "cpu"})
         offloading = [("zero.offload_optimizer=cpu", {"zero": zero})]
     rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
     counts = [settings.workers.count << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
@@ -148,7 +152,9 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
                 for role, wire in planned.wires.items()
                 if (folder := _folder(stages, wire.instance, store, Path(scratch))) is not None
             }
-            found.append({"stage": name, "ranks": settings.workers.count} | _forecast(settings, architectures(inputs)))
+            found.append(
+                {"stage": name, "ranks": settings.workers.count} | _forecast(settings, architectures(settings, inputs))
+            )
     return found
 
 

@@ -12,7 +12,7 @@ in fp32 (4), Adam's moments (8), gradients (4). Beside these a buffer for gradie
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
@@ -112,9 +112,7 @@ class Sharding:
     @classmethod
     def of(cls, settings: Training) -> Self:
         """Read a stage's settings."""
-        zero: Any = getattr(settings, "zero", None)
-        if zero is None:
-            return cls()
+        zero = settings.zero
         return cls(
             zero.stage,
             zero.offload_optimizer != "none",
@@ -186,7 +184,7 @@ class Trained:
 
     def saved(self, rows: int, time: int) -> float:
         """Return the bytes that a forward pass saves."""
-        checkpointing = getattr(self.settings, "activation_checkpointing", False)
+        checkpointing = self.settings.activation_checkpointing
         return footprint.saved(self.model, self.part, self.width, rows, time, checkpointing=checkpointing)
 
     def moments(self, rows: int, time: int, logits: float) -> Iterator[tuple[str, Bytes]]:
