@@ -181,13 +181,8 @@ def main() -> None:
         print(f"the models were written in {time.perf_counter() - start:.1f} s", flush=True)
         attempt = folder / "attempt"
         (attempt / "output").mkdir(parents=True)
-        outputs: dict[str, Any] = {
-            "output": attempt / "output",
-            "attempt": attempt,
-            "cache": folder,
-            "tracking": {"mode": "disabled"},
-        }
-        context = Context("ppo", "0" * 64, settings_of(given), inputs, **outputs)
+        settings, output, off = settings_of(given), attempt / "output", {"mode": "disabled"}
+        context = Context("ppo", "0" * 64, settings, inputs, output, attempt, cache=folder, tracking=off)
         print(f"| iteration | {' | '.join(COLUMNS)} |\n{'| --- ' * (1 + len(COLUMNS))}|")
         for number, row in enumerate(iterations(context), start=1):
             cells = [f"{row[name]:.3g}" if name in row else "" for name in COLUMNS.values()]

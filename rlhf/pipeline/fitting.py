@@ -34,7 +34,7 @@ def check(context: Context[Any], texts: Texts) -> None:
         PreflightError: the prediction is beyond the GPU's size by more than :data:`TOLERANCE`.
     """
     settings: Training = context.settings
-    device, models = device_of_ranks(settings.workers.gpu), architectures(settings, context.inputs)
+    device, models = device_of_ranks(settings.workers.gpu), architectures(context.inputs)
     if device is None or models is None:
         return
     predicted = predict(settings, models, texts, gpu=device.gpu)
@@ -50,13 +50,8 @@ def check(context: Context[Any], texts: Texts) -> None:
     context.note(f"{what}: it may not fit" + (f"; if so, {then}" if then else ""))
 
 
-def architectures(settings: Training, inputs: Mapping[str, Path]) -> dict[str, Architecture] | None:
-    """Return the sizes of a training stage's models by role; None if a model is missing or says too little.
-
-    None also where models share a base, whose memory is not predicted.
-    """
-    if isinstance(settings, PpoSettings) and settings.share_base:
-        return None
+def architectures(inputs: Mapping[str, Path]) -> dict[str, Architecture] | None:
+    """Return the sizes of a training stage's models by role; None if a model is missing or says too little."""
     folders = {role: path for role, path in inputs.items() if role in ("base", "policy") or role.startswith("reward")}
     if not folders.keys() & {"base", "policy"}:
         return None
@@ -152,9 +147,7 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
                 for role, wire in planned.wires.items()
                 if (folder := _folder(stages, wire.instance, store, Path(scratch))) is not None
             }
-            found.append(
-                {"stage": name, "ranks": settings.workers.count} | _forecast(settings, architectures(settings, inputs))
-            )
+            found.append({"stage": name, "ranks": settings.workers.count} | _forecast(settings, architectures(inputs)))
     return found
 
 
