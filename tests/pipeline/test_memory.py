@@ -129,7 +129,7 @@ def bytes_saved(model: Any, rows: int, time: int) -> int:
 @pytest.fixture(autouse=True)
 def torch_s_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed puts its own in its place for the rest of a process, once another test has sharded a model."""
-    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
 
 
 @pytest.mark.parametrize(
