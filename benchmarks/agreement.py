@@ -45,7 +45,7 @@ LEARNING_RATES = {"small": {"full": 1e-4, "lora": 1e-3}, "large": {"full": 3e-6,
 ROWS_WITHOUT_TOKEN = 64
 BOUNDS = {"fp32": (1e-3, 5e-9), "bf16": (0.05, 5e-3)}
 """By precision: of ``kl_to_trained`` in nats a response, and of ``first``."""
-FORMS = {"full": None, "lora": {"rank": 16, "alpha": 32}}
+FORMS = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 16, "alpha": 32}}
 
 
 def make_model(kind: str, size: str, folder: Path) -> Path:
@@ -76,11 +76,11 @@ def instances(kind: str, model: Path, size: str, precision: str) -> dict[str, An
     sampling = {"temperature": 1.0, "max_new_tokens": 48}
     common = {"precision": precision, "rewards": rewards, "sampling": sampling, "max_prompt_length": 128}
     sections: dict[str, Any] = {f"model-{kind}": {"uses": "model", "base": str(model)}}
-    for form, lora in FORMS.items():
+    for form, tuning in FORMS.items():
         rate = LEARNING_RATES[size][form]
         rates = {"policy_learning_rate": rate, "value_learning_rate": rate}
         ppo = {"uses": "ppo", "inputs": {"policy": f"model-{kind}"}, "value_init": "policy", "iterations": 6}
-        sections[f"{kind}-{form}"] = ppo | {"rollouts": 128, "minibatches": 4, "kl": {"coef": 0.01}, "lora": lora}
+        sections[f"{kind}-{form}"] = ppo | {"rollouts": 128, "minibatches": 4, "kl": {"coef": 0.01}, "tuning": tuning}
         sections[f"{kind}-{form}"] |= common | rates
         inputs = {"before": f"model-{kind}", "after": f"{kind}-{form}"}
         sections[f"{kind}-{form}-evaluated"] = {"uses": "evaluate", "inputs": inputs, "judge": False} | common

@@ -19,18 +19,18 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops import __compatible_ops__
-from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
-from rlhf.config.stages import LoraSettings, Precision
+from benchmarks.tiny_models import save_word_tokenizer
+from rlhf.config.stages import Precision
+from rlhf.config.tuning import FULL, LoraTuning, Tuning
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rl.metrics import mismatch_metrics
 from rlhf.rollout.prompts import PromptBatch
@@ -44,7 +44,7 @@ VOCABULARY = 2048
 SPREAD = 3.0
 """Standard deviation of the logits."""
 RESPONSES, LENGTH = 64, 64
-FORMS: dict[str, LoraSettings | None] = {"full": None, "adapter": LoraSettings(rank=16)}
+FORMS: dict[str, Tuning] = {"full": FULL, "adapter": LoraTuning(rank=16)}
 LOSS = partial(clipped_policy_loss, clip=0.2)
 
 
@@ -74,17 +74,16 @@ def save_model(config: PreTrainedConfig, folder: Path) -> None:
         spread = model(torch.randint(2, VOCABULARY, (4, 32))).logits.std()
         model.get_output_embeddings().weight.mul_(SPREAD / spread)
     model.bfloat16().save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{row}": row for row in range(VOCABULARY)}, unk_token="w2"))  # noqa: S106 - no password
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0", unk_token="w2").save_pretrained(  # noqa: S106
-        folder
-    )
+    save_word_tokenizer(VOCABULARY, folder)
 
 
 def iterations(folder: Path, precision: Precision, form: str, fp32_head: bool) -> Iterator[dict[str, float]]:
     """Sample, compare, and train on made-up advantages, three times."""
-    lora, rate = FORMS[form], 1e-3 if FORMS[form] else 1e-5
+    method, rate = FORMS[form], 1e-5 if form == "full" else 1e-3
     optimiser = Optimiser("policy", rate, 1.0)
-    policy = TrainedPolicy(folder, precision, 1.0, 16, lora=lora, seed=0, optimiser=optimiser, fp32_head=fp32_head)
+    policy = TrainedPolicy.load_folder(
+        folder, precision, 1.0, 16, method=method, source=folder, seed=0, optimiser=optimiser, fp32_head=fp32_head
+    )
     exact = FrozenPolicy(folder, "fp32", 1.0, 16)
     rows = torch.randint(2, VOCABULARY, (RESPONSES, 32), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [row[: 4 + index % 28] for index, row in enumerate(rows)]

@@ -33,7 +33,7 @@ ROLLOUTS = 128
 PPO: dict[str, Any] = {
     "uses": "ppo",
     "precision": "bf16",
-    "lora": {"rank": 16, "alpha": 32},
+    "tuning": {"method": "lora", "rank": 16, "alpha": 32},
     "iterations": 32,
     "rollouts": ROLLOUTS,
     "minibatches": 2,

@@ -20,7 +20,7 @@ SHOWN = ("eval/accuracy", "eval/accuracy_confident", "eval/kendall_tau", "eval/c
 COMMON: dict[str, Any] = {
     "uses": "rm",
     "precision": "bf16",
-    "lora": {"rank": 16, "alpha": 32},
+    "tuning": {"method": "lora", "rank": 16, "alpha": 32},
     "sees": "response",
     "optimizer": {"learning_rate": 1e-3},
     "max_length": 128,

@@ -1,10 +1,10 @@
-"""Small models made from nothing, with a token for each letter."""
+"""Models made from nothing, and tokenizers with a token for each letter or word."""
 
 from pathlib import Path
 
 import tokenizers
 import torch
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf.models.templates import Tokenizer
@@ -21,6 +21,14 @@ def save_letter_tokenizer(letters: str, folder: Path) -> Tokenizer:
     wrapped: Tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
     wrapped.save_pretrained(folder)
     return wrapped
+
+
+def save_word_tokenizer(words: int, folder: Path) -> None:
+    """Write a tokenizer with the words w0, which is padding, w1, which is EOS, w2, which is any unknown word, w3, …"""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({f"w{row}": row for row in range(words)}, unk_token="w2"))  # noqa: S106 - no password
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = {"pad_token": "w0", "eos_token": "w1", "unk_token": "w2"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
 
 
 def save_gpt2(

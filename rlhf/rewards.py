@@ -23,11 +23,13 @@ from torch import Tensor
 
 from rlhf.config.rewards import EndpointSettings, RewardSettings, ServiceSettings, role_of_model
 from rlhf.config.stages import Precision
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError, RewardError, TryAgainError, shortened
 from rlhf.models.reward import FrozenReward
 from rlhf.models.text import Prompt
 from rlhf.rl.metrics import out_of_range
 from rlhf.zero import group
+from rlhf.zero.engine import STAGE_3
 
 # Scores are added up in single precision, in which a larger number is infinite.
 LARGEST = 3.4e38
@@ -301,15 +303,16 @@ class MainOnly:
 class Rewards:
     """One score a response: the weighted sum of all rewards. The constructor is a collective.
 
-    models  role to plain reward-model folder
+    models  role to reward-model folder, or to the model where it is loaded already
     """
 
     def __init__(
         self,
         settings: Sequence[RewardSettings],
-        models: Mapping[str, Path],
+        models: Mapping[str, Path | FrozenReward],
         precision: Precision,
         micro_batch_size: int,
+        zero: ZeroSettings = STAGE_3,
     ) -> None:
         self._settings = settings
         self._parts: list[FrozenReward | MainOnly] = []
@@ -320,7 +323,9 @@ class Rewards:
             elif reward.endpoint is not None:
                 self._parts.append(MainOnly(partial(EndpointReward, reward.endpoint)))
             else:
-                self._parts.append(FrozenReward(models[role_of_model(number)], precision, micro_batch_size))
+                model = models[role_of_model(number)]
+                loaded = FrozenReward(model, precision, micro_batch_size, zero) if isinstance(model, Path) else model
+                self._parts.append(loaded)
                 number += 1
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:

@@ -183,6 +183,26 @@ def leaderboard_table(models: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def memory_table(forecasts: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of a rank's memory from the "memory" of ``rlhf doctor --json``, a column for each stage."""
+    known = [forecast for forecast in forecasts if forecast["total"] is not None]
+    table = plain_table()
+    table.add_column("GB on each rank", no_wrap=True)
+    for forecast in known:
+        table.add_column(Text(printable(forecast["stage"])), justify="right", overflow="fold")
+    for part in dict.fromkeys(part for forecast in known for part in forecast["parts"]):
+        table.add_row(part, *(_gigabytes(forecast["parts"].get(part)) for forecast in known))
+    table.add_row("sum", *(_gigabytes(forecast["total"]) for forecast in known), style="bold")
+    if any(forecast["device"] for forecast in known):
+        table.add_row("available", *(_gigabytes(forecast["device"]) for forecast in known))
+    table.add_row("peak", *(forecast["moment"] for forecast in known), style="dim")
+    return table
+
+
+def _gigabytes(count: float | None) -> str:
+    return "" if count is None else f"{count / 1e9:.2f}"
+
+
 def key_values(values: Mapping[str, Any]) -> Table:
     """Return a table with a name and its value in each line."""
     table = plain_table(header=False)

@@ -5,9 +5,12 @@ be trained, the model that it will be trained from. It returns its counts, and t
 write (:mod:`rlhf.pipeline.disk`).
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rlhf.attempt.context import Context
 from rlhf.collect.judges import judge_of
@@ -15,9 +18,34 @@ from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
+from rlhf.config.tuning import (
+    BottomFrozenTuning,
+    LoraTuning,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    QLoraTuning,
+    TopTuning,
+    Tuning,
+    results_in_adapter,
+)
+from rlhf.config.zero import ZeroSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
-from rlhf.models.layout import check_scored_length, config_of, context_length
+from rlhf.models.architectures import check_policy, check_scorer, check_virtual_tokens
+from rlhf.models.layout import (
+    ADAPTER_CONFIG,
+    BASE,
+    UNBOUNDED,
+    check_scored_length,
+    config_of,
+    context_length,
+    count_parameters,
+    is_adapter,
+    shapes,
+    virtual_tokens_in,
+)
 from rlhf.models.packing import tokenised
 from rlhf.models.reward import reads_messages
 from rlhf.models.text import (
@@ -27,17 +55,22 @@ from rlhf.models.text import (
     response_ids,
     text_start,
 )
-from rlhf.pipeline import disk
+from rlhf.models.tuning import anchors
+from rlhf.pipeline import disk, fitting
+from rlhf.pipeline.memory import Texts
 from rlhf.ranking.lists import draw_lists
 from rlhf.rewards import EndpointReward, load_function
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
+from rlhf.training.shared_base import check_adapters
 
 
 def sft(context: Context[SftSettings]) -> dict[str, float]:
     """Check that every demonstration leaves a completion to learn, and count those that are cut."""
     settings, file = context.settings, context.inputs["demonstrations"] / "train.jsonl"
+    check_policy(context.inputs["base"])
     tokenizer = load_tokenizer(context.inputs["base"])
     check_supervised(context, "demonstrations")
+    check_tuning(context, ["base"])
     rows = tokenised(file, tokenizer)
     tokenised(file.with_name("heldout.jsonl"), tokenizer)
     lengths = [row.length for row in rows]
@@ -53,20 +86,25 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
             f"{over} of {len(rows)} demonstrations are longer than {settings.max_length} tokens: they are cut at the "
             "end, and nothing is learned of how they end"
         )
+    fitting.check(context, Texts(min(max(lengths), settings.max_length)))
     # At most one of the sequences that rows are packed into is less than half full.
     tokens = sum(min(length, settings.max_length) for length in lengths)
     sequences = min(len(rows), 2 * tokens // settings.max_length + 1) if settings.packing else len(rows)
     steps = math.ceil(settings.epochs * math.ceil(sequences / settings.batch_size))
+    check_offloading(context, [context.inputs["base"]])
     return {"demonstrations/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
 def rm(context: Context[RmSettings]) -> dict[str, float]:
     """Check that the model reads every text, and count the responses that are cut."""
+    check_policy(context.inputs["base"])
+    check_scorer(context.inputs["base"])
     settings, tokenizer = context.settings, load_tokenizer(context.inputs["base"])
     check_supervised(context, "comparisons")
+    check_tuning(context, [] if settings.init == "scratch" else ["base"])
     if "comparisons" not in context.inputs:
         return {}
-    over = total = 0
+    over = total = longest = 0
     sets = {part: read_rows(context.inputs["comparisons"] / f"{part}.jsonl") for part in ("train", "heldout")}
     for part, rows in sets.items():
         for number, row in enumerate(rows, start=1):
@@ -74,6 +112,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
             before = text_start(tokenizer) if alone else prompt_ids(tokenizer, row["prompt"], place)
             lengths = [len(before) + len(response_ids(tokenizer, response)) for response in row["responses"]]
             total += len(lengths)
+            longest = max(longest, *lengths)
             over += sum(length > settings.max_length for length in lengths)
     if settings.sees == "conversation" and "demonstrations" in context.inputs:
         tokenised(context.inputs["demonstrations"] / "train.jsonl", tokenizer)
@@ -83,7 +122,9 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
             "cut at the start"
         )
     lists = draw_lists(sets["train"], settings.responses_per_list, settings.lists_per_response, settings.seed)
+    fitting.check(context, Texts(min(longest, settings.max_length), in_list=max(map(len, lists), default=1)))
     steps = math.ceil(settings.epochs * math.ceil(len(lists) / settings.batch_size))
+    check_offloading(context, [context.inputs["base"]])
     return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
@@ -91,10 +132,13 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks."""
     settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.count
     check_rewards(settings.rewards, inputs)
+    if settings.share_base:
+        check_adapters(inputs, context.stage)
     minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks
     if minibatch % ranks:
         what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"
         raise _fitting(context.stage, "rollouts", math.ceil(settings.rollouts / multiple) * multiple, what)
+    check_policy(inputs["policy"])
     from_reward = settings.value_init == "reward" and "reward" in inputs
     if from_reward:
         check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
@@ -108,11 +152,19 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
             f"{stream.cut} demonstrations are longer than {settings.ptx.max_length} tokens and are cut at the end, "
             f"{stream.left_out} of them left out because nothing of their completion would remain"
         )
-    PromptStream(inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
+    prompts = PromptStream(inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     check_rewards_read(inputs, "train")
-    response = settings.sampling.max_new_tokens
-    check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens")
+    check_tuning(context, ["policy", "reward"] if from_reward else ["policy"])
+    response, tokens = settings.sampling.max_new_tokens, virtual_tokens_of(settings.tuning)
+    check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens", tokens)
+    longest, mixed = max(map(len, prompts.first(UNBOUNDED).ids)), settings.ptx.max_length if settings.ptx.coef else 0
+    fitting.check(context, Texts(max(longest + response, mixed), max(response, mixed)))
+    check_virtual_tokens(inputs["policy"], settings.tuning, settings.max_prompt_length + response, context.stage)
     models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
+    frozen = [folder for role, folder in inputs.items() if role.startswith("reward")]
+    check_offloading(
+        context, models, frozen=frozen if results_in_adapter(settings.tuning) else [inputs["policy"], *frozen]
+    )
     return disk.written(context, models, settings.iterations, average=settings.average_decay is not None)
 
 
@@ -120,6 +172,8 @@ def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
     """Check the rewards, and that held-out prompts and responses together fit the policy's context."""
     settings, inputs = context.settings, context.inputs
     check_rewards(settings.rewards, inputs)
+    for role in inputs.keys() & {"before", "after"}:
+        check_policy(inputs[role])
     if "before" in inputs and "prompts" in inputs:
         tokenizer = load_tokenizer(inputs["before"])
         PromptStream(inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
@@ -133,6 +187,8 @@ def collect(context: Context[CollectSettings]) -> dict[str, float]:
     """Check that prompts and responses together fit every model's context."""
     settings, inputs = context.settings, context.inputs
     for role in writer_inputs(settings):
+        if role in inputs:
+            check_policy(inputs[role])
         if role in inputs and "prompts" in inputs:
             tokenizer, longest = load_tokenizer(inputs[role]), settings.max_prompt_length
             for part in ("train", "heldout"):
@@ -154,9 +210,13 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     role  of the input with the data; not checked while its artifact does not exist
     """
     settings, stage, ranks = context.settings, context.stage, context.settings.workers.count
+    virtual = virtual_tokens_of(settings.tuning)
     length, limit = settings.max_length, context_length(config_of(context.inputs["base"]))
-    if length > limit:
-        raise _fitting(stage, "max_length", limit, f"max_length is {length}, and the model's context is {limit} tokens")
+    if length + virtual > limit:
+        before = f", of which {virtual} are for virtual tokens" if virtual else ""
+        what = f"max_length is {length}, and the model's context is {limit} tokens{before}"
+        raise _fitting(stage, "max_length", limit - virtual, what)
+    check_virtual_tokens(context.inputs["base"], settings.tuning, length, stage)
     if settings.batch_size % ranks:
         what = f"batch_size {settings.batch_size} is not a multiple of the {ranks} ranks"
         raise _fitting(stage, "batch_size", math.ceil(settings.batch_size / ranks) * ranks, what)
@@ -168,20 +228,120 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
         )
 
 
-def check_room(stage: str, model: Path, prompt: int, response: int, field: str) -> None:
+def check_tuning(context: Context[Any], roles: Sequence[str]) -> None:
+    """Refuse a method that does not fit the model, its tokenizer, the workers, or virtual tokens that a model has.
+
+    roles  of the inputs whose virtual tokens would go on training
+    """
+    settings, stage = context.settings, context.stage
+    method = settings.tuning
+    folder = next(context.inputs[role] for role in ("base", "policy") if role in context.inputs)
+    plain = folder / BASE if is_adapter(folder) else folder
+    config = config_of(folder)
+    config = config.get("text_config", config)
+    match method:
+        case TopTuning(blocks=blocks) | BottomFrozenTuning(blocks=blocks):
+            depth = config.get("num_hidden_layers", config.get("n_layer", config.get("num_layers")))
+            if depth is not None and blocks > depth:
+                what = f"tuning.blocks is {blocks}, and the model has {depth} blocks"
+                raise _fitting(stage, "tuning.blocks", depth, what)
+        case LoraTuning() | QLoraTuning():
+            check_targets(stage, method.targets or [], plain, config.get("vocab_size"))
+            if isinstance(method, QLoraTuning):
+                check_qlora(stage, settings.workers.gpu)
+        case PTuning():
+            anchors(method, folder)
+        case _:
+            pass
+    for role in roles:
+        check_goes_on(stage, role, context.inputs[role], method)
+
+
+def check_targets(stage: str, targets: Sequence[str], folder: Path, vocabulary: int | None) -> None:
+    """Refuse names of modules that a plain folder's model does not have: PEFT passes over one of several."""
+    matrices = [name for name, shape in shapes(folder).items() if len(shape) == 2 and vocabulary not in shape]
+    modules = [name.removesuffix(".weight") for name in matrices]
+    missing = [target for target in targets if not any(f".{module}".endswith(f".{target}") for module in modules)]
+    if modules and missing:
+        there = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+        raise PreflightError(
+            f"the model has no linear layer named {', '.join(missing)}; it has {there}",
+            f"{stage}.tuning.targets",
+            f"name some of those, or leave {stage}.tuning.targets out for all of them",
+        )
+
+
+def check_qlora(stage: str, gpu: bool | None) -> None:
+    """Refuse QLoRA on workers that are to have no GPU, and without its library."""
+    if gpu is False:
+        raise PreflightError(
+            f"qlora computes with 4-bit weights, which needs a GPU, and {stage}.workers.gpu is false",
+            f"{stage}.tuning.method, {stage}.workers.gpu",
+            f"{stage}.workers.gpu=true, or {stage}.tuning={{method: lora}}",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise PreflightError(
+            "qlora needs bitsandbytes, which is not installed",
+            f"{stage}.tuning.method",
+            "pip install 'rlhf-pipeline[qlora]'",
+        )
+
+
+def virtual_tokens_of(method: Tuning) -> int:
+    """Return the virtual tokens that a method puts before every text."""
+    return method.tokens if isinstance(method, PromptTuning | PTuning | PrefixTuning | PTuningV2) else 0
+
+
+def check_goes_on(stage: str, role: str, folder: Path, method: Tuning) -> None:
+    """Refuse a model whose virtual tokens the method cannot train further: nothing can fold them into the weights."""
+    if not (tokens := virtual_tokens_in(folder)):
+        return
+    is_prefix = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"] == "PREFIX_TUNING"
+    kinds = (PrefixTuning, PTuningV2) if is_prefix else (PromptTuning, PTuning)
+    if isinstance(method, kinds) and virtual_tokens_of(method) == tokens:
+        return
+    name, other = ("p-tuning-v2", "prefix") if is_prefix else ("prompt", "p-tuning")
+    given = f" with {virtual_tokens_of(method)}" if virtual_tokens_of(method) else ""
+    raise PreflightError(
+        f"the model that {stage} takes as {role} has {tokens} virtual tokens of {name} or {other}, which only these "
+        f"methods can train further, and tuning is {method.method}{given}",
+        f"{stage}.tuning",
+        f"{stage}.tuning={{method: {name}, tokens: {tokens}}}, or give {stage} the model that they were trained on",
+    )
+
+
+def check_room(stage: str, model: Path, prompt: int, response: int, field: str, virtual: int | None = None) -> None:
     """Refuse prompts and responses whose longest do not fit a model's context together.
 
     prompt    the setting ``max_prompt_length``, tokens
     response  the setting ``field``, tokens
+    virtual   virtual tokens before them; None for those that the model has
     """
-    limit = context_length(config_of(model))
+    virtual = virtual_tokens_in(model) if virtual is None else virtual
+    limit = context_length(config_of(model)) - virtual
     if prompt + response > limit:
         fits = f"max_prompt_length={limit - response}" if response < limit else f"{field}={limit // 2}"
         raise PreflightError(
-            f"prompts of {prompt} and responses of {response} tokens do not fit the policy's context of {limit}",
+            f"prompts of {prompt} and responses of {response} tokens do not fit the policy's context of "
+            + (f"{limit + virtual}, of which {virtual} are for virtual tokens" if virtual else f"{limit}"),
             f"{stage}.max_prompt_length, {stage}.{field}",
             f"{stage}.{fits}",
         )
+
+
+def check_offloading(
+    context: Context[SftSettings] | Context[RmSettings] | Context[PpoSettings],
+    models: Sequence[Path],
+    frozen: Sequence[Path] = (),
+) -> None:
+    """Refuse ``zero`` settings that cannot work with the models that train and those that are frozen."""
+    settings = context.settings
+    if settings.zero == ZeroSettings():
+        return
+    from rlhf.zero.offloading import check_zero  # it imports DeepSpeed
+
+    weights = sum(map(count_parameters, [*models, *frozen])) * (2 if settings.precision == "bf16" else 4)
+    check_zero(settings.zero, context.stage, sum(disk.trained_weights(context, models)), weights)
 
 
 def check_rewards(rewards: Sequence[RewardSettings], inputs: Mapping[str, Path]) -> None:

@@ -31,6 +31,7 @@ from rlhf.models.evaluation import check_padding, write_quality
 from rlhf.models.reward import from_scratch, is_reward_model, load_scorer
 from rlhf.models.reward_losses import ListBatch
 from rlhf.models.text import load_tokenizer, plain_text, scored_ids
+from rlhf.models.tuning import prepared
 from rlhf.ranking.lists import ResponseIndex, by_share, by_strength, draw_lists
 from rlhf.ranking.quality import heldout_accuracy
 from rlhf.training import trl_trainers
@@ -42,17 +43,22 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
     settings, given = context.settings, context.inputs["base"]
     base = plain_folder(given, context.folder.policy, settings.precision, scores=is_reward_model(given))
     if settings.init == "scratch":
-        base = from_scratch(base, context.folder.reward, settings.seed)
+        # Nothing of the given model, its virtual tokens included, goes on.
+        given = base = from_scratch(base, context.folder.reward, settings.seed)
     tokenizer = load_tokenizer(base)
 
     def ids(prompt: Any, response: str) -> list[int]:
         return scored_ids(tokenizer, prompt if settings.sees == "conversation" else None, response, settings.max_length)
 
+    def load() -> Any:
+        model = load_scorer(base, settings.precision, settings.tuning, tokenizer, head_seed=settings.seed)
+        return prepared(model, settings.tuning, given, scores=True, seed=settings.seed)
+
     sets = read_rows(context.inputs["comparisons"] / "train.jsonl")
     lists = draw_lists(sets, settings.responses_per_list, settings.lists_per_response, settings.seed)
     trainer = trl_trainers.reward_trainer(
         context,
-        lambda: load_scorer(base, settings.precision, tokenizer, head_seed=settings.seed),
+        load,
         tokenizer,
         Dataset.from_list(training_rows(settings.loss, sets, lists, ids)),
         partial(loss_of, settings),

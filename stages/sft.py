@@ -4,13 +4,16 @@ In: a base model, demonstrations.  Out: a policy.
 The loss is the mean negative log-likelihood of the completions' tokens, EOS included; prompts are read, not learned.
 """
 
+from typing import Any
+
 from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
 from rlhf.config.stages import SftSettings
-from rlhf.models import safe_loading
+from rlhf.models.folders import loading_options
 from rlhf.models.packing import as_dataset
 from rlhf.models.text import load_tokenizer
+from rlhf.models.tuning import prepared
 from rlhf.training import trl_trainers
 from rlhf.training.loading import plain_folder
 from rlhf.zero.engine import DTYPES
@@ -18,12 +21,19 @@ from rlhf.zero.engine import DTYPES
 
 def run(context: Context[SftSettings]) -> dict[str, float]:
     """Fine-tune the base model; the final metric is ``eval/loss``, nats per held-out completion token."""
-    settings, demonstrations = context.settings, context.inputs["demonstrations"]
-    base = plain_folder(context.inputs["base"], context.folder.policy, settings.precision, scores=False)
+    settings, given, demonstrations = context.settings, context.inputs["base"], context.inputs["demonstrations"]
+    base = plain_folder(given, context.folder.policy, settings.precision, scores=False)
     tokenizer = load_tokenizer(base)
+
+    def load() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(
+            base, **loading_options(settings.tuning, DTYPES[settings.precision])
+        )
+        return prepared(model, settings.tuning, given, scores=False, seed=settings.seed, fresh_head=True)
+
     trainer = trl_trainers.sft_trainer(
         context,
-        lambda: AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[settings.precision], **safe_loading.MODEL),
+        load,
         tokenizer,
         as_dataset(demonstrations / "train.jsonl", tokenizer),
         as_dataset(demonstrations / "heldout.jsonl", tokenizer),

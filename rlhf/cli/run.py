@@ -52,9 +52,12 @@ class Request:
 
     @cached_property
     def config(self) -> PipelineConfig:
-        """The pipeline file with its overrides."""
+        """The pipeline file with its overrides; its notices are printed on standard error."""
         types = {name: stage.settings for name, stage in self.known.items()}
-        return load_pipeline(self.arguments.config, self.overrides, types)
+        config = load_pipeline(self.arguments.config, self.overrides, types)
+        for notice in config.notices:
+            print(printable_lines(notice), file=sys.stderr)
+        return config
 
     def store(self, *, create: bool = False) -> Store:
         """Return the pipeline's store."""

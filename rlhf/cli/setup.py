@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rlhf.config.pipeline import (
 )
 from rlhf.config.yaml_tree import to_yaml
 from rlhf.errors import RequestError, RlhfError, size
+from rlhf.terminal import memory_table
 
 NEEDED = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "accelerate", "wandb")
 
@@ -78,17 +80,46 @@ def config(request: Request) -> None:
             raise RequestError(f"no section is named {name!r}", "command line", suggestion(name, sections))
     for name in request.names or sections:
         for field in describe(sections[name]):
-            request.out.print(f"{name}.{field.path}: {field.type}; default {field.default}; {field.role}", markup=False)
-            request.out.print(f"    {field.help}", markup=False)
+            shown = f"{name}.{field.path}" + (f" with {field.form}" if field.form else "")
+            request.out.print(f"{shown}: {field.type}; default {field.default}; {field.role}", markup=False)
+            for line in field.help.splitlines():
+                request.out.print(f"    {line}", markup=False)
 
 
 def doctor(request: Request) -> int:
-    """Say whether this machine can run the pipeline."""
+    """Say whether this machine can run the pipeline, and how much memory its training stages will take."""
     from rlhf.cluster.session import Session
 
     entries = diagnose(request.store().root, Session(request.config.cluster).address)
-    if not request.answer({"checks": entries}):
+    memory = _memory(request)
+    entries += [_memory_check(row) for row in memory]
+    if not request.answer({"checks": entries, "memory": memory}):
         for entry in entries:
             mark = Text("ok ", "green") if entry["ok"] else Text("bad", "red")
             request.out.print(mark.append(f" {entry['name']}: {entry['found']}  {entry['next']}", "default"))
+        if any(row["total"] for row in memory):
+            request.out.print()
+            request.out.print(memory_table(memory))
     return 0 if all(entry["ok"] for entry in entries) else 1
+
+
+def _memory(request: Request) -> list[dict[str, Any]]:
+    """Return the forecasts of memory; empty where the pipeline cannot be planned, which ``rlhf plan`` explains."""
+    from rlhf.pipeline.fitting import forecasts
+
+    try:
+        return forecasts(request.planned([]), request.store())
+    except RlhfError:
+        return []
+
+
+def _memory_check(row: Mapping[str, Any]) -> dict[str, Any]:
+    name, ranks = f"memory of {row['stage']}", row["ranks"]
+    if row["total"] is None:
+        found = "unknown until there is a model"
+        return {"name": name, "ok": True, "found": found, "next": "rlhf run model"}
+    found = f"{size(row['total'])} on each of {ranks} ranks" if ranks > 1 else size(row["total"])
+    if row["device"] is not None:
+        found += f" of {size(row['device'])}"
+    change = " ".join(f"{row['stage']}.{setting}" for setting in row["change"])
+    return {"name": name, "ok": not row["refused"], "found": found, "next": change}

@@ -11,8 +11,8 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -198,7 +198,9 @@ class FieldHelp:
     role: Role | None
     """Whether it is part of the stage's key."""
     help: str
-    """Its description."""
+    """Its description; of a setting that chooses a section's form, a line for each form."""
+    form: str = ""
+    """The form that the setting belongs to, in a section of several: ``method lora``."""
 
 
 def describe(model: type[Settings], prefix: str = "", defaults: Settings | None = None) -> list[FieldHelp]:
@@ -212,18 +214,34 @@ def describe(model: type[Settings], prefix: str = "", defaults: Settings | None 
     # Runtime settings come last, also the inherited ones.
     for name, info in sorted(model.model_fields.items(), key=lambda field: role_of(model, field[0]) == "runtime"):
         value = getattr(defaults, name) if defaults is not None else info.get_default(call_default_factory=True)
+        # The rows of a section show its defaults, but of several forms they cannot say which one is the default.
+        shown = value.model_dump(mode="json") if info.discriminator and isinstance(value, Settings) else value
         described.append(
             FieldHelp(
                 path=prefix + name,
                 type=in_words(schema["properties"][name], schema),
-                default="required" if defaults is None and info.is_required() else _shown(value),
+                default="required" if defaults is None and info.is_required() else _shown(shown),
                 role=role_of(model, name),
                 help=" ".join(texts.get(name, "").split()),
             )
         )
-        section = section_type(info.annotation)
-        if section is not None:
-            described += describe(section, f"{prefix}{name}.", value if isinstance(value, section) else None)
+        if isinstance(info.discriminator, str):
+            described += _describe_forms(section_types(info.annotation), info.discriminator, f"{prefix}{name}.")
+        else:
+            for section in section_types(info.annotation):
+                described += describe(section, f"{prefix}{name}.", value if isinstance(value, section) else None)
+    return described
+
+
+def _describe_forms(sections: Sequence[type[Settings]], by: str, prefix: str) -> list[FieldHelp]:
+    """Describe a section of several forms: first the setting ``by``, which chooses one, then the settings of each."""
+    forms = {get_args(section.model_fields[by].annotation)[0]: section for section in sections}
+    texts = [f"{form}: {' '.join((section.__doc__ or '').split())}" for form, section in forms.items()]
+    takes = f"one of {', '.join(forms)}"
+    described = [FieldHelp(prefix + by, takes, "required", role_of(sections[0], by), "\n".join(texts))]
+    for form, section in forms.items():
+        of_form = [field for field in describe(section, prefix) if field.path != prefix + by]
+        described += [replace(field, form=f"{by} {form}") for field in of_form]
     return described
 
 
@@ -255,33 +273,55 @@ def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def section_type(annotation: Any) -> type[Settings] | None:
-    """Return the settings model of a ``Section`` or ``Section | None`` field; None for other fields."""
-    for option in (annotation, *get_args(annotation)):
-        if isinstance(option, type) and issubclass(option, Settings):
-            return option
-    return None
+def section_types(annotation: Any) -> tuple[type[Settings], ...]:
+    """Return the settings models that a field takes: several where its section has several forms, none for a value."""
+    options = (annotation, *get_args(annotation))
+    return tuple(option for option in options if isinstance(option, type) and issubclass(option, Settings))
 
 
-def schema_at(model: type[Settings], path: tuple[str | int, ...]) -> tuple[Schema, Schema] | None:
-    """Return the JSON schema of the setting at ``path`` and the whole schema it refers to; None where there is none."""
+def schema_at(model: type[Settings], path: tuple[str | int, ...], written: Any = None) -> tuple[Schema, Schema] | None:
+    """Return the JSON schema of the setting at ``path`` and the whole schema it refers to; None where there is none.
+
+    written  the settings that were written; where they name the form of a section, other forms are left out
+    """
     whole = model.model_json_schema()
     schemas: list[Schema] = [whole]
     for key in path:
         inner: list[Any] = []
-        for option in (option for schema in schemas for option in _options(schema, whole)):
+        for option in (option for schema in schemas for option in _sections(schema, whole, written)):
             if isinstance(key, int):
                 inner.append(option.get("items"))
             else:
                 inner.append(option.get("properties", {}).get(key, option.get("additionalProperties")))
         schemas = [schema for schema in inner if isinstance(schema, Mapping)]
-    return (schemas[0], whole) if schemas else None
+        written = written.get(key) if isinstance(written, Mapping) else None
+    if not schemas:
+        return None
+    return (schemas[0] if len(schemas) == 1 else {"anyOf": schemas}), whole
 
 
 def names_at(model: type[Settings], path: tuple[str | int, ...]) -> list[str]:
     """Return the names of the settings in the section at ``path``."""
     schema = schema_at(model, path)
-    return [name for option in _options(*schema) for name in option.get("properties", {})] if schema else []
+    return [name for option in _sections(*schema) for name in option.get("properties", {})] if schema else []
+
+
+class Forms(NamedTuple):
+    """The forms of a section, such as the methods of ``tuning``."""
+
+    by: str
+    """The setting that chooses one: ``method``."""
+    names: Mapping[str, Sequence[str]]
+    """Each form's settings, by the value that chooses it."""
+
+
+def forms_at(model: type[Settings], path: tuple[str | int, ...]) -> Forms | None:
+    """Return the forms of the section at ``path``; None where it has a single form, and where there is no section."""
+    schema = schema_at(model, path)
+    if schema is None or "discriminator" not in schema[0]:
+        return None
+    forms = _forms(*schema)
+    return Forms(schema[0]["discriminator"]["propertyName"], {name: list(forms[name]["properties"]) for name in forms})
 
 
 def _options(schema: Schema, whole: Schema) -> list[Schema]:
@@ -292,12 +332,37 @@ def _options(schema: Schema, whole: Schema) -> list[Schema]:
     return [schema]
 
 
+def _forms(schema: Schema, whole: Schema) -> dict[str, Schema]:
+    """Return the forms of a section by the value that chooses each."""
+    by = schema["discriminator"]["propertyName"]
+    forms = [form for part in schema["oneOf"] for form in _options(part, whole)]
+    return {form["properties"][by]["const"]: form for form in forms}
+
+
+def _sections(schema: Schema, whole: Schema, written: Any = None) -> list[Schema]:
+    """Return the options of a schema, and in place of a section of several forms the one that is written, or all."""
+    sections: list[Schema] = []
+    for option in _options(schema, whole):
+        if "discriminator" in option:
+            forms = _forms(option, whole)
+            chosen = written.get(option["discriminator"]["propertyName"]) if isinstance(written, Mapping) else None
+            sections += [forms[chosen]] if isinstance(chosen, str) and chosen in forms else forms.values()
+        else:
+            sections.append(option)
+    return sections
+
+
 def in_words(schema: Schema, whole: Schema) -> str:
     """Return what a JSON schema takes, in words: ``a whole number of at least 1, or null``."""
-    return ", or ".join(dict.fromkeys(_option_in_words(option, whole) for option in _options(schema, whole)))
+    options = _options(schema, whole)
+    if len(options) > 1 and all("const" in option for option in options):
+        options = [{"enum": [option["const"] for option in options]}]
+    return ", or ".join(dict.fromkeys(_option_in_words(option, whole) for option in options))
 
 
 def _option_in_words(schema: Schema, whole: Schema) -> str:
+    if "discriminator" in schema:
+        return f"a section whose {schema['discriminator']['propertyName']} is one of {', '.join(_forms(schema, whole))}"
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
     if values:
         values = [value if isinstance(value, str) else _shown(value) for value in values]
@@ -318,7 +383,8 @@ def _option_in_words(schema: Schema, whole: Schema) -> str:
         case "string":
             return "text that is not empty" if schema.get("minLength") else "text"
         case "array":
-            return f"a list, each {in_words(schema['items'], whole)}" if schema.get("items") else "a list"
+            some = "a list that is not empty" if schema.get("minItems") else "a list"
+            return f"{some}, each {in_words(schema['items'], whole)}" if schema.get("items") else some
         case "object" if "properties" in schema:
             return f"a section with {', '.join(schema['properties'])}"
         case "object":

@@ -3,18 +3,18 @@
 Settings are stored and shown, so secrets among them are refused: values of a form that only secrets have.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-from pydantic import ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import model_validator
 
-from rlhf.config.base import Seed, Settings, describe, in_words, names_at, runtime, schema_at, suggestion
+from rlhf.config.base import Seed, Settings, runtime, suggestion
+from rlhf.config.former import read_former_lora
+from rlhf.config.validation import validated
 from rlhf.config.yaml_tree import KeyPath, Problem, Tree, dotted, raise_problems, read_tree
 
 # Names are parts of paths in the store and of overrides, whose parts are separated by dots.
@@ -104,6 +104,8 @@ class PipelineConfig:
     tracking: TrackingSettings
     instances: Mapping[str, StageInstance]
     """By name, in the file's order."""
+    notices: Sequence[str] = ()
+    """What the user should write otherwise from now on, a line each."""
 
 
 def resolved(config: PipelineConfig) -> dict[str, Any]:
@@ -160,72 +162,6 @@ def _secret(named: str, kind: str, place: str) -> Problem:
     return Problem(f"{named} holds what looks like {kind}, and settings are stored and shown", place, hint)
 
 
-AnySettings = TypeVar("AnySettings", bound=Settings)
-
-
-def validated(
-    model: type[AnySettings], values: Mapping[str, Any], tree: Tree, at: KeyPath, also_known: Sequence[str] = ()
-) -> AnySettings | None:
-    """Return ``values`` as settings, or None after adding what is wrong with them to ``tree.problems``.
-
-    at          path of the values in the tree
-    also_known  names that are allowed beside the model's own, to be suggested for an unknown name
-    """
-    try:
-        # Strict: text is no number, a number no truth value. From JSON a list may still fill a tuple, and text a path.
-        return model.model_validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        seen: set[KeyPath] = set()
-        for detail in error.errors(include_url=False):
-            path = _path_in(values, detail)
-            # A union complains once for each of its options.
-            if path not in seen:
-                seen.add(path)
-                tree.problems.append(_problem(model, tree, at, path, detail, also_known))
-        return None
-
-
-def _path_in(values: Any, detail: ErrorDetails) -> KeyPath:
-    """Return pydantic's location without the names of union options, which are no keys of anything."""
-    path: list[str | int] = []
-    for key in detail["loc"]:
-        if (isinstance(values, Mapping) and key in values) or (isinstance(values, list) and isinstance(key, int)):
-            values = values[key]  # pyright: ignore[reportCallIssue, reportArgumentType] - checked on the line above
-            path.append(key)
-    if detail["type"] == "missing":
-        path.append(detail["loc"][-1])
-    return tuple(path)
-
-
-def _problem(
-    model: type[Settings],
-    tree: Tree,
-    at: KeyPath,
-    path: KeyPath,
-    detail: ErrorDetails,
-    also_known: Sequence[str],
-) -> Problem:
-    name, where, section = dotted((*at, *path)), tree.place((*at, *path)), path[:-1]
-    if detail["type"] == "extra_forbidden":
-        key = str(path[-1])
-        what = f"{dotted((*at, *section)) or 'a pipeline'} has no setting {key}"
-        # A right name in the wrong section is likelier meant than a similar name in the right section.
-        elsewhere = [field.path for field in describe(model) if field.path.rpartition(".")[2] == key]
-        if elsewhere:
-            return Problem(what, where, f"did you mean {' or '.join(dotted((*at, name)) for name in elsewhere)}?")
-        known = names_at(model, section) + ([] if section else list(also_known))
-        return Problem(what, where, suggestion(key, known) or f"known: {', '.join(known)}")
-    if detail["type"] == "value_error":
-        reason = str(detail.get("ctx", {}).get("error", detail["msg"]))
-        return Problem(f"{name}: {reason}" if name else reason, where)
-    schema = schema_at(model, path)
-    takes = in_words(*schema) if schema else detail["msg"]
-    if detail["type"] == "missing":
-        return Problem(f"{name} is required", where, f"it takes {takes}")
-    value = json.dumps(detail["input"], ensure_ascii=False)
-    return Problem(f"{name} is {value if len(value) <= 60 else value[:59] + '…'} and must be {takes}", where)
-
-
 _TOP_LEVEL = tuple(PipelineSettings.model_fields)
 _USES, _INPUTS = "uses", "inputs"
 
@@ -271,6 +207,7 @@ def load_pipeline(path: Path, overrides: Sequence[str], settings_types: Mapping[
         cluster=top_level.cluster,
         tracking=top_level.tracking,
         instances={instance.name: instance for instance in loaded if instance},
+        notices=tuple(tree.notices),
     )
 
 
@@ -301,6 +238,8 @@ def _instance(
         return None
     assert not {_USES, _INPUTS} & set(model.model_fields), "these two names belong to the loader"
 
+    if "lora" in section and "tuning" in model.model_fields and "lora" not in model.model_fields:
+        read_former_lora(tree, name)
     values: dict[str, Any] = {key: value for key, value in section.items() if key not in (_USES, _INPUTS)}
     if "seed" in model.model_fields:
         values.setdefault("seed", seed)

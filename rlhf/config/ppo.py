@@ -1,12 +1,14 @@
 """Settings of PPO: docs/ppo.md has every equation, and the source of every default."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from rlhf.config.base import Seed, Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
-from rlhf.config.stages import LoraSettings, SamplingSettings, TrainingSettings
+from rlhf.config.stages import RmSettings, SamplingSettings, SftSettings, TrainingSettings
+from rlhf.config.tuning import FULL, LoraTuning, QLoraTuning, Tuning, results_in_adapter
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -69,8 +71,14 @@ class PpoSettings(TrainingSettings):
     Glaese et al. 2022, arXiv:2209.14375): it sets ``epochs`` and ``minibatches`` to 1, both clips to null."""
     seed: Seed = semantic(0)
     """Seeds the prompts, the sampling and the minibatches."""
-    lora: LoraSettings | None = semantic(None)
-    """Adapters for policy and value model; the reference is then the policy's weights with the adapter off."""
+    tuning: Tuning = semantic(FULL)
+    """Which weights of policy and value model train, and how (docs/tuning.md). With an adapter, the reference is the
+    policy's own weights with the adapter as it was at the start."""
+    share_base: bool = semantic(False)
+    """Keep one base with the LoRA adapters of policy, reference, value model and reward models on it, in place of a
+    model for each (docs/ppo.md). The policy and the reward models are adapters that sft and rm trained with ``tuning:
+    {method: lora}`` on one base; the policy goes on training its own, whatever rank ``tuning`` names here, which
+    counts for a policy without an adapter."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
     """What scores responses; several are added up, each times its weight."""
     iterations: int = semantic(100, ge=1)
@@ -163,5 +171,26 @@ class PpoSettings(TrainingSettings):
             )
         if self.value_init == "reward" and not any(reward.model for reward in self.rewards):
             raise ValueError("value_init reward needs a reward model among rewards; write value_init: policy")
+        if self.share_base and not (isinstance(self.tuning, LoraTuning) and self.tuning.init == "zero"):
+            given = "pissa, which changes the base" if isinstance(self.tuning, LoraTuning) else self.tuning.method
+            raise ValueError(f"share_base needs tuning {{method: lora}} with init zero, and it is {given}")
         rewards_are_sound(self.rewards)
         return self
+
+
+def without_adapter(settings: PpoSettings, makers: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return why ``share_base`` cannot be, where a stage makes no LoRA adapter that it needs, and what to do.
+
+    makers  settings of the stages that make the inputs, by role
+    """
+    for role, maker in makers.items() if settings.share_base else ():
+        if not isinstance(maker, SftSettings | RmSettings):
+            continue
+        method = maker.tuning
+        adapter = results_in_adapter(method)
+        # A policy may be whole weights, on which the reward model's adapter was trained.
+        if (adapter and not isinstance(method, LoraTuning | QLoraTuning)) or (not adapter and role != "policy"):
+            made = f"an adapter of method {method.method}" if adapter else "whole weights"
+            what = f"share_base needs LoRA adapters on one base, and {role} will be {made}"
+            return what, f"give the stage that makes {role} tuning: {{method: lora}}, without merge"
+    return None

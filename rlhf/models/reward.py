@@ -11,14 +11,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
+from rlhf.config.tuning import Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, safe_loading, templates, text
 from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, unwrapped
-from rlhf.models.layout import BASE, check_scored_length, config_file, config_of, is_adapter, update_json
+from rlhf.models.layout import (
+    ADAPTER_CONFIG,
+    BASE,
+    check_scored_length,
+    config_file,
+    config_of,
+    is_adapter,
+    update_json,
+    virtual_tokens_in,
+)
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.randomness import seed_of
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, Engine, gathered, sharded_loading
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, gathered, sharded_loading
 
 
 def raw_scores(
@@ -59,12 +70,20 @@ class FrozenReward:
     folder  a plain reward-model folder or an adapter's, whose ``config.json`` has ``score_mean``, ``score_std`` and
             ``sees``, and may have ``score_low`` and ``score_high``: the range of the normalised scores that the model
             gave people's responses
+    engine  a :class:`SequenceScores` of the folder's model, where it is loaded already
 
     Raises:
         PreflightError: ``score_max_length`` is beyond the model's context, or its tokenizer lacks what it needs.
     """
 
-    def __init__(self, folder: Path, precision: Precision, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision,
+        micro_batch_size: int,
+        zero: ZeroSettings = STAGE_3,
+        engine: Callable[..., Tensor] | None = None,
+    ) -> None:
         config = config_of(folder)
         self._mean, self._deviation = float(config["score_mean"]), float(config["score_std"])
         low, high = config.get("score_low"), config.get("score_high")
@@ -72,11 +91,15 @@ class FrozenReward:
         self._response_only = config["sees"] == "response"
         self._max_length = int(config["score_max_length"])
         check_scored_length(folder)
-        with sharded_loading(precision):
-            model = folders.load(folder, scores=True, dtype=DTYPES[precision])
-        self._is_decoder = hasattr(unwrapped(model), "score")  # a linear head on the last token's state
+        self._is_decoder = True
+        if engine is None:
+            with sharded_loading(precision, zero):
+                model = folders.load(folder, scores=True, dtype=DTYPES[precision])
+            self._is_decoder = hasattr(unwrapped(model), "score")  # a linear head on the last token's state
+            scores = SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model))
+            engine = Engine(scores, precision, zero=zero)
+        self._engine = engine
         self.tokenizer = (text.load_tokenizer if self._is_decoder else text.load_encoder_tokenizer)(folder)
-        self._engine = Engine(SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model)), precision)
         self._micro_batch_size = micro_batch_size
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
@@ -120,10 +143,10 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
     return target
 
 
-def load_scorer(folder: Path, precision: Precision, tokenizer: Tokenizer, head_seed: int) -> Any:
+def load_scorer(folder: Path, precision: Precision, tuning: Tuning, tokenizer: Tokenizer, head_seed: int) -> Any:
     """Load a model that scores, for training: a language model gets a fresh head, a reward model keeps its own."""
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=DTYPES[precision], num_labels=1, **safe_loading.MODEL
+        folder, num_labels=1, **folders.loading_options(tuning, DTYPES[precision])
     )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     pack_texts(model)
@@ -158,9 +181,9 @@ def ids(prompt, response):
 
 def score(prompts, responses):
     rows = [ids(prompt, response) for prompt, response in zip(prompts, responses)]
-    batch = tokenizer.pad({{"input_ids": rows}}, return_tensors="pt")
     with torch.no_grad():
-        return (model(**batch).logits[:, 0].float() - {mean!r}) / {deviation!r}
+        raw = {raw}
+    return (raw[:, 0].float() - {mean!r}) / {deviation!r}
 ```
 """
 _PLAIN = "model = AutoModelForSequenceClassification.from_pretrained(folder).eval()"
@@ -168,6 +191,16 @@ _ADAPTER = f"""from peft import PeftModel
 
 base = AutoModelForSequenceClassification.from_pretrained(folder + "/{BASE}", num_labels=1)
 model = PeftModel.from_pretrained(base, folder).eval()"""
+_TOGETHER = 'model(**tokenizer.pad({"input_ids": rows}, return_tensors="pt")).logits'
+# Behind a soft prompt, transformers takes padding for text. PEFT cannot run a classifier with a prefix itself: it asks
+# for an argument by its old name.
+_ONE_BY_ONE = "torch.cat([model(torch.tensor([row])).logits for row in rows])"
+_AFTER_PREFIX = """torch.cat([
+            model.get_base_model()(
+                torch.tensor([row]), torch.ones(1, {tokens} + len(row), dtype=torch.long), cache=model.get_prompt(1)
+            ).logits
+            for row in rows
+        ])"""
 _CHAT = """messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True}
     before = tokenizer.apply_chat_template(messages, **options)["input_ids"]"""
@@ -204,6 +237,14 @@ def complete(folder: Path) -> None:
     write_card(folder)
 
 
+def _scoring(folder: Path) -> str:
+    tokens = virtual_tokens_in(folder)
+    if not tokens:
+        return _TOGETHER
+    prefix = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"] == "PREFIX_TUNING"
+    return _AFTER_PREFIX.format(tokens=tokens) if prefix else _ONE_BY_ONE
+
+
 def write_card(folder: Path) -> None:
     """Write ``README.md`` with the code that scores in plain transformers, for a plain folder or an adapter's."""
     tokenizer, config = text.load_tokenizer(folder), config_of(folder)
@@ -217,6 +258,7 @@ def write_card(folder: Path) -> None:
         before=plain if response_only or tokenizer.chat_template is None else _CHAT,
         answer=f"tokens({prefix!r} + response)[{prefix_length}:]" if prefix else "tokens(response)",
         end=tokenizer.eos_token_id,
+        raw=_scoring(folder),
         longest=config["score_max_length"],
         mean=config["score_mean"],
         deviation=config["score_std"],

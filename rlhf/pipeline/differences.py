@@ -13,6 +13,8 @@ from rlhf.store import ActionRecord, Store
 
 Kind = Literal["version", "setting", "content", "input", "origin"]
 _SOURCES = "sources."
+_METHOD = "method"
+"""The setting of a section that decides which other settings the section has (rlhf/config/tuning.py)."""
 
 
 ABSENT: Final = object()
@@ -128,6 +130,8 @@ def changed_settings(
 ) -> list[Difference]:
     """Return the differences in stage, version and settings, and in the contents of files that settings name.
 
+    A section of another method is one difference: most of its settings have no counterpart.
+
     old, new  a stage's name and version, and the semantic settings
     """
     changed: list[Difference] = []
@@ -135,6 +139,9 @@ def changed_settings(
         was_of, now_of = (f"{stage} version {version}" for stage, version, _ in (old, new))
         changed.append(Difference("version", "stage", was_of, now_of))
     was, now = flatten(old[2]), flatten(new[2])
+    methods = [name for name in was.keys() | now.keys() if name.endswith(f".{_METHOD}")]
+    for section in (name.removesuffix(f".{_METHOD}") for name in methods if was.get(name) != now.get(name)):
+        was, now = _with_section_whole(was, section), _with_section_whole(now, section)
     for name in sorted(was.keys() | now.keys()):
         before, after = was.get(name, ABSENT), now.get(name, ABSENT)
         # As JSON, like keys: 1, 1.0 and true are three values in JSON, but equal in Python.
@@ -144,8 +151,20 @@ def changed_settings(
     return changed
 
 
+def _with_section_whole(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Return flattened settings in which ``section`` is one value that begins with its method, if it is there."""
+    inside = f"{section}."
+    inner = {name.removeprefix(inside): value for name, value in settings.items() if name.startswith(inside)}
+    method_first = dict(sorted(inner.items(), key=lambda item: item[0] != _METHOD))
+    outside = {name: value for name, value in settings.items() if not name.startswith(inside)}
+    return outside | ({section: method_first} if inner else {})
+
+
 def shown(value: Any) -> str:
     """Return a setting's value for people: text in a line, digests and long texts cut, others as in a pipeline file."""
+    if isinstance(value, Mapping):
+        section = ", ".join(f"{name}: {shown(inner)}" for name, inner in value.items())
+        return f"{{{section}}}" if len(section) <= 60 else f"{{{section[:59]}…}}"
     if isinstance(value, str):
         if len(value) == 64 and value.isalnum():
             return f"{value[:8]}…"

@@ -10,8 +10,10 @@ from typing import Any
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import KEPT, newest_complete, step_of
+from rlhf.config.tuning import Tuning, results_in_adapter
 from rlhf.errors import DiskFullError, size
-from rlhf.models.layout import BASE, count_adapter_parameters, count_parameters, is_adapter
+from rlhf.models.footprint import Architecture, learned
+from rlhf.models.layout import BASE, count_parameters, is_adapter
 from rlhf.store import Store
 
 RESULT, MEANWHILE = "disk/result", "disk/meanwhile"
@@ -32,19 +34,46 @@ def written(
     settings = context.settings
     weight = 2 if settings.precision == "bf16" else 4
     read = context.inputs.values()
-    meanwhile = sum(count_parameters(folder / BASE) for folder in read if is_adapter(folder)) * weight
+    folded = [folder for folder in read if is_adapter(folder) and not _shares_base(settings)]
+    meanwhile = sum(count_parameters(folder / BASE) for folder in folded) * weight
     if not models:
         return {RESULT: 0.0, MEANWHILE: float(meanwhile)}
-    plain = [folder / BASE if is_adapter(folder) else folder for folder in models]
-    lora = settings.lora
-    trained = [count_adapter_parameters(folder, lora.rank) if lora else count_parameters(folder) for folder in plain]
+    plain = [_plain(folder) for folder in models]
+    method, trained = settings.tuning, trained_weights(context, models)
     checkpoint = sum(trained) * (weight + _OPTIMISER) + trained[0] * 4 * average
     newest = newest_complete(list(context.attempts))
     begun = step_of(newest) if newest else 0
     # The last step writes no checkpoint but the result.
     due = max(0, (steps - 1) // settings.checkpoint_every - begun // settings.checkpoint_every)
-    result = (count_parameters(plain[0]) if lora and lora.merge else trained[0]) * weight
+    result = (trained[0] if results_in_adapter(method) else count_parameters(plain[0])) * weight
     return {RESULT: float(result), MEANWHILE: float(meanwhile + min(due, KEPT + 1) * checkpoint)}
+
+
+def trained_weights(context: Context[Any], models: Sequence[Path]) -> list[int]:
+    """Return the number of weights that train of each model."""
+    settings = context.settings
+    return [
+        # There the adapters that it reads go on training.
+        count_parameters(folder)
+        if is_adapter(folder) and _shares_base(settings)
+        else _trained(_plain(folder), settings.tuning)
+        for folder in models
+    ]
+
+
+def _trained(folder: Path, method: Tuning) -> int:
+    try:
+        return learned(Architecture.of(folder), method, scores=False).parameters
+    except KeyError:  # a configuration that says too little: at most all of them train
+        return count_parameters(folder)
+
+
+def _shares_base(settings: Any) -> bool:
+    return getattr(settings, "share_base", False)
+
+
+def _plain(folder: Path) -> Path:
+    return folder / BASE if is_adapter(folder) else folder
 
 
 def check(stages: Mapping[str, Mapping[str, float]], store: Store) -> None:

@@ -114,11 +114,15 @@ def plan(
 
     Raises:
         RequestError: a target is no stage of the pipeline.
-        SettingsError: an input names no instance, or instances need each other in a circle.
+        SettingsError: an input names no instance, instances need each other in a circle, or their settings contradict
+            each other.
     """
     wires = {name: _wires(config, instance, known) for name, instance in config.instances.items()}
     refs = store.refs(config.name)
     imported = {name for name, ref in refs.items() if ref.imported}
+    for name, instance in config.instances.items():
+        makers = {role: wire.instance for role, wire in wires[name].items() if wire.instance not in imported}
+        _check_agreement(config, instance, known[instance.uses], makers)
     # Lists, not sets: the order of a plan is the same in every process.
     graph = {name: [wire.instance for wire in wires[name].values()] for name in config.instances}
     try:
@@ -142,6 +146,12 @@ def plan(
             why = f"not needed: {', '.join(readers)} {'is' if len(readers) == 1 else 'are'} imported"
             planned[name] = Planned(instance, stage, wires[name], "unused", why)
     return planned
+
+
+def _check_agreement(config: PipelineConfig, instance: StageInstance, stage: Stage, makers: Mapping[str, str]) -> None:
+    settings = {role: config.instances[maker].settings for role, maker in makers.items()}
+    if (found := stage.disagrees(instance.settings, settings)) is not None:
+        raise SettingsError(f"{instance.name}.{found[0]}", f"{config.path}, {instance.name}", found[1])
 
 
 def instance_of(config: PipelineConfig, name: str) -> StageInstance:
@@ -285,3 +295,12 @@ def recipe(planned: Planned, stages: Mapping[str, Planned], store: Store) -> Rec
         planned.record.artifact if planned.record else None,
         lambda role: recipe(stages[planned.wires[role].instance], stages, store) if role in planned.wires else None,
     )
+
+
+def standing_in(stages: Mapping[str, Planned], name: str) -> str | None:
+    """Return an instance's artifact, else that of the nearest committed model from which its training will start."""
+    planned = stages[name]
+    if planned.record is not None:
+        return planned.record.artifact
+    continues = planned.stage.continues
+    return standing_in(stages, planned.wires[continues].instance) if continues else None

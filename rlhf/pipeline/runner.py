@@ -18,7 +18,7 @@ from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import DamageError, InterruptedRunError, NextCommand, RlhfError, StageError, TryAgainError
 from rlhf.pipeline import disk
-from rlhf.pipeline.plan import Planned, plan
+from rlhf.pipeline.plan import Planned, plan, standing_in
 from rlhf.pipeline.production import Production, context_of, needs_of
 from rlhf.pipeline.reporting import Reporter, Stop, Watch
 from rlhf.pipeline.stage import Stage
@@ -195,7 +195,7 @@ class Runner:
                 parts = {
                     role: (artifact, wire.part)
                     for role, wire in planned.wires.items()
-                    if (artifact := _standing_in(stages, wire.instance)) is not None
+                    if (artifact := standing_in(stages, wire.instance)) is not None
                 }
                 context = context_of(planned, "preflight", parts, attempt, self.store, tracking={})
                 call, show = Call(planned.stage.preflight, context), Watch(self.reporter, planned.name, context.folder)
@@ -226,12 +226,3 @@ def _missing(stages: Mapping[str, Planned]) -> list[Planned]:
                 f"rlhf import DIR --as {planned.name} again, or rlhf import --forget --as {planned.name} to train it",
             )
     return sorted(missing, key=lambda planned: planned.stage.runs == "workers")
-
-
-def _standing_in(stages: Mapping[str, Planned], name: str) -> str | None:
-    """Return an instance's artifact, else that of the nearest committed model from which its training will start."""
-    planned = stages[name]
-    if planned.record is not None:
-        return planned.record.artifact
-    continues = planned.stage.continues
-    return _standing_in(stages, planned.wires[continues].instance) if continues else None

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rlhf.config.base import Settings, is_local
 from rlhf.config.collect import CollectSettings, CompareSettings, awaited, compare_sources, writer_inputs
 from rlhf.config.data import DataSettings, RankSettings, ranked_inputs, sources
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.ppo import PpoSettings, without_adapter
 from rlhf.config.rewards import reward_inputs, reward_sources
 from rlhf.config.stages import EvaluateSettings, ModelSettings, RmSettings, SftSettings
 from rlhf.errors import RequestError
@@ -58,7 +58,7 @@ class Stage:
     inputs: Inputs
     """Maps the settings to {role: input}."""
     runs: Literal["task", "workers"] = "task"
-    """One Ray task, or a worker group of ZeRO-3 ranks (the settings then have ``workers``)."""
+    """One Ray task, or a worker group of ZeRO ranks (the settings then have ``workers``)."""
     continues: str | None = None
     """The role whose model the result is a trained version of."""
     preflight: str | None = None
@@ -68,6 +68,9 @@ class Stage:
     changes nothing but their start. Stages with the same modules share the process that imports them."""
     sources: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     """Maps the settings to {setting: local path}; the content of each path, not its place, enters the key."""
+    disagrees: Callable[[Any, Mapping[str, Any]], tuple[str, str] | None] = lambda _settings, _makers: None
+    """Maps the settings, and by role those of the stages that make its inputs, to what they contradict each other in
+    and what to write instead, or None."""
     awaits: Callable[[Any], Path | None] = lambda _: None
     """Maps the settings to a file that people have yet to make, without which there is no key, or None."""
 
@@ -172,6 +175,7 @@ OURS = (
         ),
         continues="policy",
         preflight="stages.checks:ppo",
+        disagrees=without_adapter,
         sources=lambda settings: reward_sources(settings.rewards),
     ),
     _on_workers(

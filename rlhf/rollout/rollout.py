@@ -4,7 +4,7 @@ Generating through ZeRO-3 gathers every layer for every token; a copy that is re
 faster.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.config.stages import LoraSettings, Precision
-from rlhf.models import adapters, folders, text
+from rlhf.config.stages import Precision
+from rlhf.config.tuning import FULL, Tuning
+from rlhf.models import folders, text
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.rl.masks import ended, response_mask
@@ -22,7 +23,7 @@ from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.sampling import Responses, sample_responses, uniforms
 from rlhf.rollout.sequences import Sequences
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, gathered
+from rlhf.zero.engine import DTYPES, gathered, trained
 
 
 class Generator:
@@ -33,7 +34,8 @@ class Generator:
 
     folder   a plain folder or an adapter's
     at_once  prompts that one rank answers at a time
-    lora     of a policy that trains adapters on top of the folder's weights
+    tuning   the method by which the policy trains
+    prepare  turns the folder's model into one with the policy's weights by their names, adapters included
     source   the sharded policy whose weights the copy takes before it samples; None where the folder's never change
     """
 
@@ -45,12 +47,13 @@ class Generator:
         at_once: int,
         *,
         fp32_head: bool = True,
-        lora: LoraSettings | None = None,
+        tuning: Tuning = FULL,
+        prepare: Callable[[Any], Any] = lambda model: model,
         source: Any = None,
     ) -> None:
         self.tokenizer = text.load_tokenizer(folder)
-        self._load = partial(folders.load_policy, folder, DTYPES[precision], fp32_head=fp32_head)
-        self._temperature, self._at_once, self._lora, self._source = temperature, at_once, lora, source
+        self._load = partial(folders.load_policy, folder, DTYPES[precision], fp32_head=fp32_head, tuning=tuning)
+        self._temperature, self._at_once, self._prepare, self._source = temperature, at_once, prepare, source
         self._copy: Any = None
 
     @torch.no_grad()
@@ -59,24 +62,28 @@ class Generator:
 
         noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
         """
-        if self._copy is None:
-            model = adapters.with_lora(self._load(), self._lora, scores=False, seed=0)
-            self._copy = model.to(group.device()).eval()
-        if self._source is not None:
-            # Before the first samples too: after a resume the folder's weights are not the present ones.
-            for name, parameter in self._source.named_parameters():
-                if parameter.requires_grad:
-                    with gathered([parameter]):
-                        self._copy.get_parameter(name).copy_(parameter)
+        model = self._present()
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         parts: list[Tensor] = []
         for rows in group.my_rows(len(prompts)).split(self._at_once):
             chosen = [prompts[row] for row in rows.tolist()]
-            sampled = sample_responses(self._copy, chosen, noise[rows], self._temperature, eos_token_id=eos, pad=pad)
+            sampled = sample_responses(model, chosen, noise[rows], self._temperature, eos_token_id=eos, pad=pad)
             # One exchange for both: float64 holds every id and every float32 exactly.
             parts.append(torch.stack([sampled.ids.double(), sampled.logprobs.double()], dim=1))
         both = group.gather_rows(torch.cat(parts), len(prompts))
         return Responses(both[:, 0].long(), both[:, 1].float())
+
+    def _present(self) -> Any:
+        """Return the copy with the policy's present weights. A collective."""
+        if self._copy is None:
+            model = self._prepare(self._load())
+            self._copy = model.to(group.device()).eval()
+        if self._source is not None:
+            # Before the first samples too: after a resume the folder's weights are not the present ones.
+            for name, parameter in trained(self._source):
+                with gathered([parameter]):
+                    self._copy.get_parameter(name).copy_(parameter)
+        return self._copy
 
 
 class Samples(Protocol):

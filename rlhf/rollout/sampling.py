@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlhf.attempt import liveness
 from rlhf.errors import RequestError
 from rlhf.models import folders, text
-from rlhf.models.layout import config_of, context_length
+from rlhf.models.layout import config_of, context_length, virtual_tokens_in
 from rlhf.randomness import stream
 from rlhf.rl.kl import logprobs_of
 from rlhf.rl.masks import response_mask
@@ -101,7 +101,7 @@ def answers(folder: Path, prompts: list[str], temperature: float, max_new_tokens
     disable_progress_bar()
     tokenizer = text.load_tokenizer(folder)
     rows = [text.prompt_ids(tokenizer, prompt) for prompt in prompts]
-    limit = context_length(config_of(folder))
+    limit = context_length(config_of(folder)) - virtual_tokens_in(folder)
     for number, row in enumerate(rows, start=1):
         if len(row) + max_new_tokens > limit:
             raise RequestError(

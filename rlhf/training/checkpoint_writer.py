@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import KEPT, MARKER, AttemptFolder, is_complete, marker, newest_complete, step_of
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, PreflightError, is_no_room, size
 from rlhf.zero import group
 
@@ -20,8 +21,9 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
     """Return the checkpoint that a stage continues from, or None.
 
     Raises:
-        PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew; on
-            machines that compute in another precision; or another user could have written it.
+        PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew; under
+            other ``zero`` settings that decide where shards lie; on machines that compute in another precision; or
+            another user could have written it.
     """
     newest = newest_complete(list(context.attempts))
     if newest is None:
@@ -35,6 +37,15 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
             str(newest),
             f"{context.stage}.workers.count={ranks}, or remove that folder to restart the stage",
         )
+    layout = _layout(context)
+    for name, was in written.get("zero", ZeroSettings().layout).items():
+        if was != (now := layout.get(name, was)):
+            raise PreflightError(
+                f"{begun} of zero.{name} {was} at step {step_of(newest)}, which zero.{name} {now} cannot continue: "
+                "its shards lie otherwise",
+                str(newest),
+                f"{context.stage}.zero.{name}={was}, or remove that folder to restart the stage",
+            )
     precision = group.precision_of(context)
     if (begun_in := written.get("precision", "an unknown precision")) != precision:
         raise PreflightError(
@@ -89,7 +100,7 @@ def writing(context: Context[Any], step: int, estimate: int) -> Generator[Path]:
     needed = group.from_main(lambda: _make_room(checkpoint, context.attempts, estimate))
     try:
         yield checkpoint
-        mark_complete(checkpoint, group.precision_of(context))
+        mark_complete(checkpoint, context)
     except Exception as error:
         written, free = _size(checkpoint), shutil.disk_usage(context.attempt).free
         cause: BaseException | None = error
@@ -130,16 +141,26 @@ def _size(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
 
 
-def mark_complete(checkpoint: Path, precision: str) -> None:
+def mark_complete(checkpoint: Path, context: Context[Any]) -> None:
     """Mark a checkpoint that all ranks have written as complete, then remove older and partial ones of its attempt.
 
     A collective: every rank must call it after its own writes.
     """
     group.barrier()
-    group.from_main(lambda: _mark_complete(checkpoint, precision))
+    made = {
+        "ranks": group.world_size(),
+        "precision": group.precision_of(context),
+        "zero": _layout(context),
+    }
+    group.from_main(lambda: _mark_complete(checkpoint, made))
 
 
-def _mark_complete(checkpoint: Path, precision: str) -> None:
+def _layout(context: Context[Any]) -> dict[str, Any]:
+    """Return what decides how shards lie; stages of other packages need not have the settings."""
+    return getattr(context.settings, "zero", ZeroSettings()).layout
+
+
+def _mark_complete(checkpoint: Path, made: dict[str, Any]) -> None:
     sizes: dict[str, int] = {}
     checkpoint.chmod(0o700)
     for path in sorted(checkpoint.rglob("*")):
@@ -147,7 +168,7 @@ def _mark_complete(checkpoint: Path, precision: str) -> None:
             _sync(path)
             sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
     temporary = checkpoint / f".{MARKER}"
-    temporary.write_text(json.dumps({"ranks": group.world_size(), "precision": precision, "sizes": sizes}))
+    temporary.write_text(json.dumps(made | {"sizes": sizes}))
     _sync(temporary)
     temporary.replace(checkpoint / MARKER)
     _sync(checkpoint)

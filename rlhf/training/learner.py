@@ -3,21 +3,23 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from rlhf.attempt import liveness
-from rlhf.config.stages import LoraSettings, Precision
-from rlhf.models import adapters, safe_loading
+from rlhf.config.stages import Precision
+from rlhf.config.tuning import Tuning
+from rlhf.config.zero import ZeroSettings
+from rlhf.models import folders, tuning
+from rlhf.models.architectures import classifier_of
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, Engine, gathered, sharded_loading, trained_shards, whole_from_shards
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, gathered, sharded_loading, trained_shards, whole_from_shards
 
 
 class MovingAverage:
@@ -26,18 +28,19 @@ class MovingAverage:
     Polyak and Juditsky 1992 average a stochastic approximation's iterates; the exponential window is that of Kingma and
     Ba 2015 (arXiv:1412.6980), section 7.2. Without its bias correction: the first weights are not zeros, and count.
 
-    module  under ZeRO-3 already
+    module  under ZeRO already
+    part    the part of it that is averaged, where it has several
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self._module, self._decay = module, decay
-        self._shards: dict[str, Tensor] = {name: shard.detach().clone() for name, shard in trained_shards(module)}
+    def __init__(self, module: nn.Module, decay: float, part: str = "") -> None:
+        self._module, self._decay, self._part = module, decay, part
+        self._shards: dict[str, Tensor] = {name: shard.detach().clone() for name, shard in trained_shards(module, part)}
         self._file = f"average-{group.rank()}.safetensors"
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the present weights in."""
-        for name, shard in trained_shards(self._module):
+        for name, shard in trained_shards(self._module, self._part):
             self._shards[name].lerp_(shard, 1 - self._decay)
 
     def weights(self) -> dict[str, Tensor]:
@@ -72,14 +75,42 @@ class Optimiser:
 Sums = TypeVar("Sums", PolicySums, ValueSums)
 
 
+class Trains(Protocol):
+    """An :class:`rlhf.zero.engine.Engine`, or one of several models that share one."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Run the forward pass."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add a micro batch's gradients."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Take the optimiser step."""
+        ...
+
+    def checkpoint_bytes(self) -> int:
+        """Return about how many bytes all ranks write in :meth:`save`."""
+        ...
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write this rank's part of a checkpoint."""
+        ...
+
+    def load(self, folder: Path, name: str) -> None:
+        """Read what :meth:`save` wrote."""
+        ...
+
+
 class Learner:
-    """A module under ZeRO-3 that takes optimiser steps.
+    """A model under ZeRO that takes optimiser steps.
 
     file  the name of its part of a checkpoint
     """
 
-    def __init__(self, module: nn.Module, precision: Precision, optimiser: Optimiser, file: str) -> None:
-        self.engine = Engine(module, precision, **vars(optimiser))
+    def __init__(self, engine: Trains, file: str) -> None:
+        self.engine = engine
         self._file = file
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -119,32 +150,50 @@ ValueLoss = Callable[..., tuple[Tensor, ValueSums]]
 class TrainedValue(Learner):
     """A value for every response token: another model's weights with a fresh head (Stiennon et al. 2020).
 
-    folder  a plain folder of a reward model or a policy, whose language head is left out
+    engine  of a :class:`rlhf.models.heads.TokenValues`
     """
 
-    def __init__(
-        self,
+    def __init__(self, engine: Trains, micro_batch_size: int) -> None:
+        super().__init__(engine, "value")
+        self._micro_batch_size = micro_batch_size
+
+    @classmethod
+    def load_folder(
+        cls,
         folder: Path,
         precision: Precision,
         micro_batch_size: int,
         *,
-        lora: LoraSettings | None,
+        method: Tuning,
+        source: Path,
         seed: int,
         optimiser: Optimiser,
-    ) -> None:
-        with sharded_loading(precision):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=DTYPES[precision], num_labels=1, **safe_loading.MODEL
+        zero: ZeroSettings = STAGE_3,
+        activation_checkpointing: bool = False,
+    ) -> Self:
+        """Load and shard a model. A collective.
+
+        folder  a plain folder of a reward model or a policy, whose language head is left out
+        source  the folder that it was made from, which may have virtual tokens
+        """
+        with sharded_loading(precision, zero):
+            model = classifier_of(folder).from_pretrained(
+                folder, num_labels=1, **folders.loading_options(method, DTYPES[precision])
             )
-        lora = lora.model_copy(update={"dropout": 0.0}) if lora else None
-        model = adapters.with_lora(model, lora, scores=True, seed=seed)
+            model = tuning.prepared(model, method, source, scores=True, seed=seed)
         heads = [weight for weight in unwrapped(model).score.parameters() if weight.requires_grad]
         with gathered(heads, modify=True):
             for head in heads:
                 if group.is_main():
                     initialise_head(head, "value head", seed)
-        super().__init__(TokenValues(model), precision, optimiser, "value")
-        self._micro_batch_size = micro_batch_size
+        engine = Engine(
+            TokenValues(model),
+            precision,
+            **vars(optimiser),
+            zero=zero,
+            activation_checkpointing=activation_checkpointing,
+        )
+        return cls(engine, micro_batch_size)
 
     def _forward(self, part: Sequences) -> Tensor:
         return self.engine(part.ids, part.attention_mask, part.time)

@@ -6,21 +6,25 @@ from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision
+from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders
-from rlhf.models.layout import is_adapter
+from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
 from rlhf.models.text import check_same_tokens
 from rlhf.rewards import Rewards
 from rlhf.rollout.rollout import Generator
+from rlhf.training import shared_base
 from rlhf.training.learner import Optimiser, TrainedValue
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES
+from rlhf.zero.engine import DTYPES, STAGE_3
 
 
 def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
     """Load and shard the models of PPO; errors are those of :func:`load_value`. A collective."""
+    if context.settings.share_base:
+        return shared_base.load_models(context, micro_batch_size(context.settings))
     policy = load_policy(context)
-    rewards = load_rewards(context, micro_batch_size(context.settings))
+    rewards = load_rewards(context, micro_batch_size(context.settings), context.settings.zero)
     return policy, load_value(context), rewards
 
 
@@ -32,18 +36,21 @@ def micro_batch_size(settings: PpoSettings) -> int:
 def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
     """Load and shard the trained policy, with its reference. A collective."""
     settings = context.settings
-    return TrainedPolicy(
+    return TrainedPolicy.load_folder(
         _plain_policy(context),
         settings.precision,
         settings.sampling.temperature,
         micro_batch_size(settings),
-        lora=settings.lora,
+        method=settings.tuning,
+        source=context.inputs["policy"],
         seed=settings.seed,
         optimiser=Optimiser("policy", settings.policy_learning_rate, settings.max_grad_norm),
         fp32_head=settings.sampling.fp32_head,
         learns_entropy=settings.entropy_bonus > 0,
         ptx_coef=settings.ptx.coef,
         average_decay=settings.average_decay,
+        zero=settings.zero,
+        activation_checkpointing=settings.activation_checkpointing,
     )
 
 
@@ -53,18 +60,21 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
     Raises:
         PreflightError: the reward model would not understand the policy's tokens.
     """
-    settings, folder = context.settings, _plain_policy(context)
+    settings, source, folder = context.settings, context.inputs["policy"], _plain_policy(context)
     if settings.value_init == "reward":
-        reward = context.inputs["reward"]
-        check_same_tokens(reward, folder, context.stage)
-        folder = plain_folder(reward, context.folder.reward / "reward", settings.precision, scores=True)
-    return TrainedValue(
+        source = context.inputs["reward"]
+        check_same_tokens(source, folder, context.stage)
+        folder = plain_folder(source, context.folder.reward / "reward", settings.precision, scores=True)
+    return TrainedValue.load_folder(
         folder,
         settings.precision,
         micro_batch_size(settings),
-        lora=settings.lora,
+        method=settings.tuning,
+        source=source,
         seed=settings.seed,
         optimiser=Optimiser("value model", settings.value_learning_rate, settings.max_grad_norm),
+        zero=settings.zero,
+        activation_checkpointing=settings.activation_checkpointing,
     )
 
 
@@ -96,21 +106,26 @@ def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Ge
     return Generator(context.inputs[role], settings.precision, temperature, settings.micro_batch_size)
 
 
-def load_rewards(context: Context[PpoSettings] | Context[EvaluateSettings], micro_batch_size: int) -> Rewards:
+def load_rewards(
+    context: Context[PpoSettings] | Context[EvaluateSettings], micro_batch_size: int, zero: ZeroSettings = STAGE_3
+) -> Rewards:
     """Load the rewards that score responses. A collective."""
     settings = context.settings
     models = {role: folder for role, folder in context.inputs.items() if role.startswith("reward")}
-    return Rewards(settings.rewards, models, settings.precision, micro_batch_size)
+    return Rewards(settings.rewards, models, settings.precision, micro_batch_size, zero)
 
 
 def plain_folder(folder: Path, target: Path, precision: Precision, *, scores: bool) -> Path:
     """Return the folder that training starts from, any adapter folded into the weights once. A collective.
 
     It is folded in fp32 and then cast, so that trained model, reference and sampler begin at the same weights. It is
-    written to ``target``, and only if there is an adapter.
+    written to ``target``, and only if there is an adapter. Virtual tokens cannot be folded: of such an adapter the base
+    is returned, and :func:`rlhf.models.tuning.prepared` goes on with the tokens.
     """
     if not is_adapter(folder):
         return folder
+    if virtual_tokens_in(folder):
+        return folder / BASE
     if group.is_main() and not (target / "config.json").exists():
         folders.write_plain(folder, target, scores=scores, dtype=DTYPES[precision])
     group.barrier()

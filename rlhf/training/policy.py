@@ -2,14 +2,19 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from rlhf.config.ppo import KlSettings
-from rlhf.config.stages import LoraSettings, Precision
-from rlhf.models import adapters, folders
+from rlhf.config.stages import Precision
+from rlhf.config.tuning import Tuning
+from rlhf.config.zero import ZeroSettings
+from rlhf.models import folders, tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.kl import adapted_coefficient
 from rlhf.rl.losses import PolicySums, demonstration_loss
@@ -18,7 +23,7 @@ from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Minibatch, PolicyExperience, Sequences
 from rlhf.training.learner import Learner, MovingAverage, Optimiser
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, Engine, sharded_loading, whole_weights
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, sharded_loading, whole_weights
 
 
 class KlCoefficient:
@@ -69,7 +74,9 @@ class Policy:
     generator  samples from the same weights
     """
 
-    def __init__(self, engine: Engine, generator: Generator, temperature: float, micro_batch_size: int) -> None:
+    def __init__(
+        self, engine: Callable[..., Any], generator: Generator, temperature: float, micro_batch_size: int
+    ) -> None:
         self.engine, self._generator = engine, generator
         self.tokenizer = generator.tokenizer
         self._temperature, self._micro_batch_size = temperature, micro_batch_size
@@ -108,59 +115,123 @@ class FrozenPolicy(Policy):
     """
 
     def __init__(
-        self, folder: Path, precision: Precision, temperature: float, micro_batch_size: int, *, fp32_head: bool = True
-    ) -> None:
-        with sharded_loading(precision):
-            model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
-        generator = Generator(folder, precision, temperature, AT_ONCE * micro_batch_size, fp32_head=fp32_head)
-        super().__init__(Engine(TokenLogprobs(model), precision), generator, temperature, micro_batch_size)
-
-
-class TrainedPolicy(Policy):
-    """The policy under PPO, with its reference: the same weights with the adapter off, or a frozen copy.
-
-    folder  a plain folder
-    """
-
-    def __init__(
         self,
         folder: Path,
         precision: Precision,
         temperature: float,
         micro_batch_size: int,
         *,
-        lora: LoraSettings | None,
+        fp32_head: bool = True,
+        zero: ZeroSettings = STAGE_3,
+    ) -> None:
+        with sharded_loading(precision, zero):
+            model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
+        generator = Generator(folder, precision, temperature, AT_ONCE * micro_batch_size, fp32_head=fp32_head)
+        super().__init__(Engine(TokenLogprobs(model), precision, zero=zero), generator, temperature, micro_batch_size)
+
+
+class TrainedPolicy(Policy):
+    """The policy under PPO, with its reference: the same weights with the adapter as at the start, or a frozen copy.
+
+    model      under the learner's engine
+    learner    of a :class:`rlhf.models.heads.TokenLogprobs`
+    generator  samples from the same weights
+    reference  None where the model's adapter as at the start is the reference
+    average    of the model's weights
+    folder     the plain folder that the model was loaded from
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        learner: Learner,
+        generator: Generator,
+        reference: Policy | None,
+        average: MovingAverage | None,
+        temperature: float,
+        micro_batch_size: int,
+        *,
+        folder: Path,
+        method: Tuning,
+        learns_entropy: bool = False,
+        ptx_coef: float = 0.0,
+    ) -> None:
+        super().__init__(learner.engine, generator, temperature, micro_batch_size)
+        self._model, self._learner, self._reference, self._average = model, learner, reference, average
+        self._folder, self._method = folder, method
+        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
+        self._state = [learner] if average is None else [learner, average]
+
+    @classmethod
+    def load_folder(
+        cls,
+        folder: Path,
+        precision: Precision,
+        temperature: float,
+        micro_batch_size: int,
+        *,
+        method: Tuning,
+        source: Path,
         seed: int,
         optimiser: Optimiser,
         fp32_head: bool = True,
         learns_entropy: bool = False,
         ptx_coef: float = 0.0,
         average_decay: float | None = None,
-    ) -> None:
-        self._folder, self._lora = folder, lora
-        self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
-        with sharded_loading(precision):
-            model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
-        # PPO switches all dropout off: otherwise old and new log-probabilities differ by chance.
-        silent = lora.model_copy(update={"dropout": 0.0}) if lora else None
-        self._model = adapters.with_lora(model, silent, scores=False, seed=seed)
-        self._learner = Learner(TokenLogprobs(self._model), precision, optimiser, "policy")
+        zero: ZeroSettings = STAGE_3,
+        activation_checkpointing: bool = False,
+    ) -> Self:
+        """Load and shard a policy. A collective.
+
+        folder  a plain folder
+        source  the folder that it was made from, which may have virtual tokens
+        """
+        with sharded_loading(precision, zero):
+            model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
+            prepare = partial(tuning.prepared, tuning=method, source=source, scores=False, seed=seed)
+            model = tuning.with_reference(prepare(model))
+        engine = Engine(
+            TokenLogprobs(model),
+            precision,
+            **vars(optimiser),
+            zero=zero,
+            activation_checkpointing=activation_checkpointing,
+        )
         at_once = AT_ONCE * micro_batch_size
         generator = Generator(
-            folder, precision, temperature, at_once, fp32_head=fp32_head, lora=lora, source=self._model
+            folder,
+            precision,
+            temperature,
+            at_once,
+            fp32_head=fp32_head,
+            tuning=method,
+            prepare=prepare,
+            source=model,
         )
-        super().__init__(self._learner.engine, generator, temperature, micro_batch_size)
-        self._average = None if average_decay is None else MovingAverage(self._model, average_decay)
-        self._state = [self._learner] if self._average is None else [self._learner, self._average]
-        self._reference = (
-            None if lora else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head)
+        reference = (
+            None
+            if isinstance(model, PeftModel)
+            else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head, zero=zero)
+        )
+        return cls(
+            model,
+            Learner(engine, "policy"),
+            generator,
+            reference,
+            None if average_decay is None else MovingAverage(model, average_decay),
+            temperature,
+            micro_batch_size,
+            folder=folder,
+            method=method,
+            learns_entropy=learns_entropy,
+            ptx_coef=ptx_coef,
         )
 
     def reference_logprobs(self, sequences: Sequences) -> Tensor:
         """Return the log-probabilities under the policy that PPO began with, ``[sample, time]``, nats. A collective."""
         if self._reference is not None:
             return self._reference.logprobs(sequences)
-        with self._model.disable_adapter():
+        with tuning.as_at_start(self._model):
             return self.logprobs(sequences)
 
     def update(
@@ -216,10 +287,9 @@ class TrainedPolicy(Policy):
 
     def export(self, target: Path) -> None:
         """Write the policy's folder: the moving average where there is one. A collective."""
+        weights = whole_weights(self._model, trained_only=isinstance(self._model, PeftModel))
         if self._average is not None:
-            weights = self._average.weights()
-        else:
-            weights = whole_weights(self._model, trained_only=self._lora is not None)
+            weights |= self._average.weights()
         if group.is_main():
-            adapters.save(self._model, weights, self._folder, target, self._lora, scores=False)
+            tuning.save(self._model, weights, self._folder, target, self._method, scores=False)
         group.barrier()

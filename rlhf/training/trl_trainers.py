@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 from trl.trainer.reward_config import RewardConfig
@@ -28,22 +29,33 @@ from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings, SftSettings, SupervisedSettings
 from rlhf.errors import DivergedError
-from rlhf.models import adapters, reward_losses
+from rlhf.models import folders, reward_losses, tuning
+from rlhf.models.heads import unwrapped
 from rlhf.models.packing import keeps_texts_apart
 from rlhf.models.reward import raw_scores
 from rlhf.models.reward_losses import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.templates import Tokenizer
+from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import seed_of
 from rlhf.training import checkpoint_writer
 from rlhf.training.loop import Journal, ends_here, learning_order, stopped
 from rlhf.zero import group
-from rlhf.zero.engine import checkpoint_bytes, mark_leaves, whole_weights, zero3_config
+from rlhf.zero.engine import (
+    GradualAdamW,
+    checkpoint_activations,
+    checkpoint_bytes,
+    deepspeed_config,
+    mark_leaves,
+    parameter_groups,
+    unfreeze,
+    whole_weights,
+)
 
 TOKENS = "tokens.json"
 
 
 def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
-    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO-3, checkpoints.
+    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO, checkpoints.
 
     The batch is a multiple of the ranks, which the stages' preflight checks.
     """
@@ -68,7 +80,7 @@ def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
         "seed": seed_of("trainer", settings.seed),
         "bf16": settings.precision == "bf16",
         "use_cpu": group.device().type == "cpu",
-        "deepspeed": zero3_config(settings.precision, gradient_clipping="auto", **automatic),
+        "deepspeed": deepspeed_config(settings.precision, settings.zero, gradient_clipping="auto", **automatic),
         "accelerator_config": {"use_configured_state": True},
         # Reports says when to save: any other strategy also saves the last step, which the result makes superfluous.
         "save_strategy": "no",
@@ -76,6 +88,7 @@ def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
+        # checkpoint_activations is ours.
         "gradient_checkpointing": False,
     }
 
@@ -105,6 +118,14 @@ class Reports(TrainerCallback):
                 self._context.stage,
                 f"lower {self._context.stage}.optimizer.learning_rate",
             )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any) -> None:  # noqa: ARG002 - positional
+        """Unfreeze what begins to train at this step."""
+        # Within accelerate's wrapper and DeepSpeed's.
+        inner = optimizer.optimizer.optimizer
+        assert isinstance(inner, GradualAdamW)
+        inner.steps = state.global_step
+        unfreeze(model, state.global_step)
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Show that a micro batch is done."""
@@ -148,15 +169,16 @@ class _Ordered:
         length: Callable[[Any], int],
         *,
         shown: tuple[str, ...],
-        scores: bool,
         **trainer: Any,
     ) -> None:
         self._context, settings = context, context.settings
-        mark_leaves(model)
+        if settings.activation_checkpointing:
+            checkpoint_activations(model)
+        if settings.zero.stage == 3:
+            mark_leaves(model)
         above: Any = super()
         above.__init__(
             model=model,
-            peft_config=adapters.lora_config(settings.lora, scores=scores) if settings.lora else None,
             callbacks=[Reports(context, shown)],
             **trainer,
         )
@@ -164,9 +186,31 @@ class _Ordered:
         order = learning_order(lengths, settings.batch_size, settings.epochs, settings.seed)
         self.train_dataset = self.train_dataset.select(order)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:  # noqa: ARG002 - transformers' signature
+        """Make AdamW over the weights that train, each by its schedule; only matrices decay."""
+        settings, above = self._context.settings.optimizer, cast(Any, super())
+        decays = set(above.get_decay_parameter_names(self.model))
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        groups: list[dict[str, Any]] = []
+        for whole in parameter_groups(self.model):
+            rate = settings.learning_rate * whole["schedule"].share
+            for decay in (True, False):
+                parameters = [part for part in whole["params"] if (names[id(part)] in decays) == decay]
+                if parameters:
+                    weight_decay = settings.weight_decay if decay else 0.0
+                    groups.append(whole | {"params": parameters, "lr": rate, "weight_decay": weight_decay})
+        self.optimizer = GradualAdamW(groups, lr=settings.learning_rate, fused=True)
+        return self.optimizer
+
     def go_on_counting(self, checkpoint: Path) -> None:
         """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
         self._total_train_tokens = json.loads((checkpoint / TOKENS).read_text())["tokens"]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write no weights beside those in DeepSpeed's part of a checkpoint, from which a run continues.
+
+        PEFT would also compute virtual tokens on rank 0 alone, with an encoder that is sharded over all ranks.
+        """
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         above: Any = super()
@@ -239,18 +283,21 @@ def sft_trainer(
     settings = context.settings
     arguments = SFTConfig(**common_arguments(context), max_length=settings.max_length, completion_only_loss=True)
     model = load()
-    arguments.packing = settings.packing and keeps_texts_apart(model.config)
+    base = unwrapped(model)
+    virtual = has_virtual_tokens(getattr(base, base.base_model_prefix))
+    arguments.packing = settings.packing and keeps_texts_apart(model.config) and not virtual
+    if virtual:
+        # The routers of a mixture of experts are frozen, and their loss knows of no tokens but the text's.
+        arguments.router_aux_loss_coef = 0.0
     if settings.packing and not arguments.packing and group.is_main():
-        context.note(
-            f"{model.config.model_type} models do not keep packed texts apart: each demonstration is padded instead, "
-            "and batch_size counts demonstrations"
-        )
+        apart = f"{model.config.model_type} models do not keep packed texts apart"
+        why = "virtual tokens stand before each text" if virtual else apart
+        context.note(f"{why}: each demonstration is padded instead, and batch_size counts demonstrations")
     return _SftTrainer(
         context,
         model,
         lambda row: len(row["input_ids"]),
         shown=("loss", "mean_token_accuracy"),
-        scores=False,
         args=arguments,
         train_dataset=demonstrations,
         eval_dataset=heldout,
@@ -273,7 +320,6 @@ def reward_trainer(
         load(),
         lambda row: max(map(len, row["ids"])),
         shown=("loss", "accuracy"),
-        scores=True,
         args=arguments,
         train_dataset=lists,
         data_collator=partial(collate, padding=tokenizer.pad_token_id),
@@ -296,10 +342,12 @@ def export(
 
     source  the plain folder that the model was loaded from
     """
-    lora = context.settings.lora
-    weights = whole_weights(trainer.model, trained_only=lora is not None)
+    method = context.settings.tuning
+    weights = whole_weights(trainer.model, trained_only=isinstance(trainer.model, PeftModel))
+    # TRL sets this for the loss of the routers, which it adds to sft's.
+    folders.without_router_logits(trainer.model)
     if group.is_main():
-        adapters.save(trainer.model, weights, source, context.output, lora, scores=scores, config=config)
+        tuning.save(trainer.model, weights, source, context.output, method, scores=scores, config=config)
     group.barrier()
 
 

@@ -1,1 +1,1 @@
-"""DeepSpeed ZeRO-3: engines, sharded loading, gathering, in-stage checkpoints; nothing else imports DeepSpeed."""
+"""DeepSpeed ZeRO: engines, sharded loading, gathering, in-stage checkpoints; nothing else imports DeepSpeed."""

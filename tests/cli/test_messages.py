@@ -340,6 +340,15 @@ def test_fields_of_a_section_that_is_not_there_are_refused(ask: Ask):
     assert {line.partition(".")[0] for line in ask("config", "--fields", "store").out.splitlines()[::2]} == {"store"}
 
 
+def test_settings_of_one_name_say_whose_they_are(ask: Ask):
+    """Every method of tuning has a line of its own under the choice, and its settings name it."""
+    lines = ask("config", "--fields", "sft").out.splitlines()
+    assert "    full: Every weight trains." in lines
+    for method, text in (("lora", "Rank r of the update; 8 to 64 are usual."), ("qlora", "Rank r of the update.")):
+        row = lines.index(f"sft.tuning.rank with method {method}: a whole number of at least 1; default 16; semantic")
+        assert lines[row + 1] == f"    {text}"
+
+
 def test_settings_that_are_printed_load_to_the_same_keys(ask: Ask, path: Path, tmp_path: Path):
     """`rlhf config > file` keeps everything that defines a result."""
     answer = ask("config", "count.step=2", "words.style.upper=true")
@@ -350,3 +359,18 @@ def test_settings_that_are_printed_load_to_the_same_keys(ask: Ask, path: Path, t
     assert "count.step: a whole number of at least 1; default 1; semantic" in fields
     assert "What a word counts." in fields
     assert "words.left" not in fields
+
+
+def test_settings_under_a_former_name_are_noted_on_standard_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A line for each stage, once; the document on standard output is whole."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.yaml").write_text("model: {base: scratch}\ndata: {}\nsft: {lora: {rank: 4}}\n", encoding="utf-8")
+    assert main(["plan", "--json", "--config", "p.yaml"]) == 0
+    said = capsys.readouterr()
+    assert [stage["stage"] for stage in json.loads(said.out)["stages"]] == ["data", "model", "sft"]
+    assert said.err.splitlines() == [
+        "sft.lora is now called sft.tuning, and the next release refuses the old name; "
+        "write tuning: {method: lora, rank: 4} (p.yaml:3)"
+    ]

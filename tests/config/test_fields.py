@@ -1,10 +1,22 @@
 import importlib
 import pkgutil
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
+from pydantic import Field
 
 import rlhf.config
-from rlhf.config.base import Settings, describe, role_of, section_type, semantic, semantic_values, texts_under_fields
+from rlhf.config.base import (
+    Settings,
+    describe,
+    in_words,
+    role_of,
+    schema_at,
+    section_types,
+    semantic,
+    semantic_values,
+    texts_under_fields,
+)
 from rlhf.config.collect import CompareSettings
 from rlhf.errors import SettingsError
 from tests.config.example import KlExample, TrainExample
@@ -37,9 +49,32 @@ def test_every_setting_is_marked_and_documented(model: type[Settings]) -> None:
 def test_no_semantic_setting_hides_in_a_runtime_section(model: type[Settings]) -> None:
     """A runtime section is left out of the key whole, and with it whatever it holds."""
     for name, info in model.model_fields.items():
-        section = section_type(info.annotation)
-        if section is not None and role_of(model, name) == "runtime":
-            assert {help_.role for help_ in describe(section)} == {"runtime"}, f"{model.__name__}.{name}"
+        if role_of(model, name) == "runtime":
+            for section in section_types(info.annotation):
+                assert {help_.role for help_ in describe(section)} == {"runtime"}, f"{model.__name__}.{name}"
+
+
+@pytest.mark.parametrize("model", all_settings())
+def test_a_setting_chooses_among_the_forms_of_a_section(model: type[Settings]) -> None:
+    """Each form has one value of it and a text, and each setting of a form is shown as that form's."""
+    for name, info in model.model_fields.items():
+        sections = section_types(info.annotation)
+        if len(sections) > 1:
+            by = info.discriminator
+            assert isinstance(by, str), f"{model.__name__}.{name} does not say what chooses its form"
+            annotations = [section.model_fields[by].annotation for section in sections]
+            assert {get_origin(annotation) for annotation in annotations} == {Literal}
+            chosen = [value for annotation in annotations for value in get_args(annotation)]
+            assert len(set(chosen)) == len(chosen) == len(sections)
+            rows = describe(model)
+            (choice,) = (row for row in rows if row.path == f"{name}.{by}")
+            assert [line.partition(": ")[0] for line in choice.help.splitlines()] == chosen
+            shown = {(row.path, row.form) for row in rows if row.path.startswith(f"{name}.") and row is not choice}
+            assert shown == {
+                (f"{name}.{setting}", f"{by} {value}")
+                for value, section in zip(chosen, sections, strict=True)
+                for setting in section.model_fields.keys() - {by}
+            }
 
 
 @pytest.mark.parametrize("model", all_settings())
@@ -85,6 +120,33 @@ def test_a_section_s_default_is_what_its_owner_gives_it() -> None:
         kl: KlExample = semantic(KlExample(coef=0.5))
 
     assert {help_.path: help_.default for help_ in describe(Owner)}["kl.coef"] == "0.5"
+
+
+def test_what_a_setting_takes_is_what_it_takes_in_the_form_that_was_written() -> None:
+    """Forms may have settings of one name and different types; without a form it may be any of them."""
+
+    class Counted(Settings):
+        form: Literal["counted"] = semantic()
+        level: int = semantic(1, ge=1)
+
+    class Named(Settings):
+        form: Literal["named"] = semantic()
+        level: str = semantic("low")
+
+    class Owner(Settings):
+        part: Annotated[Counted | Named, Field(discriminator="form")] = semantic(Named(form="named"))
+
+    def takes(*path: str, written: dict[str, str]) -> str:
+        schema = schema_at(Owner, ("part", *path), {"part": written})
+        assert schema is not None
+        return in_words(*schema)
+
+    assert takes("level", written={"form": "counted"}) == "a whole number of at least 1"
+    assert takes("level", written={"form": "named"}) == "text"
+    assert takes("level", written={}) == "a whole number of at least 1, or text"
+    assert takes("form", written={}) == "one of counted, named"
+    assert takes(written={}) == "a section whose form is one of counted, named"
+    assert {field.path: field.default for field in describe(Owner)}["part"] == '{"form": "named", "level": "low"}'
 
 
 def test_a_setting_without_a_mark_never_gets_into_a_key() -> None:

@@ -8,7 +8,9 @@ from rlhf.config.base import semantic_values
 from rlhf.config.pipeline import load_pipeline
 from rlhf.config.ppo import PpoSettings
 from rlhf.errors import SettingsError
+from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import stages
+from rlhf.store import Store
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -36,12 +38,37 @@ def ppo(*overrides: str) -> PpoSettings:
         ("ppo.algorithm=a3c", "one of ppo, a2c"),
         ("ppo.score_clip=0", "ppo.score_clip is 0 and must be a number above 0"),
         ("ppo.entropy_bonu=0.1", "entropy_bonus"),
+        ("ppo.share_base=true", "share_base needs tuning {method: lora} with init zero, and it is full"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(override: str, words: str) -> None:
     """Before anything runs, by the setting's name."""
     with pytest.raises(SettingsError) as error:
         ppo(override)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "ppo.share_base needs LoRA adapters on one base, and reward will be whole weights"),
+        (["rm.tuning={method: lora, merge: true}"], "reward will be whole weights"),
+        (["rm.tuning={method: lora}", "sft.tuning={method: prefix}"], "policy will be an adapter of method prefix"),
+        (["rm.tuning={method: lora}"], None),
+    ],
+)
+def test_stages_whose_results_cannot_share_a_base_are_refused_before_they_run(
+    tmp_path: Path, overrides: list[str], words: str | None
+) -> None:
+    """When the run is planned, before anything is trained for it."""
+    known, shared = stages(), ["ppo.share_base=true", "ppo.tuning={method: lora}"]
+    config = load_pipeline(TINY, [*shared, *overrides], {name: stage.settings for name, stage in known.items()})
+    store = Store.open(tmp_path)
+    if words is None:
+        plan(config, known, store)
+        return
+    with pytest.raises(SettingsError) as error:
+        plan(config, known, store)
     assert words in str(error.value)
 
 

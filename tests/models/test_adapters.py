@@ -11,9 +11,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.config.stages import LoraSettings
+from rlhf.config.tuning import FULL, LoraTuning, Tuning
 from rlhf.errors import PreflightError
-from rlhf.models import adapters, folders, text
+from rlhf.models import folders, text, tuning
 from rlhf.models.heads import SequenceScores
 from rlhf.models.layout import config_of, is_adapter
 
@@ -22,15 +22,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 IDS = torch.tensor([[5, 17, 40, 41, 99, 60, 61, 4]])
 NORMALISER = {"score_mean": 0.25, "score_std": 1.5, "sees": "response", "score_max_length": 64}
-FORMS = {"full": None, "adapter": LoraSettings(rank=4), "merged": LoraSettings(rank=4, merge=True)}
+FORMS = {"full": FULL, "adapter": LoraTuning(rank=4), "merged": LoraTuning(rank=4, merge=True)}
 
 
-def trained(tiny: Path, lora: LoraSettings | None, *, scores: bool) -> tuple[Any, dict[str, Tensor]]:
+def trained(tiny: Path, method: Tuning, *, scores: bool) -> tuple[Any, dict[str, Tensor]]:
     """A model whose trainable weights have moved, and those weights by name."""
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     torch.manual_seed(0)
     model = auto.from_pretrained(tiny, **({"num_labels": 1} if scores else {}))
-    model = adapters.with_lora(model, lora, scores=scores, seed=0).eval()
+    model = tuning.prepared(model, method, tiny, scores=scores, seed=0).eval()
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     with torch.no_grad():
         for weight in weights.values():
@@ -47,11 +47,11 @@ def test_a_saved_model_loads_anywhere_without_our_code(tmp_path: Path, tiny: Pat
     What its users' programs sample by, `generation_config.json`, is the base's; a policy's also names the token that
     the chat template closes turns with.
     """
-    lora, base = FORMS[form], tmp_path / "base"
+    method, base = FORMS[form], tmp_path / "base"
     shutil.copytree(tiny, base)
     (base / "generation_config.json").write_text('{"do_sample": true, "top_k": 20, "eos_token_id": 1}')
-    model, weights = trained(base, lora, scores=scores)
-    adapters.save(model, weights, base, tmp_path / "saved", lora, scores=scores, config=NORMALISER if scores else None)
+    model, weights = trained(base, method, scores=scores)
+    tuning.save(model, weights, base, tmp_path / "saved", method, scores=scores, config=NORMALISER if scores else None)
     shutil.rmtree(base)
     folder = tmp_path / "moved"
     shutil.move(tmp_path / "saved", folder)
@@ -85,7 +85,7 @@ def test_an_adapter_s_folder_is_small_beside_its_base_and_leaves_the_base_alone(
     """Only what was trained is stored beside the base, whose files are the same, byte by byte."""
     before = {path.name: path.read_bytes() for path in tiny.iterdir()}
     model, weights = trained(tiny, FORMS["adapter"], scores=False)
-    adapters.save(model, weights, tiny, tmp_path / "saved", FORMS["adapter"], scores=False)
+    tuning.save(model, weights, tiny, tmp_path / "saved", FORMS["adapter"], scores=False)
     assert {path.name: path.read_bytes() for path in (tmp_path / "saved" / "base").iterdir()} == before
     assert {path.name: path.read_bytes() for path in tiny.iterdir()} == before
     assert sum(weight.numel() for weight in weights.values()) * 4 < len(before["model.safetensors"])
@@ -95,7 +95,7 @@ def test_an_adapter_s_folder_is_small_beside_its_base_and_leaves_the_base_alone(
 def test_an_adapter_written_as_a_plain_folder_is_the_same_reward_model(tmp_path: Path, tiny: Path) -> None:
     """PPO reads it so: outputs, normaliser and tokenizer carry over."""
     model, weights = trained(tiny, FORMS["adapter"], scores=True)
-    adapters.save(model, weights, tiny, tmp_path / "saved", FORMS["adapter"], scores=True, config=NORMALISER)
+    tuning.save(model, weights, tiny, tmp_path / "saved", FORMS["adapter"], scores=True, config=NORMALISER)
     plain = folders.write_plain(tmp_path / "saved", tmp_path / "plain", scores=True, dtype=torch.float32)
     assert not is_adapter(plain)
     assert NORMALISER.items() <= config_of(plain).items()
@@ -109,7 +109,7 @@ def test_an_adapter_written_as_a_plain_folder_is_the_same_reward_model(tmp_path:
     ("entries", "words"),
     [
         ({"init_lora_weights": "pissa_niter_4"}, "LoRA begun by pissa_niter_4"),
-        ({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}, "PROMPT_TUNING"),
+        ({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}, "do not fit"),
         ({"r": 2}, "do not fit"),
         ({"target_modules": ["q_proj"]}, "do not fit its configuration and base; the first is base_model.model"),
     ],
@@ -119,7 +119,7 @@ def test_an_adapter_that_cannot_stand_beside_its_base_is_refused(
 ) -> None:
     """By name, and never read in part."""
     model, weights = trained(tiny, FORMS["adapter"], scores=False)
-    adapters.save(model, weights, tiny, tmp_path / "saved", FORMS["adapter"], scores=False)
+    tuning.save(model, weights, tiny, tmp_path / "saved", FORMS["adapter"], scores=False)
     file = tmp_path / "saved" / "adapter_config.json"
     file.write_text(json.dumps(entries if "peft_type" in entries else json.loads(file.read_text()) | entries))
     with pytest.raises(PreflightError, match=words):
@@ -130,7 +130,7 @@ def test_fresh_adapters_change_nothing_and_follow_the_seed(tiny: Path) -> None:
     """LoRA's B begins at 0, so that training starts from the base model."""
     base: Any = AutoModelForCausalLM.from_pretrained(tiny).eval()
     models = [
-        adapters.with_lora(AutoModelForCausalLM.from_pretrained(tiny), LoraSettings(rank=4), scores=False, seed=seed)
+        tuning.prepared(AutoModelForCausalLM.from_pretrained(tiny), LoraTuning(rank=4), tiny, scores=False, seed=seed)
         for seed in (0, 0, 1)
     ]
     with torch.no_grad():
@@ -179,12 +179,12 @@ def test_a_reward_model_s_card_scores_as_we_do_in_a_fresh_process(tmp_path: Path
         file = base / f"{name}.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | entries))
     expected: dict[str, Tensor] = {}
-    for form, lora in FORMS.items():
+    for form, method in FORMS.items():
         for sees in ("response", "conversation"):
             normaliser = NORMALISER | {"sees": sees, "score_max_length": 24}
-            model, weights = trained(base, lora, scores=True)
+            model, weights = trained(base, method, scores=True)
             folder = tmp_path / f"{form}-{sees}"
-            adapters.save(model, weights, base, folder, lora, scores=True, config=normaliser)
+            tuning.save(model, weights, base, folder, method, scores=True, config=normaliser)
             tokenizer = text.load_tokenizer(base)
             rows = [
                 text.scored_ids(tokenizer, prompt if sees == "conversation" else None, response, 24)

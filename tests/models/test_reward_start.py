@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.config.stages import Precision
+from rlhf.config.tuning import FULL
 from rlhf.errors import StageError
 from rlhf.models.evaluation import check_padding
 from rlhf.models.reward import from_scratch, is_reward_model, load_scorer
@@ -36,9 +37,9 @@ def test_a_reward_model_keeps_its_head_and_a_language_model_gets_one(tiny: Path,
     """Preference-model pre-training would be lost with the head."""
     assert is_reward_model(scorer)
     assert not is_reward_model(tiny)
-    kept = load_scorer(scorer, "fp32", load_tokenizer(scorer), head_seed=0).score.weight
+    kept = load_scorer(scorer, "fp32", FULL, load_tokenizer(scorer), head_seed=0).score.weight
     assert (kept == 0.5).all()
-    fresh = load_scorer(tiny, "fp32", load_tokenizer(tiny), head_seed=0).score.weight
+    fresh = load_scorer(tiny, "fp32", FULL, load_tokenizer(tiny), head_seed=0).score.weight
     assert fresh.std() > 0
 
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import LoraSettings, Precision
-from rlhf.models import adapters, folders, text
+from rlhf.config.stages import Precision
+from rlhf.config.tuning import FULL, LoraTuning, Tuning
+from rlhf.models import folders, text, tuning
 from rlhf.models.reward import FrozenReward
 from rlhf.rl.losses import ValueSums, clipped_policy_loss, clipped_value_loss
 from rlhf.rollout.prompts import PromptBatch
@@ -43,11 +44,13 @@ def policy_of(
     tiny: Path,
     temperature: float = 1.0,
     precision: Precision = "fp32",
-    lora: LoraSettings | None = None,
+    method: Tuning = FULL,
     **more: Any,
 ) -> TrainedPolicy:
     optimiser = Optimiser("policy", learning_rate=0.01, max_grad_norm=1.0)
-    return TrainedPolicy(tiny, precision, temperature, 2, lora=lora, seed=0, optimiser=optimiser, **more)
+    return TrainedPolicy.load_folder(
+        tiny, precision, temperature, 2, method=method, source=tiny, seed=0, optimiser=optimiser, **more
+    )
 
 
 def sequences() -> Sequences:
@@ -140,21 +143,22 @@ def test_the_value_model_starts_from_the_weights_asked_for(tiny: Path, tmp_path:
     assert not torch.equal(found["score.weight"], load_file(reward / "model.safetensors")["score.weight"])
 
 
-LORA = LoraSettings(rank=4, alpha=8.0)
+LORA = LoraTuning(rank=4, alpha=8.0)
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, alpha=8.0, dropout=0.5)], ids=["full", "adapter"])
+@pytest.mark.parametrize("method", [FULL, LoraTuning(rank=4, alpha=8.0, dropout=0.5)], ids=["full", "adapter"])
 def test_the_value_model_moves_from_its_old_values_towards_the_returns(
-    tiny: Path, tmp_path: Path, lora: LoraSettings | None
+    tiny: Path, tmp_path: Path, method: Tuning
 ) -> None:
     """Before each token of a response a value, by transformers alone; never one that dropout changed."""
 
     def value_of(seed: int) -> TrainedValue:
-        return TrainedValue(
+        return TrainedValue.load_folder(
             tiny,
             "fp32",
             2,
-            lora=lora,
+            method=method,
+            source=tiny,
             seed=seed,
             optimiser=Optimiser("value model", learning_rate=0.01, max_grad_norm=1.0),
         )
@@ -224,7 +228,7 @@ def divergence(policy: FrozenPolicy | TrainedPolicy, other: FrozenPolicy | Train
 @pytest.mark.parametrize("form", ["full", "adapter"])
 def test_in_bf16_what_samples_and_what_is_evaluated_is_what_is_trained(tiny: Path, tmp_path: Path, form: str) -> None:
     """Updates too small for the weights of a base in bf16 reach the sampler, and whoever reads the exported adapter."""
-    policy = policy_of(tiny, precision="bf16", lora=LORA if form == "adapter" else None)
+    policy = policy_of(tiny, precision="bf16", method=LORA if form == "adapter" else FULL)
     start = policy_of(tiny, precision="bf16")
     for _ in range(4):
         policy.update(minibatch_of(experience(policy, 1.0), [0, 1, 2], 2), LOSS, 4e-4)
@@ -270,13 +274,13 @@ def reward_adapter(tiny: Path, folder: Path) -> Path:
     """A reward model in bf16: an adapter whose part in each weight is below a step of bf16."""
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, dtype=torch.bfloat16)
-    model = adapters.with_lora(base, LORA, scores=True, seed=0)
+    model = tuning.prepared(base, LORA, tiny, scores=True, seed=0)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     with torch.no_grad():
         for name, weight in trained.items():
             weight += (0.002 if "lora" in name else 1.0) * torch.randn(weight.shape)
     weights = {name: weight.detach().clone() for name, weight in trained.items()}
-    adapters.save(model, weights, tiny, folder, LORA, scores=True, config=NORMALISER)
+    tuning.save(model, weights, tiny, folder, LORA, scores=True, config=NORMALISER)
     return folder
 
 

@@ -67,6 +67,30 @@ def test_what_are_two_values_in_a_key_is_a_difference(old: dict[str, Any], new: 
     assert settings_differences(old, new) == [phrase]
 
 
+def test_a_section_of_another_method_is_one_difference():
+    """Both sides whole, the method first: most settings of one method have no counterpart in the other."""
+    lora = {"alpha": 32.0, "dropout": 0.0, "init": "zero", "merge": False, "method": "lora", "rank": 16}
+    sides = {"tuning": lora, "seed": 0}, {"tuning": {"blocks": 2, "method": "top"}, "seed": 1}
+    assert settings_differences(*sides) == [
+        "seed 0 → 1",
+        "tuning {method: lora, alpha: 32.0, dropout: 0.0, init: zero, merge:…} → {method: top, blocks: 2}",
+    ]
+    (_, whole) = changed_settings(("s", 1, sides[0]), ("s", 1, sides[1]))
+    assert whole.to_json() | {"what": ""} == {
+        "what": "",
+        "kind": "setting",
+        "name": "tuning",
+        "old": lora,
+        "new": {"method": "top", "blocks": 2},
+    }
+    assert settings_differences({"tuning": lora}, {"tuning": lora | {"rank": 8}}) == ["tuning.rank 16 → 8"]
+    before = {"method": "full", "lora": None}
+    assert settings_differences(before, {"method": "full", "tuning": {"method": "full"}}) == [
+        "lora null → absent",
+        "tuning absent → {method: full}",
+    ]
+
+
 def test_a_changed_input_leads_to_the_setting_behind_it(path: Path):
     """Through stages that are made already and through stages that are not, with the changed stage's name."""
     override = "words.left=one two three"

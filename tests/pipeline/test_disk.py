@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import MARKER, AttemptFolder
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import EvaluateSettings, LoraSettings, SftSettings
+from rlhf.config.stages import EvaluateSettings, SftSettings
+from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.errors import DiskFullError
-from rlhf.models.adapters import with_lora
 from rlhf.models.layout import count_parameters
+from rlhf.models.tuning import prepared
 from rlhf.pipeline import disk
 from rlhf.store import Store
 from tests.models.tiny import make_tiny_llama
@@ -31,12 +32,12 @@ def context(settings: Any, folder: Path, attempts: tuple[Path, ...] = (), **inpu
     return Context("stage", "key", settings, inputs, folder, folder, folder, attempts)
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)])
+@pytest.mark.parametrize("method", [FULL, LoraTuning(rank=4)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_checkpoint_and_a_result_take_what_was_said(base: Path, tmp_path: Path, lora: Any, precision: Any) -> None:
+def test_a_checkpoint_and_a_result_take_what_was_said(base: Path, tmp_path: Path, method: Any, precision: Any) -> None:
     """A checkpoint: trained weights, the same in fp32, and AdamW's real moments after a step; a result: the weights."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model = with_lora(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), lora, scores=False, seed=0)
+    model = prepared(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), method, base, scores=False, seed=0)
     trained: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
     masters = [weight.detach().float().clone().requires_grad_() for weight in trained]
     optimiser = torch.optim.AdamW(masters)
@@ -45,7 +46,7 @@ def test_a_checkpoint_and_a_result_take_what_was_said(base: Path, tmp_path: Path
     moments = [state[name] for state in optimiser.state.values() for name in ("exp_avg", "exp_avg_sq")]
     checkpoint = sum(tensor.nbytes for tensor in [*trained, *masters, *moments])
 
-    settings = SftSettings(lora=lora, precision=precision, checkpoint_every=1)
+    settings = SftSettings(tuning=method, precision=precision, checkpoint_every=1)
     found = disk.written(context(settings, tmp_path, base=base), [base], steps=2)
     assert found[disk.MEANWHILE] == checkpoint
     assert found[disk.RESULT] == sum(weight.nbytes for weight in trained)

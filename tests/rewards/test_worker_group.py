@@ -34,7 +34,7 @@ def score_after_a_checkpoint(context: Context[PpoSettings]) -> dict[str, float]:
         checkpoint.mkdir(parents=True)
     group.barrier()
     (checkpoint / f"shard-{group.rank()}").write_text("kept")
-    checkpoint_writer.mark_complete(checkpoint, "fp32")
+    checkpoint_writer.mark_complete(checkpoint, context)
     bad.score(["a", "b"], ["x", "yy"])
     raise AssertionError("a reward of NaN was taken")
 

@@ -11,6 +11,7 @@ from rlhf.config.collect import CollectSettings, CompareSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import EndpointSettings, RewardSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, ScratchSettings, SftSettings
+from rlhf.config.tuning import LoraTuning
 from rlhf.errors import PreflightError, RecordError
 from rlhf.models.base_models import make_from_scratch
 from rlhf.models.layout import count_parameters
@@ -18,7 +19,7 @@ from rlhf.models.packing import tokenised
 from rlhf.models.text import load_tokenizer, prompt_ids, response_ids, text_start
 from rlhf.pipeline import disk
 from stages import checks
-from tests.models.tiny import TEXTS, make_tiny_llama
+from tests.models.tiny import TEXTS, make_tiny_adapter, make_tiny_llama, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,25 @@ def context(settings: Any, base: Path, folder: Path, role: str, train: list[Any]
 
 DEMONSTRATION = {"prompt": "a film", "completion": "of two halves"}
 SET: dict[str, Any] = {"prompt": "a film", "responses": ["a joy", "dull"], "strengths": [1.0, -1.0]}
+
+
+def test_an_architecture_that_a_stage_cannot_train_is_refused(base: Path, tmp_path: Path) -> None:
+    """Before anything is read; the second has no classifier in transformers."""
+    for check, settings, role, name, said in (
+        (checks.sft, SftSettings(max_length=32), "demonstrations", "bert", "bert models cannot be trained"),
+        (checks.ppo, None, "prompts", "mamba", "mamba models cannot be trained"),
+        (checks.rm, RmSettings(max_length=32), "comparisons", "olmoe", "no sequence classifier for olmoe models"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(base, folder / "model")
+        tiny_config(name).save_pretrained(folder / "model")
+        given = (
+            ppo(folder / "model", folder)
+            if settings is None
+            else context(settings, folder / "model", folder, role, [], [])
+        )
+        with pytest.raises(PreflightError, match=said):
+            check(given)
 
 
 def test_data_without_a_held_out_part_is_refused(base: Path, tmp_path: Path) -> None:
@@ -249,6 +269,19 @@ def test_what_ppo_will_write_is_of_both_models_that_are_trained(base: Path, rewa
     ):
         found = checks.ppo(ppo(base, tmp_path, given, **every, **values))
         assert found == {disk.RESULT: 4 * policy, disk.MEANWHILE: 2 * expected}
+
+
+def test_adapters_on_one_base_are_checked_and_write_themselves_alone(base: Path, reward: Path, tmp_path: Path) -> None:
+    """No base is folded, and the policy's adapter has its own rank; a whole reward model is refused before ppo."""
+    adapters = {
+        role: make_tiny_adapter(base, tmp_path / role, LoraTuning(rank=rank), scores=role == "reward")
+        for role, rank in (("policy", 2), ("reward", 3))
+    }
+    shared = {"share_base": True, "tuning": {"method": "lora"}, "iterations": 5, "checkpoint_every": 2}
+    found = checks.ppo(ppo(adapters["policy"], tmp_path, adapters["reward"], **shared))
+    assert found[disk.MEANWHILE] == 2 * 16 * sum(count_parameters(folder) for folder in adapters.values())
+    with pytest.raises(PreflightError, match="reward is a whole model, and share_base takes adapters"):
+        checks.ppo(ppo(adapters["policy"], tmp_path, reward, **shared))
 
 
 def test_rollouts_that_ranks_cannot_share_are_refused_with_the_next_number_that_they_can(

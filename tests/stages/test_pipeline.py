@@ -32,9 +32,9 @@ pytestmark = [
 VALUES = "max_length: 128, batch_size: 4, micro_batch_size: 2"
 # A second reward model, an adapter, and a third one that starts from it on its own data with another loss.
 MORE = f"""
-pmp: {{uses: rm, {VALUES}, lora: {{rank: 4}}, loss: soft-share, optimizer: {{learning_rate: 1.0e-2}}}}
+pmp: {{uses: rm, {VALUES}, tuning: {{method: lora, rank: 4}}, loss: soft-share, optimizer: {{learning_rate: 1.0e-2}}}}
 fine: {{uses: rm, {VALUES}, sees: response, inputs: {{base: pmp}}, loss: listwise, responses_per_list: 8,
-        lora: {{rank: 4, merge: true}},
+        tuning: {{method: lora, rank: 4, merge: true}},
         optimizer: {{learning_rate: 1.0e-3}}}}
 """
 
@@ -121,7 +121,7 @@ def test_rewards_of_several_kinds_add_up(pipeline: Pipeline, unbroken: dict[str,
     file.write_text(TINY.read_text() + MORE)
     function.write_text("def reward(prompts, responses):\n    return [float(len(one)) for one in responses]\n")
     parts = f"[{{model: rm, weight: 0.5}}, {{model: pmp, weight: 2}}, {{function: '{function}:reward', std: 40}}]"
-    merged = "lora={rank: 4, merge: true}"
+    merged = "tuning={method: lora, rank: 4, merge: true}"
     settings = (
         f"ppo.rewards={parts}",
         f"evaluate.rewards={parts}",

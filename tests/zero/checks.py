@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import LoraSettings
+from rlhf.config.tuning import FULL, LoraTuning, Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
-from rlhf.models import adapters
+from rlhf.models import tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rollout.prompts import PromptBatch
@@ -46,14 +47,15 @@ from rlhf.training.policy import TrainedPolicy
 from rlhf.zero import group
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
 from rlhf.zero.group import computable
+from tests.zero.memory import memory
 from tests.zero.resuming import STAGES, KilledError, first_iterations, forms, unbroken_and_resumed
 
 # Before DeepSpeed and accelerate are imported by whatever comes below.
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
-LORA = LoraSettings(rank=4)
-FORMS: dict[str, LoraSettings | None] = {"full": None, "lora": LORA}
+LORA = LoraTuning(rank=4)
+FORMS: dict[str, Tuning] = {"full": FULL, "lora": LORA}
 COUNTS = (1, 2, 3, 5, 8)
 BATCH, PROMPT, TIME = 4, 3, 5
 PROMPTS = PromptBatch(prompts=["a", "b", "c"], ids=[[5, 6, 7], [8], [9, 10]], samples=[0, 1, 2])
@@ -74,18 +76,18 @@ def share(_: Path) -> list[int]:
     return group.share_of(list(range(8)))
 
 
-def sharded(tiny: Path, lora: LoraSettings | None) -> Any:
+def sharded(tiny: Path, method: Tuning) -> Any:
     """The tiny model, sharded as it is read."""
     with sharded_loading("fp32"):
         model = AutoModelForCausalLM.from_pretrained(tiny)
-    return adapters.with_lora(model, lora, scores=False, seed=0)
+        return tuning.prepared(model, method, tiny, scores=False, seed=0)
 
 
 class Learner:
     """An engine that learns a fixed batch by heart, each rank its share of it, one sequence a micro batch."""
 
-    def __init__(self, tiny: Path, lora: LoraSettings | None) -> None:
-        self.model = sharded(tiny, lora)
+    def __init__(self, tiny: Path, method: Tuning) -> None:
+        self.model = sharded(tiny, method)
         self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2)
         self._ids = torch.randint(5, 300, (BATCH, PROMPT + TIME), generator=torch.Generator().manual_seed(0))
 
@@ -105,7 +107,7 @@ class Learner:
 
 def whole(tiny: Path) -> dict[str, Tensor]:
     """All weights of a model that nothing has changed."""
-    model = sharded(tiny, None)
+    model = sharded(tiny, FULL)
     Engine(TokenLogprobs(model), "fp32")
     return whole_weights(model, trained_only=False)
 
@@ -113,8 +115,8 @@ def whole(tiny: Path) -> dict[str, Tensor]:
 def steps(tiny: Path) -> dict[str, Any]:
     """Three optimiser steps: weights and gradient norms."""
     found: dict[str, Any] = {}
-    for form, lora in FORMS.items():
-        learner = Learner(tiny, lora)
+    for form, method in FORMS.items():
+        learner = Learner(tiny, method)
         norms = [learner.step() for _ in range(3)]
         found[form] = {"norms": norms, "weights": learner.weights()}
     return found
@@ -123,13 +125,13 @@ def steps(tiny: Path) -> dict[str, Any]:
 def resume(tiny: Path, folder: Path) -> dict[str, Any]:
     """Weights after four steps: in one go, and by a second engine from a save after two."""
     found: dict[str, Any] = {}
-    for form, lora in FORMS.items():
-        first = Learner(tiny, lora)
+    for form, method in FORMS.items():
+        first = Learner(tiny, method)
         for _ in range(2):
             first.step()
         first.engine.save(folder / form, "policy")
         halfway = first.weights()
-        second = Learner(tiny, lora)
+        second = Learner(tiny, method)
         second.engine.load(folder / form, "policy")
         loaded = second.weights()
         for learner in (first, second):
@@ -146,7 +148,7 @@ def resume(tiny: Path, folder: Path) -> dict[str, Any]:
 
 def not_a_number(tiny: Path) -> dict[str, Any]:
     """The error of a step in which the last rank alone has a loss that is no number; and the weights after it."""
-    learner = Learner(tiny, None)
+    learner = Learner(tiny, FULL)
     before = learner.weights()
     ids = torch.full((1, PROMPT + TIME), 9)
     loss = learner.engine(ids, torch.ones_like(ids), TIME, 1.0, False)[0].sum()
@@ -221,7 +223,7 @@ def full_disk(tiny: Path, folder: Path) -> dict[str, Any]:
     if (mounted := subprocess.run(mount, capture_output=True, text=True)).returncode:
         return {"why_not": mounted.stderr.strip()}
     try:
-        return _filled(Learner(tiny, None).engine, context_of(small))
+        return _filled(Learner(tiny, FULL).engine, context_of(small))
     finally:
         subprocess.run(["umount", "--lazy", str(small)], check=True)
 
@@ -273,13 +275,15 @@ def _filled(engine: Engine, context: Context[Any]) -> dict[str, Any]:
 
 
 def other_groups(folder: Path) -> dict[str, str]:
-    """Which checkpoint a stage goes on from; and the errors when the newest is of one rank more, and in bf16."""
+    """Which checkpoint a stage goes on from; and the errors when the newest was written otherwise."""
     context = context_of(folder)
     newest = checkpoint_writer.checkpoint_to_resume(context)
     assert newest is not None
     found = {"newest": newest.name}
     written = json.loads((newest / checkpoint_writer.MARKER).read_text())
-    for name, other in {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}.items():
+    others = {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}
+    others["stage"] = {"zero": ZeroSettings(stage=2).layout}
+    for name, other in others.items():
         group.barrier()
         if group.is_main():
             (newest / checkpoint_writer.MARKER).write_text(json.dumps(written | other))
@@ -317,16 +321,17 @@ def replica(tiny: Path, folder: Path) -> dict[str, Any]:
     noise = uniforms(0, range(6), 12)
     prompts = [[5 + row, 40, 41 + row] for row in range(6)]
 
-    for form, lora in FORMS.items():
-        learner = Learner(tiny, lora)
-        copied = Generator(tiny, "fp32", 1.0, 6, lora=lora, source=learner.model)
+    for form, method in FORMS.items():
+        learner = Learner(tiny, method)
+        prepare = partial(tuning.prepared, tuning=method, source=tiny, scores=False, seed=0)
+        copied = Generator(tiny, "fp32", 1.0, 6, prepare=prepare, source=learner.model)
         before = copied.sample(prompts, noise).ids
         for _ in range(3):
             learner.step(0.05)
         refreshed = copied.sample(prompts, noise).ids
         exported, weights = folder / f"replica-{form}", learner.weights()
         if group.is_main():
-            adapters.save(learner.model, weights, tiny, exported, lora, scores=False)
+            tuning.save(learner.model, weights, tiny, exported, method, scores=False)
         group.barrier()
         plain = Generator(exported, "fp32", 1.0, 6).sample(prompts, noise).ids
         found[form] = {"before": before, "refreshed": refreshed, "exported": plain}
@@ -350,11 +355,13 @@ def experience_of(sequences: Sequences, logprobs: Tensor) -> Experience:
 def policies(tiny: Path, folder: Path) -> dict[str, Any]:
     """Samples of a policy under PPO: fresh, after an update, and by another one resumed from its checkpoint."""
     found: dict[str, Any] = {}
-    for form, lora in FORMS.items():
+    for form, method in FORMS.items():
 
-        def fresh(lora: LoraSettings | None = lora) -> TrainedPolicy:
+        def fresh(method: Tuning = method) -> TrainedPolicy:
             optimiser = Optimiser("policy", learning_rate=0.03, max_grad_norm=1.0)
-            return TrainedPolicy(tiny, "fp32", 1.0, 4, lora=lora, seed=0, optimiser=optimiser)
+            return TrainedPolicy.load_folder(
+                tiny, "fp32", 1.0, 4, method=method, source=tiny, seed=0, optimiser=optimiser
+            )
 
         policy = fresh()
         batch = copy.deepcopy(PROMPTS)
@@ -390,7 +397,7 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
 
 def gathering(tiny: Path) -> Tensor:
     """A weight that rank 0 alone has changed while it was whole, as every rank then sees it."""
-    model = sharded(tiny, None)
+    model = sharded(tiny, FULL)
     weight = model.model.norm.weight
     with gathered([weight], modify=True):
         if group.is_main():
@@ -425,6 +432,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "policies": partial(policies, tiny, folder),
     }
     checks["first_iterations"] = partial(first_iterations, folder.parent, folder / "first")
+    checks["memory"] = partial(memory, folder.parent, folder / "memory")
     if world_size > 1:
         checks["forms"] = partial(forms, folder.parent, folder / "forms")
     for name in STAGES:

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -9,14 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.cluster.session import ENVIRONMENT
-from tests.models.tiny import make_tiny_llama
-from tests.zero.inputs import write_inputs
+from rlhf.config.tuning import LoraTuning
+from tests.models.tiny import SHAPE, make_tiny_adapter, make_tiny_llama
+from tests.zero.inputs import ANSWER_TOKENS, write_inputs
 
 ROOT = Path(__file__).parents[2]
 # An idle machine takes a fifth of it.
 TIMEOUT_S = 600
 
+# Threads of three processes would wait for each other's cores more than they compute on so small a model. DeepSpeed
+# counts a CPU's devices at every backward pass, by a program of its own, where the environment does not say.
+ENVIRON = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "LOCAL_SIZE": "1"}
+
 Results = dict[int, list[dict[str, Any]]]
+Grid = dict[int, dict[tuple[str, str], dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
@@ -24,23 +31,54 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What the checks of ``tests.zero.checks`` found: by world size, by rank. Both groups run once, side by side."""
     folder = tmp_path_factory.mktemp("groups")
     make_tiny_llama(folder / "tiny")
+    make_tiny_adapter(folder / "tiny", folder / "policy", LoraTuning(rank=4), scores=False)
+    make_tiny_adapter(folder / "tiny", folder / "reward", LoraTuning(rank=2, dora=True), scores=True)
     write_inputs(folder)
+    run_groups("tests.zero.checks", folder)
+    # Written by our own processes a moment ago.
+    return {
+        size: [torch.load(folder / str(size) / f"result-{rank}.pt", weights_only=False) for rank in range(size)]
+        for size in (1, 2)
+    }
+
+
+@pytest.fixture(scope="session")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    """What ``tests.zero.grid`` found: by world size, then by stage and method. What a fresh process reads is added."""
+    folder = tmp_path_factory.mktemp("grid")
+    make_tiny_llama(folder / "tiny", SHAPE.model_copy(update={"layers": 3}))
+    write_inputs(folder, rows=8)
+    run_groups("tests.zero.grid", folder)
+    found: Grid = {size: torch.load(folder / str(size) / "grid.pt", weights_only=False) for size in (1, 2)}
+    cells = [(stage, cell) for cells in found.values() for (stage, _), cell in cells.items()]
+    jobs = {
+        "ids": found[1]["sft", "full"]["ids"],
+        "length": ANSWER_TOKENS,
+        "scorers": [str(cell["folder"]) for stage, cell in cells if stage == "rm"],
+        "writers": [str(cell["folder"]) for stage, cell in cells if stage != "rm"],
+    }
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    program = [sys.executable, str(ROOT / "tests" / "zero" / "plain.py"), "jobs.json", "read.pt"]
+    done = subprocess.run(
+        program, cwd=folder, env=ENVIRON, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    read = torch.load(folder / "read.pt", weights_only=False)
+    for _, cell in cells:
+        cell["read"] = read[str(cell["folder"])]
+    return found
+
+
+def run_groups(module: str, folder: Path) -> None:
+    """Run a module's groups of one rank and of two, side by side, in the folder's folders ``1`` and ``2``."""
     processes: list[tuple[Path, subprocess.Popen[bytes]]] = []
-    # Threads of three processes would wait for each other's cores more than they compute on so small a model.
-    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     for world_size in (1, 2):
         (folder / str(world_size)).mkdir()
         for rank in range(world_size):
             log = folder / f"log-{world_size}-{rank}.txt"
-            command = [sys.executable, "-m", "tests.zero.checks", str(rank), str(world_size)]
+            command = [sys.executable, "-m", module, str(rank), str(world_size), str(folder / str(world_size))]
             with log.open("wb") as output:
-                process = subprocess.Popen(
-                    [*command, str(folder / str(world_size))],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
+                process = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, stdout=output, stderr=subprocess.STDOUT)
             processes.append((log, process))
     try:
         for log, process in processes:
@@ -49,11 +87,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         for _, process in processes:
             process.kill()
             process.wait()
-    # Written by our own processes a moment ago.
-    return {
-        size: [torch.load(folder / str(size) / f"result-{rank}.pt", weights_only=False) for rank in range(size)]
-        for size in (1, 2)
-    }
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-STAGE_NAMES = ("sft", "rm", "ppo", "ppo with adapters")
+STAGE_NAMES = ("sft", "rm", "ppo", "ppo with adapters", "ppo with one base")
+MEMORY_STAGES = ("sft", "rm", "ppo")
 MICRO_BATCH_SIZES = (1, 4)
 WORDS = ("a", "film", "of", "two", "halves", "joy", "dull", "the", "is", ",")
 REWARD = """
@@ -14,8 +15,11 @@ def reward(prompts, responses):
 """
 
 
-def write_inputs(folder: Path) -> None:
-    """Write what the stages take, beside the model in ``tiny``."""
+PROMPT, ANSWER_TOKENS = "a film of joy", 3
+
+
+def write_inputs(folder: Path, rows: int = 11) -> None:
+    """Write what the stages take, beside the model in ``tiny``: so many rows to learn from."""
     rng = random.Random(0)
 
     def text(words: int) -> str:
@@ -25,7 +29,7 @@ def write_inputs(folder: Path) -> None:
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    for part, count in (("train", 11), ("heldout", 3)):
+    for part, count in (("train", rows), ("heldout", 3)):
         write(f"demonstrations/{part}.jsonl", [{"prompt": text(2), "completion": text(5)} for _ in range(count)])
         sets = [
             {

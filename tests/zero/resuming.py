@@ -57,7 +57,7 @@ def _sft(_: Path) -> SftSettings:
     # Eleven demonstrations: three steps an epoch, the last of them filled up with rows of the first.
     values = {"epochs": 2, "batch_size": 4, "max_length": 64, "packing": False, "checkpoint_every": 1}
     return SftSettings.model_validate(
-        values | {"lora": {"rank": 4, "dropout": 0.2}, "optimizer": {"learning_rate": 1e-2}}
+        values | {"tuning": {"method": "lora", "rank": 4, "dropout": 0.2}, "optimizer": {"learning_rate": 1e-2}}
     )
 
 
@@ -93,7 +93,11 @@ def _ppo(data: Path, **more: Any) -> PpoSettings:
 _PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
 
 PROMPTS, RESPONSES = ["a film", "the"], ["a joy", "dull , dull"]
-LORAS: dict[str, Any] = {"full": None, "adapter": {"rank": 4}, "merged": {"rank": 4, "merge": True}}
+METHODS: dict[str, Any] = {
+    "full": {"method": "full"},
+    "adapter": {"method": "lora", "rank": 4},
+    "merged": {"method": "lora", "rank": 4, "merge": True},
+}
 
 STAGES = {
     # Inside the first epoch, at its end, and inside the second.
@@ -108,7 +112,26 @@ STAGES = {
     ),
     # While the value model alone is trained; then with everything.
     "ppo": Stage(ppo.run, _ppo, _PPO_ROLES, (1,), 4, 2),
-    "ppo with adapters": Stage(ppo.run, lambda data: _ppo(data, lora={"rank": 4}), _PPO_ROLES, (), 3, 1),
+    "ppo with adapters": Stage(
+        ppo.run, lambda data: _ppo(data, tuning={"method": "lora", "rank": 4}), _PPO_ROLES, (), 3, 1
+    ),
+    # While the value model alone has taken steps; then with both.
+    "ppo with one base": Stage(
+        ppo.run,
+        lambda data: _ppo(
+            data,
+            share_base=True,
+            tuning={"method": "lora"},
+            rewards=[{}],
+            value_init="reward",
+            iterations=4,
+            epochs=1,
+        ),
+        _PPO_ROLES | {"policy": "policy", "reward": "reward"},
+        (),
+        3,
+        1,
+    ),
 }
 assert tuple(STAGES) == STAGE_NAMES
 
@@ -119,7 +142,7 @@ def first_iterations(data: Path, folder: Path) -> dict[int, Any]:
     for size in MICRO_BATCH_SIZES:
         once = {"iterations": 1, "value_warmup": 0, "warmup_fraction": 0.0, "micro_batch_size": size}
         stage = replace(STAGES["ppo"], settings=partial(_ppo, **once))
-        found[size] = _outcome(stage, _attempt(_context("ppo", stage, data, folder), folder / str(size), ()))
+        found[size] = outcome(stage, attempt_of(context_of("ppo", stage, data, folder), folder / str(size), ()))
     return found
 
 
@@ -131,14 +154,16 @@ def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in ("sft", "rm", "ppo"):
         found[name] = {}
-        for form, lora in LORAS.items():
-            short = {"lora": lora, "checkpoint_every": 100} | ({"iterations": 2} if name == "ppo" else {"epochs": 1})
+        for form, method in METHODS.items():
+            short = {"tuning": method, "checkpoint_every": 100} | (
+                {"iterations": 2} if name == "ppo" else {"epochs": 1}
+            )
             known = STAGES[name].settings(data)
             settings = type(known).model_validate(known.model_dump() | short)
             stage = replace(STAGES[name], settings=lambda _, settings=settings: settings)
-            context = _attempt(_context(name, stage, data, folder), folder / f"{name}-{form}", ())
+            context = attempt_of(context_of(name, stage, data, folder), folder / f"{name}-{form}", ())
             stage.run(context)
-            _forget()
+            forget()
             model = folders.load_whole(context.output, scores=name == "rm", dtype=torch.float32)
             if name == "rm":
                 read = FrozenReward(context.output, "fp32", 2).score(PROMPTS, RESPONSES)
@@ -150,7 +175,7 @@ def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _context(name: str, stage: Stage, data: Path, folder: Path) -> Context[Any]:
+def context_of(name: str, stage: Stage, data: Path, folder: Path) -> Context[Any]:
     return Context(
         stage=name,
         key="0" * 64,
@@ -166,13 +191,13 @@ def _context(name: str, stage: Stage, data: Path, folder: Path) -> Context[Any]:
 def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
     """What a stage makes in one go, and what it makes after all its stops; and what the full disk was told."""
     stage = STAGES[name]
-    context = _context(name.split(" ")[0], stage, data, folder)
-    found: dict[str, Any] = {"unbroken": _outcome(stage, _attempt(context, folder / "unbroken", ()))}
+    context = context_of(name.split(" ")[0], stage, data, folder)
+    found: dict[str, Any] = {"unbroken": outcome(stage, attempt_of(context, folder / "unbroken", ()))}
 
     attempts: tuple[Path, ...] = ()
-    stops = dict.fromkeys(stage.killed_after, _killed_after) | {stage.full_at: _full_disk_at}
+    stops = dict.fromkeys(stage.killed_after, killed_after) | {stage.full_at: _full_disk_at}
     for number, step in enumerate(sorted([*stops, stage.asked_at])):
-        one = _attempt(context, folder / str(number), attempts)
+        one = attempt_of(context, folder / str(number), attempts)
         attempts = one.attempts
         if step == stage.asked_at:
             one.folder.stop.touch()
@@ -189,8 +214,8 @@ def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
             found["full"] = {"error": error, "newest": newest and newest.name, "begun": _has(one, step)}
         else:
             raise AssertionError(f"{name} was not stopped at step {step}")
-        _forget()
-    found["resumed"] = _outcome(stage, _attempt(context, folder / "last", attempts))
+        forget()
+    found["resumed"] = outcome(stage, attempt_of(context, folder / "last", attempts))
     return found
 
 
@@ -198,16 +223,16 @@ def _has(context: Context[Any], step: int) -> bool:
     return context.folder.checkpoint(step).exists()
 
 
-def _attempt(context: Context[Any], folder: Path, earlier: tuple[Path, ...]) -> Context[Any]:
+def attempt_of(context: Context[Any], folder: Path, earlier: tuple[Path, ...]) -> Context[Any]:
     if group.is_main():
         (folder / "output").mkdir(parents=True)
     group.barrier()
     return replace(context, attempt=folder, output=folder / "output", attempts=(*earlier, folder))
 
 
-def _outcome(stage: Stage, context: Context[Any]) -> dict[str, Any]:
+def outcome(stage: Stage, context: Context[Any]) -> dict[str, Any]:
     metrics = stage.run(context)
-    _forget()
+    forget()
     rows = read_metrics(context.attempt / "metrics.jsonl")
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(context.output.rglob("*.safetensors")):
@@ -222,18 +247,18 @@ def _outcome(stage: Stage, context: Context[Any]) -> dict[str, Any]:
     }
 
 
-def _forget() -> None:
+def forget() -> None:
     """Begin the next attempt as a new process would."""
     group.barrier()
     accelerator.forget()
 
 
 @contextmanager
-def _killed_after(step: int) -> Generator[None]:
+def killed_after(step: int) -> Generator[None]:
     mark_complete = checkpoint_writer.mark_complete
 
-    def then_die(checkpoint: Path, precision: str) -> None:
-        mark_complete(checkpoint, precision)
+    def then_die(checkpoint: Path, context: Context[Any]) -> None:
+        mark_complete(checkpoint, context)
         if checkpoint_writer.step_of(checkpoint) == step:
             raise KilledError
 

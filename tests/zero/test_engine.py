@@ -1,7 +1,8 @@
 """What an optimiser step under ZeRO-3 does, in a group of one."""
 
 import copy
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from rlhf.config.stages import LoraSettings
-from rlhf.models import adapters
+from rlhf.config.tuning import FULL, GradualTuning, LoraTuning, Tuning
+from rlhf.models import tuning
 from rlhf.models.packing import PACKABLE
-from rlhf.zero.engine import Engine, whole_weights
+from rlhf.zero.engine import ADAM_EPSILON, Engine, whole_weights
 from tests.models.tiny import tiny_config
 
 pytestmark = [
@@ -67,11 +68,11 @@ def with_noise(config: Any) -> Any:
     return config
 
 
-def noisy_model(model_type: str, lora: LoraSettings | None) -> Any:
+def noisy_model(model_type: str, method: Tuning) -> Any:
     """In training mode, where two passes differ."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(with_noise(tiny_config(model_type)))
-    model = adapters.with_lora(model, lora, scores=False, seed=0).train()
+    model = tuning.prepared(model, method, Path(), scores=False, seed=0).train()
     with torch.no_grad():
         assert loss_of(model) != loss_of(model)
     return model
@@ -85,16 +86,16 @@ def loss_of(model: Any) -> Tensor:
 
 # ERNIE 4.5 has no dropout.
 TYPES = [*sorted(PACKABLE - {"ernie4_5"}), "biogpt", "bloom", "gpt_oss", "mpt", "opt", "phimoe", "xglm"]
-ADAPTERS = LoraSettings(rank=2, dropout=0.1)
+ADAPTERS = LoraTuning(rank=2, dropout=0.1)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "lora"),
-    [(name, None) for name in TYPES] + [(name, ADAPTERS) for name in ("llama", "opt")],
+    ("model_type", "method"),
+    [(name, FULL) for name in TYPES] + [(name, ADAPTERS) for name in ("llama", "opt")],
 )
-def test_models_that_ppo_trains_compute_alike_every_time(model_type: str, lora: LoraSettings | None) -> None:
+def test_models_that_ppo_trains_compute_alike_every_time(model_type: str, method: Tuning) -> None:
     """Two passes agree bit for bit, and gradients are plain torch's without dropout, wherever a type has it."""
-    model = noisy_model(model_type, lora)
+    model = noisy_model(model_type, method)
     plain = copy.deepcopy(model).eval()
     loss_of(plain).backward()
     engine = Engine(model, "fp32", name="policy", learning_rate=0.1, max_grad_norm=1.0)
@@ -112,5 +113,55 @@ def test_models_that_ppo_trains_compute_alike_every_time(model_type: str, lora: 
 @pytest.mark.parametrize("model_type", ["opt", "mixtral"])
 def test_frozen_models_compute_alike_every_time(model_type: str) -> None:
     """The reference, the reward model, and the policies of evaluate."""
-    engine = Engine(noisy_model(model_type, None), "fp32")
+    engine = Engine(noisy_model(model_type, FULL), "fp32")
     assert loss_of(engine) == loss_of(engine)
+
+
+def gradual_model(start: Literal["top", "bottom"]) -> Any:
+    """Of three blocks, of which one more trains at every second step, each at half the rate of the block above."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=3))
+    method = GradualTuning(start=start, every=2, decay=2.0)
+    return tuning.prepared(model, method, Path(), scores=False, seed=0)
+
+
+@pytest.mark.parametrize("start", ["top", "bottom"])
+def test_gradual_unfreezing_is_one_adam_for_each_block_from_its_first_step(start: Literal["top", "bottom"]) -> None:
+    """Against torch's AdamW over each block alone, made when the block's turn comes; others stay bit for bit.
+
+    The learning rate changes with every step, and gradients are clipped by the norm of what trains.
+    """
+    engine = Engine(gradual_model(start), "fp32", name="policy", learning_rate=0.1, max_grad_norm=1.0)
+    plain = gradual_model(start).eval()
+    first = {name: weight.detach().clone() for name, weight in plain.named_parameters()}
+    rates = {"head": 1.0, 2: 1 / 2, 1: 1 / 4, 0: 1 / 8}
+    turns = {"head": 0} | {block: 2 * (2 - block if start == "top" else block) for block in range(3)}
+
+    def part(name: str) -> int | str:
+        if "layers." in name:
+            return int(name.split("layers.")[1][0])
+        return 0 if "embed" in name else "head"
+
+    slow: dict[int | str, torch.optim.Optimizer] = {}
+    for step in range(5):
+        rate = 0.02 / (1 + step)
+        loss = -loss_of(engine) / 10
+        engine.backward(loss, last=True)
+        engine.step(rate)
+
+        due = {name: weight for name, weight in plain.named_parameters() if turns[part(name)] <= step}
+        for weight in plain.parameters():
+            weight.grad = None
+        (-loss_of(plain) / 10).backward()
+        nn.utils.clip_grad_norm_(due.values(), 1.0)
+        for which in {part(name) for name in due}:
+            weights = [weight for name, weight in due.items() if part(name) == which]
+            if which not in slow:
+                slow[which] = torch.optim.AdamW(weights, eps=ADAM_EPSILON, weight_decay=0.0)
+            slow[which].param_groups[0]["lr"] = rate * rates[which]
+            slow[which].step()
+
+        found = whole_weights(engine.module, trained_only=False)
+        for name, weight in plain.named_parameters():
+            torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-4, msg=f"step {step}: {name}")
+            assert torch.equal(found[name], first[name]) == (name not in due), (step, name)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.config.zero import ZeroSettings
 from tests.zero.checks import COUNTS, FORMS, TIME, rows_of
 from tests.zero.conftest import Results
-from tests.zero.inputs import MICRO_BATCH_SIZES, STAGE_NAMES
+from tests.zero.inputs import MEMORY_STAGES, MICRO_BATCH_SIZES, STAGE_NAMES
+from tests.zero.memory import RESUMED, VARIANTS
 
 # The groups run while the first of these tests waits.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(660)]
@@ -115,7 +117,12 @@ def test_there_is_a_complete_checkpoint_at_every_moment_since_the_first(results:
 def test_what_a_killed_group_left_is_no_part_of_the_checkpoint_written_over_it(results: Results, size: int) -> None:
     """Neither its files nor its marker, though that would fit what is being written."""
     sizes = {f"shard-{rank}": 4 for rank in range(size)}
-    assert results[size][0]["checkpointing"]["third"] == {"ranks": size, "precision": "fp32", "sizes": sizes}
+    assert results[size][0]["checkpointing"]["third"] == {
+        "ranks": size,
+        "precision": "fp32",
+        "zero": ZeroSettings().layout,
+        "sizes": sizes,
+    }
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(results: Results) -> None:
@@ -135,7 +142,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(results
     assert found["second"] == {"error": None, "newest": "checkpoint-2", "left": ["checkpoint-1", "checkpoint-2"]}
 
 
-@pytest.mark.parametrize("stage", ["rm", "ppo", "ppo with adapters"])
+@pytest.mark.parametrize("stage", ["rm", "ppo", "ppo with adapters", "ppo with one base"])
 def test_two_ranks_learn_from_the_rows_that_one_learns_from(results: Results, stage: str) -> None:
     """To the end of a run, where an epoch does not fill its last batch too; sft draws its dropout on each rank."""
     one, two = (results[size][0][stage]["unbroken"] for size in (1, 2))
@@ -203,7 +210,7 @@ def test_every_stage_writes_every_form_of_what_it_trained(
     assert (found["full"]["read"] - found["adapter"]["read"]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo with adapters"])
+@pytest.mark.parametrize("name", ["ppo", "ppo with adapters", "ppo with one base"])
 def test_the_resumed_ppo_has_state_to_lose(results: Results, name: str) -> None:
     """The KL coefficient moved, and demonstrations were mixed in."""
     rows = results[2][0][name]["unbroken"]["rows"]
@@ -239,6 +246,8 @@ def test_a_checkpoint_of_another_group_is_refused_with_what_it_was(results: Resu
         assert found["other_groups"]["newest"] == "checkpoint-4"
         assert f"ppo.workers.count={size + 1}" in found["other_groups"]["ranks"]
         assert "has a checkpoint in bf16 at step 4, which this CPU, computing in fp32" in found["other_groups"]["bf16"]
+        assert "of zero.stage 2 at step 4, which zero.stage 3 cannot continue" in found["other_groups"]["stage"]
+        assert "ppo.zero.stage=2, or remove that folder" in found["other_groups"]["stage"]
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -308,3 +317,28 @@ def test_entropies_are_of_the_whole_vocabulary(results: Results) -> None:
     entropies = results[1][0]["policies"]["full"]["entropies"]
     assert entropies.shape[1] == 12 > TIME
     assert 0 <= entropies.min() <= entropies.max() <= math.log(300) + 1e-4
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "stage 3"])
+@pytest.mark.parametrize("stage", MEMORY_STAGES)
+def test_what_is_sharded_offloaded_or_computed_again_changes_no_result(
+    results: Results, tiny_weights: Weights, stage: str, variant: str
+) -> None:
+    """Two ranks learn what one learns in stage 3 with everything on its device: weights, losses and gradients."""
+    one, two = results[1][0]["memory"][stage]["stage 3"], results[2][0]["memory"][stage][variant]
+    assert_same_weights(one["weights"], two["weights"], tolerance=1e-5)
+    for ours, other in zip(one["rows"], two["rows"], strict=True):
+        # TRL's other metrics are means or extremes over micro batches, which two ranks cut otherwise.
+        for name in ("loss", "grad_norm", "objective/scores", "objective/kl", "value/loss"):
+            assert ours.get(name, 0.0) == pytest.approx(other.get(name, 0.0), abs=1e-4), (ours["step"], name)
+    assert bool(two["recomputed"]) == ("activation_checkpointing" in VARIANTS[variant])
+    moved = one["weights"].get("model.safetensors model.norm.weight")
+    assert stage == "sft" or (moved - tiny_weights["model.norm.weight"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("stage", "variant"), RESUMED)
+def test_a_resumed_stage_equals_an_unbroken_one_whatever_is_sharded(results: Results, stage: str, variant: str) -> None:
+    """Bit for bit, from the checkpoint of its first step."""
+    found = results[2][0]["memory"][stage]
+    assert_same_weights(found[f"{variant}, resumed"]["weights"], found[variant]["weights"])
+    assert found[f"{variant}, resumed"]["rows"] == found[variant]["rows"]

@@ -1,0 +1,331 @@
+"""Predict the memory of a training stage's ranks before anything runs.
+
+A prediction is what ``memory/peak_gb`` in a stage's metrics then measures: the tensors of one rank at their most, which
+is at one of several moments. Beside them a GPU holds CUDA's own context and what the allocator cannot use, about
+:data:`CONTEXT`. Texts are taken to be as long as the settings or the data allow; shorter ones need less.
+
+What DeepSpeed 0.19 keeps under ZeRO-3, in bytes for each trained parameter of a rank's share: the weight, in bf16 also
+in fp32 (4), Adam's moments (8), gradients (4). Beside these a buffer for gradients on their way to other ranks, of
+``reduce_bucket_size`` parameters whatever the model's size. A test counts these bytes in a real engine.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.tuning import LoraTuning, QLoraTuning
+from rlhf.errors import size
+from rlhf.models import footprint
+from rlhf.models.footprint import Architecture, Learned, learned, weight_bytes
+
+PARTS = ("weights", "gradients", "optimiser", "activations", "logits", "generation", "frozen models")
+CONTEXT = 10**9
+"""Bytes of a GPU that no tensor can have."""
+REUSE = 5 * 10**8
+"""Parameters of a rank's layers that stay gathered from the forward to the backward pass, half of DeepSpeed's
+``max_reuse_distance``."""
+AT_ONCE = 4
+"""Micro batches that a policy samples at a time, as in :mod:`rlhf.training.policy`."""
+TILE = 4096, 32768
+"""Tokens and entries of the vocabulary whose logits sft has at a time: TRL's."""
+
+Training = SftSettings | RmSettings | PpoSettings
+Bytes = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The longest texts of a stage, in tokens."""
+
+    longest: int
+    """Of a whole text, of ppo prompt and response together."""
+    response: int = 0
+    """Of a response in ppo."""
+    in_list: int = 1
+    """Most responses in a list of rm."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The memory of one rank at its peak."""
+
+    moment: str
+    """When the peak is."""
+    parts: Bytes
+    """Bytes by the names of :data:`PARTS`; parts without any are missing."""
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts, in bytes."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        listed = [f"{size(self.parts[name])} for {name}" for name in PARTS if self.parts.get(name, 0) >= 10**6]
+        return f"{size(self.total)} {self.moment} ({', '.join(listed)})"
+
+
+def limits(settings: Training) -> Texts:
+    """Return the longest texts that the settings allow; lists of rm that have no set size count as four responses."""
+    match settings:
+        case SftSettings():
+            return Texts(settings.max_length)
+        case RmSettings():
+            return Texts(settings.max_length, in_list=settings.responses_per_list or 4)
+        case PpoSettings():
+            response, mixed = settings.sampling.max_new_tokens, settings.ptx.max_length if settings.ptx.coef else 0
+            return Texts(max(settings.max_prompt_length + response, mixed), max(response, mixed))
+
+
+def predict(
+    settings: Training, models: Mapping[str, Architecture], texts: Texts | None = None, *, gpu: bool = True
+) -> Prediction:
+    """Predict the peak of each rank.
+
+    models  of the stage's inputs, by role: ``base``, or ``policy`` and each ``reward…``
+    texts   the longest of the data; None takes the longest that the settings allow
+    gpu     whether ranks have GPUs; on CPUs buffers count as far as they are filled
+    """
+    texts = texts or limits(settings)
+    if isinstance(settings, PpoSettings):
+        moments = list(_ppo(settings, models, texts, gpu))
+    else:
+        moments = list(_supervised(settings, models["base"], texts, gpu))
+    moment, parts = max(moments, key=lambda candidate: sum(candidate[1].values()))
+    return Prediction(moment, {name: parts[name] for name in PARTS if parts.get(name)})
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What of ``zero`` decides about memory; the numbers are DeepSpeed's defaults."""
+
+    stage: int = 3
+    host_optimiser: bool = False
+    host_weights: bool = False
+    bucket: float = 5e8
+    """Parameters whose gradients are reduced at a time."""
+    sub_group: float = 1e9
+    """Parameters whose optimiser step is taken at a time."""
+
+    @classmethod
+    def of(cls, settings: Training) -> Self:
+        """Read a stage's settings."""
+        zero = settings.zero
+        return cls(
+            zero.stage,
+            zero.offload_optimizer != "none",
+            zero.offload_parameters != "none",
+            zero.sharding.get("reduce_bucket_size", cls.bucket),
+            zero.sharding.get("sub_group_size", cls.sub_group),
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that a stage trains on one rank.
+
+    fused  whether the optimiser's step needs no memory of its own
+    """
+
+    settings: Training
+    name: str
+    model: Architecture
+    part: Learned
+    scores: bool
+    fused: bool
+    gpu: bool
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of the model's precision."""
+        return 2 if self.settings.precision == "bf16" else 4
+
+    @property
+    def share(self) -> float:
+        """Trained parameters of a rank."""
+        return self.part.parameters / self.settings.workers.count
+
+    @property
+    def whole(self) -> float:
+        """Bytes of the weights on all ranks together."""
+        return weight_bytes(self.model, self.part, self.width, scores=self.scores)
+
+    @property
+    def sharding(self) -> Sharding:
+        """How it is spread over ranks and host."""
+        return Sharding.of(self.settings)
+
+    @property
+    def gathered(self) -> float:
+        """Bytes of whole weights that a rank has beside its share while it computes; one rank's share is the whole."""
+        at_work = (REUSE + self.model.layer) * self.width
+        alone = self.settings.workers.count == 1 and not self.sharding.host_weights
+        return 0.0 if alone or self.sharding.stage < 3 else min(self.whole, at_work)
+
+    @property
+    def filled(self) -> float:
+        """Parameters whose gradients are reduced at a time."""
+        return min(self.sharding.bucket, self.part.parameters)
+
+    def standing(self) -> Bytes:
+        """Return the bytes that are there from the first step to the last."""
+        sharding, ranks = self.sharding, self.settings.workers.count
+        whole = 0.0 if sharding.host_weights else self.whole
+        copied = 4 if self.width < 4 or sharding.stage < 3 else 0
+        kept = self.part.parameters if sharding.stage == 1 else self.share
+        buffer = 4 * (sharding.bucket if self.gpu else self.filled) if sharding.stage == 3 else 0.0
+        return {
+            "weights": whole / ranks if sharding.stage == 3 else whole,
+            "gradients": (0.0 if sharding.host_optimiser else 4 * kept) + buffer,
+            "optimiser": 0.0 if sharding.host_optimiser else (copied + 8) * self.share,
+        }
+
+    def saved(self, rows: int, time: int) -> float:
+        """Return the bytes that a forward pass saves."""
+        checkpointing = self.settings.activation_checkpointing
+        return footprint.saved(self.model, self.part, self.width, rows, time, checkpointing=checkpointing)
+
+    def moments(self, rows: int, time: int, logits: float) -> Iterator[tuple[str, Bytes]]:
+        """Yield what an update takes beside what stands.
+
+        rows, time  shape of a micro batch of token ids
+        logits      bytes at the loss
+        """
+        kept = self.saved(rows, time)
+        stage = self.sharding.stage
+        # Stages 1 and 2 make their buffers, two that overlap, for each backward pass.
+        buffers = self.width * (2 * self.sharding.bucket if self.gpu else self.filled) if stage < 3 else 0.0
+        at_work = {"weights": self.gathered, "gradients": buffers}
+        yield f"at {self.name} loss", _sum(at_work, {"activations": kept, "logits": logits})
+        # A tied head's gradient waits for that of the embeddings.
+        tied = self.part.head and not (self.model.head or self.scores)
+        matrix = self.model.vocabulary * self.model.hidden
+        layer = footprint.work(self.model, self.width, rows, time, backward=True)
+        backward = {"activations": kept + layer, "gradients": self.width * matrix if tied else 0.0}
+        yield f"in {self.name} backward pass", _sum(at_work, backward)
+        # Full buckets are reduced by a copy, the first after as many parameters of the top layers have gradients.
+        left = max(0.0, 1 - self.filled / self.part.parameters)
+        reduced = {"activations": kept * left, "gradients": 4 * self.filled}
+        yield f"in {self.name} reduction of gradients", _sum(at_work, reduced)
+        if not self.sharding.host_optimiser:
+            yield f"in {self.name} optimiser step", self._step()
+
+    def _step(self) -> Bytes:
+        """Return what an optimiser step takes: a copy of its gradients, and the square roots of the second moments."""
+        stage, ranks = self.sharding.stage, self.settings.workers.count
+        stepped = min(self.share, self.sharding.sub_group + self.model.layer / ranks) if stage == 3 else self.share
+        # Stage 2 has them in one piece; stage 1 has those of the model's precision too.
+        gradients = {1: self.part.parameters * (self.width % 4), 2: 0.0, 3: 4 * stepped}[stage]
+        own = 0.0 if self.fused else (4 if self.gpu else 8) * stepped
+        return {"gradients": gradients, "optimiser": own}
+
+
+def _supervised(
+    settings: SftSettings | RmSettings, model: Architecture, texts: Texts, gpu: bool
+) -> Iterator[tuple[str, Bytes]]:
+    """Yield the moments of sft or rm."""
+    scores = isinstance(settings, RmSettings)
+    part = learned(model, settings.tuning, scores=scores)
+    trained = Trained(settings, "the", model, part, scores, fused=True, gpu=gpu)
+    share = max(1, settings.batch_size // settings.workers.count)
+    micro = max(number for number in range(1, min(settings.micro_batch_size, share) + 1) if share % number == 0)
+    if isinstance(settings, SftSettings):
+        # Packed sequences lie end to end.
+        length = settings.max_length if settings.packing else texts.longest
+        rows, time = (1, micro * length) if settings.packing else (micro, length)
+        logits = _tiled_logits(trained, rows * time)
+    else:
+        rows, time, logits = micro * texts.in_list, texts.longest, 0.0
+    for moment, parts in trained.moments(rows, time, logits):
+        yield moment, _sum(trained.standing(), parts)
+
+
+def _tiled_logits(trained: Trained, tokens: int) -> float:
+    """Return bytes of a tile of logits, of the gradients of hidden states and, where it trains, of the head."""
+    model, width = trained.model, trained.width
+    head = (4 + (width if width < 4 else 0)) * model.vocabulary * model.hidden if trained.part.head else 0
+    rows, entries = min(tokens, TILE[0]), min(model.vocabulary, TILE[1])
+    # Without Triton, so on a CPU, a tile's gradient is computed in seven steps that each have a tensor in fp32.
+    steps = 0 if trained.gpu else 7 * 4 * rows * entries
+    return rows * TILE[1] * width + steps + 4 * tokens * model.hidden + head
+
+
+def _ppo(
+    settings: PpoSettings, models: Mapping[str, Architecture], texts: Texts, gpu: bool
+) -> Iterator[tuple[str, Bytes]]:
+    """Yield the moments of an iteration."""
+    ranks, given = settings.workers.count, models["policy"]
+    rewards = [model for role, model in models.items() if role.startswith("reward")]
+    tuning = settings.tuning
+    if isinstance(tuning, LoraTuning | QLoraTuning):
+        tuning = tuning.model_copy(update={"dropout": 0.0})  # PPO's models are never in training mode
+    policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, False, gpu)
+    start = rewards[0] if settings.value_init == "reward" and rewards else given
+    value = Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, False, gpu)
+    width, micro = (
+        policy.width,
+        max(1, min(settings.micro_batch_size, settings.rollouts // settings.minibatches // ranks)),
+    )
+    frozen = sum(model.parameters * width for model in rewards)
+    frozen += 0 if policy.part.keeps_base else given.parameters * width
+    shares = ranks if policy.sharding.stage == 3 else 1
+    of_value, generation = dict(value.standing()), weight_bytes(given, policy.part, width, scores=False)
+    if settings.share_base:
+        # Beside the policy's base there are adapters alone, and one engine with one buffer.
+        of_value |= {"weights": value.part.parameters * width / shares, "gradients": 4 * value.share}
+        frozen = (1 + len(rewards)) * policy.part.parameters * width
+        generation *= ranks > 1
+    standing = _sum(
+        policy.standing(),
+        of_value,
+        {
+            "frozen models": 0.0 if policy.sharding.host_weights else frozen / shares,
+            "generation": generation,
+            "optimiser": 4 * policy.share if settings.average_decay is not None else 0.0,
+        },
+    )
+    yield "while responses are sampled", _sum(standing, _sampling(settings, policy, texts, micro))
+    tokens = micro * texts.response
+    scoring = {
+        "weights": policy.gathered,
+        "activations": footprint.work(given, width, micro, texts.longest, backward=False),
+        "logits": max((_logit_width(policy) + 8) * tokens * given.vocabulary, _head_work(policy, tokens)),
+    }
+    yield "while responses are scored", _sum(standing, scoring)
+    # The loss holds two tensors as large as the logits in fp32; with the entropy's gradient five.
+    copies = 20 if settings.entropy_bonus else 8
+    logits = max(copies * tokens * given.vocabulary, _head_work(policy, tokens, trained=policy.part.head))
+    for trained, at_loss in ((policy, logits), (value, (4 + width) * tokens * start.hidden)):
+        for moment, parts in trained.moments(micro, texts.longest, at_loss):
+            yield moment, _sum(standing, parts)
+
+
+def _logit_width(policy: Trained) -> int:
+    settings = policy.settings
+    return 4 if isinstance(settings, PpoSettings) and settings.sampling.fp32_head else policy.width
+
+
+def _head_work(policy: Trained, tokens: int, *, trained: bool = False) -> float:
+    """Return the bytes of logits, of the head in fp32, and of its gradient where it trains."""
+    matrix, width = policy.model.vocabulary * policy.model.hidden, _logit_width(policy)
+    copied = width * matrix if width > policy.width or trained else 0
+    cast = policy.width * matrix if width > policy.width and trained else 0
+    return width * tokens * policy.model.vocabulary + copied + cast
+
+
+def _sampling(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
+    """Return the bytes of the cache and of what a step of sampling computes."""
+    model, prompt = policy.model, texts.longest - texts.response
+    rows = min(AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.count))
+    layers = model.layers + 1  # one layer's is copied as it grows
+    cache = rows * (texts.longest + policy.part.tokens) * layers * 2 * model.keys * policy.width
+    # Two distributions in fp32, and the cumulative one in fp64 with its source.
+    logits = max((_logit_width(policy) + 20) * rows * model.vocabulary, _head_work(policy, rows))
+    work = footprint.work(model, policy.width, rows, prompt, backward=False)
+    return {"generation": cache, "activations": work, "logits": logits}
+
+
+def _sum(*parts: Bytes) -> dict[str, float]:
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in PARTS}

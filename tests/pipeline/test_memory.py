@@ -1,0 +1,434 @@
+"""What a stage's memory is predicted to be, against the bytes that torch and DeepSpeed keep."""
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig, Qwen3Config
+
+from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
+from rlhf.cluster.devices import Device
+from rlhf.cluster.session import ENVIRONMENT
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.tuning import FULL, LoraTuning
+from rlhf.errors import PreflightError
+from rlhf.models import footprint
+from rlhf.models.folders import copy_tokenizer
+from rlhf.models.footprint import Architecture, Learned, learned
+from rlhf.models.tuning import prepared
+from rlhf.pipeline import fitting
+from rlhf.pipeline.memory import Prediction, Texts, Trained, predict
+from rlhf.terminal import memory_table
+from tests.models.tiny import make_tiny_llama, tiny_config
+from tests.pipeline.memory_ranks import RESPONSE, ROWS, TIME
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+ROOT = Path(__file__).parents[2]
+WIDTHS = {torch.bfloat16: 2, torch.float32: 4}
+COMMON: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA: dict[str, Any] = COMMON | {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**LLAMA),
+    "llama, tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "gpt2": GPT2Config(**COMMON, n_embd=96, n_layer=3, n_head=4, n_positions=128),
+    "qwen3": Qwen3Config(**LLAMA, head_dim=32),
+}
+METHODS: dict[str, Any] = {
+    "full": {},
+    "top": {"blocks": 2},
+    "bottom-frozen": {"blocks": 2},
+    "gradual": {},
+    "transfer": {},
+    "transfer, trained": {"method": "transfer", "body": "trained"},
+    "lora": {"rank": 8},
+    "lora, chosen": {"method": "lora", "rank": 4, "targets": ["c_attn", "q_proj", "v_proj"]},
+    "lora, dora": {"method": "lora", "dora": True},
+    "prompt": {"tokens": 5},
+    "p-tuning": {"template": [4]},
+    "p-tuning, narrow": {"method": "p-tuning", "template": [4], "hidden_size": 16},
+    "prefix": {"tokens": 5},
+    "p-tuning-v2": {"tokens": 5},
+    "ia3": {},
+}
+
+
+EXACT = [method for method in METHODS if method != "ia3"]
+Made = dict[str, tuple[Path, Any]]
+
+
+def tuning_of(name: str) -> Any:
+    return SftSettings.model_validate({"tuning": {"method": name} | METHODS[name]}).tuning
+
+
+def written(config: Any, folder: Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Folder and model of each configuration."""
+    found: Made = {}
+    tokenizer = make_tiny_llama(tmp_path_factory.mktemp("tokenizer"))
+    for name, config in CONFIGS.items():
+        folder = tmp_path_factory.mktemp("model")
+        found[name] = folder, written(config, folder).eval()
+        copy_tokenizer(tokenizer, folder)
+    return found
+
+
+def adapted(made: Made, name: str, method: str, *, dtype: torch.dtype = torch.float32) -> Any:
+    folder, model = made[name]
+    return prepared(deepcopy(model).to(dtype), tuning_of(method), folder, scores=False, seed=0)
+
+
+def bytes_saved(model: Any, rows: int, time: int) -> int:
+    """The bytes that the body keeps for its backward pass, of each storage once, but for its weights."""
+    weights = [*model.parameters(), *model.buffers()]
+    kept = {tensor.untyped_storage().data_ptr(): tensor for tensor in weights}
+    own = set(kept)
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    model.enable_input_require_grads()
+    body, ids = model.base_model, torch.zeros(rows, time, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        body(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+
+
+@pytest.fixture(autouse=True)
+def torch_s_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed puts its own in its place for the rest of a process, once another test has sharded a model."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        *((method, torch.bfloat16) for method in ("full", "top", "lora", "lora, chosen", "transfer")),
+        ("full", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_a_forward_pass_keeps_what_was_said(made: Made, name: str, method: str, dtype: torch.dtype) -> None:
+    """Within 3 %, whatever the batch; adapters on some matrices alone are counted as if these shared no input."""
+    model = adapted(made, name, method, dtype=dtype)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    architecture = Architecture.of(made[name][0])
+    part = learned(architecture, tuning_of(method), scores=False)
+    for rows, time in ((1, 96), (4, 64)):
+        said = footprint.saved(architecture, part, WIDTHS[dtype], rows, time)
+        tolerance = 0.1 if method == "lora, chosen" else 0.03
+        assert said == pytest.approx(bytes_saved(model, rows, time), rel=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "gemma", "gemma2", "phi", "phi3", "opt", "olmo2", "stablelm"])
+def test_other_decoders_keep_about_as_much(kind: str, tmp_path: Path) -> None:
+    """Within 20 %."""
+    model = written(tiny_config(kind, num_hidden_layers=4), tmp_path).to(torch.bfloat16).eval()
+    architecture = Architecture.of(tmp_path)
+    said = footprint.saved(architecture, learned(architecture, FULL, scores=False), 2, 2, 48)
+    assert said == pytest.approx(bytes_saved(model, 2, 48), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, method) for name in ("llama", "gpt2", "qwen3") for method in EXACT),
+        *(("llama, tied", method) for method in ("full", "top", "bottom-frozen", "transfer")),
+    ],
+)
+def test_as_many_weights_train_as_were_said(made: Made, name: str, method: str) -> None:
+    """Exactly; of the gradual method all that will. Those of (IA)³ depend on PEFT's list of modules, and are few."""
+    model = adapted(made, name, method)
+    said = learned(Architecture.of(made[name][0]), tuning_of(method), scores=False)
+    assert said.parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_a_score_head_trains_too(made: Made, method: str) -> None:
+    """Whole, in place of the language head."""
+    folder, _ = made["llama"]
+    model: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    model = prepared(model, tuning_of(method), folder, scores=True, seed=0)
+    said = learned(Architecture.of(folder), tuning_of(method), scores=True)
+    assert said.parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Architecture, dict[int, dict[str, int]]]:
+    """A model, and the bytes alive in the first rank of one and of two that trained it, less the empty buffer."""
+    folder = tmp_path_factory.mktemp("ranks")
+    shape: dict[str, Any] = LLAMA | {"vocab_size": 2000, "num_hidden_layers": 6}
+    written(LlamaConfig(**shape), folder / "model")
+    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "tests.pipeline.memory_ranks"]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder)], cwd=ROOT, env=environment, stderr=-1, stdout=-1
+        )
+        for world in (1, 2)
+        for rank in range(world)
+    ]
+    try:
+        for process in ranks:
+            _, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    found = {world: json.loads((folder / f"bytes-{world}-0.json").read_text()) for world in (1, 2)}
+    return Architecture.of(folder / "model"), found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, dict[str, int]]], world: int) -> None:
+    """Weights, gradients, optimiser, activations and logits of a real update and step, by every tensor alive."""
+    architecture, found = counted
+    settings = ppo(precision="bf16", workers={"count": world})
+    trained = Trained(settings, "the", architecture, learned(architecture, FULL, scores=False), False, False, gpu=True)
+    empty, standing = 4 * trained.sharding.bucket, sum(trained.standing().values())
+    # The head's gradient in fp32 and in bf16 beside the logits is the most.
+    matrix, logits = architecture.vocabulary * architecture.hidden, ROWS * RESPONSE * architecture.vocabulary
+    moments = dict(trained.moments(ROWS, TIME, max(8 * logits, 4 * logits + 6 * matrix)))
+    *updates, step = [standing + sum(parts.values()) - empty for parts in moments.values()]
+    # torch's step on a CPU has two tensors of its own where that on a GPU has one.
+    step += 4 * trained.share
+    # Small weights stay gathered.
+    kept = 2 * architecture.parameters if world > 1 else 0
+    measured = {name: count - empty for name, count in found[world].items()}
+    assert standing - empty <= measured["standing"] * 1.01
+    assert measured["standing"] <= (standing - empty + kept) * 1.01
+    assert max(updates) == pytest.approx(measured["update"], rel=0.02)
+    assert step == pytest.approx(measured["step"], rel=0.02)
+
+
+def ppo(**values: Any) -> PpoSettings:
+    return PpoSettings.model_validate({"rewards": [{"function": "a.py:f"}], "value_init": "policy"} | values)
+
+
+BILLION = Architecture(
+    parameters=1_235_814_400,
+    layer=60_821_504,
+    head=0,
+    embeddings=262_668_288,
+    linear={
+        f"layers.{layer}.{name}": shape
+        for layer in range(16)
+        for name, shape in {
+            "q_proj": (2048, 2048),
+            "k_proj": (2048, 512),
+            "v_proj": (2048, 512),
+            "o_proj": (2048, 2048),
+            "gate_proj": (2048, 8192),
+            "up_proj": (2048, 8192),
+            "down_proj": (8192, 2048),
+        }.items()
+    },
+    layers=16,
+    hidden=2048,
+    vocabulary=128_256,
+    heads=32,
+    queries=2048,
+    keys=512,
+    intermediate=8192,
+    gated=True,
+    activation="silu",
+    norms=2,
+    rms=True,
+    normed_heads=False,
+    wide_norms=False,
+    eager=False,
+)
+"""Llama 3.2 1B."""
+MODELS = {"base": BILLION, "policy": BILLION, "reward": BILLION}
+STAGES: dict[str, Any] = {
+    "sft": SftSettings.model_validate({"precision": "bf16", "max_length": 2048, "micro_batch_size": 8}),
+    "rm": RmSettings.model_validate({"precision": "bf16", "micro_batch_size": 8, "batch_size": 64}),
+    "ppo": ppo(precision="bf16", micro_batch_size=16, sampling={"max_new_tokens": 512}),
+}
+
+
+def changed(settings: Any, *overrides: str) -> Any:
+    """The settings as the command line's words change them."""
+    values = settings.model_dump()
+    for override in overrides:
+        path, _, value = override.partition("=")
+        *above, last = path.split(".")
+        section = values
+        for name in above:
+            section = section[name]
+        section[last] = yaml.safe_load(value)
+        if path == "tuning.method":
+            values["tuning"] = {"method": value}
+    return type(settings).model_validate(values)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_memory_follows_the_settings(stage: str) -> None:
+    """More ranks never need more on each, nor smaller micro batches, nor LoRA."""
+    settings = STAGES[stage]
+    total = predict(settings, MODELS).total
+    for smaller in (["workers.count=2"], ["micro_batch_size=4"], ["tuning.method=lora"]):
+        assert predict(changed(settings, *smaller), MODELS).total < total
+    by_ranks = [predict(changed(settings, f"workers.count={count}"), MODELS).total for count in (2, 4, 8, 16)]
+    assert by_ranks == sorted(by_ranks, reverse=True)
+    if stage != "sft":  # which packs short texts into long sequences
+        assert predict(settings, MODELS, Texts(100, 50)).total < total
+
+
+def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
+    """So that doubling the layers adds their inputs alone."""
+    part = learned(BILLION, FULL, scores=False)
+    one = footprint.saved(BILLION, part, 2, 4, 512, checkpointing=True)
+    deeper = Learned(part.parameters, head=True, whole_layers=32)
+    two = footprint.saved(replace(BILLION, layers=32), deeper, 2, 4, 512, checkpointing=True)
+    assert two - one == 16 * 4 * 512 * 2048 * 2
+    assert one < footprint.saved(BILLION, part, 2, 4, 512) / 5
+
+
+def test_adapters_on_one_base_are_counted_with_one_base() -> None:
+    """In place of those of policy, value model, reward model and generation; on several ranks the last one stays."""
+    lora, shared = (["tuning.method=lora", *more] for more in ([], ["share_base=true"]))
+    held: dict[tuple[int, bool], float] = {}
+    for ranks in (1, 4):
+        for overrides in (lora, shared):
+            parts = predict(changed(STAGES["ppo"], *overrides, f"workers.count={ranks}"), MODELS).parts
+            weights = sum(parts.get(name, 0.0) for name in ("weights", "frozen models", "generation"))
+            held[ranks, overrides is shared] = weights / (2 * BILLION.parameters)
+    assert held[1, False] == pytest.approx(4, abs=0.1)
+    assert held[1, True] == pytest.approx(1, abs=0.1)
+    # Beside them there are layers that are whole while a rank computes.
+    assert held[4, False] - held[4, True] == pytest.approx(2 / 4, abs=0.1)
+
+
+def test_an_average_and_a_frozen_reference_are_counted() -> None:
+    """Four bytes a weight, and two; with adapters the reference is the policy itself."""
+    plain, averaged = (predict(changed(STAGES["ppo"], *more), MODELS) for more in ([], ["average_decay=0.9"]))
+    assert averaged.total - plain.total == 4 * BILLION.parameters
+    assert plain.parts["frozen models"] == 2 * 2 * BILLION.parameters
+    assert (
+        predict(changed(STAGES["ppo"], "tuning.method=lora"), MODELS).parts["frozen models"] == 2 * BILLION.parameters
+    )
+
+
+def context_of(settings: Any, folder: Path, model: Path) -> Context[Any]:
+    roles = ("policy", "reward") if isinstance(settings, PpoSettings) else ("base",)
+    return Context("stage", "key", settings, dict.fromkeys(roles, model), folder, folder, folder)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put a GPU of so many bytes, or the main memory, under each rank; the model is always Llama's billion."""
+    monkeypatch.setattr(fitting, "architectures", lambda _: MODELS)
+
+    def put(size: float, *, gpu: bool = True) -> Device:
+        device = Device(gpu, int(size))
+        monkeypatch.setattr(fitting, "device_of_ranks", lambda _: device)
+        return device
+
+    return put
+
+
+@pytest.mark.parametrize("share", [0.8, 0.6, 0.3, 0.15])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_advice_is_enough(gpu: Any, stage: str, share: float, tmp_path: Path) -> None:
+    """A refused stage whose settings are changed as the error says is not refused, and fits beside CUDA's context."""
+    settings = STAGES[stage]
+    texts = Texts(1024, 512, in_list=4)
+    device = gpu(share * predict(settings, MODELS, texts).total)
+    with pytest.raises(PreflightError) as refused:
+        fitting.check(context_of(settings, tmp_path, tmp_path), texts)
+    assert "for activations" in refused.value.what
+    words = [word.removeprefix("stage.") for word in refused.value.next_step.split()]
+    better = changed(settings, *words)
+    fitting.check(context_of(better, tmp_path, tmp_path), texts)
+    assert not AttemptFolder(tmp_path).notes()
+    assert fitting.fits(predict(better, MODELS, texts), better, device)
+
+
+def test_what_costs_least_is_advised_first(gpu: Any, tmp_path: Path) -> None:
+    """The largest micro batch that fits; where none does, something beside it."""
+    settings, texts = STAGES["sft"], Texts(2048)
+    sizes = {count: predict(changed(settings, f"micro_batch_size={count}"), MODELS, texts).total for count in (1, 2, 4)}
+    assert fitting.advice(settings, MODELS, texts, gpu(sizes[4] + 1.1e9)) == ["micro_batch_size=4"]
+    assert fitting.advice(settings, MODELS, texts, gpu(sizes[2] + 1.1e9)) == ["micro_batch_size=2"]
+    assert "micro_batch_size" not in fitting.advice(settings, MODELS, texts, gpu(sizes[1] + 0.9e9))[-1]
+    assert fitting.advice(settings, MODELS, texts, gpu(1e9)) == []
+
+
+@pytest.mark.parametrize(("size", "gpu_there"), [(1.05, True), (0.95, True), (0.1, False)])
+def test_what_may_fit_after_all_is_noted_alone(gpu: Any, size: float, gpu_there: bool, tmp_path: Path) -> None:
+    """Within the tolerance of a GPU, and always on CPUs."""
+    settings, texts = STAGES["sft"], Texts(2048)
+    predicted = predict(settings, MODELS, texts, gpu=gpu_there).total
+    gpu(size * predicted if size < 1 else predicted + 0.5e9, gpu=gpu_there)
+    fitting.check(context_of(settings, tmp_path, tmp_path), texts)
+    (note,) = AttemptFolder(tmp_path).notes()
+    assert "may not fit" in note
+
+
+def test_nothing_is_said_of_unknown_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cluster of other machines, neither error nor note."""
+    monkeypatch.setattr(fitting, "device_of_ranks", lambda _: None)
+    monkeypatch.setattr(fitting, "architectures", lambda _: MODELS)
+    fitting.check(context_of(STAGES["ppo"], tmp_path, tmp_path), Texts(1024, 512))
+    assert not AttemptFolder(tmp_path).notes()
+
+
+def test_doctors_table_shows_each_part_and_their_sum(gpu: Any) -> None:
+    """A column for each stage, whose numbers add up."""
+    gpu(40e9)
+    rows: list[dict[str, Any]] = [
+        {"stage": stage, "ranks": 1} | fitting._forecast(settings, MODELS)  # pyright: ignore[reportPrivateUsage]
+        for stage, settings in STAGES.items()
+    ]
+    for row in rows:
+        assert sum(row["parts"].values()) == row["total"]
+        assert Prediction(row["moment"], row["parts"]).total == predict(STAGES[row["stage"]], MODELS).total
+    console = Console(width=100, file=StringIO(), record=True)
+    console.print(memory_table(rows))
+    lines = {line[:16].strip(): line[16:].split() for line in console.export_text().splitlines()}
+    assert lines["GB on each rank"] == list(STAGES)
+    assert lines["sum"] == [f"{row['total'] / 1e9:.2f}" for row in rows]
+    assert lines["available"] == ["40.00"] * 3
+    assert lines["weights"] == [f"{row['parts']['weights'] / 1e9:.2f}" for row in rows]
+
+
+def test_lora_with_dropout_keeps_each_adapters_input() -> None:
+    """Its inputs and a mask of each, where without dropout those of the norms are shared."""
+    plain, dropped = (learned(BILLION, LoraTuning(dropout=share), scores=False) for share in (0.0, 0.1))
+    inputs = 6 * 2048 + 8192
+    assert dropped.adapter_masks == inputs
+    assert dropped.adapter_elements - plain.adapter_elements == inputs - (2 * 2048 + 8192)

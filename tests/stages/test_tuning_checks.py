@@ -1,0 +1,185 @@
+"""Methods of fine-tuning that do not fit are refused before any worker starts, with the setting and what would fit."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.attempt.context import Context
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.errors import PreflightError, RequestError
+from rlhf.rollout.sampling import answers
+from stages import checks
+from tests.models.tiny import make_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+def refused(
+    base: Path, folder: Path, tuning: dict[str, Any], kind: Any = SftSettings, reward: Path | None = None, **more: Any
+) -> PreflightError | None:
+    """The error of a stage's check of a method, or None."""
+    role = {"SftSettings": "demonstrations", "RmSettings": "comparisons", "PpoSettings": "prompts"}[kind.__name__]
+    row: dict[str, Any] = {"prompt": "a film", "completion": "a joy", "responses": ["a joy", "dull"]}
+    function = folder / "reward.py"
+    function.write_text("def reward(prompts, responses):\n    return [0.0] * len(responses)\n")
+    for part in ("train", "heldout"):
+        (folder / f"{part}.jsonl").write_text(json.dumps(row | {"strengths": [1.0, -1.0]}) + "\n")
+    values: dict[str, Any] = {"tuning": tuning, "micro_batch_size": 1, **more}
+    if kind is PpoSettings:
+        own = {"rewards": [{"function": f"{function}:reward"}], "value_init": "reward" if reward else "policy"}
+        values = own | {"max_prompt_length": 16, "sampling": {"max_new_tokens": 8}} | values
+        if reward:
+            values["rewards"] = [{}]
+    else:
+        values = {"max_length": 32} | values
+    inputs = {"policy" if kind is PpoSettings else "base": base, role: folder}
+    inputs |= {"reward": reward} if reward else {}
+    context: Context[Any] = Context("it", "key", kind.model_validate(values), inputs, folder, folder, folder)
+    try:
+        {"SftSettings": checks.sft, "RmSettings": checks.rm, "PpoSettings": checks.ppo}[kind.__name__](context)
+    except PreflightError as error:
+        return error
+    return None
+
+
+def changed(base: Path, target: Path, **config: Any) -> Path:
+    """The model with other entries of its configuration."""
+    shutil.copytree(base, target)
+    file = target / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return target
+
+
+def with_tokens(base: Path, target: Path, kind: str, tokens: int, **config: Any) -> Path:
+    """An adapter's folder of so many virtual tokens, as far as a check reads it."""
+    changed(base, target / "base", **config)
+    for path in base.glob("*token*"):
+        shutil.copy(path, target)
+    (target / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "num_virtual_tokens": tokens}))
+    return target
+
+
+KINDS = [SftSettings, RmSettings, PpoSettings]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("tuning", "what", "field", "next_step"),
+    [
+        ({"method": "top", "blocks": 3}, "blocks is 3, and the model has 2 blocks", "blocks", "it.tuning.blocks=2"),
+        ({"method": "bottom-frozen", "blocks": 9}, "is 9, and the model has 2", "blocks", "it.tuning.blocks=2"),
+        (
+            {"method": "lora", "targets": ["q_proj", "query", "proj"]},
+            "named query, proj; it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+            "targets",
+            "name some of those",
+        ),
+        (
+            {"method": "p-tuning", "template": [2, " joyful"]},
+            "splits the anchor ' joyful' into",
+            "template",
+            "one token",
+        ),
+        ({"method": "qlora"}, "needs bitsandbytes", "method", "qlora]"),
+        ({"method": "prompt", "tokens": 60}, "60 are for virtual tokens", "max_", "="),
+        ({"method": "prefix", "tokens": 60}, "60 are for virtual tokens", "max_", "="),
+    ],
+)
+def test_a_method_that_does_not_fit_the_model_is_refused(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Any,
+    tuning: dict[str, Any],
+    what: str,
+    field: str,
+    next_step: str,
+) -> None:
+    """By sft, rm and ppo alike, with the names and numbers that are there."""
+    monkeypatch.setattr(checks, "find_spec", lambda _: None)
+    error = refused(base, tmp_path, tuning, kind)
+    assert error is not None
+    assert what in error.what
+    assert field in error.where
+    assert next_step in str(error.next_step)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"method": "top", "blocks": 2},
+        {"method": "bottom-frozen", "blocks": 2},
+        {"method": "lora", "targets": ["q_proj", "mlp.down_proj"]},
+        {"method": "p-tuning", "template": [2, " film"]},
+        {"method": "prompt", "tokens": 32},
+        {"method": "prefix", "tokens": 32},
+        {"method": "ia3"},
+    ],
+)
+def test_what_just_fits_is_taken(base: Path, tmp_path: Path, kind: Any, tuning: dict[str, Any]) -> None:
+    """All blocks, ends of names, an anchor of one token, and a context that is full."""
+    assert refused(base, tmp_path, tuning, kind) is None
+
+
+def test_qlora_without_a_gpu_is_refused(base: Path, tmp_path: Path) -> None:
+    """Where the workers are to have none, before its library is asked for."""
+    error = refused(base, tmp_path, {"method": "qlora"}, workers={"gpu": False})
+    assert error is not None
+    assert "it.workers.gpu is false" in error.what
+
+
+SOFT, DEEP = ("prompt", "p-tuning"), ("prefix", "p-tuning-v2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["full", "lora", *SOFT, *DEEP])
+@pytest.mark.parametrize("peft", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_virtual_tokens_go_on_by_methods_of_their_kind_alone(
+    base: Path, tmp_path: Path, kind: Any, method: str, peft: str
+) -> None:
+    """As many as there are; nothing folds them into weights, and another method would begin without them."""
+    given = with_tokens(base, tmp_path / "given", peft, 4)
+    size = {"template": [4]} if method == "p-tuning" else {"tokens": 4} if method in SOFT + DEEP else {}
+    goes_on = method in (SOFT if peft == "PROMPT_TUNING" else DEEP)
+    error = refused(given, tmp_path, {"method": method, **size}, kind)
+    assert (error is None) == goes_on
+    if error is not None:
+        first = "prompt" if peft == "PROMPT_TUNING" else "p-tuning-v2"
+        assert "has 4 virtual tokens" in error.what
+        assert str(error.next_step).startswith(f"it.tuning={{method: {first}, tokens: 4}}, or give it the model")
+    elif method != "p-tuning":
+        error = refused(given, tmp_path, {"method": method, "tokens": 5}, kind)
+        assert error is not None
+        assert re.search(f"tuning is {method} with 5", error.what)
+
+
+def test_a_value_model_cannot_begin_at_virtual_tokens_that_do_not_fit(base: Path, tmp_path: Path) -> None:
+    """Those of the reward model, where it begins there; a reward model from scratch takes nothing of its base's."""
+    reward = with_tokens(base, tmp_path / "reward", "PREFIX_TUNING", 4, score_mean=0.0, score_max_length=32)
+    error = refused(base, tmp_path, {"method": "lora"}, PpoSettings, reward)
+    assert error is not None
+    assert "takes as reward has 4 virtual tokens of p-tuning-v2 or prefix" in error.what
+    assert refused(base, tmp_path, {"method": "prefix", "tokens": 4}, PpoSettings, reward) is None
+    policy = with_tokens(base, tmp_path / "policy", "PROMPT_TUNING", 4)
+    assert refused(policy, tmp_path, {"method": "full"}, RmSettings, init="scratch") is None
+    assert refused(policy, tmp_path, {"method": "full"}, RmSettings) is not None
+
+
+def test_who_answers_leaves_room_for_a_model_s_virtual_tokens(base: Path, tmp_path: Path) -> None:
+    """In evaluate and collect by their longest prompts, in `rlhf generate` by each prompt."""
+    policy = with_tokens(base, tmp_path / "policy", "PROMPT_TUNING", 4)
+    checks.check_room("evaluate", policy, 30, 30, "sampling.max_new_tokens")
+    with pytest.raises(PreflightError, match="context of 64, of which 4 are for virtual tokens") as error:
+        checks.check_room("evaluate", policy, 30, 31, "sampling.max_new_tokens")
+    assert error.value.next_step == "evaluate.max_prompt_length=29"
+    with pytest.raises(RequestError, match="do not fit the context of 60"):
+        answers(policy, ["a"], 0.0, 60, 0)

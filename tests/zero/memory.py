@@ -1,0 +1,62 @@
+"""Whole stages in a group of the tests, by what is sharded, offloaded and computed again."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from rlhf.zero import engine, group
+from tests.zero.inputs import MEMORY_STAGES
+from tests.zero.resuming import STAGES, KilledError, Stage, attempt_of, context_of, forget, killed_after, outcome
+
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "stage 3": {},
+    "stage 1": {"zero": {"stage": 1}},
+    "stage 2": {"zero": {"stage": 2}, "activation_checkpointing": True},
+    "offloaded": {
+        "zero": {"offload_optimizer": "cpu", "offload_parameters": "cpu"},
+        "activation_checkpointing": True,
+    },
+}
+RESUMED = (("sft", "stage 2"), ("rm", "offloaded"), ("ppo", "offloaded"))
+_SHORT: Mapping[str, dict[str, Any]] = {
+    # Dropout is drawn on each rank.
+    "sft": {"epochs": 1, "tuning": {"method": "lora", "rank": 4}},
+    "rm": {"epochs": 1, "micro_batch_size": 1},
+    "ppo": {"iterations": 2, "value_warmup": 0, "minibatches": 1, "epochs": 1},
+}
+assert tuple(_SHORT) == MEMORY_STAGES
+
+
+def memory(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """What each stage makes in three steps, PPO in two iterations; and what it makes when killed after the first.
+
+    One rank makes it in stage 3, and two make the rest.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, short in _SHORT.items():
+        found[name] = {}
+        for variant, values in VARIANTS.items():
+            if (variant == "stage 3") != (group.world_size() == 1):
+                continue
+            known = STAGES[name].settings(data)
+            settings = type(known).model_validate(known.model_dump() | short | values)
+            stage = replace(STAGES[name], settings=lambda _, settings=settings: settings)
+            context = context_of(name, stage, data, folder)
+            place = folder / f"{name}-{variant.replace(' ', '-')}"
+            with patch.object(engine, "checkpoint", wraps=engine.checkpoint) as checkpoint:
+                found[name][variant] = outcome(stage, attempt_of(context, place, ()))
+            found[name][variant]["recomputed"] = checkpoint.call_count
+            if (name, variant) in RESUMED:
+                found[name][f"{variant}, resumed"] = _resumed(stage, context, place)
+    return found
+
+
+def _resumed(stage: Stage, context: Any, place: Path) -> dict[str, Any]:
+    first = attempt_of(context, place / "first", ())
+    with suppress(KilledError), killed_after(1):
+        stage.run(first)
+    forget()
+    return outcome(stage, attempt_of(context, place / "last", first.attempts))
