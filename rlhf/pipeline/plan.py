@@ -122,6 +122,9 @@ def plan(
     imported = {name for name, ref in refs.items() if ref.imported}
     for name, instance in config.instances.items():
         makers = {role: wire.instance for role, wire in wires[name].items() if wire.instance not in imported}
+        for role, maker in list(makers.items()):
+            own = wires[maker].items()
+            makers |= {f"{role}/{inner}": wire.instance for inner, wire in own if wire.instance not in imported}
         _check_agreement(config, instance, known[instance.uses], makers)
     # Lists, not sets: the order of a plan is the same in every process.
     graph = {name: [wire.instance for wire in wires[name].values()] for name in config.instances}

@@ -69,8 +69,8 @@ class Stage:
     sources: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     """Maps the settings to {setting: local path}; the content of each path, not its place, enters the key."""
     disagrees: Callable[[Any, Mapping[str, Any]], tuple[str, str] | None] = lambda _settings, _makers: None
-    """Maps the settings, and by role those of the stages that make its inputs, to what they contradict each other in
-    and what to write instead, or None."""
+    """Maps the settings, and by role those of the stages that make its inputs, by role/role those that make these
+    stages' own, to what they contradict each other in and what to write instead, or None."""
     awaits: Callable[[Any], Path | None] = lambda _: None
     """Maps the settings to a file that people have yet to make, without which there is no key, or None."""
 

@@ -54,7 +54,10 @@ def test_what_cannot_be_is_refused_with_its_reason(override: str, words: str) ->
         ([], "ppo.share_base needs LoRA adapters on one base, and reward will be whole weights"),
         (["rm.tuning={method: lora, merge: true}"], "reward will be whole weights"),
         (["rm.tuning={method: lora}", "sft.tuning={method: prefix}"], "policy will be an adapter of method prefix"),
-        (["rm.tuning={method: lora}"], None),
+        (["rm.tuning={method: lora}"], "reward will be trained on another one than policy"),
+        (["rm.tuning={method: lora}", "sft.tuning={method: lora}", "rm.inputs.base=sft"], "on another one than policy"),
+        (["rm.tuning={method: lora}", "sft.tuning={method: lora}"], None),
+        (["rm.tuning={method: lora}", "rm.inputs.base=sft"], None),
     ],
 )
 def test_stages_whose_results_cannot_share_a_base_are_refused_before_they_run(
