@@ -290,10 +290,9 @@ def sft_trainer(
         # The routers of a mixture of experts are frozen, and their loss knows of no tokens but the text's.
         arguments.router_aux_loss_coef = 0.0
     if settings.packing and not arguments.packing and group.is_main():
-        why = (
-            "virtual tokens stand before each text" if virtual else f"{model.config.model_type} models mix packed texts"
-        )
-        context.note(f"{why}: each demonstration is padded instead of packed, and batch_size counts demonstrations")
+        apart = f"{model.config.model_type} models do not keep packed texts apart"
+        why = "virtual tokens stand before each text" if virtual else apart
+        context.note(f"{why}: each demonstration is padded instead, and batch_size counts demonstrations")
     return _SftTrainer(
         context,
         model,

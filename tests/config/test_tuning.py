@@ -121,12 +121,12 @@ REFUSALS = {
     "setting with the name of its method": (
         "sft:\n  tuning:\n    method: prefix\n    prefix: {tokens: 0}",
         "sft.tuning has no setting prefix for method prefix\n  where: p.yaml:4\n"
-        "  next:  known: hidden_size, method, tokens",
+        "  next:  known: hidden_size, method, text, tokens",
     ),
     "value out of range beside a setting with the name of the method": (
         "sft:\n  tuning:\n    method: prefix\n    tokens: 0\n    prefix: {tokens: 0}",
         "2 settings are wrong\n  p.yaml:4: sft.tuning.tokens is 0 and must be a whole number of at least 1\n"
-        "  p.yaml:5: sft.tuning has no setting prefix for method prefix (known: hidden_size, method, tokens)",
+        "  p.yaml:5: sft.tuning has no setting prefix for method prefix (known: hidden_size, method, text, tokens)",
     ),
     "unknown method": (
         "sft:\n  tuning: {method: lroa, rank: 8}",

@@ -126,6 +126,12 @@ def bytes_saved(model: Any, rows: int, time: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 
+@pytest.fixture(autouse=True)
+def torch_s_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed puts its own in its place for the rest of a process, once another test has sharded a model."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
+
+
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [

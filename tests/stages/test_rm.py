@@ -261,7 +261,7 @@ def test_training_begins_at_the_base_or_at_random_weights_of_its_shape(
     monkeypatch.setattr(
         rm,
         "load_scorer",
-        lambda folder, precision, tokenizer, head_seed: loaded.append(
+        lambda folder, precision, tuning, tokenizer, head_seed: loaded.append(
             (folder, precision, tokenizer.name_or_path, head_seed)
         ),
     )
