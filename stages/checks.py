@@ -310,11 +310,12 @@ def check_goes_on(stage: str, role: str, folder: Path, method: Tuning) -> None:
         return
     name, other = ("p-tuning-v2", "prefix") if is_prefix else ("prompt", "p-tuning")
     given = f" with {virtual_tokens_of(method)}" if virtual_tokens_of(method) else ""
+    remedy = f"{stage}.tuning={{method: {name}, tokens: {tokens}}}, or give {stage} the model that they were trained on"
     raise PreflightError(
         f"the model that {stage} takes as {role} has {tokens} virtual tokens of {name} or {other}, which only these "
         f"methods can train further, and tuning is {method.method}{given}",
         f"{stage}.tuning",
-        f"{stage}.tuning={{method: {name}, tokens: {tokens}}}, or give {stage} the model that they were trained on",
+        f"{stage}.value_init=policy" if role == "reward" else remedy,
     )
 
 

@@ -16,7 +16,7 @@ from rlhf.config.collect import CollectSettings, CompareSettings, awaited, compa
 from rlhf.config.data import DataSettings, RankSettings, ranked_inputs, sources
 from rlhf.config.ppo import PpoSettings, without_adapter
 from rlhf.config.rewards import reward_inputs, reward_sources
-from rlhf.config.stages import EvaluateSettings, ModelSettings, RmSettings, SftSettings
+from rlhf.config.stages import EvaluateSettings, ModelSettings, RmSettings, SftSettings, loses_virtual_tokens
 from rlhf.errors import RequestError
 
 
@@ -146,6 +146,7 @@ OURS = (
         "policy",
         inputs=taking(base=Input("model", _MODELS), demonstrations="data/demonstrations"),
         continues="base",
+        disagrees=loses_virtual_tokens,
         preflight="stages.checks:sft",
     ),
     _on_workers(
@@ -160,6 +161,7 @@ OURS = (
             demonstrations="data/demonstrations",
         ),
         continues="base",
+        disagrees=loses_virtual_tokens,
         preflight="stages.checks:rm",
     ),
     _on_workers(
@@ -175,7 +177,7 @@ OURS = (
         ),
         continues="policy",
         preflight="stages.checks:ppo",
-        disagrees=without_adapter,
+        disagrees=lambda settings, makers: without_adapter(settings, makers) or loses_virtual_tokens(settings, makers),
         sources=lambda settings: reward_sources(settings.rewards),
     ),
     _on_workers(

@@ -75,6 +75,36 @@ def test_stages_whose_results_cannot_share_a_base_are_refused_before_they_run(
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            [],
+            "ppo.tuning is full, and policy will have 4 virtual tokens, which only p-tuning-v2 or prefix with as many",
+        ),
+        (["ppo.tuning={method: prefix, tokens: 5}"], "tuning is prefix, and policy will have 4 virtual tokens"),
+        (["ppo.tuning={method: prefix, tokens: 4}"], None),
+        (["ppo.tuning={method: prefix, tokens: 4}", "rm.tuning={method: prompt}"], "reward will have 20"),
+        (["ppo.tuning={method: prefix, tokens: 4}", "rm.tuning={method: prompt}", "ppo.value_init=policy"], None),
+        (["rm.inputs.base=sft"], "rm.tuning is full, and base will have 4"),
+    ],
+)
+def test_virtual_tokens_that_would_be_lost_are_refused_before_they_are_trained(
+    tmp_path: Path, overrides: list[str], words: str | None
+) -> None:
+    """When the run is planned, by the stages that it needs alone."""
+    known, store = stages(), Store.open(tmp_path)
+    given = ["sft.tuning={method: p-tuning-v2, tokens: 4}", *overrides]
+    config = load_pipeline(TINY, given, {name: stage.settings for name, stage in known.items()})
+    plan(config, known, store, ["sft"])
+    if words is None:
+        plan(config, known, store)
+        return
+    with pytest.raises(SettingsError) as error:
+        plan(config, known, store)
+    assert words in str(error.value)
+
+
 def test_a2c_fills_in_what_it_is() -> None:
     """One update on each rollout and no clipping; all else as it is written."""
     settings = PpoSettings.model_validate({"algorithm": "a2c", "rollouts": 32})
