@@ -111,11 +111,12 @@ def _check_model(folder: Path) -> None:
         raise RequestError(
             "the folder holds no weights in safetensors files", str(folder), "save them with save_pretrained"
         )
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+    # PEFT itself saves none beside an adapter.
+    if is_adapter(folder) and not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
         raise RequestError(
-            "the folder holds no tokenizer",
+            "the folder holds an adapter without a tokenizer",
             str(folder),
-            "save the model's there too: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIR)",
+            f"save its base's there too: AutoTokenizer.from_pretrained('{BASE}').save_pretrained('.')",
         )
 
 

@@ -26,7 +26,6 @@ def model_folder(folder: Path, **config: object) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "README.md").write_text("mine")
-    (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     write_weights(folder)
     return folder
@@ -60,11 +59,7 @@ def test_an_import_takes_what_an_artifact_may_hold_and_leaves_no_folder_behind(p
     """Pickles and the model's README stay out, and no attempt is left in the store."""
     record = imported(path, model_folder(tmp_path / "model"))
     store = Store.open(tmp_path / "store")
-    assert [file.path for file in store.manifest(record.artifact).files] == [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
+    assert [file.path for file in store.manifest(record.artifact).files] == ["config.json", "model.safetensors"]
     assert list((tmp_path / "store" / "work").iterdir()) == []
 
 
@@ -93,7 +88,6 @@ def test_an_import_that_would_fail_later_or_carry_something_off_is_refused(path:
     (secret := tmp_path / "secret.txt").write_text("mine")
     for number, (said, harm) in enumerate(
         {
-            "holds no tokenizer": lambda model: (model / "tokenizer.json").unlink(),
             "no weights in safetensors": lambda model: (model / "model.safetensors").unlink(),
             "the weights cannot be read": lambda model: (model / "model.safetensors").write_bytes(b"garbage"),
             "holds no JSON object": lambda model: (model / "config.json").write_text("[]"),
@@ -152,10 +146,12 @@ def test_virtual_tokens_are_exported_beside_their_base_alone(path: Path, tmp_pat
     """No weights can hold them; the refusal says which command writes them."""
     base, adapter = make_tiny_llama(tmp_path / "tiny"), tmp_path / "adapter"
     shutil.copytree(base, adapter / "base")
-    shutil.copyfile(base / "tokenizer.json", adapter / "tokenizer.json")
     write_weights(adapter)
     entries = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
     (adapter / "adapter_config.json").write_text(json.dumps(entries))
+    with pytest.raises(RequestError, match="an adapter without a tokenizer"):
+        imported(path, adapter)
+    shutil.copyfile(base / "tokenizer.json", adapter / "tokenizer.json")
     imported(path, adapter)
     store = Store.open(tmp_path / "store")
     with pytest.raises(RequestError, match="an adapter of 4 virtual tokens") as error:
