@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.attempt.context import Context
+from rlhf.cluster.devices import device_of_ranks
 from rlhf.collect.judges import judge_of
 from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
@@ -62,6 +63,9 @@ from rlhf.ranking.lists import draw_lists
 from rlhf.rewards import EndpointReward, load_function
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
 from rlhf.training.shared_base import check_adapters
+
+MIN_LENGTH = 8
+"""The least that ``max_length`` may be."""
 
 
 def sft(context: Context[SftSettings]) -> dict[str, float]:
@@ -215,6 +219,8 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     if length + virtual > limit:
         before = f", of which {virtual} are for virtual tokens" if virtual else ""
         what = f"max_length is {length}, and the model's context is {limit} tokens{before}"
+        if limit - virtual < MIN_LENGTH:
+            raise PreflightError(what, f"{stage}.tuning", "take fewer virtual tokens: 10 to 100 are usual")
         raise _fitting(stage, "max_length", limit - virtual, what)
     check_virtual_tokens(context.inputs["base"], settings.tuning, length, stage)
     if settings.batch_size % ranks:
@@ -250,7 +256,7 @@ def check_tuning(context: Context[Any], roles: Sequence[str]) -> None:
             if isinstance(method, QLoraTuning):
                 check_qlora(stage, settings.workers.gpu)
         case PTuning():
-            anchors(method, folder)
+            anchors(method, folder, f"{stage}.tuning.template")
         case _:
             pass
     for role in roles:
@@ -272,12 +278,14 @@ def check_targets(stage: str, targets: Sequence[str], folder: Path, vocabulary: 
 
 
 def check_qlora(stage: str, gpu: bool | None) -> None:
-    """Refuse QLoRA on workers that are to have no GPU, and without its library."""
-    if gpu is False:
+    """Refuse QLoRA on workers that will have no GPU, and without its library."""
+    device = device_of_ranks(gpu)
+    if gpu is False or (device is not None and not device.gpu):
+        why = f"{stage}.workers.gpu is false" if gpu is False else "there is none here"
         raise PreflightError(
-            f"qlora computes with 4-bit weights, which needs a GPU, and {stage}.workers.gpu is false",
+            f"qlora computes with 4-bit weights, which needs a GPU, and {why}",
             f"{stage}.tuning.method, {stage}.workers.gpu",
-            f"{stage}.workers.gpu=true, or {stage}.tuning={{method: lora}}",
+            f"{stage}.tuning={{method: lora}}, or run it where workers have GPUs",
         )
     if find_spec("bitsandbytes") is None:
         raise PreflightError(
@@ -302,11 +310,12 @@ def check_goes_on(stage: str, role: str, folder: Path, method: Tuning) -> None:
         return
     name, other = ("p-tuning-v2", "prefix") if is_prefix else ("prompt", "p-tuning")
     given = f" with {virtual_tokens_of(method)}" if virtual_tokens_of(method) else ""
+    remedy = f"{stage}.tuning={{method: {name}, tokens: {tokens}}}, or give {stage} the model that they were trained on"
     raise PreflightError(
         f"the model that {stage} takes as {role} has {tokens} virtual tokens of {name} or {other}, which only these "
         f"methods can train further, and tuning is {method.method}{given}",
         f"{stage}.tuning",
-        f"{stage}.tuning={{method: {name}, tokens: {tokens}}}, or give {stage} the model that they were trained on",
+        f"{stage}.value_init=policy" if role == "reward" else remedy,
     )
 
 
@@ -320,13 +329,13 @@ def check_room(stage: str, model: Path, prompt: int, response: int, field: str, 
     virtual = virtual_tokens_in(model) if virtual is None else virtual
     limit = context_length(config_of(model)) - virtual
     if prompt + response > limit:
-        fits = f"max_prompt_length={limit - response}" if response < limit else f"{field}={limit // 2}"
-        raise PreflightError(
-            f"prompts of {prompt} and responses of {response} tokens do not fit the policy's context of "
-            + (f"{limit + virtual}, of which {virtual} are for virtual tokens" if virtual else f"{limit}"),
-            f"{stage}.max_prompt_length, {stage}.{field}",
-            f"{stage}.{fits}",
+        what = f"prompts of {prompt} and responses of {response} tokens do not fit the policy's context of " + (
+            f"{limit + virtual}, of which {virtual} are for virtual tokens" if virtual else f"{limit}"
         )
+        if virtual and limit < MIN_LENGTH:
+            raise PreflightError(what, f"{stage}.tuning", "take fewer virtual tokens: 10 to 100 are usual")
+        fits = f"max_prompt_length={limit - response}" if response < limit else f"{field}={limit // 2}"
+        raise PreflightError(what, f"{stage}.max_prompt_length, {stage}.{field}", f"{stage}.{fits}")
 
 
 def check_offloading(

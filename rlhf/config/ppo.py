@@ -181,10 +181,11 @@ class PpoSettings(TrainingSettings):
 def without_adapter(settings: PpoSettings, makers: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return why ``share_base`` cannot be, where a stage makes no LoRA adapter that it needs, and what to do.
 
-    makers  settings of the stages that make the inputs, by role
+    makers  settings of the stages that make the inputs, by role; of those that make a maker's own, by role/its role
     """
+    base_of_policy = _base_of("policy", makers)
     for role, maker in makers.items() if settings.share_base else ():
-        if not isinstance(maker, SftSettings | RmSettings):
+        if "/" in role or not isinstance(maker, SftSettings | RmSettings):
             continue
         method = maker.tuning
         adapter = results_in_adapter(method)
@@ -193,4 +194,21 @@ def without_adapter(settings: PpoSettings, makers: Mapping[str, Any]) -> tuple[s
             made = f"an adapter of method {method.method}" if adapter else "whole weights"
             what = f"share_base needs LoRA adapters on one base, and {role} will be {made}"
             return what, f"give the stage that makes {role} tuning: {{method: lora}}, without merge"
+        base = _base_of(role, makers)
+        trained = any(isinstance(one, SftSettings | RmSettings) for one in (base, base_of_policy))
+        # Two stages that do not train may make the same model.
+        if trained and None not in (base, base_of_policy) and base != base_of_policy:
+            what = f"share_base needs adapters on one base, and {role} will be trained on another one than policy"
+            return what, (
+                "give both stages one base and tuning: {method: lora}, without merge; or train the reward model on the "
+                "policy's whole weights; or set share_base: false"
+            )
     return None
+
+
+def _base_of(role: str, makers: Mapping[str, Any]) -> Any:
+    """Return the settings of the stage that makes the whole weights under a result; None where they are not known."""
+    maker = makers.get(role)
+    if isinstance(maker, SftSettings | RmSettings) and results_in_adapter(maker.tuning):
+        return makers.get(f"{role}/base")
+    return maker

@@ -2,14 +2,15 @@
 
 import datetime
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
 from rlhf.config.base import Seed, Settings, runtime, semantic, source
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
-from rlhf.config.tuning import FULL, PrefixTuning, PTuningV2, Tuning
+from rlhf.config.tuning import FULL, PrefixTuning, PTuningV2, Tuning, virtual_tokens
 from rlhf.config.zero import ZeroSettings
 
 Precision = Literal["fp32", "bf16"]
@@ -259,3 +260,21 @@ class EvaluateSettings(ShardedSettings):
     def _rewards_are_sound(self) -> "EvaluateSettings":
         rewards_are_sound(self.rewards)
         return self
+
+
+def loses_virtual_tokens(settings: TrainingSettings, makers: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return why a stage cannot train on from the virtual tokens that its model will have, and what to do; else None.
+
+    makers  settings of the stages that make the inputs, by role
+    """
+    from_reward, fresh = getattr(settings, "value_init", "") == "reward", getattr(settings, "init", "") == "scratch"
+    for role in (*([] if fresh else ["base"]), "policy", *(["reward"] if from_reward else [])):
+        maker = makers.get(role)
+        given = virtual_tokens(maker.tuning) if isinstance(maker, TrainingSettings) else None
+        if given is None or given == virtual_tokens(settings.tuning):
+            continue
+        (name, other), tokens = given
+        what = f"tuning is {settings.tuning.method}, and {role} will have {tokens} virtual tokens, which only {name} or"
+        remedy = f"tuning: {{method: {name}, tokens: {tokens}}}, or another method for the stage that makes {role}"
+        return f"{what} {other} with as many can train further", ("value_init: policy" if role == "reward" else remedy)
+    return None

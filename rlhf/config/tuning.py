@@ -212,3 +212,14 @@ def results_in_adapter(tuning: Tuning) -> bool:
     """Return whether a stage's result is an adapter beside its base rather than whole weights."""
     whole = isinstance(tuning, FullTuning | TopTuning | BottomFrozenTuning | GradualTuning | TransferTuning)
     return not whole and not getattr(tuning, "merge", False)
+
+
+def virtual_tokens(tuning: Tuning) -> tuple[tuple[str, str], int] | None:
+    """Return the methods that can train a method's virtual tokens further, and their number; None without any."""
+    match tuning:
+        case PromptTuning() | PTuning():
+            return ("prompt", "p-tuning"), tuning.tokens
+        case PrefixTuning() | PTuningV2():
+            return ("p-tuning-v2", "prefix"), tuning.tokens
+        case _:
+            return None

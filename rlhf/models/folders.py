@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,6 +29,9 @@ from rlhf.config.tuning import FULL, QLoraTuning, Tuning
 from rlhf.errors import PreflightError
 from rlhf.models import heads, safe_loading, text, virtual_tokens
 from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, config_file, is_adapter
+
+VIRTUAL_TOKENS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+"""PEFT's types of adapters whose virtual tokens :mod:`rlhf.models.virtual_tokens` applies."""
 
 
 def loading_options(tuning: Tuning, dtype: torch.dtype) -> dict[str, Any]:
@@ -91,9 +96,17 @@ def adapter_config(folder: Path) -> Any:
     """Read the configuration of an adapter that can stand beside its base.
 
     Raises:
-        PreflightError: it changes its base.
+        PreflightError: it changes its base, or is of a kind that nothing here computes with.
     """
     config: Any = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if kind not in VIRTUAL_TOKENS and not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):
+        raise PreflightError(
+            f"the adapter is of type {kind}, which can neither be folded into weights nor be trained further",
+            str(folder / ADAPTER_CONFIG),
+            f"take an adapter of LORA, IA3, {', '.join(VIRTUAL_TOKENS)} or another type that PEFT can merge",
+        )
     start = str(getattr(config, "init_lora_weights", "")).lower()
     # PEFT begins these adapters by also changing the weights under them, which can only be done with whole weights.
     if start.startswith(("pissa", "olora", "corda", "loftq")):
@@ -139,7 +152,7 @@ def fill(
     Raises:
         PreflightError: they do not fit.
     """
-    own: dict[str, Any] = dict(adapted.named_parameters())
+    own: dict[str, Any] = dict(adapted.named_parameters(remove_duplicate=False))  # a tied head may be in the file
     adapter: dict[str, Any] = get_peft_model_state_dict(
         adapted, state_dict=own, adapter_name=adapter_name, save_embedding_layers=False
     )
@@ -182,10 +195,23 @@ def load_whole(folder: Path, *, scores: bool, dtype: torch.dtype) -> PreTrainedM
     with _unsharded():
         if not is_adapter(folder):
             return load(folder, scores=scores, dtype=dtype)
-        model = load(folder, scores=scores, dtype=torch.float32).merge_and_unload()
+        adapted = load(folder, scores=scores, dtype=torch.float32)
+        _untie(adapted)
+        model = adapted.merge_and_unload()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _untie(adapted: Any) -> None:
+    """Give a head a weight of its own where an adapter changes it, or the embeddings that it is tied to, alone."""
+    model = adapted.get_base_model()
+    parts = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    plain = [getattr(part, "base_layer", part) for part in parts]
+    changed = any(isinstance(part, BaseTunerLayer) for part in parts)
+    if changed and len(plain) == 2 and plain[0].weight is plain[1].weight:
+        plain[1].weight = torch.nn.Parameter(plain[1].weight.detach().clone())
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 @contextmanager

@@ -249,8 +249,10 @@ def _first_tokens(tuning: PromptTuning | PrefixTuning | PTuningV2, source: Path)
     return (ids * -(-tuning.tokens // len(ids)))[: tuning.tokens]
 
 
-def anchors(tuning: PTuning, folder: Path) -> tuple[list[int], list[int]]:
+def anchors(tuning: PTuning, folder: Path, setting: str = "tuning.template") -> tuple[list[int], list[int]]:
     """Return the places of a template's anchors in the prompt, and their token ids.
+
+    setting  the template's name in errors
 
     Raises:
         PreflightError: the tokenizer splits an anchor.
@@ -268,7 +270,7 @@ def anchors(tuning: PTuning, folder: Path) -> tuple[list[int], list[int]]:
             pieces = ", ".join(repr(tokenizer.decode([token])) for token in ids)
             raise PreflightError(
                 f"the tokenizer splits the anchor {part!r} into {len(ids)} tokens ({pieces}), and an anchor is one",
-                "tuning.template",
+                setting,
                 "choose a word of one token; words within a text begin with a space",
             )
         places.append(at)

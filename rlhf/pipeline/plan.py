@@ -114,15 +114,12 @@ def plan(
 
     Raises:
         RequestError: a target is no stage of the pipeline.
-        SettingsError: an input names no instance, instances need each other in a circle, or their settings contradict
-            each other.
+        SettingsError: an input names no instance, instances need each other in a circle, or settings of
+            stages that are needed contradict each other.
     """
     wires = {name: _wires(config, instance, known) for name, instance in config.instances.items()}
     refs = store.refs(config.name)
     imported = {name for name, ref in refs.items() if ref.imported}
-    for name, instance in config.instances.items():
-        makers = {role: wire.instance for role, wire in wires[name].items() if wire.instance not in imported}
-        _check_agreement(config, instance, known[instance.uses], makers)
     # Lists, not sets: the order of a plan is the same in every process.
     graph = {name: [wire.instance for wire in wires[name].values()] for name in config.instances}
     try:
@@ -135,6 +132,12 @@ def plan(
     read = {name for inputs in graph.values() for name in inputs}
     wanted = targets or [name for name in order if name not in read]
     shown, needed = _upstream(graph, wanted, stop=()), _upstream(graph, wanted, stop=imported)
+    for name in (one for one in order if one in needed):
+        makers = {role: wire.instance for role, wire in wires[name].items() if wire.instance not in imported}
+        for role, maker in list(makers.items()):
+            own = wires[maker].items()
+            makers |= {f"{role}/{inner}": wire.instance for inner, wire in own if wire.instance not in imported}
+        _check_agreement(config, config.instances[name], known[config.instances[name].uses], makers)
     planned: dict[str, Planned] = {}
     for name in order:
         instance = config.instances[name]

@@ -16,7 +16,7 @@ from rlhf.config.collect import CollectSettings, CompareSettings, awaited, compa
 from rlhf.config.data import DataSettings, RankSettings, ranked_inputs, sources
 from rlhf.config.ppo import PpoSettings, without_adapter
 from rlhf.config.rewards import reward_inputs, reward_sources
-from rlhf.config.stages import EvaluateSettings, ModelSettings, RmSettings, SftSettings
+from rlhf.config.stages import EvaluateSettings, ModelSettings, RmSettings, SftSettings, loses_virtual_tokens
 from rlhf.errors import RequestError
 
 
@@ -69,8 +69,8 @@ class Stage:
     sources: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     """Maps the settings to {setting: local path}; the content of each path, not its place, enters the key."""
     disagrees: Callable[[Any, Mapping[str, Any]], tuple[str, str] | None] = lambda _settings, _makers: None
-    """Maps the settings, and by role those of the stages that make its inputs, to what they contradict each other in
-    and what to write instead, or None."""
+    """Maps the settings, and by role those of the stages that make its inputs, by role/role those that make these
+    stages' own, to what they contradict each other in and what to write instead, or None."""
     awaits: Callable[[Any], Path | None] = lambda _: None
     """Maps the settings to a file that people have yet to make, without which there is no key, or None."""
 
@@ -146,6 +146,7 @@ OURS = (
         "policy",
         inputs=taking(base=Input("model", _MODELS), demonstrations="data/demonstrations"),
         continues="base",
+        disagrees=loses_virtual_tokens,
         preflight="stages.checks:sft",
     ),
     _on_workers(
@@ -160,6 +161,7 @@ OURS = (
             demonstrations="data/demonstrations",
         ),
         continues="base",
+        disagrees=loses_virtual_tokens,
         preflight="stages.checks:rm",
     ),
     _on_workers(
@@ -175,7 +177,7 @@ OURS = (
         ),
         continues="policy",
         preflight="stages.checks:ppo",
-        disagrees=without_adapter,
+        disagrees=lambda settings, makers: without_adapter(settings, makers) or loses_virtual_tokens(settings, makers),
         sources=lambda settings: reward_sources(settings.rewards),
     ),
     _on_workers(

@@ -11,8 +11,17 @@ from typing import Any
 
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.errors import RequestError, is_no_room
-from rlhf.models.layout import BASE, UNBOUNDED, config_file, context_length, count_parameters, is_adapter, licence_of
+from rlhf.errors import NextCommand, RequestError, is_no_room
+from rlhf.models.layout import (
+    BASE,
+    UNBOUNDED,
+    config_file,
+    context_length,
+    count_parameters,
+    is_adapter,
+    licence_of,
+    virtual_tokens_in,
+)
 from rlhf.models.safe_loading import CODE, refuse_code, refuse_foreign_links
 from rlhf.pipeline.documents import provenance
 from rlhf.pipeline.plan import Planned, result_of
@@ -21,6 +30,8 @@ from rlhf.store import ActionRecord, Store, key_of
 from rlhf.store.backend import free_bytes_at, no_room, translated, umask
 
 IMPORT = "import"
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
+"""Files of which a tokenizer has at least one."""
 KINDS = {"sft": "policy", "rm": "reward-model"}
 
 
@@ -92,9 +103,20 @@ def _check_model(folder: Path) -> None:
     if not is_object:
         raise RequestError("the model's config.json holds no JSON object", str(config), "save it with save_pretrained")
     refuse_code(folder)
+    if is_adapter(folder):
+        from rlhf.models.folders import adapter_config
+
+        adapter_config(folder)
     if not count_parameters(folder):
         raise RequestError(
             "the folder holds no weights in safetensors files", str(folder), "save them with save_pretrained"
+        )
+    # PEFT itself saves none beside an adapter.
+    if is_adapter(folder) and not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+        raise RequestError(
+            "the folder holds an adapter without a tokenizer",
+            str(folder),
+            f"save its base's there too: AutoTokenizer.from_pretrained('{BASE}').save_pretrained('.')",
         )
 
 
@@ -158,7 +180,8 @@ def export_artifact(planned: Planned, target: Path, store: Store, *, adapter: bo
              updates below half a step of a weight
 
     Raises:
-        RequestError: there is no result yet, or the folder is not empty or cannot be written.
+        RequestError: there is no result yet, the folder is not empty or cannot be written, or virtual tokens are to be
+            folded.
     """
     record = result_of(planned)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -168,6 +191,12 @@ def export_artifact(planned: Planned, target: Path, store: Store, *, adapter: bo
         # Beside the target and not in the store, which the user may have no right to write.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             folder = store.checkout(record.artifact, Path(scratch) / "linked")
+            if not adapter and (tokens := virtual_tokens_in(folder)):
+                raise RequestError(
+                    f"the result of {planned.name} is an adapter of {tokens} virtual tokens, which no weights can hold",
+                    f"stage {planned.name}",
+                    NextCommand("export", (planned.name, str(target), "--adapter")),
+                )
             if is_adapter(folder) and not adapter:
                 import torch
                 from transformers.utils.logging import disable_progress_bar, set_verbosity_error

@@ -79,6 +79,12 @@ def _check_lora(role: str, folder: Path) -> None:
         raise PreflightError(
             f"{role} is an adapter of type {kind}, and share_base takes LoRA adapters", str(folder), REMEDY
         )
+    if (bias := config.get("bias", "none")) != "none":
+        raise PreflightError(
+            f"{role}'s adapter has bias {bias!r}, and others share the biases of its base",
+            str(folder / ADAPTER_CONFIG),
+            "train it without biases; or set share_base: false",
+        )
     with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as weights:
         others = [name for name in weights.keys() if ".lora_" not in name and not name.endswith(".score.weight")]  # noqa: SIM118 - not a mapping
     if others:

@@ -54,7 +54,10 @@ def test_what_cannot_be_is_refused_with_its_reason(override: str, words: str) ->
         ([], "ppo.share_base needs LoRA adapters on one base, and reward will be whole weights"),
         (["rm.tuning={method: lora, merge: true}"], "reward will be whole weights"),
         (["rm.tuning={method: lora}", "sft.tuning={method: prefix}"], "policy will be an adapter of method prefix"),
-        (["rm.tuning={method: lora}"], None),
+        (["rm.tuning={method: lora}"], "reward will be trained on another one than policy"),
+        (["rm.tuning={method: lora}", "sft.tuning={method: lora}", "rm.inputs.base=sft"], "on another one than policy"),
+        (["rm.tuning={method: lora}", "sft.tuning={method: lora}"], None),
+        (["rm.tuning={method: lora}", "rm.inputs.base=sft"], None),
     ],
 )
 def test_stages_whose_results_cannot_share_a_base_are_refused_before_they_run(
@@ -64,6 +67,36 @@ def test_stages_whose_results_cannot_share_a_base_are_refused_before_they_run(
     known, shared = stages(), ["ppo.share_base=true", "ppo.tuning={method: lora}"]
     config = load_pipeline(TINY, [*shared, *overrides], {name: stage.settings for name, stage in known.items()})
     store = Store.open(tmp_path)
+    if words is None:
+        plan(config, known, store)
+        return
+    with pytest.raises(SettingsError) as error:
+        plan(config, known, store)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            [],
+            "ppo.tuning is full, and policy will have 4 virtual tokens, which only p-tuning-v2 or prefix with as many",
+        ),
+        (["ppo.tuning={method: prefix, tokens: 5}"], "tuning is prefix, and policy will have 4 virtual tokens"),
+        (["ppo.tuning={method: prefix, tokens: 4}"], None),
+        (["ppo.tuning={method: prefix, tokens: 4}", "rm.tuning={method: prompt}"], "reward will have 20"),
+        (["ppo.tuning={method: prefix, tokens: 4}", "rm.tuning={method: prompt}", "ppo.value_init=policy"], None),
+        (["rm.inputs.base=sft"], "rm.tuning is full, and base will have 4"),
+    ],
+)
+def test_virtual_tokens_that_would_be_lost_are_refused_before_they_are_trained(
+    tmp_path: Path, overrides: list[str], words: str | None
+) -> None:
+    """When the run is planned, by the stages that it needs alone."""
+    known, store = stages(), Store.open(tmp_path)
+    given = ["sft.tuning={method: p-tuning-v2, tokens: 4}", *overrides]
+    config = load_pipeline(TINY, given, {name: stage.settings for name, stage in known.items()})
+    plan(config, known, store, ["sft"])
     if words is None:
         plan(config, known, store)
         return

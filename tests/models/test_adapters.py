@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -110,6 +110,7 @@ def test_an_adapter_written_as_a_plain_folder_is_the_same_reward_model(tmp_path:
     [
         ({"init_lora_weights": "pissa_niter_4"}, "LoRA begun by pissa_niter_4"),
         ({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}, "do not fit"),
+        ({"peft_type": "ADAPTION_PROMPT", "task_type": "CAUSAL_LM"}, "type ADAPTION_PROMPT, which can neither"),
         ({"r": 2}, "do not fit"),
         ({"target_modules": ["q_proj"]}, "do not fit its configuration and base; the first is base_model.model"),
     ],
@@ -124,6 +125,26 @@ def test_an_adapter_that_cannot_stand_beside_its_base_is_refused(
     file.write_text(json.dumps(entries if "peft_type" in entries else json.loads(file.read_text()) | entries))
     with pytest.raises(PreflightError, match=words):
         folders.load(tmp_path / "saved", scores=False, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:.*save_embedding_layers")  # PEFT's
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_of_two_tied_weights_changes_that_one_alone(tmp_path: Path, tiny: Path, target: str) -> None:
+    """Folded in, the plain folder has a head of its own. Such adapters come from other programs."""
+    base: Any = AutoModelForCausalLM.from_pretrained(tiny, tie_word_embeddings=True)
+    (adapter := tmp_path / "adapter").mkdir()
+    base.save_pretrained(adapter / "base")
+    folders.copy_tokenizer(tiny, adapter)
+    model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            weight.add_(torch.randn(weight.shape, generator=torch.manual_seed(len(name))))
+    model.save_pretrained(adapter)
+    expected = model.eval()(IDS).logits
+    plain = folders.write_plain(adapter, tmp_path / "plain", scores=False, dtype=torch.float32)
+    folded: Any = AutoModelForCausalLM.from_pretrained(plain).eval()
+    torch.testing.assert_close(folded(IDS).logits, expected, atol=1e-3, rtol=1e-4)
 
 
 def test_fresh_adapters_change_nothing_and_follow_the_seed(tiny: Path) -> None:

@@ -303,9 +303,16 @@ def with_other_adapter(folder: Path, inputs: dict[str, Path], _: Path) -> dict[s
     return inputs | {"policy": folder / "other"}
 
 
+def with_bias(folder: Path, inputs: dict[str, Path], _: Path) -> dict[str, Path]:
+    shutil.copytree(inputs["policy"], folder / "bias")
+    update_json(folder / "bias" / "adapter_config.json", {"bias": "lora_only"})
+    return inputs | {"policy": folder / "bias"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (with_bias, "policy's adapter has bias 'lora_only'"),
         (with_other_base, r"reward is an adapter for another base \([0-9a-f]{12}\) than the policy's \([0-9a-f]{12}\)"),
         (with_whole_reward, "reward is a whole model"),
         (with_more_weights, "policy's adapter replaces weights of its base.*embed_tokens"),

@@ -142,6 +142,24 @@ def test_an_export_never_mixes_with_what_is_there(path: Path, tmp_path: Path):
     assert (tmp_path / "empty" / "left" / "text.txt").read_text() == "one two"
 
 
+def test_virtual_tokens_are_exported_beside_their_base_alone(path: Path, tmp_path: Path):
+    """No weights can hold them; the refusal says which command writes them."""
+    base, adapter = make_tiny_llama(tmp_path / "tiny"), tmp_path / "adapter"
+    shutil.copytree(base, adapter / "base")
+    write_weights(adapter)
+    entries = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(entries))
+    with pytest.raises(RequestError, match="an adapter without a tokenizer"):
+        imported(path, adapter)
+    shutil.copyfile(base / "tokenizer.json", adapter / "tokenizer.json")
+    imported(path, adapter)
+    store = Store.open(tmp_path / "store")
+    with pytest.raises(RequestError, match="an adapter of 4 virtual tokens") as error:
+        export_artifact(one(path, "total"), tmp_path / "out", store)
+    assert error.value.next_step == f"rlhf export total {tmp_path / 'out'} --adapter"
+    assert (export_artifact(one(path, "total"), tmp_path / "out", store, adapter=True) / "base").is_dir()
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @torch.no_grad()
 def test_an_exported_adapter_is_the_trained_model_wherever_it_is_moved(path: Path, tmp_path: Path):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.attempt.context import Context
+from rlhf.cluster.devices import Device
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.errors import PreflightError, RequestError
@@ -89,8 +90,9 @@ KINDS = [SftSettings, RmSettings, PpoSettings]
             "one token",
         ),
         ({"method": "qlora"}, "needs bitsandbytes", "method", "qlora]"),
-        ({"method": "prompt", "tokens": 60}, "60 are for virtual tokens", "max_", "="),
-        ({"method": "prefix", "tokens": 60}, "60 are for virtual tokens", "max_", "="),
+        ({"method": "prompt", "tokens": 900}, "900 are for virtual tokens", "tuning", "fewer virtual tokens"),
+        ({"method": "prompt", "tokens": 50}, "50 are for virtual tokens", "max_", "="),
+        ({"method": "prefix", "tokens": 50}, "50 are for virtual tokens", "max_", "="),
     ],
 )
 def test_a_method_that_does_not_fit_the_model_is_refused(
@@ -105,6 +107,7 @@ def test_a_method_that_does_not_fit_the_model_is_refused(
 ) -> None:
     """By sft, rm and ppo alike, with the names and numbers that are there."""
     monkeypatch.setattr(checks, "find_spec", lambda _: None)
+    monkeypatch.setattr(checks, "device_of_ranks", lambda _: None)
     error = refused(base, tmp_path, tuning, kind)
     assert error is not None
     assert what in error.what
@@ -130,11 +133,15 @@ def test_what_just_fits_is_taken(base: Path, tmp_path: Path, kind: Any, tuning: 
     assert refused(base, tmp_path, tuning, kind) is None
 
 
-def test_qlora_without_a_gpu_is_refused(base: Path, tmp_path: Path) -> None:
-    """Where the workers are to have none, before its library is asked for."""
-    error = refused(base, tmp_path, {"method": "qlora"}, workers={"gpu": False})
+@pytest.mark.parametrize(("gpu", "words"), [(False, "it.workers.gpu is false"), (None, "there is none here")])
+def test_qlora_without_a_gpu_is_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool | None, words: str
+) -> None:
+    """Where the workers are to have none, or can have none, before its library is asked for."""
+    monkeypatch.setattr(checks, "device_of_ranks", lambda _: Device(False, 1 << 30))
+    error = refused(base, tmp_path, {"method": "qlora"}, workers={"gpu": gpu})
     assert error is not None
-    assert "it.workers.gpu is false" in error.what
+    assert words in error.what
 
 
 SOFT, DEEP = ("prompt", "p-tuning"), ("prefix", "p-tuning-v2")
