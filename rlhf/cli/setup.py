@@ -116,10 +116,9 @@ def _memory(request: Request) -> list[dict[str, Any]]:
 def _memory_check(row: Mapping[str, Any]) -> dict[str, Any]:
     name, ranks = f"memory of {row['stage']}", row["ranks"]
     if row["total"] is None:
-        found = "unknown until there is a model"
-        return {"name": name, "ok": True, "found": found, "next": "rlhf run model"}
-    found = f"{size(row['total'])} on each of {ranks} ranks" if ranks > 1 else size(row["total"])
+        return {"name": name, "ok": True, "found": "unknown until there is a model", "next": "rlhf run model"}
+    memory = f"{size(row['total'])} on each of {ranks} ranks" if ranks > 1 else size(row["total"])
     if row["device"] is not None:
-        found += f" of {size(row['device'])}"
+        memory += f" of {size(row['device'])}"
     change = " ".join(f"{row['stage']}.{setting}" for setting in row["change"])
-    return {"name": name, "ok": not row["refused"], "found": found, "next": change}
+    return {"name": name, "ok": not row["refused"], "found": memory, "next": change}

@@ -211,7 +211,8 @@ FULL = FullTuning()
 def results_in_adapter(tuning: Tuning) -> bool:
     """Return whether a stage's result is an adapter beside its base rather than whole weights."""
     whole = isinstance(tuning, FullTuning | TopTuning | BottomFrozenTuning | GradualTuning | TransferTuning)
-    return not whole and not getattr(tuning, "merge", False)
+    folded = isinstance(tuning, LoraTuning | Ia3Tuning) and tuning.merge
+    return not whole and not folded
 
 
 def virtual_tokens(tuning: Tuning) -> tuple[tuple[str, str], int] | None:

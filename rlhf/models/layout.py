@@ -117,15 +117,15 @@ def count_parameters(folder: Path) -> int:
 
 def shapes(folder: Path) -> dict[str, list[int]]:
     """Return the shapes of a plain folder's weights by name, without reading them; raises as count_parameters."""
-    found: dict[str, list[int]] = {}
+    sizes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy") as weights:
-                found |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 - not a mapping
+                sizes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
             raise PreflightError(
                 f"the weights cannot be read: {error}",
                 str(file),
                 "copy the model again, or save it with save_pretrained",
             ) from error
-    return found
+    return sizes

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import KEPT, newest_complete, step_of
+from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import Tuning, results_in_adapter
 from rlhf.errors import DiskFullError, size
 from rlhf.models.footprint import Architecture, learned
@@ -69,7 +70,7 @@ def _trained(folder: Path, method: Tuning) -> int:
 
 
 def _shares_base(settings: Any) -> bool:
-    return getattr(settings, "share_base", False)
+    return isinstance(settings, PpoSettings) and settings.share_base
 
 
 def _plain(folder: Path) -> Path:

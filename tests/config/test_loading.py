@@ -1,5 +1,4 @@
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,8 @@ from rlhf.config.pipeline import (
 )
 from rlhf.config.yaml_tree import to_yaml
 from rlhf.errors import SettingsError
+from tests.config.conftest import Load, Refuse
 from tests.config.example import STAGES, AdapterExample, KlExample, ReadExample, TrainExample
-
-Load = Callable[..., PipelineConfig]
-Refuse = Callable[..., str]
-
-
-@pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Load the text of a pipeline file, named ``p.yaml`` so that errors are short, with overrides."""
-    monkeypatch.chdir(tmp_path)
-
-    def load_text(text: str, *overrides: str) -> PipelineConfig:
-        Path("p.yaml").write_text(text, encoding="utf-8")
-        return load_pipeline(Path("p.yaml"), overrides, STAGES)
-
-    return load_text
-
-
-@pytest.fixture
-def refuse(load: Load) -> Refuse:
-    """Return the text of the error that a pipeline file is refused with."""
-
-    def refuse_text(text: str, *overrides: str) -> str:
-        with pytest.raises(SettingsError) as caught:
-            load(text, *overrides)
-        return str(caught.value)
-
-    return refuse_text
 
 
 def train(config: PipelineConfig, name: str = "train") -> TrainExample:

@@ -1,6 +1,5 @@
 """The methods of fine-tuning in a pipeline file: what is read, what is refused, and the former name ``lora``."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, TrainingSettings
 from rlhf.config.tuning import FULL, BottomFrozenTuning, FullTuning, LoraTuning, TopTuning
 from rlhf.config.yaml_tree import to_yaml
-from rlhf.errors import SettingsError
+from tests.config.conftest import Load, Refuse
 
 STAGES: dict[str, type[Settings]] = {
     "sft": SftSettings,
@@ -20,33 +19,6 @@ STAGES: dict[str, type[Settings]] = {
     "evaluate": EvaluateSettings,
 }
 METHODS = "full, top, bottom-frozen, gradual, transfer, lora, qlora, prompt, p-tuning, prefix, p-tuning-v2, ia3"
-
-Load = Callable[..., PipelineConfig]
-Refuse = Callable[..., str]
-
-
-@pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Load the text of a pipeline file, named ``p.yaml`` so that errors are short, with overrides."""
-    monkeypatch.chdir(tmp_path)
-
-    def load_text(text: str, *overrides: str) -> PipelineConfig:
-        Path("p.yaml").write_text(text, encoding="utf-8")
-        return load_pipeline(Path("p.yaml"), overrides, STAGES)
-
-    return load_text
-
-
-@pytest.fixture
-def refuse(load: Load) -> Refuse:
-    """Return the text of the error that a pipeline file is refused with."""
-
-    def refuse_text(text: str, *overrides: str) -> str:
-        with pytest.raises(SettingsError) as caught:
-            load(text, *overrides)
-        return str(caught.value)
-
-    return refuse_text
 
 
 def tuning(config: PipelineConfig, name: str = "sft") -> Settings:
