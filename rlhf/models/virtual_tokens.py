@@ -35,7 +35,9 @@ class AnchoredEncoder(PromptEncoder):
 
     def forward(self, indices: Tensor) -> Tensor:
         """Return the prompt ``[batch, token, dim]``; the LSTM reads pseudo-tokens in the anchors' places too."""
-        prompt = super().forward(indices)
+        # cuDNN's LSTM has a backward pass in training mode alone, in which PPO's models never are.
+        with torch.backends.cudnn.flags(enabled=False):
+            prompt = super().forward(indices)
         places = torch.zeros(prompt.shape[1], dtype=torch.bool, device=prompt.device)
         words = torch.zeros_like(prompt[0])
         for place, embedding in self.anchors.items():
