@@ -63,7 +63,10 @@ _SHARDING_TAKEN = (
     "use_multi_rank_bucket_allreduce",
 )
 _SHARDING_DEFAULTS = ("reduce_bucket_size", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size")
-"""Fields whose "auto" becomes DeepSpeed's default."""
+"""Fields whose "auto" becomes the default."""
+BUCKET = 50_000_000
+"""Parameters whose gradients are reduced at a time, where the file does not say it. DeepSpeed's own default takes up to
+2 GB more."""
 _SHARDING_WITHOUT_EFFECT = ("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save")
 """How transformers would write the result, which we write."""
 _OFFLOADS = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}
@@ -78,7 +81,8 @@ class ZeroSettings(Settings):
 
     stage: Literal[1, 2, 3] = runtime(3)
     """What is shared out: 1 the optimiser's state, 2 gradients too, 3 weights too, of frozen models as well. Lower
-    stages exchange less between ranks and need more memory. With one rank 1 and 2 save nothing."""
+    stages exchange less between ranks and need more memory. One rank has nobody to share with: it computes stage 3 as
+    stage 2, unless something is offloaded that only stage 3 can."""
     offload_optimizer: Device = runtime("none")
     """Where the optimiser's state lies, and its step is computed: on the GPU, in the host's memory, or on disk."""
     offload_parameters: Device = runtime("none")
@@ -88,7 +92,7 @@ class ZeroSettings(Settings):
     config: Path | dict[str, Any] | None = runtime(None)
     """A JSON file of DeepSpeed's, as Accelerate and transformers take it. ``stage``, offloading and the fields that
     change memory and speed alone are taken from it. Batch sizes, clipping, optimizer, scheduler and precision may be
-    "auto", which means our settings; in bucket sizes and thresholds "auto" means DeepSpeed's default. Everything else
+    "auto", which means our settings; in bucket sizes and thresholds "auto" means the default. Everything else
     is refused by name."""
 
     @model_validator(mode="before")
@@ -117,6 +121,14 @@ class ZeroSettings(Settings):
         if self.nvme_path is not None and not self.nvme_path.is_absolute():
             raise ValueError(f"nvme_path is {self.nvme_path}; write it from / on, since ranks run in other folders")
         return self
+
+    def of_ranks(self, count: int) -> "ZeroSettings":
+        """Return the settings by which a group of ``count`` ranks computes.
+
+        Stage 3 gathers each layer's weights by hooks; where one rank has them all, the hooks cost time alone.
+        """
+        sharded = count > 1 or self.offload_parameters != "none" or self.offload_optimizer == "nvme"
+        return self if sharded or self.stage != 3 else self.model_copy(update={"stage": 2})
 
     @property
     def layout(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Self
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.config.tuning import LoraTuning, QLoraTuning
+from rlhf.config.zero import BUCKET
 from rlhf.errors import size
 from rlhf.models import footprint
 from rlhf.models.footprint import Architecture, Learned, learned, weight_bytes
@@ -104,7 +105,7 @@ class Sharding:
     stage: int = 3
     host_optimiser: bool = False
     host_weights: bool = False
-    bucket: float = 5e8
+    bucket: float = BUCKET
     """Parameters whose gradients are reduced at a time."""
     sub_group: float = 1e9
     """Parameters whose optimiser step is taken at a time."""
@@ -112,7 +113,7 @@ class Sharding:
     @classmethod
     def of(cls, settings: Training) -> Self:
         """Read a stage's settings."""
-        zero = settings.zero
+        zero = settings.zero.of_ranks(settings.workers.count)
         return cls(
             zero.stage,
             zero.offload_optimizer != "none",
@@ -216,8 +217,9 @@ class Trained:
         """Return what an optimiser step takes: a copy of its gradients, and the square roots of the second moments."""
         stage, ranks = self.sharding.stage, self.settings.workers.count
         stepped = min(self.share, self.sharding.sub_group + self.model.layer / ranks) if stage == 3 else self.share
-        # Stage 2 has them in one piece; stage 1 has those of the model's precision too.
-        gradients = {1: self.part.parameters * (self.width % 4), 2: 0.0, 3: 4 * stepped}[stage]
+        # Stages 1 and 2 have them in one piece, and those of the model's precision too.
+        narrow = self.width % 4
+        gradients = {1: self.part.parameters * narrow, 2: self.share * narrow, 3: 4 * stepped}[stage]
         own = 0.0 if self.fused else (4 if self.gpu else 8) * stepped
         return {"gradients": gradients, "optimiser": own}
 

@@ -40,11 +40,14 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
     layout = _layout(context)
     for name, was in written.get("zero", ZeroSettings().layout).items():
         if was != (now := layout.get(name, was)):
+            change = f"{context.stage}.zero.{name}={was}, or "
+            if name == "stage" and group.world_size() == 1 and was == 3:
+                change = ""  # one rank computes it as stage 2
             raise PreflightError(
                 f"{begun} of zero.{name} {was} at step {step_of(newest)}, which zero.{name} {now} cannot continue: "
                 "its shards lie otherwise",
                 str(newest),
-                f"{context.stage}.zero.{name}={was}, or remove that folder to restart the stage",
+                f"{change}remove that folder to restart the stage",
             )
     precision = group.precision_of(context)
     if (begun_in := written.get("precision", "an unknown precision")) != precision:
@@ -157,7 +160,7 @@ def mark_complete(checkpoint: Path, context: Context[Any]) -> None:
 
 def _layout(context: Context[Any]) -> dict[str, Any]:
     """Return what decides how shards lie; stages of other packages need not have the settings."""
-    return getattr(context.settings, "zero", ZeroSettings()).layout
+    return getattr(context.settings, "zero", ZeroSettings()).of_ranks(group.world_size()).layout
 
 
 def _mark_complete(checkpoint: Path, made: dict[str, Any]) -> None:

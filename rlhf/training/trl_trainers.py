@@ -174,7 +174,7 @@ class _Ordered:
         self._context, settings = context, context.settings
         if settings.activation_checkpointing:
             checkpoint_activations(model)
-        if settings.zero.stage == 3:
+        if settings.zero.of_ranks(group.world_size()).stage == 3:
             mark_leaves(model)
         above: Any = super()
         above.__init__(

@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config.stages import Precision
-from rlhf.config.zero import ZeroSettings
+from rlhf.config.zero import BUCKET, ZeroSettings
 from rlhf.errors import DivergedError, PreflightError
 from rlhf.zero import group
 
@@ -35,8 +35,10 @@ ADAM_EPSILON = 1e-5
 
 
 def deepspeed_config(precision: Precision, zero: ZeroSettings, **overrides: Any) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; ``overrides`` are top-level fields."""
-    sharding: dict[str, Any] = {"contiguous_gradients": True, "overlap_comm": True} | zero.sharding
+    """Return DeepSpeed's configuration for this group of ranks; ``overrides`` are top-level fields."""
+    zero = zero.of_ranks(group.world_size())
+    defaults = {"contiguous_gradients": True, "overlap_comm": True, "reduce_bucket_size": BUCKET}
+    sharding: dict[str, Any] = defaults | zero.sharding
     sharding["stage"] = zero.stage
     # Gloo has no asynchronous reduction to overlap with.
     sharding["overlap_comm"] &= torch.cuda.is_available()
@@ -67,7 +69,8 @@ def deepspeed_config(precision: Precision, zero: ZeroSettings, **overrides: Any)
 def sharded_loading(precision: Precision, zero: ZeroSettings = STAGE_3) -> Generator[None]:
     """Inside, ``from_pretrained`` in stage 3 shards each weight as it reads it: no rank holds the whole model."""
     # transformers keeps only a weak reference: the configuration acts for as long as this variable exists.
-    config = HfDeepSpeedConfig(deepspeed_config(precision, zero)) if zero.stage == 3 else None
+    sharded = zero.of_ranks(group.world_size()).stage == 3
+    config = HfDeepSpeedConfig(deepspeed_config(precision, zero)) if sharded else None
     try:
         yield
     finally:
@@ -207,6 +210,7 @@ class Engine:
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
     ) -> None:
+        zero = zero.of_ranks(group.world_size())
         self._name = name
         self._finite: list[Tensor] = []
         if activation_checkpointing:

@@ -218,19 +218,23 @@ def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, di
     architecture, found = counted
     settings = ppo(precision="bf16", workers={"count": world})
     trained = Trained(settings, "the", architecture, learned(architecture, FULL, scores=False), False, False, gpu=True)
-    empty, standing = 4 * trained.sharding.bucket, sum(trained.standing().values())
+    # Buffers count whole on a CPU too. One rank has none that stays, and in an update two on a GPU and one on a CPU.
+    empty = 4 * trained.sharding.bucket if world > 1 else 0
+    other = trained.width * trained.sharding.bucket if world == 1 else 0
+    standing = sum(trained.standing().values())
     # The head's gradient in fp32 and in bf16 beside the logits is the most.
     matrix, logits = architecture.vocabulary * architecture.hidden, ROWS * RESPONSE * architecture.vocabulary
     moments = dict(trained.moments(ROWS, TIME, max(8 * logits, 4 * logits + 6 * matrix)))
     *updates, step = [standing + sum(parts.values()) - empty for parts in moments.values()]
     # torch's step on a CPU has two tensors of its own where that on a GPU has one.
     step += 4 * trained.share
-    # Small weights stay gathered.
+    # Small weights stay gathered; one rank, in stage 2, makes its gradients anew for each update.
     kept = 2 * architecture.parameters if world > 1 else 0
+    made = 4 * trained.share if world == 1 else 0
     measured = {name: count - empty for name, count in found[world].items()}
-    assert standing - empty <= measured["standing"] * 1.01
+    assert standing - empty - made <= measured["standing"] * 1.01
     assert measured["standing"] <= (standing - empty + kept) * 1.01
-    assert max(updates) == pytest.approx(measured["update"], rel=0.02)
+    assert max(updates) - other == pytest.approx(measured["update"], rel=0.02)
     assert step == pytest.approx(measured["step"], rel=0.02)
 
 
