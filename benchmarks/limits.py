@@ -172,11 +172,9 @@ def ceilings(precision: Precision, device: torch.device) -> Ceilings:
     width, length, rounds = (8192, 2**30, 10) if gpu else (2048, 2**27, 2)
     left, right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
     product = _median_time(lambda: left @ right, rounds, device)
-    del left, right
     source = torch.ones(length, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     copy = _median_time(lambda: target.copy_(source), rounds, device)
-    del target
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     return Ceilings(name, 2 * width**3 / product, 2 * source.nbytes / copy)
 

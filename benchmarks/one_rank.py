@@ -28,7 +28,6 @@ from rlhf.config.tuning import LoraTuning
 from rlhf.models import tuning
 from rlhf.rl.masks import response_mask
 from rlhf.rollout.sampling import Responses
-from rlhf.zero import group
 
 NORMALISER = {"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512}
 FLOOR = 1 / 16
@@ -189,9 +188,8 @@ def parser(description: str | None, **defaults: int | None) -> argparse.Argument
 
 def fill_in(given: argparse.Namespace, **of_tiny: int) -> None:
     """Give sizes that were left out the tiny shape's own, or those that one GPU is measured with."""
-    for name, value in ({"rollouts": 128, "prompt": 256, "response": 256} if given.shape != "tiny" else of_tiny).items():
-        if getattr(given, name, 0) is None:
-            setattr(given, name, value)
+    defaults = of_tiny if given.shape == "tiny" else {"rollouts": 128, "prompt": 256, "response": 256}
+    vars(given).update({name: value for name, value in defaults.items() if getattr(given, name) is None})
 
 
 def publish(given: argparse.Namespace, measured: Ceilings, text: str, figures: Mapping[str, Any]) -> None:
@@ -203,14 +201,30 @@ def publish(given: argparse.Namespace, measured: Ceilings, text: str, figures: M
         given.json.write_text(json.dumps(whole | {"torch": torch.__version__}, indent=1) + "\n")
 
 
-def peak_memory() -> float | None:
-    """Return the most GPU memory that tensors took since :func:`free_memory`, 10^9 bytes; None on a CPU."""
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+def sizes(given: argparse.Namespace, precision: str, lengths: Sequence[int]) -> str:
+    """Return in words what was measured.
+
+    lengths  of the responses
+    """
+    mean, drawn = sum(lengths) / len(lengths), f"{given.lengths} ({min(lengths)} to {max(lengths)})"
+    tokens = f"{given.rollouts} x ({given.prompt} + {mean:g}) tokens"
+    return f"{given.shape}, {precision}, {tokens}, response lengths {drawn}"
+
+
+def largest(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the most GPU memory in metrics of steps, 10^9 bytes: of tensors, and of the allocator; empty on a CPU."""
+    names = [name for name in ("memory/peak_gb", "memory/reserved_gb") if name in rows[0]]
+    return {name: max(row[name] for row in rows) for name in names}
+
+
+def in_words(memory: Mapping[str, float]) -> str:
+    """Return the figures of :func:`largest` for a line of text."""
+    return "".join(f"; {name.removeprefix('memory/')} {value:.1f}" for name, value in memory.items())
 
 
 @contextmanager
 def announced(what: str) -> Generator[None]:
-    """Print how long something outside the measured part took."""
+    """Print how many seconds something took."""
     start = time.perf_counter()
     yield
-    print(f"{what}: {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{what} {time.perf_counter() - start:.1f} s", flush=True)
