@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from benchmarks.limits import SHAPES, Ceilings, described
 from benchmarks.tiny_models import save_word_tokenizer
@@ -59,10 +59,12 @@ def context_of(stage: str, settings: S, inputs: Mapping[str, Path], folder: Path
     return Context(stage, "0" * 64, settings, inputs, attempt / "output", attempt, cache=folder, tracking=off)
 
 
-def save_model(config: LlamaConfig, folder: Path, *, scores: bool = False, normaliser: Any = NORMALISER) -> Path:
+def save_model(config: Any, folder: Path, *, scores: bool = False, normaliser: Mapping[str, Any] = NORMALISER) -> Path:
     """Write a model of random weights in bf16, made where there is a GPU on it, with a tokenizer of words.
 
-    scores  a reward model, whose scores ``normaliser`` leaves as they are
+    config      of transformers
+    scores      makes a reward model
+    normaliser  of its scores
     """
     torch.manual_seed(int(scores))
     auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
@@ -73,18 +75,18 @@ def save_model(config: LlamaConfig, folder: Path, *, scores: bool = False, norma
     save_word_tokenizer(config.vocab_size, folder, pad=config.pad_token_id, eos=config.eos_token_id)
     if scores:
         file = folder / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | normaliser))
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(normaliser)))
     return folder
 
 
 def save_adapter(
-    config: LlamaConfig,
+    config: Any,
     base: Path,
     folder: Path,
     method: LoraTuning,
     *,
     scores: bool,
-    normaliser: Any = NORMALISER,
+    normaliser: Mapping[str, Any] = NORMALISER,
 ) -> Path:
     """Write a LoRA adapter of random weights for a base, which is not read."""
     auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
@@ -97,11 +99,11 @@ def save_adapter(
         for name, weight in adapted.named_parameters()
         if weight.requires_grad
     }
-    tuning.save(adapted, weights, base, folder, method, scores=scores, config=normaliser if scores else None)
+    tuning.save(adapted, weights, base, folder, method, scores=scores, config=dict(normaliser) if scores else None)
     return folder
 
 
-def _of_kind(config: LlamaConfig, *, scores: bool) -> LlamaConfig:
+def _of_kind(config: Any, *, scores: bool) -> Any:
     of_kind = copy.deepcopy(config)
     if scores:
         of_kind.num_labels = 1

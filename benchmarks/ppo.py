@@ -43,11 +43,14 @@ from benchmarks.one_rank import (
     fill_in,
     force_lengths,
     free_memory,
+    in_words,
+    largest,
     longest,
     parser,
     publish,
     save_adapter,
     save_model,
+    sizes,
     write_prompts,
 )
 from rlhf.attempt.context import Context
@@ -203,22 +206,15 @@ def main() -> None:
         free_memory()
         rows = measured_iterations(context_of("ppo", context.settings, inputs, folder), lengths)
     parts = limit_parts(SHAPES[given.shape], given.prompt, lengths, context.settings)
-    counted, times = (
-        rows_of([part for name in TIMED for part in parts[name]], measured),
-        compared(rows, parts, measured),
-    )
+    counted = rows_of([part for name in TIMED for part in parts[name]], measured)
+    times, memory = compared(rows, parts, measured), largest(rows)
     rates = {name: sum(lengths) / median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "all")}
-    memory = {
-        name: max(row[name] for row in rows) for name in ("memory/peak_gb", "memory/reserved_gb") if name in rows[0]
-    }
     lines = [
-        f"{given.shape}, {given.method}, {context.settings.precision}, {given.rollouts} x ({given.prompt} + "
-        f"{sum(lengths) / len(lengths):g}) tokens, response lengths {given.lengths} ({min(lengths)} to {max(lengths)}), "
-        f"{given.epochs} x {given.minibatches} updates, micro batch {context.settings.micro_batch_size}; "
-        f"{len(rows)} iterations",
+        f"{sizes(given, context.settings.precision, lengths)}, {given.method}, {given.epochs} x {given.minibatches} "
+        f"updates, micro batch {context.settings.micro_batch_size}; {len(rows)} iterations",
         table(times),
         f"response tokens/s: {rates['all']:.4g} over the iteration, {rates['rollout']:.4g} over the rollout"
-        + "".join(f"; {name.removeprefix('memory/')} {value:.1f}" for name, value in memory.items()),
+        + in_words(memory),
         f"what the limit counts, an iteration:\n\n{table(counted)}",
     ]
     figures = {"precision": context.settings.precision, "parts": times, "limit": counted, "tokens_per_s": rates}
