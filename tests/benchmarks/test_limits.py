@@ -87,8 +87,8 @@ def test_a_limit_is_the_longer_of_both_in_each_step() -> None:
 @pytest.mark.parametrize("kind", ["uniform", "spread"])
 def test_responses_have_the_lengths_that_were_drawn(kind: str) -> None:
     """With the product's own sampling, and weights with preferences."""
-    lengths = drawn_lengths(kind, 6, 8)
-    assert sorted(lengths) == ([6] * 8 if kind == "uniform" else [6, 7, 8, 9, 9, 10, 11, 12])
+    lengths = drawn_lengths(kind, 24, 8)
+    assert sorted(lengths) == ([24] * 8 if kind == "uniform" else [24, 27, 31, 34, 38, 41, 45, 48])
     model = llama(GROUPED).eval()
     noise = with_lengths(uniforms(0, range(8), max(lengths)), lengths)
     responses = sample_responses(model, [[5, 6]] * 8, noise, 1.0, eos_token_id=0, pad=1)
