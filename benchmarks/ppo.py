@@ -211,7 +211,7 @@ def main() -> None:
     rates = {name: sum(lengths) / median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "all")}
     lines = [
         f"{sizes(given, context.settings.precision, lengths)}, {given.method}, {given.epochs} x {given.minibatches} "
-        f"updates, micro batch {context.settings.micro_batch_size}; {len(rows)} iterations",
+        f"updates, micro_batch_size {context.settings.micro_batch_size}; {len(rows)} iterations",
         table(times),
         f"response tokens/s: {rates['all']:.4g} over the iteration, {rates['rollout']:.4g} over the rollout"
         + in_words(memory),

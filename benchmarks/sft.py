@@ -131,7 +131,7 @@ def main() -> None:
     filled = mean(step["tokens"] for step in steps) / settings.batch_size / given.length
     lines = [
         f"{given.shape}, {given.method}, {settings.precision}, {settings.batch_size} packed rows of {given.length} "
-        f"tokens, {filled:.1%} filled, micro batch {settings.micro_batch_size}; {len(steps)} steps",
+        f"tokens, {filled:.1%} filled, micro_batch_size {settings.micro_batch_size}; {len(steps)} steps",
         f"{table([row])}\n\n{table(counted)}",
         f"real tokens/s: {rate:.4g}{in_words(memory)}",
     ]
