@@ -1,10 +1,11 @@
 # One word sets everything up and does it: `make sft rm ppo`, `make test`.
 #   CONFIG=configs/tiny.yaml   another pipeline
-#   ARGS="ppo.kl.coef=0.1"     settings, after the stages
+#   ARGS="ppo.kl.coef=0.1"     settings, after the stages; for `make bench`, its flags
 
 PYTHON ?= python3.11
 CONFIG ?= configs/quickstart.yaml
 ARGS   ?=
+BENCH  ?= ppo
 BIN    := .venv/bin
 STAGES := sft rm ppo
 GOALS  := $(filter $(STAGES),$(MAKECMDGOALS))
@@ -12,7 +13,7 @@ GOALS  := $(filter $(STAGES),$(MAKECMDGOALS))
 TARGETS := $(GOALS) $(if $(filter ppo,$(GOALS)),evaluate)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup $(STAGES) run test check golden chaos format clean
+.PHONY: help setup $(STAGES) run test check golden bench chaos format clean
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z $$()A-Z_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +53,9 @@ test: .venv/ready  ## Everything that CI runs: check, then the tests on a real R
 
 golden: .venv/ready  ## Compare 20 steps of sft, rm and ppo with the recorded ones; ARGS=--record records them anew.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.golden $(ARGS)
+
+bench: .venv/ready  ## A PPO iteration beside the hardware's limit; BENCH=rollout, BENCH=sft, ARGS="--shape 1b".
+	@$(BIN)/python -m benchmarks.$(BENCH) --shape tiny $(ARGS)
 
 chaos: .venv/ready  ## The whole fault suite, for hours; interrupted, it goes on. `rm -r .chaos` starts it anew.
 	$(BIN)/pytest tests/faults --chaos

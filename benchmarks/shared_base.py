@@ -8,28 +8,16 @@ CPU.
 """
 
 import argparse
-import copy
 import gc
-import json
-import os
-import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import deepspeed
-import torch
-import torch.distributed as dist
-from deepspeed.ops import __compatible_ops__
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import LlamaConfig
 
-from benchmarks.tiny_models import save_word_tokenizer
+from benchmarks.one_rank import alone, announced, context_of, free_memory, save_adapter, save_model, write_prompts
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import LoraTuning
-from rlhf.models import tuning
 from rlhf.rollout.prompts import PromptStream
 from rlhf.tracking import read_metrics
 from rlhf.training.loading import load_models
@@ -47,36 +35,6 @@ COLUMNS = {
     "train, s": "time/train_s",
     "KL, nats": "objective/kl",
 }
-NORMALISER = {"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512}
-
-
-def save_base(config: LlamaConfig, folder: Path) -> Path:
-    """Write a model of random weights in bf16, made where there is a GPU on it."""
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    # A shard is what is in the CPU's memory at a time.
-    model.save_pretrained(folder, max_shard_size="2GB")
-    save_word_tokenizer(config.vocab_size, folder)
-    return folder
-
-
-def save_adapter(config: LlamaConfig, base: Path, folder: Path, method: LoraTuning, *, scores: bool) -> Path:
-    """Write a LoRA adapter of random weights for a base, which is not read."""
-    auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    of_kind = copy.deepcopy(config)
-    of_kind.num_labels = 1
-    with torch.device("meta"):
-        model = auto.from_config(of_kind, dtype=torch.bfloat16)
-    adapted = tuning.prepared(model, method, base, scores=scores, seed=0)
-    generator = torch.Generator().manual_seed(int(scores))
-    weights = {
-        name: 0.01 * torch.randn(weight.shape, generator=generator).bfloat16()
-        for name, weight in adapted.named_parameters()
-        if weight.requires_grad
-    }
-    tuning.save(adapted, weights, base, folder, method, scores=scores, config=NORMALISER if scores else None)
-    return folder
 
 
 def weights_held() -> int:
@@ -90,16 +48,6 @@ def weights_held() -> int:
     return sum(held.values())
 
 
-def write_prompts(folder: Path, vocabulary: int, words: int) -> Path:
-    """Write prompts of random words."""
-    folder.mkdir()
-    rows = [
-        {"prompt": " ".join(f"w{row}" for row in torch.randint(3, vocabulary, (words,)).tolist())} for _ in range(64)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 def iterations(context: Context[PpoSettings]) -> Iterator[dict[str, float]]:
     """Run PPO's iterations; yield each one's metrics, with the weights held."""
     settings = context.settings
@@ -110,9 +58,8 @@ def iterations(context: Context[PpoSettings]) -> Iterator[dict[str, float]]:
     for iteration in range(ITERATIONS):
         ppo.iterate(iteration, settings, models, prompts, None, KlCoefficient(settings.kl), journal)
         yield read_metrics(context.folder.metrics)[-1] | {"weights_gb": weights_held() / 1e9}
-    start = time.perf_counter()
-    models[0].export(context.output)
-    print(f"the result was written in {time.perf_counter() - start:.1f} s")
+    with announced("the result was written in"):
+        models[0].export(context.output)
 
 
 def settings_of(given: argparse.Namespace) -> PpoSettings:
@@ -149,9 +96,6 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Print a table."""
     given = arguments()
-    # DeepSpeed would compile its shared-memory collectives, which takes half a minute.
-    __compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     config = LlamaConfig(
         vocab_size=given.vocabulary,
         hidden_size=given.hidden,
@@ -163,31 +107,20 @@ def main() -> None:
         eos_token_id=1,
         bos_token_id=None,
     )
-    with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
-        folder, start = Path(scratch), time.perf_counter()
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        meeting = f"file://{folder}/meeting"
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, init_method=meeting, rank=0, world_size=1)
-        base, method = save_base(config, folder / "base"), LoraTuning(rank=given.rank)
-        inputs = {
-            "policy": save_adapter(config, base, folder / "policy", method, scores=False),
-            "reward": save_adapter(config, base, folder / "reward", method, scores=True),
-            "prompts": write_prompts(folder / "prompts", given.vocabulary, given.prompt),
-        }
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        print(f"the models were written in {time.perf_counter() - start:.1f} s", flush=True)
-        attempt = folder / "attempt"
-        (attempt / "output").mkdir(parents=True)
-        settings, output, off = settings_of(given), attempt / "output", {"mode": "disabled"}
-        context = Context("ppo", "0" * 64, settings, inputs, output, attempt, cache=folder, tracking=off)
+    with alone(given.scratch) as folder:
+        with announced("the models were written in"):
+            base, method = save_model(config, folder / "base"), LoraTuning(rank=given.rank)
+            inputs = {
+                "policy": save_adapter(config, base, folder / "policy", method, scores=False),
+                "reward": save_adapter(config, base, folder / "reward", method, scores=True),
+                "prompts": write_prompts(folder / "prompts", given.vocabulary, given.prompt),
+            }
+        free_memory()
+        context = context_of("ppo", settings_of(given), inputs, folder)
         print(f"| iteration | {' | '.join(COLUMNS)} |\n{'| --- ' * (1 + len(COLUMNS))}|")
         for number, row in enumerate(iterations(context), start=1):
             cells = [f"{row[name]:.3g}" if name in row else "" for name in COLUMNS.values()]
             print(f"| {number} | {' | '.join(cells)} |", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

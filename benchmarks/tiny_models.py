@@ -23,11 +23,14 @@ def save_letter_tokenizer(letters: str, folder: Path) -> Tokenizer:
     return wrapped
 
 
-def save_word_tokenizer(words: int, folder: Path) -> None:
-    """Write a tokenizer with the words w0, which is padding, w1, which is EOS, w2, which is any unknown word, w3, …"""
+def save_word_tokenizer(words: int, folder: Path, *, pad: int = 0, eos: int = 1) -> None:
+    """Write a tokenizer with the words w0, w1, …; w2 is also any unknown word.
+
+    pad, eos  the words that are padding and EOS
+    """
     tokenizer = tokenizers.Tokenizer(models.WordLevel({f"w{row}": row for row in range(words)}, unk_token="w2"))  # noqa: S106 - no password
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = {"pad_token": "w0", "eos_token": "w1", "unk_token": "w2"}
+    named = {"pad_token": f"w{pad}", "eos_token": f"w{eos}", "unk_token": "w2"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
 
 

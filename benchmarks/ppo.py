@@ -1,0 +1,226 @@
+"""One PPO iteration beside the hardware's limit: ``python -m benchmarks.ppo [--shape tiny|135m|1b|8b] …``.
+
+The stage ppo runs through its own code, as the only rank, in this process, on Llamas of random weights; the reward
+model has the policy's shape. Of the iterations the first is not counted; of the others the tables have the median and
+the range. Rollout, score and train are the stage's own ``time/…_s``; other is the rest of the iteration. What the limit
+counts is in :mod:`benchmarks.limits`.
+
+8b is one base with LoRA adapters (``share_base``). Prompts all have ``--prompt`` tokens. Responses have the length
+``--response``, or with ``--lengths spread`` lengths from 32 to twice that. Random weights would end them anywhere:
+the benchmark changes the random numbers that the policy samples with (``one_rank.with_lengths``), and nothing else.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.limits import (
+    SHAPES,
+    Ceilings,
+    Part,
+    Shape,
+    Work,
+    adamw,
+    causal,
+    ceilings,
+    decode,
+    forward,
+    prefill,
+    row_of,
+    rows_of,
+    synchronise,
+    table,
+)
+from benchmarks.one_rank import (
+    NORMALISER,
+    alone,
+    announced,
+    context_of,
+    drawn_lengths,
+    fill_in,
+    force_lengths,
+    free_memory,
+    in_words,
+    largest,
+    longest,
+    parser,
+    publish,
+    save_adapter,
+    save_model,
+    sizes,
+    write_prompts,
+)
+from rlhf.attempt.context import Context
+from rlhf.config.ppo import PpoSettings
+from rlhf.config.tuning import FULL, LoraTuning
+from rlhf.rollout.prompts import PromptStream
+from rlhf.tracking import read_metrics
+from rlhf.training.loading import load_models
+from rlhf.training.loop import Journal
+from rlhf.training.policy import KlCoefficient
+from rlhf.zero import group
+from stages import ppo
+
+TIMED = ("rollout", "score", "train")
+
+
+def limit_parts(shape: Shape, prompt: int, lengths: Sequence[int], settings: PpoSettings) -> dict[str, list[Part]]:
+    """Return what an iteration must cost: the parts of rollout, score and train."""
+    width = 2 if settings.precision == "bf16" else 4
+    whole = [prompt + length for length in lengths]
+    tokens, responses, pairs = sum(whole), sum(lengths), causal(whole)
+    language = forward(shape, tokens, responses, pairs, width)
+    values = forward(shape, tokens, 0, pairs, width)
+    updates, lora = settings.epochs * settings.minibatches, isinstance(settings.tuning, LoraTuning)
+    passes = settings.epochs * (2 if lora else 3)
+    return {
+        "rollout": [
+            Part("prefill", [prefill(shape, prompt, len(lengths), width)]),
+            Part("decode", decode(shape, prompt, lengths, width)),
+        ],
+        "score": [
+            Part("score policy", [language]),
+            Part("score reference", [language]),
+            Part("score value", [values]),
+            Part("score reward", [values]),
+        ],
+        "train": [
+            Part("train policy", [Work(passes * language.operations)]),
+            Part("train value", [Work(passes * values.operations)]),
+            Part("AdamW", [adamw(trained_parameters(shape, settings), settings.precision).times(updates)]),
+        ],
+    }
+
+
+def trained_parameters(shape: Shape, settings: PpoSettings) -> int:
+    """Return the parameters of policy and value model that AdamW updates, but for the value head."""
+    if isinstance(settings.tuning, LoraTuning):
+        return 2 * shape.adapter(settings.tuning.rank)
+    return shape.parameters + shape.body + shape.norms + shape.head
+
+
+def saved_inputs(given: argparse.Namespace, folder: Path, response: int) -> dict[str, Path]:
+    """Write what ppo takes: policy, reward model and prompts, no prompt twice."""
+    # The reward model reads an EOS behind each response.
+    context = given.prompt + response + 1
+    shape, normaliser = SHAPES[given.shape], NORMALISER | {"score_max_length": context}
+    config = shape.config(context)
+    prompts = write_prompts(folder / "prompts", shape.vocabulary, given.prompt, given.rollouts * given.iterations)
+    base = save_model(config, folder / "base")
+    if given.shape != "8b":
+        reward = save_model(config, folder / "reward", scores=True, normaliser=normaliser)
+        return {"policy": base, "reward": reward, "prompts": prompts}
+    policy = save_adapter(config, base, folder / "policy", LoraTuning(), scores=False)
+    reward = save_adapter(config, base, folder / "reward", LoraTuning(), scores=True, normaliser=normaliser)
+    return {"policy": policy, "reward": reward, "prompts": prompts}
+
+
+def settings_of(given: argparse.Namespace, response: int) -> PpoSettings:
+    """Return the stage's settings; what no flag names has the default of the settings file."""
+    flags = {} if given.micro_batch is None else {"micro_batch_size": given.micro_batch}
+    return PpoSettings.model_validate(
+        flags
+        | {
+            "share_base": given.shape == "8b",
+            "tuning": LoraTuning() if given.method == "lora" else FULL,
+            "precision": given.precision,
+            "iterations": given.iterations,
+            "rollouts": given.rollouts,
+            "epochs": given.epochs,
+            "minibatches": given.minibatches,
+            "sampling": {"max_new_tokens": response},
+            "max_prompt_length": given.prompt,
+            "activation_checkpointing": given.activation_checkpointing,
+            # Small, so that the weights stay as good as random.
+            "policy_learning_rate": 1e-6,
+            "value_learning_rate": 1e-6,
+        }
+    )
+
+
+def measured_iterations(context: Context[PpoSettings], lengths: Sequence[int]) -> list[dict[str, float]]:
+    """Run the stage's iterations; return the metrics of all but the first, with ``time/all_s``."""
+    settings = context.settings
+    with announced("models loaded in"):
+        models = load_models(context)
+    force_lengths(models[0], lengths)
+    prompts = PromptStream(context.inputs["prompts"] / "train.jsonl", models[0].tokenizer, settings.max_prompt_length)
+    journal, kl = Journal(context, settings.iterations, unit="iteration", shown=()), KlCoefficient(settings.kl)
+    times: list[float] = []
+    for iteration in range(settings.iterations):
+        synchronise(group.device())
+        start = time.perf_counter()
+        ppo.iterate(iteration, settings, models, prompts, None, kl, journal)
+        synchronise(group.device())
+        times.append(time.perf_counter() - start)
+        print(f"iteration {iteration + 1}/{settings.iterations}: {times[-1]:.2f} s", flush=True)
+    rows = read_metrics(context.folder.metrics)
+    return [row | {"time/all_s": seconds} for row, seconds in zip(rows, times, strict=True)][1:]
+
+
+def compared(
+    rows: Sequence[dict[str, float]], parts: dict[str, list[Part]], measured: Ceilings
+) -> list[dict[str, Any]]:
+    """Return the rows of the table: rollout, score, train, other and the whole beside their limits."""
+    seconds = {name: [row[f"time/{name}_s"] for row in rows] for name in TIMED}
+    whole = [row["time/all_s"] for row in rows]
+    other = [total - sum(row[f"time/{name}_s"] for name in TIMED) for total, row in zip(whole, rows, strict=True)]
+    return [
+        *(row_of(name, seconds[name], parts[name], measured) for name in TIMED),
+        row_of("other", other, [], measured),
+        row_of("whole", whole, [part for name in TIMED for part in parts[name]], measured),
+    ]
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    sizes = {"rollouts": None, "prompt": None, "response": None, "epochs": 1, "minibatches": 1, "iterations": 4}
+    made = parser(__doc__, **sizes, micro_batch=None)
+    made.add_argument("--lengths", choices=("uniform", "spread"), default="uniform", help="of responses")
+    made.add_argument("--method", choices=("full", "lora"), help="8b: lora, and nothing else; otherwise full")
+    made.add_argument("--activation-checkpointing", action="store_true")
+    given = made.parse_args()
+    given.method = given.method or ("lora" if given.shape == "8b" else "full")
+    if given.shape == "8b" and given.method == "full":
+        made.error("--shape 8b is one base with adapters: leave --method out")
+    if given.iterations < 2:
+        made.error("--iterations must be 2 or more: the first is not counted")
+    fill_in(given, rollouts=16, prompt=64, response=64)
+    return given
+
+
+def main() -> None:
+    """Print the tables."""
+    given = arguments()
+    response = longest(given.lengths, given.response)
+    lengths = drawn_lengths(given.lengths, given.response, given.rollouts)
+    with alone(given.scratch) as folder:
+        settings = settings_of(given, response)
+        context = group.computable(context_of("ppo", settings, {}, folder))
+        measured = ceilings(context.settings.precision, group.device())
+        with announced("models made in"):
+            inputs = saved_inputs(given, folder, response)
+        free_memory()
+        rows = measured_iterations(context_of("ppo", context.settings, inputs, folder), lengths)
+    parts = limit_parts(SHAPES[given.shape], given.prompt, lengths, context.settings)
+    counted = rows_of([part for name in TIMED for part in parts[name]], measured)
+    times, memory = compared(rows, parts, measured), largest(rows)
+    rates = {name: sum(lengths) / median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "all")}
+    lines = [
+        f"{sizes(given, context.settings.precision, lengths)}, {given.method}, {given.epochs} x {given.minibatches} "
+        f"updates, micro_batch_size {context.settings.micro_batch_size}; {len(rows)} iterations",
+        table(times),
+        f"response tokens/s: {rates['all']:.4g} over the iteration, {rates['rollout']:.4g} over the rollout"
+        + in_words(memory),
+        f"what the limit counts, an iteration:\n\n{table(counted)}",
+    ]
+    figures = {"precision": context.settings.precision, "parts": times, "limit": counted, "tokens_per_s": rates}
+    figures |= {"memory": memory, "lengths": lengths, "iterations": rows}
+    publish(given, measured, "\n\n".join(lines), figures)
+
+
+if __name__ == "__main__":
+    main()
