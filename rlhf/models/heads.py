@@ -25,7 +25,6 @@ from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import Domain, seed_of
 from rlhf.rl.kl import logprobs_and_entropies, logprobs_of
 
-
 CHUNK = 2**27
 """Logits that a model computes at a time: half a gigabyte in float32."""
 FEWEST = 1024
@@ -122,7 +121,7 @@ def _body_of(language_model: nn.Module) -> tuple[str, Any]:
 @contextmanager
 def _in_place_of_body(model: Any, other: nn.Module) -> Generator[None]:
     name, body = _body_of(model)
-    modules = model._modules  # noqa: SLF001 - for a moment, and no part of the model
+    modules = model._modules
     modules[name] = other
     try:
         yield

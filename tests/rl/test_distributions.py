@@ -48,7 +48,9 @@ def test_the_gradient_of_logprobs_is_that_of_finite_differences(seed: int, tempe
 def test_the_gradient_of_entropies_is_that_of_finite_differences(seed: int, temperature: float) -> None:
     """It is what an entropy bonus follows."""
     logits, tokens = random_logits(seed)
-    assert torch.autograd.gradcheck(lambda z: logprobs_and_entropies(z, tokens, temperature)[1], logits.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda z: logprobs_and_entropies(z, tokens, temperature)[1], logits.requires_grad_()
+    )
 
 
 @given(seed=st.integers(0, 2**32), temperature=temperatures)
