@@ -25,6 +25,8 @@ from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import Domain, seed_of
 from rlhf.rl.kl import logprobs_and_entropies, logprobs_of
 
+SCORED_AT_ONCE = 4
+"""Micro batches that are computed at a time without gradients: nothing is kept for a backward pass."""
 CHUNK = 2**27
 """Logits that a model computes at a time: half a gigabyte in float32."""
 FEWEST = 1024
