@@ -36,7 +36,7 @@ from rlhf.rl.advantages import (
     shaped_scores,
     whiten,
 )
-from rlhf.rl.kl import entropy_from_logits, kl_estimates, logprobs_of
+from rlhf.rl.kl import kl_estimates, logprobs_and_entropies, logprobs_of
 from rlhf.rl.losses import PolicySums, ValueSums, clipped_policy_loss, clipped_value_loss
 from rlhf.rl.masks import ended, last_token_mask, masked, masked_mean, response_mask
 from rlhf.rl.metrics import rollout_metrics, update_metrics
@@ -269,7 +269,7 @@ class Part:
         logits = recorded["micro/logits"][micro].flatten(0, 1)
         logprobs = recorded["micro/logprobs"][micro].flatten(0, 1).requires_grad_()
         values = recorded["micro/values"][micro].flatten(0, 1).requires_grad_()
-        entropies = entropy_from_logits(logits, settings["temperature"])
+        again, entropies = logprobs_and_entropies(logits, responses, settings["temperature"])
         policy_loss, policy = clipped_policy_loss(
             logprobs,
             entropies,
@@ -297,7 +297,7 @@ class Part:
             value_loss.detach(),
             value_gradient * steps.sum(),
             value,
-            logprobs_of(logits, responses, settings["temperature"]),
+            again,
             entropies,
             mask,
         )

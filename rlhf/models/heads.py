@@ -6,12 +6,16 @@ Shapes: ids and attention masks ``[batch, prompt + time]``, prompts padded on th
 
 import inspect
 import math
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import FloatTensor, Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.models.packing import keeps_texts_apart, pack
@@ -19,7 +23,14 @@ from rlhf.models.templates import Tokenizer
 from rlhf.models.text import positions
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import Domain, seed_of
-from rlhf.rl.kl import entropy_from_logits, logprobs_of
+from rlhf.rl.kl import logprobs_and_entropies, logprobs_of
+
+SCORED_AT_ONCE = 4
+"""Micro batches that are computed at a time without gradients: nothing is kept for a backward pass."""
+CHUNK = 2**27
+"""Logits that a model computes at a time: half a gigabyte in float32."""
+FEWEST = 1024
+"""Tokens of a chunk even where their logits are more: with fewer, a matrix product leaves a GPU waiting for memory."""
 
 
 class TokenLogprobs(nn.Module):
@@ -30,24 +41,94 @@ class TokenLogprobs(nn.Module):
         self.model = model
 
     def forward(
-        self, ids: Tensor, attention_mask: Tensor, time: int, temperature: float, entropies: bool
+        self,
+        ids: Tensor,
+        attention_mask: Tensor,
+        time: int,
+        temperature: float,
+        entropies: bool,
+        count: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of the last ``time`` tokens, and the entropies of their distributions.
 
-        entropies  False returns zeros for them, which saves a pass over the logits
+        Logits are the largest tensors of all: they are computed in chunks, and again in the backward pass where there
+        are several.
+
+        entropies  False returns zeros for them, which saves passes over the logits
+        count      tokens to compute, real ones first, of which there are no more; all others get 0. None computes
+                   padding too. Under ZeRO-3 it must be the same on all ranks, which gather the head for each chunk
         """
-        width = ids.shape[1]
-        # Logits are the largest tensor of all: only those that predict a response token are computed. They are selected
-        # by index and not by number: a slice is not contiguous, and a matrix product with it is fifty times slower.
-        logits = unwrapped(self.model)(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=positions(attention_mask),
-            logits_to_keep=torch.arange(width - time - 1, width - 1, device=ids.device),
-            use_cache=False,
-        ).logits
-        logprobs = logprobs_of(logits, ids[:, width - time :], temperature)
-        return logprobs, entropy_from_logits(logits, temperature) if entropies else torch.zeros_like(logprobs)
+        model = unwrapped(self.model)
+        _, body = _body_of(model)
+        outputs = body(
+            input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
+        )
+        hidden = outputs.last_hidden_state[:, -time - 1 : -1].flatten(0, 1)
+        tokens, real = ids[:, -time:].flatten(), attention_mask[:, -time:].flatten()
+        places = None
+        if count is not None and count < len(tokens):
+            # Sorted, since a GPU that picks by a mask first waits to learn how many it picks.
+            places = real.argsort(descending=True, stable=True)[:count]
+            hidden, tokens = hidden.index_select(0, places), tokens[places]
+        size = max(FEWEST, CHUNK // model.config.get_text_config().vocab_size)
+        read = partial(_read, model, type(outputs), temperature=temperature, entropies=entropies)
+        if len(tokens) > size and torch.is_grad_enabled():
+            read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
+        chunks = [read(*chunk) for chunk in zip(hidden.split(size), tokens.split(size), strict=True)]
+        found = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        if places is not None:
+            found = [part.new_zeros(len(real)).index_copy(0, places, part) for part in found]
+        return found[0].view(-1, time), found[1].view(-1, time)
+
+
+def _read(
+    model: Any, outputs: Callable[..., Any], hidden: Tensor, tokens: Tensor, *, temperature: float, entropies: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of tokens, and the entropies of their distributions, as the states give them.
+
+    outputs  the type of what the model's body returns
+    hidden   ``[token, width]``, the body's last states, one position before each token
+    """
+    # The model's own forward pass: it may scale and cap its logits, and have hooks.
+    with _in_place_of_body(model, _Known(outputs(last_hidden_state=hidden[None]))):
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    if entropies:
+        return logprobs_and_entropies(logits, tokens, temperature)
+    logprobs = logprobs_of(logits, tokens, temperature)
+    return logprobs, torch.zeros_like(logprobs)
+
+
+class _Known(nn.Module):
+    """A model's body whose result is known."""
+
+    def __init__(self, outputs: Any) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    @property
+    def decoder(self) -> nn.Module:
+        # OPT's language model goes past its body to the decoder within.
+        return self
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self._outputs
+
+
+def _body_of(language_model: nn.Module) -> tuple[str, Any]:
+    """Return the name and the module of all that comes before the head."""
+    # Llama 4's base_model_prefix is not the name.
+    return next(child for child in language_model.named_children() if isinstance(child[1], PreTrainedModel))
+
+
+@contextmanager
+def _in_place_of_body(model: Any, other: nn.Module) -> Generator[None]:
+    name, body = _body_of(model)
+    modules = model._modules
+    modules[name] = other
+    try:
+        yield
+    finally:
+        modules[name] = body
 
 
 class TokenValues(nn.Module):
@@ -144,7 +225,7 @@ class _Fp32Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        return nn.functional.linear(hidden.float(), weight.float())
+        return _product(_rows(hidden), weight.T).view(*hidden.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -152,12 +233,32 @@ class _Fp32Product(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
+        rows = _rows(grad)
+        if _exact_in_bf16(hidden, weight):
+            # Both gradients are rounded to bf16 anyway: rounding the terms of their sums too adds no larger an error.
+            rows = rows.bfloat16()
         of_hidden = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_hidden = (grad @ weight.float()).to(hidden.dtype)
+            of_hidden = _product(rows, weight).to(hidden.dtype).view_as(hidden)
         if ctx.needs_input_grad[1]:
-            of_weight = (grad.flatten(0, -2).T @ hidden.flatten(0, -2).float()).to(weight.dtype)
+            of_weight = _product(rows.T, _rows(hidden)).to(weight.dtype)
         return of_hidden, of_weight
+
+
+def _rows(states: Tensor) -> Tensor:
+    return states.reshape(-1, states.shape[-1])
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product of two matrices in float32."""
+    if _exact_in_bf16(left, right):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def _exact_in_bf16(left: Tensor, right: Tensor) -> bool:
+    """Return whether a GPU's tensor cores take both: they multiply bf16 without rounding, and add in fp32."""
+    return left.is_cuda and left.dtype == right.dtype == torch.bfloat16
 
 
 def forbid_rows_without_token(model: Any, tokenizer: Tokenizer) -> None:

@@ -6,7 +6,8 @@ Log-probabilities and KL are in nats.
 
 Log-probabilities and entropies from logits ``[..., vocabulary]`` are in float32 whatever the model's precision. With a
 vocabulary of 128,256 a float32 logits tensor is the largest in memory. The functions here hold a single tensor of that
-size beyond the logits, in the forward and in the backward pass; split the batch to make it smaller.
+size beyond the logits, in the forward and in the backward pass, and one more for another temperature than 1 and one for
+entropies; split the batch to make them smaller.
 """
 
 from collections.abc import Callable, Mapping
@@ -84,82 +85,64 @@ def logprobs_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Ten
 
         log p(token) = z[token] - log sum_v exp(z[v]),   z = logits / temperature
 
-    logits       ``[..., vocabulary]`` in any floating type; differentiable. A position whose result receives a
-                 gradient of 0, as padding does, passes on exactly 0, even where its logits are not finite
+    logits       ``[..., vocabulary]`` in any floating type; -inf stands for probability 0. Differentiable. A position
+                 whose result receives a gradient of 0, as padding does, passes on exactly 0, even where its logits are
+                 not finite
     tokens       ``[...]``, ids in [0, vocabulary)
     temperature  above 0, the one the tokens were sampled with
     returns      ``[...]`` in float32 (float64 for float64 logits)
     """
-    return _LogprobsOf.apply(logits, tokens, temperature)
+    return _Distribution.apply(logits, tokens, temperature, False)[0]
 
 
-def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the entropy of softmax(logits / temperature), -sum_v p[v] log p[v], in nats.
+def logprobs_and_entropies(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities, and the entropy of softmax(logits / temperature), -sum_v p[v] log p[v], in nats.
 
-    logits       ``[..., vocabulary]`` in any floating type; -inf stands for probability 0. Differentiable, and as in
-                 :func:`logprobs_of` a gradient of 0 passes on exactly 0
-    temperature  above 0
-    returns      ``[...]`` in float32 (float64 for float64 logits), in [0, log(vocabulary)]
+    Arguments and gradients as of :func:`logprobs_of`; entropies are in [0, log(vocabulary)].
     """
-    return _EntropyOf.apply(logits, temperature)
+    return _Distribution.apply(logits, tokens, temperature, True)
 
 
-class _LogprobsOf(torch.autograd.Function):
-    # Plain log_softmax keeps its whole result for the backward pass; this keeps only each row's normaliser, and the
-    # logits, which the model's last layer keeps anyway.
+class _Distribution(torch.autograd.Function):
+    # Plain log_softmax keeps its whole result for the backward pass; this keeps the logits alone, which exist anyway,
+    # and computes the probabilities again. torch's softmax reads them once or twice, separate steps six times.
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        work = _scaled_copy(logits, temperature)
-        largest = work.amax(dim=-1, keepdim=True)
-        # Relative to the largest first, so that huge logits lose no digits either.
-        picked = work.sub_(largest).gather(-1, tokens[..., None])
-        total = work.exp_().sum(dim=-1, keepdim=True)
-        ctx.save_for_backward(logits, tokens, largest, total)
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, entropies: bool) -> tuple[Tensor, Tensor]:
+        scaled, precision = _scaled(logits, temperature)
+        work = torch.log_softmax(scaled, dim=-1, dtype=precision)
+        logprobs = work.gather(-1, tokens[..., None]).squeeze(-1)
+        entropy = torch.special.entr(work.exp_()).sum(dim=-1) if entropies else torch.zeros_like(logprobs)
+        ctx.save_for_backward(logits, tokens, entropy)
         ctx.temperature = temperature
-        return (picked - total.log()).squeeze(-1)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch passes gradients by position
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, None, None]:
-        logits, tokens, largest, total = ctx.saved_tensors
-        scale = grad[..., None] / ctx.temperature
+        ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None]:
+        logits, tokens, entropy = ctx.saved_tensors
+        scaled, precision = _scaled(logits, ctx.temperature)
+        work = torch.softmax(scaled, dim=-1, dtype=precision)
+        scale = torch.zeros_like(entropy) if of_logprobs is None else of_logprobs / ctx.temperature
+        unused, factor = scale == 0, -scale
+        more = None
+        if of_entropy is not None:
+            # d H / d logits[v] = -p[v] (log p[v] + H) / temperature, and -p log p is entr(p), 0 where p is 0
+            part = of_entropy / ctx.temperature
+            unused, factor = unused & (part == 0), factor - part * entropy
+            more = torch.special.entr(work).mul_(part[..., None])
         # d log p[token] / d logits[v] = ([v == token] - p[v]) / temperature
-        work = _scaled_copy(logits, ctx.temperature).sub_(largest).exp_().mul_(-scale / total)
-        work.scatter_add_(-1, tokens[..., None], scale)
-        return work.masked_fill_(scale == 0, 0.0).to(logits.dtype), None, None
+        work.mul_(factor[..., None]).scatter_add_(-1, tokens[..., None], scale[..., None])
+        if more is not None:
+            work.add_(more)
+        return work.masked_fill_(unused[..., None], 0.0).to(logits.dtype), None, None, None
 
 
-class _EntropyOf(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, temperature: float) -> Tensor:
-        entropy = torch.special.entr(_probabilities(logits, temperature)).sum(dim=-1)
-        ctx.save_for_backward(logits, entropy)
-        ctx.temperature = temperature
-        return entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch passes gradients by position
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, None]:
-        logits, entropy = ctx.saved_tensors
-        scale = grad[..., None] / ctx.temperature
-        # d H / d logits[v] = -p[v] (log p[v] + H) / temperature, and p log p is -entr(p), which is 0 where p is 0
-        work = _probabilities(logits, ctx.temperature)
-        gradient = (torch.special.entr(work) - work * entropy[..., None]).mul_(scale)
-        return gradient.masked_fill_(scale == 0, 0.0).to(logits.dtype), None
-
-
-def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    work = _scaled_copy(logits, temperature)
-    work -= work.amax(dim=-1, keepdim=True)
-    work.exp_()
-    return work.div_(work.sum(dim=-1, keepdim=True))
-
-
-def _scaled_copy(logits: Tensor, temperature: float) -> Tensor:
+def _scaled(logits: Tensor, temperature: float) -> tuple[Tensor, torch.dtype]:
+    """Return logits / temperature, and the type to compute in."""
     precision = torch.promote_types(logits.dtype, torch.float32)
-    return logits.to(precision, copy=True).div_(temperature)
+    # Divided in that type: bf16 would round once more.
+    return logits if temperature == 1 else logits.to(precision) / temperature, precision

@@ -5,8 +5,8 @@ Prompts are padded on the left and responses on the right, so that the response'
 Shapes: S samples of the global batch; ids ``[S, prompt + time]``; everything else ``[S, time]``.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf.attempt import liveness
 from rlhf.config.ppo import PpoSettings
 from rlhf.models import text
+from rlhf.models.heads import SCORED_AT_ONCE
 from rlhf.randomness import stream
 from rlhf.zero import group
 
@@ -33,6 +34,8 @@ class Sequences:
     """``[sample, prompt + time]``, 1 on real tokens."""
     mask: Tensor
     """``[sample, time]``, True on real response tokens, EOS included."""
+    count: int | None = field(default=None, kw_only=True)
+    """Of a micro batch: real response tokens of the rank that has most of them at this turn."""
 
     @property
     def time(self) -> int:
@@ -41,7 +44,7 @@ class Sequences:
 
     def rows(self, indices: Tensor) -> Self:
         """Return the samples at ``indices``, without columns that are padding in all of them."""
-        picked = {field.name: getattr(self, field.name)[indices] for field in fields(self)}
+        picked = {name: tensor[indices] for name, tensor in self._tensors().items()}
         time = max(1, int(picked["mask"].sum(-1).max()))
         prompt = self.ids.shape[1] - self.time
         start = int(picked["attention_mask"][:, :prompt].sum(0).ne(0).long().argmax()) if prompt else 0
@@ -50,33 +53,76 @@ class Sequences:
             picked[name] = tensor[:, columns] if tensor.dim() > 1 else tensor
         return type(self)(**picked)
 
-    def micro_batches(self, indices: Tensor, size: int) -> Iterator[Self]:
-        """Yield the samples at ``indices``, ``size`` at a time."""
-        for part in indices.split(size):
-            yield self.rows(part)
-            liveness.beat()
-
     @classmethod
     def of(cls, sequences: "Sequences", **tensors: Tensor) -> Self:
         """Return the sequences with further tensors, by the names of the class's own fields."""
         return cls(ids=sequences.ids, attention_mask=sequences.attention_mask, mask=sequences.mask, **tensors)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device) -> Self:
         """Return the samples on a device."""
-        return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
-    def mine(self, size: int) -> Iterator[Self]:
-        """Yield this rank's share on its device, ``size`` samples at a time; every rank has equally many parts."""
-        for part in self.micro_batches(group.my_rows(len(self.ids)), size):
-            yield part.to(group.device())
+    def by_length(self, indices: Tensor) -> Tensor:
+        """Return the indices sorted by falling length, so that micro batches hold little padding."""
+        # The longest first, so that a lack of memory appears at once.
+        return indices[self.attention_mask[indices].sum(-1).argsort(descending=True, stable=True)]
 
-    def gather(self, results: Sequence[Tensor]) -> Tensor:
-        """Return the results of all ranks' :meth:`mine`, whole on every rank and on the CPU. A collective.
+    def micro_batches(self, turns: Sequence[Tensor]) -> list[Self]:
+        """Return this rank's micro batches, on its device.
 
-        results  of each micro batch, ``[sample, …, its time]``; 0 is added beyond a micro batch's longest response
+        turns  the samples of each micro batch, ``[sample, rank]``
         """
-        padded = [torch.nn.functional.pad(result, (0, self.time - result.shape[-1])) for result in results]
-        return group.gather_rows(torch.cat(padded), len(self.ids))
+        # All at once: a copy to a GPU waits for what it computes.
+        return [
+            replace(self.rows(turn[:, group.rank()]), count=max(1, int(self.mask[turn].sum((0, 2)).max()))).to(
+                group.device()
+            )
+            for turn in turns
+        ]
+
+    def scored(self, micro_batch_size: int, compute: Callable[[Self], Tensor]) -> Tensor:
+        """Compute a result of each sample without gradients, each rank its share; return all, on the CPU. A collective.
+
+        compute  returns the results of a micro batch, ``[sample, …, its time]``; 0 is added beyond its longest response
+        """
+        order = self.by_length(torch.arange(len(self.ids)))
+        turns = _turns(order, self._lengths(), SCORED_AT_ONCE * micro_batch_size * self.ids.shape[1])
+        results: list[Tensor] = []
+        for part in self.micro_batches(turns):
+            result = compute(part)
+            results.append(torch.nn.functional.pad(result, (0, self.time - result.shape[-1])))
+            liveness.beat()
+        found = group.gather_rows(torch.cat(results), len(order))
+        return torch.empty_like(found).index_copy_(0, order, found)
+
+    def _lengths(self) -> Tensor:
+        """Return the lengths of each prompt and response, ``[sample, 2]``."""
+        responses = self.mask.sum(-1)
+        return torch.stack([self.attention_mask.sum(-1) - responses, responses], dim=1)
+
+
+def _turns(order: Tensor, lengths: Tensor, budget: int) -> list[Tensor]:
+    """Cut samples into micro batches of at most ``budget`` padded tokens, of one sample at least.
+
+    order    sorted by length
+    lengths  of each prompt and response, which are padded by themselves, ``[sample, 2]``
+    returns  of each micro batch ``[sample, rank]``, so that all ranks have equally many of about equal length; the last
+             sample is repeated where there is no multiple of the ranks
+    """
+    world = group.world_size()
+    table = order[torch.arange(-(-len(order) // world) * world).clamp(max=len(order) - 1)].view(-1, world)
+    sizes, widest = [0], torch.zeros(2, dtype=torch.long)
+    for longest in lengths[table].amax(1):
+        wider = torch.maximum(widest, longest)
+        if sizes[-1] and (sizes[-1] + 1) * int(wider.sum()) > budget:
+            sizes.append(0)
+            wider = longest
+        sizes[-1] += 1
+        widest = wider
+    return list(table.split(sizes))
 
 
 def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int) -> Sequences:
@@ -116,7 +162,7 @@ class Minibatch(Generic[S_co]):
     """This rank's share of the samples of one optimiser step."""
 
     parts: Sequence[S_co]
-    """Micro batches."""
+    """Micro batches, on this rank's device."""
     num_tokens: int
     """Real response tokens of the whole minibatch, over all ranks."""
 
@@ -137,10 +183,11 @@ def minibatches(experience: S, count: int, micro_batch_size: int, *seed: int) ->
 
 
 def minibatch_of(sequences: S, indices: Sequence[int], micro_batch_size: int) -> Minibatch[S]:
-    """Return the samples at ``indices`` as a minibatch: this rank's share in micro batches.
+    """Return the samples at ``indices`` as a minibatch: this rank's share in micro batches of similar lengths.
 
     Their number must be a multiple of the world size: all ranks then have equally many micro batches, which the
     collectives inside each need.
     """
-    parts = list(sequences.micro_batches(torch.tensor(group.share_of(list(indices))), micro_batch_size))
-    return Minibatch(parts, num_tokens=int(sequences.mask[torch.tensor(indices)].sum()))
+    order = sequences.by_length(torch.tensor(indices))
+    turns = order.view(-1, group.world_size()).split(micro_batch_size)
+    return Minibatch(sequences.micro_batches(turns), num_tokens=int(sequences.mask[order].sum()))

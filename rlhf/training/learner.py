@@ -201,7 +201,7 @@ class TrainedValue(Learner):
     @torch.no_grad()
     def values(self, sequences: Sequences) -> Tensor:
         """Return the value before each response token, ``[sample, time]``. A collective."""
-        return sequences.gather([self._forward(part) for part in sequences.mine(self._micro_batch_size)])
+        return sequences.scored(self._micro_batch_size, self._forward)
 
     def update(self, minibatch: Minibatch[Experience], loss: ValueLoss, learning_rate: float) -> ValueSums:
         """Take one optimiser step on a minibatch; return the sums over it. A collective.
@@ -209,10 +209,9 @@ class TrainedValue(Learner):
         loss  of (values now, old values, returns, mask, num_tokens=…), as :func:`rlhf.rl.losses.clipped_value_loss`
         """
         measured: list[ValueSums] = []
-        for micro in minibatch.parts:
-            part = micro.to(group.device())
+        for part in minibatch.parts:
             now = self._forward(part)
             share, sums = loss(now, part.values, part.returns, part.mask, num_tokens=minibatch.num_tokens)
-            self.backward(share, last=micro is minibatch.parts[-1])
+            self.backward(share, last=part is minibatch.parts[-1])
             measured.append(sums)
         return self.step(learning_rate, measured)

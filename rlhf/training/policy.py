@@ -93,18 +93,21 @@ class Policy:
         entropies    whether they are computed; otherwise they are 0
         temperature  in place of the policy's own
         """
-        return self.engine(part.ids, part.attention_mask, part.time, temperature or self._temperature, entropies)
+        return self.engine(
+            part.ids, part.attention_mask, part.time, temperature or self._temperature, entropies, part.count
+        )
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences) -> Tensor:
         """Return the log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
-        return sequences.gather([self.forward(part)[0] for part in sequences.mine(self._micro_batch_size)])
+        return sequences.scored(self._micro_batch_size, lambda part: self.forward(part)[0])
 
     @torch.no_grad()
     def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Return also the entropies of the distributions that the tokens were drawn from, nats. A collective."""
-        parts = sequences.mine(self._micro_batch_size)
-        both = sequences.gather([torch.stack(self.forward(part, entropies=True), dim=1) for part in parts])
+        both = sequences.scored(
+            self._micro_batch_size, lambda part: torch.stack(self.forward(part, entropies=True), dim=1)
+        )
         return both[:, 0], both[:, 1]
 
 
@@ -250,21 +253,19 @@ class TrainedPolicy(Policy):
         """
         last = (demonstrations or minibatch).parts[-1]
         measured: list[PolicySums] = []
-        for micro in minibatch.parts:
-            part = micro.to(group.device())
+        for part in minibatch.parts:
             now, entropies = self.forward(part, entropies=self._learns_entropy)
             constants = part.logprobs, part.reference_logprobs, part.advantages, part.mask
             share, sums = loss(now, entropies, *constants, num_tokens=minibatch.num_tokens)
-            self._learner.backward(share, last=micro is last)
+            self._learner.backward(share, last=part is last)
             measured.append(sums)
         if demonstrations is not None:
-            for micro in demonstrations.parts:
-                part = micro.to(group.device())
+            for part in demonstrations.parts:
                 # At temperature 1: the likelihood that SFT maximised, and not that of the sampler.
                 now, _ = self.forward(part, temperature=1.0)
                 tokens = demonstrations.num_tokens
                 share, sums = demonstration_loss(now, part.mask, coef=self._ptx_coef, num_tokens=tokens)
-                self._learner.backward(share, last=micro is last)
+                self._learner.backward(share, last=part is last)
                 measured.append(sums)
         total = self._learner.step(learning_rate, measured)
         if self._average is not None:

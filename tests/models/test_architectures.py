@@ -3,11 +3,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.stages import SftSettings
 from rlhf.errors import PreflightError
+from rlhf.models import heads, text
 from rlhf.models.architectures import ANOTHER_WITH_CACHE, check_policy, check_scorer, check_virtual_tokens
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.packing import PACKABLE
@@ -87,6 +89,55 @@ def test_what_is_sampled_is_what_is_trained(model_type: str, tmp_path: Path) -> 
     torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
     model.config.save_pretrained(tmp_path)
     check_policy(tmp_path)
+
+
+# With a tied head, with logits that are scaled or capped, with a head's bias, with experts, with another name.
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [(name, "full") for name in ("gemma2", "cohere", "granite", "phi", "mixtral", "opt")] + [("llama", "lora")],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's
+def test_chunks_of_real_tokens_have_the_results_and_gradients_of_all_logits(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, method: str
+) -> None:
+    """Whatever a model does to its logits, and where its head is tied; against plain autograd."""
+    monkeypatch.setattr(heads, "CHUNK", 1)
+    monkeypatch.setattr(heads, "FEWEST", 4)
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config_of_type(model_type)).eval()
+    if method == "lora":
+        # On the head too.
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    rows = lay_out(PROMPTS, [[10, 11, 12, 13, 14], [9], [15, 16, 17]], 0)
+    directions = torch.randn(2, *rows.mask.shape)
+
+    def loss(logprobs: Tensor, entropies: Tensor) -> Tensor:
+        return (directions * torch.stack([logprobs, entropies]))[:, rows.mask].sum()
+
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    place = text.positions(rows.attention_mask)
+    logits = model(input_ids=rows.ids, attention_mask=rows.attention_mask, position_ids=place, use_cache=False).logits
+    whole = (logits[:, -rows.time - 1 : -1] / 0.7).log_softmax(-1)
+    picked = whole.gather(-1, rows.ids[:, -rows.time :, None]).squeeze(-1)
+    expected = loss(picked, -(whole.exp() * whole).sum(-1))
+    found = loss(*TokenLogprobs(model)(rows.ids, rows.attention_mask, rows.time, 0.7, True, count=9))
+    torch.testing.assert_close(found, expected)
+    gradients = zip(*(torch.autograd.grad(one, trained, allow_unused=True) for one in (found, expected)), strict=True)
+    for ours, theirs in gradients:
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_has_no_logits() -> None:
+    """As many tokens go through the head as are asked for."""
+    model, _ = sampled("llama")
+    rows = lay_out(PROMPTS, [[10, 11, 12, 13, 14], [9], [15, 16, 17]], 0)
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[:-1].numel()))
+    logprobs, _ = TokenLogprobs(model)(rows.ids, rows.attention_mask, rows.time, 1.0, False, count=9)
+    assert seen == [9]
+    assert not logprobs[~rows.mask].any()
+    assert logprobs[rows.mask].all()
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

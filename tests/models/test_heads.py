@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.models import text
+from rlhf.models import heads, text
 from rlhf.models.heads import (
     SequenceScores,
     TokenLogprobs,
@@ -126,6 +126,38 @@ def test_a_head_in_fp32_gives_fp32_s_products_and_gradients(bias: bool) -> None:
     for ours, theirs in zip(torch.autograd.grad((found * direction).sum(), inputs), expected, strict=True):
         assert ours.dtype == torch.bfloat16
         torch.testing.assert_close(ours, theirs)
+
+
+def mm_by_float64(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """What torch's product of bf16 matrices gives on a GPU, where it sums in fp32."""
+    assert left.dtype == right.dtype == torch.bfloat16
+    return (left.double() @ right.double()).to(out_dtype)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("outputs", [1, 304])
+def test_tensor_cores_give_fp32_s_products_and_gradients_within_bf16_s_rounding(
+    monkeypatch: pytest.MonkeyPatch, device: str, outputs: int
+) -> None:
+    """Against float64; on a CPU by a twin of the product that a GPU computes."""
+    if device == "cpu":
+        monkeypatch.setattr(heads, "_exact_in_bf16", lambda *both: all(one.dtype == torch.bfloat16 for one in both))
+        monkeypatch.setattr(torch, "mm", mm_by_float64)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, outputs, bias=False, dtype=torch.bfloat16, device=device)
+    hidden = (8 * torch.randn(2, 40, 64, device=device)).bfloat16().requires_grad_()
+    direction = torch.randn(2, 40, outputs, device=device)
+    exact = [one.detach().double().requires_grad_() for one in (hidden, head.weight)]
+    product = torch.nn.functional.linear(*exact)
+    compute_in_fp32(head)
+    found = head(hidden)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), product, atol=1e-4, rtol=1e-6)
+    ours = torch.autograd.grad((found * direction).sum(), [hidden, head.weight])
+    for gradient, expected in zip(ours, torch.autograd.grad((product * direction).sum(), exact), strict=True):
+        assert gradient.dtype == torch.bfloat16
+        # Rounding to bf16's 8 bits, twice, moves a number by at most 2⁻⁸ of it.
+        assert (gradient - expected).abs().max() < 2**-7 * expected.abs().max()
 
 
 # Padding at the end, and holes in the middle.

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.rl.kl import entropy_from_logits, logprobs_of
+from rlhf.rl.kl import logprobs_and_entropies, logprobs_of
 
 temperatures = st.floats(0.1, 3.0)
 
@@ -20,7 +20,8 @@ def random_logits(seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.
 def test_logprobs_and_entropies_are_those_of_the_definition(seed: int, temperature: float) -> None:
     """Against sums of exponentials in plain Python."""
     logits, tokens = random_logits(seed)
-    logprobs, entropies = logprobs_of(logits, tokens, temperature), entropy_from_logits(logits, temperature)
+    logprobs, entropies = logprobs_and_entropies(logits, tokens, temperature)
+    assert torch.equal(logprobs_of(logits, tokens, temperature), logprobs)
     for i in range(2):
         for t in range(3):
             weights = [math.exp(z / temperature) for z in logits[i, t].tolist()]
@@ -33,7 +34,7 @@ def test_without_a_temperature_it_is_1() -> None:
     """The softmax of the logits as they are."""
     logits, tokens = random_logits(0)
     assert torch.equal(logprobs_of(logits, tokens), logprobs_of(logits, tokens, 1.0))
-    assert torch.equal(entropy_from_logits(logits), entropy_from_logits(logits, 1.0))
+    assert torch.equal(logprobs_and_entropies(logits, tokens)[1], logprobs_and_entropies(logits, tokens, 1.0)[1])
 
 
 @given(seed=st.integers(0, 2**32), temperature=temperatures)
@@ -46,8 +47,17 @@ def test_the_gradient_of_logprobs_is_that_of_finite_differences(seed: int, tempe
 @given(seed=st.integers(0, 2**32), temperature=temperatures)
 def test_the_gradient_of_entropies_is_that_of_finite_differences(seed: int, temperature: float) -> None:
     """It is what an entropy bonus follows."""
-    logits, _ = random_logits(seed)
-    assert torch.autograd.gradcheck(lambda z: entropy_from_logits(z, temperature), logits.requires_grad_())
+    logits, tokens = random_logits(seed)
+    assert torch.autograd.gradcheck(
+        lambda z: logprobs_and_entropies(z, tokens, temperature)[1], logits.requires_grad_()
+    )
+
+
+@given(seed=st.integers(0, 2**32), temperature=temperatures)
+def test_the_gradient_of_both_is_that_of_finite_differences(seed: int, temperature: float) -> None:
+    """They share their passes over the logits."""
+    logits, tokens = random_logits(seed)
+    assert torch.autograd.gradcheck(lambda z: logprobs_and_entropies(z, tokens, temperature), logits.requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -68,8 +78,8 @@ def test_logprobs_and_entropies_leave_the_logits_as_they_were() -> None:
     """They work in place on a copy, and must not on what the model returned."""
     logits, tokens = random_logits(0, torch.float32)
     before = logits.clone()
-    logprobs_of(logits, tokens)
-    entropy_from_logits(logits)
+    logits.requires_grad_()
+    sum(logprobs_and_entropies(logits, tokens)).sum().backward()
     assert torch.equal(logits, before)
 
 
@@ -78,7 +88,8 @@ def test_impossible_and_huge_logits_are_no_trouble() -> None:
     logits = torch.tensor([[float("-inf"), 5000.0, 5000.0]], requires_grad=True)
     logprobs = logprobs_of(logits, torch.tensor([1]))
     torch.testing.assert_close(logprobs, torch.tensor([-math.log(2)]))
-    torch.testing.assert_close(entropy_from_logits(logits), torch.tensor([math.log(2)]))
+    entropies = logprobs_and_entropies(logits, torch.tensor([1]))[1]
+    torch.testing.assert_close(entropies, torch.tensor([math.log(2)]))
     logprobs.sum().backward()
     torch.testing.assert_close(logits.grad, torch.tensor([[0.0, 0.5, -0.5]]))
 
@@ -89,7 +100,8 @@ def test_logits_under_padding_pass_no_gradient(junk: float) -> None:
     logits, tokens = random_logits(0)
     logits[:, 2] = junk
     logits.requires_grad_()
-    said = logprobs_of(logits, tokens) + entropy_from_logits(logits)
+    logprobs, entropies = logprobs_and_entropies(logits, tokens)
+    said = logprobs + entropies
     torch.where(torch.tensor([True, True, False]), said, 0.0).sum().backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
