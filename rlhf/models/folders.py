@@ -27,7 +27,7 @@ from transformers.integrations import deepspeed
 
 from rlhf.config.tuning import FULL, QLoraTuning, Tuning
 from rlhf.errors import PreflightError
-from rlhf.models import heads, safe_loading, text, virtual_tokens
+from rlhf.models import heads, kernels, safe_loading, text, virtual_tokens
 from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, config_file, is_adapter
 
 VIRTUAL_TOKENS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
@@ -76,6 +76,7 @@ def load(folder: Path, *, scores: bool, dtype: torch.dtype, tuning: Tuning = FUL
     safe_loading.refuse_code(folder)
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     named = {"num_labels": 1} if scores else {}
+    kernels.fuse(folder)
     plain = folder / BASE if is_adapter(folder) else folder
     model = auto.from_pretrained(plain, **named, **loading_options(tuning, dtype))
     without_router_logits(model)

@@ -13,7 +13,7 @@ from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
 from rlhf.config.zero import ZeroSettings
-from rlhf.models import folders, safe_loading, templates, text
+from rlhf.models import folders, kernels, safe_loading, templates, text
 from rlhf.models.heads import SCORED_AT_ONCE, OwnScores, SequenceScores, initialise_head, pack_texts, unwrapped
 from rlhf.models.layout import (
     ADAPTER_CONFIG,
@@ -145,6 +145,7 @@ def from_scratch(folder: Path, target: Path, seed: int) -> Path:
 
 def load_scorer(folder: Path, precision: Precision, tuning: Tuning, tokenizer: Tokenizer, head_seed: int) -> Any:
     """Load a model that scores, for training: a language model gets a fresh head, a reward model keeps its own."""
+    kernels.fuse(folder)
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, **folders.loading_options(tuning, DTYPES[precision])
     )

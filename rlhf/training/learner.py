@@ -13,7 +13,7 @@ from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
 from rlhf.config.zero import ZeroSettings
-from rlhf.models import folders, tuning
+from rlhf.models import folders, kernels, tuning
 from rlhf.models.architectures import classifier_of
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
 from rlhf.rl.losses import PolicySums, ValueSums
@@ -176,6 +176,7 @@ class TrainedValue(Learner):
         folder  a plain folder of a reward model or a policy, whose language head is left out
         source  the folder that it was made from, which may have virtual tokens
         """
+        kernels.fuse(folder)
         with sharded_loading(precision, zero):
             model = classifier_of(folder).from_pretrained(
                 folder, num_labels=1, **folders.loading_options(method, DTYPES[precision])

@@ -1,0 +1,34 @@
+"""Kernels that compute a layer's many small operations at once, where a GPU and Liger are there."""
+
+import inspect
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from rlhf.models import safe_loading
+from rlhf.models.layout import BASE, is_adapter
+
+FUSED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+"""Model types that compute the same with Liger's kernels, each with a test on a GPU."""
+_OUR_OWN = ("cross_entropy", "fused_linear_cross_entropy")
+"""Liger's losses: ours are of chunks of tokens already."""
+
+
+def fuse(folder: Path) -> None:
+    """Let models of the folder's type that are loaded from now on normalise, rotate and gate in one kernel each.
+
+    The results differ from transformers' own by rounding. It holds for this process. Without a GPU or without Liger
+    (``pip install 'rlhf-pipeline[liger]'``), and for types that are not of :data:`FUSED`, nothing changes.
+    """
+    if not torch.cuda.is_available() or find_spec("liger_kernel") is None:
+        return
+    plain = folder / BASE if is_adapter(folder) else folder
+    model_type = AutoConfig.from_pretrained(plain, **safe_loading.TOKENIZER).model_type
+    if model_type in FUSED:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
+        parts = [name for name in inspect.signature(apply).parameters if name != "model"]
+        apply(**{name: name not in _OUR_OWN for name in parts})
