@@ -217,14 +217,12 @@ def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, di
     """Weights, gradients, optimiser, activations and logits of a real update and step, by every tensor alive."""
     architecture, found = counted
     settings = ppo(precision="bf16", workers={"count": world})
-    trained = Trained(settings, "the", architecture, learned(architecture, FULL, scores=False), False, False, gpu=True)
+    trained = Trained(settings, "the", architecture, learned(architecture, FULL, scores=False), False, gpu=True)
     empty, standing = 4 * trained.sharding.bucket, sum(trained.standing().values())
     # The head's gradient in fp32 and in bf16 beside the logits is the most.
     matrix, logits = architecture.vocabulary * architecture.hidden, ROWS * RESPONSE * architecture.vocabulary
     moments = dict(trained.moments(ROWS, TIME, max(8 * logits, 4 * logits + 6 * matrix)))
     *updates, step = [standing + sum(parts.values()) - empty for parts in moments.values()]
-    # torch's step on a CPU has two tensors of its own where that on a GPU has one.
-    step += 4 * trained.share
     # Small weights stay gathered.
     kept = 2 * architecture.parameters if world > 1 else 0
     measured = {name: count - empty for name, count in found[world].items()}
