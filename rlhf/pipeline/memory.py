@@ -29,7 +29,11 @@ REUSE = 5 * 10**8
 """Parameters of a rank's layers that stay gathered from the forward to the backward pass, half of DeepSpeed's
 ``max_reuse_distance``."""
 AT_ONCE = 4
-"""Micro batches that a policy samples at a time, as in :mod:`rlhf.training.policy`."""
+"""Micro batches that a policy samples at a time, as in :mod:`rlhf.training.policy`, and that all models score at a
+time, as in :mod:`rlhf.models.heads`."""
+CHUNK = 2**27, 1024
+"""Logits that a policy computes at a time, and the fewest tokens whose logits these are: those of
+:mod:`rlhf.models.heads`."""
 TILE = 4096, 32768
 """Tokens and entries of the vocabulary whose logits sft has at a time: TRL's."""
 
@@ -125,17 +129,13 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that a stage trains on one rank.
-
-    fused  whether the optimiser's step needs no memory of its own
-    """
+    """A model that a stage trains on one rank."""
 
     settings: Training
     name: str
     model: Architecture
     part: Learned
     scores: bool
-    fused: bool
     gpu: bool
 
     @property
@@ -214,14 +214,12 @@ class Trained:
             yield f"in {self.name} optimiser step", self._step()
 
     def _step(self) -> Bytes:
-        """Return what an optimiser step takes: a copy of its gradients, and the square roots of the second moments."""
+        """Return what an optimiser step takes: a copy of its gradients; AdamW, fused, has no tensors of its own."""
         stage, ranks = self.sharding.stage, self.settings.workers.count
         stepped = min(self.share, self.sharding.sub_group + self.model.layer / ranks) if stage == 3 else self.share
         # Stages 1 and 2 have them in one piece, and those of the model's precision too.
         narrow = self.width % 4
-        gradients = {1: self.part.parameters * narrow, 2: self.share * narrow, 3: 4 * stepped}[stage]
-        own = 0.0 if self.fused else (4 if self.gpu else 8) * stepped
-        return {"gradients": gradients, "optimiser": own}
+        return {"gradients": {1: self.part.parameters * narrow, 2: self.share * narrow, 3: 4 * stepped}[stage]}
 
 
 def _supervised(
@@ -230,7 +228,7 @@ def _supervised(
     """Yield the moments of sft or rm."""
     scores = isinstance(settings, RmSettings)
     part = learned(model, settings.tuning, scores=scores)
-    trained = Trained(settings, "the", model, part, scores, fused=True, gpu=gpu)
+    trained = Trained(settings, "the", model, part, scores, gpu)
     share = max(1, settings.batch_size // settings.workers.count)
     micro = max(number for number in range(1, min(settings.micro_batch_size, share) + 1) if share % number == 0)
     if isinstance(settings, SftSettings):
@@ -263,9 +261,9 @@ def _ppo(
     tuning = settings.tuning
     if isinstance(tuning, LoraTuning | QLoraTuning):
         tuning = tuning.model_copy(update={"dropout": 0.0})  # PPO's models are never in training mode
-    policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, False, gpu)
+    policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, gpu)
     start = rewards[0] if settings.value_init == "reward" and rewards else given
-    value = Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, False, gpu)
+    value = Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, gpu)
     width, micro = (
         policy.width,
         max(1, min(settings.micro_batch_size, settings.rollouts // settings.minibatches // ranks)),
@@ -289,16 +287,9 @@ def _ppo(
         },
     )
     yield "while responses are sampled", _sum(standing, _sampling(settings, policy, texts, micro))
+    yield "while responses are scored", _sum(standing, _scoring(settings, policy, texts, micro))
     tokens = micro * texts.response
-    scoring = {
-        "weights": policy.gathered,
-        "activations": footprint.work(given, width, micro, texts.longest, backward=False),
-        "logits": max((_logit_width(policy) + 8) * tokens * given.vocabulary, _head_work(policy, tokens)),
-    }
-    yield "while responses are scored", _sum(standing, scoring)
-    # The loss holds two tensors as large as the logits in fp32; with the entropy's gradient five.
-    copies = 20 if settings.entropy_bonus else 8
-    logits = max(copies * tokens * given.vocabulary, _head_work(policy, tokens, trained=policy.part.head))
+    logits = _policy_loss(settings, policy, tokens)
     for trained, at_loss in ((policy, logits), (value, (4 + width) * tokens * start.hidden)):
         for moment, parts in trained.moments(micro, texts.longest, at_loss):
             yield moment, _sum(standing, parts)
@@ -312,9 +303,37 @@ def _logit_width(policy: Trained) -> int:
 def _head_work(policy: Trained, tokens: int, *, trained: bool = False) -> float:
     """Return the bytes of logits, of the head in fp32, and of its gradient where it trains."""
     matrix, width = policy.model.vocabulary * policy.model.hidden, _logit_width(policy)
-    copied = width * matrix if width > policy.width or trained else 0
+    # A GPU multiplies bf16 as it is.
+    copied = width * matrix if (width > policy.width and not policy.gpu) or trained else 0
     cast = policy.width * matrix if width > policy.width and trained else 0
     return width * tokens * policy.model.vocabulary + copied + cast
+
+
+def _in_chunk(policy: Trained, tokens: int) -> int:
+    logits, fewest = CHUNK
+    return min(tokens, max(fewest, logits // policy.model.vocabulary))
+
+
+def _policy_loss(settings: PpoSettings, policy: Trained, tokens: int) -> float:
+    """Return the bytes at the loss of a micro batch's response tokens."""
+    chunk, trained = _in_chunk(policy, tokens), policy.part.head
+    # The logits and a tensor in fp32, another one of scaled logits, and one for the entropy's gradient.
+    copies = 8 + 4 * (settings.sampling.temperature != 1) + 4 * (settings.entropy_bonus > 0)
+    # The head's gradient of a chunk is added to that of those before.
+    added = policy.width * policy.model.vocabulary * policy.model.hidden if trained and chunk < tokens else 0
+    return max(copies * chunk * policy.model.vocabulary, _head_work(policy, chunk, trained=trained)) + added
+
+
+def _scoring(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
+    """Return the bytes that a pass without gradients computes."""
+    rows = min(AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.count))
+    chunk = _in_chunk(policy, rows * texts.response)
+    copies = _logit_width(policy) + 8 + 4 * (settings.sampling.temperature != 1)
+    return {
+        "weights": policy.gathered,
+        "activations": footprint.work(policy.model, policy.width, rows, texts.longest, backward=False),
+        "logits": max(copies * chunk * policy.model.vocabulary, _head_work(policy, chunk)),
+    }
 
 
 def _sampling(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:

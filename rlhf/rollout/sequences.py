@@ -7,7 +7,7 @@ Shapes: S samples of the global batch; ids ``[S, prompt + time]``; everything el
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Sequences:
 
     def rows(self, indices: Tensor) -> Self:
         """Return the samples at ``indices``, without columns that are padding in all of them."""
-        picked = {name: tensor[indices] for name, tensor in self._tensors().items()}
+        picked: dict[str, Any] = {name: tensor[indices] for name, tensor in self._tensors().items()}
         time = max(1, int(picked["mask"].sum(-1).max()))
         prompt = self.ids.shape[1] - self.time
         start = int(picked["attention_mask"][:, :prompt].sum(0).ne(0).long().argmax()) if prompt else 0
@@ -54,7 +54,7 @@ class Sequences:
         return type(self)(**picked)
 
     @classmethod
-    def of(cls, sequences: "Sequences", **tensors: Tensor) -> Self:
+    def of(cls, sequences: "Sequences", **tensors: Any) -> Self:
         """Return the sequences with further tensors, by the names of the class's own fields."""
         return cls(ids=sequences.ids, attention_mask=sequences.attention_mask, mask=sequences.mask, **tensors)
 

@@ -218,7 +218,7 @@ class Engine:
         optimizer = None
         if learning_rate is not None:
             groups = parameter_groups(module)
-            optimizer = GradualAdamW(groups, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0)
+            optimizer = GradualAdamW(groups, lr=learning_rate, eps=ADAM_EPSILON, weight_decay=0.0, fused=True)
         elif zero.stage != 3:
             self._engine = self.module = module.to(group.device()).eval()
             return

@@ -217,7 +217,7 @@ def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, di
     """Weights, gradients, optimiser, activations and logits of a real update and step, by every tensor alive."""
     architecture, found = counted
     settings = ppo(precision="bf16", workers={"count": world})
-    trained = Trained(settings, "the", architecture, learned(architecture, FULL, scores=False), False, False, gpu=True)
+    trained = Trained(settings, "the", architecture, learned(architecture, FULL, scores=False), False, gpu=True)
     # Buffers count whole on a CPU too. One rank has none that stays, and in an update two on a GPU and one on a CPU.
     empty = 4 * trained.sharding.bucket if world > 1 else 0
     other = trained.width * trained.sharding.bucket if world == 1 else 0
@@ -226,8 +226,6 @@ def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, di
     matrix, logits = architecture.vocabulary * architecture.hidden, ROWS * RESPONSE * architecture.vocabulary
     moments = dict(trained.moments(ROWS, TIME, max(8 * logits, 4 * logits + 6 * matrix)))
     *updates, step = [standing + sum(parts.values()) - empty for parts in moments.values()]
-    # torch's step on a CPU has two tensors of its own where that on a GPU has one.
-    step += 4 * trained.share
     # Small weights stay gathered; one rank, in stage 2, makes its gradients anew for each update.
     kept = 2 * architecture.parameters if world > 1 else 0
     made = 4 * trained.share if world == 1 else 0

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf.models.heads import SCORED_AT_ONCE
 from rlhf.rollout.sequences import Experience, minibatches
 
 Lengths = list[tuple[int, int]]
@@ -72,3 +73,28 @@ def test_the_order_follows_from_the_seeds_alone() -> None:
 
     assert order(2, 0, 5, 1) == order(8, 0, 5, 1)
     assert len({str(order(8, *seed)) for seed in ((0, 5, 1), (1, 5, 1), (0, 6, 1), (0, 5, 2))}) == 4
+
+
+@given(lengths, st.integers(0, 3), st.integers(1, 3))
+def test_scoring_gives_each_sample_its_own_result_within_the_budget(lengths: Lengths, extra: int, micro: int) -> None:
+    """In the order of the samples, whatever the order they are computed in; longest first, and little of it padding."""
+    experience = experience_of(lengths, extra)
+    budget = SCORED_AT_ONCE * micro * experience.ids.shape[1]
+    widths: list[int] = []
+
+    def compute(part: Experience) -> torch.Tensor:
+        assert part.ids.numel() <= budget
+        assert part.count == int(part.mask.sum())
+        widths.append(int(part.attention_mask.sum(1).max()))
+        return part.values * part.mask
+
+    assert torch.equal(experience.scored(micro, compute), experience.values * experience.mask)
+    assert widths == sorted(widths, reverse=True)
+    assert len(widths) <= -(-len(lengths) // micro)
+
+
+def test_micro_batches_of_a_minibatch_hold_similar_lengths() -> None:
+    """Two long and two short texts in alternation make a long part and a short one."""
+    experience = experience_of([(5, 5), (1, 1), (5, 5), (1, 1)])
+    (minibatch,) = minibatches(experience, 1, 2, 0)
+    assert [part.ids.shape[1] for part in minibatch.parts] == [10, 2]
