@@ -233,7 +233,8 @@ def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, di
     assert standing - empty - made <= measured["standing"] * 1.01
     assert measured["standing"] <= (standing - empty + kept) * 1.01
     assert max(updates) - other == pytest.approx(measured["update"], rel=0.02)
-    assert step == pytest.approx(measured["step"], rel=0.02)
+    # That of one rank, in stage 2, stays below the peak of its update.
+    assert step == pytest.approx(measured["step"], rel=0.02 if world > 1 else 0.07)
 
 
 def ppo(**values: Any) -> PpoSettings:
