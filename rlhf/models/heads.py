@@ -225,7 +225,8 @@ class _Fp32Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        return _product(_rows(hidden), weight.T).view(*hidden.shape[:-1], len(weight))
+        # A plain view could not be changed in place, as forbid_rows_without_token does.
+        return torch.ops.aten._unsafe_view(_product(_rows(hidden), weight.T), [*hidden.shape[:-1], len(weight)])
 
     @staticmethod
     @once_differentiable
