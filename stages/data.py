@@ -5,8 +5,9 @@ Out: ``demonstrations/``, ``comparisons/`` and ``prompts/``, each with ``train.j
 ``judge/ratings.jsonl`` unless there is no judge; ``sources/sources.json``, the origin of all records.
 
 The movie snippets are split in whole blocks, so that no text and no rater's column is in two parts. Of the user's own
-sources a share of the prompts is held out, or the user holds records out; of several tasks, of each. Where possible, sft and ppo train on no
-held-out prompt; else those are counted. A malformed row is named, and too many of them stop the stage.
+sources a share of the prompts is held out, or the user holds records out; of several tasks, of each. Where possible,
+sft and ppo train on no held-out prompt; else those are counted. A malformed row is named, and too many of them stop the
+stage.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 from rlhf.attempt.context import Context
 from rlhf.config.base import MOVIE_SNIPPETS, OTHER_SNIPPETS, is_local, word_in_key
-from rlhf.config.data import DataSettings, TaskSource
+from rlhf.config.data import DataSettings, TaskSource, dotted
 from rlhf.data import mixture
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST, fetch
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, R, write_jsonl
@@ -52,12 +53,10 @@ def run(context: Context[DataSettings]) -> dict[str, float]:
         splits[kind], counts = _split(context, kind, snippets, trained)
         rows |= counts
     if settings.judge is not None:
-        of_snippets = settings.judge == MOVIE_SNIPPETS
-        ratings = (
-            snippets[MOVIE_SNIPPETS]["judge/ratings"]
-            if of_snippets
-            else _read(context, "judge", settings.judge, JudgeRating)
-        )
+        if settings.judge == MOVIE_SNIPPETS:
+            ratings: Iterable[Any] = snippets[MOVIE_SNIPPETS]["judge/ratings"]
+        else:
+            ratings = _read(context, "judge", settings.judge, JudgeRating)
         rows["judge/ratings"] = write_jsonl(context.output / "judge" / "ratings.jsonl", ratings)
     _write_sources(context, rows)
 
@@ -122,7 +121,7 @@ def _split_source(
 ) -> Split:
     """Write both parts of one source into a folder."""
     settings, model = context.settings, RECORDS[kind]
-    name = kind if task.task is None else f"{kind}.{task.task}"
+    name = dotted(kind, task)
     parts: tuple[Iterable[Any], Iterable[Any]]
     if task.source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
         parts = snippets[task.source][f"{kind}/train"], snippets[task.source][f"{kind}/heldout"]
@@ -164,11 +163,11 @@ def _write_sources(context: Context[DataSettings], rows: dict[str, int]) -> None
                 path["heldout"] = task.heldout
             if task.source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
                 origin["file"] = asdict(MOVIE_SNIPPETS_SDIST)
-            for whole, value in ((origins, origin), (with_paths, origin | path)):
-                if task.task is None:
-                    whole[kind] = value
-                else:
-                    whole.setdefault(kind, counts | {"tasks": {}})["tasks"][task.task] = value
+            with_paths[dotted(kind, task)] = origin | path
+            if task.task is None:
+                origins[kind] = origin
+            else:
+                origins.setdefault(kind, counts | {"tasks": {}})["tasks"][task.task] = origin
     context.origin(with_paths)
     path = context.output / "sources" / "sources.json"
     path.parent.mkdir(parents=True)

@@ -103,7 +103,7 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
 
 
 def accuracies(sets: Sequence[Any], scores: Tensor, n_pairs: int, seed: int) -> dict[str, float]:
-    """Return the accuracies of :func:`heldout_accuracy`, over all sets and by task; scores ``[response]`` are in order."""
+    """Return the accuracies of :func:`heldout_accuracy`, over all sets and by task; scores are ``[response]``."""
     metrics = heldout_accuracy(sets, scores.numpy(), n_pairs, seed)
     of_sets = scores.split([len(row["responses"]) for row in sets])
     for task, numbers in by_task(sets).items():

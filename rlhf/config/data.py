@@ -168,7 +168,7 @@ class DataSettings(Settings):
             for task in tasks:
                 if task.heldout is not None and task.source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
                     raise ValueError(
-                        f"heldout.{_dotted(kind, task)} is for {kind} of your own; of {task.source} a part is held out "
+                        f"heldout.{dotted(kind, task)} is for {kind} of your own; of {task.source} a part is held out "
                         "already"
                     )
         return self
@@ -225,7 +225,8 @@ def _check_same_tasks(kind: str, given: Any, heldout: Any) -> None:
         raise ValueError(f"heldout.{kind} {here} the task {wrong[0]}, which {kind} {there}: both name the same tasks")
 
 
-def _dotted(kind: str, task: TaskSource) -> str:
+def dotted(kind: str, task: TaskSource) -> str:
+    """Return the setting that names the source, below ``data``."""
     return kind if task.task is None else f"{kind}.{task.task}"
 
 
@@ -289,7 +290,7 @@ def sources(settings: DataSettings) -> dict[str, Path]:
     local: dict[str, Path] = {}
     for kind, tasks in settings.by_kind().items():
         for task in tasks:
-            name = _dotted(kind, task)
+            name = dotted(kind, task)
             for field, value in ((name, task.source), (f"heldout.{name}", task.heldout)):
                 if value is not None and is_local(value):
                     local[field] = Path(value).expanduser()
