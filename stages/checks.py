@@ -32,6 +32,7 @@ from rlhf.config.tuning import (
     results_in_adapter,
 )
 from rlhf.config.zero import ZeroSettings
+from rlhf.data.mixture import Mixture, by_task
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
 from rlhf.models.architectures import check_policy, check_scorer, check_virtual_tokens
@@ -92,8 +93,9 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
         )
     fitting.check(context, Texts(min(max(lengths), settings.max_length)))
     # At most one of the sequences that rows are packed into is less than half full.
-    tokens = sum(min(length, settings.max_length) for length in lengths)
-    sequences = min(len(rows), 2 * tokens // settings.max_length + 1) if settings.packing else len(rows)
+    epoch = Mixture(read_rows(file)).epoch(settings.seed)
+    tokens = sum(min(lengths[row], settings.max_length) for row in epoch)
+    sequences = min(len(epoch), 2 * tokens // settings.max_length + 1) if settings.packing else len(epoch)
     steps = math.ceil(settings.epochs * math.ceil(sequences / settings.batch_size))
     check_offloading(context, [context.inputs["base"]])
     return {"demonstrations/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
@@ -226,9 +228,14 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     if settings.batch_size % ranks:
         what = f"batch_size {settings.batch_size} is not a multiple of the {ranks} ranks"
         raise _fitting(stage, "batch_size", math.ceil(settings.batch_size / ranks) * ranks, what)
-    if role in context.inputs and not read_rows(context.inputs[role] / "heldout.jsonl"):
+    if role not in context.inputs:
+        return
+    train, heldout = (read_rows(context.inputs[role] / f"{part}.jsonl") for part in ("train", "heldout"))
+    untested = sorted(by_task(train).keys() - by_task(heldout).keys())
+    if untested or not heldout:
+        of_tasks = f" of the task {', '.join(untested)}" if untested else ""
         raise PreflightError(
-            f"no {role} are held out, so {stage} could not tell how good its result is",
+            f"no {role}{of_tasks} are held out, so {stage} could not tell how good its result is",
             f"data.{role}",
             f"raise data.heldout_fraction, or name a source of records that you hold out as data.heldout.{role}",
         )
