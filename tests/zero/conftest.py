@@ -1,27 +1,16 @@
 import json
-import os
-import signal
 import subprocess
 import sys
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.cluster.session import ENVIRONMENT
 from rlhf.config.tuning import LoraTuning
 from tests.models.tiny import SHAPE, make_tiny_adapter, make_tiny_llama
+from tests.zero.groups import ENVIRON, ROOT, TIMEOUT_S, run_groups
 from tests.zero.inputs import ANSWER_TOKENS, write_inputs
-
-ROOT = Path(__file__).parents[2]
-# An idle machine takes a fifth of it.
-TIMEOUT_S = 600
-
-# Threads of three processes would wait for each other's cores more than they compute on so small a model.
-ENVIRON = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
 
 Results = dict[int, list[dict[str, Any]]]
 Grid = dict[int, dict[tuple[str, str], dict[str, Any]]]
@@ -68,20 +57,6 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
     for _, cell in cells:
         cell["read"] = read[str(cell["folder"])]
     return found
-
-
-def run_groups(module: str, folder: Path) -> None:
-    """Run a module's groups of one rank and of two, side by side, in the folder's folders ``1`` and ``2``."""
-    command = [sys.executable, "-m", "tests.zero.groups", module, str(folder)]
-    # A session of their own: the ranks must not outlive a launcher that hangs.
-    groups = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        _, error = groups.communicate(timeout=TIMEOUT_S)
-        assert groups.returncode == 0, error
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(groups.pid, signal.SIGKILL)
-        groups.wait()
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,37 @@ import gc
 import importlib
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from rlhf.cluster.session import ENVIRONMENT
+
+ROOT = Path(__file__).parents[2]
+# An idle machine takes a fifth of it.
+TIMEOUT_S = 600
+
+# Threads of three processes would wait for each other's cores more than they compute on so small a model.
+ENVIRON = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 SIZES = (1, 2)
+
+
+def run_groups(module: str, folder: Path) -> None:
+    """Run a module's groups; raise what a failed rank wrote."""
+    command = [sys.executable, "-m", "tests.zero.groups", module, str(folder)]
+    # A session of their own: the ranks must not outlive a launcher that hangs.
+    groups = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, error = groups.communicate(timeout=TIMEOUT_S)
+        assert groups.returncode == 0, error
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(groups.pid, signal.SIGKILL)
+        groups.wait()
 
 
 def start(main: Callable[[int, int, Path], None], rank: int, world_size: int, folder: Path) -> None:

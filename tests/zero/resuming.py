@@ -155,7 +155,8 @@ def first_iterations(data: Path, folder: Path) -> dict[int, Any]:
 def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """What each stage writes when it trains an adapter and one that it folds in: all weights, folded.
 
-    And what evaluate reads in it, and at the ``start``: log-probabilities, or scores. ``tests.zero.grid`` has the other ways of fine-tuning.
+    And what evaluate reads in it, and at the ``start``: log-probabilities, or scores. ``tests.zero.grid`` has the other
+    ways of fine-tuning.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in ("sft", "rm", "ppo"):
