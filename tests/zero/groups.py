@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from rlhf.cluster.session import ENVIRONMENT
@@ -59,7 +60,7 @@ def run(module: str, folder: Path) -> None:
     gc.freeze()  # a rank's first collection would otherwise copy all memory that it shares
     gc.enable()
     forking = multiprocessing.get_context("fork")
-    ranks: dict[int, multiprocessing.process.BaseProcess] = {}
+    ranks: dict[int, BaseProcess] = {}
     for size in SIZES:
         (folder / str(size)).mkdir()
         for rank in range(size):
