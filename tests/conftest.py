@@ -114,5 +114,8 @@ def new_accelerator() -> Iterator[None]:
 @pytest.fixture
 def group(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The group of this process alone, with the environment that DeepSpeed wants."""
+    # An engine collects garbage again and again, and would search all that the tests before have imported and kept.
+    gc.collect()
+    gc.freeze()
     for name, value in GROUP_OF_ONE.items():
         monkeypatch.setenv(name, value)
