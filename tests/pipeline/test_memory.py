@@ -1,9 +1,6 @@
 """What a stage's memory is predicted to be, against the bytes that torch and DeepSpeed keep."""
 
 import json
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from io import StringIO
@@ -21,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster.devices import Device
-from rlhf.cluster.session import ENVIRONMENT
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
@@ -35,13 +31,13 @@ from rlhf.pipeline.memory import Prediction, Texts, Trained, predict
 from rlhf.terminal import memory_table
 from tests.models.tiny import make_tiny_llama, tiny_config
 from tests.pipeline.memory_ranks import RESPONSE, ROWS, TIME
+from tests.zero.groups import run_groups
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-ROOT = Path(__file__).parents[2]
 WIDTHS = {torch.bfloat16: 2, torch.float32: 4}
 COMMON: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA: dict[str, Any] = COMMON | {
@@ -191,24 +187,8 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Architecture, dic
     folder = tmp_path_factory.mktemp("ranks")
     shape: dict[str, Any] = LLAMA | {"vocab_size": 2000, "num_hidden_layers": 6}
     written(LlamaConfig(**shape), folder / "model")
-    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "tests.pipeline.memory_ranks"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder)], cwd=ROOT, env=environment, stderr=-1, stdout=-1
-        )
-        for world in (1, 2)
-        for rank in range(world)
-    ]
-    try:
-        for process in ranks:
-            _, error = process.communicate(timeout=300)
-            assert process.returncode == 0, error[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    found = {world: json.loads((folder / f"bytes-{world}-0.json").read_text()) for world in (1, 2)}
+    run_groups("tests.pipeline.memory_ranks", folder)
+    found = {world: json.loads((folder / str(world) / "bytes-0.json").read_text()) for world in (1, 2)}
     return Architecture.of(folder / "model"), found
 
 

@@ -1,12 +1,10 @@
-"""Every way of fine-tuning in every stage, in a group: ``python -m tests.zero.grid RANK WORLD_SIZE FOLDER``.
+"""Every way of fine-tuning in every stage, in a group: ``python -m tests.zero.groups tests.zero.grid FOLDER``.
 
 Starting a group costs more than a run, so one start makes all of them. What rank 0 saw of each run is kept in
 ``FOLDER/grid.pt`` for the tests to judge.
 """
 
-import gc
 import os
-import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -118,7 +116,7 @@ def watching(ids: Tensor) -> Generator[Watched]:
 
 
 def run(name: str, method: dict[str, Any], data: Path, folder: Path) -> dict[str, Any]:
-    """Run a stage in one go, and once more from its checkpoint."""
+    """Run a stage in one go, and of two ranks once more from its checkpoint: one rank's shards are whole."""
     settings = _settings(name, data, tuning=method, checkpoint_every=1)
     stage = replace(STAGES[name], settings=lambda _: settings)
     context = context_of(name, stage, data, folder)
@@ -126,7 +124,8 @@ def run(name: str, method: dict[str, Any], data: Path, folder: Path) -> dict[str
     ids = text.prompt_ids(text.load_tokenizer(data / "tiny"), PROMPT)
     with watching(torch.tensor([ids])) as watched:
         found: dict[str, Any] = {"unbroken": outcome(stage, whole)}
-    found["resumed"] = outcome(stage, attempt_of(context, folder / "resumed", whole.attempts))
+    if group.world_size() > 1:
+        found["resumed"] = outcome(stage, attempt_of(context, folder / "resumed", whole.attempts))
     found |= vars(watched) | {"folder": whole.output, "ids": ids}
     if group.is_main() and name != "rm":
         found["answer"] = answers(whole.output, [PROMPT], 0.0, ANSWER_TOKENS, seed=0)[0]
@@ -158,7 +157,6 @@ def _settings(name: str, data: Path, **more: Any) -> Any:
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Run the grid together with the other ranks."""
     torch.set_num_threads(1)
-    gc.freeze()  # as a worker does
     # DeepSpeed would compile its shared-memory collectives, which takes half a minute.
     __compatible_ops__["deepspeed_shm_comm"] = False
     meeting = f"file://{folder / 'meeting'}"
@@ -175,12 +173,6 @@ def main(rank: int, world_size: int, folder: Path) -> None:
                 found[name, label]["next"] = go_on(name, method, folder.parent, cell / "next", results)
             # The machine may be busy with other things.
             print(f"{name}, {label}: {time.process_time() - start:.1f} s of this process", flush=True)
-        gc.freeze()  # what was imported for the first cell need not be searched for garbage after each other
     if group.is_main():
         torch.save(found, folder / "grid.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": sys.argv[2]}
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

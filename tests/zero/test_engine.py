@@ -1,8 +1,10 @@
 """What an optimiser step under ZeRO-3 does, in a group of one."""
 
 import copy
+import subprocess
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from rlhf.cluster.worker import Location
+from rlhf.cluster.worker_group import environments
 from rlhf.config.tuning import FULL, GradualTuning, LoraTuning, Tuning
 from rlhf.models import tuning
 from rlhf.models.packing import PACKABLE
@@ -47,6 +51,16 @@ def step_of(slope: float, max_grad_norm: float) -> float:
 def test_a_step_is_adam_s_with_its_epsilon_after_clipping(slope: float, max_grad_norm: float, expected: float) -> None:
     """The first step is rate * g / (|g| + ε), ε being 1e-5 and g the gradient scaled down to its largest norm."""
     assert step_of(slope, max_grad_norm) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_rank_starts_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed would count the NUMA nodes by one, at every backward pass, if a rank's environment did not say."""
+    monkeypatch.delenv("LOCAL_SIZE")
+    (_, environment), *_ = environments([Location("here", "", 0, ())])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with patch.object(subprocess, "Popen", side_effect=AssertionError):
+        step_of(1.0, 1.0)
 
 
 def test_small_gradients_count_beside_large_ones_in_bf16() -> None:

@@ -193,12 +193,12 @@ def test_the_stages_epochs_end_at_the_steps_that_they_are_stopped_at(results: Re
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_every_stage_writes_every_form_of_what_it_trained(
+def test_every_stage_writes_an_adapter_and_folds_it_in(
     results: Results, tiny_weights: dict[str, torch.Tensor], stage: str
 ) -> None:
     """A folded adapter is the one that would have stayed beside its base; no form is the model that it began with."""
     found = results[2][0]["forms"][stage]
-    assert {form: one["adapter"] for form, one in found.items()} == {"full": False, "adapter": True, "merged": False}
+    assert {form: one["adapter"] for form, one in found.items()} == {"adapter": True, "merged": False}
     for one in found.values():
         assert any(
             not torch.equal(one["weights"][name], weight)
@@ -207,7 +207,8 @@ def test_every_stage_writes_every_form_of_what_it_trained(
         )
     assert_same_weights(found["merged"]["weights"], found["adapter"]["weights"], tolerance=1e-6)
     torch.testing.assert_close(found["merged"]["read"], found["adapter"]["read"], atol=1e-3, rtol=0)
-    assert (found["full"]["read"] - found["adapter"]["read"]).abs().max() > 0.01
+    start = results[2][0]["forms"]["start"]["read"]
+    assert stage == "rm" or (found["adapter"]["read"] - start).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo with adapters", "ppo with one base"])
@@ -218,7 +219,7 @@ def test_the_resumed_ppo_has_state_to_lose(results: Results, name: str) -> None:
     assert rows[-1]["objective/kl"] != 0
 
 
-@pytest.mark.parametrize("stage", STAGE_NAMES)
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_no_room_for_a_checkpoint_stops_every_rank_before_it_is_begun(results: Results, stage: str) -> None:
     """PPO's and TRL's alike, with the sizes, and with the last one to go on from."""
     for ranks in results.values():
@@ -230,7 +231,7 @@ def test_no_room_for_a_checkpoint_stops_every_rank_before_it_is_begun(results: R
             assert not found["begun"]
 
 
-@pytest.mark.parametrize("stage", STAGE_NAMES)
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_a_stage_that_is_asked_to_stop_saves_the_step_and_says_which(results: Results, stage: str) -> None:
     """PPO's loop and TRL's alike, on every rank; that it goes on from there is part of the resumed runs above."""
     for ranks in results.values():
