@@ -116,7 +116,7 @@ def watching(ids: Tensor) -> Generator[Watched]:
 
 
 def run(name: str, method: dict[str, Any], data: Path, folder: Path) -> dict[str, Any]:
-    """Run a stage in one go, and of two ranks once more from its checkpoint: one rank's shards are whole."""
+    """Run a stage in one go, and once more from its checkpoint."""
     settings = _settings(name, data, tuning=method, checkpoint_every=1)
     stage = replace(STAGES[name], settings=lambda _: settings)
     context = context_of(name, stage, data, folder)
@@ -124,8 +124,7 @@ def run(name: str, method: dict[str, Any], data: Path, folder: Path) -> dict[str
     ids = text.prompt_ids(text.load_tokenizer(data / "tiny"), PROMPT)
     with watching(torch.tensor([ids])) as watched:
         found: dict[str, Any] = {"unbroken": outcome(stage, whole)}
-    if group.world_size() > 1:
-        found["resumed"] = outcome(stage, attempt_of(context, folder / "resumed", whole.attempts))
+    found["resumed"] = outcome(stage, attempt_of(context, folder / "resumed", whole.attempts))
     found |= vars(watched) | {"folder": whole.output, "ids": ids}
     if group.is_main() and name != "rm":
         found["answer"] = answers(whole.output, [PROMPT], 0.0, ANSWER_TOKENS, seed=0)[0]

@@ -100,14 +100,10 @@ def test_a_block_s_first_step_is_adam_s_first(grid: Grid, stage: str, size: int)
     assert steps.median() == pytest.approx(LEARNING_RATE / 2 / 4, rel=1e-2)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_is_the_unbroken_one(grid: Grid, method: str, stage: str) -> None:
-    """Bit for bit: what it writes, its metrics and every step's row; the checkpoint is that of the first step.
-
-    Of two ranks: tests/zero/test_group.py has one rank resumed in each stage.
-    """
-    unbroken, resumed = (grid[2][stage, method][name] for name in ("unbroken", "resumed"))
+@every_cell
+def test_a_resumed_run_is_the_unbroken_one(grid: Grid, method: str, stage: str, size: int) -> None:
+    """Bit for bit: what it writes, its metrics and every step's row; the checkpoint is that of the first step."""
+    unbroken, resumed = (grid[size][stage, method][name] for name in ("unbroken", "resumed"))
     assert unbroken["newest"] == "checkpoint-1"
     assert resumed["newest"] is None
     assert resumed["weights"].keys() == unbroken["weights"].keys()
