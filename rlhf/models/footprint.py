@@ -17,6 +17,7 @@ from rlhf.config.tuning import (
     BottomFrozenTuning,
     Ia3Tuning,
     LoraTuning,
+    LowRankTuning,
     PrefixTuning,
     PromptTuning,
     PTuning,
@@ -189,7 +190,7 @@ def learned(model: Architecture, tuning: Tuning, *, scores: bool) -> Learned:
             if body == "frozen":
                 return Learned(fresh, True, added)
             return Learned(whole + added, True, added, whole_layers=model.layers)
-        case LoraTuning() | QLoraTuning():
+        case LowRankTuning():
             return _low_rank(model, tuning, score)
         case PromptTuning(tokens=tokens):
             added = tokens * model.hidden
@@ -215,7 +216,7 @@ def learned(model: Architecture, tuning: Tuning, *, scores: bool) -> Learned:
             return Learned(whole, True, whole_layers=model.layers)
 
 
-def _low_rank(model: Architecture, tuning: LoraTuning | QLoraTuning, head: int) -> Learned:
+def _low_rank(model: Architecture, tuning: LowRankTuning, head: int) -> Learned:
     chosen = {
         name: shape
         for name, shape in model.linear.items()

@@ -37,11 +37,11 @@ from rlhf.config.tuning import (
     GradualTuning,
     Ia3Tuning,
     LoraTuning,
+    LowRankTuning,
     PrefixTuning,
     PromptTuning,
     PTuning,
     PTuningV2,
-    QLoraTuning,
     TopTuning,
     TransferTuning,
     Tuning,
@@ -157,7 +157,7 @@ def _peft_config(tuning: Tuning, model: Any, *, scores: bool) -> PeftConfig:
     common: dict[str, Any] = {"task_type": "SEQ_CLS" if scores else "CAUSAL_LM"}
     whole: dict[str, Any] = common | {"modules_to_save": ["score"] if scores else None}
     match tuning:
-        case LoraTuning() | QLoraTuning():
+        case LowRankTuning():
             more: dict[str, Any] = {}
             if isinstance(tuning, LoraTuning):
                 more = {"use_rslora": tuning.rslora, "use_dora": tuning.dora}

@@ -16,7 +16,7 @@ from typing import Self
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
-from rlhf.config.tuning import LoraTuning, QLoraTuning
+from rlhf.config.tuning import LowRankTuning
 from rlhf.errors import size
 from rlhf.models import footprint
 from rlhf.models.footprint import Architecture, Learned, learned, weight_bytes
@@ -259,7 +259,7 @@ def _ppo(
     ranks, given = settings.workers.count, models["policy"]
     rewards = [model for role, model in models.items() if role.startswith("reward")]
     tuning = settings.tuning
-    if isinstance(tuning, LoraTuning | QLoraTuning):
+    if isinstance(tuning, LowRankTuning):
         tuning = tuning.model_copy(update={"dropout": 0.0})  # PPO's models are never in training mode
     policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, False, gpu)
     start = rewards[0] if settings.value_init == "reward" and rewards else given
