@@ -77,7 +77,7 @@ class Architecture:
         file = config_file(folder)
         content: dict[str, Any] = json.loads(file.read_text())
         config = content.get("text_config", content)
-        found = shapes(file.parent)
+        weights = shapes(file.parent)
         hidden, layers, heads = (
             _first(config, *names)
             for names in (
@@ -89,8 +89,8 @@ class Architecture:
         head_width = _first(config, "head_dim", default=hidden // heads)
         keys = _first(config, "num_key_value_heads", "multi_query_group_num", default=heads) * head_width
         vocabulary = _first(config, "vocab_size")
-        in_layers = {name: shape for name, shape in found.items() if _LAYER.search(name)}
-        outside = {name: shape for name, shape in found.items() if name not in in_layers}
+        in_layers = {name: shape for name, shape in weights.items() if _LAYER.search(name)}
+        outside = {name: shape for name, shape in weights.items() if name not in in_layers}
         tables = [math.prod(shape) for shape in outside.values() if len(shape) == 2 and shape[0] == vocabulary]
         head = tables[-1] if len(tables) > 1 else 0
         order = 1 if config.get("model_type") in _INPUTS_FIRST else -1
@@ -107,7 +107,7 @@ class Architecture:
         ) / max(1, layers * hidden * dense)
         norms = [name for name, shape in in_layers.items() if list(shape) == [hidden] and name.endswith("weight")]
         return cls(
-            parameters=sum(map(math.prod, found.values())),
+            parameters=sum(map(math.prod, weights.values())),
             layer=sum(map(math.prod, in_layers.values())) // layers,
             head=head,
             embeddings=sum(math.prod(shape) for shape in outside.values() if len(shape) == 2) - head,
@@ -122,7 +122,7 @@ class Architecture:
             gated=inner_matrices > 2.5 or experts > 0,
             activation=str(next((config[name] for name in _ACTIVATIONS if config.get(name)), "")),
             norms=max(1, round(len(norms) / layers)),
-            rms=not any(name.removesuffix("weight") + "bias" in found for name in norms),
+            rms=not any(name.removesuffix("weight") + "bias" in weights for name in norms),
             normed_heads=head_width != hidden and any(list(shape) == [head_width] for shape in in_layers.values()),
             wide_norms=str(config.get("model_type")).startswith(_WIDE_NORMS),
             eager=config.get("model_type") == "bloom"
@@ -138,10 +138,10 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activ
 
 
 def _first(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
-    found = next((config[name] for name in names if isinstance(config.get(name), int)), default)
-    if found is None:
+    value = next((config[name] for name in names if isinstance(config.get(name), int)), default)
+    if value is None:
         raise KeyError(names[0])
-    return found
+    return value
 
 
 @dataclass(frozen=True)

@@ -173,21 +173,21 @@ PAIRS = [
 # Nothing but the card's own lines, and then what a user may do who knows transformers and not this project.
 FRESH = """
 import json, os, re, sys
-found = {}
+scores = {}
 for folder in sys.argv[2:]:
     os.chdir(folder)
     card = {}
     exec(re.search("```python\\n(.*?)```", open("README.md").read(), re.S)[1], card)
     prompts, responses = zip(*json.loads(sys.argv[1]))
-    found[folder] = {"card": card["score"](prompts, responses).tolist()}
+    scores[folder] = {"card": card["score"](prompts, responses).tolist()}
     rows = [card["ids"](*pair) for pair in zip(prompts, responses)]
     with card["torch"].no_grad():
         for side in ("left", "right"):
             batch = card["tokenizer"].pad({"input_ids": rows}, return_tensors="pt", padding_side=side)
-            found[folder][side] = card["model"](**batch).logits[:, 0].tolist()
+            scores[folder][side] = card["model"](**batch).logits[:, 0].tolist()
         alone = [card["model"](card["torch"].tensor([row])).logits.item() for row in rows]
-        found[folder]["alone"] = alone
-print(json.dumps(found))
+        scores[folder]["alone"] = alone
+print(json.dumps(scores))
 """
 
 
@@ -218,9 +218,9 @@ def test_a_reward_model_s_card_scores_as_we_do_in_a_fresh_process(tmp_path: Path
         [sys.executable, "-c", FRESH, json.dumps(PAIRS), *expected], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for folder, found in json.loads(done.stdout.splitlines()[-1]).items():
+    for folder, scores in json.loads(done.stdout.splitlines()[-1]).items():
         raw = expected[folder]
-        torch.testing.assert_close(torch.tensor(found["card"]), (raw - 0.25) / 1.5, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(torch.tensor(scores["card"]), (raw - 0.25) / 1.5, atol=1e-3, rtol=1e-4)
         for padded in ("left", "right", "alone"):
-            torch.testing.assert_close(torch.tensor(found[padded]), raw, atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(torch.tensor(scores[padded]), raw, atol=1e-3, rtol=1e-4)
     assert str(tmp_path) not in (tmp_path / "adapter-response" / "README.md").read_text()

@@ -93,13 +93,13 @@ def written(config: Any, folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Folder and model of each configuration."""
-    found: Made = {}
+    models: Made = {}
     tokenizer = make_tiny_llama(tmp_path_factory.mktemp("tokenizer"))
     for name, config in CONFIGS.items():
         folder = tmp_path_factory.mktemp("model")
-        found[name] = folder, written(config, folder).eval()
+        models[name] = folder, written(config, folder).eval()
         copy_tokenizer(tokenizer, folder)
-    return found
+    return models
 
 
 def adapted(made: Made, name: str, method: str, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -208,14 +208,14 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Architecture, dic
         for process in ranks:
             process.kill()
             process.wait()
-    found = {world: json.loads((folder / f"bytes-{world}-0.json").read_text()) for world in (1, 2)}
-    return Architecture.of(folder / "model"), found
+    measured = {world: json.loads((folder / f"bytes-{world}-0.json").read_text()) for world in (1, 2)}
+    return Architecture.of(folder / "model"), measured
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, dict[str, int]]], world: int) -> None:
     """Weights, gradients, optimiser, activations and logits of a real update and step, by every tensor alive."""
-    architecture, found = counted
+    architecture, by_world = counted
     settings = ppo(precision="bf16", workers={"count": world})
     trained = Trained(settings, "the", architecture, learned(architecture, FULL, scores=False), False, False, gpu=True)
     empty, standing = 4 * trained.sharding.bucket, sum(trained.standing().values())
@@ -227,7 +227,7 @@ def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, di
     step += 4 * trained.share
     # Small weights stay gathered.
     kept = 2 * architecture.parameters if world > 1 else 0
-    measured = {name: count - empty for name, count in found[world].items()}
+    measured = {name: count - empty for name, count in by_world[world].items()}
     assert standing - empty <= measured["standing"] * 1.01
     assert measured["standing"] <= (standing - empty + kept) * 1.01
     assert max(updates) == pytest.approx(measured["update"], rel=0.02)
@@ -311,11 +311,11 @@ def test_memory_follows_the_settings(stage: str) -> None:
 def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
     """So that doubling the layers adds their inputs alone."""
     part = learned(BILLION, FULL, scores=False)
-    one = footprint.saved(BILLION, part, 2, 4, 512, checkpointing=True)
-    deeper = Learned(part.parameters, head=True, whole_layers=32)
-    two = footprint.saved(replace(BILLION, layers=32), deeper, 2, 4, 512, checkpointing=True)
-    assert two - one == 16 * 4 * 512 * 2048 * 2
-    assert one < footprint.saved(BILLION, part, 2, 4, 512) / 5
+    shallow = footprint.saved(BILLION, part, 2, 4, 512, checkpointing=True)
+    twice_as_deep = Learned(part.parameters, head=True, whole_layers=32)
+    deep = footprint.saved(replace(BILLION, layers=32), twice_as_deep, 2, 4, 512, checkpointing=True)
+    assert deep - shallow == 16 * 4 * 512 * 2048 * 2
+    assert shallow < footprint.saved(BILLION, part, 2, 4, 512) / 5
 
 
 def test_adapters_on_one_base_are_counted_with_one_base() -> None:

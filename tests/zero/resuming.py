@@ -151,9 +151,9 @@ def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
 
     And what evaluate reads in it: log-probabilities, or scores.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_stage: dict[str, dict[str, Any]] = {}
     for name in ("sft", "rm", "ppo"):
-        found[name] = {}
+        by_stage[name] = {}
         for form, method in METHODS.items():
             short = {"tuning": method, "checkpoint_every": 100} | (
                 {"iterations": 2} if name == "ppo" else {"epochs": 1}
@@ -171,8 +171,8 @@ def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
                 policy = FrozenPolicy(context.output, "fp32", 1.0, 2)
                 sequences = lay_out([[5, 6, 7], [8]], [[40, 41], [42, 43, 44]], pad=0)
                 read = torch.where(sequences.mask, policy.logprobs(sequences), 0.0)
-            found[name][form] = {"adapter": is_adapter(context.output), "weights": model.state_dict(), "read": read}
-    return found
+            by_stage[name][form] = {"adapter": is_adapter(context.output), "weights": model.state_dict(), "read": read}
+    return by_stage
 
 
 def context_of(name: str, stage: Stage, data: Path, folder: Path) -> Context[Any]:
