@@ -16,7 +16,7 @@ from rlhf.cli.main import COMMANDS, main
 from rlhf.cli.run import DEFAULT_CONFIG
 from rlhf.store import Store
 from tests.cli.conftest import Ask
-from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_pipeline, write_weights
+from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_model, write_pipeline
 from tests.store.helpers import flip_bit
 
 HEAVY = ("torch", "ray", "aiohttp", "transformers", "datasets", "pyarrow", "scipy", "sklearn")
@@ -163,9 +163,7 @@ def test_an_export_says_where_it_wrote_and_refuses_a_full_folder(ask: Ask, made:
 
 def test_an_import_pins_a_stage_until_it_is_forgotten(ask: Ask, made: Path, tmp_path: Path):
     """The program says how to undo it."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    write_weights(tmp_path / "model")
+    write_model(tmp_path / "model")
     answer = ask("import", str(tmp_path / "model"), "--as", "total")
     assert "rlhf import --forget --as total" in answer.out
     assert planned(made, "total.factor=9.0")["total"].why == "imported"
@@ -177,9 +175,7 @@ def test_an_import_pins_a_stage_until_it_is_forgotten(ask: Ask, made: Path, tmp_
 
 def test_a_run_leaves_out_what_only_imported_stages_read(ask: Ask, path: Path, tmp_path: Path):
     """In an empty store, with the last stage imported, nothing runs and no source is read; plan and run say why."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    write_weights(tmp_path / "model")
+    write_model(tmp_path / "model")
     gone = f"words.file={tmp_path / 'gone'}"
     assert ask("import", str(tmp_path / "model"), "--as", "total", gone).status == 0
     for command in ("plan", "run"):
@@ -196,9 +192,7 @@ def test_a_run_leaves_out_what_only_imported_stages_read(ask: Ask, path: Path, t
 
 def test_an_import_that_is_damaged_is_never_replaced_by_training(ask: Ask, made: Path, tmp_path: Path):
     """Neither at once nor later, when its record is gone: the program says so until it is imported again or undone."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    write_weights(tmp_path / "model")
+    write_model(tmp_path / "model")
     again = ("import", str(tmp_path / "model"), "--as", "total")
     assert ask(*again).status == 0
     record = planned(made)["total"].record
