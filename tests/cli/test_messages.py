@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,21 @@ def test_a_run_leaves_out_what_only_imported_stages_read(ask: Ask, path: Path, t
     assert "gone" in refused(ask, "run", "count", gone)
 
 
+@pytest.mark.parametrize("virtual_tokens", [False, True])
+def test_the_export_that_a_run_proposes_works(ask: Ask, tmp_path: Path, virtual_tokens: bool):
+    """Virtual tokens are written beside their base alone."""
+    folder = write_model(tmp_path / "model")
+    if virtual_tokens:
+        shutil.copytree(folder, folder / "base")
+        entries = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+        (folder / "adapter_config.json").write_text(json.dumps(entries))
+    assert ask("import", str(folder), "--as", "total").status == 0
+    proposed = shlex.split(ask("run").out.splitlines()[-1].replace("DIR", str(tmp_path / "out")))
+    assert proposed[:2] == ["rlhf", "export"]
+    assert ask(*proposed[1:]).status == 0
+    assert (tmp_path / "out" / "base").exists() == virtual_tokens
+
+
 def test_an_import_that_is_damaged_is_never_replaced_by_training(ask: Ask, made: Path, tmp_path: Path):
     """Neither at once nor later, when its record is gone: the program says so until it is imported again or undone."""
     write_model(tmp_path / "model")
@@ -338,9 +354,9 @@ def test_settings_of_one_name_say_whose_they_are(ask: Ask):
     """Every method of tuning has a line of its own under the choice, and its settings name it."""
     lines = ask("config", "--fields", "sft").out.splitlines()
     assert "    full: Every weight trains." in lines
-    for method, text in (("lora", "Rank r of the update; 8 to 64 are usual."), ("qlora", "Rank r of the update.")):
-        row = lines.index(f"sft.tuning.rank with method {method}: a whole number of at least 1; default 16; semantic")
-        assert lines[row + 1] == f"    {text}"
+    for method, text in (("top", "top, that train."), ("bottom-frozen", "bottom, that are frozen.")):
+        row = lines.index(f"sft.tuning.blocks with method {method}: a whole number of at least 1; default 2; semantic")
+        assert lines[row + 1] == f"    Number of blocks, counted from the {text}"
 
 
 def test_settings_that_are_printed_load_to_the_same_keys(ask: Ask, path: Path, tmp_path: Path):
