@@ -16,6 +16,7 @@ from rlhf.errors import PreflightError
 from rlhf.models import folders, text, tuning
 from rlhf.models.heads import SequenceScores
 from rlhf.models.layout import config_of, is_adapter
+from tests.models.tiny import tiny_config
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -79,6 +80,31 @@ def test_a_saved_model_loads_anywhere_without_our_code(tmp_path: Path, tiny: Pat
         assert {name: getattr(loaded.config, name) for name in NORMALISER} == NORMALISER
         assert config_of(folder).items() >= NORMALISER.items()
         assert not config_of(tiny).items() & NORMALISER.items()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT looks at modules alone
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_mixture_s_experts_are_adapted_in_the_saved_model_too(tmp_path: Path, tiny: Path, merge: bool) -> None:
+    """Beside its base read by plain PEFT, and folded in read by plain transformers."""
+    base, method = tmp_path / "base", LoraTuning(rank=2, merge=merge)
+    shutil.copytree(tiny, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = tiny_config("mixtral", num_hidden_layers=1, vocab_size=len(text.load_tokenizer(tiny)))
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    model, weights = trained(base, method, scores=False)
+    assert {name.split(".experts.")[1].split(".")[0] for name in weights if ".experts." in name} == {
+        "base_layer",
+        "lora_A",
+        "lora_B",
+    }
+    tuning.save(model, weights, base, tmp_path / "saved", method, scores=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / ("" if merge else "base"))
+    loaded = loaded if merge else PeftModel.from_pretrained(loaded, str(tmp_path / "saved"))
+    torch.testing.assert_close(loaded.eval()(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+    for name, weight in model.named_parameters():
+        if ".experts." in name and ".lora_B." in name:
+            weight.zero_()
+    assert (loaded(IDS).logits - model(IDS).logits).abs().max() > 1e-3
 
 
 def test_an_adapter_s_folder_is_small_beside_its_base_and_leaves_the_base_alone(tmp_path: Path, tiny: Path) -> None:
