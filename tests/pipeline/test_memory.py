@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from rich.console import Console
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -150,6 +151,22 @@ def test_a_forward_pass_keeps_what_was_said(made: Made, name: str, method: str, 
         said = footprint.saved(architecture, part, WIDTHS[dtype], rows, time)
         tolerance = 0.1 if method == "lora, chosen" else 0.03
         assert said == pytest.approx(bytes_saved(model, rows, time), rel=tolerance)
+
+
+@pytest.mark.parametrize("method", ["full", "top", "bottom-frozen", "transfer", "lora", "lora, chosen"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_deepspeed_s_linear_layers_keep_what_was_said(
+    made: Made, name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ZeRO-3 those that are frozen keep their inputs too, which torch's own do not."""
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    model = adapted(made, name, method, dtype=torch.bfloat16)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    architecture = Architecture.of(made[name][0])
+    part = learned(architecture, tuning_of(method), scores=False)
+    said = footprint.saved(architecture, part, 2, 4, 64, keeps_inputs=True)
+    tolerance = 0.1 if method == "lora, chosen" else 0.03
+    assert said == pytest.approx(bytes_saved(model, 4, 64), rel=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "gemma", "gemma2", "phi", "phi3", "opt", "olmo2", "stablelm"])
