@@ -57,7 +57,7 @@ from rlhf.models.text import (
     response_ids,
     text_start,
 )
-from rlhf.models.tuning import anchors
+from rlhf.models.tuning import anchors, experts_left_out
 from rlhf.pipeline import disk, fitting
 from rlhf.pipeline.memory import Texts
 from rlhf.ranking.lists import draw_lists
@@ -260,6 +260,7 @@ def check_tuning(context: Context[Any], roles: Sequence[str]) -> None:
                 raise _fitting(stage, "tuning.blocks", depth, what)
         case LoraTuning() | QLoraTuning():
             check_targets(stage, method.targets or [], plain, config.get("vocab_size"))
+            check_experts(context, method, plain)
             if isinstance(method, QLoraTuning):
                 check_qlora(stage, settings.workers.gpu)
         case PTuning():
@@ -281,6 +282,18 @@ def check_targets(stage: str, targets: Sequence[str], folder: Path, vocabulary: 
             f"the model has no linear layer named {', '.join(missing)}; it has {there}",
             f"{stage}.tuning.targets",
             f"name some of those, or leave {stage}.tuning.targets out for all of them",
+        )
+
+
+def check_experts(context: Context[Any], method: LoraTuning | QLoraTuning, folder: Path) -> None:
+    """Refuse a variant of LoRA that PEFT cannot give to a mixture's experts; note experts that no adapter reaches."""
+    if not any(".experts." in name or len(shape) == 3 for name, shape in shapes(folder).items()):
+        return
+    left_out = experts_left_out(folder, method)
+    if left_out and method.targets is None:
+        context.note(
+            f"{context.stage}: {method.method} leaves the experts' {' and '.join(left_out)} as they are, since PEFT "
+            "adapts linear layers alone in this architecture"
         )
 
 

@@ -33,15 +33,15 @@ def main(rank: int, world: int, folder: Path) -> None:
         mask = torch.ones_like(ids)
         mask[0, :5] = 0
         engine = Engine(TokenLogprobs(model), "bf16", learning_rate=1e-3)
-        found: dict[str, int] = {}
+        measured: dict[str, int] = {}
         for _ in range(3):
             live.take_peak()
             logprobs, _ = engine(ids, mask, RESPONSE, 1.0, False)
             engine.backward(logprobs.mean(), last=True)
             del logprobs
-            found["update"] = live.take_peak()
+            measured["update"] = live.take_peak()
             engine.step(1e-3)
-            found["step"] = live.take_peak()
+            measured["step"] = live.take_peak()
             gc.collect()
-            found["standing"] = live.now
-    (folder / f"bytes-{rank}.json").write_text(json.dumps(found))
+            measured["standing"] = live.now
+    (folder / f"bytes-{rank}.json").write_text(json.dumps(measured))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from rich.console import Console
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -89,13 +90,13 @@ def written(config: Any, folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Folder and model of each configuration."""
-    found: Made = {}
+    models: Made = {}
     tokenizer = make_tiny_llama(tmp_path_factory.mktemp("tokenizer"))
     for name, config in CONFIGS.items():
         folder = tmp_path_factory.mktemp("model")
-        found[name] = folder, written(config, folder).eval()
+        models[name] = folder, written(config, folder).eval()
         copy_tokenizer(tokenizer, folder)
-    return found
+    return models
 
 
 def adapted(made: Made, name: str, method: str, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -148,6 +149,22 @@ def test_a_forward_pass_keeps_what_was_said(made: Made, name: str, method: str, 
         assert said == pytest.approx(bytes_saved(model, rows, time), rel=tolerance)
 
 
+@pytest.mark.parametrize("method", ["full", "top", "bottom-frozen", "transfer", "lora", "lora, chosen"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_deepspeed_s_linear_layers_keep_what_was_said(
+    made: Made, name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ZeRO-3 those that are frozen keep their inputs too, which torch's own do not."""
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    model = adapted(made, name, method, dtype=torch.bfloat16)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    architecture = Architecture.of(made[name][0])
+    part = learned(architecture, tuning_of(method), scores=False)
+    said = footprint.saved(architecture, part, 2, 4, 64, keeps_inputs=True)
+    tolerance = 0.1 if method == "lora, chosen" else 0.03
+    assert said == pytest.approx(bytes_saved(model, 4, 64), rel=tolerance)
+
+
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "gemma", "gemma2", "phi", "phi3", "opt", "olmo2", "stablelm"])
 def test_other_decoders_keep_about_as_much(kind: str, tmp_path: Path) -> None:
     """Within 20 %."""
@@ -188,14 +205,14 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Architecture, dic
     shape: dict[str, Any] = LLAMA | {"vocab_size": 2000, "num_hidden_layers": 6}
     written(LlamaConfig(**shape), folder / "model")
     run_groups("tests.pipeline.memory_ranks", folder)
-    found = {world: json.loads((folder / str(world) / "bytes-0.json").read_text()) for world in (1, 2)}
-    return Architecture.of(folder / "model"), found
+    measured = {world: json.loads((folder / str(world) / "bytes-0.json").read_text()) for world in (1, 2)}
+    return Architecture.of(folder / "model"), measured
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, dict[str, int]]], world: int) -> None:
     """Weights, gradients, optimiser, activations and logits of a real update and step, by every tensor alive."""
-    architecture, found = counted
+    architecture, by_world = counted
     settings = ppo(precision="bf16", workers={"count": world})
     trained = Trained(settings, "the", architecture, learned(architecture, FULL, scores=False), False, False, gpu=True)
     empty, standing = 4 * trained.sharding.bucket, sum(trained.standing().values())
@@ -207,7 +224,7 @@ def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, di
     step += 4 * trained.share
     # Small weights stay gathered.
     kept = 2 * architecture.parameters if world > 1 else 0
-    measured = {name: count - empty for name, count in found[world].items()}
+    measured = {name: count - empty for name, count in by_world[world].items()}
     assert standing - empty <= measured["standing"] * 1.01
     assert measured["standing"] <= (standing - empty + kept) * 1.01
     assert max(updates) == pytest.approx(measured["update"], rel=0.02)
@@ -291,11 +308,11 @@ def test_memory_follows_the_settings(stage: str) -> None:
 def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
     """So that doubling the layers adds their inputs alone."""
     part = learned(BILLION, FULL, scores=False)
-    one = footprint.saved(BILLION, part, 2, 4, 512, checkpointing=True)
-    deeper = Learned(part.parameters, head=True, whole_layers=32)
-    two = footprint.saved(replace(BILLION, layers=32), deeper, 2, 4, 512, checkpointing=True)
-    assert two - one == 16 * 4 * 512 * 2048 * 2
-    assert one < footprint.saved(BILLION, part, 2, 4, 512) / 5
+    shallow = footprint.saved(BILLION, part, 2, 4, 512, checkpointing=True)
+    twice_as_deep = Learned(part.parameters, head=True, whole_layers=32)
+    deep = footprint.saved(replace(BILLION, layers=32), twice_as_deep, 2, 4, 512, checkpointing=True)
+    assert deep - shallow == 16 * 4 * 512 * 2048 * 2
+    assert shallow < footprint.saved(BILLION, part, 2, 4, 512) / 5
 
 
 def test_adapters_on_one_base_are_counted_with_one_base() -> None:

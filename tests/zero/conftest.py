@@ -39,10 +39,10 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
     make_tiny_llama(folder / "tiny", SHAPE.model_copy(update={"layers": 3}))
     write_inputs(folder, rows=8)
     run_groups("tests.zero.grid", folder)
-    found: Grid = {size: torch.load(folder / str(size) / "grid.pt", weights_only=False) for size in (1, 2)}
-    cells = [(stage, cell) for cells in found.values() for (stage, _), cell in cells.items()]
+    grid: Grid = {size: torch.load(folder / str(size) / "grid.pt", weights_only=False) for size in (1, 2)}
+    cells = [(stage, cell) for by_method in grid.values() for (stage, _), cell in by_method.items()]
     jobs = {
-        "ids": found[1]["sft", "full"]["ids"],
+        "ids": grid[1]["sft", "full"]["ids"],
         "length": ANSWER_TOKENS,
         "scorers": [str(cell["folder"]) for stage, cell in cells if stage == "rm"],
         "writers": [str(cell["folder"]) for stage, cell in cells if stage != "rm"],
@@ -56,7 +56,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
     read = torch.load(folder / "read.pt", weights_only=False)
     for _, cell in cells:
         cell["read"] = read[str(cell["folder"])]
-    return found
+    return grid
 
 
 @pytest.fixture(scope="session")

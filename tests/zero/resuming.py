@@ -158,9 +158,9 @@ def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
     And what evaluate reads in it, and at the ``start``: log-probabilities, or scores. ``tests.zero.grid`` has the other
     ways of fine-tuning.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_stage: dict[str, dict[str, Any]] = {}
     for name in ("sft", "rm", "ppo"):
-        found[name] = {}
+        by_stage[name] = {}
         for form, method in METHODS.items():
             short = {"tuning": method, "checkpoint_every": 100} | (
                 {"iterations": 1, "value_warmup": 0, "warmup_fraction": 0.0, "epochs": 1}
@@ -175,9 +175,10 @@ def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
             forget()
             model = folders.load_whole(context.output, scores=name == "rm", dtype=torch.float32)
             read = _scores(context.output) if name == "rm" else _logprobs(context.output)
-            found[name][form] = {"adapter": is_adapter(context.output), "weights": model.state_dict(), "read": read}
-    found["start"] = {"read": _logprobs(data / "tiny")}
-    return found
+            kept = {"adapter": is_adapter(context.output), "weights": model.state_dict(), "read": read}
+            by_stage[name][form] = kept
+    by_stage["start"] = {"read": _logprobs(data / "tiny")}
+    return by_stage
 
 
 def _scores(folder: Path) -> torch.Tensor:

@@ -118,9 +118,9 @@ def test_models_that_ppo_trains_compute_alike_every_time(model_type: str, method
     loss = loss_of(engine)
     assert loss == first == loss_of(plain)
     engine.backward(loss, last=True)
-    for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
-        if found.requires_grad:
-            torch.testing.assert_close(safe_get_full_grad(found), expected.grad, msg=name)
+    for (name, weight), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if weight.requires_grad:
+            torch.testing.assert_close(safe_get_full_grad(weight), expected.grad, msg=name)
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def test_gradual_unfreezing_is_one_adam_for_each_block_from_its_first_step(start
             slow[which].param_groups[0]["lr"] = rate * rates[which]
             slow[which].step()
 
-        found = whole_weights(engine.module, trained_only=False)
+        trained = whole_weights(engine.module, trained_only=False)
         for name, weight in plain.named_parameters():
-            torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-4, msg=f"step {step}: {name}")
-            assert torch.equal(found[name], first[name]) == (name not in due), (step, name)
+            torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=1e-4, msg=f"step {step}: {name}")
+            assert torch.equal(trained[name], first[name]) == (name not in due), (step, name)
