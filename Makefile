@@ -13,7 +13,7 @@ GOALS  := $(filter $(STAGES),$(MAKECMDGOALS))
 TARGETS := $(GOALS) $(if $(filter ppo,$(GOALS)),evaluate)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup $(STAGES) run test check golden bench chaos format clean
+.PHONY: help setup $(STAGES) run test types tests check golden bench chaos format clean
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z $$()A-Z_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +48,13 @@ test: export OMP_NUM_THREADS := 1
 test: .venv/ready  ## Everything that CI runs: check, then the tests on a real Ray cluster.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+# Beside each other: the tests leave processors idle while they wait.
+types: .venv/ready
 	$(BIN)/basedpyright
+
+tests: .venv/ready
 	$(BIN)/pytest -m "not gpu" --durations=15 --numprocesses 2 --no-loadscope-reorder
 
 golden: .venv/ready  ## Compare 20 steps of sft, rm and ppo with the recorded ones; ARGS=--record records them anew.

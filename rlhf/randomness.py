@@ -18,6 +18,7 @@ Domain = Literal[
     "learning order",
     "lists",
     "minibatches",
+    "mixture",
     "model from scratch",
     "online orders",
     "pairs",

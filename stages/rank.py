@@ -9,7 +9,8 @@ counts, agreement and flaws; ``leaderboard.json`` where training sets name the m
 Every annotator's view of two responses is a comparison. Sets with the same prompt and ratings are one pool: their
 responses are also compared across sets, by ratings alone, so that a set of good responses ranks above a set of bad
 ones. One fit gives all strengths, which have mean 0 where comparisons join them; they are then normalised, held-out
-ones by the training sets' scale. Left out: strengths across prompts.
+ones by the training sets' scale. Sets of different tasks are never one pool, and a vote counts once whatever the weight
+of its task. Left out: strengths across prompts.
 """
 
 import json
@@ -20,7 +21,7 @@ import numpy as np
 
 from rlhf.attempt.context import Context
 from rlhf.config.data import RankSettings, ranked_inputs
-from rlhf.data.records import ComparisonSet, read_jsonl, to_line
+from rlhf.data.records import ComparisonRow, read_jsonl, to_line
 from rlhf.errors import RecordError
 from rlhf.ranking.bradley_terry import Strengths
 from rlhf.ranking.report import in_words, leaderboard, report
@@ -91,10 +92,10 @@ def run(context: Context[RankSettings]) -> dict[str, float]:
     return metrics if agreement is None else metrics | {"agreement": agreement}
 
 
-def _sets(context: Context[RankSettings], part: str) -> Iterator[ComparisonSet]:
+def _sets(context: Context[RankSettings], part: str) -> Iterator[ComparisonRow]:
     # Each use reads the files again: texts are large, and the comparisons that are kept are small.
     for role in ("comparisons", *ranked_inputs(context.settings)):
-        yield from read_jsonl(context.inputs[role] / f"{part}.jsonl", ComparisonSet)
+        yield from read_jsonl(context.inputs[role] / f"{part}.jsonl", ComparisonRow)
 
 
 def _pooled(settings: RankSettings, part: str, compared: Sequence[ComparedSet], names: dict[str, int]) -> Pooled:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rlhf.attempt.context import Context
 from rlhf.config.stages import Loss, RmSettings
+from rlhf.data.mixture import by_task
 from rlhf.data.records import read_rows
 from rlhf.errors import DivergedError
 from rlhf.models import reward_losses
@@ -39,7 +40,10 @@ from rlhf.training.loading import plain_folder
 
 
 def run(context: Context[RmSettings]) -> dict[str, float]:
-    """Train the reward model; final metrics: ``eval/accuracy`` and more of :mod:`rlhf.ranking.quality`."""
+    """Train the reward model; final metrics: ``eval/accuracy`` and more of :mod:`rlhf.ranking.quality`.
+
+    Of several tasks the accuracies are also given for each, as ``eval/accuracy/<task>``.
+    """
     settings, given = context.settings, context.inputs["base"]
     base = plain_folder(given, context.folder.policy, settings.precision, scores=is_reward_model(given))
     if settings.init == "scratch":
@@ -94,8 +98,20 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
         "score_max_length": settings.max_length,
     }
     trl_trainers.export(trainer, base, context, scores=True, config=config)
-    metrics = heldout_accuracy(heldout, scores.numpy(), settings.eval_pairs, settings.seed)
+    metrics = accuracies(heldout, scores, settings.eval_pairs, settings.seed)
     return metrics | write_quality(context, heldout, scores, normal, texts) | {"lists": float(len(lists))}
+
+
+def accuracies(sets: Sequence[Any], scores: Tensor, n_pairs: int, seed: int) -> dict[str, float]:
+    """Return the accuracies of :func:`heldout_accuracy`, over all sets and by task; scores are ``[response]``."""
+    metrics = heldout_accuracy(sets, scores.numpy(), n_pairs, seed)
+    of_sets = scores.split([len(row["responses"]) for row in sets])
+    for task, numbers in by_task(sets).items():
+        its_scores = torch.cat([of_sets[number] for number in numbers]).numpy()
+        alone = heldout_accuracy([sets[number] for number in numbers], its_scores, n_pairs, seed)
+        # NaN where people order no pair of the task's held-out responses.
+        metrics |= {f"{name}/{task}": value for name, value in alone.items() if not np.isnan(value)}
+    return metrics
 
 
 def training_rows(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.attempt.context import Context
 from rlhf.config.stages import SftSettings
 from rlhf.models.folders import loading_options
-from rlhf.models.packing import as_dataset
+from rlhf.models.packing import heldout_demonstrations, training_demonstrations
 from rlhf.models.text import load_tokenizer
 from rlhf.models.tuning import prepared
 from rlhf.training import trl_trainers
@@ -20,7 +20,10 @@ from rlhf.zero.engine import DTYPES
 
 
 def run(context: Context[SftSettings]) -> dict[str, float]:
-    """Fine-tune the base model; the final metric is ``eval/loss``, nats per held-out completion token."""
+    """Fine-tune the base model; the final metric is ``eval/loss``, nats per held-out completion token.
+
+    Of several tasks there is also ``eval/loss/<task>`` for each.
+    """
     settings, given, demonstrations = context.settings, context.inputs["base"], context.inputs["demonstrations"]
     base = plain_folder(given, context.folder.policy, settings.precision, scores=False)
     tokenizer = load_tokenizer(base)
@@ -35,10 +38,10 @@ def run(context: Context[SftSettings]) -> dict[str, float]:
         context,
         load,
         tokenizer,
-        as_dataset(demonstrations / "train.jsonl", tokenizer),
-        as_dataset(demonstrations / "heldout.jsonl", tokenizer),
+        training_demonstrations(demonstrations / "train.jsonl", tokenizer, settings.seed),
+        heldout_demonstrations(demonstrations / "heldout.jsonl", tokenizer),
     )
     trl_trainers.train(trainer, context)
-    loss = trl_trainers.heldout_loss(trainer, settings.micro_batch_size)
+    losses = trl_trainers.heldout_losses(trainer, settings.micro_batch_size)
     trl_trainers.export(trainer, base, context, scores=False)
-    return {"eval/loss": loss}
+    return losses

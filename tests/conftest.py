@@ -19,7 +19,14 @@ __all__ = ["pipeline", "two_ranks", "unbroken"]  # fixtures for all
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
-GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+GROUP_OF_ONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_SIZE": "1",
+    "DS_ACCELERATOR": "cpu",
+    "TORCHDYNAMO_DISABLE": "1",
+}
 
 DOWNLOADS = Path(__file__).parents[1] / "downloads"
 
@@ -107,5 +114,8 @@ def new_accelerator() -> Iterator[None]:
 @pytest.fixture
 def group(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The group of this process alone, with the environment that DeepSpeed wants."""
+    # An engine collects garbage again and again, and would search all that the tests before have imported and kept.
+    gc.collect()
+    gc.freeze()
     for name, value in GROUP_OF_ONE.items():
         monkeypatch.setenv(name, value)

@@ -15,6 +15,8 @@ FILES_OF_THE_PIPELINE = frozenset(
         "tests/stages/test_pipeline.py",
     }
 )
+# Each computes on three processes for minutes. Tests on Ray wait for most of their time, so these go beside them.
+BUSIEST = frozenset({"tests/zero/test_grid.py", "tests/zero/test_group.py"})
 
 
 class Scheduler(LoadScopeScheduling):
@@ -35,7 +37,12 @@ def order(items: list[pytest.Item]) -> None:
     if unknown := sorted(using - FILES_OF_THE_PIPELINE):
         raise pytest.UsageError(f"{', '.join(unknown)}: name it in FILES_OF_THE_PIPELINE, tests/scheduler.py")
     slow = {_file(item) for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (_file(item) not in FILES_OF_THE_PIPELINE, _file(item) not in slow))
+
+    def place(item: pytest.Item) -> tuple[bool, ...]:
+        file = _file(item)
+        return file not in FILES_OF_THE_PIPELINE, file not in BUSIEST, file not in slow
+
+    items.sort(key=place)
 
 
 def _file(item: pytest.Item) -> str:

@@ -22,10 +22,11 @@ from rlhf.config.pipeline import (
     load_pipeline,
 )
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
+from rlhf.models.layout import ADAPTER_CONFIG
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.reporting import Stop
 from rlhf.pipeline.stage import stages
-from rlhf.store import Store
+from rlhf.store import ActionRecord, Store
 from rlhf.terminal import Display, key_values, print_error, printable_lines, samples_table
 
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
@@ -221,9 +222,18 @@ def _summary(request: Request, stages: dict[str, Planned], store: Store) -> None
     lines = [f"  {name}: {path_as_typed(attempt)}" for name, attempt in attempts.items()]
     if lines:
         lines.insert(0, "metrics, logs and W&B files:")
-    policies = [planned.name for planned, _ in made if planned.stage.kind == "policy"]
+    policies = [(planned.name, record) for planned, record in made if planned.stage.kind == "policy"]
     if policies:
-        lines.append(f"next: {command_line(request, 'generate', policies[-1])} --prompt '…'")
-        lines.append(f"      {command_line(request, 'export', policies[-1], 'DIR')}")
+        name, record = policies[-1]
+        option = " --adapter" if _has_virtual_tokens(record, store) else ""
+        lines.append(f"next: {command_line(request, 'generate', name)} --prompt '…'")
+        lines.append(f"      {command_line(request, 'export', name, 'DIR')}{option}")
     for line in lines:
         request.out.print(line, soft_wrap=True, markup=False)
+
+
+def _has_virtual_tokens(record: ActionRecord, store: Store) -> bool:
+    """Return whether a policy is an adapter that no weights can hold."""
+    if all(file.path != ADAPTER_CONFIG for file in store.manifest(record.artifact).files):
+        return False
+    return bool(json.loads(store.read_file(record.artifact, ADAPTER_CONFIG)).get("num_virtual_tokens"))

@@ -302,6 +302,8 @@ def environments(locations: Sequence[Location]) -> list[tuple[int, dict[str, str
                 "WORLD_SIZE": str(len(locations)),
                 "LOCAL_RANK": str(local_rank),
                 "LOCAL_WORLD_SIZE": str(len(node)),
+                # Without it DeepSpeed on a CPU counts NUMA nodes by a program of its own at every backward pass.
+                "LOCAL_SIZE": str(len(node)),
                 "MASTER_ADDR": locations[0].address,
                 "MASTER_PORT": str(locations[0].port),
             }

@@ -161,7 +161,7 @@ def semantic_values(settings: Settings) -> dict[str, Any]:
             case "semantic":
                 values[name] = _semantic_value(value, dumped[name])
             case "source":
-                values[name] = word_in_key(value) if isinstance(value, str) else dumped[name]
+                values[name] = _source_value(value, dumped[name])
             case "runtime":
                 pass
             case None:
@@ -172,6 +172,14 @@ def semantic_values(settings: Settings) -> dict[str, Any]:
                     "give it the value semantic(…), runtime(…) or source(…), from rlhf.config.base",
                 )
     return values
+
+
+def _source_value(value: Any, dumped: Any) -> Any:
+    if isinstance(value, Settings):
+        return semantic_values(value)
+    if isinstance(value, dict):
+        return {name: _source_value(item, dumped[name]) for name, item in value.items()}
+    return word_in_key(value) if isinstance(value, str) else dumped
 
 
 def _semantic_value(value: Any, dumped: Any) -> Any:
@@ -327,8 +335,9 @@ def forms_at(model: type[Settings], path: tuple[str | int, ...]) -> Forms | None
 def _options(schema: Schema, whole: Schema) -> list[Schema]:
     if "$ref" in schema:
         return _options(whole["$defs"][schema["$ref"].removeprefix("#/$defs/")], whole)
-    if "anyOf" in schema:
-        return [option for part in schema["anyOf"] for option in _options(part, whole)]
+    parts = schema.get("anyOf", [] if "discriminator" in schema else schema.get("oneOf", []))
+    if parts:
+        return [option for part in parts for option in _options(part, whole)]
     return [schema]
 
 

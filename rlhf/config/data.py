@@ -1,9 +1,12 @@
 """Settings of the stages without a model: data and rank."""
 
+import re
+from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Tag, ValidationInfo, field_validator, model_validator
 
 from rlhf.config.base import (
     KNOWN_WORDS,
@@ -51,39 +54,79 @@ class SnippetSettings(Settings):
         return self
 
 
+class TaskSettings(Settings):
+    """One of the tasks that ``data`` mixes."""
+
+    source: str = source()
+    """Its records: a source as any other."""
+    weight: float = semantic(1.0, gt=0, allow_inf_nan=False)
+    """How often each record is trained on in an epoch: 2 is twice; 0.5 is half of the records, drawn by the seed. Votes
+    count once at any weight, and held-out records too."""
+
+
+def _form_of_sources(value: Any) -> str | None:
+    return "tasks" if isinstance(value, Mapping) else "source" if isinstance(value, str) else None
+
+
+_by_form = Discriminator(
+    _form_of_sources,
+    custom_error_type="source_or_tasks",
+    custom_error_message="must be a source, or a section with a name for each task",
+)
+Sources = Annotated[Annotated[str, Tag("source")] | Annotated[dict[str, TaskSettings], Tag("tasks")], _by_form]
+"""A source, or several tasks by name."""
+
+HeldoutSources = Annotated[Annotated[str, Tag("source")] | Annotated[dict[str, str], Tag("tasks")], _by_form]
+"""The held-out records of a source, or of each of its tasks."""
+
+
+class TaskSource(NamedTuple):
+    """A source of one kind of records."""
+
+    task: str | None
+    """The task's name; None where there is one source."""
+    source: str
+    heldout: str | None
+    """The source of its held-out records; None where a share of its own is held out."""
+    weight: float = 1.0
+
+
 class HeldoutSettings(Settings):
-    """Records that you hold out yourself: a file, a folder or a hub dataset each, as for the setting of the same name.
-    All of that source is then trained on, and no share of it is held out.
+    """Records that you hold out yourself: a file, a folder or a hub dataset each, as for the setting of the same name,
+    and for several tasks a section with one for each. All of that source is then trained on, and no share of it is held
+    out.
     """
 
-    demonstrations: str | None = source(None)
+    demonstrations: HeldoutSources | None = source(None)
     """Prompts with completions, behind the SFT model's ``eval/loss``; null holds out a share of the source."""
-    comparisons: str | None = source(None)
+    comparisons: HeldoutSources | None = source(None)
     """Comparison sets, behind the reward model's ``eval/accuracy``; null holds out a share of the source."""
-    prompts: str | None = source(None)
+    prompts: HeldoutSources | None = source(None)
     """Prompts that the evaluation has answered; null holds out a share of the source."""
 
     @field_validator("*")
     @classmethod
-    def _source_is_readable(cls, value: str | None) -> str | None:
-        if value is not None and not is_local(value):
-            parse_hub_dataset(value)
+    def _source_is_readable(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        for named in value.values() if isinstance(value, dict) else (value,):
+            if named is not None and not is_local(named):
+                parse_hub_dataset(named)
         return value
 
 
 class DataSettings(Settings):
     """Where the records come from. Each source is a JSONL, JSON, Parquet or Arrow file, a folder of those, a hub
-    dataset ``name@revision`` or ``name@revision#split``, or the word ``movie-snippets``.
+    dataset ``name@revision`` or ``name@revision#split``, or the word ``movie-snippets``. Demonstrations, comparisons
+    and prompts may also be of several tasks: ``{reviews: {source: FILE}, recipes: {source: FILE, weight: 0.5}}``.
     """
 
     seed: Seed = semantic(0)
     """Seeds what is held out."""
-    demonstrations: str = source(MOVIE_SNIPPETS)
+    demonstrations: Sources = source(MOVIE_SNIPPETS)
     """Prompts with completions, for sft."""
-    comparisons: str = source(MOVIE_SNIPPETS)
+    comparisons: Sources = source(MOVIE_SNIPPETS)
     """Prompts with responses and annotators' preferences, for rank and rm. It may also be ``other-snippets``: product
     reviews and editorials, rated like the movie reviews, for a reward model to start from."""
-    prompts: str = source(MOVIE_SNIPPETS)
+    prompts: Sources = source(MOVIE_SNIPPETS)
     """Prompts alone, for ppo and evaluate."""
     judge: str | None = source(MOVIE_SNIPPETS)
     """Texts with ratings, ``{"text", "rating"}``, that a judge independent of the reward model is fitted on; null for
@@ -102,31 +145,89 @@ class DataSettings(Settings):
 
     @field_validator("demonstrations", "comparisons", "prompts", "judge")
     @classmethod
-    def _source_is_readable(cls, value: str | None, info: ValidationInfo) -> str | None:
-        words = (MOVIE_SNIPPETS, OTHER_SNIPPETS) if info.field_name == "comparisons" else (MOVIE_SNIPPETS,)
-        if value is not None and value not in words and not is_local(value):
-            if value == OTHER_SNIPPETS:
-                raise ValueError(f"{value!r} are comparisons, and no {info.field_name}")
-            if value in KNOWN_WORDS:
-                raise ValueError(f"{value!r} names a model, not data")
-            parse_hub_dataset(value)
+    def _sources_are_readable(
+        cls, value: str | dict[str, TaskSettings] | None, info: ValidationInfo
+    ) -> str | dict[str, TaskSettings] | None:
+        if isinstance(value, dict):
+            _check_tasks(value)
+        for named in [task.source for task in value.values()] if isinstance(value, dict) else [value]:
+            words = (MOVIE_SNIPPETS, OTHER_SNIPPETS) if info.field_name == "comparisons" else (MOVIE_SNIPPETS,)
+            if named is not None and named not in words and not is_local(named):
+                if named == OTHER_SNIPPETS:
+                    raise ValueError(f"{named!r} are comparisons, and no {info.field_name}")
+                if named in KNOWN_WORDS:
+                    raise ValueError(f"{named!r} names a model, not data")
+                parse_hub_dataset(named)
         return value
 
     @model_validator(mode="after")
     def _held_out_records_belong_to_own_sources(self) -> "DataSettings":
-        for kind, (origin, heldout) in self.by_kind().items():
-            if heldout is not None and origin in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
-                raise ValueError(f"heldout.{kind} is for {kind} of your own; of {origin} a part is held out already")
+        for kind in ("demonstrations", "comparisons", "prompts"):
+            _check_same_tasks(kind, getattr(self, kind), getattr(self.heldout, kind))
+        for kind, tasks in self.by_kind().items():
+            for task in tasks:
+                if task.heldout is not None and task.source in (MOVIE_SNIPPETS, OTHER_SNIPPETS):
+                    raise ValueError(
+                        f"heldout.{dotted(kind, task)} is for {kind} of your own; of {task.source} a part is held out "
+                        "already"
+                    )
         return self
 
-    def by_kind(self) -> dict[str, tuple[str | None, str | None]]:
-        """Return each kind's source and the source of its held-out records."""
-        return {
-            "demonstrations": (self.demonstrations, self.heldout.demonstrations),
-            "comparisons": (self.comparisons, self.heldout.comparisons),
-            "prompts": (self.prompts, self.heldout.prompts),
-            "judge": (self.judge, None),
-        }
+    def by_kind(self) -> dict[str, list[TaskSource]]:
+        """Return each kind's sources, in the order of their tasks' names; none for a judge that is null."""
+        kinds: dict[str, list[TaskSource]] = {}
+        for kind in ("demonstrations", "comparisons", "prompts"):
+            given, heldout = getattr(self, kind), getattr(self.heldout, kind)
+            if isinstance(given, dict):
+                # Sorted: a key does not tell in which order a section was written.
+                kinds[kind] = [
+                    TaskSource(name, given[name].source, (heldout or {}).get(name), given[name].weight)
+                    for name in sorted(given)
+                ]
+            else:
+                kinds[kind] = [TaskSource(None, given, heldout)]
+        return kinds | {"judge": [] if self.judge is None else [TaskSource(None, self.judge, None)]}
+
+
+def _check_tasks(tasks: Mapping[str, TaskSettings]) -> None:
+    """Refuse a mixture without tasks, names that do not fit metrics and files, and a source that is named twice."""
+    if not tasks:
+        raise ValueError("names no task: name one, as in {reviews: {source: reviews.jsonl}}, or give a source alone")
+    for name in tasks:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ValueError(f"the name of a task has letters, digits, - and _ alone, and {name!r} is none")
+    for (first, one), (second, other) in combinations(tasks.items(), 2):
+        if _overlap(one.source, other.source):
+            raise ValueError(
+                f"the tasks {first} and {second} would read the same records, of {other.source}: give one task a "
+                "weight of 2 to train on them twice"
+            )
+
+
+def _overlap(first: str, second: str) -> bool:
+    if not (is_local(first) and is_local(second)):
+        return first == second
+    one, other = (Path(source).expanduser().resolve() for source in (first, second))
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def _check_same_tasks(kind: str, given: Any, heldout: Any) -> None:
+    """Refuse held-out records that are not those of the tasks of a kind, or of its only source."""
+    if heldout is None:
+        return
+    if isinstance(given, dict) != isinstance(heldout, dict):
+        names = ", ".join(sorted(given if isinstance(given, dict) else heldout))
+        if isinstance(given, dict):
+            raise ValueError(f"heldout.{kind} is one source, and {kind} has tasks: name a source for each of {names}")
+        raise ValueError(f"heldout.{kind} names the tasks {names or 'none'}, and {kind} is one source: name one")
+    if isinstance(given, dict) and (wrong := sorted(given.keys() ^ heldout.keys())):
+        here, there = ("has", "has not") if wrong[0] in heldout else ("lacks", "has")
+        raise ValueError(f"heldout.{kind} {here} the task {wrong[0]}, which {kind} {there}: both name the same tasks")
+
+
+def dotted(kind: str, task: TaskSource) -> str:
+    """Return the setting that names the source, below ``data``."""
+    return kind if task.task is None else f"{kind}.{task.task}"
 
 
 class RankSettings(Settings):
@@ -187,10 +288,13 @@ def sources(settings: DataSettings) -> dict[str, Path]:
     Raises SettingsError for a missing one.
     """
     local: dict[str, Path] = {}
-    for kind, (origin, heldout) in settings.by_kind().items():
-        for field, value in ((kind, origin), (f"heldout.{kind}", heldout)):
-            if value is not None and is_local(value):
-                local[field] = Path(value).expanduser()
-                if not local[field].exists():
-                    raise SettingsError(f"there is no file or folder {value}", f"data.{field}", f"correct data.{field}")
+    for kind, tasks in settings.by_kind().items():
+        for task in tasks:
+            name = dotted(kind, task)
+            for field, value in ((name, task.source), (f"heldout.{name}", task.heldout)):
+                if value is not None and is_local(value):
+                    local[field] = Path(value).expanduser()
+                    if not local[field].exists():
+                        what = f"there is no file or folder {value}"
+                        raise SettingsError(what, f"data.{field}", f"correct data.{field}")
     return local

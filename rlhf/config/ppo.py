@@ -8,7 +8,7 @@ from pydantic import model_validator
 from rlhf.config.base import Seed, Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
 from rlhf.config.stages import RmSettings, SamplingSettings, SftSettings, TrainingSettings
-from rlhf.config.tuning import FULL, LoraTuning, QLoraTuning, Tuning, results_in_adapter
+from rlhf.config.tuning import FULL, LoraTuning, LowRankTuning, Tuning, results_in_adapter
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -190,7 +190,7 @@ def without_adapter(settings: PpoSettings, makers: Mapping[str, Any]) -> tuple[s
         method = maker.tuning
         adapter = results_in_adapter(method)
         # A policy may be whole weights, on which the reward model's adapter was trained.
-        if (adapter and not isinstance(method, LoraTuning | QLoraTuning)) or (not adapter and role != "policy"):
+        if (adapter and not isinstance(method, LowRankTuning)) or (not adapter and role != "policy"):
             made = f"an adapter of method {method.method}" if adapter else "whole weights"
             what = f"share_base needs LoRA adapters on one base, and {role} will be {made}"
             return what, f"give the stage that makes {role} tuning: {{method: lora}}, without merge"

@@ -64,20 +64,27 @@ class TransferTuning(Settings):
     """Whether the body below the head trains too."""
 
 
-class LoraTuning(Settings):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) and a whole score head."""
+class LowRankTuning(Settings):
+    """What low-rank adapters have in common, whatever the precision of their base."""
 
-    method: Literal["lora"] = semantic("lora")
+    method: Literal["lora", "qlora"] = semantic()
     """The method."""
     rank: int = semantic(16, ge=1)
     """Rank r of the update; 8 to 64 are usual."""
     alpha: float = semantic(32.0, gt=0)
-    """The update is scaled by alpha / rank, or with ``rslora`` by alpha / √rank."""
+    """The update is scaled by alpha / rank."""
     dropout: float = semantic(0.0, ge=0, lt=1)
     """Dropout on the adapter's input while the SFT and reward models train. PPO switches all dropout off."""
     targets: list[str] | None = semantic(None, min_length=1)
     """Names, or ends of names, of the modules that get an adapter, such as ``q_proj``; null takes every linear layer of
     the body."""
+
+
+class LoraTuning(LowRankTuning):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) and a whole score head."""
+
+    method: Literal["lora"] = semantic("lora")  # pyright: ignore[reportIncompatibleVariableOverride] - frozen
+    """The method."""
     rslora: bool = semantic(False)
     """Scale by alpha / √rank, which keeps updates of one size at every rank (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = semantic(False)
@@ -96,19 +103,11 @@ class LoraTuning(Settings):
         return self
 
 
-class QLoraTuning(Settings):
+class QLoraTuning(LowRankTuning):
     """LoRA on a base of 4-bit weights (Dettmers et al. 2023, arXiv:2305.14314), on GPUs; needs the extra ``qlora``."""
 
-    method: Literal["qlora"] = semantic("qlora")
+    method: Literal["qlora"] = semantic("qlora")  # pyright: ignore[reportIncompatibleVariableOverride] - frozen
     """The method."""
-    rank: int = semantic(16, ge=1)
-    """Rank r of the update."""
-    alpha: float = semantic(32.0, gt=0)
-    """The update is scaled by alpha / rank."""
-    dropout: float = semantic(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input while the SFT and reward models train. PPO switches all dropout off."""
-    targets: list[str] | None = semantic(None, min_length=1)
-    """Names, or ends of names, of the modules that get an adapter; null takes every linear layer of the body."""
     double_quantisation: bool = semantic(True)
     """Quantise the constants of the 4-bit blocks too: 0.37 bits a parameter less (§3 there)."""
 

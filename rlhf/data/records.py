@@ -257,6 +257,13 @@ class ComparisonSet(_Record):
         return self
 
 
+class ComparisonRow(ComparisonSet):
+    """A comparison set as the data stage writes it."""
+
+    task: str | None = None
+    weight: float | None = None
+
+
 class PreferencePair(_Record):
     """TRL's form of a comparison: the better and the worse of two responses, and perhaps by how much."""
 

@@ -17,6 +17,7 @@ from rlhf.config.tuning import (
     BottomFrozenTuning,
     Ia3Tuning,
     LoraTuning,
+    LowRankTuning,
     PrefixTuning,
     PromptTuning,
     PTuning,
@@ -69,6 +70,8 @@ class Architecture:
     """Whether the norms' weights multiply in fp32, as Gemma's."""
     eager: bool
     """Whether the attention's probabilities are kept, since no kernel computes it, as Gemma 2's."""
+    inputs_first: bool = False
+    """Whether the matrices have their inputs as rows, and so are no linear layers of torch's, as GPT-2's."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:
@@ -76,7 +79,7 @@ class Architecture:
         file = config_file(folder)
         content: dict[str, Any] = json.loads(file.read_text())
         config = content.get("text_config", content)
-        found = shapes(file.parent)
+        weights = shapes(file.parent)
         hidden, layers, heads = (
             _first(config, *names)
             for names in (
@@ -88,11 +91,12 @@ class Architecture:
         head_width = _first(config, "head_dim", default=hidden // heads)
         keys = _first(config, "num_key_value_heads", "multi_query_group_num", default=heads) * head_width
         vocabulary = _first(config, "vocab_size")
-        in_layers = {name: shape for name, shape in found.items() if _LAYER.search(name)}
-        outside = {name: shape for name, shape in found.items() if name not in in_layers}
+        in_layers = {name: shape for name, shape in weights.items() if _LAYER.search(name)}
+        outside = {name: shape for name, shape in weights.items() if name not in in_layers}
         tables = [math.prod(shape) for shape in outside.values() if len(shape) == 2 and shape[0] == vocabulary]
         head = tables[-1] if len(tables) > 1 else 0
-        order = 1 if config.get("model_type") in _INPUTS_FIRST else -1
+        inputs_first = config.get("model_type") in _INPUTS_FIRST
+        order = 1 if inputs_first else -1
         linear = {
             name: (shape[::order][0], shape[::order][1])
             for name, shape in in_layers.items()
@@ -106,7 +110,7 @@ class Architecture:
         ) / max(1, layers * hidden * dense)
         norms = [name for name, shape in in_layers.items() if list(shape) == [hidden] and name.endswith("weight")]
         return cls(
-            parameters=sum(map(math.prod, found.values())),
+            parameters=sum(map(math.prod, weights.values())),
             layer=sum(map(math.prod, in_layers.values())) // layers,
             head=head,
             embeddings=sum(math.prod(shape) for shape in outside.values() if len(shape) == 2) - head,
@@ -121,12 +125,13 @@ class Architecture:
             gated=inner_matrices > 2.5 or experts > 0,
             activation=str(next((config[name] for name in _ACTIVATIONS if config.get(name)), "")),
             norms=max(1, round(len(norms) / layers)),
-            rms=not any(name.removesuffix("weight") + "bias" in found for name in norms),
+            rms=not any(name.removesuffix("weight") + "bias" in weights for name in norms),
             normed_heads=head_width != hidden and any(list(shape) == [head_width] for shape in in_layers.values()),
             wide_norms=str(config.get("model_type")).startswith(_WIDE_NORMS),
             eager=config.get("model_type") == "bloom"
             or config.get("attn_logit_softcapping") is not None
             or any(name.endswith("sinks") for name in in_layers),
+            inputs_first=inputs_first,
         )
 
 
@@ -137,10 +142,10 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activ
 
 
 def _first(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
-    found = next((config[name] for name in names if isinstance(config.get(name), int)), default)
-    if found is None:
+    value = next((config[name] for name in names if isinstance(config.get(name), int)), default)
+    if value is None:
         raise KeyError(names[0])
-    return found
+    return value
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,8 @@ class Learned:
     """Layers whose own weights train, so that the inputs of these are kept."""
     adapter_elements: float = 0.0
     """Elements that the adapters of a layer keep for each token."""
+    adapter_inputs: float = 0.0
+    """Of these, elements that are also inputs of the layer's own matrices."""
     adapter_masks: float = 0.0
     """Bytes that their dropout keeps for each token of a layer."""
     tokens: int = 0
@@ -189,7 +196,7 @@ def learned(model: Architecture, tuning: Tuning, *, scores: bool) -> Learned:
             if body == "frozen":
                 return Learned(fresh, True, added)
             return Learned(whole + added, True, added, whole_layers=model.layers)
-        case LoraTuning() | QLoraTuning():
+        case LowRankTuning():
             return _low_rank(model, tuning, score)
         case PromptTuning(tokens=tokens):
             added = tokens * model.hidden
@@ -215,7 +222,7 @@ def learned(model: Architecture, tuning: Tuning, *, scores: bool) -> Learned:
             return Learned(whole, True, whole_layers=model.layers)
 
 
-def _low_rank(model: Architecture, tuning: LoraTuning | QLoraTuning, head: int) -> Learned:
+def _low_rank(model: Architecture, tuning: LowRankTuning, head: int) -> Learned:
     chosen = {
         name: shape
         for name, shape in model.linear.items()
@@ -236,6 +243,7 @@ def _low_rank(model: Architecture, tuning: LoraTuning | QLoraTuning, head: int) 
         added + head,
         added=added,
         adapter_elements=kept + ranks,
+        adapter_inputs=0.0 if tuning.dropout else kept,
         adapter_masks=inputs if tuning.dropout else 0.0,
         bits=bits,
         keeps_base=True,
@@ -250,18 +258,29 @@ def weight_bytes(model: Architecture, part: Learned, width: int, *, scores: bool
 
 
 def saved(
-    model: Architecture, part: Learned, width: int, rows: int, time: int, *, checkpointing: bool = False
+    model: Architecture,
+    part: Learned,
+    width: int,
+    rows: int,
+    time: int,
+    *,
+    checkpointing: bool = False,
+    keeps_inputs: bool = False,
 ) -> float:
     """Return the bytes that a forward pass of the body saves for its backward pass, its last norm included.
 
     width          bytes of an element of the model's precision
     rows, time     shape of the batch of token ids
     checkpointing  keeps the input of each layer alone, and what one layer saves as it is computed again
+    keeps_inputs   whether frozen linear layers keep their inputs too, as DeepSpeed's own do
     """
     time += part.tokens
     tokens = rows * time
     layer = tokens * _saved_by_layer(model, part, width, time)
-    frozen = tokens * (_frozen(model, width, time) + part.adapter_elements * width + part.adapter_masks)
+    elements = part.adapter_elements
+    if keeps_inputs and not model.inputs_first:
+        elements += max(0.0, _inputs(model) - part.adapter_inputs)
+    frozen = tokens * (_frozen(model, width, time) + elements * width + part.adapter_masks)
     norm = tokens * model.hidden * ((4 if model.rms else width) + (width if part.whole_layers else 0))
     if checkpointing:
         return tokens * model.layers * model.hidden * width + max(layer, frozen) + norm
@@ -275,9 +294,12 @@ def _saved_by_layer(model: Architecture, part: Learned, width: int, time: int) -
     # The output of a norm is the input of a matrix; a root mean square keeps also what its own weight multiplies.
     inputs = model.norms * model.hidden + (model.queries + model.keys if model.normed_heads else 0)
     norms = (4 if model.wide_norms else width) * inputs if model.rms else 0
-    inputs = model.norms * model.hidden
-    inputs += 0 if model.activation == "relu" and not model.gated else model.intermediate
-    return _frozen(model, width, time) + norms + inputs * width
+    return _frozen(model, width, time) + norms + _inputs(model) * width
+
+
+def _inputs(model: Architecture) -> int:
+    """Return elements for each token of the inputs of a layer's matrices, but for those that :func:`_frozen` counts."""
+    return model.norms * model.hidden + (0 if model.activation == "relu" and not model.gated else model.intermediate)
 
 
 def _frozen(model: Architecture, width: int, time: int) -> float:

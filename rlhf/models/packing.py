@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from rlhf.data.mixture import Mixture, by_task
 from rlhf.data.records import read_rows
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import plain_text, prompt_ids, response_ids
@@ -137,6 +138,17 @@ def tokenised(file: Path, tokenizer: Tokenizer) -> list[TokenisedDemonstration]:
         prompt = prompt_ids(tokenizer, row["prompt"], f"{file.parent.name}/{file.name}, row {number}")
         rows.append(TokenisedDemonstration(prompt, response_ids(tokenizer, plain_text(row["completion"]))))
     return rows
+
+
+def training_demonstrations(file: Path, tokenizer: Tokenizer, seed: int) -> Dataset:
+    """Read the demonstrations of an epoch for TRL's trainer, those of a task as often as its weight says."""
+    return as_dataset(file, tokenizer).select(Mixture(read_rows(file)).epoch(seed))
+
+
+def heldout_demonstrations(file: Path, tokenizer: Tokenizer) -> Dataset | dict[str, Dataset]:
+    """Read held-out demonstrations for TRL's trainer, those of each task by themselves where there are tasks."""
+    data, tasks = as_dataset(file, tokenizer), by_task(read_rows(file))
+    return {task: data.select(rows) for task, rows in tasks.items()} or data
 
 
 def as_dataset(file: Path, tokenizer: Tokenizer) -> Dataset:

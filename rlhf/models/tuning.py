@@ -26,10 +26,11 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.prompt_tuning.model import PromptEmbedding
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config.tuning import (
     BottomFrozenTuning,
@@ -37,6 +38,7 @@ from rlhf.config.tuning import (
     GradualTuning,
     Ia3Tuning,
     LoraTuning,
+    LowRankTuning,
     PrefixTuning,
     PromptTuning,
     PTuning,
@@ -157,7 +159,7 @@ def _peft_config(tuning: Tuning, model: Any, *, scores: bool) -> PeftConfig:
     common: dict[str, Any] = {"task_type": "SEQ_CLS" if scores else "CAUSAL_LM"}
     whole: dict[str, Any] = common | {"modules_to_save": ["score"] if scores else None}
     match tuning:
-        case LoraTuning() | QLoraTuning():
+        case LowRankTuning():
             more: dict[str, Any] = {}
             if isinstance(tuning, LoraTuning):
                 more = {"use_rslora": tuning.rslora, "use_dora": tuning.dora}
@@ -204,7 +206,8 @@ def _with_adapter(model: Any, tuning: Tuning, source: Path, *, scores: bool) -> 
     try:
         # ZeRO-3 gathers small weights together and takes the type of the first for all: adapters must have the base's.
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
+        # PiSSA asks the experts of a mixture for one matrix.
         raise PreflightError(
             f"PEFT cannot apply {tuning.method} to a model of type {model.config.model_type}: {error}",
             "tuning",
@@ -238,6 +241,25 @@ def _with_adapter(model: Any, tuning: Tuning, source: Path, *, scores: bool) -> 
         adapted.prompt_encoder[TRAINED] = encoder.to(model.device, model.dtype)
     virtual_tokens.apply_in_body(adapted)
     return adapted
+
+
+def experts_left_out(folder: Path, tuning: LoraTuning | QLoraTuning) -> list[str]:
+    """Return the names of the weights of a mixture's experts that an adapter does not reach.
+
+    transformers keeps all experts of a layer as one tensor. PEFT adapts it where it knows the architecture.
+
+    folder  a plain folder; its weights are not loaded
+
+    Raises:
+        PreflightError: PEFT adapts experts, but not by this variant of the method.
+    """
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, **safe_loading.TOKENIZER)
+        model = AutoModelForCausalLM.from_config(config)
+        adapted = _with_adapter(model, tuning, folder, scores=False)
+    reached = {part.parameter_name for part in adapted.modules() if isinstance(part, ParamWrapper)}
+    weights = [name for name, weight in adapted.named_parameters() if weight.dim() == 3 and ".experts." in name]
+    return sorted({name.rpartition(".")[2] for name in weights} - reached)
 
 
 def _first_tokens(tuning: PromptTuning | PrefixTuning | PTuningV2, source: Path) -> list[int]:

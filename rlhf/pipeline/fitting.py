@@ -136,7 +136,7 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
     change where it may not fit. Models come from results, or from what they will be trained from; without either
     ``moment`` is null.
     """
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, planned in stages.items():
             settings: Any = planned.instance.settings
@@ -147,8 +147,8 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
                 for role, wire in planned.wires.items()
                 if (folder := _folder(stages, wire.instance, store, Path(scratch))) is not None
             }
-            found.append({"stage": name, "ranks": settings.workers.count} | _forecast(settings, architectures(inputs)))
-    return found
+            rows.append({"stage": name, "ranks": settings.workers.count} | _forecast(settings, architectures(inputs)))
+    return rows
 
 
 def _forecast(settings: Training, models: Mapping[str, Architecture] | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Self
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
-from rlhf.config.tuning import LoraTuning, QLoraTuning
+from rlhf.config.tuning import LowRankTuning
 from rlhf.config.zero import BUCKET
 from rlhf.errors import size
 from rlhf.models import footprint
@@ -113,6 +113,9 @@ class Sharding:
     """Parameters whose gradients are reduced at a time."""
     sub_group: float = 1e9
     """Parameters whose optimiser step is taken at a time."""
+    own_linear: bool = True
+    """Whether DeepSpeed's linear layers, which keep their inputs where they are frozen too, take the place of torch's;
+    in stage 3 alone."""
 
     @classmethod
     def of(cls, settings: Training) -> Self:
@@ -124,6 +127,7 @@ class Sharding:
             zero.offload_parameters != "none",
             zero.sharding.get("reduce_bucket_size", cls.bucket),
             zero.sharding.get("sub_group_size", cls.sub_group),
+            zero.stage == 3 and zero.sharding.get("memory_efficient_linear", cls.own_linear),
         )
 
 
@@ -185,8 +189,15 @@ class Trained:
 
     def saved(self, rows: int, time: int) -> float:
         """Return the bytes that a forward pass saves."""
-        checkpointing = self.settings.activation_checkpointing
-        return footprint.saved(self.model, self.part, self.width, rows, time, checkpointing=checkpointing)
+        return footprint.saved(
+            self.model,
+            self.part,
+            self.width,
+            rows,
+            time,
+            checkpointing=self.settings.activation_checkpointing,
+            keeps_inputs=self.sharding.own_linear,
+        )
 
     def moments(self, rows: int, time: int, logits: float) -> Iterator[tuple[str, Bytes]]:
         """Yield what an update takes beside what stands.
@@ -259,7 +270,7 @@ def _ppo(
     ranks, given = settings.workers.count, models["policy"]
     rewards = [model for role, model in models.items() if role.startswith("reward")]
     tuning = settings.tuning
-    if isinstance(tuning, LoraTuning | QLoraTuning):
+    if isinstance(tuning, LowRankTuning):
         tuning = tuning.model_copy(update={"dropout": 0.0})  # PPO's models are never in training mode
     policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, gpu)
     start = rewards[0] if settings.value_init == "reward" and rewards else given

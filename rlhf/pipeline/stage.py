@@ -16,7 +16,14 @@ from rlhf.config.collect import CollectSettings, CompareSettings, awaited, compa
 from rlhf.config.data import DataSettings, RankSettings, ranked_inputs, sources
 from rlhf.config.ppo import PpoSettings, without_adapter
 from rlhf.config.rewards import reward_inputs, reward_sources
-from rlhf.config.stages import EvaluateSettings, ModelSettings, RmSettings, SftSettings, loses_virtual_tokens
+from rlhf.config.stages import (
+    EvaluateSettings,
+    ModelSettings,
+    RmSettings,
+    SftSettings,
+    WorkerSettings,
+    loses_virtual_tokens,
+)
 from rlhf.errors import RequestError
 
 
@@ -73,6 +80,26 @@ class Stage:
     stages' own, to what they contradict each other in and what to write instead, or None."""
     awaits: Callable[[Any], Path | None] = lambda _: None
     """Maps the settings to a file that people have yet to make, without which there is no key, or None."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail only as the stage is planned or run.
+
+        Raises:
+            RequestError: ``inputs`` is no function, or workers are to run the stage and its settings have none.
+        """
+        if not callable(self.inputs):
+            raise RequestError(
+                f"inputs of the stage {self.name} is no function of the settings: {self.inputs!r}",
+                f"inputs of the Stage {self.name!r}",
+                'inputs=taking(ROLE="STAGE/PART")',
+            )
+        workers = self.settings.model_fields.get("workers")
+        if self.runs == "workers" and (workers is None or workers.annotation is not WorkerSettings):
+            raise RequestError(
+                f'the stage {self.name} runs="workers", and its settings have no workers: {WorkerSettings.__name__}',
+                f"{self.settings.__module__}.{self.settings.__qualname__}",
+                "inherit ShardedSettings or TrainingSettings of rlhf.config.stages there",
+            )
 
 
 _MODELS = ("model", "policy")

@@ -111,12 +111,13 @@ def _check_model(folder: Path) -> None:
         raise RequestError(
             "the folder holds no weights in safetensors files", str(folder), "save them with save_pretrained"
         )
-    # PEFT itself saves none beside an adapter.
-    if is_adapter(folder) and not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+        # PEFT itself saves none beside an adapter, nor does transformers beside a model.
+        form, origin = ("an adapter", BASE) if is_adapter(folder) else ("a model", "ITS ORIGIN")
         raise RequestError(
-            "the folder holds an adapter without a tokenizer",
+            f"the folder holds {form} without a tokenizer",
             str(folder),
-            f"save its base's there too: AutoTokenizer.from_pretrained('{BASE}').save_pretrained('.')",
+            f"save there the one it was trained with: AutoTokenizer.from_pretrained('{origin}').save_pretrained('.')",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf.data.mixture import Mixture
 from rlhf.randomness import stream
 from rlhf.ranking.bradley_terry import ELO_SCALE, sigmoid
 from rlhf.ranking.comparisons import FloatArray, compare, rating_table
@@ -25,7 +26,7 @@ class ResponseIndex(NamedTuple):
 def draw_lists(
     sets: Sequence[Mapping[str, Any]], size: int | None, lists_per_response: float, seed: int
 ) -> list[list[ResponseIndex]]:
-    """Return lists of responses whose strengths are not all equal.
+    """Return lists of responses whose strengths are not all equal, each as often as its task's weight says.
 
     size                None takes each set as it is. A number draws lists of that many responses out of each pool: sets
                         that share a prompt are drawn from together where ``rank`` has put them on one scale, as each
@@ -43,7 +44,9 @@ def draw_lists(
             rng = stream("lists", seed, pool)
             groups = _groups(len(members), min(size, len(members)), lists_per_response, rng)
         lists += [[members[index] for index in group] for group in groups]
-    return [members for members in lists if len({sets[i]["strengths"][j] for i, j in members}) > 1]
+    ordered = [members for members in lists if len({sets[i]["strengths"][j] for i, j in members}) > 1]
+    # The responses of a pool are of one task.
+    return [ordered[index] for index in Mixture(sets[members[0].set] for members in ordered).epoch(seed)]
 
 
 def _groups(count: int, size: int, per_item: float, rng: np.random.Generator) -> list[tuple[int, ...]]:

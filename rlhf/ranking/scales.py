@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rlhf.data.records import ComparisonSet
+from rlhf.data.records import ComparisonRow, ComparisonSet
 from rlhf.errors import RecordError
 from rlhf.randomness import stream
 from rlhf.ranking.bradley_terry import ELO_SCALE, Strengths, sigmoid
@@ -43,6 +43,8 @@ class ComparedSet(NamedTuple):
     """``[K, A]``, NaN where there is no rating."""
     table: FloatArray
     """``[K, A]``: the ratings, then rankings as ratings by place."""
+    task: str | None = None
+    """The task that the set belongs to, if any."""
 
 
 def compared_sets(records: Iterable[ComparisonSet], place: str, names: dict[str, int]) -> list[ComparedSet]:
@@ -74,7 +76,8 @@ def compared_sets(records: Iterable[ComparisonSet], place: str, names: dict[str,
         # The last entry is that of NOBODY, which is -1.
         comparisons = comparisons._replace(annotator=np.array([*numbers, NOBODY])[comparisons.annotator])
         ratings, table = rating_table(size, record.ratings), rating_table(size, record.ratings, record.rankings)
-        compared.append(ComparedSet(record.prompt, size, comparisons, ratings, table))
+        task = record.task if isinstance(record, ComparisonRow) else None
+        compared.append(ComparedSet(record.prompt, size, comparisons, ratings, table, task))
     return compared
 
 
@@ -133,12 +136,12 @@ class Pooled(NamedTuple):
 def pool(sets: Sequence[ComparedSet], bridges_per_response: int, seed: int) -> Pooled:
     """Join the comparisons of all sets, and bridge those with ratings and the same prompt, which form one pool.
 
-    Any other set is a pool of its own.
+    Of several tasks each has pools of its own: what its ratings mean is its own. Any other set is a pool of its own.
     """
-    members: defaultdict[str | int, list[int]] = defaultdict(list)
+    members: defaultdict[tuple[str | None, str] | int, list[int]] = defaultdict(list)
     for index, compared in enumerate(sets):
         bridged = bridges_per_response > 0 and compared.ratings_table.size > 0
-        members[str(compared.prompt) if bridged else index].append(index)
+        members[(compared.task, str(compared.prompt)) if bridged else index].append(index)
     starts = np.cumsum([0, *(compared.size for compared in sets)])
     numbers = [np.arange(start, end) for start, end in pairwise(starts)]
     parts = [renumber(compared.comparisons, number) for compared, number in zip(sets, numbers, strict=True)]

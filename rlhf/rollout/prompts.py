@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings, PtxSettings
+from rlhf.data.mixture import Mixture
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
 from rlhf.models import text
@@ -29,10 +30,12 @@ class PromptBatch:
 
 
 class PromptStream:
-    """Prompts in shuffled passes over a JSONL file, a new order each pass."""
+    """Prompts in shuffled passes over a JSONL file, a new order each pass, tasks by their weights."""
 
     def __init__(self, file: Path, tokenizer: Tokenizer, max_length: int, seed: int = 0) -> None:
-        self._prompts = read_prompts(file)
+        rows = read_rows(file)
+        self._prompts: list[Prompt] = [row["prompt"] for row in rows]
+        self._mixture = Mixture(rows)
         self._seed = seed
         place = f"{file.parent.name}/{file.name}"
         self._ids = [
@@ -44,7 +47,7 @@ class PromptStream:
     def batch(self, iteration: int, size: int) -> PromptBatch:
         """Return the ``size`` prompts of an iteration."""
         samples = range(iteration * size, (iteration + 1) * size)
-        rows = _rows_of_passes("prompts", self._seed, len(self._prompts), samples)
+        rows = _rows_of_passes("prompts", self._seed, self._mixture, samples)
         return PromptBatch([self._prompts[row] for row in rows], [self._ids[row] for row in rows], list(samples))
 
     def first(self, size: int) -> PromptBatch:
@@ -53,11 +56,12 @@ class PromptStream:
 
 
 def _rows_of_passes(
-    name: Literal["prompts", "demonstrations in PPO"], seed: int, count: int, places: range
+    name: Literal["prompts", "demonstrations in PPO"], seed: int, mixture: Mixture, places: range
 ) -> list[int]:
-    """Return the rows at ``places`` of endless shuffled passes over ``count`` rows, a new order each pass."""
+    """Return the rows at ``places`` of endless shuffled passes over a mixture, a new order each pass."""
+    count = mixture.size
     turns = {place // count for place in places}
-    orders = {turn: stream(name, seed, turn).permutation(count) for turn in turns}
+    orders = {turn: mixture.epoch(seed, turn)[stream(name, seed, turn).permutation(count)] for turn in turns}
     return [int(orders[place // count][place % count]) for place in places]
 
 
@@ -105,6 +109,7 @@ class DemonstrationStream:
         # Cut at the end, prompts included: a prompt of the full length leaves nothing to learn.
         room = [(prompt, completion[: max(0, settings.max_length - len(prompt))]) for prompt, completion in rows]
         kept = [(prompt, completion) for prompt, completion in room if completion]
+        self._mixture = Mixture(row for row, (_, completion) in zip(read_rows(file), room, strict=True) if completion)
         self.cut = sum(row.length > settings.max_length for row in rows)
         self.left_out = len(rows) - len(kept)
         if not kept:
@@ -129,5 +134,5 @@ class DemonstrationStream:
         """Return the demonstrations of an update, counted from 0."""
         size = self._settings.batch_size
         places = range(update * size, (update + 1) * size)
-        rows = _rows_of_passes("demonstrations in PPO", self._seed, len(self._sequences.ids), places)
+        rows = _rows_of_passes("demonstrations in PPO", self._seed, self._mixture, places)
         return minibatch_of(self._sequences, rows, micro_batch_size)

@@ -272,13 +272,14 @@ def sft_trainer(
     load: Callable[[], Any],
     tokenizer: Tokenizer,
     demonstrations: Dataset,
-    heldout: Dataset,
+    heldout: Dataset | dict[str, Dataset],
 ) -> Any:
     """Make TRL's SFTTrainer: the loss is of completions alone.
 
     Several demonstrations are packed into a sequence where ``packing`` is set and the model keeps them apart.
 
-    load  loads the model; called when transformers already knows of ZeRO-3, so that it is sharded as it is read
+    load     loads the model; called when transformers already knows of ZeRO-3, so that it is sharded as it is read
+    heldout  by task where there are several
     """
     settings = context.settings
     arguments = SFTConfig(**common_arguments(context), max_length=settings.max_length, completion_only_loss=True)
@@ -351,13 +352,28 @@ def export(
     group.barrier()
 
 
-@torch.no_grad()
-def heldout_loss(trainer: Any, at_once: int) -> float:
-    """Return the mean negative log-likelihood of the held-out rows, in nats per learned token. A collective.
+def heldout_losses(trainer: Any, at_once: int) -> dict[str, float]:
+    """Return ``eval/loss``, over all held-out rows, and of several tasks ``eval/loss/<task>``. A collective.
+
+    It is the mean negative log-likelihood, in nats per learned token.
 
     at_once  rows of a forward pass; changes the result by rounding only
     """
-    rows, engine = trainer.eval_dataset, trainer.model_wrapped
+    heldout = trainer.eval_dataset
+    if not isinstance(heldout, dict):
+        total, tokens = heldout_sums(trainer, heldout, at_once)
+        return {"eval/loss": total / tokens}
+    sums = {task: heldout_sums(trainer, rows, at_once) for task, rows in cast(dict[str, Any], heldout).items()}
+    totals, tokens = zip(*sums.values(), strict=True)
+    return {"eval/loss": sum(totals) / sum(tokens)} | {
+        f"eval/loss/{task}": sums[task][0] / sums[task][1] for task in sums
+    }
+
+
+@torch.no_grad()
+def heldout_sums(trainer: Any, rows: Any, at_once: int) -> tuple[float, float]:
+    """Return the negative log-likelihood of rows, in nats, and the number of their learned tokens. A collective."""
+    engine = trainer.model_wrapped
     engine.eval()
     batches = torch.arange(len(rows)).split(at_once)
     mine, device = group.my_rows(len(batches)).tolist(), group.device()
@@ -370,7 +386,7 @@ def heldout_loss(trainer: Any, at_once: int) -> float:
         sums[place, 0], sums[place, 1] = -outputs.log_probs.double().sum(), outputs.label_mask.sum()
         liveness.beat()
     total, tokens = group.gather_rows(sums, len(batches)).sum(0).tolist()
-    return total / tokens
+    return total, tokens
 
 
 def scores(trainer: Any, texts: Sequence[list[int]], at_once: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from rlhf.attempt.context import Context
 from rlhf.store import Store
 from tests.cli.conftest import Ask
-from tests.pipeline.helpers import make, planned, states, write_weights
+from tests.pipeline.helpers import make, planned, states, write_model
 from tests.pipeline.toys import TotalSettings
 
 STAGE = {
@@ -173,9 +173,7 @@ def test_lineage_goes_back_to_the_first_stage(ask: Ask, made: Path):
 
 def test_lineage_ends_where_a_result_came_from_outside(ask: Ask, made: Path, tmp_path: Path):
     """An imported folder is named by its artifact, in the same form."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    write_weights(tmp_path / "model")
+    write_model(tmp_path / "model")
     assert ask("import", str(tmp_path / "model"), "--as", "total").status == 0
     document = ask("lineage", "--json").document
     assert document["stage"] == "import"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from rlhf.cli.main import COMMANDS, main
 from rlhf.cli.run import DEFAULT_CONFIG
 from rlhf.store import Store
 from tests.cli.conftest import Ask
-from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_pipeline, write_weights
+from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, start, write_model, write_pipeline
 from tests.store.helpers import flip_bit
 
 HEAVY = ("torch", "ray", "aiohttp", "transformers", "datasets", "pyarrow", "scipy", "sklearn")
@@ -163,9 +164,7 @@ def test_an_export_says_where_it_wrote_and_refuses_a_full_folder(ask: Ask, made:
 
 def test_an_import_pins_a_stage_until_it_is_forgotten(ask: Ask, made: Path, tmp_path: Path):
     """The program says how to undo it."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    write_weights(tmp_path / "model")
+    write_model(tmp_path / "model")
     answer = ask("import", str(tmp_path / "model"), "--as", "total")
     assert "rlhf import --forget --as total" in answer.out
     assert planned(made, "total.factor=9.0")["total"].why == "imported"
@@ -177,9 +176,7 @@ def test_an_import_pins_a_stage_until_it_is_forgotten(ask: Ask, made: Path, tmp_
 
 def test_a_run_leaves_out_what_only_imported_stages_read(ask: Ask, path: Path, tmp_path: Path):
     """In an empty store, with the last stage imported, nothing runs and no source is read; plan and run say why."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    write_weights(tmp_path / "model")
+    write_model(tmp_path / "model")
     gone = f"words.file={tmp_path / 'gone'}"
     assert ask("import", str(tmp_path / "model"), "--as", "total", gone).status == 0
     for command in ("plan", "run"):
@@ -194,11 +191,24 @@ def test_a_run_leaves_out_what_only_imported_stages_read(ask: Ask, path: Path, t
     assert "gone" in refused(ask, "run", "count", gone)
 
 
+@pytest.mark.parametrize("virtual_tokens", [False, True])
+def test_the_export_that_a_run_proposes_works(ask: Ask, tmp_path: Path, virtual_tokens: bool):
+    """Virtual tokens are written beside their base alone."""
+    folder = write_model(tmp_path / "model")
+    if virtual_tokens:
+        shutil.copytree(folder, folder / "base")
+        entries = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+        (folder / "adapter_config.json").write_text(json.dumps(entries))
+    assert ask("import", str(folder), "--as", "total").status == 0
+    proposed = shlex.split(ask("run").out.splitlines()[-1].replace("DIR", str(tmp_path / "out")))
+    assert proposed[:2] == ["rlhf", "export"]
+    assert ask(*proposed[1:]).status == 0
+    assert (tmp_path / "out" / "base").exists() == virtual_tokens
+
+
 def test_an_import_that_is_damaged_is_never_replaced_by_training(ask: Ask, made: Path, tmp_path: Path):
     """Neither at once nor later, when its record is gone: the program says so until it is imported again or undone."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    write_weights(tmp_path / "model")
+    write_model(tmp_path / "model")
     again = ("import", str(tmp_path / "model"), "--as", "total")
     assert ask(*again).status == 0
     record = planned(made)["total"].record
@@ -344,9 +354,9 @@ def test_settings_of_one_name_say_whose_they_are(ask: Ask):
     """Every method of tuning has a line of its own under the choice, and its settings name it."""
     lines = ask("config", "--fields", "sft").out.splitlines()
     assert "    full: Every weight trains." in lines
-    for method, text in (("lora", "Rank r of the update; 8 to 64 are usual."), ("qlora", "Rank r of the update.")):
-        row = lines.index(f"sft.tuning.rank with method {method}: a whole number of at least 1; default 16; semantic")
-        assert lines[row + 1] == f"    {text}"
+    for method, text in (("top", "top, that train."), ("bottom-frozen", "bottom, that are frozen.")):
+        row = lines.index(f"sft.tuning.blocks with method {method}: a whole number of at least 1; default 2; semantic")
+        assert lines[row + 1] == f"    Number of blocks, counted from the {text}"
 
 
 def test_settings_that_are_printed_load_to_the_same_keys(ask: Ask, path: Path, tmp_path: Path):

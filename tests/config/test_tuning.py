@@ -67,7 +67,9 @@ def test_each_method_s_settings_are_described_apart() -> None:
     rank = rows["tuning.rank", "method lora"]
     assert (rank.type, rank.default, rank.role) == ("a whole number of at least 1", "16", "semantic")
     assert rank.help == "Rank r of the update; 8 to 64 are usual."
-    assert rows["tuning.rank", "method qlora"].help == "Rank r of the update."
+    assert rows["tuning.blocks", "method top"].help == "Number of blocks, counted from the top, that train."
+    frozen = rows["tuning.blocks", "method bottom-frozen"]
+    assert frozen.help == "Number of blocks, counted from the bottom, that are frozen."
     assert ("tuning.rank", "") not in rows
 
 

@@ -116,3 +116,39 @@ def test_more_blocks_than_there_are_are_refused() -> None:
     assert SnippetSettings(comparisons=defaults.comparisons + spare)
     with pytest.raises(ValidationError, match=r"354 blocks are asked for, and the movie snippets have 353"):
         SnippetSettings(comparisons=defaults.comparisons + spare + 1)
+
+
+def test_what_names_no_mixture_is_refused_by_name(folder: Path) -> None:
+    """Each with the task or the setting that is wrong."""
+    one, two = {"source": "mine.jsonl"}, {"source": "team"}
+    for prompts, heldout, reason in (
+        ({}, None, "names no task"),
+        ({"a b": one}, None, "'a b' is none"),
+        ({"a": one, "b": {"source": "./mine.jsonl"}}, None, "tasks a and b would read the same records"),
+        ({"a": {"source": "team/set"}, "b": two}, None, "tasks a and b would read the same records"),
+        ({"a": one, "b": {"source": "scratch"}}, None, "names a model, not data"),
+        ({"a": one | {"weight": 0}}, None, "greater than 0"),
+        ({"a": one, "b": two}, "team", r"heldout\.prompts is one source, and prompts has tasks: .* a, b"),
+        ({"a": one, "b": two}, {"a": "x.jsonl"}, r"heldout\.prompts lacks the task b, which prompts has"),
+        ({"a": one}, {"a": "x.jsonl", "c": "y.jsonl"}, r"heldout\.prompts has the task c, which prompts has not"),
+        ("mine.jsonl", {"a": "x.jsonl"}, r"heldout\.prompts names the tasks a, and prompts is one source"),
+        ({"a": {"source": "movie-snippets"}}, {"a": "x.jsonl"}, r"heldout\.prompts\.a is for prompts of your own"),
+    ):
+        with pytest.raises(ValidationError, match=reason):
+            DataSettings.model_validate({"prompts": prompts, "heldout": {"prompts": heldout}})
+
+
+def test_names_weights_and_contents_of_tasks_enter_the_key_and_paths_do_not(folder: Path) -> None:
+    """A missing file is named by its task."""
+
+    def values(**tasks: dict[str, object]) -> object:
+        return semantic_values(DataSettings.model_validate({"prompts": tasks}))["prompts"]
+
+    assert values(a={"source": "mine.jsonl", "weight": 2}) == {"a": {"source": "file", "weight": 2.0}}
+    assert values(a={"source": "mine.jsonl"}) == values(a={"source": "team/set"})
+    tasks = {"a": {"source": "mine.jsonl"}, "b": {"source": "missing.jsonl"}}
+    settings = DataSettings.model_validate({"prompts": {"a": tasks["a"]}, "heldout": {"prompts": {"a": "team"}}})
+    assert sources(settings) == {"prompts.a": Path("mine.jsonl"), "heldout.prompts.a": Path("team")}
+    with pytest.raises(SettingsError) as caught:
+        sources(DataSettings.model_validate({"prompts": tasks}))
+    assert caught.value.where == "data.prompts.b"

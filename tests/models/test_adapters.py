@@ -16,6 +16,7 @@ from rlhf.errors import PreflightError
 from rlhf.models import folders, text, tuning
 from rlhf.models.heads import SequenceScores
 from rlhf.models.layout import config_of, is_adapter
+from tests.models.tiny import tiny_config
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -79,6 +80,31 @@ def test_a_saved_model_loads_anywhere_without_our_code(tmp_path: Path, tiny: Pat
         assert {name: getattr(loaded.config, name) for name in NORMALISER} == NORMALISER
         assert config_of(folder).items() >= NORMALISER.items()
         assert not config_of(tiny).items() & NORMALISER.items()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT looks at modules alone
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_mixture_s_experts_are_adapted_in_the_saved_model_too(tmp_path: Path, tiny: Path, merge: bool) -> None:
+    """Beside its base read by plain PEFT, and folded in read by plain transformers."""
+    base, method = tmp_path / "base", LoraTuning(rank=2, merge=merge)
+    shutil.copytree(tiny, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = tiny_config("mixtral", num_hidden_layers=1, vocab_size=len(text.load_tokenizer(tiny)))
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    model, weights = trained(base, method, scores=False)
+    assert {name.split(".experts.")[1].split(".")[0] for name in weights if ".experts." in name} == {
+        "base_layer",
+        "lora_A",
+        "lora_B",
+    }
+    tuning.save(model, weights, base, tmp_path / "saved", method, scores=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / ("" if merge else "base"))
+    loaded = loaded if merge else PeftModel.from_pretrained(loaded, str(tmp_path / "saved"))
+    torch.testing.assert_close(loaded.eval()(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+    for name, weight in model.named_parameters():
+        if ".experts." in name and ".lora_B." in name:
+            weight.zero_()
+    assert (loaded(IDS).logits - model(IDS).logits).abs().max() > 1e-3
 
 
 def test_an_adapter_s_folder_is_small_beside_its_base_and_leaves_the_base_alone(tmp_path: Path, tiny: Path) -> None:
@@ -173,21 +199,21 @@ PAIRS = [
 # Nothing but the card's own lines, and then what a user may do who knows transformers and not this project.
 FRESH = """
 import json, os, re, sys
-found = {}
+scores = {}
 for folder in sys.argv[2:]:
     os.chdir(folder)
     card = {}
     exec(re.search("```python\\n(.*?)```", open("README.md").read(), re.S)[1], card)
     prompts, responses = zip(*json.loads(sys.argv[1]))
-    found[folder] = {"card": card["score"](prompts, responses).tolist()}
+    scores[folder] = {"card": card["score"](prompts, responses).tolist()}
     rows = [card["ids"](*pair) for pair in zip(prompts, responses)]
     with card["torch"].no_grad():
         for side in ("left", "right"):
             batch = card["tokenizer"].pad({"input_ids": rows}, return_tensors="pt", padding_side=side)
-            found[folder][side] = card["model"](**batch).logits[:, 0].tolist()
+            scores[folder][side] = card["model"](**batch).logits[:, 0].tolist()
         alone = [card["model"](card["torch"].tensor([row])).logits.item() for row in rows]
-        found[folder]["alone"] = alone
-print(json.dumps(found))
+        scores[folder]["alone"] = alone
+print(json.dumps(scores))
 """
 
 
@@ -218,9 +244,9 @@ def test_a_reward_model_s_card_scores_as_we_do_in_a_fresh_process(tmp_path: Path
         [sys.executable, "-c", FRESH, json.dumps(PAIRS), *expected], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for folder, found in json.loads(done.stdout.splitlines()[-1]).items():
+    for folder, scores in json.loads(done.stdout.splitlines()[-1]).items():
         raw = expected[folder]
-        torch.testing.assert_close(torch.tensor(found["card"]), (raw - 0.25) / 1.5, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(torch.tensor(scores["card"]), (raw - 0.25) / 1.5, atol=1e-3, rtol=1e-4)
         for padded in ("left", "right", "alone"):
-            torch.testing.assert_close(torch.tensor(found[padded]), raw, atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(torch.tensor(scores[padded]), raw, atol=1e-3, rtol=1e-4)
     assert str(tmp_path) not in (tmp_path / "adapter-response" / "README.md").read_text()

@@ -105,10 +105,10 @@ class Slow:
             row, count = ids[attends][None], int(mask.sum())
             states = self.base.model(input_ids=row).last_hidden_state[0, -count - 1 : -1]
             if self.scores:
-                found = self.base.score(states).squeeze(-1)
+                values = self.base.score(states).squeeze(-1)
             else:
-                found = self.base.lm_head(states)[:, : self._tokens].log_softmax(-1)[range(count), row[0, -count:]]
-            rows.append(torch.nn.functional.pad(found, (0, part.time - count)))
+                values = self.base.lm_head(states)[:, : self._tokens].log_softmax(-1)[range(count), row[0, -count:]]
+            rows.append(torch.nn.functional.pad(values, (0, part.time - count)))
         return torch.stack(rows)
 
     def step(self, loss: Tensor, learning_rate: float) -> None:
@@ -170,9 +170,9 @@ def test_updates_are_those_of_separate_models(folders: dict[str, Path], tmp_path
             )
             # DeepSpeed shows none in stage 2.
             for moment in ("exp_avg", "exp_avg_sq") if stage == 3 else ():
-                found = safe_get_full_optimizer_state(mine, moment)
+                held = safe_get_full_optimizer_state(mine, moment)
                 torch.testing.assert_close(
-                    found, state[moment], atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+                    held, state[moment], atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
                 )
 
 
@@ -222,7 +222,7 @@ def test_the_value_model_starts_from_the_policy_where_a_function_rewards(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Its states are the policy's own."""
-    (tmp_path / "reward.py").write_text("def length(prompts, responses):\n    return [len(one) for one in responses]\n")
+    (tmp_path / "reward.py").write_text("def length(prompts, responses):\n    return [*map(len, responses)]\n")
     rewards = [{"function": f"{tmp_path / 'reward.py'}:length"}]
     policy, value, rewards = models_of({"policy": folders["policy"]}, tmp_path, rewards=rewards, value_init="policy")
     experience = experience_of(policy, value, sampled(policy))
@@ -231,7 +231,7 @@ def test_the_value_model_starts_from_the_policy_where_a_function_rewards(
     slow.base.score.weight.data.copy_(head_of(value))
     with torch.no_grad():
         torch.testing.assert_close(slow(experience), experience.values * experience.mask, atol=1e-5, rtol=0)
-    assert rewards.score(PROMPTS, RESPONSES).tolist() == [len(one) for one in RESPONSES]
+    assert rewards.score(PROMPTS, RESPONSES).tolist() == [*map(len, RESPONSES)]
 
 
 def test_one_rank_keeps_the_base_once(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -266,7 +266,9 @@ def test_the_average_is_of_the_policy_alone(folders: dict[str, Path], tmp_path: 
     value.update(minibatch_of(experience, [0, 1, 2, 3], 2), VALUE_LOSS, 0.03)
     policy.update(minibatch_of(experience, [0, 1, 2, 3], 2), POLICY_LOSS, 0.03)
     policy.export(tmp_path / "out")
-    start, exported = (load_file(one / "adapter_model.safetensors") for one in (folders["policy"], tmp_path / "out"))
+    start, exported = (
+        load_file(folder / "adapter_model.safetensors") for folder in (folders["policy"], tmp_path / "out")
+    )
     last = whole_weights(module_of(policy), trained_only=True)
     for name, weight in exported.items():
         mine = last[f"model.{name.replace('.weight', f'.{TRAINED}.weight')}"]

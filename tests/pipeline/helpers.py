@@ -176,3 +176,12 @@ def end(process: "subprocess.Popen[str]") -> None:
 def write_weights(folder: Path) -> None:
     """The smallest weights that a model's folder may hold."""
     save_file({"weight": np.zeros(2, np.float32)}, folder / "model.safetensors")
+
+
+def write_model(folder: Path) -> Path:
+    """A folder with the files that a model of the toys is imported with."""
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    write_weights(folder)
+    return folder

@@ -1,9 +1,7 @@
-"""A rank that trains a policy by the engine and writes how many bytes were alive: python -m ... RANK WORLD FOLDER."""
+"""A rank of ``tests.zero.groups`` that trains a policy by the engine and writes how many bytes were alive."""
 
 import gc
 import json
-import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,31 +22,26 @@ def main(rank: int, world: int, folder: Path) -> None:
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ["LOCAL_RANK"] = str(rank)
-    meeting = f"file://{folder}/meeting-{world}"
+    meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", meeting, rank=rank, world_size=world, timeout=timedelta(minutes=5))
     torch.manual_seed(0)
     with LiveBytes() as live:
         with sharded_loading("bf16"):
-            model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder.parent / "model", dtype=torch.bfloat16)
         compute_in_fp32(model.get_output_embeddings())
         ids = torch.randint(0, model.config.vocab_size, (ROWS, TIME))
         mask = torch.ones_like(ids)
         mask[0, :5] = 0
         engine = Engine(TokenLogprobs(model), "bf16", learning_rate=1e-3)
-        found: dict[str, int] = {}
+        measured: dict[str, int] = {}
         for _ in range(3):
             live.take_peak()
             logprobs, _ = engine(ids, mask, RESPONSE, 1.0, False)
             engine.backward(logprobs.mean(), last=True)
             del logprobs
-            found["update"] = live.take_peak()
+            measured["update"] = live.take_peak()
             engine.step(1e-3)
-            found["step"] = live.take_peak()
+            measured["step"] = live.take_peak()
             gc.collect()
-            found["standing"] = live.now
-    (folder / f"bytes-{world}-{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+            measured["standing"] = live.now
+    (folder / f"bytes-{rank}.json").write_text(json.dumps(measured))

@@ -12,7 +12,7 @@ from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import taking
 from rlhf.pipeline.transfer import import_folder
 from rlhf.store import Store
-from tests.pipeline.helpers import load_toy, make, write_pipeline, write_weights
+from tests.pipeline.helpers import load_toy, make, write_model, write_pipeline
 from tests.pipeline.toys import KNOWN
 
 
@@ -160,11 +160,8 @@ def test_an_import_is_a_cause_downstream(path: Path, tmp_path: Path):
         "count": replace(KNOWN["count"], kind="policy"),
         "total": replace(KNOWN["total"], inputs=taking(count="count")),
     }
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    folder = write_model(tmp_path / "model")
     (folder / "count.json").write_text("1")
-    write_weights(folder)
     config, store = load_toy(path), Store.open(tmp_path / "store")
     made = plan(config, known, store)["count"].record
     assert made is not None

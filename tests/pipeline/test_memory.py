@@ -1,9 +1,6 @@
 """What a stage's memory is predicted to be, against the bytes that torch and DeepSpeed keep."""
 
 import json
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from io import StringIO
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from rich.console import Console
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster.devices import Device
-from rlhf.cluster.session import ENVIRONMENT
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
@@ -35,13 +32,13 @@ from rlhf.pipeline.memory import Prediction, Texts, Trained, predict
 from rlhf.terminal import memory_table
 from tests.models.tiny import make_tiny_llama, tiny_config
 from tests.pipeline.memory_ranks import RESPONSE, ROWS, TIME
+from tests.zero.groups import run_groups
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-ROOT = Path(__file__).parents[2]
 WIDTHS = {torch.bfloat16: 2, torch.float32: 4}
 COMMON: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA: dict[str, Any] = COMMON | {
@@ -93,13 +90,13 @@ def written(config: Any, folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Folder and model of each configuration."""
-    found: Made = {}
+    models: Made = {}
     tokenizer = make_tiny_llama(tmp_path_factory.mktemp("tokenizer"))
     for name, config in CONFIGS.items():
         folder = tmp_path_factory.mktemp("model")
-        found[name] = folder, written(config, folder).eval()
+        models[name] = folder, written(config, folder).eval()
         copy_tokenizer(tokenizer, folder)
-    return found
+    return models
 
 
 def adapted(made: Made, name: str, method: str, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -152,6 +149,22 @@ def test_a_forward_pass_keeps_what_was_said(made: Made, name: str, method: str, 
         assert said == pytest.approx(bytes_saved(model, rows, time), rel=tolerance)
 
 
+@pytest.mark.parametrize("method", ["full", "top", "bottom-frozen", "transfer", "lora", "lora, chosen"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_deepspeed_s_linear_layers_keep_what_was_said(
+    made: Made, name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ZeRO-3 those that are frozen keep their inputs too, which torch's own do not."""
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    model = adapted(made, name, method, dtype=torch.bfloat16)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    architecture = Architecture.of(made[name][0])
+    part = learned(architecture, tuning_of(method), scores=False)
+    said = footprint.saved(architecture, part, 2, 4, 64, keeps_inputs=True)
+    tolerance = 0.1 if method == "lora, chosen" else 0.03
+    assert said == pytest.approx(bytes_saved(model, 4, 64), rel=tolerance)
+
+
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "gemma", "gemma2", "phi", "phi3", "opt", "olmo2", "stablelm"])
 def test_other_decoders_keep_about_as_much(kind: str, tmp_path: Path) -> None:
     """Within 20 %."""
@@ -191,31 +204,15 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Architecture, dic
     folder = tmp_path_factory.mktemp("ranks")
     shape: dict[str, Any] = LLAMA | {"vocab_size": 2000, "num_hidden_layers": 6}
     written(LlamaConfig(**shape), folder / "model")
-    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "tests.pipeline.memory_ranks"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder)], cwd=ROOT, env=environment, stderr=-1, stdout=-1
-        )
-        for world in (1, 2)
-        for rank in range(world)
-    ]
-    try:
-        for process in ranks:
-            _, error = process.communicate(timeout=300)
-            assert process.returncode == 0, error[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    found = {world: json.loads((folder / f"bytes-{world}-0.json").read_text()) for world in (1, 2)}
-    return Architecture.of(folder / "model"), found
+    run_groups("tests.pipeline.memory_ranks", folder)
+    measured = {world: json.loads((folder / str(world) / "bytes-0.json").read_text()) for world in (1, 2)}
+    return Architecture.of(folder / "model"), measured
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, dict[str, int]]], world: int) -> None:
     """Weights, gradients, optimiser, activations and logits of a real update and step, by every tensor alive."""
-    architecture, found = counted
+    architecture, by_world = counted
     settings = ppo(precision="bf16", workers={"count": world})
     trained = Trained(settings, "the", architecture, learned(architecture, FULL, scores=False), False, gpu=True)
     # Buffers count whole on a CPU too. One rank has none that stays, and in an update two on a GPU and one on a CPU.
@@ -229,7 +226,7 @@ def test_an_engine_holds_what_was_said(counted: tuple[Architecture, dict[int, di
     # Small weights stay gathered; one rank, in stage 2, makes its gradients anew for each update.
     kept = 2 * architecture.parameters if world > 1 else 0
     made = 4 * trained.share if world == 1 else 0
-    measured = {name: count - empty for name, count in found[world].items()}
+    measured = {name: count - empty for name, count in by_world[world].items()}
     assert standing - empty - made <= measured["standing"] * 1.01
     assert measured["standing"] <= (standing - empty + kept) * 1.01
     assert max(updates) - other == pytest.approx(measured["update"], rel=0.02)
@@ -314,11 +311,11 @@ def test_memory_follows_the_settings(stage: str) -> None:
 def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
     """So that doubling the layers adds their inputs alone."""
     part = learned(BILLION, FULL, scores=False)
-    one = footprint.saved(BILLION, part, 2, 4, 512, checkpointing=True)
-    deeper = Learned(part.parameters, head=True, whole_layers=32)
-    two = footprint.saved(replace(BILLION, layers=32), deeper, 2, 4, 512, checkpointing=True)
-    assert two - one == 16 * 4 * 512 * 2048 * 2
-    assert one < footprint.saved(BILLION, part, 2, 4, 512) / 5
+    shallow = footprint.saved(BILLION, part, 2, 4, 512, checkpointing=True)
+    twice_as_deep = Learned(part.parameters, head=True, whole_layers=32)
+    deep = footprint.saved(replace(BILLION, layers=32), twice_as_deep, 2, 4, 512, checkpointing=True)
+    assert deep - shallow == 16 * 4 * 512 * 2048 * 2
+    assert shallow < footprint.saved(BILLION, part, 2, 4, 512) / 5
 
 
 def test_adapters_on_one_base_are_counted_with_one_base() -> None:

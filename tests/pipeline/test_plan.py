@@ -2,9 +2,11 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rlhf.config.base import Settings, runtime
 from rlhf.errors import RequestError, SettingsError
 from rlhf.pipeline.differences import flatten
 from rlhf.pipeline.plan import plan
@@ -12,6 +14,14 @@ from rlhf.pipeline.stage import taking
 from rlhf.store import Store
 from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline
 from tests.pipeline.toys import KNOWN
+
+
+class WorkersByNumber(Settings):
+    """Workers that are not those of a worker group."""
+
+    workers: int = runtime(2)
+    """How many."""
+
 
 CACHED = {"words": "cached", "count": "cached", "total": "cached"}
 
@@ -357,3 +367,18 @@ def test_a_damaged_result_is_missing_and_the_user_is_told(path: Path, tmp_path: 
     assert planned(path)["count"].why == "its latest result was damaged, and is in quarantine"
     make(path)
     assert states(planned(path)) == CACHED
+
+
+@pytest.mark.parametrize(
+    ("declared", "said", "written"),
+    [
+        ({"inputs": {"prompts": "data/prompts"}}, "inputs of the stage count is no function", "inputs=taking(ROLE="),
+        ({"runs": "workers"}, 'the stage count runs="workers", and its settings have no workers', "ShardedSettings"),
+        ({"runs": "workers", "settings": WorkersByNumber}, "settings have no workers: WorkerSettings", "inherit"),
+    ],
+)
+def test_a_stage_that_could_not_run_is_refused_as_it_is_declared(declared: Any, said: str, written: str):
+    """With its name and what to write instead."""
+    with pytest.raises(RequestError, match=said) as error:
+        replace(KNOWN["count"], **declared)
+    assert written in error.value.next_step

@@ -27,6 +27,7 @@ def model_folder(folder: Path, **config: object) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "README.md").write_text("mine")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "tokenizer.json").write_text("{}")
     write_weights(folder)
     return folder
 
@@ -59,7 +60,11 @@ def test_an_import_takes_what_an_artifact_may_hold_and_leaves_no_folder_behind(p
     """Pickles and the model's README stay out, and no attempt is left in the store."""
     record = imported(path, model_folder(tmp_path / "model"))
     store = Store.open(tmp_path / "store")
-    assert [file.path for file in store.manifest(record.artifact).files] == ["config.json", "model.safetensors"]
+    assert [file.path for file in store.manifest(record.artifact).files] == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert list((tmp_path / "store" / "work").iterdir()) == []
 
 
@@ -90,6 +95,7 @@ def test_an_import_that_would_fail_later_or_carry_something_off_is_refused(path:
         {
             "no weights in safetensors": lambda model: (model / "model.safetensors").unlink(),
             "the weights cannot be read": lambda model: (model / "model.safetensors").write_bytes(b"garbage"),
+            "a model without a tokenizer": lambda model: (model / "tokenizer.json").unlink(),
             "holds no JSON object": lambda model: (model / "config.json").write_text("[]"),
             "a link to nowhere or out": lambda model: (model / "notes.txt").symlink_to(secret),
         }.items()

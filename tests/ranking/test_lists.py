@@ -86,3 +86,18 @@ def test_there_is_a_list_of_every_pool_however_few_are_asked_for() -> None:
     sets = ranked_sets([5, 4], [0, 1], levels=10**9)
     assert [len(places) for places in draw_lists(sets, 2, 0.01, seed=0)] == [2, 2]
     assert len(draw_lists(sets, 2, 1.2, seed=0)) == 3 + 2
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_lists_of_a_task_come_as_often_as_its_weight_says(size: int | None) -> None:
+    """The lists themselves are those that are drawn without tasks."""
+    sets = ranked_sets([4] * 8, [*range(8)], levels=10**9)
+    plain = [tuple(places) for places in draw_lists(sets, size, 3.0, seed=0)]
+    weights = [{"task": "a", "weight": 2.0}] * 4 + [{"task": "b", "weight": 0.5}] * 4
+    lists = draw_lists([row | more for row, more in zip(sets, weights, strict=True)], size, 3.0, seed=0)
+    counts = Counter(map(tuple, lists))
+    assert counts.keys() <= {*plain}
+    of_b = [places for places in plain if places[0].set >= 4]
+    assert [counts[places] for places in plain if places[0].set < 4] == [2] * (len(plain) - len(of_b))
+    assert sum(counts[places] for places in of_b) == len(of_b) / 2
+    assert max(counts[places] for places in of_b) == 1

@@ -317,3 +317,26 @@ def test_a_leaderboard_is_of_the_sets_that_name_their_models(tmp_path: Path) -> 
     run(context)
     board = json.loads((context.output / "leaderboard.json").read_text())
     assert [(row["model"], row["comparisons"]) for row in board] == [("x", 1), ("y", 1)]
+
+
+def test_votes_count_once_whatever_the_weight_and_tasks_share_no_pool(tmp_path: Path) -> None:
+    """Weights change no strength; ratings of a prompt that two tasks share are not compared across them."""
+    sets = [
+        {"prompt": "p", "responses": [f"{number}a", f"{number}b"], "ratings": [[3 - number, 2], [1, 2 * number]]}
+        for number in range(4)
+    ]
+    found: dict[float, list[dict[str, Any]]] = {}
+    for weight in (1.0, 3.0):
+        train = [row | {"task": "xy"[number % 2], "weight": weight} for number, row in enumerate(sets)]
+        context = ranked(tmp_path / f"{weight}", train, [sets[0] | {"task": "x"}])
+        assert run(context)["comparisons"] == pytest.approx(run_alone(tmp_path / f"{weight}-alone", sets, "x", "y"))
+        found[weight] = rows(context.output / "train.jsonl")
+        assert [row.pop("weight") for row in found[weight]] == [weight] * 4
+        assert [row["task"] for row in found[weight]] == [*"xyxy"]
+        assert [row["pool"] for row in found[weight]] == [0, 1, 0, 1]
+    assert found[1.0] == found[3.0]
+
+
+def run_alone(folder: Path, sets: list[dict[str, Any]], *tasks: str) -> float:
+    """Comparisons of the tasks, each ranked by itself."""
+    return sum(run(ranked(folder / task, sets[place::2], []))["comparisons"] for place, task in enumerate(tasks))

@@ -26,6 +26,7 @@ SOUND: dict[str, Any] = {
 def imported(folder: Path, config: dict[str, Any]) -> ActionRecord:
     (model := folder / "model").mkdir()
     (model / "config.json").write_text(json.dumps(config))
+    (model / "tokenizer.json").write_text("{}")
     write_weights(model)
     (folder / "p.yaml").write_text("model: {}\ndata: {}\nrank: {}\nrm: {}\n")
     known = stages()

@@ -1,6 +1,7 @@
 """The demonstrations that ptx mixes into PPO's updates."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,16 @@ def test_what_is_too_long_is_cut_at_the_end_and_counted(tmp_path: Path, tokenize
     file.write_text(json.dumps({"prompt": "long " * 60, "completion": "gone"}) + "\n")
     with pytest.raises(PreflightError, match="all 1 demonstrations have prompts of 8 tokens"):
         DemonstrationStream(file, tokenizer, PtxSettings(coef=1.0, max_length=8), seed=0)
+
+
+def test_demonstrations_of_a_task_are_mixed_in_as_often_as_its_weight_says(tmp_path: Path, tokenizer: Any) -> None:
+    """Also where one before them is left out for its length."""
+    weights = [3.0, 1.0, 1.0, 0.5, 0.5]
+    file = tmp_path / "weighted.jsonl"
+    rows = [{"prompt": "long " * 60, "completion": "gone", "task": "t3.0", "weight": 3.0}]
+    rows += [row | {"task": f"t{weight}", "weight": weight} for row, weight in zip(ROWS, weights, strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    demonstrations = DemonstrationStream(file, tokenizer, PtxSettings(coef=1.0, batch_size=12, max_length=60), seed=0)
+    assert demonstrations.left_out == 1
+    drawn = sorted(Counter(completions(demonstrations, 0, 4)).values())
+    assert drawn == sorted(2 * weight for weight in weights)

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,15 @@ def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, tokenizer: Any) -> N
         PromptStream(file, tokenizer, sorted(lengths)[0])
     assert caught.value.where == "prompts/train.jsonl, row 2"
     assert "max_prompt_length" in caught.value.next_step
+
+
+def test_prompts_of_a_task_are_drawn_as_often_as_its_weight_says(tmp_path: Path, tokenizer: Any) -> None:
+    """In every two passes each once, twice and four times."""
+    file = write(tmp_path, [])
+    weights = {"one": 0.5, "two": 0.5, "three": 1.0, "four": 2.0}
+    rows = [{"prompt": prompt, "task": f"t{weight}", "weight": weight} for prompt, weight in weights.items()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = PromptStream(file, tokenizer, 64)
+    for turns in range(3):
+        drawn = Counter(map(str, stream.batch(turns, 8).prompts))
+        assert drawn == {prompt: 2 * weight for prompt, weight in weights.items()}

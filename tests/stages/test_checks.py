@@ -436,3 +436,10 @@ def test_a_reward_model_that_says_it_reads_more_than_it_takes_is_refused(
     (tmp_path / "long" / "config.json").write_text(json.dumps(config | {"score_max_length": 65}))
     with pytest.raises(PreflightError, match="score_max_length is 65, and its context is 64"):
         checks.ppo(ppo(base, tmp_path, tmp_path / "long"))
+
+
+def test_a_task_without_held_out_records_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    """Its metrics would be missing among those of the others."""
+    rows = [DEMONSTRATION | {"task": task, "weight": 1.0} for task in ("a", "b")]
+    with pytest.raises(PreflightError, match="no demonstrations of the task b are held out"):
+        checks.sft(context(SftSettings(max_length=32), base, tmp_path, "demonstrations", rows, [rows[0]]))

@@ -285,3 +285,21 @@ def test_training_begins_at_the_base_or_at_random_weights_of_its_shape(
     _, run = start(given=scorer)
     run()
     assert folded.pop() == (scorer, tmp_path / "policy", "fp32", True)
+
+
+def test_the_accuracies_of_a_task_are_those_of_its_sets_alone() -> None:
+    """Beside those over all sets; a task whose sets order nothing has none."""
+    from stages.rm import accuracies
+
+    tasks = ["x", "y", "x", "flat"]
+    sets = [a_set(number, "p", ["a", "b", "c"], [1.0, number, -2.0]) for number in range(3)]
+    sets.append(a_set(3, "p", ["a", "b", "c"], [0.0, 0.0, 0.0]))
+    sets[3]["ratings"] = [[1.0]] * 3
+    scores = torch.linspace(-1, 1, 12).sin() * torch.tensor([1.0, -1.0] * 6)
+    overall = heldout_accuracy(sets, scores.numpy(), 50, 1)
+    found = accuracies([row | {"task": task} for row, task in zip(sets, tasks, strict=True)], scores, 50, 1)
+    of_x = heldout_accuracy([sets[0], sets[2]], scores[[0, 1, 2, 6, 7, 8]].numpy(), 50, 1)
+    of_y = heldout_accuracy([sets[1]], scores[3:6].numpy(), 50, 1)
+    by_task = {f"{name}/{task}": value for task, alone in (("x", of_x), ("y", of_y)) for name, value in alone.items()}
+    assert found == overall | by_task
+    assert found["eval/accuracy/x"] != found["eval/accuracy/y"]

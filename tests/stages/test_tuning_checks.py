@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster.devices import Device
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.errors import PreflightError, RequestError
+from rlhf.models.text import load_tokenizer
 from rlhf.rollout.sampling import answers
 from stages import checks
-from tests.models.tiny import make_tiny_llama
+from tests.models.tiny import make_tiny_llama, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,50 @@ def test_a_method_that_does_not_fit_the_model_is_refused(
 def test_what_just_fits_is_taken(base: Path, tmp_path: Path, kind: Any, tuning: dict[str, Any]) -> None:
     """All blocks, ends of names, an anchor of one token, and a context that is full."""
     assert refused(base, tmp_path, tuning, kind) is None
+
+
+OF_EXPERTS = pytest.mark.filterwarnings(
+    "ignore:The following .*_pattern keys:RuntimeWarning", "ignore:`is_gradient_checkpointing` is deprecated"
+)
+"""PEFT looks for the experts among modules alone, and for a property of transformers by its old name."""
+
+
+def mixture(base: Path, target: Path, kind: str) -> Path:
+    """A mixture of experts with the model's tokenizer."""
+    shutil.copytree(base, target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = tiny_config(kind, num_hidden_layers=1, vocab_size=len(load_tokenizer(base)))
+    AutoModelForCausalLM.from_config(config).save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("tuning", "what"),
+    [
+        ({"dropout": 0.1}, "lora_dropout"),
+        ({"init": "pissa"}, "cannot apply lora"),
+        ({"targets": ["w1"]}, "targeting w3"),
+    ],
+)
+def test_lora_that_experts_cannot_have_is_refused(
+    base: Path, tmp_path: Path, tuning: dict[str, Any], what: str
+) -> None:
+    """Where PEFT adapts a mixture's experts, by what it says itself."""
+    error = refused(mixture(base, tmp_path / "mixture", "mixtral"), tmp_path, {"method": "lora"} | tuning)
+    assert error is not None
+    assert what in error.what
+
+
+@pytest.mark.parametrize(("kind", "left_out"), [("mixtral", False), ("gpt_oss", True)])
+@OF_EXPERTS
+def test_experts_that_lora_leaves_as_they_are_are_named(base: Path, tmp_path: Path, kind: str, left_out: bool) -> None:
+    """Once, where PEFT does not know the architecture, and not where targets were chosen."""
+    folder = mixture(base, tmp_path / "mixture", kind)
+    assert refused(folder, tmp_path, {"method": "lora"}) is None
+    notes = [note for note in AttemptFolder(tmp_path).notes() if "experts" in note]
+    assert len(notes) == left_out
+    assert all("lora leaves the experts' down_proj and gate_up_proj as they are" in note for note in notes)
+    assert refused(folder, tmp_path, {"method": "lora", "targets": ["q_proj"]}) is None
+    assert len([note for note in AttemptFolder(tmp_path).notes() if "experts" in note]) == left_out
 
 
 @pytest.mark.parametrize(("gpu", "words"), [(False, "it.workers.gpu is false"), (None, "there is none here")])

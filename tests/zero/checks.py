@@ -1,16 +1,14 @@
-"""What one rank of a group does for the tests: ``python -m tests.zero.checks RANK WORLD_SIZE FOLDER``.
+"""What one rank of a group does for the tests: ``python -m tests.zero.groups tests.zero.checks FOLDER``.
 
 Starting a group costs more than all checks together, so one start runs them all. What each check returns is kept in
 ``FOLDER/result-<rank>.pt`` for the tests to judge.
 """
 
 import copy
-import gc
 import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -409,7 +407,6 @@ def gathering(tiny: Path) -> Tensor:
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Run all checks in turn, together with the other ranks."""
     torch.set_num_threads(1)
-    gc.freeze()  # as a worker does
     if world_size > 1:
         # The results of one rank, which computes all logits at once, are what those of two are compared with.
         heads.CHUNK, heads.FEWEST = 1, 5
@@ -448,8 +445,3 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         print(f"{name}: {time.process_time() - start:.1f} s of this process", flush=True)
     torch.save(results, folder / f"result-{group.rank()}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": sys.argv[2]}
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

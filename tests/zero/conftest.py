@@ -1,26 +1,16 @@
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.cluster.session import ENVIRONMENT
 from rlhf.config.tuning import LoraTuning
 from tests.models.tiny import SHAPE, make_tiny_adapter, make_tiny_llama
+from tests.zero.groups import ENVIRON, ROOT, TIMEOUT_S, run_groups
 from tests.zero.inputs import ANSWER_TOKENS, write_inputs
-
-ROOT = Path(__file__).parents[2]
-# An idle machine takes a fifth of it.
-TIMEOUT_S = 600
-
-# Threads of three processes would wait for each other's cores more than they compute on so small a model. DeepSpeed
-# counts a CPU's devices at every backward pass, by a program of its own, where the environment does not say.
-ENVIRON = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "LOCAL_SIZE": "1"}
 
 Results = dict[int, list[dict[str, Any]]]
 Grid = dict[int, dict[tuple[str, str], dict[str, Any]]]
@@ -49,10 +39,10 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
     make_tiny_llama(folder / "tiny", SHAPE.model_copy(update={"layers": 3}))
     write_inputs(folder, rows=8)
     run_groups("tests.zero.grid", folder)
-    found: Grid = {size: torch.load(folder / str(size) / "grid.pt", weights_only=False) for size in (1, 2)}
-    cells = [(stage, cell) for cells in found.values() for (stage, _), cell in cells.items()]
+    grid: Grid = {size: torch.load(folder / str(size) / "grid.pt", weights_only=False) for size in (1, 2)}
+    cells = [(stage, cell) for by_method in grid.values() for (stage, _), cell in by_method.items()]
     jobs = {
-        "ids": found[1]["sft", "full"]["ids"],
+        "ids": grid[1]["sft", "full"]["ids"],
         "length": ANSWER_TOKENS,
         "scorers": [str(cell["folder"]) for stage, cell in cells if stage == "rm"],
         "writers": [str(cell["folder"]) for stage, cell in cells if stage != "rm"],
@@ -66,27 +56,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
     read = torch.load(folder / "read.pt", weights_only=False)
     for _, cell in cells:
         cell["read"] = read[str(cell["folder"])]
-    return found
-
-
-def run_groups(module: str, folder: Path) -> None:
-    """Run a module's groups of one rank and of two, side by side, in the folder's folders ``1`` and ``2``."""
-    processes: list[tuple[Path, subprocess.Popen[bytes]]] = []
-    for world_size in (1, 2):
-        (folder / str(world_size)).mkdir()
-        for rank in range(world_size):
-            log = folder / f"log-{world_size}-{rank}.txt"
-            command = [sys.executable, "-m", module, str(rank), str(world_size), str(folder / str(world_size))]
-            with log.open("wb") as output:
-                process = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, stdout=output, stderr=subprocess.STDOUT)
-            processes.append((log, process))
-    try:
-        for log, process in processes:
-            assert process.wait(TIMEOUT_S) == 0, log.read_text()[-5000:]
-    finally:
-        for _, process in processes:
-            process.kill()
-            process.wait()
+    return grid
 
 
 @pytest.fixture(scope="session")

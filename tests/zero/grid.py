@@ -1,12 +1,10 @@
-"""Every way of fine-tuning in every stage, in a group: ``python -m tests.zero.grid RANK WORLD_SIZE FOLDER``.
+"""Every way of fine-tuning in every stage, in a group: ``python -m tests.zero.groups tests.zero.grid FOLDER``.
 
 Starting a group costs more than a run, so one start makes all of them. What rank 0 saw of each run is kept in
 ``FOLDER/grid.pt`` for the tests to judge.
 """
 
-import gc
 import os
-import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -125,12 +123,12 @@ def run(name: str, method: dict[str, Any], data: Path, folder: Path) -> dict[str
     whole = attempt_of(context, folder / "whole", ())
     ids = text.prompt_ids(text.load_tokenizer(data / "tiny"), PROMPT)
     with watching(torch.tensor([ids])) as watched:
-        found: dict[str, Any] = {"unbroken": outcome(stage, whole)}
-    found["resumed"] = outcome(stage, attempt_of(context, folder / "resumed", whole.attempts))
-    found |= vars(watched) | {"folder": whole.output, "ids": ids}
+        observed: dict[str, Any] = {"unbroken": outcome(stage, whole)}
+    observed["resumed"] = outcome(stage, attempt_of(context, folder / "resumed", whole.attempts))
+    observed |= vars(watched) | {"folder": whole.output, "ids": ids}
     if group.is_main() and name != "rm":
-        found["answer"] = answers(whole.output, [PROMPT], 0.0, ANSWER_TOKENS, seed=0)[0]
-    return found
+        observed["answer"] = answers(whole.output, [PROMPT], 0.0, ANSWER_TOKENS, seed=0)[0]
+    return observed
 
 
 def go_on(name: str, method: dict[str, Any], data: Path, folder: Path, results: dict[str, Path]) -> dict[str, Any]:
@@ -158,29 +156,22 @@ def _settings(name: str, data: Path, **more: Any) -> Any:
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Run the grid together with the other ranks."""
     torch.set_num_threads(1)
-    gc.freeze()  # as a worker does
     # DeepSpeed would compile its shared-memory collectives, which takes half a minute.
     __compatible_ops__["deepspeed_shm_comm"] = False
     meeting = f"file://{folder / 'meeting'}"
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=meeting, rank=rank, world_size=world_size)
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
     for label, method in METHODS.items():
         results: dict[str, Path] = {}
         for name in SHORT:
             start = time.process_time()
             cell = folder / f"{name}-{label}".replace(" ", "-")
-            found[name, label] = run(name, method, folder.parent, cell)
-            results[name] = found[name, label]["folder"]
+            cells[name, label] = run(name, method, folder.parent, cell)
+            results[name] = cells[name, label]["folder"]
             if world_size == 1:
-                found[name, label]["next"] = go_on(name, method, folder.parent, cell / "next", results)
+                cells[name, label]["next"] = go_on(name, method, folder.parent, cell / "next", results)
             # The machine may be busy with other things.
             print(f"{name}, {label}: {time.process_time() - start:.1f} s of this process", flush=True)
-        gc.freeze()  # what was imported for the first cell need not be searched for garbage after each other
     if group.is_main():
-        torch.save(found, folder / "grid.pt")
+        torch.save(cells, folder / "grid.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": sys.argv[2]}
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -35,9 +35,9 @@ def memory(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
 
     One rank makes it in stage 3, and two make the rest.
     """
-    found: dict[str, dict[str, Any]] = {}
+    outcomes: dict[str, dict[str, Any]] = {}
     for name, short in _SHORT.items():
-        found[name] = {}
+        outcomes[name] = {}
         for variant, values in VARIANTS.items():
             if (variant == "stage 3") != (group.world_size() == 1):
                 continue
@@ -47,11 +47,11 @@ def memory(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
             context = context_of(name, stage, data, folder)
             place = folder / f"{name}-{variant.replace(' ', '-')}"
             with patch.object(engine, "checkpoint", wraps=engine.checkpoint) as checkpoint:
-                found[name][variant] = outcome(stage, attempt_of(context, place, ()))
-            found[name][variant]["recomputed"] = checkpoint.call_count
+                outcomes[name][variant] = outcome(stage, attempt_of(context, place, ()))
+            outcomes[name][variant]["recomputed"] = checkpoint.call_count
             if (name, variant) in RESUMED:
-                found[name][f"{variant}, resumed"] = _resumed(stage, context, place)
-    return found
+                outcomes[name][f"{variant}, resumed"] = _resumed(stage, context, place)
+    return outcomes
 
 
 def _resumed(stage: Stage, context: Any, place: Path) -> dict[str, Any]:

@@ -63,18 +63,18 @@ def main(jobs: Path, results: Path) -> None:
     """Load every folder once."""
     results = results.absolute()
     todo = json.loads(jobs.read_text())
-    found: dict[str, tuple[Tensor, str]] = {}
+    outputs: dict[str, tuple[Tensor, str]] = {}
     for folder in todo["scorers"]:
         model = load(AutoModelForSequenceClassification, Path(folder), num_labels=1)
-        found[folder] = score(model, torch.tensor([todo["ids"]])), ""
+        outputs[folder] = score(model, torch.tensor([todo["ids"]])), ""
         check_card(Path(folder), model)
     for folder in todo["writers"]:
         model = load(AutoModelForCausalLM, Path(folder))
         # Virtual tokens in front have logits too.
         logits = model(torch.tensor([todo["ids"]])).logits[:, -len(todo["ids"]) :]
-        found[folder] = logits, continuation(model, Path(folder), todo["ids"], todo["length"])
+        outputs[folder] = logits, continuation(model, Path(folder), todo["ids"], todo["length"])
     assert not {"rlhf", "stages"} & sys.modules.keys()
-    torch.save(found, results)
+    torch.save(outputs, results)
 
 
 if __name__ == "__main__":

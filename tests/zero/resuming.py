@@ -4,9 +4,10 @@ Every stop is an attempt of its own, as after a kill of the driver. What stops a
 checkpoint counts, a disk that is full when the next one is due, or a request to save and stop.
 """
 
+import gc
 import shutil
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,9 +48,9 @@ class Stage:
     """Role to folder beside the data."""
     killed_after: tuple[int, ...]
     """Steps after whose checkpoints it is killed, one attempt after the other."""
-    full_at: int
+    full_at: int | None
     """The step for whose checkpoint there is no room, in an attempt of its own."""
-    asked_at: int
+    asked_at: int | None
     """The first step of an attempt that is asked to stop from its start."""
 
 
@@ -94,28 +95,33 @@ _PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonst
 
 PROMPTS, RESPONSES = ["a film", "the"], ["a joy", "dull , dull"]
 METHODS: dict[str, Any] = {
-    "full": {"method": "full"},
     "adapter": {"method": "lora", "rank": 4},
     "merged": {"method": "lora", "rank": 4, "merge": True},
 }
 
 STAGES = {
     # Inside the first epoch, at its end, and inside the second.
-    "sft": Stage(sft.run, _sft, {"base": "tiny", "demonstrations": "demonstrations"}, (2, 3), 5, 4),
+    "sft": Stage(sft.run, _sft, {"base": "tiny", "demonstrations": "demonstrations"}, (3,), 5, 1),
+    # Inside the first epoch, and at its end.
     "rm": Stage(
         rm.run,
         _rm,
         {"base": "tiny", "demonstrations": "demonstrations", "comparisons": "comparisons"},
-        (3,),
-        5,
+        (),
         4,
+        1,
     ),
     # While the value model alone is trained; then with everything.
-    "ppo": Stage(ppo.run, _ppo, _PPO_ROLES, (1,), 4, 2),
+    "ppo": Stage(ppo.run, _ppo, _PPO_ROLES, (), 4, 1),
+    # When both models have taken steps.
     "ppo with adapters": Stage(
-        ppo.run, lambda data: _ppo(data, tuning={"method": "lora", "rank": 4}), _PPO_ROLES, (), 3, 1
+        ppo.run,
+        lambda data: _ppo(data, tuning={"method": "lora", "rank": 4}, iterations=4, epochs=1),
+        _PPO_ROLES,
+        (2,),
+        None,
+        None,
     ),
-    # While the value model alone has taken steps; then with both.
     "ppo with one base": Stage(
         ppo.run,
         lambda data: _ppo(
@@ -128,9 +134,9 @@ STAGES = {
             epochs=1,
         ),
         _PPO_ROLES | {"policy": "policy", "reward": "reward"},
-        (),
-        3,
-        1,
+        (2,),
+        None,
+        None,
     ),
 }
 assert tuple(STAGES) == STAGE_NAMES
@@ -147,16 +153,19 @@ def first_iterations(data: Path, folder: Path) -> dict[int, Any]:
 
 
 def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """What each stage writes when it trains every weight, an adapter, and one that it folds in: all weights, folded.
+    """What each stage writes when it trains an adapter and one that it folds in: all weights, folded.
 
-    And what evaluate reads in it: log-probabilities, or scores.
+    And what evaluate reads in it, and at the ``start``: log-probabilities, or scores. ``tests.zero.grid`` has the other
+    ways of fine-tuning.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_stage: dict[str, dict[str, Any]] = {}
     for name in ("sft", "rm", "ppo"):
-        found[name] = {}
+        by_stage[name] = {}
         for form, method in METHODS.items():
             short = {"tuning": method, "checkpoint_every": 100} | (
-                {"iterations": 2} if name == "ppo" else {"epochs": 1}
+                {"iterations": 1, "value_warmup": 0, "warmup_fraction": 0.0, "epochs": 1}
+                if name == "ppo"
+                else {"epochs": 1, "batch_size": 8}
             )
             known = STAGES[name].settings(data)
             settings = type(known).model_validate(known.model_dump() | short)
@@ -165,14 +174,20 @@ def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
             stage.run(context)
             forget()
             model = folders.load_whole(context.output, scores=name == "rm", dtype=torch.float32)
-            if name == "rm":
-                read = FrozenReward(context.output, "fp32", 2).score(PROMPTS, RESPONSES)
-            else:
-                policy = FrozenPolicy(context.output, "fp32", 1.0, 2)
-                sequences = lay_out([[5, 6, 7], [8]], [[40, 41], [42, 43, 44]], pad=0)
-                read = torch.where(sequences.mask, policy.logprobs(sequences), 0.0)
-            found[name][form] = {"adapter": is_adapter(context.output), "weights": model.state_dict(), "read": read}
-    return found
+            read = _scores(context.output) if name == "rm" else _logprobs(context.output)
+            kept = {"adapter": is_adapter(context.output), "weights": model.state_dict(), "read": read}
+            by_stage[name][form] = kept
+    by_stage["start"] = {"read": _logprobs(data / "tiny")}
+    return by_stage
+
+
+def _scores(folder: Path) -> torch.Tensor:
+    return FrozenReward(folder, "fp32", 2).score(PROMPTS, RESPONSES)
+
+
+def _logprobs(folder: Path) -> torch.Tensor:
+    sequences = lay_out([[5, 6, 7], [8]], [[40, 41], [42, 43, 44]], pad=0)
+    return torch.where(sequences.mask, FrozenPolicy(folder, "fp32", 1.0, 2).logprobs(sequences), 0.0)
 
 
 def context_of(name: str, stage: Stage, data: Path, folder: Path) -> Context[Any]:
@@ -195,14 +210,18 @@ def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"unbroken": outcome(stage, attempt_of(context, folder / "unbroken", ()))}
 
     attempts: tuple[Path, ...] = ()
-    stops = dict.fromkeys(stage.killed_after, killed_after) | {stage.full_at: _full_disk_at}
-    for number, step in enumerate(sorted([*stops, stage.asked_at])):
+    stops: dict[int | None, Callable[[int], AbstractContextManager[None]]] = {
+        stage.asked_at: nullcontext,
+        stage.full_at: _full_disk_at,
+    }
+    stops |= dict.fromkeys(stage.killed_after, killed_after)
+    for number, step in enumerate(sorted(step for step in stops if step is not None)):
         one = attempt_of(context, folder / str(number), attempts)
         attempts = one.attempts
         if step == stage.asked_at:
             one.folder.stop.touch()
         try:
-            with stops.get(step, nullcontext)(step):
+            with stops[step](step):
                 stage.run(one)
         except KilledError:
             pass
@@ -251,6 +270,7 @@ def forget() -> None:
     """Begin the next attempt as a new process would."""
     group.barrier()
     accelerator.forget()
+    gc.freeze()  # each attempt collects garbage some twenty times, and what libraries keep grows with every attempt
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Any causal architecture through sft, rm and ppo, in a group of one: tiny models with random weights."""
 
-import gc
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,8 +121,6 @@ VIRTUAL = {
 def under_deepspeed(monkeypatch: pytest.MonkeyPatch, new_accelerator: None) -> None:
     """As a rank is told before it imports anything."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    # Each stage collects garbage some twenty times, and what libraries keep of the models before grows with every test.
-    gc.freeze()
 
 
 @pytest.fixture(scope="module")

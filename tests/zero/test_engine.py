@@ -1,8 +1,10 @@
 """What an optimiser step under ZeRO-3 does, in a group of one."""
 
 import copy
+import subprocess
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from rlhf.cluster.worker import Location
+from rlhf.cluster.worker_group import environments
 from rlhf.config.tuning import FULL, GradualTuning, LoraTuning, Tuning
 from rlhf.models import tuning
 from rlhf.models.packing import PACKABLE
@@ -47,6 +51,16 @@ def step_of(slope: float, max_grad_norm: float) -> float:
 def test_a_step_is_adam_s_with_its_epsilon_after_clipping(slope: float, max_grad_norm: float, expected: float) -> None:
     """The first step is rate * g / (|g| + ε), ε being 1e-5 and g the gradient scaled down to its largest norm."""
     assert step_of(slope, max_grad_norm) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_rank_starts_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed would count the NUMA nodes by one, at every backward pass, if a rank's environment did not say."""
+    monkeypatch.delenv("LOCAL_SIZE")
+    (_, environment), *_ = environments([Location("here", "", 0, ())])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with patch.object(subprocess, "Popen", side_effect=AssertionError):
+        step_of(1.0, 1.0)
 
 
 def test_small_gradients_count_beside_large_ones_in_bf16() -> None:
@@ -104,9 +118,9 @@ def test_models_that_ppo_trains_compute_alike_every_time(model_type: str, method
     loss = loss_of(engine)
     assert loss == first == loss_of(plain)
     engine.backward(loss, last=True)
-    for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
-        if found.requires_grad:
-            torch.testing.assert_close(safe_get_full_grad(found), expected.grad, msg=name)
+    for (name, weight), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if weight.requires_grad:
+            torch.testing.assert_close(safe_get_full_grad(weight), expected.grad, msg=name)
 
 
 @torch.no_grad()
@@ -161,7 +175,7 @@ def test_gradual_unfreezing_is_one_adam_for_each_block_from_its_first_step(start
             slow[which].param_groups[0]["lr"] = rate * rates[which]
             slow[which].step()
 
-        found = whole_weights(engine.module, trained_only=False)
+        trained = whole_weights(engine.module, trained_only=False)
         for name, weight in plain.named_parameters():
-            torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-4, msg=f"step {step}: {name}")
-            assert torch.equal(found[name], first[name]) == (name not in due), (step, name)
+            torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=1e-4, msg=f"step {step}: {name}")
+            assert torch.equal(trained[name], first[name]) == (name not in due), (step, name)

@@ -94,30 +94,30 @@ def test_gradients_are_those_of_activations_that_are_kept(
     loss = loss_of(engine, batch(2))
     assert loss == expected
     engine.backward(loss, last=True)
-    for (name, found), kept in zip(model.named_parameters(), plain.parameters(), strict=True):
-        if found.requires_grad:
-            gradient = torch.zeros_like(found) if kept.grad is None else kept.grad
-            torch.testing.assert_close(safe_get_full_grad(found), gradient, atol=1e-6, rtol=1e-5, msg=name)
+    for (name, weight), expected_weight in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if weight.requires_grad:
+            gradient = torch.zeros_like(weight) if expected_weight.grad is None else expected_weight.grad
+            torch.testing.assert_close(safe_get_full_grad(weight), gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
 @contextmanager
 def kept() -> Generator[dict[int, int]]:
     """Inside, the storages that are kept for a backward pass, by their address, and their bytes."""
-    found: dict[int, int] = {}
+    storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+        yield storages
 
 
 @pytest.mark.parametrize("method", [FULL, LoraTuning(method="lora", rank=2)], ids=["full", "lora"])
 def test_a_layer_keeps_its_input_alone(tiny: Path, method: Tuning) -> None:
     """Of eight layers, each keeps rows · width · 4 bytes; beside them there are the weights and the logits."""
     shape = {"num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 128}
-    found: dict[bool, dict[int, int]] = {}
+    storages: dict[bool, dict[int, int]] = {}
     for again in (False, True):
         engine = Engine(
             TokenLogprobs(model_of("llama", method, tiny, **shape)),
@@ -125,12 +125,12 @@ def test_a_layer_keeps_its_input_alone(tiny: Path, method: Tuning) -> None:
             learning_rate=0.1,
             activation_checkpointing=again,
         )
-        with kept() as found[again]:
+        with kept() as storages[again]:
             loss = loss_of(engine, batch(8, 64))
         engine.backward(loss, last=True)
     layer_input = 8 * 64 * 64 * 4
-    assert list(found[True].values()).count(layer_input) <= 8 + 4
-    assert sum(found[True].values()) < sum(found[False].values()) / 4
+    assert list(storages[True].values()).count(layer_input) <= 8 + 4
+    assert sum(storages[True].values()) < sum(storages[False].values()) / 4
 
 
 @pytest.mark.parametrize("zero", ZEROS.values(), ids=ZEROS)
@@ -187,7 +187,7 @@ def test_trainers_make_one_update_of_micro_batches_of_one_and_of_all(
     values: dict[str, Any] = {"batch_size": 4, "max_length": 48, "epochs": 1}
     values |= {"optimizer": {"learning_rate": 1e-3, "max_grad_norm": 0.1}}
     values |= {} if stage == "rm" else {"packing": stage == "sft, packed"}
-    found: list[tuple[dict[str, Tensor], list[Any]]] = []
+    results: list[tuple[dict[str, Tensor], list[Any]]] = []
     for size in (1, 4):
         folder = tmp_path / str(size)
         (folder / "out").mkdir(parents=True)
@@ -197,11 +197,11 @@ def test_trainers_make_one_update_of_micro_batches_of_one_and_of_all(
         tracking = {"mode": "disabled"}
         accelerator.forget()
         run(Context("s", "0" * 64, settings, inputs, folder / "out", folder, folder, (folder,), tracking))
-        found.append((load_file(folder / "out" / "model.safetensors"), read_metrics(folder / "metrics.jsonl")))
-    (one, rows_of_one), (whole, rows_of_whole) = found
-    assert [row["grad_norm"] for row in rows_of_one] == pytest.approx(
-        [row["grad_norm"] for row in rows_of_whole], rel=1e-4
+        results.append((load_file(folder / "out" / "model.safetensors"), read_metrics(folder / "metrics.jsonl")))
+    (by_single_rows, rows_of_single), (at_once, rows_at_once) = results
+    assert [row["grad_norm"] for row in rows_of_single] == pytest.approx(
+        [row["grad_norm"] for row in rows_at_once], rel=1e-4
     )
-    assert rows_of_one[0]["grad_norm"] > 0.1
-    for name, weight in one.items():
-        torch.testing.assert_close(weight, whole[name], atol=1e-6, rtol=0, msg=name)
+    assert rows_of_single[0]["grad_norm"] > 0.1
+    for name, weight in by_single_rows.items():
+        torch.testing.assert_close(weight, at_once[name], atol=1e-6, rtol=0, msg=name)

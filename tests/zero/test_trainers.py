@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.stages import SftSettings
+from rlhf.data.records import read_rows
 from rlhf.models import folders
-from rlhf.models.packing import tokenised
+from rlhf.models.packing import tokenised, training_demonstrations
 from rlhf.models.text import load_tokenizer
 from stages import sft
 from tests.models.tiny import make_tiny_llama, tiny_config
@@ -89,3 +91,35 @@ def test_the_held_out_loss_is_a_mean_over_tokens_each_text_read_alone(
     assert found == pytest.approx(expected, abs=1e-5)
     padded_instead = "do not keep packed texts apart" in "\n".join(AttemptFolder(tmp_path).notes())
     assert padded_instead == (packing and kind == "opt")
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_the_held_out_loss_of_a_task_is_that_of_its_records_alone(
+    bases: dict[str, Path], demonstrations: Path, tmp_path: Path, packing: bool
+) -> None:
+    """Beside the mean over all tokens; records are trained on as often as the weight of their task says."""
+    whole, read = loss_alone(bases["llama"], demonstrations), read_rows(demonstrations / "heldout.jsonl")
+    expected = {"eval/loss": whole}
+    (tmp_path / "mixed").mkdir()
+    heldout = [row | {"task": "xy"[number % 2]} for number, row in enumerate(read)]
+    write_rows(tmp_path / "mixed" / "heldout.jsonl", heldout)
+    train = [row | {"weight": {"x": 2.0, "y": 0.5}[row["task"]]} for row in heldout]
+    write_rows(tmp_path / "mixed" / "train.jsonl", train)
+    for task in "xy":
+        (tmp_path / task).mkdir()
+        write_rows(tmp_path / task / "heldout.jsonl", [row for row in heldout if row["task"] == task])
+        expected[f"eval/loss/{task}"] = loss_alone(bases["llama"], tmp_path / task)
+    found = trained(bases["llama"], tmp_path / "mixed", tmp_path, packing=packing)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert expected["eval/loss/x"] != pytest.approx(expected["eval/loss/y"], abs=1e-3)
+
+    file, tokenizer = tmp_path / "mixed" / "train.jsonl", load_tokenizer(bases["llama"])
+    epoch: Any = training_demonstrations(file, tokenizer, 0)
+    counts = Counter(tuple(row["input_ids"]) for row in epoch)
+    texts = Counter(tuple(prompt + completion) for prompt, completion in tokenised(file, tokenizer)[::2])
+    assert {ids: counts[ids] for ids in texts} == {ids: 2 * count for ids, count in texts.items()}
+    assert len(epoch) == 2 * 3 + 1
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
