@@ -1,8 +1,10 @@
 """Kernels that compute a layer's many small operations at once, where a GPU and Liger are there."""
 
 import inspect
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -27,8 +29,7 @@ def fuse(folder: Path) -> None:
     plain = folder / BASE if is_adapter(folder) else folder
     model_type = AutoConfig.from_pretrained(plain, **safe_loading.TOKENIZER).model_type
     if model_type in FUSED:
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-        apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
+        patches: Any = import_module("liger_kernel.transformers.monkey_patch")
+        apply = patches.MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
         parts = [name for name in inspect.signature(apply).parameters if name != "model"]
         apply(**{name: name not in _OUR_OWN for name in parts})

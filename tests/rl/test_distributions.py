@@ -79,7 +79,7 @@ def test_logprobs_and_entropies_leave_the_logits_as_they_were() -> None:
     logits, tokens = random_logits(0, torch.float32)
     before = logits.clone()
     logits.requires_grad_()
-    sum(logprobs_and_entropies(logits, tokens)).sum().backward()
+    torch.stack(logprobs_and_entropies(logits, tokens)).sum().backward()
     assert torch.equal(logits, before)
 
 
