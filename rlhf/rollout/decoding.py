@@ -1,16 +1,16 @@
 """Decode responses in slots: rows of a cache of fixed size, each with a position of its own.
 
-Tokens lie at places 0 … n - 1 of their slot, so that nothing is padded. A step runs the model on every row's last token,
-draws the next and writes it down, all on the device. On CUDA a step is captured as a graph, one for each number of rows
-and of the cache's columns that are read; on a CPU the same step runs as it is. The host looks now and then which rows
-have ended: their slots take prompts that wait, and when none wait, the rows close up, so that a step has fewer.
+Tokens lie at places 0 … n - 1 of their slot, so that nothing is padded. A step runs the model on every row's last
+token, draws the next and writes it down, all on the device. On CUDA a step is captured as a graph, one for each number
+of rows and of places that are read; on a CPU the same step runs as it is. The host looks now and then which rows have
+ended: their slots take prompts that wait, and when none wait, the rows close up, so that a step has fewer.
 
-A prompt's last token goes through the first step, and the tokens before it are read once for all slots with that prompt.
+A prompt's last token goes through the first step; the tokens before it are read once for all slots with that prompt.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from rlhf.models import text
 from rlhf.models.heads import unwrapped
 from rlhf.models.packing import keeps_texts_apart
 from rlhf.models.virtual_tokens import has_virtual_tokens
+from rlhf.rollout import capacity
 from rlhf.rollout.drawing import Responses, drawn
 
 UNPACKED = frozenset({"opt"})
@@ -30,14 +31,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Settings of a mixture of experts, whose layers ask the device which experts have tokens: no graph can hold that."""
 FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Rotary embeddings that do not follow from the longest text of the batch."""
-ROWS = 64
-"""Slots on a CPU, where more rows make no step cheaper."""
-MOST_ROWS = 512
-"""Slots on a GPU: beyond, a step takes longer as its rows grow."""
 SHARE = 0.7
 """Of a GPU's free memory, for the cache and the logits; the rest is for activations."""
-KEPT = 1 / 16
-"""Of a GPU's memory: a cache that takes less stays with its graphs until the next call."""
 
 
 def decodes_in_slots(model: Any) -> bool:
@@ -46,7 +41,7 @@ def decodes_in_slots(model: Any) -> bool:
     config, body = plain.config, getattr(plain, plain.base_model_prefix)
     return (
         (keeps_texts_apart(config) or config.model_type in UNPACKED)
-        and config._attn_implementation in ("sdpa", "eager")  # noqa: SLF001 - it has no getter
+        and config._attn_implementation in ("sdpa", "eager")
         and not has_virtual_tokens(body)
         and _rope_types(config) <= FIXED_ROPE
     )
@@ -82,11 +77,11 @@ class Pace:
 
     def length(self, columns: int) -> int:
         """Return how many columns are read where ``columns`` are needed."""
-        return -(-columns // self.columns) * self.columns
+        return capacity.rounded(columns, self.columns)
 
 
-ON_CPU = Pace(steps=1, late=False, any_size=True, columns=16, tokens=2048)
-ON_GPU = Pace(steps=16, late=True, any_size=False, columns=128, tokens=8192)
+ON_CPU = Pace(1, late=False, any_size=True, columns=capacity.COLUMNS_ON_CPU, tokens=capacity.TOKENS_ON_CPU)
+ON_GPU = Pace(16, late=True, any_size=False, columns=capacity.COLUMNS_ON_GPU, tokens=capacity.TOKENS_ON_GPU)
 
 
 class Drawing(NamedTuple):
@@ -103,15 +98,16 @@ class _SlotLayer(CacheLayerMixin):
     def __init__(self, keys: Tensor, values: Tensor, reach: "_Reach") -> None:
         super().__init__()
         self.keys, self.values, self._reach = keys, values, reach
+        self.both = keys, values
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write one token's keys and values in each row, and return those of the places that are read."""
-        reach, keys, values = self._reach, cast(Tensor, self.keys), cast(Tensor, self.values)
-        rows = len(reach.positions)
-        for own, states in ((keys, key_states), (values, value_states)):
+        reach, rows = self._reach, len(self._reach.positions)
+        for own, states in zip(self.both, (key_states, value_states), strict=True):
             own[reach.slots[:rows], :, reach.positions] = states[:, :, 0]
-        return keys[:rows, :, : reach.length], values[:rows, :, : reach.length]
+        keys, values = (own[:rows, :, : reach.length] for own in self.both)
+        return keys, values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the layer is there from the start."""
@@ -126,7 +122,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Return the number of places."""
-        return self.keys.shape[2] if self.keys is not None else 0
+        return self.both[0].shape[2]
 
 
 @dataclass
@@ -198,22 +194,22 @@ class Space:
         """Set the state of slots, ``[5, slot]``."""
         self.state[:, slots] = states
 
-    def copy(self, slots: Tensor, layers: Iterable[Any], rows: Tensor) -> None:
-        """Copy the keys and values of ``rows`` of another cache into slots, from the first place on."""
-        for own, other in zip(self.layers, layers, strict=True):
-            for target, source in ((own.keys, other.keys), (own.values, other.values)):
-                target[slots, :, : source.shape[2]] = source[rows]
+    def copy(self, slots: Tensor, layers: Iterable[tuple[Tensor, Tensor]], rows: Tensor) -> None:
+        """Copy rows of other keys and values into slots, from the first place on."""
+        for layer, others in zip(self.layers, layers, strict=True):
+            for own, other in zip(layer.both, others, strict=True):
+                own[slots, :, : other.shape[2]] = other[rows]
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Move slots."""
-        self.copy(targets, self.layers, sources)
+        self.copy(targets, [layer.both for layer in self.layers], sources)
         self.state[:, targets] = self.state[:, sources]
         self.state[4, sources] = 0
 
     @property
     def bytes(self) -> int:
         """Return the bytes of the cache."""
-        return sum(own.numel() * own.element_size() for layer in self.layers for own in (layer.keys, layer.values))
+        return sum(own.numel() * own.element_size() for layer in self.layers for own in layer.both)
 
 
 class Decoder:
@@ -228,7 +224,7 @@ class Decoder:
         self._device: torch.device = model.device
         on_gpu = self._device.type == "cuda"
         self._pace = pace or (ON_GPU if on_gpu else ON_CPU)
-        self._most_rows = most_rows or (MOST_ROWS if on_gpu else ROWS)
+        self._most_rows = most_rows or (capacity.ROWS_ON_GPU if on_gpu else capacity.ROWS_ON_CPU)
         config = self._model.config
         self._captures = (
             on_gpu
@@ -268,7 +264,7 @@ class Decoder:
         space.begin(numbers, pad)
         _Call(self, space, drawing, prompts, self._pace).run()
         responses = Responses(space.ids[:-1, :-1].cpu(), space.logprobs[:-1, :-1].cpu())
-        if not self._captures or space.bytes > KEPT * torch.cuda.mem_get_info(self._device)[1]:
+        if not self._captures or space.bytes > capacity.KEPT:
             self._space = None
         return responses
 
@@ -282,11 +278,11 @@ class Decoder:
         if space is None or key != self._key or space.length < length:
             self._space = space = None  # before the next is made
             sizes = {"samples": samples, "time": time, "length": length}
-            space = Space(self._shapes, self._dtype, self._device, slots=self._rows(samples, length, time), **sizes)
+            space = Space(self._shapes, self._dtype, self._device, slots=self._rows(samples, length), **sizes)
             self._space, self._key = space, key
         return space
 
-    def _rows(self, samples: int, length: int, time: int) -> int:
+    def _rows(self, samples: int, length: int) -> int:
         """Return the number of slots: as many as there are samples, or as fit.
 
         Raises:
@@ -298,8 +294,7 @@ class Decoder:
         free = torch.cuda.mem_get_info(self._device)[0]
         free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         place = sum(heads * width for shape in self._shapes for heads, width in shape) * self._dtype.itemsize
-        # Logits in fp32, twice scaled, and their probabilities.
-        logits = 16 * self._vocabulary
+        logits = capacity.LOGIT_BYTES * self._vocabulary
         room = int(SHARE * free)
         if room < place * length + logits:
             fit = max(0, (room - logits) // place // self._pace.columns * self._pace.columns)
@@ -323,7 +318,9 @@ class Decoder:
         positions = space.columns[None, : ids.shape[1]].expand(len(rows), -1)
         self._body(input_ids=ids, position_ids=positions, cache=cache, use_cache=True)
         sources = self.indices([row for row, targets in enumerate(slots) for _ in targets])
-        space.copy(self.indices([slot for targets in slots for slot in targets]), cache.layers, sources)
+        layers: list[Any] = cache.layers
+        targets = self.indices([slot for targets in slots for slot in targets])
+        space.copy(targets, [(layer.keys, layer.values) for layer in layers], sources)
 
     def indices(self, values: Sequence[Any]) -> Tensor:
         """Return integers as a tensor on the device, without waiting for the device."""

@@ -21,9 +21,8 @@ from rlhf.rl.masks import response_mask
 from rlhf.rollout.decoding import Decoder, decodes_in_slots
 from rlhf.rollout.drawing import Responses, drawn, uniforms
 
-
 LOOK = 16
-"""Tokens after which the host asks a GPU whether any response still runs; on a CPU it costs nothing to ask each time."""
+"""Tokens after which the host asks a GPU whether any response still runs; on a CPU it asks at each."""
 
 
 def sample_responses(
