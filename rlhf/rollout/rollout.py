@@ -19,11 +19,13 @@ from rlhf.models import folders, text
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.rl.masks import ended, response_mask
+from rlhf.rollout.decoding import Decoder, decodes_in_slots
+from rlhf.rollout.drawing import Responses, uniforms
 from rlhf.rollout.prompts import PromptBatch
-from rlhf.rollout.sampling import Responses, sample_responses, uniforms
+from rlhf.rollout.sampling import sample_in_batch
 from rlhf.rollout.sequences import Sequences
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, gathered, trained
+from rlhf.zero.engine import DTYPES, gathered, plain_linear, trained
 
 
 class Generator:
@@ -33,7 +35,7 @@ class Generator:
     half a step of a weight would be lost, and the copy would not sample from the policy that is trained.
 
     folder   a plain folder or an adapter's
-    at_once  prompts that one rank answers at a time
+    at_once  prompts that one rank answers at a time where the model cannot decode in slots
     tuning   the method by which the policy trains
     prepare  turns the folder's model into one with the policy's weights by their names, adapters included
     source   the sharded policy whose weights the copy takes before it samples; None where the folder's never change
@@ -55,6 +57,7 @@ class Generator:
         self._load = partial(folders.load_policy, folder, DTYPES[precision], fp32_head=fp32_head, tuning=tuning)
         self._temperature, self._at_once, self._prepare, self._source = temperature, at_once, prepare, source
         self._copy: Any = None
+        self._decoder: Decoder | None = None
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
@@ -62,14 +65,18 @@ class Generator:
 
         noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
         """
-        model = self._present()
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        model, mine = self._present(), group.my_rows(len(prompts))
+        if self._decoder is None and decodes_in_slots(model):
+            self._decoder = Decoder(model)
+        sample = partial(sample_in_batch, model) if self._decoder is None else self._decoder.sample
+        ends = {"eos_token_id": self.tokenizer.eos_token_id, "pad": self.tokenizer.pad_token_id}
         parts: list[Tensor] = []
-        for rows in group.my_rows(len(prompts)).split(self._at_once):
-            chosen = [prompts[row] for row in rows.tolist()]
-            sampled = sample_responses(model, chosen, noise[rows], self._temperature, eos_token_id=eos, pad=pad)
-            # One exchange for both: float64 holds every id and every float32 exactly.
-            parts.append(torch.stack([sampled.ids.double(), sampled.logprobs.double()], dim=1))
+        with plain_linear():
+            for rows in mine.split(self._at_once if self._decoder is None else len(mine)):
+                chosen = [prompts[row] for row in rows.tolist()]
+                sampled = sample(chosen, noise[rows], self._temperature, **ends)
+                # One exchange for both: float64 holds every id and every float32 exactly.
+                parts.append(torch.stack([sampled.ids.double(), sampled.logprobs.double()], dim=1))
         both = group.gather_rows(torch.cat(parts), len(prompts))
         return Responses(both[:, 0].long(), both[:, 1].float())
 

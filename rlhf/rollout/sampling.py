@@ -6,9 +6,8 @@ logits' rounding, and with it the token, may differ with the other rows of a bat
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -18,40 +17,14 @@ from rlhf.attempt import liveness
 from rlhf.errors import RequestError
 from rlhf.models import folders, text
 from rlhf.models.layout import config_of, context_length, virtual_tokens_in
-from rlhf.randomness import stream
-from rlhf.rl.kl import logprobs_of
 from rlhf.rl.masks import response_mask
+from rlhf.rollout.decoding import Decoder, decodes_in_slots
+from rlhf.rollout.drawing import Responses, drawn, uniforms
+
+LOOK = 16
+"""Tokens after which the host asks a GPU whether any response still runs; on a CPU it asks at each."""
 
 
-class Responses(NamedTuple):
-    """Sampled responses; both tensors are ``[sample, time]``."""
-
-    ids: Tensor
-    """Token ids, EOS included, with padding after it."""
-    logprobs: Tensor
-    """Log-probabilities of these tokens under the distributions they were drawn from, nats; 0 on padding."""
-
-
-def uniforms(seed: int, samples: Sequence[int], length: int) -> Tensor:
-    """Return float64 in [0, 1), ``[sample, length]``, of a counter-based generator keyed by seed and sample index."""
-    return torch.from_numpy(np.stack([stream("sampling", seed, sample).random(length) for sample in samples]))
-
-
-def inverse_transform(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:
-    """Return the first token whose cumulative probability under softmax(logits / temperature) exceeds its number.
-
-    logits       ``[batch, vocabulary]``; -inf means probability 0
-    numbers      ``[batch]``, float64 in [0, 1)
-    temperature  above 0
-    returns      token ids ``[batch]``
-    """
-    cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    # Rounding leaves the last sum a little off 1; scaling by it keeps every number inside.
-    threshold = numbers[:, None].to(logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-
-
-@torch.no_grad()
 def sample_responses(
     model: Any, prompts: Sequence[list[int]], numbers: Tensor, temperature: float, *, eos_token_id: int, pad: int
 ) -> Responses:
@@ -59,7 +32,7 @@ def sample_responses(
 
     transformers' ``generate`` would add the model's own generation_config.json to its arguments: penalties, suppressed
     and forced tokens, filters, more EOS tokens. None of these is part of the policy whose log-probabilities are
-    compared, so this loop uses the model's logits alone.
+    compared, so sampling uses the model's logits alone.
 
     model        a causal language model, unsharded
     prompts      token ids
@@ -67,25 +40,34 @@ def sample_responses(
     temperature  0 takes the likeliest token, ignores the numbers, and sets the log-probability to 0
     pad          the id of padding
     """
+    if decodes_in_slots(model):
+        return Decoder(model).sample(prompts, numbers, temperature, eos_token_id=eos_token_id, pad=pad)
+    return sample_in_batch(model, prompts, numbers, temperature, eos_token_id=eos_token_id, pad=pad)
+
+
+@torch.no_grad()
+def sample_in_batch(
+    model: Any, prompts: Sequence[list[int]], numbers: Tensor, temperature: float, *, eos_token_id: int, pad: int
+) -> Responses:
+    """Sample as :func:`sample_responses`, from any model that has transformers' cache, in one padded batch."""
     ids, mask = (tensor.to(model.device) for tensor in text.pad(prompts, pad, "left"))
     positions = text.positions(mask)
+    numbers = numbers.to(model.device)
     responses = torch.full(numbers.shape, pad, device=model.device)
     logprobs = torch.zeros(numbers.shape, device=model.device)
     running = torch.ones(len(ids), dtype=torch.bool, device=model.device)
+    look = LOOK if model.device.type == "cuda" else 1
     cache = DynamicCache(config=model.config)
     for step in range(numbers.shape[1]):
         logits = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
         ).logits[:, -1]
-        if temperature:
-            tokens = inverse_transform(logits, numbers[:, step], temperature)
-            logprobs[:, step] = torch.where(running, logprobs_of(logits, tokens, temperature), 0.0)
-        else:
-            tokens = logits.argmax(-1)
+        tokens, of_tokens = drawn(logits, numbers[:, step], temperature)
+        logprobs[:, step] = torch.where(running, of_tokens, 0.0)
         responses[:, step] = torch.where(running, tokens, pad)
         running &= tokens != eos_token_id
         liveness.beat()
-        if not running.any():
+        if (step + 1) % look == 0 and not running.any():
             break
         ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)

@@ -239,7 +239,11 @@ class SharedGenerator(Generator):
         changed = dict(trained(self._source, PARTS[TRAINED]))
         for name, weight in self._source.named_parameters():
             if (name in changed or not self._filled) and not any(other in f"{name}." for other in others):
-                self._view.get_parameter(name).data = whole_weight(weight)
+                own, whole = self._view.get_parameter(name), whole_weight(weight)
+                if self._filled and group.world_size() > 1:
+                    own.data.copy_(whole)  # a copy stays where it is: graphs of the decoder read it there
+                else:
+                    own.data = whole
         self._filled = True
         return self._view
 

@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -75,6 +76,22 @@ def sharded_loading(precision: Precision, zero: ZeroSettings = STAGE_3) -> Gener
         yield
     finally:
         del config
+
+
+@contextmanager
+def plain_linear() -> Generator[None]:
+    """Inside, ``torch.nn.functional.linear`` is torch's own again.
+
+    Sharded loading replaces the function for the whole process by a slower one, which a whole model does not need and
+    would pay for at every token.
+    """
+    replaced = nn.functional.linear
+    # DeepSpeed keeps torch's function there from the first replacement on.
+    nn.functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", replaced)
+    try:
+        yield
+    finally:
+        nn.functional.linear = replaced
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -10,7 +10,8 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from rlhf.models import folders, text
-from rlhf.rollout.sampling import answers, inverse_transform, sample_responses, uniforms
+from rlhf.rollout.drawing import inverse_transform, uniforms
+from rlhf.rollout.sampling import answers, sample_responses
 
 
 def sampled(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> torch.Tensor:
