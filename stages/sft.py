@@ -14,15 +14,15 @@ from rlhf.models.folders import loading_options
 from rlhf.models.packing import as_dataset
 from rlhf.models.text import load_tokenizer
 from rlhf.models.tuning import prepared
-from rlhf.training import trl_trainers
-from rlhf.training.loading import plain_folder
+from rlhf.training import loading, trl_trainers
 from rlhf.zero.engine import DTYPES
 
 
 def run(context: Context[SftSettings]) -> dict[str, float]:
     """Fine-tune the base model; the final metric is ``eval/loss``, nats per held-out completion token."""
+    context = loading.with_micro_batch(context)
     settings, given, demonstrations = context.settings, context.inputs["base"], context.inputs["demonstrations"]
-    base = plain_folder(given, context.folder.policy, settings.precision, scores=False)
+    base = loading.plain_folder(given, context.folder.policy, settings.precision, scores=False)
     tokenizer = load_tokenizer(base)
 
     def load() -> Any:
@@ -39,6 +39,6 @@ def run(context: Context[SftSettings]) -> dict[str, float]:
         as_dataset(demonstrations / "heldout.jsonl", tokenizer),
     )
     trl_trainers.train(trainer, context)
-    loss = trl_trainers.heldout_loss(trainer, settings.micro_batch_size)
+    loss = trl_trainers.heldout_loss(trainer, settings.micro_batch)
     trl_trainers.export(trainer, base, context, scores=False)
     return {"eval/loss": loss}
