@@ -58,7 +58,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.rollout.prompts import PromptStream
 from rlhf.tracking import read_metrics
-from rlhf.training.loading import load_models
+from rlhf.training.loading import load_models, with_micro_batch
 from rlhf.training.loop import Journal
 from rlhf.training.policy import KlCoefficient
 from rlhf.zero import group
@@ -204,14 +204,15 @@ def main() -> None:
         with announced("models made in"):
             inputs = saved_inputs(given, folder, response)
         free_memory()
-        rows = measured_iterations(context_of("ppo", context.settings, inputs, folder), lengths)
+        context = with_micro_batch(context_of("ppo", context.settings, inputs, folder))
+        rows = measured_iterations(context, lengths)
     parts = limit_parts(SHAPES[given.shape], given.prompt, lengths, context.settings)
     counted = rows_of([part for name in TIMED for part in parts[name]], measured)
     times, memory = compared(rows, parts, measured), largest(rows)
     rates = {name: sum(lengths) / median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "all")}
     lines = [
         f"{sizes(given, context.settings.precision, lengths)}, {given.method}, {given.epochs} x {given.minibatches} "
-        f"updates, micro_batch_size {context.settings.micro_batch_size}; {len(rows)} iterations",
+        f"updates, micro_batch_size {context.settings.micro_batch}; {len(rows)} iterations",
         table(times),
         f"response tokens/s: {rates['all']:.4g} over the iteration, {rates['rollout']:.4g} over the rollout"
         + in_words(memory),

@@ -124,14 +124,15 @@ def main() -> None:
         context = context_of("sft", settings, inputs, folder)
         with announced("the stage ran for"):
             sft.run(context)
-        steps = steps_of(context.folder.metrics)
+        steps, chosen = steps_of(context.folder.metrics), context.folder.micro_batch.get()
     parts = limit_parts(shape, texts, mean(step["tokens"] for step in steps), settings)
     row, counted = row_of("step", [step["s"] for step in steps], parts, measured), rows_of(parts, measured)
     rate, memory = median(step["tokens"] / step["s"] for step in steps), largest(steps)
+    micro = chosen["size"] if chosen else settings.micro_batch
     filled = mean(step["tokens"] for step in steps) / settings.batch_size / given.length
     lines = [
         f"{given.shape}, {given.method}, {settings.precision}, {settings.batch_size} packed rows of {given.length} "
-        f"tokens, {filled:.1%} filled, micro_batch_size {settings.micro_batch_size}; {len(steps)} steps",
+        f"tokens, {filled:.1%} filled, micro_batch_size {micro}; {len(steps)} steps",
         f"{table([row])}\n\n{table(counted)}",
         f"real tokens/s: {rate:.4g}{in_words(memory)}",
     ]

@@ -29,13 +29,14 @@ from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sequences import Experience, shuffled
 from rlhf.training.learner import TrainedValue
-from rlhf.training.loading import load_models
+from rlhf.training.loading import load_models, with_micro_batch
 from rlhf.training.loop import Journal, learning_rate_share, resumable_steps
 from rlhf.training.policy import KlCoefficient, TrainedPolicy
 
 
 def run(context: Context[PpoSettings]) -> dict[str, float]:
     """Tune the policy; final metrics: ``objective/scores_first``, ``objective/scores`` and ``objective/kl``."""
+    context = with_micro_batch(context)
     settings = context.settings
     policy, value, reward = load_models(context)
     file = context.inputs["prompts"] / "train.jsonl"
@@ -148,7 +149,7 @@ def update(
         value_sums.append(value.update(minibatch, value_loss, settings.value_learning_rate * rate(done)))
         if iteration < settings.value_warmup:
             continue
-        examples = demonstrations.minibatch(done, settings.micro_batch_size) if demonstrations else None
+        examples = demonstrations.minibatch(done, settings.micro_batch) if demonstrations else None
         sums = policy.update(minibatch, policy_loss, settings.policy_learning_rate * rate(done), examples)
         policy_sums.append(sums)
         if settings.early_stop_kl and sums.approximate_kl > settings.early_stop_kl:

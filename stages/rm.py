@@ -35,8 +35,7 @@ from rlhf.models.text import load_tokenizer, plain_text, scored_ids
 from rlhf.models.tuning import prepared
 from rlhf.ranking.lists import ResponseIndex, by_share, by_strength, draw_lists
 from rlhf.ranking.quality import heldout_accuracy
-from rlhf.training import trl_trainers
-from rlhf.training.loading import plain_folder
+from rlhf.training import loading, trl_trainers
 
 
 def run(context: Context[RmSettings]) -> dict[str, float]:
@@ -45,7 +44,7 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
     Of several tasks the accuracies are also given for each, as ``eval/accuracy/<task>``.
     """
     settings, given = context.settings, context.inputs["base"]
-    base = plain_folder(given, context.folder.policy, settings.precision, scores=is_reward_model(given))
+    base = loading.plain_folder(given, context.folder.policy, settings.precision, scores=is_reward_model(given))
     if settings.init == "scratch":
         # Nothing of the given model, its virtual tokens included, goes on.
         given = base = from_scratch(base, context.folder.reward, settings.seed)
@@ -60,6 +59,7 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
 
     sets = read_rows(context.inputs["comparisons"] / "train.jsonl")
     lists = draw_lists(sets, settings.responses_per_list, settings.lists_per_response, settings.seed)
+    context = loading.with_micro_batch(context, max(map(len, lists)))
     trainer = trl_trainers.reward_trainer(
         context,
         load,
@@ -70,7 +70,7 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
     trl_trainers.train(trainer, context)
 
     # Without gradients a batch of twice the size fits.
-    at_once = 2 * settings.micro_batch_size * max(map(len, lists))
+    at_once = 2 * context.settings.micro_batch * max(map(len, lists))
     demonstrations = read_rows(context.inputs["demonstrations"] / "train.jsonl")
     normal = trl_trainers.scores(
         trainer, [ids(row["prompt"], plain_text(row["completion"])) for row in demonstrations], at_once

@@ -14,8 +14,7 @@ from rlhf.models.folders import loading_options
 from rlhf.models.packing import heldout_demonstrations, training_demonstrations
 from rlhf.models.text import load_tokenizer
 from rlhf.models.tuning import prepared
-from rlhf.training import trl_trainers
-from rlhf.training.loading import plain_folder
+from rlhf.training import loading, trl_trainers
 from rlhf.zero.engine import DTYPES
 
 
@@ -24,8 +23,9 @@ def run(context: Context[SftSettings]) -> dict[str, float]:
 
     Of several tasks there is also ``eval/loss/<task>`` for each.
     """
+    context = loading.with_micro_batch(context)
     settings, given, demonstrations = context.settings, context.inputs["base"], context.inputs["demonstrations"]
-    base = plain_folder(given, context.folder.policy, settings.precision, scores=False)
+    base = loading.plain_folder(given, context.folder.policy, settings.precision, scores=False)
     tokenizer = load_tokenizer(base)
 
     def load() -> Any:
@@ -42,6 +42,6 @@ def run(context: Context[SftSettings]) -> dict[str, float]:
         heldout_demonstrations(demonstrations / "heldout.jsonl", tokenizer),
     )
     trl_trainers.train(trainer, context)
-    losses = trl_trainers.heldout_losses(trainer, settings.micro_batch_size)
+    losses = trl_trainers.heldout_losses(trainer, settings.micro_batch)
     trl_trainers.export(trainer, base, context, scores=False)
     return losses

@@ -14,6 +14,7 @@
     device-<rank>.json                each rank: host and device                  driver, at the commit
     log-<rank>.txt                    each rank: all that it prints               user; driver: causes, for a crash
     checkpoints/checkpoint-<step>/    all ranks; rank 0 completes it              ranks that resume; driver: uploads
+    micro-batch.json                  rank 0: the size that it chose for a GPU    driver: causes, for a lack of memory
     progress.json                     stage: message, steps done, when            driver, rlhf status
     notes.jsonl                       stage: lines for the user                   driver
     origin.json                       stage: where external things came from      driver, at the commit
@@ -191,6 +192,8 @@ class AttemptFolder:
         self.result = JsonFile[dict[str, float]](path / "result.json", json.loads, dict)
         self.origin = JsonFile[Mapping[str, Any]](path / "origin.json", json.loads, dict)
         """Source, revision or digest, licence."""
+        self.micro_batch = JsonFile[dict[str, int]](path / "micro-batch.json", json.loads, dict)
+        """``size``, where the settings left it to the ranks."""
         self.progress = JsonFile(path / self.PROGRESS, Progress.parse, asdict)
         names = ("what", "where", "next")
         self.error = JsonFile[RlhfError](

@@ -189,7 +189,8 @@ def _is_lost(node: str) -> bool:
 
 
 def _less_memory(call: Call) -> str:
-    stage, micro = call.context.stage, getattr(call.context.settings, "micro_batch_size", None)
+    stage, settings, chosen = call.context.stage, call.context.settings, call.context.folder.micro_batch.get()
+    micro = chosen["size"] if chosen else getattr(settings, "micro_batch", getattr(settings, "micro_batch_size", None))
     if micro is None:
         return f"give {stage} a node with more memory"
     if micro == 1:

@@ -4,7 +4,7 @@ import datetime
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -120,8 +120,6 @@ class ShardedSettings(Settings):
     """Seeds every random choice of the stage."""
     precision: Precision = semantic("fp32")
     """Precision of the models while they generate and score; a CPU without instructions for bf16 takes fp32."""
-    micro_batch_size: int = runtime(16, ge=1)
-    """Sequences of one forward pass of one rank."""
     workers: WorkerSettings = runtime(WorkerSettings())
     """The worker group."""
 
@@ -129,10 +127,15 @@ class ShardedSettings(Settings):
 class TrainingSettings(ShardedSettings):
     """What all stages share that train a model: sft, rm and ppo."""
 
+    ON_CPU: ClassVar[int] = 16
+    """The micro batch of a CPU where none is set."""
+
     precision: Precision = semantic("fp32")
     """``bf16`` keeps fp32 master weights of what is trained. A CPU without instructions for it takes fp32."""
     tuning: Tuning = semantic(FULL)
     """Which weights train, and how: docs/tuning.md."""
+    micro_batch_size: int | None = runtime(None, ge=1)
+    """Sequences of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 16."""
     checkpoint_every: int = runtime(50, ge=1)
     """Optimiser steps between in-stage checkpoints."""
     activation_checkpointing: bool = runtime(False)
@@ -140,6 +143,11 @@ class TrainingSettings(ShardedSettings):
     arXiv:1604.06174): much less memory, a third more time."""
     zero: ZeroSettings = runtime(ZeroSettings())
     """How the trained models are spread over ranks, host memory and disk."""
+
+    @property
+    def micro_batch(self) -> int:
+        """``micro_batch_size``; where it is null that of a CPU, which ranks on GPUs replace before they train."""
+        return self.micro_batch_size or self.ON_CPU
 
     @model_validator(mode="after")
     def _memory_settings_fit(self) -> "TrainingSettings":
@@ -174,6 +182,8 @@ class SupervisedSettings(TrainingSettings):
 class SftSettings(SupervisedSettings):
     """Supervised fine-tuning on demonstrations; the loss counts the completion's tokens only."""
 
+    ON_CPU = 1
+
     seed: Seed = semantic(0)
     """Seeds the order of the data and the adapter."""
     epochs: float = semantic(1.0, gt=0)
@@ -185,9 +195,10 @@ class SftSettings(SupervisedSettings):
     packing: bool = semantic(True)
     """Pack several demonstrations into one sequence of ``max_length``, none attending to another. For models that could
     not keep them apart (OPT, Bloom, MPT, …) each is padded instead, which a note says."""
-    micro_batch_size: int = runtime(1, ge=1)
-    """Sequences of one forward pass of one rank. Packed ones are laid end to end: without flash attention their cost
-    grows with the square of ``micro_batch_size`` · ``max_length``."""
+    micro_batch_size: int | None = runtime(None, ge=1)
+    """Sequences of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 1. Packed
+    ones are laid end to end: where no kernel keeps to each text alone (fp32, CPUs, sliding windows), their cost grows
+    with the square of ``micro_batch_size`` · ``max_length``."""
 
 
 Loss = Literal["pairwise", "soft-strengths", "soft-share", "listwise", "regression"]
@@ -228,8 +239,8 @@ class RmSettings(SupervisedSettings):
     """Longest text in tokens; longer ones are cut at the start and counted."""
     eval_pairs: int = semantic(4000, ge=1)
     """Held-out pairs behind ``eval/accuracy``, drawn by the seed."""
-    micro_batch_size: int = runtime(16, ge=1)
-    """Lists of one forward pass of one rank."""
+    micro_batch_size: int | None = runtime(None, ge=1)
+    """Lists of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 16."""
 
     @model_validator(mode="after")
     def _loss_uses_what_is_set(self) -> "RmSettings":

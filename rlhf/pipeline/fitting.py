@@ -15,7 +15,7 @@ from rlhf.config.tuning import LoraTuning
 from rlhf.errors import PreflightError, size
 from rlhf.models.footprint import Architecture
 from rlhf.models.layout import is_adapter
-from rlhf.pipeline.memory import CONTEXT, Prediction, Texts, Training, predict
+from rlhf.pipeline.memory import CONTEXT, Prediction, Texts, Training, predict, with_micro_batch
 from rlhf.pipeline.plan import Planned, standing_in
 from rlhf.store import Store
 
@@ -37,6 +37,8 @@ def check(context: Context[Any], texts: Texts) -> None:
     device, models = device_of_ranks(settings.workers.gpu), architectures(context.inputs)
     if device is None or models is None:
         return
+    if device.gpu:
+        settings = with_micro_batch(settings, models, device.bytes, in_list=texts.in_list)
     predicted = predict(settings, models, texts, gpu=device.gpu)
     if fits(predicted, settings, device):
         return
@@ -100,7 +102,7 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
     Small micro batches and checkpointing cost time, LoRA changes the result, offloading costs much time, and ranks need
     GPUs.
     """
-    micro = [settings.micro_batch_size >> power for power in range(1, settings.micro_batch_size.bit_length())]
+    micro = [settings.micro_batch >> power for power in range(1, settings.micro_batch.bit_length())]
     checkpointing: list[tuple[str, dict[str, Any]]] = []
     lora: list[tuple[str, dict[str, Any]]] = []
     offloading: list[tuple[str, dict[str, Any]]] = []
@@ -155,6 +157,8 @@ def _forecast(settings: Training, models: Mapping[str, Architecture] | None) -> 
     if models is None:
         return {"moment": None, "parts": {}, "total": None, "device": None, "refused": False, "change": []}
     device = device_of_ranks(settings.workers.gpu)
+    if device is not None and device.gpu:
+        settings = with_micro_batch(settings, models, device.bytes)
     predicted = predict(settings, models, gpu=device is None or device.gpu)
     enough = device is None or fits(predicted, settings, device)
     return {

@@ -11,8 +11,8 @@ in fp32 (4), Adam's moments (8), gradients (4). Beside these a buffer for gradie
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
@@ -25,6 +25,8 @@ from rlhf.models.footprint import Architecture, Learned, learned, weight_bytes
 PARTS = ("weights", "gradients", "optimiser", "activations", "logits", "generation", "frozen models")
 CONTEXT = 10**9
 """Bytes of a GPU that no tensor can have."""
+FILLED = 0.8
+"""Share of a GPU's memory that is filled where the size of micro batches is not set."""
 REUSE = 5 * 10**8
 """Parameters of a rank's layers that stay gathered from the forward to the backward pass, half of DeepSpeed's
 ``max_reuse_distance``."""
@@ -38,6 +40,7 @@ TILE = 4096, 32768
 """Tokens and entries of the vocabulary whose logits sft has at a time: TRL's."""
 
 Training = SftSettings | RmSettings | PpoSettings
+T = TypeVar("T", bound=Training)
 Bytes = Mapping[str, float]
 
 
@@ -100,6 +103,34 @@ def predict(
         moments = list(_supervised(settings, models["base"], texts, gpu))
     moment, parts = max(moments, key=lambda candidate: sum(candidate[1].values()))
     return Prediction(moment, {name: parts[name] for name in PARTS if parts.get(name)})
+
+
+def with_micro_batch(
+    settings: T, models: Mapping[str, Architecture] | None, gpu: int, *, in_list: int | None = None
+) -> T:
+    """Return the settings with a number for ``micro_batch_size``, where it is null the largest that fits a GPU.
+
+    It divides a rank's share of an update. A prediction with it fills at most :data:`FILLED` of the smallest GPU, with
+    texts as long as the settings allow: so the driver and all ranks agree, whatever each knows of the data.
+
+    models   as for :func:`predict`; None where they are not known, which takes what a CPU would
+    gpu      bytes of the smallest GPU
+    in_list  most responses in a list of rm
+    """
+    if settings.micro_batch_size is not None or models is None:
+        return settings.model_copy(update={"micro_batch_size": settings.micro_batch})
+    texts, share = limits(settings), share_of_rank(settings)
+    texts = replace(texts, in_list=in_list or texts.in_list)
+    sizes = (size for size in range(share, 1, -1) if share % size == 0)
+    candidates = (settings.model_copy(update={"micro_batch_size": size}) for size in sizes)
+    enough = (given for given in candidates if predict(given, models, texts).total + CONTEXT <= FILLED * gpu)
+    return next(enough, settings.model_copy(update={"micro_batch_size": 1}))
+
+
+def share_of_rank(settings: Training) -> int:
+    """Return the rows of an update that one rank computes."""
+    rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
+    return max(1, rows // settings.workers.count)
 
 
 @dataclass(frozen=True)
@@ -240,8 +271,8 @@ def _supervised(
     scores = isinstance(settings, RmSettings)
     part = learned(model, settings.tuning, scores=scores)
     trained = Trained(settings, "the", model, part, scores, gpu)
-    share = max(1, settings.batch_size // settings.workers.count)
-    micro = max(number for number in range(1, min(settings.micro_batch_size, share) + 1) if share % number == 0)
+    share = share_of_rank(settings)
+    micro = max(number for number in range(1, min(settings.micro_batch, share) + 1) if share % number == 0)
     if isinstance(settings, SftSettings):
         # Packed sequences lie end to end.
         length = settings.max_length if settings.packing else texts.longest
@@ -275,10 +306,7 @@ def _ppo(
     policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, gpu)
     start = rewards[0] if settings.value_init == "reward" and rewards else given
     value = Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, gpu)
-    width, micro = (
-        policy.width,
-        max(1, min(settings.micro_batch_size, settings.rollouts // settings.minibatches // ranks)),
-    )
+    width, micro = policy.width, min(settings.micro_batch, share_of_rank(settings))
     frozen = sum(model.parameters * width for model in rewards)
     frozen += 0 if policy.part.keeps_base else given.parameters * width
     shares = ranks if policy.sharding.stage == 3 else 1

@@ -171,7 +171,7 @@ def shuffled(experience: S, settings: PpoSettings, iteration: int) -> Iterator[t
     """Yield the minibatches of an iteration's epochs, numbered; a new order each epoch."""
     for epoch in range(settings.epochs):
         order = (settings.seed, iteration, epoch)
-        parts = minibatches(experience, settings.minibatches, settings.micro_batch_size, *order)
+        parts = minibatches(experience, settings.minibatches, settings.micro_batch, *order)
         yield from enumerate(parts, start=epoch * settings.minibatches)
 
 

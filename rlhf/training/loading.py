@@ -1,6 +1,9 @@
-"""RLHF's four models, loaded for PPO: policy (with its reference), value model, reward model."""
+"""Load what trains: the size of its micro batches, PPO's four models, and the folder that training starts from."""
 
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
@@ -10,6 +13,9 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders
 from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
 from rlhf.models.text import check_same_tokens
+from rlhf.pipeline import memory
+from rlhf.pipeline.fitting import architectures
+from rlhf.pipeline.memory import T
 from rlhf.rewards import Rewards
 from rlhf.rollout.rollout import Generator
 from rlhf.training import shared_base
@@ -28,9 +34,27 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     return policy, load_value(context), rewards
 
 
+def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context[T]:
+    """Return the context with a number for ``micro_batch_size``, on GPUs the largest that fits them. A collective.
+
+    in_list  most responses in a list of rm
+    """
+    given, device = context.settings, group.device()
+    if given.micro_batch_size is not None or device.type == "cpu":
+        return context
+    smallest = -group.all_max(torch.tensor(-torch.cuda.get_device_properties(device).total_memory))
+    models = architectures(context.inputs)
+    settings = memory.with_micro_batch(given, models, int(smallest), in_list=in_list)
+    if group.is_main():
+        context.folder.micro_batch.write({"size": settings.micro_batch})
+        why = "as many as fit" if models else "the default of CPUs, since the model's sizes are not known"
+        context.note(f"micro_batch_size {settings.micro_batch}, {why}")
+    return replace(context, settings=settings)
+
+
 def micro_batch_size(settings: PpoSettings) -> int:
     """Return the number of sequences that a rank computes at a time: at most its share of a minibatch."""
-    return min(settings.micro_batch_size, settings.rollouts // settings.minibatches // group.world_size())
+    return min(settings.micro_batch, settings.rollouts // settings.minibatches // group.world_size())
 
 
 def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:

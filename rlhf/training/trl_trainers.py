@@ -61,7 +61,7 @@ def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
     """
     settings = context.settings
     share = settings.batch_size // group.world_size()
-    micro = max(size for size in range(1, min(settings.micro_batch_size, share) + 1) if share % size == 0)
+    micro = max(size for size in range(1, min(settings.micro_batch, share) + 1) if share % size == 0)
     # Without it accelerate takes a CPU group for a single process.
     PartialState(backend=torch.distributed.get_backend())
     automatic = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}

@@ -28,7 +28,7 @@ from rlhf.models.folders import copy_tokenizer
 from rlhf.models.footprint import Architecture, Learned, learned
 from rlhf.models.tuning import prepared
 from rlhf.pipeline import fitting
-from rlhf.pipeline.memory import Prediction, Texts, Trained, predict
+from rlhf.pipeline.memory import CONTEXT, FILLED, Prediction, Texts, Trained, predict, with_micro_batch
 from rlhf.terminal import memory_table
 from tests.models.tiny import make_tiny_llama, tiny_config
 from tests.pipeline.memory_ranks import RESPONSE, ROWS, TIME
@@ -280,6 +280,10 @@ STAGES: dict[str, Any] = {
 }
 
 
+ROWS_OF = {"sft": ["batch_size=48"], "rm": ["batch_size=48"], "ppo": ["rollouts=96", "minibatches=2"]}
+"""24 rows for each of two ranks."""
+
+
 def changed(settings: Any, *overrides: str) -> Any:
     """The settings as the command line's words change them."""
     values = settings.model_dump()
@@ -386,6 +390,38 @@ def test_what_costs_least_is_advised_first(gpu: Any, tmp_path: Path) -> None:
     assert fitting.advice(settings, MODELS, texts, gpu(sizes[2] + 1.1e9)) == ["micro_batch_size=2"]
     assert "micro_batch_size" not in fitting.advice(settings, MODELS, texts, gpu(sizes[1] + 0.9e9))[-1]
     assert fitting.advice(settings, MODELS, texts, gpu(1e9)) == []
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 1.5])
+@pytest.mark.parametrize("stage", STAGES)
+def test_micro_batches_of_no_set_size_fill_a_gpu(stage: str, share: float) -> None:
+    """By the largest divisor of a rank's rows that leaves a fifth of the memory; by one row where none does."""
+    unset = changed(STAGES[stage], "micro_batch_size=null", "workers.count=2", *ROWS_OF[stage])
+    memory = int(share * predict(changed(unset, "micro_batch_size=24"), MODELS).total)
+    found = with_micro_batch(unset, MODELS, memory)
+    fitting_sizes = [
+        size
+        for size in (1, 2, 3, 4, 6, 8, 12, 24)
+        if predict(changed(unset, f"micro_batch_size={size}"), MODELS).total + CONTEXT <= FILLED * memory
+    ]
+    assert found.micro_batch_size == max(fitting_sizes, default=1)
+    assert found == changed(unset, f"micro_batch_size={found.micro_batch_size}")
+    assert with_micro_batch(STAGES[stage], MODELS, 1) == STAGES[stage]
+
+
+def test_a_size_that_is_not_set_is_predicted_and_advised_as_ranks_will_choose_it(gpu: Any, tmp_path: Path) -> None:
+    """So that nothing is refused that a smaller micro batch makes fit; on a CPU it is one sequence of sft."""
+    unset, texts = changed(STAGES["sft"], "micro_batch_size=null"), Texts(2048)
+    assert unset.micro_batch == 1
+    sizes = {count: predict(changed(unset, f"micro_batch_size={count}"), MODELS, texts).total for count in (1, 2, 4)}
+    for memory in ((sizes[2] + CONTEXT) / FILLED, sizes[1] + CONTEXT):
+        gpu(memory)
+        fitting.check(context_of(unset, tmp_path, tmp_path), texts)
+    assert not AttemptFolder(tmp_path).notes()
+    gpu(0.5 * sizes[1])
+    with pytest.raises(PreflightError) as refused:
+        fitting.check(context_of(unset, tmp_path, tmp_path), texts)
+    assert "micro_batch_size" not in refused.value.next_step
 
 
 @pytest.mark.parametrize(("size", "gpu_there"), [(1.05, True), (0.95, True), (0.1, False)])
