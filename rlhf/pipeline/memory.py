@@ -311,6 +311,8 @@ def _ppo(
     frozen += 0 if policy.part.keeps_base else given.parameters * width
     shares = ranks if policy.sharding.stage == 3 else 1
     of_value, generation = dict(value.standing()), weight_bytes(given, policy.part, width, scores=False)
+    # Whole weights are sampled from where they lie.
+    generation *= policy.sharding.stage == 3
     if settings.share_base:
         # Beside the policy's base there are adapters alone, and one engine with one buffer.
         of_value |= {"weights": value.part.parameters * width / shares, "gradients": 4 * value.share}

@@ -25,20 +25,21 @@ from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.sampling import sample_in_batch
 from rlhf.rollout.sequences import Sequences
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, gathered, plain_linear, trained
+from rlhf.zero.engine import DTYPES, gathered, is_sharded, plain_linear, trained
 
 
 class Generator:
-    """Samples responses from an unsharded copy of a policy on each rank, which is made when it is first needed.
+    """Samples responses from a policy, of which each rank makes an unsharded copy when it is first needed.
 
-    The copy is made of the policy's own modules. An adapter is never folded into its weights: in bf16 an update below
-    half a step of a weight would be lost, and the copy would not sample from the policy that is trained.
+    A policy whose weights are whole on this rank needs no copy. The copy is made of the policy's own modules. An
+    adapter is never folded into its weights: in bf16 an update below half a step of a weight would be lost, and the
+    copy would not sample from the policy that is trained.
 
     folder   a plain folder or an adapter's
     at_once  prompts that one rank answers at a time where the model cannot decode in slots
     tuning   the method by which the policy trains
     prepare  turns the folder's model into one with the policy's weights by their names, adapters included
-    source   the sharded policy whose weights the copy takes before it samples; None where the folder's never change
+    source   the policy that is trained or scored with, to sample from; None reads the folder
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class Generator:
         return Responses(both[:, 0].long(), both[:, 1].float())
 
     def _present(self) -> Any:
-        """Return the copy with the policy's present weights. A collective."""
+        """Return the policy, or the copy with its present weights. A collective."""
+        if self._source is not None and not is_sharded(self._source):
+            return self._source
         if self._copy is None:
             model = self._prepare(self._load())
             self._copy = model.to(group.device()).eval()

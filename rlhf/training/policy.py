@@ -23,7 +23,7 @@ from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Minibatch, PolicyExperience, Sequences
 from rlhf.training.learner import Learner, MovingAverage, Optimiser
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, STAGE_3, Engine, sharded_loading, whole_weights
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, is_sharded, sharded_loading, whole_weights
 
 
 class KlCoefficient:
@@ -129,7 +129,10 @@ class FrozenPolicy(Policy):
     ) -> None:
         with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
-        generator = Generator(folder, precision, temperature, AT_ONCE * micro_batch_size, fp32_head=fp32_head)
+        # Sharded, it would be copied anew for each rollout, though it never changes.
+        source = None if is_sharded(model) else model
+        at_once = AT_ONCE * micro_batch_size
+        generator = Generator(folder, precision, temperature, at_once, fp32_head=fp32_head, source=source)
         super().__init__(Engine(TokenLogprobs(model), precision, zero=zero), generator, temperature, micro_batch_size)
 
 

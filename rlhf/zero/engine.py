@@ -327,6 +327,11 @@ def checkpoint_bytes(module: nn.Module) -> int:
     return sum(whole_shape(weight).numel() * (weight.element_size() + 3 * 4) for _, weight in trained(module))
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a module's weights lie in shards, as in stage 3."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """Return the shape of a weight, which may be sharded."""
     return getattr(parameter, "ds_shape", parameter.shape)

@@ -20,6 +20,7 @@ from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import ScratchSettings
 from rlhf.config.tuning import LoraTuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError
 from rlhf.models.base_models import make_from_scratch
 from rlhf.models.layout import count_parameters, update_json
@@ -131,8 +132,11 @@ POLICY_LOSS, VALUE_LOSS = partial(clipped_policy_loss, clip=0.2), partial(clippe
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_updates_are_those_of_separate_models(folders: dict[str, Path], tmp_path: Path, stage: int) -> None:
+def test_updates_are_those_of_separate_models(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
     """Each with its own rate, norm and moments: weights, Adam's moments and losses, after three updates of each."""
+    monkeypatch.setattr(ZeroSettings, "of_ranks", lambda self, _: self)  # one rank, too, in stage 3
     policy, value, _ = models_of(folders, tmp_path, zero={"stage": stage})
     slow_policy, slow_value = Slow(folders["policy"]), Slow(folders["reward"], head_of(value))
     experience = experience_of(policy, value, sampled(policy))
@@ -235,14 +239,14 @@ def test_the_value_model_starts_from_the_policy_where_a_function_rewards(
 
 
 def test_one_rank_keeps_the_base_once(folders: dict[str, Path], tmp_path: Path) -> None:
-    """What samples is a view of the sharded weights, not a copy."""
+    """What samples is a view of the weights, not a copy."""
     policy, *_ = models_of(folders, tmp_path)
     sampled(policy)
     view = policy._generator._view
-    shards = {name: weight.ds_tensor.data_ptr() for name, weight in module_of(policy).model.named_parameters()}
+    places = {name: weight.data_ptr() for name, weight in module_of(policy).model.named_parameters()}
     held = {name: weight.data_ptr() for name, weight in view.named_parameters() if weight.numel()}
     assert held
-    assert held.items() <= shards.items()
+    assert held.items() <= places.items()
 
 
 def test_the_result_is_the_policy_s_adapter_with_its_base(folders: dict[str, Path], tmp_path: Path) -> None:

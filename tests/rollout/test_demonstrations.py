@@ -53,10 +53,12 @@ def test_a_pass_has_every_completion_once_and_ends_in_eos(tmp_path: Path, tokeni
         str([*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
         for row in ROWS
     )
-    passes = [completions(demonstrations, update, 2) for update in range(6)]
-    assert all(sorted(one) == expected for one in passes)
-    assert len({str(one) for one in passes}) > 1
-    assert passes[3] == completions(demonstrations, 3, 5)
+    for update in range(6):
+        assert sorted(completions(demonstrations, update, 2)) == expected
+        assert sorted(completions(demonstrations, update, 5)) == expected
+    alone = stream(tmp_path, tokenizer, batch_size=1)
+    passes = [[completions(alone, 5 * number + place, 1) for place in range(5)] for number in range(6)]
+    assert len({str(order) for order in passes}) > 1
 
 
 def test_what_is_too_long_is_cut_at_the_end_and_counted(tmp_path: Path, tokenizer: Any) -> None:
