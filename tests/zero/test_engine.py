@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rlhf.config.tuning import FULL, GradualTuning, LoraTuning, Tuning
 from rlhf.models import tuning
-from rlhf.models.packing import PACKABLE
+from rlhf.models.packable import PACKABLE
 from rlhf.zero.engine import ADAM_EPSILON, Engine, whole_weights
 from tests.models.tiny import tiny_config
 
