@@ -18,9 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rlhf.models.packing import keeps_texts_apart, pack
+from rlhf.models.packable import keeps_texts_apart
+from rlhf.models.packing import pack
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import positions
+from rlhf.models.varlen import attend_by_text
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import Domain, seed_of
 from rlhf.rl.kl import logprobs_and_entropies, logprobs_of
@@ -159,6 +161,7 @@ class SequenceScores(nn.Module):
         super().__init__()
         self.model = model
         compute_in_fp32(unwrapped(model).score)
+        attend_by_text(unwrapped(model))
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return raw scores ``[batch]``."""
@@ -168,6 +171,7 @@ class SequenceScores(nn.Module):
 def pack_texts(classifier: Any) -> None:
     """Make a decoder's sequence classifier pack its texts, which are padded on the right, and score in fp32."""
     compute_in_fp32(classifier.score)
+    attend_by_text(classifier)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=_last_token_logits(classifier, input_ids, attention_mask))

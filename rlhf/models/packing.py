@@ -6,7 +6,7 @@ ids restart with each text (``transformers.masking_utils``; flash attention uses
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
@@ -16,59 +16,6 @@ from rlhf.data.mixture import Mixture, by_task
 from rlhf.data.records import read_rows
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import plain_text, prompt_ids, response_ids
-
-PACKABLE = frozenset(
-    {
-        "apertus",
-        "arcee",
-        "codegen",
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "exaone4",
-        "falcon",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neox",
-        "gptj",
-        "granite",
-        "granitemoe",
-        "helium",
-        "hunyuan_v1_dense",
-        "llama",
-        "ministral",
-        "mistral",
-        "mixtral",
-        "nemotron",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-        "persimmon",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "seed_oss",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    }
-)
-"""The model types that keep texts of one row apart, each with a test: OPT or gpt-oss read on, without an error."""
-
-
-def keeps_texts_apart(config: Any) -> bool:
-    """Return whether a model with this configuration of transformers' computes the same for a packed text and alone."""
-    # ALiBi adds the place in the row, in bf16: the later a text begins, the coarser its own places become.
-    return config.model_type in PACKABLE and not getattr(config, "alibi", False)
 
 
 class PackedTexts(NamedTuple):

@@ -31,10 +31,11 @@ from rlhf.config.stages import RmSettings, SftSettings, SupervisedSettings
 from rlhf.errors import DivergedError
 from rlhf.models import folders, reward_losses, tuning
 from rlhf.models.heads import unwrapped
-from rlhf.models.packing import keeps_texts_apart
+from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.reward import raw_scores
 from rlhf.models.reward_losses import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.templates import Tokenizer
+from rlhf.models.varlen import attend_by_text
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import seed_of
 from rlhf.training import checkpoint_writer
@@ -287,6 +288,8 @@ def sft_trainer(
     base = unwrapped(model)
     virtual = has_virtual_tokens(getattr(base, base.base_model_prefix))
     arguments.packing = settings.packing and keeps_texts_apart(model.config) and not virtual
+    if arguments.packing:
+        attend_by_text(base)
     if virtual:
         # The routers of a mixture of experts are frozen, and their loss knows of no tokens but the text's.
         arguments.router_aux_loss_coef = 0.0

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rlhf.models.heads import SequenceScores, pack_texts
-from rlhf.models.packing import PACKABLE, keeps_texts_apart, pack, rows_of
+from rlhf.models.packable import PACKABLE, keeps_texts_apart
+from rlhf.models.packing import pack, rows_of
 from rlhf.models.text import pad
 from tests.models.tiny import tiny_config
 

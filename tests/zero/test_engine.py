@@ -16,7 +16,7 @@ from rlhf.cluster.worker import Location
 from rlhf.cluster.worker_group import environments
 from rlhf.config.tuning import FULL, GradualTuning, LoraTuning, Tuning
 from rlhf.models import tuning
-from rlhf.models.packing import PACKABLE
+from rlhf.models.packable import PACKABLE
 from rlhf.zero.engine import ADAM_EPSILON, Engine, whole_weights
 from tests.models.tiny import tiny_config
 

@@ -1,0 +1,114 @@
+"""Attention on a GPU that computes each text of a packed row by itself, with torch's kernel for variable lengths.
+
+transformers' own way is a mask ``[row, 1, time, time]``, whose cost grows with the square of the row's length. Here the
+mask is replaced by :class:`Boundaries`, found once in a forward pass and given to every layer in the mask's place. Rows
+that are padded, or continue a cache, keep transformers' mask and torch's other kernels.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rlhf.models.packable import attends_to_whole_texts
+
+NAME = "sdpa_by_text"
+_TAKES = inspect.signature(varlen_attn).parameters
+"""They differ between torch 2.11 and later ones."""
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Where the texts of R rows of T tokens begin and end, in the order of the flattened rows."""
+
+    offsets: Tensor
+    """``[text + 1]``, int32: the first token of each text, and the number of all tokens."""
+    longest: int
+    """Tokens of the longest text."""
+
+
+def attend_by_text(model: Any) -> None:
+    """Make a model of transformers' compute packed rows text by text, where a GPU is there and its type allows it."""
+    plain = attends_to_whole_texts(model.config.get_text_config().to_dict())
+    if torch.cuda.is_available() and plain and model._can_set_attn_implementation():
+        model.set_attn_implementation(NAME)
+
+
+def boundaries(begins: Tensor) -> Boundaries:
+    """Return the boundaries of texts.
+
+    begins  ``[R, T]``, whether a text begins at a token; in each row one does at the first
+    """
+    starts = begins.flatten().nonzero().squeeze(-1)
+    offsets = torch.nn.functional.pad(starts, (0, 1), value=begins.numel()).int()
+    return Boundaries(offsets, int(offsets.diff().max()))
+
+
+def beginnings(rows: int, time: int, sees: Callable[..., Tensor], device: torch.device) -> Tensor:
+    """Return ``[R, T]``, whether a text begins at a token: whether the token does not see the one before it.
+
+    sees  of indices of row, head, query and key, as transformers makes masks from
+    """
+    row, place = torch.arange(rows, device=device)[:, None], torch.arange(1, time, device=device)
+    continues = sees(row, row.new_zeros(()), place, place - 1).expand(rows, -1)
+    return torch.nn.functional.pad(~continues, (1, 0), value=True)
+
+
+def _mask(**given: Any) -> Boundaries | Tensor | None:
+    """Return what transformers gives each layer as its mask."""
+    packed = given["attention_mask"] is None and not given.get("allow_is_causal_skip", True)
+    packed = packed and not given["use_vmap"]
+    if packed and given["q_length"] == given["kv_length"] and _computes(given["device"], given["dtype"]):
+        begins = beginnings(given["batch_size"], given["q_length"], given["mask_function"], given["device"])
+        return boundaries(begins)
+    return sdpa_mask(**given)
+
+
+def _computes(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype == torch.bfloat16
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Return ``[R, T, head, width]`` of queries, keys and values ``[R, head, T, width]``."""
+    if not isinstance(attention_mask, Boundaries):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
+    if "enable_gqa" not in _TAKES:
+        key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
+    flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    states = _by_text(flat[0], flat[1], flat[2], attention_mask, scale)
+    return states.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _by_text(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale: float) -> Tensor:
+    """Return ``[token, head, width]`` of the tokens' queries, keys and values, each attending to its text alone."""
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in _TAKES else {"is_causal": True}
+    if "enable_gqa" in _TAKES:
+        options["enable_gqa"] = True
+    if "scale" in _TAKES:
+        options["scale"] = scale
+    else:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    offsets, longest = texts.offsets, texts.longest
+    states = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
+    assert isinstance(states, Tensor)
+    return states
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
