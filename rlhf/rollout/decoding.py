@@ -20,7 +20,7 @@ from rlhf.attempt import liveness
 from rlhf.errors import PreflightError, size
 from rlhf.models import text
 from rlhf.models.heads import unwrapped
-from rlhf.models.packing import keeps_texts_apart
+from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.rollout import capacity
 from rlhf.rollout.drawing import Responses, drawn
