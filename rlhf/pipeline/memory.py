@@ -19,7 +19,7 @@ from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.config.tuning import LowRankTuning
 from rlhf.config.zero import BUCKET
 from rlhf.errors import size
-from rlhf.models import footprint
+from rlhf.models import capacity, footprint
 from rlhf.models.footprint import Architecture, Learned, learned, weight_bytes
 
 PARTS = ("weights", "gradients", "optimiser", "activations", "logits", "generation", "frozen models")
@@ -31,8 +31,7 @@ REUSE = 5 * 10**8
 """Parameters of a rank's layers that stay gathered from the forward to the backward pass, half of DeepSpeed's
 ``max_reuse_distance``."""
 AT_ONCE = 4
-"""Micro batches that a policy samples at a time, as in :mod:`rlhf.training.policy`, and that all models score at a
-time, as in :mod:`rlhf.models.heads`."""
+"""Micro batches that are computed at a time without gradients, as in :mod:`rlhf.models.heads`."""
 CHUNK = 2**27, 1024
 """Logits that a policy computes at a time, and the fewest tokens whose logits these are: those of
 :mod:`rlhf.models.heads`."""
@@ -327,13 +326,22 @@ def _ppo(
             "optimiser": 4 * policy.share if settings.average_decay is not None else 0.0,
         },
     )
-    yield "while responses are sampled", _sum(standing, _sampling(settings, policy, texts, micro))
-    yield "while responses are scored", _sum(standing, _scoring(settings, policy, texts, micro))
     tokens = micro * texts.response
     logits = _policy_loss(settings, policy, tokens)
+    others: list[tuple[str, Bytes]] = [("while responses are scored", _scoring(settings, policy, texts, micro))]
     for trained, at_loss in ((policy, logits), (value, (4 + width) * tokens * start.hidden)):
-        for moment, parts in trained.moments(micro, texts.longest, at_loss):
-            yield moment, _sum(standing, parts)
+        others += trained.moments(micro, texts.longest, at_loss)
+    # Sampling has as many rows as there is memory for: what fits otherwise fits with some.
+    most = max(sum(parts.values()) for _, parts in others)
+    rows, cache = _rows(settings, policy, texts, gpu=gpu)
+    kept = {"generation": cache * rows if gpu and cache * rows <= capacity.KEPT else 0.0}
+    wanted = _sampling(policy, texts, rows, cache, gpu=gpu)
+    while gpu and rows > 1 and sum(wanted.values()) > most + kept["generation"]:
+        rows //= 2
+        wanted = _sampling(policy, texts, rows, cache, gpu=gpu)
+    yield "while responses are sampled", _sum(standing, wanted)
+    for moment, parts in others:
+        yield moment, _sum(standing, kept, parts)
 
 
 def _logit_width(policy: Trained) -> int:
@@ -377,16 +385,23 @@ def _scoring(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -
     }
 
 
-def _sampling(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
-    """Return the bytes of the cache and of what a step of sampling computes."""
-    model, prompt = policy.model, texts.longest - texts.response
-    rows = min(AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.count))
-    layers = model.layers + 1  # one layer's is copied as it grows
-    cache = rows * (texts.longest + policy.part.tokens) * layers * 2 * model.keys * policy.width
-    # Two distributions in fp32, and the cumulative one in fp64 with its source.
-    logits = max((_logit_width(policy) + 20) * rows * model.vocabulary, _head_work(policy, rows))
-    work = footprint.work(model, policy.width, rows, prompt, backward=False)
-    return {"generation": cache, "activations": work, "logits": logits}
+def _rows(settings: PpoSettings, policy: Trained, texts: Texts, *, gpu: bool) -> tuple[int, float]:
+    """Return the rows that a rank samples at a time where memory allows, and the bytes of a row's keys and values."""
+    most = capacity.ROWS_ON_GPU if gpu else capacity.ROWS_ON_CPU
+    places = capacity.rounded(texts.longest - 1, capacity.COLUMNS_ON_GPU if gpu else capacity.COLUMNS_ON_CPU)
+    rows = min(most, math.ceil(settings.rollouts / settings.workers.count))
+    return rows, (places + policy.part.tokens) * policy.model.layers * 2 * policy.model.keys * policy.width
+
+
+def _sampling(policy: Trained, texts: Texts, rows: int, cache: float, *, gpu: bool) -> Bytes:
+    """Return the bytes of a cache for so many rows, and of what reading prompts and drawing tokens computes."""
+    model, prompt = policy.model, max(1, texts.longest - texts.response)
+    at_once = capacity.TOKENS_ON_GPU if gpu else capacity.TOKENS_ON_CPU
+    read = min(rows, max(1, at_once // prompt))
+    keys = read * prompt * model.layers * 2 * model.keys * policy.width
+    logits = max(capacity.LOGIT_BYTES * rows * model.vocabulary, _head_work(policy, rows))
+    work = keys + footprint.work(model, policy.width, read, prompt, backward=False)
+    return {"generation": cache * rows, "activations": work, "logits": logits}
 
 
 def _sum(*parts: Bytes) -> dict[str, float]:

@@ -18,11 +18,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from rlhf.attempt import liveness
 from rlhf.errors import PreflightError, size
-from rlhf.models import text
+from rlhf.models import capacity, text
 from rlhf.models.heads import unwrapped
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.virtual_tokens import has_virtual_tokens
-from rlhf.rollout import capacity
 from rlhf.rollout.drawing import Responses, drawn
 
 UNPACKED = frozenset({"opt"})
@@ -240,7 +239,8 @@ class Decoder:
         """Learn from one pass what a cache of the model holds, and which tokens it gives no probability."""
         cache = DynamicCache()
         token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
-        logits = self._model(input_ids=token, position_ids=token, cache=cache, use_cache=True).logits[0, -1]
+        inputs = {"input_ids": token, "position_ids": token, "use_cache": True}
+        logits = self._model(**inputs, cache=cache).logits[0, -1]
         layers: list[Any] = cache.layers
         self._shapes = [
             _Shape((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3]))
@@ -250,6 +250,9 @@ class Decoder:
         # A step calls the model's forward pass without its hooks: the one that forbids these rows of the head copies
         # their numbers to the device each time, which no graph can hold.
         self._forbidden = logits.isneginf().nonzero().squeeze(-1)
+        without = self._model.forward(**inputs, cache=DynamicCache()).logits[0, -1]
+        without = without.index_fill(-1, self._forbidden, -torch.inf)
+        assert torch.allclose(logits, without, atol=1e-3, rtol=1e-3), "a hook changes the logits"
         self._vocabulary = len(logits)
         self._unseen = torch.full((), -torch.inf, dtype=self._dtype, device=self._device)
         self._seen = torch.zeros_like(self._unseen)

@@ -61,16 +61,17 @@ def _inverse(probabilities: Tensor, numbers: Tensor) -> Tensor:
     """Find the token in two steps, the block that holds it and its place there: sums in float64 over the whole
     vocabulary would be the dearest part of a step.
     """
-    missing = -probabilities.shape[-1] % BLOCK
+    width = min(BLOCK, probabilities.shape[-1])
+    missing = -probabilities.shape[-1] % width
     padded = torch.nn.functional.pad(probabilities, (0, missing)) if missing else probabilities
-    blocks = padded.unflatten(-1, (-1, BLOCK))
+    blocks = padded.unflatten(-1, (-1, width))
     sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     # Rounding leaves the last sum a little off 1; scaling by it keeps every number inside.
     threshold = numbers[:, None] * sums[:, -1:]
     block = _first_above(sums, threshold)
     before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
-    return (block * BLOCK + _first_above(inside, threshold - before)).squeeze(-1)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, width)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
+    return (block * width + _first_above(inside, threshold - before)).squeeze(-1)
 
 
 def _first_above(cumulative: Tensor, threshold: Tensor) -> Tensor:

@@ -23,12 +23,12 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.errors import PreflightError
-from rlhf.models import footprint
+from rlhf.models import capacity, footprint
 from rlhf.models.folders import copy_tokenizer
 from rlhf.models.footprint import Architecture, Learned, learned
 from rlhf.models.tuning import prepared
 from rlhf.pipeline import fitting
-from rlhf.pipeline.memory import CONTEXT, FILLED, Prediction, Texts, Trained, predict, with_micro_batch
+from rlhf.pipeline.memory import CONTEXT, FILLED, Prediction, Texts, Trained, limits, predict, with_micro_batch
 from rlhf.terminal import memory_table
 from tests.models.tiny import make_tiny_llama, tiny_config
 from tests.pipeline.memory_ranks import RESPONSE, ROWS, TIME
@@ -324,7 +324,8 @@ def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
 
 def test_adapters_on_one_base_are_counted_with_one_base() -> None:
     """In place of those of policy, value model, reward model and generation; on several ranks the last one stays."""
-    lora, shared = (["tuning.method=lora", *more] for more in ([], ["share_base=true"]))
+    # So many that the sampler's cache does not stay.
+    lora, shared = (["rollouts=4096", "tuning.method=lora", *more] for more in ([], ["share_base=true"]))
     held: dict[tuple[int, bool], float] = {}
     for ranks in (1, 4):
         for overrides in (lora, shared):
@@ -468,3 +469,15 @@ def test_lora_with_dropout_keeps_each_adapters_input() -> None:
     inputs = 6 * 2048 + 8192
     assert dropped.adapter_masks == inputs
     assert dropped.adapter_elements - plain.adapter_elements == inputs - (2 * 2048 + 8192)
+
+
+def test_sampling_never_decides_what_fits_a_gpu() -> None:
+    """It has the rows that there is memory for; a small cache stays beside everything else."""
+    settings = STAGES["ppo"]
+    for more in ([], ["micro_batch_size=1"], ["rollouts=4096"], ["rollouts=4096", "micro_batch_size=1"]):
+        assert predict(changed(settings, *more), MODELS).moment != "while responses are sampled"
+    few, many = (predict(changed(settings, f"rollouts={count}"), MODELS).parts for count in (16, 32))
+    # Of a place in each of 16 layers, 512 keys and values in bf16.
+    places = capacity.rounded(limits(settings).longest - 1, capacity.COLUMNS_ON_GPU)
+    assert many["generation"] - few["generation"] == 16 * places * 16 * 2 * 512 * 2
+    assert predict(changed(settings, "rollouts=4096"), MODELS).parts["generation"] == 2 * BILLION.parameters

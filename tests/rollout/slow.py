@@ -28,6 +28,7 @@ def slow_responses(
     responses = torch.full(numbers.shape, pad, device=model.device)
     logprobs = torch.zeros(numbers.shape, device=model.device)
     running = torch.ones(len(ids), dtype=torch.bool, device=model.device)
+    numbers = numbers.to(model.device)
     cache = DynamicCache(config=model.config)
     for step in range(numbers.shape[1]):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)

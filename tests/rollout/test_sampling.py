@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.models import folders, text
 from rlhf.rollout.drawing import inverse_transform, uniforms
-from rlhf.rollout.sampling import answers, sample_responses
+from rlhf.rollout.sampling import answers, sample_in_batch, sample_responses
 
 
 def sampled(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -134,23 +134,26 @@ def test_what_the_model_s_folder_says_of_generating_is_no_part_of_the_policy(
     assert len(lengths) > 2
 
 
-def test_sampling_stops_when_every_response_has_ended(tiny: Path) -> None:
+@pytest.mark.parametrize("sample", [sample_responses, sample_in_batch])
+def test_sampling_stops_when_every_response_has_ended(tiny: Path, sample: Any) -> None:
     """The model is asked for as many tokens as the longest response has, and not for those beyond."""
-    passes: list[int] = []
+    heads: list[int] = []
     model = folders.load_policy(tiny, torch.float32).eval()
-    model.register_forward_pre_hook(lambda *_: passes.append(1))
     prompts = [[20], [21, 22]]
+    model.lm_head.register_forward_pre_hook(lambda *_: heads.append(1))
+    sample(model, prompts, uniforms(0, range(2), 1), 1.0, eos_token_id=-1, pad=0)
+    beside = len(heads) - 1
 
     def common(seed: int) -> set[int]:
-        passes.clear()
-        free = sample_responses(model, prompts, uniforms(seed, range(2), 30), 1.0, eos_token_id=-1, pad=0).ids
-        assert len(passes) == 30
+        heads.clear()
+        free = sample(model, prompts, uniforms(seed, range(2), 30), 1.0, eos_token_id=-1, pad=0).ids
+        assert len(heads) == beside + 30
         return {*free[0, :25].tolist()} & {*free[1, :25].tolist()}
 
     # Both responses are to end, and before the limit.
     seed = next(seed for seed in range(20) if common(seed))
     end, numbers = min(common(seed)), uniforms(seed, range(2), 30)
-    free = sample_responses(model, prompts, numbers, 1.0, eos_token_id=-1, pad=0).ids
-    passes.clear()
-    sample_responses(model, prompts, numbers, 1.0, eos_token_id=end, pad=0)
-    assert len(passes) == max(row.tolist().index(end) for row in free) + 1 < 30
+    free = sample(model, prompts, numbers, 1.0, eos_token_id=-1, pad=0).ids
+    heads.clear()
+    sample(model, prompts, numbers, 1.0, eos_token_id=end, pad=0)
+    assert len(heads) - beside == max(row.tolist().index(end) for row in free) + 1 < 30
