@@ -27,6 +27,7 @@ from rlhf.config.tuning import (
     Tuning,
 )
 from rlhf.models.layout import config_file, shapes
+from rlhf.models.packable import attends_to_whole_texts
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _STEPWISE = ("gelu_new", "gelu_fast", "quick_gelu", "gelu_python", "gelu_pytorch_tanh_python")
@@ -69,6 +70,8 @@ class Architecture:
     """Whether the norms' weights multiply in fp32, as Gemma's."""
     eager: bool
     """Whether the attention's probabilities are kept, since no kernel computes it, as Gemma 2's."""
+    by_text: bool = False
+    """Whether a GPU can compute packed texts one by one (:mod:`rlhf.models.varlen`), without a mask."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:
@@ -127,6 +130,7 @@ class Architecture:
             eager=config.get("model_type") == "bloom"
             or config.get("attn_logit_softcapping") is not None
             or any(name.endswith("sinks") for name in in_layers),
+            by_text=attends_to_whole_texts(config),
         )
 
 
@@ -250,18 +254,27 @@ def weight_bytes(model: Architecture, part: Learned, width: int, *, scores: bool
 
 
 def saved(
-    model: Architecture, part: Learned, width: int, rows: int, time: int, *, checkpointing: bool = False
+    model: Architecture,
+    part: Learned,
+    width: int,
+    rows: int,
+    time: int,
+    *,
+    checkpointing: bool = False,
+    masked: bool = True,
 ) -> float:
     """Return the bytes that a forward pass of the body saves for its backward pass, its last norm included.
 
     width          bytes of an element of the model's precision
     rows, time     shape of the batch of token ids
     checkpointing  keeps the input of each layer alone, and what one layer saves as it is computed again
+    masked         whether attention has a mask; False where texts are computed one by one
     """
     time += part.tokens
     tokens = rows * time
-    layer = tokens * _saved_by_layer(model, part, width, time)
-    frozen = tokens * (_frozen(model, width, time) + part.adapter_elements * width + part.adapter_masks)
+    masked_time = time if masked else 0
+    layer = tokens * _saved_by_layer(model, part, width, masked_time)
+    frozen = tokens * (_frozen(model, width, masked_time) + part.adapter_elements * width + part.adapter_masks)
     norm = tokens * model.hidden * ((4 if model.rms else width) + (width if part.whole_layers else 0))
     if checkpointing:
         return tokens * model.layers * model.hidden * width + max(layer, frozen) + norm
@@ -286,7 +299,8 @@ def _frozen(model: Architecture, width: int, time: int) -> float:
     norms += 4 * (model.queries + model.keys) if model.normed_heads else 0
     # Queries, keys, values and results. With a mask, keys and values are repeated for each of their queries. The mask
     # is converted in each layer; the kernel keeps a normaliser in fp32 for each head.
-    attention = width * (4 * model.queries + time) + 4 * model.heads
+    shared = 4 * model.queries + time if time else 2 * (model.queries + model.keys)
+    attention = width * shared + 4 * model.heads
     if model.eager:
         # The probabilities in fp32 and in the model's precision, and the capped products.
         attention += model.heads * time * (4 + 2 * width)
@@ -300,11 +314,12 @@ def _feed_forward(model: Architecture) -> int:
     return 3 if model.gated else 1
 
 
-def work(model: Architecture, width: int, rows: int, time: int, *, backward: bool) -> float:
+def work(model: Architecture, width: int, rows: int, time: int, *, backward: bool, masked: bool = True) -> float:
     """Return the bytes of a layer's intermediate results at their most.
 
     backward  whether they are those of its gradients, or of a pass that keeps nothing for them
+    masked    as for :func:`saved`
     """
     inner = 3 if backward else 1 + _feed_forward(model)
     narrow = 2 if backward else 4
-    return rows * time * (inner * model.intermediate + narrow * model.hidden + time) * width
+    return rows * time * (inner * model.intermediate + narrow * model.hidden + masked * time) * width

@@ -326,6 +326,27 @@ def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
     assert one < footprint.saved(BILLION, part, 2, 4, 512) / 5
 
 
+def test_texts_computed_one_by_one_need_no_mask() -> None:
+    """So that activations grow with the tokens of a packed row, and not with their square; in bf16 on GPUs alone."""
+    by_text: dict[str, Any] = {role: replace(model, by_text=True) for role, model in MODELS.items()}
+    part = learned(BILLION, FULL, scores=False)
+    whole = footprint.saved(BILLION, part, 2, 1, 2048, masked=False)
+    assert whole == 2 * footprint.saved(BILLION, part, 2, 1, 1024, masked=False)
+    # Of each layer the mask, and keys and values that were repeated for each of their queries.
+    spared = 2 * (2048 + 2 * (BILLION.queries - BILLION.keys))
+    assert footprint.saved(BILLION, part, 2, 1, 2048) - whole == BILLION.layers * 2048 * spared
+    for stage, overrides, spares in (
+        ("sft", [], True),
+        ("rm", [], True),
+        ("ppo", [], False),
+        ("sft", ["packing=false"], False),
+        ("sft", ["precision=fp32"], False),
+    ):
+        settings = changed(STAGES[stage], *overrides)
+        assert (predict(settings, by_text).total < predict(settings, MODELS).total) == spares
+        assert predict(settings, by_text, gpu=False) == predict(settings, MODELS, gpu=False)
+
+
 def test_adapters_on_one_base_are_counted_with_one_base() -> None:
     """In place of those of policy, value model, reward model and generation; on several ranks the last one stays."""
     lora, shared = (["tuning.method=lora", *more] for more in ([], ["share_base=true"]))
