@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
+from rlhf.cluster import causes
 from rlhf.cluster.devices import Device
 from rlhf.cluster.session import ENVIRONMENT
+from rlhf.cluster.worker import Call
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
@@ -33,6 +36,7 @@ from rlhf.models.tuning import prepared
 from rlhf.pipeline import fitting
 from rlhf.pipeline.memory import CONTEXT, FILLED, Prediction, Texts, Trained, predict, with_micro_batch
 from rlhf.terminal import memory_table
+from rlhf.training import loading
 from tests.models.tiny import make_tiny_llama, tiny_config
 from tests.pipeline.memory_ranks import RESPONSE, ROWS, TIME
 
@@ -447,6 +451,30 @@ def test_a_size_that_is_not_set_is_predicted_and_advised_as_ranks_will_choose_it
     with pytest.raises(PreflightError) as refused:
         fitting.check(context_of(unset, tmp_path, tmp_path), texts)
     assert "micro_batch_size" not in refused.value.next_step
+
+
+def test_ranks_choose_by_the_smallest_gpu_and_say_what_they_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's message about a lack of memory then names half of it; a set number is left alone, and not noted."""
+    unset, smallest = changed(STAGES["sft"], "micro_batch_size=null"), 40 * 10**9
+    expected = with_micro_batch(unset, MODELS, smallest).micro_batch
+    assert 1 < expected < 16
+    given = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: given)
+    others = torch.tensor(-smallest)
+    ranks = {"device": lambda: torch.device("cuda"), "all_max": others.maximum, "is_main": lambda: True}
+    for name, behaviour in ranks.items():
+        monkeypatch.setattr(loading.group, name, behaviour)
+    monkeypatch.setattr(loading, "architectures", lambda _: MODELS)
+    context = context_of(unset, tmp_path, tmp_path)
+    fixed = context_of(STAGES["sft"], tmp_path, tmp_path)
+    assert loading.with_micro_batch(fixed) is fixed
+    assert not AttemptFolder(tmp_path).notes()
+    assert loading.with_micro_batch(context).settings.micro_batch_size == expected
+    assert AttemptFolder(tmp_path).notes() == [f"micro_batch_size {expected}, as many as fit"]
+    advice = causes._less_memory(Call("", context))  # pyright: ignore[reportPrivateUsage]
+    assert f"stage.micro_batch_size={expected // 2}" in advice
 
 
 @pytest.mark.parametrize(("size", "gpu_there"), [(1.05, True), (0.95, True), (0.1, False)])
