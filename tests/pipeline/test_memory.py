@@ -457,7 +457,7 @@ def test_ranks_choose_by_the_smallest_gpu_and_say_what_they_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver's message about a lack of memory then names half of it; a set number is left alone, and not noted."""
-    unset, smallest = changed(STAGES["sft"], "micro_batch_size=null"), 40 * 10**9
+    unset, smallest = changed(STAGES["sft"], "micro_batch_size=null"), 60 * 10**9
     expected = with_micro_batch(unset, MODELS, smallest).micro_batch
     assert 1 < expected < 16
     given = SimpleNamespace(total_memory=80 * 10**9)
