@@ -28,6 +28,7 @@ from rlhf.config.tuning import (
     Tuning,
 )
 from rlhf.models.layout import config_file, shapes
+from rlhf.models.packable import attends_to_whole_texts
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _STEPWISE = ("gelu_new", "gelu_fast", "quick_gelu", "gelu_python", "gelu_pytorch_tanh_python")
@@ -72,6 +73,8 @@ class Architecture:
     """Whether the attention's probabilities are kept, since no kernel computes it, as Gemma 2's."""
     inputs_first: bool = False
     """Whether the matrices have their inputs as rows, and so are no linear layers of torch's, as GPT-2's."""
+    by_text: bool = False
+    """Whether a GPU can compute packed texts one by one (:mod:`rlhf.models.varlen`), without a mask."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:
@@ -132,6 +135,7 @@ class Architecture:
             or config.get("attn_logit_softcapping") is not None
             or any(name.endswith("sinks") for name in in_layers),
             inputs_first=inputs_first,
+            by_text=attends_to_whole_texts(config),
         )
 
 
@@ -266,6 +270,7 @@ def saved(
     *,
     checkpointing: bool = False,
     keeps_inputs: bool = False,
+    masked: bool = True,
 ) -> float:
     """Return the bytes that a forward pass of the body saves for its backward pass, its last norm included.
 
@@ -273,14 +278,16 @@ def saved(
     rows, time     shape of the batch of token ids
     checkpointing  keeps the input of each layer alone, and what one layer saves as it is computed again
     keeps_inputs   whether frozen linear layers keep their inputs too, as DeepSpeed's own do
+    masked         whether attention has a mask; False where texts are computed one by one
     """
     time += part.tokens
     tokens = rows * time
-    layer = tokens * _saved_by_layer(model, part, width, time)
+    masked_time = time if masked else 0
+    layer = tokens * _saved_by_layer(model, part, width, masked_time)
     elements = part.adapter_elements
     if keeps_inputs and not model.inputs_first:
         elements += max(0.0, _inputs(model) - part.adapter_inputs)
-    frozen = tokens * (_frozen(model, width, time) + elements * width + part.adapter_masks)
+    frozen = tokens * (_frozen(model, width, masked_time) + elements * width + part.adapter_masks)
     norm = tokens * model.hidden * ((4 if model.rms else width) + (width if part.whole_layers else 0))
     if checkpointing:
         return tokens * model.layers * model.hidden * width + max(layer, frozen) + norm
@@ -308,7 +315,8 @@ def _frozen(model: Architecture, width: int, time: int) -> float:
     norms += 4 * (model.queries + model.keys) if model.normed_heads else 0
     # Queries, keys, values and results. With a mask, keys and values are repeated for each of their queries. The mask
     # is converted in each layer; the kernel keeps a normaliser in fp32 for each head.
-    attention = width * (4 * model.queries + time) + 4 * model.heads
+    shared = 4 * model.queries + time if time else 2 * (model.queries + model.keys)
+    attention = width * shared + 4 * model.heads
     if model.eager:
         # The probabilities in fp32 and in the model's precision, and the capped products.
         attention += model.heads * time * (4 + 2 * width)
@@ -322,11 +330,12 @@ def _feed_forward(model: Architecture) -> int:
     return 3 if model.gated else 1
 
 
-def work(model: Architecture, width: int, rows: int, time: int, *, backward: bool) -> float:
+def work(model: Architecture, width: int, rows: int, time: int, *, backward: bool, masked: bool = True) -> float:
     """Return the bytes of a layer's intermediate results at their most.
 
     backward  whether they are those of its gradients, or of a pass that keeps nothing for them
+    masked    as for :func:`saved`
     """
     inner = 3 if backward else 1 + _feed_forward(model)
     narrow = 2 if backward else 4
-    return rows * time * (inner * model.intermediate + narrow * model.hidden + time) * width
+    return rows * time * (inner * model.intermediate + narrow * model.hidden + masked * time) * width

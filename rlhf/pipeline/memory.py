@@ -188,6 +188,13 @@ class Trained:
         return weight_bytes(self.model, self.part, self.width, scores=self.scores)
 
     @property
+    def masked(self) -> bool:
+        """Whether attention has a mask; packed texts are computed one by one where the GPU's kernel can."""
+        settings = self.settings
+        packed = settings.packing if isinstance(settings, SftSettings) else isinstance(settings, RmSettings)
+        return not (packed and self.gpu and self.width == 2 and self.model.by_text and not self.part.tokens)
+
+    @property
     def sharding(self) -> Sharding:
         """How it is spread over ranks and host."""
         return Sharding.of(self.settings)
@@ -227,6 +234,7 @@ class Trained:
             time,
             checkpointing=self.settings.activation_checkpointing,
             keeps_inputs=self.sharding.own_linear,
+            masked=self.masked,
         )
 
     def moments(self, rows: int, time: int, logits: float) -> Iterator[tuple[str, Bytes]]:
@@ -244,7 +252,7 @@ class Trained:
         # A tied head's gradient waits for that of the embeddings.
         tied = self.part.head and not (self.model.head or self.scores)
         matrix = self.model.vocabulary * self.model.hidden
-        layer = footprint.work(self.model, self.width, rows, time, backward=True)
+        layer = footprint.work(self.model, self.width, rows, time, backward=True, masked=self.masked)
         backward = {"activations": kept + layer, "gradients": self.width * matrix if tied else 0.0}
         yield f"in {self.name} backward pass", _sum(at_work, backward)
         # Full buckets are reduced by a copy, the first after as many parameters of the top layers have gradients.

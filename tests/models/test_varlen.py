@@ -20,8 +20,8 @@ from rlhf.models.text import pad
 from tests.models.tiny import tiny_config
 
 PLAIN: dict[str, Any] = {"attn_pdrop": 0.0, "attention_dropout": 0.0}
-CONFIGS = {kind: tiny_config(kind, **PLAIN) for kind in sorted(PACKABLE)}
-CONFIGS |= {kind: tiny_config(kind, **PLAIN, sliding_window=None) for kind in ("mistral", "mixtral", "phi3")}
+WITHOUT_WINDOW = {kind: {"sliding_window": None} for kind in ("mistral", "mixtral", "phi3")}
+CONFIGS = {kind: tiny_config(kind, **PLAIN, **WITHOUT_WINDOW.get(kind, {})) for kind in sorted(PACKABLE)}
 BY_TEXT = [kind for kind, config in CONFIGS.items() if attends_to_whole_texts(config.to_dict())]
 LENGTHS = (5, 1, 17, 9, 2)
 

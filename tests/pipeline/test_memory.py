@@ -5,6 +5,7 @@ from copy import deepcopy
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
+from rlhf.cluster import causes
 from rlhf.cluster.devices import Device
+from rlhf.cluster.worker import Call
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
@@ -30,6 +33,7 @@ from rlhf.models.tuning import prepared
 from rlhf.pipeline import fitting
 from rlhf.pipeline.memory import CONTEXT, FILLED, Prediction, Texts, Trained, limits, predict, with_micro_batch
 from rlhf.terminal import memory_table
+from rlhf.training import loading
 from tests.models.tiny import make_tiny_llama, tiny_config
 from tests.pipeline.memory_ranks import RESPONSE, ROWS, TIME
 from tests.zero.groups import run_groups
@@ -322,6 +326,27 @@ def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
     assert shallow < footprint.saved(BILLION, part, 2, 4, 512) / 5
 
 
+def test_texts_computed_one_by_one_need_no_mask() -> None:
+    """So that activations grow with the tokens of a packed row, and not with their square; in bf16 on GPUs alone."""
+    by_text: dict[str, Any] = {role: replace(model, by_text=True) for role, model in MODELS.items()}
+    part = learned(BILLION, FULL, scores=False)
+    whole = footprint.saved(BILLION, part, 2, 1, 2048, masked=False)
+    assert whole == 2 * footprint.saved(BILLION, part, 2, 1, 1024, masked=False)
+    # Of each layer the mask, and keys and values that were repeated for each of their queries.
+    spared = 2 * (2048 + 2 * (BILLION.queries - BILLION.keys))
+    assert footprint.saved(BILLION, part, 2, 1, 2048) - whole == BILLION.layers * 2048 * spared
+    for stage, overrides, spares in (
+        ("sft", [], True),
+        ("rm", [], True),
+        ("ppo", [], False),
+        ("sft", ["packing=false"], False),
+        ("sft", ["precision=fp32"], False),
+    ):
+        settings = changed(STAGES[stage], *overrides)
+        assert (predict(settings, by_text).total < predict(settings, MODELS).total) == spares
+        assert predict(settings, by_text, gpu=False) == predict(settings, MODELS, gpu=False)
+
+
 def test_adapters_on_one_base_are_counted_with_one_base() -> None:
     """In place of those of policy, value model, reward model and generation; on several ranks the last one stays."""
     # So many that the sampler's cache does not stay.
@@ -423,6 +448,30 @@ def test_a_size_that_is_not_set_is_predicted_and_advised_as_ranks_will_choose_it
     with pytest.raises(PreflightError) as refused:
         fitting.check(context_of(unset, tmp_path, tmp_path), texts)
     assert "micro_batch_size" not in refused.value.next_step
+
+
+def test_ranks_choose_by_the_smallest_gpu_and_say_what_they_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's message about a lack of memory then names half of it; a set number is left alone, and not noted."""
+    unset, smallest = changed(STAGES["sft"], "micro_batch_size=null"), 60 * 10**9
+    expected = with_micro_batch(unset, MODELS, smallest).micro_batch
+    assert 1 < expected < 16
+    given = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: given)
+    others = torch.tensor(-smallest)
+    ranks = {"device": lambda: torch.device("cuda"), "all_max": others.maximum, "is_main": lambda: True}
+    for name, behaviour in ranks.items():
+        monkeypatch.setattr(loading.group, name, behaviour)
+    monkeypatch.setattr(loading, "architectures", lambda _: MODELS)
+    context = context_of(unset, tmp_path, tmp_path)
+    fixed = context_of(STAGES["sft"], tmp_path, tmp_path)
+    assert loading.with_micro_batch(fixed) is fixed
+    assert not AttemptFolder(tmp_path).notes()
+    assert loading.with_micro_batch(context).settings.micro_batch_size == expected
+    assert AttemptFolder(tmp_path).notes() == [f"micro_batch_size {expected}, as many as fit"]
+    advice = causes._less_memory(Call("", context))  # pyright: ignore[reportPrivateUsage]
+    assert f"stage.micro_batch_size={expected // 2}" in advice
 
 
 @pytest.mark.parametrize(("size", "gpu_there"), [(1.05, True), (0.95, True), (0.1, False)])

@@ -1,7 +1,10 @@
 """The sft stage in a group of one, against transformers alone."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,15 @@ from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.stages import SftSettings
 from rlhf.data.records import read_rows
-from rlhf.models import folders
+from rlhf.models import folders, varlen
 from rlhf.models.packing import tokenised, training_demonstrations
 from rlhf.models.text import load_tokenizer
+from rlhf.training import trl_trainers
 from stages import sft
+from tests.models.test_varlen import looped
 from tests.models.tiny import make_tiny_llama, tiny_config
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     # DeepSpeed's, torch's, TRL's and transformers' own.
     pytest.mark.filterwarnings("ignore"),
@@ -123,3 +129,74 @@ def test_the_held_out_loss_of_a_task_is_that_of_its_records_alone(
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_packed_demonstrations_are_learned_text_by_text(
+    bases: dict[str, Path], demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU does: through TRL, accelerate and DeepSpeed every layer gets the boundaries of a micro batch's texts."""
+    texts: list[int] = []
+
+    def by_text(*states: Any) -> torch.Tensor:
+        texts.append(len(states[3].offsets) - 1)
+        return looped(*states)
+
+    expected = loss_alone(bases["llama"], demonstrations)
+    monkeypatch.setattr(varlen, "_by_text", by_text)
+    monkeypatch.setattr(varlen, "_computes", lambda *_: True)
+    monkeypatch.setattr(trl_trainers, "attend_by_text", lambda model: model.set_attn_implementation(varlen.NAME))
+    found = trained(bases["llama"], demonstrations, tmp_path, micro_batch_size=3, activation_checkpointing=True)
+    assert found["eval/loss"] == pytest.approx(expected, abs=1e-5)
+    # Two layers compute the two texts of the only step, and again for its gradients; then those held out.
+    assert texts == [2, 2, 2, 2, 5, 5]
+    assert varlen.NAME not in (tmp_path / "out" / "config.json").read_text()
+
+
+ON_A_GPU = """
+import json, sys
+from pathlib import Path
+from benchmarks.one_rank import alone, context_of
+from rlhf.config.stages import SftSettings
+from rlhf.models import varlen
+from rlhf.tracking import read_metrics
+from rlhf.training import trl_trainers
+from stages import sft
+
+base, demonstrations, masked = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "masked"
+if masked:
+    trl_trainers.attend_by_text = lambda model: None
+calls = []
+kernel = varlen.varlen_attn
+varlen.varlen_attn = lambda *states, **named: calls.append(1) or kernel(*states, **named)
+values = {"precision": "bf16", "batch_size": 1, "max_length": 64, "optimizer": {"learning_rate": 1e-12}}
+with alone() as folder:
+    inputs = {"base": base, "demonstrations": demonstrations}
+    context = context_of("sft", SftSettings.model_validate(values), inputs, folder)
+    loss = sft.run(context)["eval/loss"]
+    row = next(row for row in read_metrics(context.folder.metrics) if "grad_norm" in row)
+    notes = context.folder.notes()
+found = {"eval": loss, "calls": len(calls), "notes": notes}
+print(json.dumps(found | {name: row[name] for name in ("loss", "grad_norm")}))
+"""
+
+
+@pytest.mark.gpu
+def test_packed_demonstrations_are_learned_on_a_gpu_as_under_a_mask(
+    bases: dict[str, Path], demonstrations: Path
+) -> None:
+    """In bf16: loss, gradient and held-out loss; the kernel computes every layer, and the size chosen is noted."""
+    found: dict[str, Any] = {}
+    for how in ("masked", "by text"):
+        command = [sys.executable, "-c", ON_A_GPU, str(bases["llama"]), str(demonstrations), how]
+        environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[how] = json.loads(done.stdout.splitlines()[-1])
+    masked, by_text = found["masked"], found["by text"]
+    assert not masked["calls"]
+    assert by_text["calls"] >= 4
+    assert "micro_batch_size 1, as many as fit" in by_text["notes"]
+    for name in ("eval", "loss", "grad_norm"):
+        assert by_text[name] == pytest.approx(masked[name], rel=0.02), name
