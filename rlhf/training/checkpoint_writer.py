@@ -18,7 +18,7 @@ from rlhf.zero import group
 
 
 def checkpoint_to_resume(context: Context[Any]) -> Path | None:
-    """Return the checkpoint that a stage continues from, or None.
+    """Return the checkpoint that a stage continues from, or None; none where the optimiser is or was on ``nvme``.
 
     Raises:
         PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew; under
@@ -38,6 +38,11 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
             f"{context.stage}.workers.count={ranks}, or remove that folder to restart the stage",
         )
     layout = _layout(context)
+    if "nvme" in (written.get("zero", {}).get("offload_optimizer"), layout.get("offload_optimizer")):
+        # DeepSpeed 0.19 reads the moments back, but not how many steps they have seen.
+        if group.is_main():
+            context.note(f"{begun} at step {step_of(newest)}, but none is continued with nvme: starting over")
+        return None
     for name, was in written.get("zero", ZeroSettings().layout).items():
         if was != (now := layout.get(name, was)):
             raise PreflightError(
