@@ -293,6 +293,7 @@ def other_groups(folder: Path) -> dict[str, str]:
             found[name] = str(checkpoint_writer.checkpoint_to_resume(context))
         except PreflightError as error:
             found[name] = str(error)
+    found["left"] = str(checkpoint_writer.newest_complete(context.attempts))
     return found
 
 
