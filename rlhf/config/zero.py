@@ -135,7 +135,8 @@ class ZeroSettings(Settings):
         """What decides how shards lie in a checkpoint."""
         sharding = self.sharding
         # In stage 1 and bf16 DeepSpeed has another optimiser for offloaded state.
-        first = {"offload_optimizer": self.offload_optimizer} if self.stage == 1 else {}
+        by_device = self.stage == 1 or self.offload_optimizer == "nvme"
+        first = {"offload_optimizer": self.offload_optimizer} if by_device else {}
         # The defaults are DeepSpeed's.
         names = {"round_robin_gradients": False, "sub_group_size": 1_000_000_000}
         return {"stage": self.stage} | first | {name: sharding.get(name, value) for name, value in names.items()}

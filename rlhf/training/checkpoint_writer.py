@@ -18,7 +18,9 @@ from rlhf.zero import group
 
 
 def checkpoint_to_resume(context: Context[Any]) -> Path | None:
-    """Return the checkpoint that a stage continues from, or None.
+    """Return the checkpoint that a stage continues from, or None. A collective.
+
+    Those of an optimiser on ``nvme`` are removed: DeepSpeed 0.19 continues them with other results.
 
     Raises:
         PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew; under
@@ -37,8 +39,11 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
             str(newest),
             f"{context.stage}.workers.count={ranks}, or remove that folder to restart the stage",
         )
-    layout = _layout(context)
-    for name, was in written.get("zero", ZeroSettings().layout).items():
+    layout, begun_with = _layout(context), written.get("zero", ZeroSettings().layout)
+    if begun_with.get("offload_optimizer") == "nvme":
+        _discard(context, f"{begun} of an optimiser on nvme at step {step_of(newest)}, which DeepSpeed cannot continue")
+        return None
+    for name, was in ({"offload_optimizer": "none"} | begun_with).items():
         if was != (now := layout.get(name, was)):
             change = f"{context.stage}.zero.{name}={was}, or "
             if name == "stage" and group.world_size() == 1 and was == 3:
@@ -58,6 +63,16 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
             "run it on a machine like the first one, or remove that folder to restart the stage",
         )
     return newest
+
+
+def _discard(context: Context[Any], why: str) -> None:
+    """Remove the checkpoints of all attempts, which no longer count for the journal either. A collective."""
+    group.barrier()  # no rank may miss what the others have seen
+    if group.is_main():
+        for attempt in context.attempts:
+            shutil.rmtree(AttemptFolder(attempt).checkpoints, ignore_errors=True)
+        context.note(f"{why}: starting over")
+    group.barrier()
 
 
 def refuse_planted(checkpoint: Path, attempt: Path) -> None:

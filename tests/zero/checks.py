@@ -281,15 +281,17 @@ def other_groups(folder: Path) -> dict[str, str]:
     written = json.loads((newest / checkpoint_writer.MARKER).read_text())
     others = {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}
     others["stage"] = {"zero": ZeroSettings(stage=2).layout}
+    others["nvme"] = {"zero": ZeroSettings(offload_optimizer="nvme", nvme_path=folder).layout}
     for name, other in others.items():
         group.barrier()
         if group.is_main():
             (newest / checkpoint_writer.MARKER).write_text(json.dumps(written | other))
         group.barrier()
         try:
-            checkpoint_writer.checkpoint_to_resume(context)
+            found[name] = str(checkpoint_writer.checkpoint_to_resume(context))
         except PreflightError as error:
             found[name] = str(error)
+    found["left"] = str(checkpoint_writer.newest_complete(context.attempts))
     return found
 
 

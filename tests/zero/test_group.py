@@ -249,6 +249,7 @@ def test_a_checkpoint_of_another_group_is_refused_with_what_it_was(results: Resu
         assert "has a checkpoint in bf16 at step 4, which this CPU, computing in fp32" in found["other_groups"]["bf16"]
         assert "of zero.stage 2 at step 4, which zero.stage 3 cannot continue" in found["other_groups"]["stage"]
         assert "ppo.zero.stage=2, or remove that folder" in found["other_groups"]["stage"]
+        assert found["other_groups"]["nvme"] == found["other_groups"]["left"] == "None"
 
 
 @pytest.mark.parametrize("size", [1, 2])
