@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from rlhf.errors import PreflightError
-from rlhf.models.packing import PACKABLE
+from rlhf.models.packable import PACKABLE
 from rlhf.rollout import decoding
 from rlhf.rollout.decoding import UNPACKED, Decoder, Drawing, Pace, Space, decodes_in_slots
 from rlhf.rollout.drawing import drawn, uniforms

@@ -502,7 +502,7 @@ def test_every_update_has_its_demonstrations_where_they_are_mixed_in(
         tmp_path / "demonstrations" / "train.jsonl", policy.tokenizer, settings.ptx, settings.seed
     )
     for number, update in enumerate(policy.updates, start=settings.epochs * settings.minibatches):
-        expected = stream.minibatch(number, settings.micro_batch_size)
+        expected = stream.minibatch(number, settings.micro_batch)
         assert [part.ids.tolist() for part in update.examples.parts] == [part.ids.tolist() for part in expected.parts]
 
 

@@ -247,17 +247,18 @@ def test_training_begins_at_the_base_or_at_random_weights_of_its_shape(
     start: Start, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a head drawn by the seed; of an adapter, what it adapts is folded in as a reward model or as none."""
+    from rlhf.training import loading
     from stages import rm
 
     loaded: list[tuple[Any, ...]] = []
     folded: list[tuple[Any, ...]] = []
-    plain = rm.plain_folder
+    plain = loading.plain_folder
 
     def plain_folder(folder: Path, target: Path, precision: str, *, scores: bool) -> Path:
         folded.append((folder, target, precision, scores))
         return plain(folder, target, "fp32", scores=scores)
 
-    monkeypatch.setattr(rm, "plain_folder", plain_folder)
+    monkeypatch.setattr(loading, "plain_folder", plain_folder)
     monkeypatch.setattr(
         rm,
         "load_scorer",
