@@ -161,7 +161,6 @@ class SequenceScores(nn.Module):
         super().__init__()
         self.model = model
         compute_in_fp32(unwrapped(model).score)
-        attend_by_text(unwrapped(model))
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return raw scores ``[batch]``."""
