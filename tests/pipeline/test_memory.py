@@ -348,7 +348,7 @@ def test_texts_computed_one_by_one_need_no_mask() -> None:
 
 
 def test_adapters_on_one_base_are_counted_with_one_base() -> None:
-    """In place of those of policy, value model, reward model and generation; on several ranks the last one stays."""
+    """In place of those of policy, value model and reward model; several ranks have generation's copy beside them."""
     # So many that the sampler's cache does not stay.
     lora, shared = (["rollouts=4096", "tuning.method=lora", *more] for more in ([], ["share_base=true"]))
     held: dict[tuple[int, bool], float] = {}
@@ -357,7 +357,7 @@ def test_adapters_on_one_base_are_counted_with_one_base() -> None:
             parts = predict(changed(STAGES["ppo"], *overrides, f"workers.count={ranks}"), MODELS).parts
             weights = sum(parts.get(name, 0.0) for name in ("weights", "frozen models", "generation"))
             held[ranks, overrides is shared] = weights / (2 * BILLION.parameters)
-    assert held[1, False] == pytest.approx(4, abs=0.1)
+    assert held[1, False] == pytest.approx(3, abs=0.1)
     assert held[1, True] == pytest.approx(1, abs=0.1)
     # Beside them there are layers that are whole while a rank computes.
     assert held[4, False] - held[4, True] == pytest.approx(2 / 4, abs=0.1)
