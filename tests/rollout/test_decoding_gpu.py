@@ -63,7 +63,7 @@ def test_graphs_are_made_anew_where_weights_have_moved() -> None:
 
 def billion(dtype: torch.dtype = torch.bfloat16, **more: Any) -> Any:
     """The shape of Llama 3.2 1B, with a head in fp32."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 128256,
         "hidden_size": 2048,
         "num_hidden_layers": 16,
