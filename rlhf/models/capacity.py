@@ -6,7 +6,8 @@ ROWS_ON_CPU = 64
 """Slots on a CPU, where more rows hardly make a token cheaper."""
 ROWS_ON_GPU = 512
 """Most slots on a GPU: beyond, a step takes longer as its rows grow."""
-COLUMNS_ON_CPU = 16
+COLUMNS_ON_CPU = 1
+"""Places that are read and masked change the rounding of bf16, so that a CPU reads none beyond the longest text."""
 COLUMNS_ON_GPU = 128
 """A cache has, and a step reads, a multiple of so many places of a slot."""
 TOKENS_ON_CPU = 2048

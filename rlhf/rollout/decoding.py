@@ -37,11 +37,11 @@ SHARE = 0.7
 def decodes_in_slots(model: Any) -> bool:
     """Return whether a causal language model, PEFT's wrapper included, gives the same tokens in slots as alone."""
     plain = unwrapped(model)
-    config, body = plain.config, getattr(plain, plain.base_model_prefix)
+    config = plain.config
     return (
         (keeps_texts_apart(config) or config.model_type in UNPACKED)
         and config._attn_implementation in ("sdpa", "eager")
-        and not has_virtual_tokens(body)
+        and not has_virtual_tokens(getattr(plain, plain.base_model_prefix))
         and _rope_types(config) <= FIXED_ROPE
     )
 

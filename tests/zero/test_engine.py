@@ -17,7 +17,7 @@ from rlhf.cluster.worker_group import environments
 from rlhf.config.tuning import FULL, GradualTuning, LoraTuning, Tuning
 from rlhf.models import tuning
 from rlhf.models.packable import PACKABLE
-from rlhf.zero.engine import ADAM_EPSILON, Engine, whole_weights
+from rlhf.zero.engine import ADAM_EPSILON, Engine, plain_linear, sharded_loading, whole_weights
 from tests.models.tiny import tiny_config
 
 pytestmark = [
@@ -179,3 +179,16 @@ def test_gradual_unfreezing_is_one_adam_for_each_block_from_its_first_step(start
         for name, weight in plain.named_parameters():
             torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=1e-4, msg=f"step {step}: {name}")
             assert torch.equal(trained[name], first[name]) == (name not in due), (step, name)
+
+
+def test_a_whole_model_multiplies_by_torch_s_own_function(tmp_path: Path) -> None:
+    """DeepSpeed has replaced it since the first sharded model, and its own stays outside."""
+    AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)
+    with sharded_loading("fp32"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    replaced: Any = nn.functional.linear
+    assert replaced.__module__.startswith("deepspeed")
+    with plain_linear():
+        inside: Any = nn.functional.linear
+    assert inside.__module__ == "torch._C._nn"
+    assert nn.functional.linear is replaced
