@@ -203,7 +203,6 @@ class Space:
         """Move slots."""
         self.copy(targets, [layer.both for layer in self.layers], sources)
         self.state[:, targets] = self.state[:, sources]
-        self.state[4, sources] = 0
 
     @property
     def bytes(self) -> int:
