@@ -61,7 +61,7 @@ class TokenLogprobs(nn.Module):
                    padding too. Under ZeRO-3 it must be the same on all ranks, which gather the head for each chunk
         """
         model = unwrapped(self.model)
-        _, body = _body_of(model)
+        _, body = body_of(model)
         outputs = body(
             input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
         )
@@ -116,7 +116,7 @@ class _Known(nn.Module):
         return self._outputs
 
 
-def _body_of(language_model: nn.Module) -> tuple[str, Any]:
+def body_of(language_model: nn.Module) -> tuple[str, Any]:
     """Return the name and the module of all that comes before the head."""
     # Llama 4's base_model_prefix is not the name.
     return next(child for child in language_model.named_children() if isinstance(child[1], PreTrainedModel))
@@ -124,7 +124,7 @@ def _body_of(language_model: nn.Module) -> tuple[str, Any]:
 
 @contextmanager
 def _in_place_of_body(model: Any, other: nn.Module) -> Generator[None]:
-    name, body = _body_of(model)
+    name, body = body_of(model)
     modules = model._modules
     modules[name] = other
     try:

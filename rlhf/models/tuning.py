@@ -315,7 +315,7 @@ def with_reference(model: Any) -> Any:
         prefix = isinstance(plain, PrefixTuningConfig)
         model.add_adapter(INITIAL, plain if prefix else replace(config))
         encoder: Any = model.prompt_encoder[INITIAL] if prefix else PromptEmbedding(plain, None)
-        encoder.embedding.weight = nn.Parameter(tokens.to(model.device))
+        encoder.embedding.weight = nn.Parameter(tokens.to(model.device, copy=True))
         model.prompt_encoder[INITIAL] = encoder.requires_grad_(False)
     elif INITIAL in vars(model):
         model.add_adapter(INITIAL, replace(config, init_lora_weights=True), autocast_adapter_dtype=False)

@@ -116,6 +116,7 @@ _IMPORTS = (
     "sklearn.model_selection",
     "sklearn.pipeline",
     "httpx",
+    "torch.nn.attention.varlen",
 )
 
 

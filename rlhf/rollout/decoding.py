@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from rlhf.attempt import liveness
 from rlhf.errors import PreflightError, size
 from rlhf.models import capacity, text
-from rlhf.models.heads import unwrapped
+from rlhf.models.heads import body_of, unwrapped
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.rollout.drawing import Responses, drawn
@@ -41,7 +41,7 @@ def decodes_in_slots(model: Any) -> bool:
     return (
         (keeps_texts_apart(config) or config.model_type in UNPACKED)
         and config._attn_implementation in ("sdpa", "eager")
-        and not has_virtual_tokens(getattr(plain, plain.base_model_prefix))
+        and not has_virtual_tokens(body_of(plain)[1])
         and _rope_types(config) <= FIXED_ROPE
     )
 
@@ -218,7 +218,7 @@ class Decoder:
 
     def __init__(self, model: Any, pace: Pace | None = None, most_rows: int | None = None) -> None:
         self._model = unwrapped(model)
-        self._body = getattr(self._model, self._model.base_model_prefix)
+        _, self._body = body_of(self._model)
         self._device: torch.device = model.device
         on_gpu = self._device.type == "cuda"
         self._pace = pace or (ON_GPU if on_gpu else ON_CPU)

@@ -21,7 +21,7 @@ def test_a_disk_full_at_any_byte_commits_nothing_and_the_same_command_goes_on(tm
     """Exit status 75 with what is needed and what is free; when there is room the same command succeeds."""
     disk = tmp_path / "disk"
     within = surroundings('mount -t tmpfs -o size=2m tmpfs "$0"', disk)
-    model = write_files(tmp_path / "model", {"config.json": b"{}"})
+    model = write_files(tmp_path / "model", {"config.json": b"{}", "tokenizer.json": b"{}"})
     save_file({"weight": np.zeros(WEIGHTS, np.float32)}, model / "model.safetensors")
     config = tmp_path / "toy.yaml"
     config.write_text(f"store: {{uri: {disk / 'store'}}}\nwords: {{}}\ncount: {{}}\ntotal: {{}}\n")

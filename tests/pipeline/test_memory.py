@@ -529,4 +529,5 @@ def test_sampling_never_decides_what_fits_a_gpu() -> None:
     # Of a place in each of 16 layers, 512 keys and values in bf16.
     places = capacity.rounded(limits(settings).longest - 1, capacity.COLUMNS_ON_GPU)
     assert many["generation"] - few["generation"] == 16 * places * 16 * 2 * 512 * 2
-    assert predict(changed(settings, "rollouts=4096"), MODELS).parts["generation"] == 2 * BILLION.parameters
+    # A large one does not, and one rank needs no copy of the policy.
+    assert "generation" not in predict(changed(settings, "rollouts=4096"), MODELS).parts

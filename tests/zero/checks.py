@@ -24,7 +24,6 @@ import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
@@ -32,7 +31,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
-from rlhf.models import heads, tuning
+from rlhf.models import folders, heads, tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rollout.prompts import PromptBatch
@@ -77,7 +76,7 @@ def share(_: Path) -> list[int]:
 def sharded(tiny: Path, method: Tuning) -> Any:
     """The tiny model, sharded as it is read."""
     with sharded_loading("fp32"):
-        model = AutoModelForCausalLM.from_pretrained(tiny)
+        model = folders.load_policy(tiny, torch.float32)
         return tuning.prepared(model, method, tiny, scores=False, seed=0)
 
 
@@ -280,7 +279,7 @@ def other_groups(folder: Path) -> dict[str, str]:
     found = {"newest": newest.name}
     written = json.loads((newest / checkpoint_writer.MARKER).read_text())
     others = {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}
-    others["stage"] = {"zero": ZeroSettings(stage=2).layout}
+    others["stage"] = {"zero": ZeroSettings(stage=1).layout}
     others["nvme"] = {"zero": ZeroSettings(offload_optimizer="nvme", nvme_path=folder).layout}
     for name, other in others.items():
         group.barrier()
