@@ -31,7 +31,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
-from rlhf.models import folders, heads, tuning
+from rlhf.models import folders, heads, text, tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rollout.prompts import PromptBatch
@@ -86,7 +86,8 @@ class Learner:
     def __init__(self, tiny: Path, method: Tuning) -> None:
         self.model = sharded(tiny, method)
         self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2)
-        self._ids = torch.randint(5, 300, (BATCH, PROMPT + TIME), generator=torch.Generator().manual_seed(0))
+        tokens = len(text.load_tokenizer(tiny))
+        self._ids = torch.randint(5, tokens, (BATCH, PROMPT + TIME), generator=torch.Generator().manual_seed(0))
 
     def step(self, learning_rate: float = 1e-2) -> float:
         """One optimiser step on the mean of all tokens' negative log-probabilities; the gradients' norm."""
