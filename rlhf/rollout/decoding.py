@@ -8,13 +8,13 @@ ended: their slots take prompts that wait, and when none wait, the rows close up
 A prompt's last token goes through the first step; the tokens before it are read once for all slots with that prompt.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers import DynamicCache
 
 from rlhf.attempt import liveness
 from rlhf.errors import PreflightError, size
@@ -23,6 +23,7 @@ from rlhf.models.heads import body_of, unwrapped
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.rollout.drawing import Responses, drawn
+from rlhf.rollout.slots import LayerShape, Space
 
 UNPACKED = frozenset({"opt"})
 """Model types that decode in slots beside those that keep texts of one row apart, each with a test."""
@@ -91,125 +92,6 @@ class Drawing(NamedTuple):
     pad: int
 
 
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values ``[slot, head, place, size]`` of one layer."""
-
-    def __init__(self, keys: Tensor, values: Tensor, reach: "_Reach") -> None:
-        super().__init__()
-        self.keys, self.values, self._reach = keys, values, reach
-        self.both = keys, values
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write one token's keys and values in each row, and return those of the places that are read."""
-        reach, rows = self._reach, len(self._reach.positions)
-        for own, states in zip(self.both, (key_states, value_states), strict=True):
-            own[reach.slots[:rows], :, reach.positions] = states[:, :, 0]
-        keys, values = (own[:rows, :, : reach.length] for own in self.both)
-        return keys, values
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the layer is there from the start."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
-        """Return the number of columns that are read, and that they begin at the first."""
-        return self._reach.length, 0
-
-    def get_seq_length(self) -> int:
-        """Return 0: rows differ, and every step is given its positions."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """Return the number of places."""
-        return self.both[0].shape[2]
-
-
-@dataclass
-class _Reach:
-    """Which rows and places a step has."""
-
-    slots: Tensor
-    """``[slot]``: 0, 1, 2, …"""
-    positions: Tensor
-    length: int = 0
-
-
-class _Shape(NamedTuple):
-    """Heads and size of a head of a layer's keys, and of its values."""
-
-    keys: tuple[int, int]
-    values: tuple[int, int]
-
-
-class Space:
-    """The cache and the state of the slots, and what they have written, for calls of one size.
-
-    samples  prompts of a call
-    time     tokens of the longest response
-    length   places of a slot
-    """
-
-    def __init__(
-        self,
-        shapes: Sequence[_Shape],
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        slots: int,
-        samples: int,
-        time: int,
-        length: int,
-    ) -> None:
-        self.slots, self.samples, self.time, self.length = slots, samples, time, length
-        # Zeros: a place that was never written may hold a number that makes 0 · inf of a masked one.
-        zeros = [
-            [torch.zeros(slots, heads, length, width, dtype=dtype, device=device) for heads, width in shape]
-            for shape in shapes
-        ]
-        self.columns = torch.arange(max(slots, length), device=device)
-        self.reach = _Reach(self.columns[:slots], self.columns[:0])
-        self.layers = [_SlotLayer(keys, values, self.reach) for keys, values in zeros]
-        self.cache = Cache(layers=list(self.layers))
-        # Behind the samples a row that slots without a sample write to, behind the time a column for ended ones.
-        self.ids = torch.zeros(samples + 1, time + 1, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(samples + 1, time + 1, device=device)
-        self.numbers = torch.zeros(samples + 1, time + 1, dtype=torch.float64, device=device)
-        self.state = torch.zeros(5, slots, dtype=torch.long, device=device)
-        """``[token, position, tokens written, sample, running]`` of each slot."""
-        self.graphs: dict[tuple[int, int], Any] = {}
-        self.pool: Any = None
-        self.aside: Any = None
-        """The stream that graphs are captured on; one for all, since memory is kept for each."""
-
-    def begin(self, numbers: Tensor, pad: int) -> None:
-        """Empty the slots and what they have written."""
-        self.ids.fill_(pad)
-        self.logprobs.zero_()
-        self.numbers[: self.samples, : self.time] = numbers.to(self.numbers.device)
-        self.state.zero_()
-        self.state[3] = self.samples
-
-    def put(self, slots: Tensor, states: Tensor) -> None:
-        """Set the state of slots, ``[5, slot]``."""
-        self.state[:, slots] = states
-
-    def copy(self, slots: Tensor, layers: Iterable[tuple[Tensor, Tensor]], rows: Tensor) -> None:
-        """Copy rows of other keys and values into slots, from the first place on."""
-        for layer, others in zip(self.layers, layers, strict=True):
-            for own, other in zip(layer.both, others, strict=True):
-                own[slots, :, : other.shape[2]] = other[rows]
-
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Move slots."""
-        self.copy(targets, [layer.both for layer in self.layers], sources)
-        self.state[:, targets] = self.state[:, sources]
-
-    @property
-    def bytes(self) -> int:
-        """Return the bytes of the cache."""
-        return sum(own.numel() * own.element_size() for layer in self.layers for own in layer.both)
-
-
 class Decoder:
     """Samples responses from a model that :func:`decodes_in_slots`.
 
@@ -242,7 +124,7 @@ class Decoder:
         logits = self._model(**inputs, cache=cache).logits[0, -1]
         layers: list[Any] = cache.layers
         self._shapes = [
-            _Shape((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3]))
+            LayerShape((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3]))
             for layer in layers
         ]
         self._dtype: torch.dtype = layers[0].keys.dtype

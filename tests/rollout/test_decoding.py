@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from rlhf.errors import PreflightError
 from rlhf.models.packable import PACKABLE
 from rlhf.rollout import decoding
-from rlhf.rollout.decoding import UNPACKED, Decoder, Drawing, Pace, Space, decodes_in_slots
+from rlhf.rollout.decoding import UNPACKED, Decoder, Drawing, Pace, decodes_in_slots
 from rlhf.rollout.drawing import drawn, uniforms
 from rlhf.rollout.sampling import sample_responses
+from rlhf.rollout.slots import Space
 from tests.models.test_architectures import TAKEN
 from tests.models.tiny import tiny_config
 from tests.rollout.slow import slow_inverse_transform, slow_responses
