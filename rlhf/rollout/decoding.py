@@ -29,6 +29,8 @@ UNPACKED = frozenset({"opt"})
 """Model types that decode in slots beside those that keep texts of one row apart, each with a test."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Settings of a mixture of experts, whose layers ask the device which experts have tokens: no graph can hold that."""
+UNCAPTURED = frozenset({"falcon"})
+"""Types that pick heads by a list of numbers, which is copied from the host at each step: no graph holds that either."""
 FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Rotary embeddings that do not follow from the longest text of the batch."""
 SHARE = 0.7
@@ -108,6 +110,7 @@ class Decoder:
         config = self._model.config
         self._captures = (
             on_gpu
+            and config.model_type not in UNCAPTURED
             and not any(getattr(config, name, None) for name in EXPERTS)
             and getattr(config, "quantization_config", None) is None
         )
