@@ -30,7 +30,7 @@ UNPACKED = frozenset({"opt"})
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Settings of a mixture of experts, whose layers ask the device which experts have tokens: no graph can hold that."""
 UNCAPTURED = frozenset({"falcon"})
-"""Types that pick heads by a list of numbers, which is copied from the host at each step: no graph holds that either."""
+"""Types that pick heads by a list of numbers, which is copied from the host at each step: no graph can hold that."""
 FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Rotary embeddings that do not follow from the longest text of the batch."""
 SHARE = 0.7
