@@ -1,6 +1,13 @@
-"""What decoding in slots takes of memory: the sizes that :mod:`rlhf.rollout.decoding` works with. Without torch, since
-memory is also predicted before anything runs.
+"""How much is computed at a time: sizes that the models and :mod:`rlhf.rollout.decoding` work with, and that the
+prediction of memory (:mod:`rlhf.pipeline.memory`) follows. Without torch, since that is made before anything runs.
 """
+
+AT_ONCE = 4
+"""Micro batches that are computed at a time without gradients: nothing is kept for a backward pass."""
+CHUNK = 2**27
+"""Logits that a model computes at a time: half a gigabyte in float32."""
+FEWEST = 1024
+"""Tokens of a chunk even where their logits are more: with fewer, a matrix product leaves a GPU waiting for memory."""
 
 ROWS_ON_CPU = 64
 """Slots on a CPU, where more rows hardly make a token cheaper."""
@@ -9,7 +16,7 @@ ROWS_ON_GPU = 512
 COLUMNS_ON_CPU = 1
 """Places that are read and masked change the rounding of bf16, so that a CPU reads none beyond the longest text."""
 COLUMNS_ON_GPU = 128
-"""A cache has, and a step reads, a multiple of so many places of a slot."""
+"""The places of a slot, and those that a step reads, are a multiple of this."""
 TOKENS_ON_CPU = 2048
 TOKENS_ON_GPU = 8192
 """Most tokens of prompts that are read at a time, where one prompt has no more."""
@@ -20,5 +27,5 @@ KEPT = 2**32
 
 
 def rounded(places: int, columns: int) -> int:
-    """Return the multiple of ``columns`` that has room for so many places."""
+    """Return the smallest multiple of ``columns`` that is not below the number of places."""
     return -(-places // columns) * columns

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from rlhf.models.capacity import CHUNK, FEWEST
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.packing import pack
 from rlhf.models.templates import Tokenizer
@@ -26,13 +27,6 @@ from rlhf.models.varlen import attend_by_text
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import Domain, seed_of
 from rlhf.rl.kl import logprobs_and_entropies, logprobs_of
-
-SCORED_AT_ONCE = 4
-"""Micro batches that are computed at a time without gradients: nothing is kept for a backward pass."""
-CHUNK = 2**27
-"""Logits that a model computes at a time: half a gigabyte in float32."""
-FEWEST = 1024
-"""Tokens of a chunk even where their logits are more: with fewer, a matrix product leaves a GPU waiting for memory."""
 
 
 class TokenLogprobs(nn.Module):
@@ -77,10 +71,11 @@ class TokenLogprobs(nn.Module):
         if len(tokens) > size and torch.is_grad_enabled():
             read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
         chunks = [read(*chunk) for chunk in zip(hidden.split(size), tokens.split(size), strict=True)]
-        found = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         if places is not None:
-            found = [part.new_zeros(len(real)).index_copy(0, places, part) for part in found]
-        return found[0].view(-1, time), found[1].view(-1, time)
+            zeros = logprobs.new_zeros(len(real))
+            logprobs, entropy = (zeros.index_copy(0, places, values) for values in (logprobs, entropy))
+        return logprobs.view(-1, time), entropy.view(-1, time)
 
 
 def _read(

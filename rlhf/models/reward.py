@@ -14,7 +14,8 @@ from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
 from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, kernels, safe_loading, templates, text
-from rlhf.models.heads import SCORED_AT_ONCE, OwnScores, SequenceScores, initialise_head, pack_texts, unwrapped
+from rlhf.models.capacity import AT_ONCE
+from rlhf.models.heads import OwnScores, SequenceScores, initialise_head, pack_texts, unwrapped
 from rlhf.models.layout import (
     ADAPTER_CONFIG,
     BASE,
@@ -117,7 +118,7 @@ class FrozenReward:
         else:
             pairs = [text.encoded(self.tokenizer, *row, self._max_length) for row in rows]
             texts, types = [ids for ids, _ in pairs], [types for _, types in pairs]
-        raw = raw_scores(self._engine, self.tokenizer, texts, SCORED_AT_ONCE * self._micro_batch_size, types)
+        raw = raw_scores(self._engine, self.tokenizer, texts, AT_ONCE * self._micro_batch_size, types)
         return (raw - self._mean) / self._deviation
 
 

@@ -30,11 +30,6 @@ FILLED = 0.8
 REUSE = 5 * 10**8
 """Parameters of a rank's layers that stay gathered from the forward to the backward pass, half of DeepSpeed's
 ``max_reuse_distance``."""
-AT_ONCE = 4
-"""Micro batches that are computed at a time without gradients, as in :mod:`rlhf.models.heads`."""
-CHUNK = 2**27, 1024
-"""Logits that a policy computes at a time, and the fewest tokens whose logits these are: those of
-:mod:`rlhf.models.heads`."""
 TILE = 4096, 32768
 """Tokens and entries of the vocabulary whose logits sft has at a time: TRL's."""
 
@@ -367,8 +362,7 @@ def _head_work(policy: Trained, tokens: int, *, trained: bool = False) -> float:
 
 
 def _in_chunk(policy: Trained, tokens: int) -> int:
-    logits, fewest = CHUNK
-    return min(tokens, max(fewest, logits // policy.model.vocabulary))
+    return min(tokens, max(capacity.FEWEST, capacity.CHUNK // policy.model.vocabulary))
 
 
 def _policy_loss(settings: PpoSettings, policy: Trained, tokens: int) -> float:
@@ -383,7 +377,7 @@ def _policy_loss(settings: PpoSettings, policy: Trained, tokens: int) -> float:
 
 def _scoring(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
     """Return the bytes that a pass without gradients computes."""
-    rows = min(AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.count))
+    rows = min(capacity.AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.count))
     chunk = _in_chunk(policy, rows * texts.response)
     copies = _logit_width(policy) + 8 + 4 * (settings.sampling.temperature != 1)
     return {
@@ -402,7 +396,7 @@ def _rows(settings: PpoSettings, policy: Trained, texts: Texts, *, gpu: bool) ->
 
 
 def _sampling(policy: Trained, texts: Texts, rows: int, cache: float, *, gpu: bool) -> Bytes:
-    """Return the bytes of a cache for so many rows, and of what reading prompts and drawing tokens computes."""
+    """Return the bytes of the cache of all rows, and of what reading prompts and drawing tokens computes."""
     model, prompt = policy.model, max(1, texts.longest - texts.response)
     at_once = capacity.TOKENS_ON_GPU if gpu else capacity.TOKENS_ON_CPU
     read = min(rows, max(1, at_once // prompt))

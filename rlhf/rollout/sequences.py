@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf.attempt import liveness
 from rlhf.config.ppo import PpoSettings
 from rlhf.models import text
-from rlhf.models.heads import SCORED_AT_ONCE
+from rlhf.models.capacity import AT_ONCE
 from rlhf.randomness import stream
 from rlhf.zero import group
 
@@ -89,14 +89,14 @@ class Sequences:
         compute  returns the results of a micro batch, ``[sample, …, its time]``; 0 is added beyond its longest response
         """
         order = self.by_length(torch.arange(len(self.ids)))
-        turns = _turns(order, self._lengths(), SCORED_AT_ONCE * micro_batch_size * self.ids.shape[1])
+        turns = _turns(order, self._lengths(), AT_ONCE * micro_batch_size * self.ids.shape[1])
         results: list[Tensor] = []
         for part in self.micro_batches(turns):
             result = compute(part)
             results.append(torch.nn.functional.pad(result, (0, self.time - result.shape[-1])))
             liveness.beat()
-        found = group.gather_rows(torch.cat(results), len(order))
-        return torch.empty_like(found).index_copy_(0, order, found)
+        gathered = group.gather_rows(torch.cat(results), len(order))
+        return torch.empty_like(gathered).index_copy_(0, order, gathered)
 
     def _lengths(self) -> Tensor:
         """Return the lengths of each prompt and response, ``[sample, 2]``."""

@@ -15,6 +15,7 @@ from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
 from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, tuning
+from rlhf.models.capacity import AT_ONCE
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.kl import adapted_coefficient
 from rlhf.rl.losses import PolicySums, demonstration_loss
@@ -63,8 +64,6 @@ class KlCoefficient:
 
 
 PolicyLoss = Callable[..., tuple[Tensor, PolicySums]]
-AT_ONCE = 4
-"""Micro batches that are sampled at a time: nothing is kept for a backward pass, so more fits than in training."""
 
 
 class Policy:

@@ -23,6 +23,7 @@ from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.errors import PreflightError
 from rlhf.models import folders, tuning
+from rlhf.models.capacity import AT_ONCE
 from rlhf.models.heads import SequenceScores, TokenLogprobs, TokenValues, initialise_head, unwrapped
 from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, is_adapter
 from rlhf.models.reward import FrozenReward, is_reward_model
@@ -32,7 +33,7 @@ from rlhf.models.virtual_tokens import TRAINED
 from rlhf.rewards import Rewards
 from rlhf.rollout.rollout import Generator
 from rlhf.training.learner import Learner, MovingAverage, TrainedValue
-from rlhf.training.policy import AT_ONCE, Policy, TrainedPolicy
+from rlhf.training.policy import Policy, TrainedPolicy
 from rlhf.zero import group
 from rlhf.zero.engine import (
     DTYPES,

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.models.heads import SCORED_AT_ONCE
+from rlhf.models.capacity import AT_ONCE
 from rlhf.rollout.sequences import Experience, minibatches
 
 Lengths = list[tuple[int, int]]
@@ -79,7 +79,7 @@ def test_the_order_follows_from_the_seeds_alone() -> None:
 def test_scoring_gives_each_sample_its_own_result_within_the_budget(lengths: Lengths, extra: int, micro: int) -> None:
     """In the order of the samples, whatever the order they are computed in; longest first, and little of it padding."""
     experience = experience_of(lengths, extra)
-    budget = SCORED_AT_ONCE * micro * experience.ids.shape[1]
+    budget = AT_ONCE * micro * experience.ids.shape[1]
     widths: list[int] = []
 
     def compute(part: Experience) -> torch.Tensor:
