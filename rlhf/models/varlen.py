@@ -34,6 +34,18 @@ class Boundaries:
     """Tokens of the longest text."""
 
 
+def as_mask(model: Any, offsets: Tensor, longest: int) -> Tensor | None:
+    """Return the boundaries of one row's texts as what a model takes for its mask; None where it makes its own.
+
+    Else it would wait for the GPU in each forward pass, to find them. transformers hands a mask of four dimensions on
+    to the layers as it is: this one holds the offsets, and has as many rows as the longest text has tokens.
+
+    offsets, longest  as in :class:`Boundaries`
+    """
+    by_text = model.config._attn_implementation == NAME and _computes(offsets.device, model.dtype)
+    return offsets.expand(1, 1, longest, -1) if by_text else None
+
+
 def attend_by_text(model: Any) -> None:
     """Make a model of transformers' compute packed rows text by text, where a GPU is there and its type allows it."""
     plain = attends_to_whole_texts(model.config.get_text_config().to_dict())
@@ -85,6 +97,8 @@ def _attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Return ``[R, T, head, width]`` of queries, keys and values ``[R, head, T, width]``."""
+    if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32:  # that of as_mask
+        attention_mask = Boundaries(attention_mask[0, 0, 0], attention_mask.shape[2])
     if not isinstance(attention_mask, Boundaries):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     if "enable_gqa" not in _TAKES:
