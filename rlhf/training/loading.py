@@ -39,7 +39,7 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
 def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context[T]:
     """Return the context with a number for ``micro_batch_size``, on GPUs the largest that fits them. A collective.
 
-    On GPUs ppo's ``packing`` is decided too.
+    On GPUs ppo's ``packing`` is decided too. A group that starts again has the number that the attempt's folder says.
 
     in_list  most responses in a list of rm
     """
@@ -48,10 +48,14 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
     unset = given.micro_batch_size is None and not (is_ppo and given.micro_batch_tokens)
     if device.type == "cpu" or not (unset or is_ppo):
         return context
+    # Before a collective: rank 0 writes it after that.
+    kept = context.folder.micro_batch.get() if unset else None
+    if kept is not None:
+        given = given.model_copy(update={"micro_batch_size": kept["size"]})
     smallest = -group.all_max(torch.tensor(-torch.cuda.get_device_properties(device).total_memory))
     models = architectures(context.inputs)
     settings = memory.with_micro_batch(given, models, int(smallest), in_list=in_list)
-    if unset and group.is_main():
+    if unset and kept is None and group.is_main():
         context.folder.micro_batch.write({"size": settings.micro_batch})
         why = "as many as fit" if models else "the default of CPUs, since the model's sizes are not known"
         context.note(f"micro_batch_size {settings.micro_batch}, {why}")

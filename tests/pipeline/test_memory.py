@@ -498,6 +498,10 @@ def test_ranks_choose_by_the_smallest_gpu_and_say_what_they_took(
     assert AttemptFolder(tmp_path).notes() == [f"micro_batch_size {expected}, as many as fit"]
     advice = causes._less_memory(Call("", context))  # pyright: ignore[reportPrivateUsage]
     assert f"stage.micro_batch_size={expected // 2}" in advice
+    # The driver writes this before it starts a group again after a lack of memory.
+    context.folder.micro_batch.write({"size": 1})
+    assert loading.with_micro_batch(context).settings.micro_batch_size == 1
+    assert len(AttemptFolder(tmp_path).notes()) == 1
 
 
 @pytest.mark.parametrize(("size", "gpu_there"), [(1.05, True), (0.95, True), (0.1, False)])
