@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.config.ppo import PpoSettings
 from rlhf.models import heads, varlen
 from rlhf.models.heads import TokenLogprobs, TokenValues
-from rlhf.models.micro_batches import Budget, in_order, turns
+from rlhf.models.micro_batches import Budget, PackedSamples, in_order, turns
 from rlhf.rollout.sequences import Experience, lay_out, minibatch_of
 from rlhf.zero import group
 from tests.models.test_varlen import looped
@@ -111,6 +112,16 @@ def test_an_update_is_the_same_however_its_samples_are_laid_out(
         results, own = found_by(reader, micro, budget)
         torch.testing.assert_close(results, whole, atol=1e-5, rtol=1e-5, msg=case)
         assert_same(own, gradients)
+
+
+def test_what_a_rank_computes_beyond_its_own_tokens_changes_nothing() -> None:
+    """As many as another rank has, since the ranks gather the head together."""
+    reader = readers("llama")["policy"]
+    (part,) = minibatch_of(experience(), range(len(LENGTHS)), 1, Budget(100, packed=True)).parts
+    count = int(part.mask.sum()) + 3
+    more = replace(part, packed=PackedSamples.of(part.ids, part.attention_mask, part.time, count))
+    torch.testing.assert_close(read(reader, more), read(reader, part))
+    assert objective(reader, more).item() == pytest.approx(objective(reader, part).item(), rel=1e-5)
 
 
 def test_the_host_says_where_samples_begin(monkeypatch: pytest.MonkeyPatch) -> None:
