@@ -18,6 +18,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.models import heads, varlen
 from rlhf.models.heads import TokenLogprobs, TokenValues
 from rlhf.models.micro_batches import Budget, PackedSamples, in_order, turns
+from rlhf.rollout.decoding import Decoder, decodes_in_slots
 from rlhf.rollout.sequences import Experience, lay_out, minibatch_of
 from rlhf.zero import group
 from tests.models.test_varlen import looped
@@ -151,6 +152,24 @@ def test_the_host_says_where_samples_begin(monkeypatch: pytest.MonkeyPatch) -> N
     assert sorted(length for row in lengths[2::2] for length in row) == every
     torch.testing.assert_close(results, whole, atol=1e-5, rtol=1e-5)
     assert_same(own, gradients)
+
+
+def test_a_policy_that_reads_packed_samples_is_sampled_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its own weights, on one rank: the same tokens, in slots."""
+    plain: Any = readers("llama")["policy"].model
+    packed = deepcopy(plain)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    varlen.attend_by_text(packed)
+    monkeypatch.undo()
+    assert packed.config._attn_implementation == varlen.NAME
+    assert decodes_in_slots(packed)
+    numbers = torch.rand(3, 9, generator=torch.Generator().manual_seed(0))
+    one, other = (
+        Decoder(model).sample([[5, 6, 7], [8], [9, 10]], numbers, 1.0, eos_token_id=2, pad=0)
+        for model in (plain, packed)
+    )
+    assert torch.equal(one.ids, other.ids)
+    torch.testing.assert_close(one.logprobs, other.logprobs)
 
 
 @given(

@@ -438,7 +438,7 @@ def test_micro_batches_of_no_set_size_fill_a_gpu(stage: str, share: float) -> No
     assert with_micro_batch(STAGES[stage], MODELS, 1) == changed(STAGES[stage], *decided)
 
 
-def test_ppo_packs_where_a_gpu_s_kernel_computes_policy_and_value_model() -> None:
+def test_ppo_packs_where_a_gpu_s_kernel_computes_policy_and_value_model(tmp_path: Path) -> None:
     """Unless the settings say otherwise; and the tokens that they set stand for a number of samples."""
     by_text: dict[str, Any] = {role: replace(model, by_text=True) for role, model in MODELS.items()}
     for models, overrides, packing in (
@@ -459,6 +459,8 @@ def test_ppo_packs_where_a_gpu_s_kernel_computes_policy_and_value_model() -> Non
     assert predict(tokens, by_text).parts == predict(five, by_text).parts
     smallest = Device(True, int(predict(changed(tokens, "micro_batch_tokens=1200"), by_text).total + 1.5e9))
     assert fitting.advice(tokens, by_text, None, smallest) == ["micro_batch_tokens=1135"]
+    call = Call("", context_of(tokens, tmp_path, tmp_path))
+    assert "stage.micro_batch_tokens=2270" in causes._less_memory(call)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_size_that_is_not_set_is_predicted_and_advised_as_ranks_will_choose_it(gpu: Any, tmp_path: Path) -> None:
