@@ -33,7 +33,7 @@ gaps = []
 for model in (plain, fused):
     logits = model(input_ids=ids, use_cache=False).logits
     logits.logsumexp(-1).sum().backward()
-    gaps.append((logits.detach(), {name: weight.grad for name, weight in model.named_parameters()}))
+    gaps.append((logits.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters()}))
 (a, of_a), (b, of_b) = gaps
 body = fused.bfloat16().base_model
 kept = {weight.untyped_storage().data_ptr(): 0 for weight in (*fused.parameters(), *fused.buffers())}
