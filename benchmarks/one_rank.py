@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from benchmarks.limits import SHAPES, Ceilings, described
+from benchmarks.limits import SHAPES, described, nominal
 from benchmarks.tiny_models import save_word_tokenizer
 from rlhf.attempt.context import Context
 from rlhf.cluster.worker import Call, prepare_deepspeed
@@ -28,6 +28,7 @@ from rlhf.config.tuning import LoraTuning
 from rlhf.models import tuning
 from rlhf.rl.masks import response_mask
 from rlhf.rollout.sampling import Responses
+from rlhf.training.limits import Ceilings
 
 NORMALISER = {"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512}
 FLOOR = 1 / 16
@@ -199,7 +200,7 @@ def publish(given: argparse.Namespace, measured: Ceilings, text: str, figures: M
     print(f"\n{described(measured)}; torch {torch.__version__}\n\n{text}", flush=True)
     if given.json:
         flags = {name: value for name, value in vars(given).items() if name not in ("json", "scratch")}
-        whole = {"flags": flags, "ceilings": vars(measured) | {"nominal": measured.nominal}} | dict(figures)
+        whole = {"flags": flags, "ceilings": vars(measured) | {"nominal": nominal(measured)}} | dict(figures)
         given.json.write_text(json.dumps(whole | {"torch": torch.__version__}, indent=1) + "\n")
 
 

@@ -1,9 +1,9 @@
-"""One PPO iteration beside the hardware's limit: ``python -m benchmarks.ppo [--shape tiny|135m|1b|8b] …``.
+"""One PPO iteration beside the hardware's limit: ``python -m benchmarks.ppo [--shape tiny|135m|1b|3b|8b] …``.
 
 The stage ppo runs through its own code, as the only rank, in this process, on Llamas of random weights; the reward
 model has the policy's shape. Of the iterations the first is not counted; of the others the tables have the median and
 the range. Rollout, score and train are the stage's own ``time/…_s``; other is the rest of the iteration. What the limit
-counts is in :mod:`benchmarks.limits`.
+counts is in :mod:`rlhf.training.limits`.
 
 8b is one base with LoRA adapters (``share_base``). Prompts all have ``--prompt`` tokens. Responses have the length
 ``--response``, or with ``--lengths spread`` lengths from 32 to twice that. Random weights would end them anywhere:
@@ -17,23 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.limits import (
-    SHAPES,
-    Ceilings,
-    Part,
-    Shape,
-    Work,
-    adamw,
-    causal,
-    ceilings,
-    decode,
-    forward,
-    prefill,
-    row_of,
-    rows_of,
-    synchronise,
-    table,
-)
+from benchmarks.limits import SHAPES, row_of, rows_of, table
 from benchmarks.one_rank import (
     NORMALISER,
     alone,
@@ -56,8 +40,10 @@ from benchmarks.one_rank import (
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning
+from rlhf.pipeline.fitting import architectures
 from rlhf.rollout.prompts import PromptStream
 from rlhf.tracking import read_metrics
+from rlhf.training.limits import Ceilings, Part, PpoModels, ceilings, synchronise
 from rlhf.training.loading import load_models, with_micro_batch
 from rlhf.training.loop import Journal
 from rlhf.training.policy import KlCoefficient
@@ -65,41 +51,6 @@ from rlhf.zero import group
 from stages import ppo
 
 TIMED = ("rollout", "score", "train")
-
-
-def limit_parts(shape: Shape, prompt: int, lengths: Sequence[int], settings: PpoSettings) -> dict[str, list[Part]]:
-    """Return what an iteration must cost: the parts of rollout, score and train."""
-    width = 2 if settings.precision == "bf16" else 4
-    whole = [prompt + length for length in lengths]
-    tokens, responses, pairs = sum(whole), sum(lengths), causal(whole)
-    language = forward(shape, tokens, responses, pairs, width)
-    values = forward(shape, tokens, 0, pairs, width)
-    updates, lora = settings.epochs * settings.minibatches, isinstance(settings.tuning, LoraTuning)
-    passes = settings.epochs * (2 if lora else 3)
-    return {
-        "rollout": [
-            Part("prefill", [prefill(shape, prompt, len(lengths), width)]),
-            Part("decode", decode(shape, prompt, lengths, width)),
-        ],
-        "score": [
-            Part("score policy", [language]),
-            Part("score reference", [language]),
-            Part("score value", [values]),
-            Part("score reward", [values]),
-        ],
-        "train": [
-            Part("train policy", [Work(passes * language.operations)]),
-            Part("train value", [Work(passes * values.operations)]),
-            Part("AdamW", [adamw(trained_parameters(shape, settings), settings.precision).times(updates)]),
-        ],
-    }
-
-
-def trained_parameters(shape: Shape, settings: PpoSettings) -> int:
-    """Return the parameters of policy and value model that AdamW updates, but for the value head."""
-    if isinstance(settings.tuning, LoraTuning):
-        return 2 * shape.adapter(settings.tuning.rank)
-    return shape.parameters + shape.body + shape.norms + shape.head
 
 
 def saved_inputs(given: argparse.Namespace, folder: Path, response: int) -> dict[str, Path]:
@@ -210,8 +161,10 @@ def main() -> None:
             inputs = saved_inputs(given, folder, response)
         free_memory()
         context = with_micro_batch(context_of("ppo", context.settings, inputs, folder))
+        models = architectures(inputs)
+        assert models is not None
         rows = measured_iterations(context, lengths)
-    parts = limit_parts(SHAPES[given.shape], given.prompt, lengths, context.settings)
+    parts = PpoModels.of(context.settings, models).parts(context.settings, [given.prompt] * len(lengths), lengths)
     counted = rows_of([part for name in TIMED for part in parts[name]], measured)
     times, memory = compared(rows, parts, measured), largest(rows)
     rates = {name: sum(lengths) / median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "all")}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.limits import SHAPES, Ceilings, Part, ceilings, decode, prefill, row_of, rows_of, synchronise, table
+from benchmarks.limits import SHAPES, row_of, rows_of, table
 from benchmarks.one_rank import (
     alone,
     announced,
@@ -34,6 +34,7 @@ from rlhf.config.stages import Precision
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import Generator
 from rlhf.rollout.sampling import uniforms
+from rlhf.training.limits import Ceilings, Part, ceilings, decode, prefill, synchronise
 from rlhf.training.loop import gpu_memory
 from rlhf.zero import group
 
@@ -63,10 +64,11 @@ def measure(
     lengths = drawn_lengths(given.lengths, given.response, given.rollouts)
     free_memory()
     rounds = measured_rounds(given, precision, folder, lengths)
-    shape, width = SHAPES[given.shape], 2 if precision == "bf16" else 4
+    model, width = SHAPES[given.shape].sizes, 2 if precision == "bf16" else 4
+    prompts = [given.prompt] * len(lengths)
     parts = [
-        Part("prefill", [prefill(shape, given.prompt, len(lengths), width)]),
-        Part("decode", decode(shape, given.prompt, lengths, width)),
+        Part("prefill", [prefill(model, prompts, width)]),
+        Part("decode", decode(model, prompts, lengths, width)),
     ]
     row = row_of("rollout", [one["s"] for one in rounds], parts, measured)
     limit, rate, memory = rows_of(parts, measured), sum(lengths) / row["s"], largest(rounds)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.limits import SHAPES, Part, Shape, Work, adamw, causal, ceilings, forward, row_of, rows_of, table
+from benchmarks.limits import SHAPES, Shape, row_of, rows_of, table
 from benchmarks.one_rank import (
     alone,
     announced,
@@ -34,6 +34,7 @@ from benchmarks.one_rank import (
 from rlhf.config.stages import SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.tracking import read_metrics
+from rlhf.training.limits import Part, Work, adamw, causal, ceilings, forward
 from rlhf.zero import group
 from stages import sft
 
@@ -56,7 +57,7 @@ def write_demonstrations(folder: Path, vocabulary: int, length: int, tokens: int
 def limit_parts(shape: Shape, texts: Sequence[tuple[int, int]], tokens: float, settings: SftSettings) -> list[Part]:
     """Return what a step of ``tokens`` tokens must cost."""
     lengths = [prompt + completion for prompt, completion in texts]
-    language = forward(shape, sum(lengths), sum(completion for _, completion in texts), causal(lengths))
+    language = forward(shape.sizes, sum(lengths), sum(completion for _, completion in texts), causal(lengths))
     lora = isinstance(settings.tuning, LoraTuning)
     trained = shape.adapter(settings.tuning.rank) if isinstance(settings.tuning, LoraTuning) else shape.parameters
     operations = (2 if lora else 3) * language.operations * tokens / sum(lengths)

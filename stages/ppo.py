@@ -29,6 +29,7 @@ from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sequences import Experience, shuffled
 from rlhf.training.learner import TrainedValue
+from rlhf.training.limits import IterationLimit
 from rlhf.training.loading import load_models, with_micro_batch
 from rlhf.training.loop import Journal, learning_rate_share, resumable_steps
 from rlhf.training.policy import KlCoefficient, TrainedPolicy
@@ -37,13 +38,14 @@ from rlhf.training.policy import KlCoefficient, TrainedPolicy
 def run(context: Context[PpoSettings]) -> dict[str, float]:
     """Tune the policy; final metrics: ``objective/scores_first``, ``objective/scores`` and ``objective/kl``."""
     context = with_micro_batch(context)
-    settings = context.settings
+    settings, limit = context.settings, IterationLimit.of(context)
     policy, value, reward = load_models(context)
     file = context.inputs["prompts"] / "train.jsonl"
     prompts = PromptStream(file, policy.tokenizer, settings.max_prompt_length, settings.seed)
     demonstrations = DemonstrationStream.of(context, policy.tokenizer)
     kl = KlCoefficient(settings.kl)
-    journal = Journal(context, settings.iterations, unit="iteration", shown=("objective/scores", "objective/kl"))
+    shown = ("objective/scores", "objective/kl")
+    journal = Journal(context, settings.iterations, unit="iteration", shown=shown, limit=limit)
 
     for iteration in resumable_steps(context, settings.iterations, settings.checkpoint_every, [policy, value, kl]):
         iterate(iteration, settings, (policy, value, reward), prompts, demonstrations, kl, journal)
@@ -115,7 +117,7 @@ def iterate(
         kl.adapt(metrics["objective/kl"], settings.rollouts)
     metrics["episode"] = (iteration + 1) * settings.rollouts
     raised = alarms(metrics, Watched.of(settings, first=journal.first_row(metrics)))
-    journal.log(iteration + 1, metrics | alarm_metrics(raised), int(mask.sum()))
+    journal.log(iteration + 1, metrics | alarm_metrics(raised), rollout.sequences)
     journal.alarm(raised)
     journal.keep_samples(iteration + 1, rollout.samples(settings.samples_kept, scores))
 

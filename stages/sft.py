@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
 from rlhf.config.stages import SftSettings
+from rlhf.models import kernels
 from rlhf.models.folders import loading_options
 from rlhf.models.packing import heldout_demonstrations, training_demonstrations
 from rlhf.models.text import load_tokenizer
@@ -29,6 +30,7 @@ def run(context: Context[SftSettings]) -> dict[str, float]:
     tokenizer = load_tokenizer(base)
 
     def load() -> Any:
+        kernels.fuse(base)
         model = AutoModelForCausalLM.from_pretrained(
             base, **loading_options(settings.tuning, DTYPES[settings.precision])
         )

@@ -28,7 +28,7 @@ from rlhf.config.tuning import (
     Tuning,
 )
 from rlhf.models.layout import config_file, shapes
-from rlhf.models.packable import attends_to_whole_texts
+from rlhf.models.packable import attends_to_whole_texts, has_fused_kernels
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _STEPWISE = ("gelu_new", "gelu_fast", "quick_gelu", "gelu_python", "gelu_pytorch_tanh_python")
@@ -75,6 +75,8 @@ class Architecture:
     """Whether the matrices have their inputs as rows, and so are no linear layers of torch's, as GPT-2's."""
     by_text: bool = False
     """Whether a GPU can compute packed texts one by one (:mod:`rlhf.models.varlen`), without a mask."""
+    fused: bool = False
+    """Whether Liger's kernels compute norms and gates, each of which keeps its inputs alone."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:
@@ -136,6 +138,7 @@ class Architecture:
             or any(name.endswith("sinks") for name in in_layers),
             inputs_first=inputs_first,
             by_text=attends_to_whole_texts(config),
+            fused=has_fused_kernels(str(config.get("model_type"))),
         )
 
 
@@ -288,7 +291,8 @@ def saved(
     if keeps_inputs and not model.inputs_first:
         elements += max(0.0, _inputs(model) - part.adapter_inputs)
     frozen = tokens * (_frozen(model, width, masked_time) + elements * width + part.adapter_masks)
-    norm = tokens * model.hidden * ((4 if model.rms else width) + (width if part.whole_layers else 0))
+    scaled = width if part.whole_layers and not model.fused else 0
+    norm = tokens * model.hidden * (_normed(model, width) + scaled)
     if checkpointing:
         return tokens * model.layers * model.hidden * width + max(layer, frozen) + norm
     return part.whole_layers * layer + (model.layers - part.whole_layers) * frozen + norm
@@ -300,7 +304,7 @@ def _saved_by_layer(model: Architecture, part: Learned, width: int, time: int) -
         return 0.0
     # The output of a norm is the input of a matrix; a root mean square keeps also what its own weight multiplies.
     inputs = model.norms * model.hidden + (model.queries + model.keys if model.normed_heads else 0)
-    norms = (4 if model.wide_norms else width) * inputs if model.rms else 0
+    norms = (4 if model.wide_norms else width) * inputs if model.rms and not model.fused else 0
     return _frozen(model, width, time) + norms + _inputs(model) * width
 
 
@@ -311,8 +315,8 @@ def _inputs(model: Architecture) -> int:
 
 def _frozen(model: Architecture, width: int, time: int) -> float:
     """Return bytes for each token of a layer without weights that train, through which a gradient passes."""
-    norms = model.norms * model.hidden * (4 if model.rms else width)
-    norms += 4 * (model.queries + model.keys) if model.normed_heads else 0
+    norms = model.norms * model.hidden * _normed(model, width)
+    norms += _normed(model, width) * (model.queries + model.keys) if model.normed_heads else 0
     # Queries, keys, values and results. With a mask, keys and values are repeated for each of their queries. The mask
     # is converted in each layer; the kernel keeps a normaliser in fp32 for each head.
     shared = 4 * model.queries + time if time else 2 * (model.queries + model.keys)
@@ -323,11 +327,16 @@ def _frozen(model: Architecture, width: int, time: int) -> float:
     return norms + attention + width * _feed_forward(model) * model.intermediate
 
 
+def _normed(model: Architecture, width: int) -> int:
+    """Return bytes of an element of a norm's input as it is kept: transformers converts it for a root mean square."""
+    return 4 if model.rms and not model.fused else width
+
+
 def _feed_forward(model: Architecture) -> int:
     """Return how many tensors as wide as a feed-forward layer are kept beside the input of its last matrix."""
     if model.activation in _STEPWISE:
         return 4 + 2 * model.gated
-    return 3 if model.gated else 1
+    return 3 - model.fused if model.gated else 1
 
 
 def work(model: Architecture, width: int, rows: int, time: int, *, backward: bool, masked: bool = True) -> float:

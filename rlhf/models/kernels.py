@@ -2,7 +2,6 @@
 
 import inspect
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ from transformers import AutoConfig
 
 from rlhf.models import safe_loading
 from rlhf.models.layout import BASE, is_adapter
+from rlhf.models.packable import has_fused_kernels
 
-FUSED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-"""Model types that compute the same with Liger's kernels, each with a test on a GPU."""
 _OUR_OWN = ("cross_entropy", "fused_linear_cross_entropy")
 """Liger's losses: ours are of chunks of tokens already."""
 
@@ -22,13 +20,13 @@ def fuse(folder: Path) -> None:
     """Let models of the folder's type that are loaded from now on normalise, rotate and gate in one kernel each.
 
     The results differ from transformers' own by rounding. It holds for this process. Without a GPU or without Liger
-    (``pip install 'rlhf-pipeline[liger]'``), and for types that are not of :data:`FUSED`, nothing changes.
+    (``pip install 'rlhf-pipeline[liger]'``), and for types not in :data:`rlhf.models.packable.FUSED`, nothing changes.
     """
-    if not torch.cuda.is_available() or find_spec("liger_kernel") is None:
+    if not torch.cuda.is_available():
         return
     plain = folder / BASE if is_adapter(folder) else folder
     model_type = AutoConfig.from_pretrained(plain, **safe_loading.TOKENIZER).model_type
-    if model_type in FUSED:
+    if has_fused_kernels(model_type):
         patches: Any = import_module("liger_kernel.transformers.monkey_patch")
         apply = patches.MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
         parts = [name for name in inspect.signature(apply).parameters if name != "model"]

@@ -1,6 +1,9 @@
-"""Which models keep the texts of a packed row apart, and which can compute a row's texts one by one; without torch."""
+"""Which models keep the texts of a packed row apart, which can compute a row's texts one by one, and which have fused
+kernels; without torch.
+"""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 PACKABLE = frozenset(
@@ -49,6 +52,8 @@ PACKABLE = frozenset(
     }
 )
 """The model types that keep texts of one row apart, each with a test: OPT or gpt-oss read on, without an error."""
+FUSED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+"""Model types that compute the same with Liger's kernels, each with a test on a GPU."""
 
 
 def keeps_texts_apart(config: Any) -> bool:
@@ -72,3 +77,8 @@ def attends_to_whole_texts(config: Mapping[str, Any]) -> bool:
     plain = not windows and not other_layers and not more and config.get("is_causal", True)
     # Falcon's layers know transformers' own attentions alone.
     return config.get("model_type") in PACKABLE - {"falcon"} and bool(plain) and width in range(8, 257, 8)
+
+
+def has_fused_kernels(model_type: str) -> bool:
+    """Return whether a GPU computes a model's norms and gates in one kernel each (:mod:`rlhf.models.kernels`)."""
+    return model_type in FUSED and find_spec("liger_kernel") is not None

@@ -91,6 +91,7 @@ def predict(
     gpu     whether ranks have GPUs; on CPUs buffers count as far as they are filled
     """
     texts = texts or limits(settings)
+    models = {role: replace(model, fused=model.fused and gpu) for role, model in models.items()}
     if isinstance(settings, PpoSettings):
         moments = list(_ppo(settings, models, texts, gpu))
     else:
@@ -229,13 +230,17 @@ class Trained:
         sharding, ranks = self.sharding, self.settings.workers.count
         whole = 0.0 if sharding.host_weights else self.whole
         copied = 4 if self.width < 4 or sharding.stage < 3 else 0
-        kept = self.part.parameters if sharding.stage == 1 else self.share
-        buffer = 4 * (sharding.bucket if self.gpu else self.filled) if sharding.stage == 3 else 0.0
+        buffer = 4 * (sharding.bucket if self.gpu else self.filled)
         return {
             "weights": whole / ranks if sharding.stage == 3 else whole,
-            "gradients": (0.0 if sharding.host_optimiser else 4 * kept) + buffer,
+            "gradients": self._gradients() + buffer if sharding.stage == 3 else 0.0,
             "optimiser": 0.0 if sharding.host_optimiser else (copied + 8) * self.share,
         }
+
+    def _gradients(self) -> float:
+        """Return the bytes of added up gradients; stages 1 and 2 give them back after each optimiser step."""
+        kept = self.part.parameters if self.sharding.stage == 1 else self.share
+        return 0.0 if self.sharding.host_optimiser else 4 * kept
 
     def saved(self, rows: int, time: int) -> float:
         """Return the bytes that a forward pass saves."""
@@ -258,9 +263,10 @@ class Trained:
         """
         kept = self.saved(rows, time)
         stage = self.sharding.stage
+        gradients = self._gradients() if stage < 3 else 0.0
         # Stages 1 and 2 make their buffers, two that overlap, for each backward pass.
         buffers = self.width * (2 * self.sharding.bucket if self.gpu else self.filled) if stage < 3 else 0.0
-        at_work = {"weights": self.gathered, "gradients": buffers}
+        at_work = {"weights": self.gathered, "gradients": gradients + buffers}
         yield f"at {self.name} loss", _sum(at_work, {"activations": kept, "logits": logits})
         # A tied head's gradient waits for that of the embeddings.
         tied = self.part.head and not (self.model.head or self.scores)
@@ -273,7 +279,7 @@ class Trained:
         reduced = {"activations": kept * left, "gradients": 4 * self.filled}
         yield f"in {self.name} reduction of gradients", _sum(at_work, reduced)
         if not self.sharding.host_optimiser:
-            yield f"in {self.name} optimiser step", self._step()
+            yield f"in {self.name} optimiser step", _sum({"gradients": gradients}, self._step())
 
     def _step(self) -> Bytes:
         """Return what an optimiser step takes: a copy of its gradients; AdamW, fused, has no tensors of its own."""
@@ -336,7 +342,8 @@ def _ppo(
     generation *= policy.sharding.stage == 3
     if settings.share_base:
         # Beside the policy's base there are adapters alone, and one engine with one buffer.
-        of_value |= {"weights": value.part.parameters * width / shares, "gradients": 4 * value.share}
+        gradients = 4 * value.share if policy.sharding.stage == 3 else 0.0
+        of_value |= {"weights": value.part.parameters * width / shares, "gradients": gradients}
         frozen = (1 + len(rewards)) * policy.part.parameters * width
         generation *= ranks > 1
     standing = _sum(

@@ -19,8 +19,10 @@ from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.base import semantic_values
 from rlhf.errors import InterruptedRunError
 from rlhf.randomness import stream
+from rlhf.rollout.sequences import Sequences
 from rlhf.tracking import MetricsLog, WandbMode, WandbRun, read_metrics
 from rlhf.training import checkpoint_writer
+from rlhf.training.limits import IterationLimit
 from rlhf.zero import group
 
 
@@ -126,10 +128,18 @@ class Journal:
 
     unit   the name of a step, for the user
     shown  metrics that the user sees as the stage runs
+    limit  of the time that a step's samples take, for ``perf/of_limit``
     """
 
-    def __init__(self, context: Context[Any], total: int, unit: str, shown: tuple[str, ...]) -> None:
-        self._context, self._total, self._unit, self._shown = context, total, unit, shown
+    def __init__(
+        self,
+        context: Context[Any],
+        total: int,
+        unit: str,
+        shown: tuple[str, ...],
+        limit: IterationLimit | None = None,
+    ) -> None:
+        self._context, self._total, self._unit, self._shown, self._limit = context, total, unit, shown, limit
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._alarms: set[str] = set()
         path = context.folder.metrics
@@ -150,14 +160,17 @@ class Journal:
         yield
         self._seconds[part] += time.perf_counter() - start
 
-    def log(self, step: int, metrics: Mapping[str, float], tokens: int | None = None) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], sequences: Sequences | None = None) -> None:
         """Report a finished step, numbered from 1. A collective.
 
-        tokens  real response tokens of the step, for ``perf/tokens_per_s``
+        sequences  the samples of the step, for ``perf/tokens_per_s`` and ``perf/of_limit``
         """
         row = dict(metrics) | {f"time/{part}_s": seconds for part, seconds in self._seconds.items()}
-        if tokens is not None:
-            row["perf/tokens_per_s"] = tokens / sum(self._seconds.values())
+        if sequences is not None:
+            seconds = sum(self._seconds.values())
+            row["perf/tokens_per_s"] = int(sequences.mask.sum()) / seconds
+            if self._limit is not None:
+                row["perf/of_limit"] = self._limit.seconds(sequences) / seconds
         row |= gpu_memory()
         self._seconds.clear()
         self._rows.append(row)

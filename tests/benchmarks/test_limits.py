@@ -5,10 +5,26 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from benchmarks.limits import SHAPES, Ceilings, Part, Shape, Work, causal, decode, forward, prefill
+from benchmarks.limits import SHAPES, Shape
 from benchmarks.one_rank import drawn_lengths, with_lengths
+from rlhf.config.ppo import PpoSettings
+from rlhf.models.footprint import Architecture, learned
 from rlhf.rl.masks import response_mask
 from rlhf.rollout.sampling import sample_responses, uniforms
+from rlhf.rollout.sequences import Sequences
+from rlhf.training.limits import (
+    Ceilings,
+    IterationLimit,
+    Part,
+    PpoModels,
+    Sizes,
+    Work,
+    causal,
+    decode,
+    forward,
+    passes,
+    prefill,
+)
 
 GROUPED = Shape(48, 3, 80, heads=4, kv_heads=2, vocabulary=64, head_dim=16, tied=False)
 shapes = pytest.mark.parametrize("shape", [SHAPES["tiny"], GROUPED])
@@ -31,9 +47,9 @@ def test_decoding_costs_the_operations_that_torch_counts(shape: Shape) -> None:
         for place in range(ids.shape[1]):
             keep = torch.arange(0 if place < PROMPT - 1 else 1)
             model(input_ids=ids[:, place : place + 1], cache=cache, logits_to_keep=keep)
-    steps = decode(shape, PROMPT, [LENGTH] * ROWS)
+    steps = decode(shape.sizes, [PROMPT] * ROWS, [LENGTH] * ROWS)
     assert len(steps) == LENGTH - 1
-    assert counter.get_total_flops() == (prefill(shape, PROMPT, ROWS) + sum(steps, start=Work())).operations
+    assert counter.get_total_flops() == (prefill(shape.sizes, [PROMPT] * ROWS) + sum(steps, start=Work())).operations
 
 
 @shapes
@@ -43,7 +59,9 @@ def test_training_costs_the_operations_that_torch_counts(shape: Shape) -> None:
     ids = torch.arange(2, 2 + tokens).repeat(ROWS, 1)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, logits_to_keep=torch.arange(LENGTH), use_cache=False).logits.sum().backward()
-    assert counter.get_total_flops() == 3 * forward(shape, ROWS * tokens, ROWS * LENGTH, ROWS * tokens**2).operations
+    assert (
+        counter.get_total_flops() == 3 * forward(shape.sizes, ROWS * tokens, ROWS * LENGTH, ROWS * tokens**2).operations
+    )
     assert causal([tokens]) == int(torch.ones(tokens, tokens).tril().sum())
 
 
@@ -61,8 +79,8 @@ def test_a_step_of_decoding_costs_the_bytes_of_its_tensors(shape: Shape) -> None
 
     with torch.no_grad():
         model(input_ids=torch.full((ROWS, PROMPT), 2), cache=cache)
-        assert prefill(shape, PROMPT, ROWS).bytes == weights + held()
-        for step in decode(shape, PROMPT, [LENGTH] * ROWS):
+        assert prefill(shape.sizes, [PROMPT] * ROWS).bytes == weights + held()
+        for step in decode(shape.sizes, [PROMPT] * ROWS, [LENGTH] * ROWS):
             model(input_ids=torch.full((ROWS, 1), 2), cache=cache)
             assert step.bytes == weights + held()
 
@@ -70,8 +88,10 @@ def test_a_step_of_decoding_costs_the_bytes_of_its_tensors(shape: Shape) -> None
 def test_responses_that_have_ended_cost_nothing() -> None:
     """Of responses of several lengths: the operations and cached bytes of each alone, and weights once a step."""
     lengths = [1, 3, 7]
-    together, alone = decode(GROUPED, PROMPT, lengths), [decode(GROUPED, PROMPT, [length]) for length in lengths]
-    weights = forward(GROUPED, 0, 1, 0).bytes
+    prompts = [PROMPT, PROMPT + 4, 2]
+    together = decode(GROUPED.sizes, prompts, lengths)
+    alone = [decode(GROUPED.sizes, [prompt], [length]) for prompt, length in zip(prompts, lengths, strict=True)]
+    weights = forward(GROUPED.sizes, 0, 1, 0).bytes
     assert len(together) == 6
     assert sum(step.operations for step in together) == sum(step.operations for one in alone for step in one)
     cached = sum(step.bytes - weights for one in alone for step in one)
@@ -93,3 +113,49 @@ def test_responses_have_the_lengths_that_were_drawn(kind: str) -> None:
     noise = with_lengths(uniforms(0, range(8), max(lengths)), lengths)
     responses = sample_responses(model, [[5, 6]] * 8, noise, 1.0, eos_token_id=0, pad=1)
     assert response_mask(responses.ids, 0).sum(1).tolist() == lengths
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    folder = tmp_path_factory.mktemp("model")
+    llama(GROUPED).save_pretrained(folder)
+    return Architecture.of(folder)
+
+
+def test_sizes_are_read_off_a_model(architecture: Architecture) -> None:
+    assert Sizes.of(architecture) == GROUPED.sizes
+
+
+@pytest.mark.parametrize(
+    ("method", "forwards"),
+    [({"method": "full"}, 3), ({"method": "lora"}, 2), ({"method": "top", "blocks": 1}, 1 + 2 / 3)],
+)
+def test_what_trains_decides_what_training_costs(
+    architecture: Architecture, method: dict[str, Any], forwards: float
+) -> None:
+    settings = ppo(tuning=method)
+    assert passes(architecture, learned(architecture, settings.tuning, scores=False)) == pytest.approx(forwards)
+
+
+def ppo(**values: Any) -> PpoSettings:
+    return PpoSettings.model_validate({"value_init": "policy", "precision": "bf16"} | values)
+
+
+def test_an_iteration_costs_its_samples(group: None, architecture: Architecture) -> None:
+    """A real batch through three language models' and a value's passes; padding costs nothing, two ranks have half."""
+    models = PpoModels.of(ppo(), {"policy": architecture})
+    machine = Ceilings("", operations=1e9, bytes=1e9)
+    prompts, lengths = [3, 5], [4, 2]
+    mask = torch.tensor([[True] * 4 + [False], [True] * 2 + [False] * 3])
+    attention = torch.cat([torch.tensor([[0, 0, 1, 1, 1], [1] * 5]), mask.long()], dim=1)
+    sequences = Sequences(ids=torch.ones_like(attention), attention_mask=attention, mask=mask)
+    counted = IterationLimit(models, ppo(epochs=2), machine).seconds(sequences)
+    parts = models.parts(ppo(epochs=2), prompts, lengths)
+    assert counted == sum(part.seconds(machine) for of_part in parts.values() for part in of_part)
+    language = forward(GROUPED.sizes, 14, 6, causal([7, 7])).operations
+    assert sum(part.work.operations for part in parts["score"]) == pytest.approx(
+        2 * language + forward(GROUPED.sizes, 14, 0, causal([7, 7])).operations
+    )
+    assert parts["train"][0].work.operations == 2 * 3 * language
+    both = models.parts(ppo(epochs=2), prompts, lengths, 2)
+    assert both["train"][2].work.bytes * 2 == parts["train"][2].work.bytes

@@ -26,7 +26,8 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (key := _identity(tensor)) not in self._known | given:
+            counts = isinstance(tensor, Tensor) and tensor.device.type != "meta"
+            if counts and (key := _identity(tensor)) not in self._known | given:
                 self._known.add(key)
                 self.now += _storage(tensor).nbytes()
                 self.peak = max(self.peak, self.now)

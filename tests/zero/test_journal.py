@@ -1,11 +1,16 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CompareSettings
+from rlhf.rollout.sequences import Sequences
 from rlhf.tracking import read_metrics
+from rlhf.training.limits import IterationLimit
 from rlhf.training.loop import Journal
 
 
@@ -56,3 +61,21 @@ def test_a_row_has_the_gpus_highest_memory_since_the_row_before_and_on_a_cpu_non
         {"memory/reserved_gb": 3.0, "memory/peak_gb": 2.5},
         {"memory/reserved_gb": 1.0, "memory/peak_gb": 0.5},
     ]
+
+
+def test_a_row_compares_its_time_with_the_limit(
+    group: None, context: Context[CompareSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share of the time that had to be; tokens are those of responses."""
+    limit = cast(IterationLimit, SimpleNamespace(seconds=lambda sequences: 1.5))
+    mask = torch.tensor([[True, True], [True, False]])
+    sequences = Sequences(ids=mask.long(), attention_mask=mask.long(), mask=mask)
+    journal = Journal(context, 1, unit="step", shown=(), limit=limit)
+    clock = iter([10.0, 14.0, 20.0, 22.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    for part in ("rollout", "train"):
+        with journal.timed(part):
+            pass
+    journal.log(1, {}, sequences)
+    row = read_metrics(context.folder.metrics)[0]
+    assert (row["perf/of_limit"], row["perf/tokens_per_s"]) == (0.25, 0.5)
