@@ -8,8 +8,10 @@ ended: their slots take prompts that wait, and when none wait, the rows close up
 A prompt's last token goes through the first step; the tokens before it are read once for all slots with that prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +20,11 @@ from transformers import DynamicCache
 
 from rlhf.attempt import liveness
 from rlhf.errors import PreflightError, size
-from rlhf.models import capacity, text
+from rlhf.models import capacity, text, varlen
 from rlhf.models.heads import body_of, unwrapped
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.virtual_tokens import has_virtual_tokens
+from rlhf.rollout import flash
 from rlhf.rollout.drawing import Responses, drawn
 from rlhf.rollout.slots import LayerShape, Space
 
@@ -43,7 +46,7 @@ def decodes_in_slots(model: Any) -> bool:
     config = plain.config
     return (
         (keeps_texts_apart(config) or config.model_type in UNPACKED)
-        and config._attn_implementation in ("sdpa", "eager")
+        and config._attn_implementation in ("sdpa", "eager", varlen.NAME)
         and not has_virtual_tokens(body_of(plain)[1])
         and _rope_types(config) <= FIXED_ROPE
     )
@@ -100,7 +103,9 @@ class Decoder:
     Graphs and a small cache stay for the next call, as long as the model's weights stay where they are.
     """
 
-    def __init__(self, model: Any, pace: Pace | None = None, most_rows: int | None = None) -> None:
+    def __init__(
+        self, model: Any, pace: Pace | None = None, most_rows: int | None = None, *, masked: bool = False
+    ) -> None:
         self._model = unwrapped(model)
         _, self._body = body_of(self._model)
         self._device: torch.device = model.device
@@ -117,6 +122,7 @@ class Decoder:
         self._space: Space | None = None
         self._key: tuple[Any, ...] = ()
         self._probe()
+        self._flash = not masked and flash.fits(self._model, self._shapes) and flash.computes(self._device, self._dtype)
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -217,7 +223,7 @@ class Decoder:
 
     def advance(self, space: Space, drawing: Drawing, rows: int, length: int, steps: int) -> None:
         """Take steps with the first ``rows`` slots, reading the first ``length`` places."""
-        length = min(length, space.length)
+        length = space.length if self._flash else min(length, space.length)
         if not self._captures:
             for _ in range(steps):
                 self.step(space, drawing, rows, length)
@@ -252,14 +258,15 @@ class Decoder:
         """Draw the next token of each row. Nothing here may wait for the device or copy from the host."""
         token, position, written, sample, running = space.state[:, :rows].unbind(0)
         space.reach.positions, space.reach.length = position, length
-        logits = self._model.forward(
-            input_ids=token[:, None],
-            attention_mask=self._masks(space.columns[:length], position),
-            position_ids=position[:, None],
-            cache=space.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        with flash.attending(self._model) if self._flash else nullcontext():
+            logits = self._model.forward(
+                input_ids=token[:, None],
+                attention_mask=self._masks(space, position, length),
+                position_ids=position[:, None],
+                cache=space.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         if len(self._forbidden):
             logits = logits.index_fill(-1, self._forbidden, -torch.inf)
         tokens, logprobs = drawn(logits, space.numbers[sample, written], drawing.temperature)
@@ -271,19 +278,28 @@ class Decoder:
         running.mul_((tokens != drawing.eos) & (written < space.time))
         position.add_(running)  # not of a row that has ended: there may be no further place
 
-    def _masks(self, columns: Tensor, position: Tensor) -> Any:
-        """Return what is added to attention's products, ``[row, 1, 1, column]``, for each type of layer."""
+    def _masks(self, space: Space, position: Tensor, length: int) -> Any:
+        """Return what tells each layer the places that it sees, for each type of layer where there are several."""
         config = self._model.config
         window = getattr(config, "sliding_window", None)
-        seen = columns <= position[:, None]
-        masks = {"full_attention": self._added(seen)}
+        sees: Callable[[int | None], Tensor]
+        if self._flash:
+            space.lengths.up_to(position)
+            sees = partial(space.lengths.in_place_of_mask, len(position))
+        else:
+            sees = partial(self._added, space.columns[:length], position)
+        masks = {"full_attention": sees(None)}
         if window:
-            masks["sliding_attention"] = self._added(seen & (columns > position[:, None] - window))
+            masks["sliding_attention"] = sees(window)
         if getattr(config, "layer_types", None):
             return masks
         return masks.get("sliding_attention", masks["full_attention"])
 
-    def _added(self, seen: Tensor) -> Tensor:
+    def _added(self, columns: Tensor, position: Tensor, window: int | None) -> Tensor:
+        """Return what is added to attention's products, ``[row, 1, 1, column]``."""
+        seen = columns <= position[:, None]
+        if window:
+            seen &= columns > position[:, None] - window
         return torch.where(seen, self._seen, self._unseen)[:, None, None]
 
 
