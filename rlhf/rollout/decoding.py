@@ -8,10 +8,9 @@ ended: their slots take prompts that wait, and when none wait, the rows close up
 A prompt's last token goes through the first step; the tokens before it are read once for all slots with that prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from rlhf.models import capacity, text, varlen
 from rlhf.models.heads import body_of, unwrapped
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.virtual_tokens import has_virtual_tokens
-from rlhf.rollout import flash
+from rlhf.rollout import grouped
 from rlhf.rollout.drawing import Responses, drawn
 from rlhf.rollout.slots import LayerShape, Space
 
@@ -94,7 +93,6 @@ class Drawing(NamedTuple):
 
     temperature: float
     eos: int
-    pad: int
 
 
 class Decoder:
@@ -104,7 +102,7 @@ class Decoder:
     """
 
     def __init__(
-        self, model: Any, pace: Pace | None = None, most_rows: int | None = None, *, masked: bool = False
+        self, model: Any, pace: Pace | None = None, most_rows: int | None = None, *, use_grouped: bool | None = None
     ) -> None:
         self._model = unwrapped(model)
         _, self._body = body_of(self._model)
@@ -122,7 +120,10 @@ class Decoder:
         self._space: Space | None = None
         self._key: tuple[Any, ...] = ()
         self._probe()
-        self._flash = not masked and flash.fits(self._model, self._shapes) and flash.computes(self._device, self._dtype)
+        heads = self._model.config.num_attention_heads
+        self._grouped = grouped.fits(self._model) and (
+            grouped.computes(heads, self._shapes, self._dtype, self._device) if use_grouped is None else use_grouped
+        )
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -152,7 +153,7 @@ class Decoder:
         self, prompts: Sequence[list[int]], numbers: Tensor, temperature: float, *, eos_token_id: int, pad: int
     ) -> Responses:
         """Sample a response to each prompt, as :func:`rlhf.rollout.sampling.sample_responses`."""
-        drawing = Drawing(temperature, eos_token_id, pad)
+        drawing = Drawing(temperature, eos_token_id)
         space = self._space_for(len(prompts), numbers.shape[1], max(map(len, prompts)), drawing)
         space.begin(numbers, pad)
         _Call(self, space, drawing, prompts, self._pace).run()
@@ -223,7 +224,7 @@ class Decoder:
 
     def advance(self, space: Space, drawing: Drawing, rows: int, length: int, steps: int) -> None:
         """Take steps with the first ``rows`` slots, reading the first ``length`` places."""
-        length = space.length if self._flash else min(length, space.length)
+        length = min(length, space.length)
         if not self._captures:
             for _ in range(steps):
                 self.step(space, drawing, rows, length)
@@ -258,10 +259,10 @@ class Decoder:
         """Draw the next token of each row. Nothing here may wait for the device or copy from the host."""
         token, position, written, sample, running = space.state[:, :rows].unbind(0)
         space.reach.positions, space.reach.length = position, length
-        with flash.attending(self._model) if self._flash else nullcontext():
+        with grouped.attending(self._model) if self._grouped else nullcontext():
             logits = self._model.forward(
                 input_ids=token[:, None],
-                attention_mask=self._masks(space, position, length),
+                attention_mask=self._masks(space.columns[:length], position),
                 position_ids=position[:, None],
                 cache=space.cache,
                 use_cache=True,
@@ -270,36 +271,27 @@ class Decoder:
         if len(self._forbidden):
             logits = logits.index_fill(-1, self._forbidden, -torch.inf)
         tokens, logprobs = drawn(logits, space.numbers[sample, written], drawing.temperature)
-        runs = running.bool()
-        space.ids[sample, written] = torch.where(runs, tokens, drawing.pad)
-        space.logprobs[sample, written] = torch.where(runs, logprobs, 0.0)
+        space.ids[sample, written], space.logprobs[sample, written] = tokens, logprobs
         token.copy_(tokens)
         written.add_(running)
-        running.mul_((tokens != drawing.eos) & (written < space.time))
+        ended = (tokens == drawing.eos) | (written == space.time)
+        running.masked_fill_(ended, 0)
         position.add_(running)  # not of a row that has ended: there may be no further place
+        sample.masked_fill_(ended, space.samples)  # what else the row draws is nobody's
 
-    def _masks(self, space: Space, position: Tensor, length: int) -> Any:
-        """Return what tells each layer the places that it sees, for each type of layer where there are several."""
+    def _masks(self, columns: Tensor, position: Tensor) -> Any:
+        """Return what is added to attention's products, ``[row, 1, 1, column]``, for each type of layer."""
         config = self._model.config
         window = getattr(config, "sliding_window", None)
-        sees: Callable[[int | None], Tensor]
-        if self._flash:
-            space.lengths.up_to(position)
-            sees = partial(space.lengths.in_place_of_mask, len(position))
-        else:
-            sees = partial(self._added, space.columns[:length], position)
-        masks = {"full_attention": sees(None)}
+        seen = columns <= position[:, None]
+        masks = {"full_attention": self._added(seen)}
         if window:
-            masks["sliding_attention"] = sees(window)
+            masks["sliding_attention"] = self._added(seen & (columns > position[:, None] - window))
         if getattr(config, "layer_types", None):
             return masks
         return masks.get("sliding_attention", masks["full_attention"])
 
-    def _added(self, columns: Tensor, position: Tensor, window: int | None) -> Tensor:
-        """Return what is added to attention's products, ``[row, 1, 1, column]``."""
-        seen = columns <= position[:, None]
-        if window:
-            seen &= columns > position[:, None] - window
+    def _added(self, seen: Tensor) -> Tensor:
         return torch.where(seen, self._seen, self._unseen)[:, None, None]
 
 

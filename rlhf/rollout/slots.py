@@ -59,31 +59,6 @@ class LayerShape(NamedTuple):
     values: tuple[int, int]
 
 
-class Lengths:
-    """How many places of each slot a step sees, as :mod:`rlhf.rollout.flash` takes it.
-
-    heads   of the keys
-    places  of a slot
-    """
-
-    def __init__(self, slots: int, heads: int, places: int, device: torch.device) -> None:
-        self._heads, self._places = heads, places
-        texts = torch.arange(slots * heads + 1, dtype=torch.int32, device=device)
-        self._table = torch.stack([torch.ones_like(texts), texts, texts * places])
-        """``[length; first query; first place]`` of each text; behind the texts the numbers of all."""
-
-    def up_to(self, position: Tensor) -> None:
-        """Let row r see the places 0 … ``position[r]``."""
-        rows = len(position)
-        lengths = self._table[0, : rows * self._heads].view(rows, self._heads)
-        torch.add(position[:, None].expand_as(lengths), 1, out=lengths)
-
-    def in_place_of_mask(self, rows: int, window: int | None) -> Tensor:
-        """Return ``[1, 3, text + 1, width]`` of the first rows; ``width`` is how many last places are seen."""
-        table = self._table[None, :, : rows * self._heads + 1, None]
-        return table.expand(-1, -1, -1, window or self._places)
-
-
 class Space:
     """The cache and the state of the slots, and what they have written, for calls of one size.
 
@@ -112,14 +87,13 @@ class Space:
         self.columns = torch.arange(max(slots, length), device=device)
         self.reach = _Reach(self.columns[:slots], self.columns[:0])
         self.layers = [_SlotLayer(keys, values, self.reach) for keys, values in zeros]
-        self.lengths = Lengths(slots, shapes[0].keys[0], length, device)
         self.cache = Cache(layers=list(self.layers))
-        # Behind the samples a row that slots without a sample write to, behind the time a column for ended ones.
+        # Behind the samples a row that slots without a running sample write to, behind the time a column for the same.
         self.ids = torch.zeros(samples + 1, time + 1, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(samples + 1, time + 1, device=device)
         self.numbers = torch.zeros(samples + 1, time + 1, dtype=torch.float64, device=device)
         self.state = torch.zeros(5, slots, dtype=torch.long, device=device)
-        """``[token, position, tokens written, sample, running]`` of each slot."""
+        """``[token, position, tokens written, sample, running]`` of each slot; the sample of none is their number."""
         self.graphs: dict[tuple[int, int], Any] = {}
         self.pool: Any = None
         self.aside: Any = None

@@ -175,7 +175,7 @@ def operations_with_the_host(model_type: str) -> Sequence[str]:
     own["_model"], own["_forbidden"] = model_of_type(model_type).to(device), torch.zeros(3, dtype=torch.long).to(device)
     space = Space(shapes, torch.float32, device, slots=6, samples=9, time=12, length=32)
     with HostWatch() as watch:
-        decoder.step(space, Drawing(1.0, 2, 0), 4, 16)
+        decoder.advance(space, Drawing(1.0, 2), rows=4, length=16, steps=1)
     return watch.seen
 
 
