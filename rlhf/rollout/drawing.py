@@ -67,13 +67,15 @@ def _inverse(probabilities: Tensor, numbers: Tensor) -> Tensor:
     missing = -probabilities.shape[-1] % width
     padded = torch.nn.functional.pad(probabilities, (0, missing)) if missing else probabilities
     blocks = padded.unflatten(-1, (-1, width))
-    sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    # A GPU sums in float32 four times as fast; a block's sum is then as exact as the probabilities are.
+    dtype = torch.float32 if blocks.is_cuda else torch.float64
+    sums = blocks.sum(dim=-1, dtype=dtype).cumsum(dim=-1, dtype=torch.float64)
     # Rounding leaves the last sum a little off 1; scaling by it keeps every number below it.
     threshold = numbers[:, None] * sums[:, -1:]
     block = torch.searchsorted(sums, threshold, right=True)
     before = torch.nn.functional.pad(sums, (1, 0)).gather(-1, block)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, width)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
-    # Rounding may move the rest to the block's last sum: that finds the place where the sum is first reached, and
-    # never one behind it, which has probability 0.
+    # Rounding may move the rest to the block's last sum or beyond: that finds the place where the sum is first reached,
+    # and never one behind it, which has probability 0.
     rest = torch.minimum(threshold - before, inside[:, -1:] * BELOW_ONE)
     return torch.add(torch.searchsorted(inside, rest, right=True), block, alpha=width).squeeze(-1)

@@ -10,7 +10,7 @@ from rlhf.rollout import grouped
 from rlhf.rollout.decoding import UNPACKED, Decoder
 from rlhf.rollout.slots import LayerShape
 from tests.rollout.test_decoding import EXPERTS, LIKE_A_GPU, NUMBERS, PROMPTS, model_of_type
-from tests.rollout.test_decoding_gpu import exact, rescored, without_graphs  # noqa: F401 - a fixture of all tests
+from tests.rollout.test_decoding_gpu import rescored, without_graphs
 from tests.rollout.test_grouped import OWN_WAY
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
