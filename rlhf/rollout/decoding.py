@@ -79,9 +79,13 @@ class Pace:
         power = 1 << (count - 1).bit_length()
         return 3 * power // 4 if power > 2 and count <= 3 * power // 4 else power
 
-    def length(self, columns: int) -> int:
-        """Return how many columns are read where ``columns`` are needed."""
-        return capacity.rounded(columns, self.columns)
+    def length(self, columns: int, *, few_rows: bool = False) -> int:
+        """Return how many columns are read where ``columns`` are needed.
+
+        few_rows  whether so little is read that a graph for each length is not worth its making
+        """
+        wanted = capacity.rounded(columns, self.columns)
+        return self.columns * self.rows(wanted // self.columns) if few_rows else wanted
 
 
 ON_CPU = Pace(1, late=False, any_size=True, columns=capacity.COLUMNS_ON_CPU, tokens=capacity.TOKENS_ON_CPU)
@@ -373,7 +377,8 @@ class _Call:
         rows = min(self._pace.rows(last + 1), len(self._slots))
         steps = min(self._pace.steps, time - min(self._steps.values()))
         longest = max(len(self._prompts[sample]) + min(time, made + steps) for sample, made in self._steps.items())
-        self._decoder.advance(self._space, self._drawing, rows, self._pace.length(longest - 1), steps)
+        length = self._pace.length(longest - 1, few_rows=4 * rows <= len(self._slots))
+        self._decoder.advance(self._space, self._drawing, rows, length, steps)
         self._steps = {sample: made + steps for sample, made in self._steps.items()}
 
     def _look(self) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.errors import PreflightError
 from rlhf.models.packable import PACKABLE
 from rlhf.rollout import decoding
-from rlhf.rollout.decoding import UNPACKED, Decoder, Drawing, Pace, decodes_in_slots
+from rlhf.rollout.decoding import ON_GPU, UNPACKED, Decoder, Drawing, Pace, decodes_in_slots
 from rlhf.rollout.drawing import drawn, uniforms
 from rlhf.rollout.sampling import sample_responses
 from rlhf.rollout.slots import Space
@@ -143,6 +143,15 @@ def test_waiting_prompts_fill_the_slots_of_ended_rows() -> None:
     steps = [rows for rows, width in shapes if width == 1]
     assert max(steps) <= 4
     assert sum(steps) <= int(expected.logprobs.count_nonzero()) + len(PROMPTS)
+
+
+def test_few_rows_read_lengths_of_few_sizes() -> None:
+    """Never less than is needed, and less than half as much again; a GPU makes a graph for each."""
+    needed = range(1, 4000, 7)
+    lengths = {wanted: ON_GPU.length(wanted, few_rows=True) for wanted in needed}
+    assert all(ON_GPU.length(wanted) <= length < 1.5 * wanted + 128 for wanted, length in lengths.items())
+    assert len(set(lengths.values())) <= 11
+    assert len({ON_GPU.length(wanted) for wanted in needed}) > 30
 
 
 class HostWatch(TorchDispatchMode):
