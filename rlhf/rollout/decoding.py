@@ -262,7 +262,7 @@ class Decoder:
     def step(self, space: Space, drawing: Drawing, rows: int, length: int) -> None:
         """Draw the next token of each row. Nothing here may wait for the device or copy from the host."""
         token, position, written, sample, running = space.state[:, :rows].unbind(0)
-        space.reach.positions, space.reach.length = position, length
+        space.reach.move_to(position, length)
         with grouped.attending(self._model) if self._grouped else nullcontext():
             logits = self._model.forward(
                 input_ids=token[:, None],
