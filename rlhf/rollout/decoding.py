@@ -9,6 +9,7 @@ A prompt's last token goes through the first step; the tokens before it are read
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from rlhf.models import capacity, text, varlen
 from rlhf.models.heads import body_of, unwrapped
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.virtual_tokens import has_virtual_tokens
+from rlhf.rollout import grouped
 from rlhf.rollout.drawing import Responses, drawn
 from rlhf.rollout.slots import LayerShape, Space
 
@@ -77,9 +79,13 @@ class Pace:
         power = 1 << (count - 1).bit_length()
         return 3 * power // 4 if power > 2 and count <= 3 * power // 4 else power
 
-    def length(self, columns: int) -> int:
-        """Return how many columns are read where ``columns`` are needed."""
-        return capacity.rounded(columns, self.columns)
+    def length(self, columns: int, *, few_rows: bool = False) -> int:
+        """Return how many columns are read where ``columns`` are needed.
+
+        few_rows  whether so little is read that a graph for each length is not worth its making
+        """
+        wanted = capacity.rounded(columns, self.columns)
+        return self.columns * self.rows(wanted // self.columns) if few_rows else wanted
 
 
 ON_CPU = Pace(1, late=False, any_size=True, columns=capacity.COLUMNS_ON_CPU, tokens=capacity.TOKENS_ON_CPU)
@@ -91,7 +97,6 @@ class Drawing(NamedTuple):
 
     temperature: float
     eos: int
-    pad: int
 
 
 class Decoder:
@@ -100,7 +105,9 @@ class Decoder:
     Graphs and a small cache stay for the next call, as long as the model's weights stay where they are.
     """
 
-    def __init__(self, model: Any, pace: Pace | None = None, most_rows: int | None = None) -> None:
+    def __init__(
+        self, model: Any, pace: Pace | None = None, most_rows: int | None = None, *, use_grouped: bool | None = None
+    ) -> None:
         self._model = unwrapped(model)
         _, self._body = body_of(self._model)
         self._device: torch.device = model.device
@@ -117,6 +124,10 @@ class Decoder:
         self._space: Space | None = None
         self._key: tuple[Any, ...] = ()
         self._probe()
+        heads = self._model.config.num_attention_heads
+        self._grouped = grouped.fits(self._model) and (
+            grouped.computes(heads, self._shapes, self._dtype, self._device) if use_grouped is None else use_grouped
+        )
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -146,7 +157,7 @@ class Decoder:
         self, prompts: Sequence[list[int]], numbers: Tensor, temperature: float, *, eos_token_id: int, pad: int
     ) -> Responses:
         """Sample a response to each prompt, as :func:`rlhf.rollout.sampling.sample_responses`."""
-        drawing = Drawing(temperature, eos_token_id, pad)
+        drawing = Drawing(temperature, eos_token_id)
         space = self._space_for(len(prompts), numbers.shape[1], max(map(len, prompts)), drawing)
         space.begin(numbers, pad)
         _Call(self, space, drawing, prompts, self._pace).run()
@@ -251,25 +262,26 @@ class Decoder:
     def step(self, space: Space, drawing: Drawing, rows: int, length: int) -> None:
         """Draw the next token of each row. Nothing here may wait for the device or copy from the host."""
         token, position, written, sample, running = space.state[:, :rows].unbind(0)
-        space.reach.positions, space.reach.length = position, length
-        logits = self._model.forward(
-            input_ids=token[:, None],
-            attention_mask=self._masks(space.columns[:length], position),
-            position_ids=position[:, None],
-            cache=space.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        space.reach.move_to(position, length)
+        with grouped.attending(self._model) if self._grouped else nullcontext():
+            logits = self._model.forward(
+                input_ids=token[:, None],
+                attention_mask=self._masks(space.columns[:length], position),
+                position_ids=position[:, None],
+                cache=space.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         if len(self._forbidden):
             logits = logits.index_fill(-1, self._forbidden, -torch.inf)
         tokens, logprobs = drawn(logits, space.numbers[sample, written], drawing.temperature)
-        runs = running.bool()
-        space.ids[sample, written] = torch.where(runs, tokens, drawing.pad)
-        space.logprobs[sample, written] = torch.where(runs, logprobs, 0.0)
+        space.ids[sample, written], space.logprobs[sample, written] = tokens, logprobs
         token.copy_(tokens)
         written.add_(running)
-        running.mul_((tokens != drawing.eos) & (written < space.time))
+        ended = (tokens == drawing.eos) | (written == space.time)
+        running.masked_fill_(ended, 0)
         position.add_(running)  # not of a row that has ended: there may be no further place
+        sample.masked_fill_(ended, space.samples)  # what else the row draws is nobody's
 
     def _masks(self, columns: Tensor, position: Tensor) -> Any:
         """Return what is added to attention's products, ``[row, 1, 1, column]``, for each type of layer."""
@@ -365,7 +377,8 @@ class _Call:
         rows = min(self._pace.rows(last + 1), len(self._slots))
         steps = min(self._pace.steps, time - min(self._steps.values()))
         longest = max(len(self._prompts[sample]) + min(time, made + steps) for sample, made in self._steps.items())
-        self._decoder.advance(self._space, self._drawing, rows, self._pace.length(longest - 1), steps)
+        length = self._pace.length(longest - 1, few_rows=4 * rows <= len(self._slots))
+        self._decoder.advance(self._space, self._drawing, rows, length, steps)
         self._steps = {sample: made + steps for sample, made in self._steps.items()}
 
     def _look(self) -> None:

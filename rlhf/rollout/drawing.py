@@ -11,6 +11,8 @@ from rlhf.randomness import stream
 
 BLOCK = 256
 """Tokens of the vocabulary whose probabilities are summed before any is looked at by itself."""
+BELOW_ONE = 1 - 2**-53
+"""The largest float64 below 1: times a float64 it gives the next one below."""
 
 
 class Responses(NamedTuple):
@@ -65,21 +67,15 @@ def _inverse(probabilities: Tensor, numbers: Tensor) -> Tensor:
     missing = -probabilities.shape[-1] % width
     padded = torch.nn.functional.pad(probabilities, (0, missing)) if missing else probabilities
     blocks = padded.unflatten(-1, (-1, width))
-    sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    # Rounding leaves the last sum a little off 1; scaling by it keeps every number inside.
+    # A GPU sums in float32 four times as fast; a block's sum is then as exact as the probabilities are.
+    dtype = torch.float32 if blocks.is_cuda else torch.float64
+    sums = blocks.sum(dim=-1, dtype=dtype).cumsum(dim=-1, dtype=torch.float64)
+    # Rounding leaves the last sum a little off 1; scaling by it keeps every number below it.
     threshold = numbers[:, None] * sums[:, -1:]
-    block = _first_above(sums, threshold)
-    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    block = torch.searchsorted(sums, threshold, right=True)
+    before = torch.nn.functional.pad(sums, (1, 0)).gather(-1, block)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, width)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
-    return (block * width + _first_above(inside, threshold - before)).squeeze(-1)
-
-
-def _first_above(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """Return the first place ``[batch, 1]`` of each row whose sum exceeds its threshold.
-
-    A threshold that rounding has moved to the row's last sum finds the place where that is first reached, and never
-    one behind it, which has probability 0.
-    """
-    last = cumulative[:, -1:]
-    inside = torch.minimum(threshold, torch.nextafter(last, torch.zeros_like(last)))
-    return torch.searchsorted(cumulative, inside, right=True)
+    # Rounding may move the rest to the block's last sum or beyond: that finds the place where the sum is first reached,
+    # and never one behind it, which has probability 0.
+    rest = torch.minimum(threshold - before, inside[:, -1:] * BELOW_ONE)
+    return torch.add(torch.searchsorted(inside, rest, right=True), block, alpha=width).squeeze(-1)

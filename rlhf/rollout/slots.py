@@ -1,7 +1,6 @@
 """The slots that responses are decoded in: a cache with a position of its own in each row, and each slot's state."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +19,10 @@ class _SlotLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write one token's keys and values in each row, and return those of the places that are read."""
-        reach, rows = self._reach, len(self._reach.positions)
+        reach, rows = self._reach, len(key_states)
         for own, states in zip(self.both, (key_states, value_states), strict=True):
-            own[reach.slots[:rows], :, reach.positions] = states[:, :, 0]
+            width = own.shape[3]
+            own.view(-1, width).index_copy_(0, reach.places[own.shape[1]], states.reshape(-1, width))
         keys, values = (own[:rows, :, : reach.length] for own in self.both)
         return keys, values
 
@@ -42,14 +42,21 @@ class _SlotLayer(CacheLayerMixin):
         return self.both[0].shape[2]
 
 
-@dataclass
 class _Reach:
-    """Which rows and places a step has."""
+    """Which places a step writes and reads."""
 
-    slots: Tensor
-    """``[slot]``: 0, 1, 2, …"""
-    positions: Tensor
-    length: int = 0
+    def __init__(self, slots: int, length: int, heads: set[int], device: torch.device) -> None:
+        self.length = 0
+        """Places of a slot that are read."""
+        self.places: dict[int, Tensor] = {}
+        """The places of all slots' heads that are written, ``[row · head]``, by the number of heads."""
+        # The first place of each slot and head.
+        self._first = {count: torch.arange(slots * count, device=device).view(slots, count) * length for count in heads}
+
+    def move_to(self, positions: Tensor, length: int) -> None:
+        """Let each row write at its position, and all read so many places."""
+        self.length, rows = length, len(positions)
+        self.places = {heads: (first[:rows] + positions[:, None]).flatten() for heads, first in self._first.items()}
 
 
 class LayerShape(NamedTuple):
@@ -84,16 +91,16 @@ class Space:
             [torch.zeros(slots, heads, length, width, dtype=dtype, device=device) for heads, width in shape]
             for shape in shapes
         ]
-        self.columns = torch.arange(max(slots, length), device=device)
-        self.reach = _Reach(self.columns[:slots], self.columns[:0])
+        self.columns = torch.arange(length, device=device)
+        self.reach = _Reach(slots, length, {heads for shape in shapes for heads, _ in shape}, device)
         self.layers = [_SlotLayer(keys, values, self.reach) for keys, values in zeros]
         self.cache = Cache(layers=list(self.layers))
-        # Behind the samples a row that slots without a sample write to, behind the time a column for ended ones.
+        # Behind the samples a row that slots without a running sample write to, behind the time a column for the same.
         self.ids = torch.zeros(samples + 1, time + 1, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(samples + 1, time + 1, device=device)
         self.numbers = torch.zeros(samples + 1, time + 1, dtype=torch.float64, device=device)
         self.state = torch.zeros(5, slots, dtype=torch.long, device=device)
-        """``[token, position, tokens written, sample, running]`` of each slot."""
+        """``[token, position, tokens written, sample, running]`` of each slot; the sample of none is their number."""
         self.graphs: dict[tuple[int, int], Any] = {}
         self.pool: Any = None
         self.aside: Any = None

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.errors import PreflightError
 from rlhf.models.packable import PACKABLE
 from rlhf.rollout import decoding
-from rlhf.rollout.decoding import UNPACKED, Decoder, Drawing, Pace, decodes_in_slots
+from rlhf.rollout.decoding import ON_GPU, UNPACKED, Decoder, Drawing, Pace, decodes_in_slots
 from rlhf.rollout.drawing import drawn, uniforms
 from rlhf.rollout.sampling import sample_responses
 from rlhf.rollout.slots import Space
@@ -145,6 +145,15 @@ def test_waiting_prompts_fill_the_slots_of_ended_rows() -> None:
     assert sum(steps) <= int(expected.logprobs.count_nonzero()) + len(PROMPTS)
 
 
+def test_few_rows_read_lengths_of_few_sizes() -> None:
+    """Never less than is needed, and less than half as much again; a GPU makes a graph for each."""
+    needed = range(1, 4000, 7)
+    lengths = {wanted: ON_GPU.length(wanted, few_rows=True) for wanted in needed}
+    assert all(ON_GPU.length(wanted) <= length < 1.5 * wanted + 128 for wanted, length in lengths.items())
+    assert len(set(lengths.values())) <= 11
+    assert len({ON_GPU.length(wanted) for wanted in needed}) > 30
+
+
 class HostWatch(TorchDispatchMode):
     """Notes operations that copy between devices, or whose result the host would have to wait for."""
 
@@ -175,7 +184,7 @@ def operations_with_the_host(model_type: str) -> Sequence[str]:
     own["_model"], own["_forbidden"] = model_of_type(model_type).to(device), torch.zeros(3, dtype=torch.long).to(device)
     space = Space(shapes, torch.float32, device, slots=6, samples=9, time=12, length=32)
     with HostWatch() as watch:
-        decoder.step(space, Drawing(1.0, 2, 0), 4, 16)
+        decoder.advance(space, Drawing(1.0, 2), rows=4, length=16, steps=1)
     return watch.seen
 
 

@@ -117,10 +117,18 @@ def test_graph_and_eager_steps_draw_the_same(dtype: torch.dtype, limit: float) -
 
 
 def test_the_sampler_is_the_slow_one_on_a_gpu() -> None:
-    """Of a real vocabulary, in fp32."""
+    """Of a real vocabulary, in fp32: but for rounding, each number lies between the sums before and with its token."""
     logits = 3 * torch.randn(512, 128256, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    logits[:, 300:900] = -torch.inf
     numbers = uniforms(0, range(512), 1)[:, 0].cuda()
-    assert torch.equal(drawn(logits, numbers, 1.0)[0], slow_inverse_transform(logits, numbers, 1.0))
+    numbers[:40], numbers[40:80] = 0, 1 - 2**-53
+    tokens, logprobs = drawn(logits, numbers, 1.0)
+    assert logprobs.isfinite().all()
+    sums = logits.softmax(-1).double().cumsum(-1)
+    at = sums.gather(-1, tokens[:, None]).squeeze(-1)
+    assert (at > numbers * sums[:, -1] - 1e-6).all()
+    assert (at - logprobs.double().exp() < numbers * sums[:, -1] + 1e-6).all()
+    assert (tokens == slow_inverse_transform(logits, numbers, 1.0)).float().mean() > 0.9
 
 
 def timed(decoder: Decoder, prompts: list[list[int]], numbers: Any, eos: int) -> tuple[float, int]:
