@@ -53,6 +53,7 @@ from rlhf.models import folders, reward, safe_loading, text, virtual_tokens
 from rlhf.models.layout import ADAPTER_CONFIG, BASE, update_json, virtual_tokens_in
 from rlhf.models.virtual_tokens import TRAINED, AnchoredEncoder, StartedPrefixEncoder
 from rlhf.randomness import seed_of
+from rlhf.zero import group
 from rlhf.zero.engine import Schedule, set_schedule
 
 INITIAL = "initial"
@@ -310,7 +311,9 @@ def with_reference(model: Any) -> Any:
         return model
     config: Any = model.peft_config[TRAINED]
     if config.is_prompt_learning:
-        tokens = virtual_tokens.computed(model, {name: weight.detach() for name, weight in model.named_parameters()})
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        # Where the trained encoder will compute, so that the policy begins as its reference exactly.
+        tokens = virtual_tokens.computed(model, weights, group.device())
         plain = virtual_tokens.without_encoder(config)
         prefix = isinstance(plain, PrefixTuningConfig)
         model.add_adapter(INITIAL, plain if prefix else replace(config))

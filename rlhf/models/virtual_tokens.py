@@ -107,14 +107,15 @@ def apply_in_body(model: Any) -> None:
             return plain(input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache, **named)
         if columns is None:
             cache = DynamicCache(config=body.config) if cache is None else cache
-            for number, layer in enumerate(model.get_prompt(rows).layers):
-                cache.update(layer.keys, layer.values, number)
+            for number, layer in enumerate(model.get_prompt(1).layers):
+                cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
             return plain(input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache, **named)
         if positions is not None:
             places = torch.arange(count, device=positions.device)
             positions = torch.cat([places.expand(rows, count), positions.expand(rows, -1)], dim=1).gather(1, columns)
         texts = embeddings(input_ids)
-        whole = torch.cat([model.get_prompt(rows).to(texts), texts], dim=1)
+        # An encoder of several rows at once would round by their number.
+        whole = torch.cat([model.get_prompt(1).to(texts).expand(rows, -1, -1), texts], dim=1)
         whole = whole.gather(1, columns[..., None].expand_as(whole))
         outputs = plain(inputs_embeds=whole, attention_mask=mask, position_ids=positions, cache=cache, **named)
         outputs.last_hidden_state = outputs.last_hidden_state[:, count:]
@@ -142,10 +143,11 @@ def has_virtual_tokens(body: Any) -> bool:
     return getattr(body, "has_virtual_tokens", False)
 
 
-def computed(model: PeftModel, weights: Mapping[str, Tensor]) -> Tensor:
+def computed(model: PeftModel, weights: Mapping[str, Tensor], device: str | torch.device = "cpu") -> Tensor:
     """Return the virtual tokens ``[token, …]`` as PEFT stores them, on the CPU: an encoder's outputs, without it.
 
     weights  the encoder's by their names in the model, whole
+    device   where the encoder computes, in its weights' precision
     """
     encoder: Any = model.prompt_encoder[TRAINED]
     config = model.peft_config[TRAINED]
@@ -155,10 +157,10 @@ def computed(model: PeftModel, weights: Mapping[str, Tensor]) -> Tensor:
     if len(own) == 1:
         return tokens
     # The model's own encoder is sharded.
-    whole = encoder.unsharded(config)
+    whole = encoder.unsharded(config).to(device, tokens.dtype)
     whole.load_state_dict(own)
     with torch.no_grad():
-        return whole(torch.arange(len(tokens))[None])[0].to(tokens.dtype)
+        return whole(torch.arange(len(tokens), device=device)[None])[0].cpu()
 
 
 def without_encoder(config: Any) -> PromptTuningConfig | PrefixTuningConfig:
