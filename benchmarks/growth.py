@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from benchmarks.limits import SHAPES
 
@@ -24,7 +25,7 @@ SERIES: dict[str, list[dict[str, Any]]] = {
     "size": [
         {"shape": "tiny", "rollouts": 128, "prompt": 256, "response": 256},
         {"shape": "135m"},
-        {"shape": "1b"},
+        {"shape": "1b", "rollouts": 128},
         {"shape": "3b", "activation-checkpointing": True, "micro-batch": 8},
     ],
     "response": [{"shape": "1b", "rollouts": 32, "response": length} for length in (128, 512, 2048, 4096)],
@@ -36,7 +37,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "rollouts": [{"shape": "tiny", "rollouts": count} for count in (4, 16)],
 }
 AXES = {
-    "size": "parameters, 128 rollouts of 256 + 256 tokens",
+    "size": "model by parameters, 128 rollouts of 256 + 256 tokens",
     "response": "tokens of a response, 1b, 32 rollouts",
     "rollouts": "rollouts of 256 + 256 tokens, 1b",
 }
@@ -68,9 +69,14 @@ def draw(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
     for panel, name in zip(panels, names, strict=True):
         mine = [run for run in runs if run["series"] == name]
         places = [run["place"] for run in mine]
-        for part, style in (("whole", "o-"), ("rollout", "."), ("score", "x"), ("train", "+")):
+        for part, style in (("whole", "o-"), ("rollout", ".:"), ("score", "x:"), ("train", "+:")):
             panel.loglog(places, [run["parts"][part]["s"] for run in mine], style, label=part)
         panel.loglog(places, [run["parts"]["whole"]["limit, s"] for run in mine], "k--", label="limit of the whole")
+        labels = [run["flags"]["shape"] if name == "size" else f"{run['place']:,}" for run in mine]
+        panel.set_xticks(places, labels)
+        panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         panel.set_xlabel(AXES[name])
         panel.set_ylabel("seconds an iteration")
         panel.grid(visible=True, which="major", alpha=0.3)
@@ -91,9 +97,12 @@ def main() -> None:
         return
     given.out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
+    known: dict[str, dict[str, Any] | None] = {}
     for series, settings in (SMALL if given.small else SERIES).items():
         for flags in settings:
-            start, figures = time.monotonic(), measured(flags)
+            start, name = time.monotonic(), json.dumps(flags)
+            # Series meet in a run.
+            figures = known[name] = known[name] if name in known else measured(flags)
             if figures is None:
                 continue
             parts = {row["part"]: row for row in figures["parts"]}

@@ -5,12 +5,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from rlhf.models import safe_loading
 from rlhf.models.layout import BASE, is_adapter
 from rlhf.models.packable import has_fused_kernels
+from rlhf.zero import group
 
 _OUR_OWN = ("cross_entropy", "fused_linear_cross_entropy")
 """Liger's losses: ours are of chunks of tokens already."""
@@ -19,10 +19,10 @@ _OUR_OWN = ("cross_entropy", "fused_linear_cross_entropy")
 def fuse(folder: Path) -> None:
     """Let models of the folder's type that are loaded from now on normalise, rotate and gate in one kernel each.
 
-    The results differ from transformers' own by rounding. It holds for this process. Without a GPU or without Liger
-    (``pip install 'rlhf-pipeline[liger]'``), and for types not in :data:`rlhf.models.packable.FUSED`, nothing changes.
+    The results differ from transformers' own by rounding. It holds for this process, and is done for ranks with a GPU
+    alone, where Liger is (``pip install 'rlhf-pipeline[liger]'``), and types of :data:`rlhf.models.packable.FUSED`.
     """
-    if not torch.cuda.is_available():
+    if not group.on_gpu():
         return
     plain = folder / BASE if is_adapter(folder) else folder
     model_type = AutoConfig.from_pretrained(plain, **safe_loading.TOKENIZER).model_type

@@ -54,7 +54,7 @@ from rlhf.models.layout import ADAPTER_CONFIG, BASE, update_json, virtual_tokens
 from rlhf.models.virtual_tokens import TRAINED, AnchoredEncoder, StartedPrefixEncoder
 from rlhf.randomness import seed_of
 from rlhf.zero import group
-from rlhf.zero.engine import Schedule, set_schedule
+from rlhf.zero.engine import Schedule, is_sharded, set_schedule
 
 INITIAL = "initial"
 """PEFT's name of a frozen copy of the adapter as it was at the start."""
@@ -228,6 +228,8 @@ def _with_adapter(model: Any, tuning: Tuning, source: Path, *, scores: bool) -> 
         encoder: Any = adapted.prompt_encoder[TRAINED]
         encoder.embedding.weight.data = virtual_tokens.embeddings_of(model, tokens)
     elif isinstance(tuning, PrefixTuning | PTuningV2):
+        if group.on_gpu() and not is_sharded(model):
+            model.to(group.device())  # fused kernels compute there alone
         start = virtual_tokens.keys_and_values(model, _first_tokens(tuning, source))
         if isinstance(tuning, PTuningV2):
             encoder = adapted.prompt_encoder[TRAINED]

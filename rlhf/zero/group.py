@@ -36,6 +36,11 @@ def barrier() -> None:
     dist.barrier()
 
 
+def on_gpu() -> bool:
+    """Return whether this process is a rank that computes on a GPU."""
+    return dist.is_initialized() and dist.get_backend() == "nccl"
+
+
 def device() -> torch.device:
     """Return the device that this rank computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -14,6 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf.config.tuning import FULL
 from rlhf.models import footprint, kernels
+from rlhf.zero import group
+group.on_gpu = lambda: True
 kind, folder = sys.argv[1], Path(sys.argv[2])
 small = dict(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, head_dim=16, max_position_embeddings=128, pad_token_id=0)

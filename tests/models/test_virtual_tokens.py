@@ -21,6 +21,7 @@ def test_a_policy_begins_as_its_reference(
 ) -> None:
     """Exactly, in bf16 too and in batches of any size: the reference's tokens are what the encoder computes."""
     monkeypatch.setattr(ranks, "device", lambda: torch.device(device))
+    monkeypatch.setattr(ranks, "on_gpu", lambda: device == "cuda")
     folder = make_tiny_llama(tmp_path)
     size = {"template": [6]} if method == "p-tuning" else {"tokens": 6}
     tuning = SftSettings.model_validate({"tuning": {"method": method} | size}).tuning
