@@ -19,9 +19,10 @@ from rlhf.models.capacity import AT_ONCE
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.kl import adapted_coefficient
 from rlhf.rl.losses import PolicySums, demonstration_loss
-from rlhf.rollout.rollout import Generator
+from rlhf.rollout.rollout import Generator, Sampler
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Minibatch, PolicyExperience, Sequences
+from rlhf.rollout.vllm_sampling import Room, VllmSampler
 from rlhf.training.learner import Learner, MovingAverage, Optimiser
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, STAGE_3, Engine, is_sharded, sharded_loading, whole_weights
@@ -74,14 +75,14 @@ class Policy:
     """
 
     def __init__(
-        self, engine: Callable[..., Any], generator: Generator, temperature: float, micro_batch_size: int
+        self, engine: Callable[..., Any], generator: Sampler, temperature: float, micro_batch_size: int
     ) -> None:
         self.engine, self._generator = engine, generator
         self.tokenizer = generator.tokenizer
         self._temperature, self._micro_batch_size = temperature, micro_batch_size
 
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
-        """Sample a response to each prompt, as :meth:`Generator.sample`. A collective."""
+        """Sample a response to each prompt, as :meth:`Sampler.sample`. A collective."""
         return self._generator.sample(prompts, noise)
 
     def forward(
@@ -150,7 +151,7 @@ class TrainedPolicy(Policy):
         self,
         model: Any,
         learner: Learner,
-        generator: Generator,
+        generator: Sampler,
         reference: Policy | None,
         average: MovingAverage | None,
         temperature: float,
@@ -185,11 +186,13 @@ class TrainedPolicy(Policy):
         average_decay: float | None = None,
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
+        vllm: Room | None = None,
     ) -> Self:
         """Load and shard a policy. A collective.
 
         folder  a plain folder
         source  the folder that it was made from, which may have virtual tokens
+        vllm    the largest rollout of a rank where vLLM samples
         """
         with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
@@ -202,16 +205,19 @@ class TrainedPolicy(Policy):
             zero=zero,
             activation_checkpointing=activation_checkpointing,
         )
-        at_once = AT_ONCE * micro_batch_size
-        generator = Generator(
-            folder,
-            precision,
-            temperature,
-            at_once,
-            fp32_head=fp32_head,
-            tuning=method,
-            prepare=prepare,
-            source=model,
+        generator = (
+            Generator(
+                folder,
+                precision,
+                temperature,
+                AT_ONCE * micro_batch_size,
+                fp32_head=fp32_head,
+                tuning=method,
+                prepare=prepare,
+                source=model,
+            )
+            if vllm is None
+            else VllmSampler(folder, precision, temperature, vllm, fp32_head=fp32_head, source=model)
         )
         reference = (
             None
