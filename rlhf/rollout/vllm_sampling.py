@@ -28,7 +28,7 @@ from rlhf.rollout.rollout import Sampler
 from rlhf.zero import group
 from rlhf.zero.engine import whole_shape, whole_weight
 
-NOT_INSTALLED = "vLLM is not installed", "pip install 'rlhf-pipeline[vllm]', or rollout: {engine: native}"
+NOT_INSTALLED = "vLLM is not installed", "pip install 'rlhf-pipeline[vllm]', or write rollout: {engine: native}"
 """What is wrong, and what to do."""
 SHARE = 0.7
 """Of a GPU's memory that is free beside the engine's weights, for keys and values; the rest is for activations."""

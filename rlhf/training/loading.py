@@ -78,11 +78,11 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
         average_decay=settings.average_decay,
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
-        vllm=_rollout_by_vllm(context, folder),
+        vllm=rollout_by_vllm(context, folder),
     )
 
 
-def _rollout_by_vllm(context: Context[PpoSettings], folder: Path) -> Room | None:
+def rollout_by_vllm(context: Context[PpoSettings], folder: Path) -> Room | None:
     """Return the largest rollout of a rank where vLLM samples; None where responses are sampled natively. A collective.
 
     folder  of the policy's whole weights
