@@ -185,14 +185,14 @@ class PpoSettings(TrainingSettings):
         if self.share_base and not (isinstance(self.tuning, LoraTuning) and self.tuning.init == "zero"):
             given = "pissa, which changes the base" if isinstance(self.tuning, LoraTuning) else self.tuning.method
             raise ValueError(f"share_base needs tuning {{method: lora}} with init zero, and it is {given}")
-        if self.rollout.engine == "vllm" and (obstacle := self.without_vllm()):
+        if self.rollout.engine == "vllm" and (obstacle := self.obstacle_to_vllm()):
             raise ValueError(
                 f"rollout.engine vllm needs whole weights, and {obstacle}; write rollout: {{engine: native}}"
             )
         rewards_are_sound(self.rewards)
         return self
 
-    def without_vllm(self) -> str | None:
+    def obstacle_to_vllm(self) -> str | None:
         """Return why vLLM cannot take the policy's weights; None where it can.
 
         It would have to be given an adapter folded in, and in bf16 that loses updates below half a step of a weight.

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.attempt.context import Context
 from rlhf.cluster.devices import Device, device_of_ranks
 from rlhf.config.base import is_local
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.ppo import PpoSettings, RolloutSettings
 from rlhf.config.stages import ModelSettings, RmSettings, SftSettings
 from rlhf.config.tuning import LoraTuning
 from rlhf.errors import PreflightError, size
@@ -99,18 +99,21 @@ def advice(
 def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[str, Any]]]]:
     """Return changes of settings as words and values, the cheapest kind first, and of each kind the mildest.
 
-    Small micro batches and checkpointing cost time, LoRA changes the result, offloading costs much time, and ranks need
-    GPUs.
+    Small micro batches, checkpointing and sampling without vLLM's copy cost time, LoRA changes the result, offloading
+    costs much time, and ranks need GPUs.
     """
     micro = [settings.micro_batch >> power for power in range(1, settings.micro_batch.bit_length())]
     checkpointing: list[tuple[str, dict[str, Any]]] = []
+    native: list[tuple[str, dict[str, Any]]] = []
     lora: list[tuple[str, dict[str, Any]]] = []
     offloading: list[tuple[str, dict[str, Any]]] = []
     # A cache of keys and values, as these methods learn, would be read anew by a layer that is computed again.
     cached = settings.tuning.method in ("prefix", "p-tuning-v2")
     if not (settings.activation_checkpointing or cached):
         checkpointing = [("activation_checkpointing=true", {"activation_checkpointing": True})]
-    if settings.tuning.method == "full":
+    if isinstance(settings, PpoSettings) and settings.rollout.engine == "vllm":
+        native = [("rollout.engine=native", {"rollout": RolloutSettings()})]
+    elif settings.tuning.method == "full":
         lora = [("tuning.method=lora", {"tuning": LoraTuning()})]
     if device.gpu and settings.zero.offload_optimizer == "none":
         zero = settings.zero.model_copy(update={"offload_optimizer": "cpu"})
@@ -120,6 +123,7 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
     return [
         [(f"micro_batch_size={count}", {"micro_batch_size": count}) for count in micro],
         checkpointing,
+        native,
         lora,
         offloading,
         [

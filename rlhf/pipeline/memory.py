@@ -315,7 +315,7 @@ def _ppo(
     of_value, copied = dict(value.standing()), weight_bytes(given, policy.part, width, scores=False)
     # vLLM always has a copy, which a GPU drops between rollouts; otherwise whole weights are sampled where they lie.
     engine = settings.rollout.engine
-    if settings.without_vllm() or (engine == "auto" and not gpu):
+    if settings.obstacle_to_vllm() or (engine == "auto" and not gpu):
         engine = "native"
     stays = not gpu if engine == "vllm" else policy.sharding.stage == 3
     generation, dropped = copied * stays, {"generation": copied * (engine != "native" and not stays)}

@@ -26,7 +26,7 @@ from rlhf.models.layout import config_of, shapes
 from rlhf.rollout.drawing import Responses
 from rlhf.rollout.rollout import Sampler
 from rlhf.zero import group
-from rlhf.zero.engine import whole_shape, whole_weight
+from rlhf.zero.engine import gathered, is_sharded, whole_shape
 
 NOT_INSTALLED = "vLLM is not installed", "pip install 'rlhf-pipeline[vllm]', or write rollout: {engine: native}"
 """What is wrong, and what to do."""
@@ -110,8 +110,14 @@ class VllmSampler(Sampler):
         engine.reset_prefix_cache()
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        sharded = is_sharded(self._source)
         for name, parameter in self._source.named_parameters():
-            yield name, whole_weight(parameter)
+            weight = parameter.detach()
+            if sharded:
+                # The engine reads a layer's weights when it has all of them, by then this one is in shards again.
+                with gathered([parameter]):
+                    weight = parameter.detach().clone()
+            yield name, weight
             liveness.beat()
 
     def answer(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:

@@ -91,7 +91,7 @@ def rollout_by_vllm(context: Context[PpoSettings], folder: Path) -> Room | None:
         PreflightError: vLLM is asked for and cannot sample from this policy here.
     """
     settings = context.settings
-    automatic, why_not = settings.rollout.engine == "auto", settings.without_vllm()
+    automatic, why_not = settings.rollout.engine == "auto", settings.obstacle_to_vllm()
     if settings.rollout.engine == "native":
         return None
     if automatic and group.device().type == "cpu":

@@ -551,3 +551,13 @@ def test_an_engine_of_its_own_has_a_copy_while_it_samples() -> None:
         assert held["vllm", ranks][1] == 0
     assert held["native", 4][1] - held["native", 1][1] == copy
     assert held["auto", 4][1] == held["native", 4][1]
+
+
+def test_where_the_copy_does_not_fit_the_other_engine_is_advised(gpu: Any) -> None:
+    """Rather than adapters, which vLLM is not given."""
+    few = ["tuning={method: top, blocks: 1}", "micro_batch_size=1", "activation_checkpointing=true"]
+    settings, texts = changed(STAGES["ppo"], *few), Texts(64, 32)
+    by_vllm = changed(settings, "rollout.engine=vllm")
+    assert predict(by_vllm, MODELS, texts).moment == "while responses are sampled"
+    device = gpu(predict(settings, MODELS, texts).total + 1.1e9)
+    assert fitting.advice(by_vllm, MODELS, texts, device) == ["rollout.engine=native"]
