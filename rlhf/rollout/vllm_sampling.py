@@ -86,7 +86,9 @@ class VllmSampler(Sampler):
         self._temperature, self._room, self._source = temperature, room, source
         self._engine: Any = None
         self._sleeps = False
-        if others := [name for name, _ in source.named_parameters() if name not in shapes(folder)]:
+        # A fresh head has its own weight where that of the files is tied to the embeddings.
+        head, files = source.get_output_embeddings().weight, shapes(folder)
+        if others := [name for name, weight in source.named_parameters() if name not in files and weight is not head]:
             raise PreflightError(
                 f"vLLM takes weights by the names of the model's files, and transformers has other names for "
                 f"{len(others)} of them, such as {others[0]}",
@@ -160,17 +162,19 @@ class VllmSampler(Sampler):
         vllm, on_gpu = _imported(), group.device().type == "cuda"
         weights = self._weight_bytes()
         cache = self._cache_bytes(weights)
+        overrides = {"tie_word_embeddings": self._source.config.get_text_config().tie_word_embeddings}
         arguments = vllm.EngineArgs(
             model=str(self._folder),
             model_impl="vllm",
             dtype={"fp32": "float32", "bf16": "bfloat16"}[self._precision],
-            hf_overrides={"head_dtype": "float32"} if self._fp32_head else {},
+            hf_overrides=overrides | ({"head_dtype": "float32"} if self._fp32_head else {}),
             load_format="dummy",
             skip_tokenizer_init=True,
             generation_config="vllm",  # its own: the model's would change what is sampled from
             logprobs_mode="processed_logprobs",
             distributed_executor_backend="external_launcher",
-            enforce_eager=not on_gpu,
+            # Graphs of a step, without a compiler: ranks run without torch's.
+            compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY" if on_gpu else "NONE"},
             enable_sleep_mode=on_gpu,
             max_model_len=self._room.length,
             max_num_seqs=self._rows(),

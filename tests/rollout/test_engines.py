@@ -1,11 +1,14 @@
 """Which engine samples PPO's responses, where vLLM is not installed; with it: test_vllm.py."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
@@ -66,8 +69,18 @@ def test_auto_says_what_it_took_and_why(
     assert note.startswith(f"rollout.engine auto samples by {reason}")
 
 
-def test_weights_that_vllm_would_not_find_by_name_are_refused(tiny: Path) -> None:
-    """Before its engine starts: weights that it is not given would stay random."""
-    named_otherwise = nn.ModuleDict({"body": nn.Linear(2, 2)})
-    with pytest.raises(PreflightError, match=r"transformers has other names for 2 of them, such as body\.weight"):
-        VllmSampler(tiny, "fp32", 1.0, Room(1, 8), fp32_head=True, source=named_otherwise)
+def test_weights_that_vllm_would_not_find_by_name_are_refused(tiny: Path, tmp_path: Path) -> None:
+    """Before its engine starts: weights that it is not given would stay random. A head of its own may be new."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny)
+    room = Room(1, 8)
+    VllmSampler(tiny, "fp32", 1.0, room, fp32_head=True, source=model)
+    shutil.copytree(tiny, tmp_path / "other")
+    weights = load_file(tiny / "model.safetensors")
+    save_file(
+        {name.replace("norm", "scale"): weight for name, weight in weights.items()},
+        tmp_path / "other/model.safetensors",
+    )
+    with pytest.raises(PreflightError, match=r"other names for 5 of them, such as model\.layers\.0\.input_layernorm"):
+        VllmSampler(tmp_path / "other", "fp32", 1.0, room, fp32_head=True, source=model)
+    model.lm_head.weight = nn.Parameter(torch.clone(model.lm_head.weight))
+    VllmSampler(tiny, "fp32", 1.0, room, fp32_head=True, source=model)
