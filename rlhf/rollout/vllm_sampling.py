@@ -28,7 +28,9 @@ from rlhf.rollout.rollout import Sampler
 from rlhf.zero import group
 from rlhf.zero.engine import gathered, is_sharded, whole_shape
 
-NOT_INSTALLED = "vLLM is not installed", "pip install 'rlhf-pipeline[vllm]', or write rollout: {engine: native}"
+OTHER = "write rollout: {engine: native}"
+"""What to do where vLLM cannot sample from a model."""
+NOT_INSTALLED = "vLLM is not installed", f"pip install 'rlhf-pipeline[vllm]', or {OTHER}"
 """What is wrong, and what to do."""
 SHARE = 0.7
 """Of a GPU's memory that is free beside the engine's weights, for keys and values; the rest is for activations."""
@@ -50,13 +52,13 @@ def obstacle(folder: Path) -> tuple[str, str] | None:
     if find_spec("vllm") is None:
         return NOT_INSTALLED
     vllm = _imported()
-    kind, other = group.device().type, "write rollout: {engine: native}"
+    kind = group.device().type
     built_for = import_module("vllm.platforms").current_platform.device_type
     if built_for != kind:
-        return f"the vLLM that is installed computes on {built_for or 'no device here'}, and the ranks on {kind}", other
+        return f"the vLLM that is installed computes on {built_for or 'no device here'}, and the ranks on {kind}", OTHER
     architectures = config_of(folder).get("architectures") or []
     if not set(architectures) & set(vllm.ModelRegistry.get_supported_archs()):
-        return f"vLLM {vllm.__version__} does not know the architecture {', '.join(architectures)}", other
+        return f"vLLM {vllm.__version__} does not know the architecture {', '.join(architectures)}", OTHER
     return None
 
 
@@ -93,7 +95,7 @@ class VllmSampler(Sampler):
                 f"vLLM takes weights by the names of the model's files, and transformers has other names for "
                 f"{len(others)} of them, such as {others[0]}",
                 "rollout.engine",
-                "write rollout: {engine: native}",
+                OTHER,
             )
 
     def take_weights(self) -> None:
@@ -104,7 +106,11 @@ class VllmSampler(Sampler):
         if self._sleeps:
             torch.cuda.empty_cache()  # vLLM takes its memory past torch's allocator, which keeps what it has freed
             engine.wake_up(tags=["weights"])
-        engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights()})
+        try:
+            engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights()})
+        except (KeyError, ValueError) as error:
+            what = f"vLLM does not take the policy's weights: {str(error)[:200]}"
+            raise PreflightError(what, "rollout.engine", OTHER) from error
         if self._sleeps:
             engine.wake_up(tags=["kv_cache"])
             self._sleeps = False
@@ -191,7 +197,7 @@ class VllmSampler(Sampler):
             raise PreflightError(
                 f"vLLM {vllm.__version__} computes this model's logits in {self._precision}, and fp32_head is true",
                 "sampling.fp32_head",
-                "sampling.fp32_head=false, or a later vLLM, or rollout: {engine: native}",
+                f"sampling.fp32_head=false, a later vLLM, or {OTHER}",
             )
         if rows := rows_without_token(self._source, self.tokenizer):
             engine.apply_model(_forbidding(rows))
@@ -227,7 +233,7 @@ class VllmSampler(Sampler):
                 f"vLLM needs {size(weights)} for a copy of the policy and {size(2 * row)} for the keys and values of "
                 f"{self._room.length} tokens, and {size(free + weights)} of the GPU are free",
                 "rollout.engine",
-                "take more ranks or a larger GPU, lower sampling.max_new_tokens, or write rollout: {engine: native}",
+                f"take more ranks or a larger GPU, lower sampling.max_new_tokens, or {OTHER}",
             )
         return min(wanted, int(SHARE * free))
 
