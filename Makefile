@@ -41,7 +41,7 @@ check: .venv/ready  ## Lint, types, and the tests that start neither Ray nor tra
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu and not vllm"
 
 # Two processes with threads for each core would wait for each other.
 test: export OMP_NUM_THREADS := 1
@@ -55,7 +55,7 @@ types: .venv/ready
 	$(BIN)/basedpyright
 
 tests: .venv/ready
-	$(BIN)/pytest -m "not gpu" --durations=15 --numprocesses 2 --no-loadscope-reorder
+	$(BIN)/pytest -m "not gpu and not vllm" --durations=15 --numprocesses 2 --no-loadscope-reorder
 
 golden: .venv/ready  ## Compare 20 steps of sft, rm and ppo with the recorded ones; ARGS=--record records them anew.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.golden $(ARGS)

@@ -63,6 +63,7 @@ from rlhf.pipeline.memory import Texts
 from rlhf.ranking.lists import draw_lists
 from rlhf.rewards import EndpointReward, load_function
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
+from rlhf.rollout.vllm_sampling import NOT_INSTALLED
 from rlhf.training.shared_base import check_adapters
 
 MIN_LENGTH = 8
@@ -138,6 +139,8 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks."""
     settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.count
     check_rewards(settings.rewards, inputs)
+    if settings.rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise PreflightError(NOT_INSTALLED[0], f"{context.stage}.rollout.engine", NOT_INSTALLED[1])
     if settings.share_base:
         check_adapters(inputs, context.stage)
     minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks

@@ -8,7 +8,15 @@ from pydantic import model_validator
 from rlhf.config.base import Seed, Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
 from rlhf.config.stages import RmSettings, SamplingSettings, SftSettings, TrainingSettings
-from rlhf.config.tuning import FULL, LoraTuning, LowRankTuning, Tuning, results_in_adapter, virtual_tokens
+from rlhf.config.tuning import (
+    FULL,
+    LoraTuning,
+    LowRankTuning,
+    Tuning,
+    results_in_adapter,
+    trains_own_weights,
+    virtual_tokens,
+)
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -63,6 +71,15 @@ class PtxSettings(Settings):
     """Longest demonstration in tokens, prompt and completion together; what is longer is cut at the end and counted."""
 
 
+class RolloutSettings(Settings):
+    """The engine that samples responses."""
+
+    engine: Literal["native", "vllm", "auto"] = semantic("native")
+    """``native`` samples by transformers' models, ``vllm`` by vLLM in each rank's process (the extra ``vllm``; not with
+    adapters). They draw other tokens from the same distribution. ``auto`` takes vllm on GPUs where it is installed and
+    knows the model, otherwise native, and says which."""
+
+
 class PpoSettings(TrainingSettings):
     """PPO with a KL penalty: docs/ppo.md has every equation."""
 
@@ -91,6 +108,8 @@ class PpoSettings(TrainingSettings):
     """Optimiser steps per epoch; divides ``rollouts``."""
     sampling: SamplingSettings = semantic(SamplingSettings())
     """How responses are sampled."""
+    rollout: RolloutSettings = semantic(RolloutSettings())
+    """What samples them."""
     kl: KlSettings = semantic(KlSettings())
     """The KL penalty."""
     score_clip: float | None = semantic(None, gt=0)
@@ -196,6 +215,10 @@ class PpoSettings(TrainingSettings):
         if self.share_base and not (isinstance(self.tuning, LoraTuning) and self.tuning.init == "zero"):
             given = "pissa, which changes the base" if isinstance(self.tuning, LoraTuning) else self.tuning.method
             raise ValueError(f"share_base needs tuning {{method: lora}} with init zero, and it is {given}")
+        if self.rollout.engine == "vllm" and (obstacle := self.obstacle_to_vllm()):
+            raise ValueError(
+                f"rollout.engine vllm needs whole weights, and {obstacle}; write rollout: {{engine: native}}"
+            )
         rewards_are_sound(self.rewards)
         return self
 
@@ -216,6 +239,17 @@ class PpoSettings(TrainingSettings):
                 "row and not before each sample in it; leave packing out"
             )
         return self
+
+    def obstacle_to_vllm(self) -> str | None:
+        """Return why vLLM cannot take the policy's weights; None where it can.
+
+        It would have to be given an adapter folded in, and in bf16 that loses updates below half a step of a weight.
+        """
+        if self.share_base:
+            return "with share_base the policy is an adapter"
+        if not trains_own_weights(self.tuning):
+            return f"with tuning.method {self.tuning.method} the policy is a model and an adapter"
+        return None
 
 
 def without_adapter(settings: PpoSettings, makers: Mapping[str, Any]) -> tuple[str, str] | None:

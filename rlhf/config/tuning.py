@@ -207,11 +207,15 @@ Tuning = Annotated[
 FULL = FullTuning()
 
 
+def trains_own_weights(tuning: Tuning) -> bool:
+    """Return whether a method trains some or all of the model's own weights, and adds none."""
+    return isinstance(tuning, FullTuning | TopTuning | BottomFrozenTuning | GradualTuning | TransferTuning)
+
+
 def results_in_adapter(tuning: Tuning) -> bool:
     """Return whether a stage's result is an adapter beside its base rather than whole weights."""
-    whole = isinstance(tuning, FullTuning | TopTuning | BottomFrozenTuning | GradualTuning | TransferTuning)
     folded = isinstance(tuning, LoraTuning | Ia3Tuning) and tuning.merge
-    return not whole and not folded
+    return not trains_own_weights(tuning) and not folded
 
 
 def virtual_tokens(tuning: Tuning) -> tuple[tuple[str, str], int] | None:

@@ -288,8 +288,7 @@ def forbid_rows_without_token(model: Any, tokenizer: Tokenizer) -> None:
     Embeddings are padded to round sizes, and such a row decodes to nothing. The logits are changed where they leave the
     model, so that the sampler and every log-probability and entropy agree.
     """
-    tokens = set(tokenizer.get_vocab().values())
-    rows = torch.tensor([row for row in range(model.config.get_text_config().vocab_size) if row not in tokens])
+    rows = torch.tensor(rows_without_token(model, tokenizer))
     if len(rows):
 
         def forbid(module: nn.Module, arguments: Any, output: Any) -> None:  # noqa: ARG001 - torch's signature
@@ -298,6 +297,12 @@ def forbid_rows_without_token(model: Any, tokenizer: Tokenizer) -> None:
             output.logits.index_fill_(-1, rows, -math.inf)
 
         model.register_forward_hook(forbid)
+
+
+def rows_without_token(model: Any, tokenizer: Tokenizer) -> list[int]:
+    """Return the rows of a model's embeddings that are no token of the tokenizer."""
+    tokens = set(tokenizer.get_vocab().values())
+    return [row for row in range(model.config.get_text_config().vocab_size) if row not in tokens]
 
 
 def initialise_head(weight: Tensor, domain: Domain, seed: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.attempt.context import Context
 from rlhf.cluster.devices import Device, device_of_ranks
 from rlhf.config.base import is_local
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.ppo import PpoSettings, RolloutSettings
 from rlhf.config.stages import ModelSettings, RmSettings, SftSettings
 from rlhf.config.tuning import LoraTuning
 from rlhf.errors import PreflightError, size
@@ -99,21 +99,24 @@ def advice(
 def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[str, Any]]]]:
     """Return changes of settings as words and values, the cheapest kind first, and of each kind the mildest.
 
-    Small micro batches and checkpointing cost time, LoRA changes the result, offloading costs much time, and ranks need
-    GPUs.
+    Small micro batches, checkpointing and sampling without vLLM's copy cost time, LoRA changes the result, offloading
+    costs much time, and ranks need GPUs.
     """
     unit, count, least = "micro_batch_size", settings.micro_batch, 1
     if isinstance(settings, PpoSettings) and settings.micro_batch_tokens is not None:
         unit, count, least = "micro_batch_tokens", settings.micro_batch_tokens, settings.longest
     halves = [count >> power for power in range(1, count.bit_length()) if count >> power >= least]
     checkpointing: list[tuple[str, dict[str, Any]]] = []
+    native: list[tuple[str, dict[str, Any]]] = []
     lora: list[tuple[str, dict[str, Any]]] = []
     offloading: list[tuple[str, dict[str, Any]]] = []
     # A cache of keys and values, as these methods learn, would be read anew by a layer that is computed again.
     cached = settings.tuning.method in ("prefix", "p-tuning-v2")
     if not (settings.activation_checkpointing or cached):
         checkpointing = [("activation_checkpointing=true", {"activation_checkpointing": True})]
-    if settings.tuning.method == "full":
+    if isinstance(settings, PpoSettings) and settings.rollout.engine == "vllm":
+        native = [("rollout.engine=native", {"rollout": RolloutSettings()})]
+    elif settings.tuning.method == "full":
         lora = [("tuning.method=lora", {"tuning": LoraTuning()})]
     if device.gpu and settings.zero.offload_optimizer == "none":
         zero = settings.zero.model_copy(update={"offload_optimizer": "cpu"})
@@ -123,6 +126,7 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
     return [
         [(f"{unit}={half}", {unit: half}) for half in halves],
         checkpointing,
+        native,
         lora,
         offloading,
         [

@@ -337,9 +337,13 @@ def _ppo(
     frozen = sum(model.parameters * width for model in rewards)
     frozen += 0 if policy.part.keeps_base else given.parameters * width
     shares = ranks if policy.sharding.stage == 3 else 1
-    of_value, generation = dict(value.standing()), weight_bytes(given, policy.part, width, scores=False)
-    # Whole weights are sampled from where they lie.
-    generation *= policy.sharding.stage == 3
+    of_value, copied = dict(value.standing()), weight_bytes(given, policy.part, width, scores=False)
+    # vLLM always has a copy, which a GPU drops between rollouts; otherwise whole weights are sampled where they lie.
+    engine = settings.rollout.engine
+    if settings.obstacle_to_vllm() or (engine == "auto" and not gpu):
+        engine = "native"
+    stays = not gpu if engine == "vllm" else policy.sharding.stage == 3
+    generation, dropped = copied * stays, {"generation": copied * (engine != "native" and not stays)}
     if settings.share_base:
         # Beside the policy's base there are adapters alone, and one engine with one buffer.
         gradients = 4 * value.share if policy.sharding.stage == 3 else 0.0
@@ -365,11 +369,11 @@ def _ppo(
     # Sampling has as many rows as there is memory for: what fits otherwise fits with some.
     most = max(sum(parts.values()) for _, parts in others)
     rows, cache = _rows(settings, policy, texts, gpu=gpu)
-    kept = {"generation": cache * rows if gpu and cache * rows <= capacity.KEPT else 0.0}
-    wanted = _sampling(policy, texts, rows, cache, gpu=gpu)
+    kept = {"generation": cache * rows if gpu and engine != "vllm" and cache * rows <= capacity.KEPT else 0.0}
+    wanted = _sum(dropped, _sampling(policy, texts, rows, cache, gpu=gpu))
     while gpu and rows > 1 and sum(wanted.values()) > most + kept["generation"]:
         rows //= 2
-        wanted = _sampling(policy, texts, rows, cache, gpu=gpu)
+        wanted = _sum(dropped, _sampling(policy, texts, rows, cache, gpu=gpu))
     yield "while responses are sampled", _sum(standing, wanted)
     for moment, parts in others:
         yield moment, _sum(standing, kept, parts)

@@ -4,6 +4,7 @@ Generating through ZeRO-3 gathers every layer for every token; a copy that is re
 faster.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +29,36 @@ from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, gathered, is_sharded, plain_linear, trained
 
 
-class Generator:
-    """Samples responses from a policy, of which each rank makes an unsharded copy when it is first needed.
+class Sampler(ABC):
+    """Samples responses from a policy on all ranks, by an engine: take these weights, answer these prompts."""
+
+    tokenizer: Tokenizer
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+        """Sample a response to each prompt, each rank its share of them. A collective.
+
+        noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
+        """
+        self.take_weights()
+        mine = group.my_rows(len(prompts))
+        sampled = self.answer([prompts[row] for row in mine.tolist()], noise[mine])
+        # One exchange for both: float64 holds every id and every float32 exactly.
+        both = torch.stack([sampled.ids.double(), sampled.logprobs.double()], dim=1)
+        both = group.gather_rows(both, len(prompts))
+        return Responses(both[:, 0].long(), both[:, 1].float())
+
+    @abstractmethod
+    def take_weights(self) -> None:
+        """Take the policy's present weights. A collective."""
+
+    @abstractmethod
+    def answer(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+        """Sample a response to each prompt, on this rank alone; the arguments are those of :meth:`sample`."""
+
+
+class Generator(Sampler):
+    """Samples by transformers' models, from an unsharded copy of the policy that each rank makes when it is needed.
 
     A policy whose weights are whole on this rank needs no copy. The copy is made of the policy's own modules. An
     adapter is never folded into its weights: in bf16 an update below half a step of a weight would be lost, and the
@@ -58,28 +87,27 @@ class Generator:
         self._load = partial(folders.load_policy, folder, DTYPES[precision], fp32_head=fp32_head, tuning=tuning)
         self._temperature, self._at_once, self._prepare, self._source = temperature, at_once, prepare, source
         self._copy: Any = None
+        self._model: Any = None
         self._decoder: Decoder | None = None
 
-    @torch.no_grad()
-    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
-        """Sample a response to each prompt, each rank its share of them. A collective.
+    def take_weights(self) -> None:
+        """Take the policy's present weights. A collective."""
+        self._model = self._present()
 
-        noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
-        """
-        model, mine = self._present(), group.my_rows(len(prompts))
-        if self._decoder is None and decodes_in_slots(model):
-            self._decoder = Decoder(model)
-        sample = partial(sample_in_batch, model) if self._decoder is None else self._decoder.sample
+    def answer(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+        """Sample a response to each prompt, on this rank alone."""
+        if self._decoder is None and decodes_in_slots(self._model):
+            self._decoder = Decoder(self._model)
+        sample = partial(sample_in_batch, self._model) if self._decoder is None else self._decoder.sample
         ends = {"eos_token_id": self.tokenizer.eos_token_id, "pad": self.tokenizer.pad_token_id}
-        parts: list[Tensor] = []
+        at_once = self._at_once if self._decoder is None else len(prompts)
         with plain_linear():
-            for rows in mine.split(self._at_once if self._decoder is None else len(mine)):
-                chosen = [prompts[row] for row in rows.tolist()]
-                sampled = sample(chosen, noise[rows], self._temperature, **ends)
-                # One exchange for both: float64 holds every id and every float32 exactly.
-                parts.append(torch.stack([sampled.ids.double(), sampled.logprobs.double()], dim=1))
-        both = group.gather_rows(torch.cat(parts), len(prompts))
-        return Responses(both[:, 0].long(), both[:, 1].float())
+            parts = [
+                sample(prompts[start : start + at_once], noise[start : start + at_once], self._temperature, **ends)
+                for start in range(0, len(prompts), at_once)
+            ]
+        ids, logprobs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return Responses(ids, logprobs)
 
     def _present(self) -> Any:
         """Return the policy, or the copy with its present weights. A collective."""

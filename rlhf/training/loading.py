@@ -1,5 +1,6 @@
 """Load what trains: the size of its micro batches, PPO's four models, and the folder that training starts from."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision
 from rlhf.config.zero import ZeroSettings
+from rlhf.errors import PreflightError
 from rlhf.models import folders
 from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
 from rlhf.models.micro_batches import Budget
@@ -19,6 +21,7 @@ from rlhf.pipeline.fitting import architectures
 from rlhf.pipeline.memory import T
 from rlhf.rewards import Rewards
 from rlhf.rollout.rollout import Generator
+from rlhf.rollout.vllm_sampling import Room, obstacle
 from rlhf.training import shared_base
 from rlhf.training.learner import Optimiser, TrainedValue
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
@@ -69,9 +72,9 @@ def micro_batch_size(settings: PpoSettings) -> int:
 
 def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
     """Load and shard the trained policy, with its reference. A collective."""
-    settings = context.settings
+    settings, folder = context.settings, _plain_policy(context)
     return TrainedPolicy.load_folder(
-        _plain_policy(context),
+        folder,
         settings.precision,
         settings.sampling.temperature,
         micro_batch_size(settings),
@@ -86,7 +89,34 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
         budget=Budget.of(settings),
+        vllm=rollout_by_vllm(context, folder),
     )
+
+
+def rollout_by_vllm(context: Context[PpoSettings], folder: Path) -> Room | None:
+    """Return the largest rollout of a rank where vLLM samples; None where responses are sampled natively. A collective.
+
+    folder  of the policy's whole weights
+
+    Raises:
+        PreflightError: vLLM is asked for and cannot sample from this policy here.
+    """
+    settings = context.settings
+    automatic, why_not = settings.rollout.engine == "auto", settings.obstacle_to_vllm()
+    if settings.rollout.engine == "native":
+        return None
+    if automatic and group.device().type == "cpu":
+        why_not = why_not or "ranks have no GPU"
+    elif not why_not and (problem := obstacle(folder)):
+        if not automatic:
+            raise PreflightError(problem[0], f"{context.stage}.rollout.engine", problem[1])
+        why_not = problem[0]
+    chosen = group.all_true(why_not is None)
+    if automatic and group.is_main():
+        why = why_not or ("it is installed, knows the model, and ranks have GPUs" if chosen else "another rank cannot")
+        context.note(f"rollout.engine auto samples by {'vLLM' if chosen else 'native'}: {why}")
+    room = settings.max_prompt_length + settings.sampling.max_new_tokens
+    return Room(math.ceil(settings.rollouts / group.world_size()), room) if chosen else None
 
 
 def load_value(context: Context[PpoSettings]) -> TrainedValue:

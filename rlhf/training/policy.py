@@ -21,9 +21,10 @@ from rlhf.models.micro_batches import Budget
 from rlhf.models.varlen import attend_by_text
 from rlhf.rl.kl import adapted_coefficient
 from rlhf.rl.losses import PolicySums, demonstration_loss
-from rlhf.rollout.rollout import Generator
+from rlhf.rollout.rollout import Generator, Sampler
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Minibatch, PolicyExperience, Sequences
+from rlhf.rollout.vllm_sampling import Room, VllmSampler
 from rlhf.training.learner import Learner, MovingAverage, Optimiser
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, STAGE_3, Engine, is_sharded, sharded_loading, whole_weights
@@ -79,7 +80,7 @@ class Policy:
     def __init__(
         self,
         engine: Callable[..., Any],
-        generator: Generator,
+        generator: Sampler,
         temperature: float,
         micro_batch_size: int,
         budget: Budget | None = None,
@@ -89,7 +90,7 @@ class Policy:
         self._temperature, self._micro_batch_size, self._budget = temperature, micro_batch_size, budget
 
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
-        """Sample a response to each prompt, as :meth:`Generator.sample`. A collective."""
+        """Sample a response to each prompt, as :meth:`Sampler.sample`. A collective."""
         return self._generator.sample(prompts, noise)
 
     def forward(
@@ -163,7 +164,7 @@ class TrainedPolicy(Policy):
         self,
         model: Any,
         learner: Learner,
-        generator: Generator,
+        generator: Sampler,
         reference: Policy | None,
         average: MovingAverage | None,
         temperature: float,
@@ -200,11 +201,13 @@ class TrainedPolicy(Policy):
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
         budget: Budget | None = None,
+        vllm: Room | None = None,
     ) -> Self:
         """Load and shard a policy. A collective.
 
         folder  a plain folder
         source  the folder that it was made from, which may have virtual tokens
+        vllm    the largest rollout of a rank where vLLM samples
         """
         with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
@@ -219,16 +222,19 @@ class TrainedPolicy(Policy):
             zero=zero,
             activation_checkpointing=activation_checkpointing,
         )
-        at_once = AT_ONCE * micro_batch_size
-        generator = Generator(
-            folder,
-            precision,
-            temperature,
-            at_once,
-            fp32_head=fp32_head,
-            tuning=method,
-            prepare=prepare,
-            source=model,
+        generator = (
+            Generator(
+                folder,
+                precision,
+                temperature,
+                AT_ONCE * micro_batch_size,
+                fp32_head=fp32_head,
+                tuning=method,
+                prepare=prepare,
+                source=model,
+            )
+            if vllm is None
+            else VllmSampler(folder, precision, temperature, vllm, fp32_head=fp32_head, source=model)
         )
         reference = (
             None

@@ -39,6 +39,15 @@ def ppo(*overrides: str) -> PpoSettings:
         ("ppo.algorithm=a3c", "one of ppo, a2c"),
         ("ppo.score_clip=0", "ppo.score_clip is 0 and must be a number above 0"),
         ("ppo.entropy_bonu=0.1", "entropy_bonus"),
+        (
+            "ppo={rollout: {engine: vllm}, tuning: {method: ia3}}",
+            "rollout.engine vllm needs whole weights, and with tuning.method ia3 the policy is a model and an adapter; "
+            "write rollout: {engine: native}",
+        ),
+        (
+            "ppo={rollout: {engine: vllm}, share_base: true, tuning: {method: lora}}",
+            "rollout.engine vllm needs whole weights, and with share_base the policy is an adapter",
+        ),
         ("ppo.share_base=true", "share_base needs tuning {method: lora} with init zero, and it is full"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 from copy import deepcopy
 from dataclasses import replace
 from io import StringIO
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from rlhf.models import capacity, footprint
 from rlhf.models.folders import copy_tokenizer
 from rlhf.models.footprint import Architecture, Learned, learned
 from rlhf.models.tuning import prepared
-from rlhf.pipeline import fitting
+from rlhf.pipeline import fitting, memory
 from rlhf.pipeline.memory import CONTEXT, FILLED, Prediction, Texts, Trained, limits, predict, with_micro_batch
 from rlhf.terminal import memory_table
 from rlhf.training import loading
@@ -487,8 +488,8 @@ def test_a_size_that_is_not_set_is_predicted_and_advised_as_ranks_will_choose_it
     unset, texts = changed(STAGES["sft"], "micro_batch_size=null"), Texts(2048)
     assert unset.micro_batch == 1
     sizes = {count: predict(changed(unset, f"micro_batch_size={count}"), MODELS, texts).total for count in (1, 2, 4)}
-    for memory in ((sizes[2] + CONTEXT) / FILLED, sizes[1] + CONTEXT):
-        gpu(memory)
+    for held in ((sizes[2] + CONTEXT) / FILLED, sizes[1] + CONTEXT):
+        gpu(held)
         fitting.check(context_of(unset, tmp_path, tmp_path), texts)
     assert not AttemptFolder(tmp_path).notes()
     gpu(0.5 * sizes[1])
@@ -582,3 +583,32 @@ def test_sampling_never_decides_what_fits_a_gpu() -> None:
     assert many["generation"] - few["generation"] == 16 * places * 16 * 2 * 512 * 2
     # A large one does not, and one rank needs no copy of the policy.
     assert "generation" not in predict(changed(settings, "rollouts=4096"), MODELS).parts
+
+
+def test_an_engine_of_its_own_has_a_copy_while_it_samples() -> None:
+    """On a GPU it is dropped while the models train; natively it stays where weights are sharded."""
+    whole = "while responses are sampled"
+    copy = pytest.approx(2 * BILLION.parameters, abs=1e8)  # the cache of one row or a few
+    few = ["rollouts=4", "micro_batch_size=1"]
+    held: dict[tuple[str, int], tuple[float, float]] = {}
+    for engine, ranks in product(("native", "vllm", "auto"), (1, 4)):
+        settings = changed(STAGES["ppo"], *few, f"rollout.engine={engine}", f"workers.count={ranks}")
+        moments = dict(memory._ppo(settings, MODELS, limits(settings), gpu=True))  # pyright: ignore[reportPrivateUsage]
+        sampling = moments.pop(whole)["generation"]
+        held[engine, ranks] = sampling, min(parts["generation"] for parts in moments.values())
+    for ranks in (1, 4):
+        assert held["vllm", ranks][0] - held["native", 1][0] == copy
+        assert held["auto", ranks][0] - held["native", 1][0] == copy
+        assert held["vllm", ranks][1] == 0
+    assert held["native", 4][1] - held["native", 1][1] == copy
+    assert held["auto", 4][1] == held["native", 4][1]
+
+
+def test_where_the_copy_does_not_fit_the_other_engine_is_advised(gpu: Any) -> None:
+    """Rather than adapters, which vLLM is not given."""
+    few = ["tuning={method: top, blocks: 1}", "micro_batch_size=1", "activation_checkpointing=true"]
+    settings, texts = changed(STAGES["ppo"], *few), Texts(64, 32)
+    by_vllm = changed(settings, "rollout.engine=vllm")
+    assert predict(by_vllm, MODELS, texts).moment == "while responses are sampled"
+    device = gpu(predict(settings, MODELS, texts).total + 1.1e9)
+    assert fitting.advice(by_vllm, MODELS, texts, device) == ["rollout.engine=native"]

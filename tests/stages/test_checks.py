@@ -294,6 +294,17 @@ def test_rollouts_that_ranks_cannot_share_are_refused_with_the_next_number_that_
     checks.ppo(ppo(base, tmp_path, rollouts=12, minibatches=2, workers={"count": 2}))
 
 
+def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_installs_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is asked for by name; auto then samples natively."""
+    monkeypatch.setattr(checks, "find_spec", lambda _: None)
+    with pytest.raises(PreflightError, match="vLLM is not installed") as error:
+        checks.ppo(ppo(base, tmp_path, rollout={"engine": "vllm"}))
+    assert error.value.next_step == "pip install 'rlhf-pipeline[vllm]', or write rollout: {engine: native}"
+    checks.ppo(ppo(base, tmp_path, rollout={"engine": "auto"}))
+
+
 def test_ppos_demonstrations_are_shared_among_ranks_and_cut_aloud(base: Path, tmp_path: Path) -> None:
     """Only where they are mixed in at all."""
     ptx = {"coef": 0.5, "batch_size": 3, "max_length": 64}
