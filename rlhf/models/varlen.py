@@ -1,4 +1,4 @@
-"""Attention on a GPU that computes each text of a packed row by itself, with torch's kernel for variable lengths.
+"""Attention that computes each text of a packed row by itself, on a GPU with torch's kernel for variable lengths.
 
 transformers' own way is a mask ``[row, 1, time, time]``, whose cost grows with the square of the row's length. Here the
 mask is replaced by :class:`Boundaries`, found once in a forward pass and given to every layer in the mask's place. Rows
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -35,9 +36,9 @@ class Boundaries:
 
 
 def attend_by_text(model: Any) -> None:
-    """Make a model of transformers' compute packed rows text by text, where a GPU is there and its type allows it."""
+    """Make a model of transformers' compute packed rows text by text, where its type allows it."""
     plain = attends_to_whole_texts(model.config.get_text_config().to_dict())
-    if torch.cuda.is_available() and plain and model._can_set_attn_implementation():
+    if plain and model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
 
 
@@ -72,7 +73,7 @@ def _mask(**given: Any) -> Boundaries | Tensor | None:
 
 
 def _computes(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype == torch.bfloat16
+    return device.type == "cpu" or (device.type == "cuda" and dtype == torch.bfloat16)
 
 
 def _attention(
@@ -87,11 +88,13 @@ def _attention(
     """Return ``[R, T, head, width]`` of queries, keys and values ``[R, head, T, width]``."""
     if not isinstance(attention_mask, Boundaries):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
-    if "enable_gqa" not in _TAKES:
+    on_cpu = query.device.type == "cpu"
+    if not on_cpu and "enable_gqa" not in _TAKES:
         key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
     flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    states = _by_text(flat[0], flat[1], flat[2], attention_mask, scale)
+    by_text = _by_text_on_cpu if on_cpu else _by_text
+    states = by_text(flat[0], flat[1], flat[2], attention_mask, scale)
     return states.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -108,6 +111,19 @@ def _by_text(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale
     states = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
     assert isinstance(states, Tensor)
     return states
+
+
+def _by_text_on_cpu(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale: float) -> Tensor:
+    """Return what :func:`_by_text` does."""
+    # In fp32, since in bf16 the gradients of torch's kernel for the CPU take twice as long.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    lengths = texts.offsets.diff().tolist()
+    parts = (states.to(wide).transpose(0, 1).split(lengths, dim=1) for states in (query, key, value))
+    results = [
+        scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0]
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(results, dim=1).transpose(0, 1).to(query.dtype)
 
 
 AttentionInterface.register(NAME, _attention)
