@@ -71,7 +71,11 @@ def saved_inputs(given: argparse.Namespace, folder: Path, response: int) -> dict
 
 def settings_of(given: argparse.Namespace, response: int) -> PpoSettings:
     """Return the stage's settings; what no flag names has the default of the settings file."""
-    flags = {} if given.micro_batch is None else {"micro_batch_size": given.micro_batch}
+    flags: dict[str, Any] = {"packing": False} if given.padded else {}
+    if given.micro_batch is not None:
+        flags["micro_batch_size"] = given.micro_batch
+    if given.micro_batch_tokens is not None:
+        flags["micro_batch_tokens"] = given.micro_batch_tokens
     return PpoSettings.model_validate(
         flags
         | {
@@ -129,10 +133,11 @@ def compared(
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     sizes = {"rollouts": None, "prompt": None, "response": None, "epochs": 1, "minibatches": 1, "iterations": 4}
-    made = parser(__doc__, **sizes, micro_batch=None)
+    made = parser(__doc__, **sizes, micro_batch=None, micro_batch_tokens=None)
     made.add_argument("--lengths", choices=("uniform", "spread"), default="uniform", help="of responses")
     made.add_argument("--method", choices=("full", "lora"), help="8b: lora, and nothing else; otherwise full")
     made.add_argument("--activation-checkpointing", action="store_true")
+    made.add_argument("--padded", action="store_true", help="samples, where they would be packed")
     given = made.parse_args()
     given.method = given.method or ("lora" if given.shape == "8b" else "full")
     if given.shape == "8b" and given.method == "full":
@@ -165,7 +170,8 @@ def main() -> None:
     rates = {name: sum(lengths) / median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "all")}
     lines = [
         f"{sizes(given, context.settings.precision, lengths)}, {given.method}, {given.epochs} x {given.minibatches} "
-        f"updates, micro_batch_size {context.settings.micro_batch}; {len(rows)} iterations",
+        f"updates, micro_batch_size {context.settings.micro_batch}, "
+        f"{'packed' if context.settings.packing else 'padded'}; {len(rows)} iterations",
         table(times),
         f"response tokens/s: {rates['all']:.4g} over the iteration, {rates['rollout']:.4g} over the rollout"
         + in_words(memory),

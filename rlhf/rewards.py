@@ -25,6 +25,7 @@ from rlhf.config.rewards import EndpointSettings, RewardSettings, ServiceSetting
 from rlhf.config.stages import Precision
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError, RewardError, TryAgainError, shortened
+from rlhf.models.micro_batches import Budget
 from rlhf.models.reward import FrozenReward
 from rlhf.models.text import Prompt
 from rlhf.rl.metrics import out_of_range
@@ -313,6 +314,7 @@ class Rewards:
         precision: Precision,
         micro_batch_size: int,
         zero: ZeroSettings = STAGE_3,
+        budget: Budget | None = None,
     ) -> None:
         self._settings = settings
         self._parts: list[FrozenReward | MainOnly] = []
@@ -324,8 +326,9 @@ class Rewards:
                 self._parts.append(MainOnly(partial(EndpointReward, reward.endpoint)))
             else:
                 model = models[role_of_model(number)]
-                loaded = FrozenReward(model, precision, micro_batch_size, zero) if isinstance(model, Path) else model
-                self._parts.append(loaded)
+                if isinstance(model, Path):
+                    model = FrozenReward(model, precision, micro_batch_size, zero, budget=budget)
+                self._parts.append(model)
                 number += 1
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:

@@ -35,7 +35,7 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.data.mixture import Mixture, by_task
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
-from rlhf.models.architectures import check_policy, check_scorer, check_virtual_tokens
+from rlhf.models.architectures import check_packing, check_policy, check_scorer, check_virtual_tokens
 from rlhf.models.layout import (
     ADAPTER_CONFIG,
     BASE,
@@ -148,6 +148,8 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     from_reward = settings.value_init == "reward" and "reward" in inputs
     if from_reward:
         check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
+    for role in ("policy", *(["reward"] if from_reward else [])) if settings.packing else ():
+        check_packing(inputs[role], context.stage)
     tokenizer, size = load_tokenizer(inputs["policy"]), settings.ptx.batch_size
     if settings.ptx.coef and size % ranks:
         what = f"ptx.batch_size {size} cannot be shared among {ranks} ranks"

@@ -193,7 +193,7 @@ class AttemptFolder:
         self.origin = JsonFile[Mapping[str, Any]](path / "origin.json", json.loads, dict)
         """Source, revision or digest, licence."""
         self.micro_batch = JsonFile[dict[str, int]](path / "micro-batch.json", json.loads, dict)
-        """``size``, where the settings left it to the ranks."""
+        """``size``, where the settings left it to the ranks; half of that after a lack of memory."""
         self.progress = JsonFile(path / self.PROGRESS, Progress.parse, asdict)
         names = ("what", "where", "next")
         self.error = JsonFile[RlhfError](

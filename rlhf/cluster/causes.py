@@ -191,6 +191,11 @@ def _is_lost(node: str) -> bool:
 def _less_memory(call: Call) -> str:
     stage, settings, chosen = call.context.stage, call.context.settings, call.context.folder.micro_batch.get()
     micro = chosen["size"] if chosen else getattr(settings, "micro_batch", getattr(settings, "micro_batch_size", None))
+    if tokens := getattr(settings, "micro_batch_tokens", None):
+        half = max(tokens // 2, settings.longest)
+        if half < tokens:
+            return f"lower {stage}.micro_batch_tokens, which is in no key: {stage}.micro_batch_tokens={half}"
+        return f"raise {stage}.workers.count, which shares the model's states out; a micro batch is one sample already"
     if micro is None:
         return f"give {stage} a node with more memory"
     if micro == 1:

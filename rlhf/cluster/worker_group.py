@@ -19,7 +19,7 @@ from rlhf.cluster import fork_server
 from rlhf.cluster.causes import RankErrors, Retries, cause_of
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.worker import CONTINUE, Call, Location, Rank, perform
-from rlhf.errors import ClusterLostError, HangError, RlhfError, TryAgainError
+from rlhf.errors import ClusterLostError, HangError, OutOfMemoryError, RlhfError, TryAgainError
 
 POLL_SECONDS = 0.25
 START_MINUTES = 60.0
@@ -50,6 +50,8 @@ def run_group(
 ) -> dict[str, float]:
     """Run the code on a worker group; after a failure the whole group starts again from its newest checkpoint.
 
+    After a lack of memory it starts with half the micro batch, where the settings left that to the ranks.
+
     max_failures  how often in a row without a new checkpoint
     watch         called a few times a second; its exceptions end the group
 
@@ -71,6 +73,10 @@ def run_group(
         if not retries.allow(error, step_of(checkpoint) if checkpoint else -1):
             raise error
         again = f"starting again from the newest checkpoint ({retries.count} of {max_failures})"
+        chosen = folder.micro_batch.get()
+        if isinstance(error, OutOfMemoryError) and chosen and chosen["size"] > 1:
+            folder.micro_batch.write({"size": chosen["size"] // 2})
+            again += f", with micro_batch_size {chosen['size'] // 2}"
         say(f"{call.context.stage}: {error.what}; {again}; {error.where}")
 
 

@@ -8,7 +8,7 @@ from pydantic import model_validator
 from rlhf.config.base import Seed, Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
 from rlhf.config.stages import RmSettings, SamplingSettings, SftSettings, TrainingSettings
-from rlhf.config.tuning import FULL, LoraTuning, LowRankTuning, Tuning, results_in_adapter
+from rlhf.config.tuning import FULL, LoraTuning, LowRankTuning, Tuning, results_in_adapter, virtual_tokens
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -144,10 +144,32 @@ class PpoSettings(TrainingSettings):
     """Gradients of either model are scaled down to this norm."""
     max_prompt_length: int = semantic(256, ge=1)
     """Longest prompt in tokens; one longer stops the run before it starts."""
+    micro_batch_size: int | None = runtime(None, ge=1)
+    """Samples of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 16. With
+    ``packing`` as many tokens as so many samples of the longest length have."""
+    micro_batch_tokens: int | None = runtime(None, ge=1)
+    """Tokens of one forward pass of one rank, in place of ``micro_batch_size``; at least those of the longest sample.
+    Without ``packing`` padding counts too."""
+    packing: bool | None = runtime(None)
+    """Lay the samples of a forward pass end to end, none attending to another, so that nothing is padded. Null does so
+    where a GPU's kernel keeps to each sample alone, which in bf16 it can for most models without sliding windows.
+    Elsewhere true takes a mask, whose cost grows with the square of a forward pass's tokens."""
     samples_kept: int = runtime(8, ge=0)
     """Responses of each iteration that are written, with their scores, to ``samples.jsonl`` in the attempt."""
     checkpoint_every: int = runtime(10, ge=1)
     """Iterations between in-stage checkpoints."""
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest sample, or demonstration, that the settings allow."""
+        mixed = self.ptx.max_length if self.ptx.coef else 0
+        return max(self.max_prompt_length + self.sampling.max_new_tokens, mixed)
+
+    @property
+    def micro_batch(self) -> int:
+        """``micro_batch_size``, or the longest samples that ``micro_batch_tokens`` hold."""
+        tokens = self.micro_batch_tokens
+        return super().micro_batch if tokens is None else max(1, tokens // self.longest)
 
     @model_validator(mode="before")
     @classmethod
@@ -175,6 +197,24 @@ class PpoSettings(TrainingSettings):
             given = "pissa, which changes the base" if isinstance(self.tuning, LoraTuning) else self.tuning.method
             raise ValueError(f"share_base needs tuning {{method: lora}} with init zero, and it is {given}")
         rewards_are_sound(self.rewards)
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_fit(self) -> "PpoSettings":
+        tokens = self.micro_batch_tokens
+        if tokens is not None and self.micro_batch_size is not None:
+            raise ValueError("micro_batch_size and micro_batch_tokens say the same in two units; leave one of them out")
+        if tokens is not None and tokens < self.longest:
+            raise ValueError(
+                f"micro_batch_tokens {tokens} is less than the {self.longest} tokens of the longest sample "
+                "(max_prompt_length + sampling.max_new_tokens, or ptx.max_length if that is more); raise it to "
+                f"{self.longest} or more, or lower those"
+            )
+        if self.packing and virtual_tokens(self.tuning):
+            raise ValueError(
+                f"packing does not go with tuning.method {self.tuning.method}, whose virtual tokens stand before each "
+                "row and not before each sample in it; leave packing out"
+            )
         return self
 
 

@@ -17,6 +17,7 @@ from rlhf.config.tuning import PrefixTuning, PromptTuning, PTuning, PTuningV2, T
 from rlhf.errors import PreflightError
 from rlhf.models import safe_loading
 from rlhf.models.layout import NUMBERED_FROM_PADDING, config_file
+from rlhf.models.packable import keeps_texts_apart
 
 ANOTHER_WITH_CACHE = frozenset({"falcon_mamba", "mamba", "minimax", "moshi", "nemotron_h"})
 """Model types that fail token by token, with a cache, or whose logits are then not those of the whole text."""
@@ -73,6 +74,17 @@ def check_virtual_tokens(folder: Path, tuning: Tuning, longest: int, stage: str)
     raise PreflightError(
         f"method {tuning.method} does not fit the model: {why}", f"{stage}.tuning.method", "choose lora, for instance"
     )
+
+
+def check_packing(folder: Path, stage: str) -> None:
+    """Refuse, by a PreflightError, to lay texts end to end for a model that would read on from one into the next."""
+    config = _config(folder)
+    if not keeps_texts_apart(config.get_text_config()):
+        raise PreflightError(
+            f"packing is true, and {config.model_type} models do not keep the samples of a row apart",
+            f"{stage}.packing",
+            f"leave {stage}.packing out: samples are padded then",
+        )
 
 
 def classifier_of(folder: Path) -> Any:

@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.models.capacity import BLOCK, CHUNK, FEWEST
+from rlhf.models.micro_batches import PackedSamples
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.packing import pack
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import positions
-from rlhf.models.varlen import attend_by_text
+from rlhf.models.varlen import as_mask
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import Domain, seed_of
 from rlhf.rl.kl import logprobs_and_entropies, logprobs_of
@@ -44,6 +46,7 @@ class TokenLogprobs(nn.Module):
         temperature: float,
         entropies: bool,
         count: int | None = None,
+        packed: PackedSamples | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of the last ``time`` tokens, and the entropies of their distributions.
 
@@ -53,16 +56,16 @@ class TokenLogprobs(nn.Module):
         entropies  False returns zeros for them, which saves passes over the logits
         count      tokens to compute, real ones first, of which there are no more; all others get 0. None computes
                    padding too. Under ZeRO-3 it must be the same on all ranks, which gather the head for each chunk
+        packed     the same samples with ``count``, which the body then reads in place of padded ones
         """
         model = unwrapped(self.model)
         _, body = body_of(model)
-        outputs = body(
-            input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
-        )
-        hidden = outputs.last_hidden_state[:, -time - 1 : -1].flatten(0, 1)
-        tokens, real = ids[:, -time:].flatten(), attention_mask[:, -time:].flatten()
-        places = None
-        if count is not None and count < len(tokens):
+        outputs = _read_by(body, ids, attention_mask, packed)
+        hidden, tokens = _before_responses(outputs, time, packed), ids[:, -time:].flatten()
+        places, real = None, attention_mask[:, -time:].flatten()
+        if packed is not None:
+            tokens = packed.tokens
+        elif count is not None and count < len(tokens):
             # Sorted, since a GPU that picks by a mask first waits to learn how many it picks.
             places = real.argsort(descending=True, stable=True)[:count]
             hidden, tokens = hidden.index_select(0, places), tokens[places]
@@ -72,10 +75,28 @@ class TokenLogprobs(nn.Module):
             read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
         chunks = [read(*chunk) for chunk in zip(hidden.split(size), tokens.split(size), strict=True)]
         logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        if packed is not None:
+            return packed.padded(logprobs), packed.padded(entropy)
         if places is not None:
             zeros = logprobs.new_zeros(len(real))
             logprobs, entropy = (zeros.index_copy(0, places, values) for values in (logprobs, entropy))
         return logprobs.view(-1, time), entropy.view(-1, time)
+
+
+def _read_by(body: Any, ids: Tensor, attention_mask: Tensor, packed: PackedSamples | None) -> Any:
+    """Return what a model's body returns for samples, which it reads padded or end to end."""
+    if packed is None:
+        places = positions(attention_mask)
+        return body(input_ids=ids, attention_mask=attention_mask, position_ids=places, use_cache=False)
+    mask = as_mask(body, packed.offsets, packed.longest)
+    return body(input_ids=packed.ids, attention_mask=mask, position_ids=packed.positions, use_cache=False)
+
+
+def _before_responses(outputs: Any, time: int, packed: PackedSamples | None) -> Tensor:
+    """Return the last states one position before each response token, ``[token, width]``."""
+    if packed is None:
+        return outputs.last_hidden_state[:, -time - 1 : -1].flatten(0, 1)
+    return outputs.last_hidden_state[0].index_select(0, packed.before)
 
 
 def _read(
@@ -167,14 +188,16 @@ class TokenValues(nn.Module):
         self.model = model
         compute_in_fp32(unwrapped(model).score)
 
-    def forward(self, ids: Tensor, attention_mask: Tensor, time: int) -> Tensor:
-        """Return the values before each of the last ``time`` tokens."""
+    def forward(self, ids: Tensor, attention_mask: Tensor, time: int, packed: PackedSamples | None = None) -> Tensor:
+        """Return the values before each of the last ``time`` tokens.
+
+        packed  the same samples, which the body then reads in place of padded ones; padding then gets 0
+        """
         classifier = unwrapped(self.model)
         body = getattr(classifier, classifier.base_model_prefix)
-        hidden = body(
-            input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
-        ).last_hidden_state
-        return classifier.score(hidden[:, -time - 1 : -1].contiguous()).squeeze(-1).float()
+        hidden = _before_responses(_read_by(body, ids, attention_mask, packed), time, packed)
+        values = classifier.score(hidden).squeeze(-1).float()
+        return values.view(-1, time) if packed is None else packed.padded(values)
 
 
 class SequenceScores(nn.Module):
@@ -193,7 +216,7 @@ class SequenceScores(nn.Module):
 def pack_texts(classifier: Any) -> None:
     """Make a decoder's sequence classifier pack its texts, which are padded on the right, and score in fp32."""
     compute_in_fp32(classifier.score)
-    attend_by_text(classifier)
+    read_beginnings_once(classifier)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=_last_token_logits(classifier, input_ids, attention_mask))
@@ -307,7 +330,9 @@ def forbid_rows_without_token(model: Any, tokenizer: Tokenizer) -> None:
     if len(rows):
 
         def forbid(module: nn.Module, arguments: Any, output: Any) -> None:  # noqa: ARG001 - torch's signature
-            output.logits.index_fill_(-1, rows.to(output.logits.device), -math.inf)
+            nonlocal rows
+            rows = rows.to(output.logits.device)  # once: a copy to a GPU waits for what it computes
+            output.logits.index_fill_(-1, rows, -math.inf)
 
         model.register_forward_hook(forbid)
 

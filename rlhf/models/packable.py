@@ -75,7 +75,8 @@ def attends_to_whole_texts(config: Mapping[str, Any]) -> bool:
     other_layers = set(config.get("layer_types") or ()) - {"full_attention"}
     more = any(config.get(name) for name in ("attn_logit_softcapping", "attention_dropout", "attn_pdrop", "alibi"))
     plain = not windows and not other_layers and not more and config.get("is_causal", True)
-    return config.get("model_type") in PACKABLE and bool(plain) and width in range(8, 257, 8)
+    # Falcon's layers know transformers' own attentions alone.
+    return config.get("model_type") in PACKABLE - {"falcon"} and bool(plain) and width in range(8, 257, 8)
 
 
 def has_fused_kernels(model_type: str) -> bool:

@@ -49,16 +49,21 @@ def pack(ids: Tensor, attention_mask: Tensor) -> PackedTexts:
 
 
 def rows_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Distribute texts among rows of the longest text's length, by first fit decreasing.
+    """Distribute texts among rows of the longest text's length."""
+    return bins(lengths, max(lengths))
+
+
+def bins(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Distribute texts among rows of at most ``room`` tokens, or the longest text's, by first fit decreasing.
 
     That takes at most 11/9 of the fewest rows possible, and one (Dósa, ESCAPE 2007, doi:10.1007/978-3-540-74450-4_1).
     """
     rows: list[list[int]] = [[] for _ in lengths]
-    room = [max(lengths)] * len(rows)
+    left = [max(room, *lengths)] * len(rows)
     for text in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        row = next(row for row, left in enumerate(room) if left >= lengths[text])
+        row = next(row for row, tokens in enumerate(left) if tokens >= lengths[text])
         rows[row].append(text)
-        room[row] -= lengths[text]
+        left[row] -= lengths[text]
     return [row for row in rows if row]
 
 

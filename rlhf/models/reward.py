@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from rlhf.models.layout import (
     update_json,
     virtual_tokens_in,
 )
+from rlhf.models.micro_batches import Budget, dealt, in_order, turns
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
-from rlhf.models.varlen import attend_by_text
 from rlhf.randomness import seed_of
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, STAGE_3, Engine, gathered, sharded_loading
@@ -40,30 +42,28 @@ def raw_scores(
     texts: Sequence[list[int]],
     micro_batch_size: int,
     types: Sequence[list[int]] | None = None,
+    budget: Budget | None = None,
 ) -> Tensor:
     """Return the raw scores ``[text]`` of rows of token ids. A collective.
 
-    model  a sharded :class:`SequenceScores`, or an :class:`OwnScores` where there are ``types``
-    types  each token's type, in rows as long as those of ``texts``
+    model   a sharded :class:`SequenceScores`, or an :class:`OwnScores` where there are ``types``
+    types   each token's type, in rows as long as those of ``texts``
+    budget  of padded texts at a time, in place of ``micro_batch_size`` texts
     """
+    lengths = torch.tensor([[0, len(ids)] for ids in texts])
     # Longest first, so that little is padding and a lack of memory appears at once.
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-
-    def compute(rows: Tensor) -> Tensor:
-        parts: list[Tensor] = []
-        for part in rows.split(micro_batch_size):
-            indices = [order[row] for row in part.tolist()]
-            batch = list(text.pad([texts[index] for index in indices], tokenizer.pad_token_id, "right"))
-            if types is not None:
-                batch.append(text.pad([types[index] for index in indices], 0, "right")[0])
+    order = lengths[:, 1].argsort(descending=True, stable=True)
+    cut = turns(order, lengths, replace(budget, packed=False)) if budget else dealt(order).split(micro_batch_size)
+    parts: list[Tensor] = []
+    for turn in cut:
+        indices: list[int] = turn[:, group.rank()].tolist()
+        batch = list(text.pad([texts[index] for index in indices], tokenizer.pad_token_id, "right"))
+        if types is not None:
+            batch.append(text.pad([types[index] for index in indices], 0, "right")[0])
+        with torch.no_grad():
             parts.append(model(*(tensor.to(group.device()) for tensor in batch)))
-            liveness.beat()
-        return torch.cat(parts)
-
-    scores = torch.empty(len(texts))
-    with torch.no_grad():
-        scores[order] = group.spread(len(order), compute)
-    return scores
+        liveness.beat()
+    return in_order(parts, cut, len(texts))
 
 
 class FrozenReward:
@@ -73,6 +73,7 @@ class FrozenReward:
             ``sees``, and may have ``score_low`` and ``score_high``: the range of the normalised scores that the model
             gave people's responses
     engine  a :class:`SequenceScores` of the folder's model, where it is loaded already
+    budget  of a micro batch, in place of ``micro_batch_size`` texts
 
     Raises:
         PreflightError: ``score_max_length`` is beyond the model's context, or its tokenizer lacks what it needs.
@@ -85,6 +86,7 @@ class FrozenReward:
         micro_batch_size: int,
         zero: ZeroSettings = STAGE_3,
         engine: Callable[..., Tensor] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         config = config_of(folder)
         self._mean, self._deviation = float(config["score_mean"]), float(config["score_std"])
@@ -99,12 +101,12 @@ class FrozenReward:
                 model = folders.load(folder, scores=True, dtype=DTYPES[precision])
             self._is_decoder = hasattr(unwrapped(model), "score")  # a linear head on the last token's state
             if self._is_decoder:
-                attend_by_text(unwrapped(model))
+                read_beginnings_once(unwrapped(model))
             scores = SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model))
             engine = Engine(scores, precision, zero=zero)
         self._engine = engine
         self.tokenizer = (text.load_tokenizer if self._is_decoder else text.load_encoder_tokenizer)(folder)
-        self._micro_batch_size = micro_batch_size
+        self._at_once, self._budget = AT_ONCE * micro_batch_size, budget and budget.times(AT_ONCE)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
         """Return scores ``[sample]``: 0 is the demonstrations' mean, 1 their deviation above it. A collective."""
@@ -118,7 +120,7 @@ class FrozenReward:
         else:
             pairs = [text.encoded(self.tokenizer, *row, self._max_length) for row in rows]
             texts, types = [ids for ids, _ in pairs], [types for _, types in pairs]
-        raw = raw_scores(self._engine, self.tokenizer, texts, AT_ONCE * self._micro_batch_size, types)
+        raw = raw_scores(self._engine, self.tokenizer, texts, self._at_once, types, self._budget)
         return (raw - self._mean) / self._deviation
 
 

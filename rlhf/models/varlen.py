@@ -7,7 +7,9 @@ that are padded, or continue a cache, keep transformers' mask and torch's other 
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +35,25 @@ class Boundaries:
     """``[text + 1]``, int32: the first token of each text, and the number of all tokens."""
     longest: int
     """Tokens of the longest text."""
+    shared: int = 0
+    """Tokens before the first text that all of them begin with; on a CPU alone."""
+
+
+KNOWN: ContextVar[Boundaries | None] = ContextVar("KNOWN", default=None)
+"""The boundaries of the row that a model reads, where they are known beforehand."""
+
+
+def as_mask(model: Any, offsets: Tensor, longest: int) -> Tensor | None:
+    """Return the boundaries of one row's texts as what a model takes for its mask; None where it makes its own.
+
+    Else it would wait for the GPU in each forward pass, to find them. transformers hands a mask of four dimensions on
+    to the layers as it is: this one holds the offsets, and has as many rows as the longest text has tokens.
+
+    offsets, longest  as in :class:`Boundaries`
+    """
+    # On a CPU, that is to find more in a row than boundaries: rlhf.models.shared_beginnings.
+    by_text = model.config._attn_implementation == NAME and offsets.is_cuda and _computes(offsets.device, model.dtype)
+    return offsets.expand(1, 1, longest, -1) if by_text else None
 
 
 def attend_by_text(model: Any) -> None:
@@ -64,6 +85,8 @@ def beginnings(rows: int, time: int, sees: Callable[..., Tensor], device: torch.
 
 def _mask(**given: Any) -> Boundaries | Tensor | None:
     """Return what transformers gives each layer as its mask."""
+    if (known := KNOWN.get()) is not None:
+        return known
     packed = given["attention_mask"] is None and not given.get("allow_is_causal_skip", True)
     packed = packed and not given["use_vmap"]
     if packed and given["q_length"] == given["kv_length"] and _computes(given["device"], given["dtype"]):
@@ -86,6 +109,8 @@ def _attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Return ``[R, T, head, width]`` of queries, keys and values ``[R, head, T, width]``."""
+    if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32:  # that of as_mask
+        attention_mask = Boundaries(attention_mask[0, 0, 0], attention_mask.shape[2])
     if not isinstance(attention_mask, Boundaries):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     on_cpu = query.device.type == "cpu"
@@ -116,14 +141,24 @@ def _by_text(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale
 def _by_text_on_cpu(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale: float) -> Tensor:
     """Return what :func:`_by_text` does."""
     # In fp32, since in bf16 the gradients of torch's kernel for the CPU take twice as long.
-    wide = torch.promote_types(query.dtype, torch.float32)
+    narrow = query.dtype
+    wide, shared = torch.promote_types(query.dtype, torch.float32), texts.shared
     lengths = texts.offsets.diff().tolist()
-    parts = (states.to(wide).transpose(0, 1).split(lengths, dim=1) for states in (query, key, value))
-    results = [
-        scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0]
-        for q, k, v in zip(*parts, strict=True)
-    ]
-    return torch.cat(results, dim=1).transpose(0, 1).to(query.dtype)
+    query, key, value = (states.to(wide).transpose(0, 1) for states in (query, key, value))
+    before = [key[:, :shared], value[:, :shared]]
+    attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
+    results: list[Tensor] = []
+    if shared:
+        results.append(attend(query[None, :, :shared], *(states[None] for states in before), is_causal=True)[0])
+        seen = torch.ones(texts.longest, shared + texts.longest, dtype=torch.bool).tril(shared)
+        added = torch.zeros(seen.shape, dtype=wide).masked_fill_(~seen, -torch.inf)
+    for q, k, v in zip(*(states[:, shared:].split(lengths, dim=1) for states in (query, key, value)), strict=True):
+        named: dict[str, Any] = {"is_causal": True}
+        if shared:
+            k, v = (torch.cat(both, dim=1) for both in zip(before, (k, v), strict=True))
+            named = {"attn_mask": added[: q.shape[1], : k.shape[1]]}
+        results.append(attend(q[None], k[None], v[None], **named)[0])
+    return torch.cat(results, dim=1).transpose(0, 1).to(narrow)
 
 
 AttentionInterface.register(NAME, _attention)

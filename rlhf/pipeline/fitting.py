@@ -102,7 +102,10 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
     Small micro batches and checkpointing cost time, LoRA changes the result, offloading costs much time, and ranks need
     GPUs.
     """
-    micro = [settings.micro_batch >> power for power in range(1, settings.micro_batch.bit_length())]
+    unit, count, least = "micro_batch_size", settings.micro_batch, 1
+    if isinstance(settings, PpoSettings) and settings.micro_batch_tokens is not None:
+        unit, count, least = "micro_batch_tokens", settings.micro_batch_tokens, settings.longest
+    halves = [count >> power for power in range(1, count.bit_length()) if count >> power >= least]
     checkpointing: list[tuple[str, dict[str, Any]]] = []
     lora: list[tuple[str, dict[str, Any]]] = []
     offloading: list[tuple[str, dict[str, Any]]] = []
@@ -118,7 +121,7 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
     rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
     counts = [settings.workers.count << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
     return [
-        [(f"micro_batch_size={count}", {"micro_batch_size": count}) for count in micro],
+        [(f"{unit}={half}", {unit: half}) for half in halves],
         checkpointing,
         lora,
         offloading,

@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
-from rlhf.config.tuning import LowRankTuning
+from rlhf.config.tuning import LowRankTuning, virtual_tokens
 from rlhf.config.zero import BUCKET
 from rlhf.errors import size
 from rlhf.models import capacity, footprint
@@ -78,7 +78,7 @@ def limits(settings: Training) -> Texts:
             return Texts(settings.max_length, in_list=settings.responses_per_list or 4)
         case PpoSettings():
             response, mixed = settings.sampling.max_new_tokens, settings.ptx.max_length if settings.ptx.coef else 0
-            return Texts(max(settings.max_prompt_length + response, mixed), max(response, mixed))
+            return Texts(settings.longest, max(response, mixed))
 
 
 def predict(
@@ -106,12 +106,18 @@ def with_micro_batch(
     """Return the settings with a number for ``micro_batch_size``, where it is null the largest that fits a GPU.
 
     It divides a rank's share of an update. A prediction with it fills at most :data:`FILLED` of the smallest GPU, with
-    texts as long as the settings allow: so the driver and all ranks agree, whatever each knows of the data.
+    texts as long as the settings allow: so the driver and all ranks agree, whatever each knows of the data. In ppo
+    ``packing`` is decided too, and ``micro_batch_tokens`` may stand for the number.
 
     models   as for :func:`predict`; None where they are not known, which takes what a CPU would
     gpu      bytes of the smallest GPU
     in_list  most responses in a list of rm
     """
+    if isinstance(settings, PpoSettings):
+        packing = packs(settings, models, gpu=True) if models else bool(settings.packing)
+        settings = settings.model_copy(update={"packing": packing})
+        if settings.micro_batch_tokens is not None:
+            return settings
     if settings.micro_batch_size is not None or models is None:
         return settings.model_copy(update={"micro_batch_size": settings.micro_batch})
     texts, share = limits(settings), share_of_rank(settings)
@@ -120,6 +126,18 @@ def with_micro_batch(
     candidates = (settings.model_copy(update={"micro_batch_size": size}) for size in sizes)
     enough = (given for given in candidates if predict(given, models, texts).total + CONTEXT <= FILLED * gpu)
     return next(enough, settings.model_copy(update={"micro_batch_size": 1}))
+
+
+def packs(settings: PpoSettings, models: Mapping[str, Architecture], *, gpu: bool) -> bool:
+    """Return whether ppo lays samples end to end: as ``packing`` says, else where a kernel keeps them apart."""
+    if settings.packing is not None:
+        return settings.packing
+    able = gpu and settings.precision == "bf16" and virtual_tokens(settings.tuning) is None
+    return able and models["policy"].by_text and _value_start(settings, models).by_text
+
+
+def _value_start(settings: PpoSettings, models: Mapping[str, Architecture]) -> Architecture:
+    return models.get("reward", models["policy"]) if settings.value_init == "reward" else models["policy"]
 
 
 def share_of_rank(settings: Training) -> int:
@@ -187,7 +205,7 @@ class Trained:
     def masked(self) -> bool:
         """Whether attention has a mask; packed texts are computed one by one where the GPU's kernel can."""
         settings = self.settings
-        packed = settings.packing if isinstance(settings, SftSettings) else isinstance(settings, RmSettings)
+        packed = isinstance(settings, RmSettings) or settings.packing
         return not (packed and self.gpu and self.width == 2 and self.model.by_text and not self.part.tokens)
 
     @property
@@ -306,13 +324,14 @@ def _ppo(
     settings: PpoSettings, models: Mapping[str, Architecture], texts: Texts, gpu: bool
 ) -> Iterator[tuple[str, Bytes]]:
     """Yield the moments of an iteration."""
+    settings = settings.model_copy(update={"packing": packs(settings, models, gpu=gpu)})
     ranks, given = settings.workers.count, models["policy"]
     rewards = [model for role, model in models.items() if role.startswith("reward")]
     tuning = settings.tuning
     if isinstance(tuning, LowRankTuning):
         tuning = tuning.model_copy(update={"dropout": 0.0})  # PPO's models are never in training mode
     policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, gpu)
-    start = rewards[0] if settings.value_init == "reward" and rewards else given
+    start = _value_start(settings, models)
     value = Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, gpu)
     width, micro = policy.width, min(settings.micro_batch, share_of_rank(settings))
     frozen = sum(model.parameters * width for model in rewards)
@@ -336,11 +355,13 @@ def _ppo(
             "optimiser": 4 * policy.share if settings.average_decay is not None else 0.0,
         },
     )
-    tokens = micro * texts.response
+    # Samples that lie end to end may have short prompts, and so more tokens of responses than as many long ones.
+    tokens = micro * (texts.longest if settings.packing else texts.response)
+    shape = (1, micro * texts.longest) if settings.packing else (micro, texts.longest)
     logits = _policy_loss(settings, policy, tokens)
     others: list[tuple[str, Bytes]] = [("while responses are scored", _scoring(settings, policy, texts, micro))]
     for trained, at_loss in ((policy, logits), (value, (4 + width) * tokens * start.hidden)):
-        others += trained.moments(micro, texts.longest, at_loss)
+        others += trained.moments(*shape, at_loss)
     # Sampling has as many rows as there is memory for: what fits otherwise fits with some.
     most = max(sum(parts.values()) for _, parts in others)
     rows, cache = _rows(settings, policy, texts, gpu=gpu)
@@ -386,10 +407,12 @@ def _scoring(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -
     """Return the bytes that a pass without gradients computes."""
     rows = min(capacity.AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.count))
     chunk = _in_chunk(policy, rows * texts.response)
+    rows, time = (1, rows * texts.longest) if settings.packing else (rows, texts.longest)
+    masked = policy.masked
     copies = _logit_width(policy) + 8 + 4 * (settings.sampling.temperature != 1)
     return {
         "weights": policy.gathered,
-        "activations": footprint.work(policy.model, policy.width, rows, texts.longest, backward=False),
+        "activations": footprint.work(policy.model, policy.width, rows, time, backward=False, masked=masked),
         "logits": max(copies * chunk * policy.model.vocabulary, _head_work(policy, chunk)),
     }
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from rlhf.attempt import liveness
 from rlhf.errors import PreflightError, size
-from rlhf.models import capacity, text
+from rlhf.models import capacity, text, varlen
 from rlhf.models.heads import body_of, unwrapped
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.virtual_tokens import has_virtual_tokens
@@ -43,7 +43,7 @@ def decodes_in_slots(model: Any) -> bool:
     config = plain.config
     return (
         (keeps_texts_apart(config) or config.model_type in UNPACKED)
-        and config._attn_implementation in ("sdpa", "eager")
+        and config._attn_implementation in ("sdpa", "eager", varlen.NAME)
         and not has_virtual_tokens(body_of(plain)[1])
         and _rope_types(config) <= FIXED_ROPE
     )

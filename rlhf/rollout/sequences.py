@@ -1,6 +1,7 @@
 """Prompts with their responses as tensors, experience, and minibatches of it.
 
 Prompts are padded on the left and responses on the right, so that the response's tokens are the last ``time`` columns.
+A micro batch may also hold its samples end to end, without padding; what is computed of it has the padded shape anyway.
 
 Shapes: S samples of the global batch; ids ``[S, prompt + time]``; everything else ``[S, time]``.
 """
@@ -17,6 +18,7 @@ from rlhf.attempt import liveness
 from rlhf.config.ppo import PpoSettings
 from rlhf.models import text
 from rlhf.models.capacity import AT_ONCE
+from rlhf.models.micro_batches import Budget, PackedSamples, dealt, in_order, turns
 from rlhf.randomness import stream
 from rlhf.zero import group
 
@@ -36,6 +38,8 @@ class Sequences:
     """``[sample, time]``, True on real response tokens, EOS included."""
     count: int | None = field(default=None, kw_only=True)
     """Of a micro batch: real response tokens of the rank that has most of them at this turn."""
+    packed: PackedSamples | None = field(default=None, kw_only=True)
+    """Of a micro batch: the samples end to end, where models read them so."""
 
     @property
     def time(self) -> int:
@@ -63,66 +67,47 @@ class Sequences:
 
     def to(self, device: torch.device) -> Self:
         """Return the samples on a device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+        packed = self.packed and self.packed.to(device)
+        return replace(self, packed=packed, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def by_length(self, indices: Tensor) -> Tensor:
         """Return the indices sorted by falling length, so that micro batches hold little padding."""
         # The longest first, so that a lack of memory appears at once.
         return indices[self.attention_mask[indices].sum(-1).argsort(descending=True, stable=True)]
 
-    def micro_batches(self, turns: Sequence[Tensor]) -> list[Self]:
+    def micro_batches(self, cut: Sequence[Tensor], *, packed: bool) -> list[Self]:
         """Return this rank's micro batches, on its device.
 
-        turns  the samples of each micro batch, ``[sample, rank]``
+        cut     the samples of each turn, ``[sample, rank]``
+        packed  whether samples lie end to end
         """
         # All at once: a copy to a GPU waits for what it computes.
-        return [
-            replace(self.rows(turn[:, group.rank()]), count=max(1, int(self.mask[turn].sum((0, 2)).max()))).to(
-                group.device()
-            )
-            for turn in turns
-        ]
+        return [self._micro_batch(turn, packed=packed).to(group.device()) for turn in cut]
 
-    def scored(self, micro_batch_size: int, compute: Callable[[Self], Tensor]) -> Tensor:
+    def _micro_batch(self, turn: Tensor, *, packed: bool) -> Self:
+        rows, count = self.rows(turn[:, group.rank()]), max(1, int(self.mask[turn].sum((0, 2)).max()))
+        samples = PackedSamples.of(rows.ids, rows.attention_mask, rows.time, count) if packed else None
+        return replace(rows, count=count, packed=samples)
+
+    def scored(self, micro_batch_size: int, compute: Callable[[Self], Tensor], budget: Budget | None = None) -> Tensor:
         """Compute a result of each sample without gradients, each rank its share; return all, on the CPU. A collective.
 
         compute  returns the results of a micro batch, ``[sample, …, its time]``; 0 is added beyond its longest response
+        budget   of a micro batch, in place of ``micro_batch_size`` samples
         """
-        order = self.by_length(torch.arange(len(self.ids)))
-        turns = _turns(order, self._lengths(), AT_ONCE * micro_batch_size * self.ids.shape[1])
+        budget = (budget or Budget(micro_batch_size * self.ids.shape[1], packed=False)).times(AT_ONCE)
+        cut = turns(self.by_length(torch.arange(len(self.ids))), self.lengths(), budget)
         results: list[Tensor] = []
-        for part in self.micro_batches(turns):
+        for part in self.micro_batches(cut, packed=budget.packed):
             result = compute(part)
             results.append(torch.nn.functional.pad(result, (0, self.time - result.shape[-1])))
             liveness.beat()
-        gathered = group.gather_rows(torch.cat(results), len(order))
-        return torch.empty_like(gathered).index_copy_(0, order, gathered)
+        return in_order(results, cut, len(self.ids))
 
-    def _lengths(self) -> Tensor:
+    def lengths(self) -> Tensor:
         """Return the lengths of each prompt and response, ``[sample, 2]``."""
         responses = self.mask.sum(-1)
         return torch.stack([self.attention_mask.sum(-1) - responses, responses], dim=1)
-
-
-def _turns(order: Tensor, lengths: Tensor, budget: int) -> list[Tensor]:
-    """Cut samples into micro batches of at most ``budget`` padded tokens, of one sample at least.
-
-    order    sorted by length
-    lengths  of each prompt and response, which are padded by themselves, ``[sample, 2]``
-    returns  of each micro batch ``[sample, rank]``, so that all ranks have equally many of about equal length; the last
-             sample is repeated where there is no multiple of the ranks
-    """
-    world = group.world_size()
-    table = order[torch.arange(-(-len(order) // world) * world).clamp(max=len(order) - 1)].view(-1, world)
-    sizes, widest = [0], torch.zeros(2, dtype=torch.long)
-    for longest in lengths[table].amax(1):
-        wider = torch.maximum(widest, longest)
-        if sizes[-1] and (sizes[-1] + 1) * int(wider.sum()) > budget:
-            sizes.append(0)
-            wider = longest
-        sizes[-1] += 1
-        widest = wider
-    return list(table.split(sizes))
 
 
 def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int) -> Sequences:
@@ -169,25 +154,34 @@ class Minibatch(Generic[S_co]):
 
 def shuffled(experience: S, settings: PpoSettings, iteration: int) -> Iterator[tuple[int, Minibatch[S]]]:
     """Yield the minibatches of an iteration's epochs, numbered; a new order each epoch."""
+    budget = Budget.of(settings)
     for epoch in range(settings.epochs):
         order = (settings.seed, iteration, epoch)
-        parts = minibatches(experience, settings.minibatches, settings.micro_batch, *order)
+        parts = minibatches(experience, settings.minibatches, settings.micro_batch, *order, budget=budget)
         yield from enumerate(parts, start=epoch * settings.minibatches)
 
 
-def minibatches(experience: S, count: int, micro_batch_size: int, *seed: int) -> Iterator[Minibatch[S]]:
+def minibatches(
+    experience: S, count: int, micro_batch_size: int, *seed: int, budget: Budget | None = None
+) -> Iterator[Minibatch[S]]:
     """Split the samples, shuffled by ``seed`` alone, into ``count`` minibatches; each rank gets its share of each."""
     order = stream("minibatches", *seed).permutation(len(experience.ids))
     for indices in np.split(order, count):
-        yield minibatch_of(experience, indices.tolist(), micro_batch_size)
+        yield minibatch_of(experience, indices.tolist(), micro_batch_size, budget)
 
 
-def minibatch_of(sequences: S, indices: Sequence[int], micro_batch_size: int) -> Minibatch[S]:
+def minibatch_of(
+    sequences: S, indices: Sequence[int], micro_batch_size: int, budget: Budget | None = None
+) -> Minibatch[S]:
     """Return the samples at ``indices`` as a minibatch: this rank's share in micro batches of similar lengths.
 
     Their number must be a multiple of the world size: all ranks then have equally many micro batches, which the
     collectives inside each need.
+
+    budget  of a micro batch, in place of ``micro_batch_size`` samples
     """
+    assert not len(indices) % group.world_size()
     order = sequences.by_length(torch.tensor(indices))
-    turns = order.view(-1, group.world_size()).split(micro_batch_size)
-    return Minibatch(sequences.micro_batches(turns), num_tokens=int(sequences.mask[order].sum()))
+    cut = turns(order, sequences.lengths(), budget) if budget else dealt(order).split(micro_batch_size)
+    parts = sequences.micro_batches(cut, packed=budget is not None and budget.packed)
+    return Minibatch(parts, num_tokens=int(sequences.mask[order].sum()))

@@ -16,6 +16,8 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, kernels, tuning
 from rlhf.models.architectures import classifier_of
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
+from rlhf.models.micro_batches import Budget
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
 from rlhf.zero import group
@@ -151,11 +153,12 @@ class TrainedValue(Learner):
     """A value for every response token: another model's weights with a fresh head (Stiennon et al. 2020).
 
     engine  of a :class:`rlhf.models.heads.TokenValues`
+    budget  of a micro batch, in place of ``micro_batch_size`` samples
     """
 
-    def __init__(self, engine: Trains, micro_batch_size: int) -> None:
+    def __init__(self, engine: Trains, micro_batch_size: int, budget: Budget | None = None) -> None:
         super().__init__(engine, "value")
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size, self._budget = micro_batch_size, budget
 
     @classmethod
     def load_folder(
@@ -170,6 +173,7 @@ class TrainedValue(Learner):
         optimiser: Optimiser,
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
+        budget: Budget | None = None,
     ) -> Self:
         """Load and shard a model. A collective.
 
@@ -182,6 +186,7 @@ class TrainedValue(Learner):
                 folder, num_labels=1, **folders.loading_options(method, DTYPES[precision])
             )
             model = tuning.prepared(model, method, source, scores=True, seed=seed)
+        read_beginnings_once(unwrapped(model))
         heads = [weight for weight in unwrapped(model).score.parameters() if weight.requires_grad]
         with gathered(heads, modify=True):
             for head in heads:
@@ -194,15 +199,15 @@ class TrainedValue(Learner):
             zero=zero,
             activation_checkpointing=activation_checkpointing,
         )
-        return cls(engine, micro_batch_size)
+        return cls(engine, micro_batch_size, budget)
 
     def _forward(self, part: Sequences) -> Tensor:
-        return self.engine(part.ids, part.attention_mask, part.time)
+        return self.engine(part.ids, part.attention_mask, part.time, part.packed)
 
     @torch.no_grad()
     def values(self, sequences: Sequences) -> Tensor:
         """Return the value before each response token, ``[sample, time]``. A collective."""
-        return sequences.scored(self._micro_batch_size, self._forward)
+        return sequences.scored(self._micro_batch_size, self._forward, self._budget)
 
     def update(self, minibatch: Minibatch[Experience], loss: ValueLoss, learning_rate: float) -> ValueSums:
         """Take one optimiser step on a minibatch; return the sums over it. A collective.

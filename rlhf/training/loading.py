@@ -12,6 +12,7 @@ from rlhf.config.stages import EvaluateSettings, Precision
 from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders
 from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
+from rlhf.models.micro_batches import Budget
 from rlhf.models.text import check_same_tokens
 from rlhf.pipeline import memory
 from rlhf.pipeline.fitting import architectures
@@ -30,22 +31,31 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     if context.settings.share_base:
         return shared_base.load_models(context, micro_batch_size(context.settings))
     policy = load_policy(context)
-    rewards = load_rewards(context, micro_batch_size(context.settings), context.settings.zero)
+    settings = context.settings
+    rewards = load_rewards(context, micro_batch_size(settings), settings.zero, Budget.of(settings))
     return policy, load_value(context), rewards
 
 
 def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context[T]:
     """Return the context with a number for ``micro_batch_size``, on GPUs the largest that fits them. A collective.
 
+    On GPUs ppo's ``packing`` is decided too. A group that starts again has the number that the attempt's folder says.
+
     in_list  most responses in a list of rm
     """
     given, device = context.settings, group.device()
-    if given.micro_batch_size is not None or device.type == "cpu":
+    is_ppo = isinstance(given, PpoSettings)
+    unset = given.micro_batch_size is None and not (is_ppo and given.micro_batch_tokens)
+    if device.type == "cpu" or not (unset or is_ppo):
         return context
+    # Before a collective: rank 0 writes it after that.
+    kept = context.folder.micro_batch.get() if unset else None
+    if kept is not None:
+        given = given.model_copy(update={"micro_batch_size": kept["size"]})
     smallest = -group.all_max(torch.tensor(-torch.cuda.get_device_properties(device).total_memory))
     models = architectures(context.inputs)
     settings = memory.with_micro_batch(given, models, int(smallest), in_list=in_list)
-    if group.is_main():
+    if unset and kept is None and group.is_main():
         context.folder.micro_batch.write({"size": settings.micro_batch})
         why = "as many as fit" if models else "the default of CPUs, since the model's sizes are not known"
         context.note(f"micro_batch_size {settings.micro_batch}, {why}")
@@ -75,6 +85,7 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
         average_decay=settings.average_decay,
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
+        budget=Budget.of(settings),
     )
 
 
@@ -99,6 +110,7 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
         optimiser=Optimiser("value model", settings.value_learning_rate, settings.max_grad_norm),
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
+        budget=Budget.of(settings),
     )
 
 
@@ -131,12 +143,15 @@ def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Ge
 
 
 def load_rewards(
-    context: Context[PpoSettings] | Context[EvaluateSettings], micro_batch_size: int, zero: ZeroSettings = STAGE_3
+    context: Context[PpoSettings] | Context[EvaluateSettings],
+    micro_batch_size: int,
+    zero: ZeroSettings = STAGE_3,
+    budget: Budget | None = None,
 ) -> Rewards:
     """Load the rewards that score responses. A collective."""
     settings = context.settings
     models = {role: folder for role, folder in context.inputs.items() if role.startswith("reward")}
-    return Rewards(settings.rewards, models, settings.precision, micro_batch_size, zero)
+    return Rewards(settings.rewards, models, settings.precision, micro_batch_size, zero, budget)
 
 
 def plain_folder(folder: Path, target: Path, precision: Precision, *, scores: bool) -> Path:

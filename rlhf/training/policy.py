@@ -16,7 +16,9 @@ from rlhf.config.tuning import Tuning
 from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, tuning
 from rlhf.models.capacity import AT_ONCE
-from rlhf.models.heads import TokenLogprobs
+from rlhf.models.heads import TokenLogprobs, unwrapped
+from rlhf.models.micro_batches import Budget
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.rl.kl import adapted_coefficient
 from rlhf.rl.losses import PolicySums, demonstration_loss
 from rlhf.rollout.rollout import Generator
@@ -71,14 +73,20 @@ class Policy:
 
     engine     of a :class:`rlhf.models.heads.TokenLogprobs`
     generator  samples from the same weights
+    budget     of a micro batch, in place of ``micro_batch_size`` samples
     """
 
     def __init__(
-        self, engine: Callable[..., Any], generator: Generator, temperature: float, micro_batch_size: int
+        self,
+        engine: Callable[..., Any],
+        generator: Generator,
+        temperature: float,
+        micro_batch_size: int,
+        budget: Budget | None = None,
     ) -> None:
         self.engine, self._generator = engine, generator
         self.tokenizer = generator.tokenizer
-        self._temperature, self._micro_batch_size = temperature, micro_batch_size
+        self._temperature, self._micro_batch_size, self._budget = temperature, micro_batch_size, budget
 
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
         """Sample a response to each prompt, as :meth:`Generator.sample`. A collective."""
@@ -92,21 +100,22 @@ class Policy:
         entropies    whether they are computed; otherwise they are 0
         temperature  in place of the policy's own
         """
-        return self.engine(
-            part.ids, part.attention_mask, part.time, temperature or self._temperature, entropies, part.count
-        )
+        temperature = temperature or self._temperature
+        return self.engine(part.ids, part.attention_mask, part.time, temperature, entropies, part.count, part.packed)
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences) -> Tensor:
         """Return the log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
-        return sequences.scored(self._micro_batch_size, lambda part: self.forward(part)[0])
+        return sequences.scored(self._micro_batch_size, lambda part: self.forward(part)[0], self._budget)
 
     @torch.no_grad()
     def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Return also the entropies of the distributions that the tokens were drawn from, nats. A collective."""
-        both = sequences.scored(
-            self._micro_batch_size, lambda part: torch.stack(self.forward(part, entropies=True), dim=1)
-        )
+
+        def compute(part: Sequences) -> Tensor:
+            return torch.stack(self.forward(part, entropies=True), dim=1)
+
+        both = sequences.scored(self._micro_batch_size, compute, self._budget)
         return both[:, 0], both[:, 1]
 
 
@@ -125,14 +134,17 @@ class FrozenPolicy(Policy):
         *,
         fp32_head: bool = True,
         zero: ZeroSettings = STAGE_3,
+        budget: Budget | None = None,
     ) -> None:
         with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
+        read_beginnings_once(unwrapped(model))
         # Sharded, it would be copied anew for each rollout, though it never changes.
         source = None if is_sharded(model) else model
         at_once = AT_ONCE * micro_batch_size
         generator = Generator(folder, precision, temperature, at_once, fp32_head=fp32_head, source=source)
-        super().__init__(Engine(TokenLogprobs(model), precision, zero=zero), generator, temperature, micro_batch_size)
+        engine = Engine(TokenLogprobs(model), precision, zero=zero)
+        super().__init__(engine, generator, temperature, micro_batch_size, budget)
 
 
 class TrainedPolicy(Policy):
@@ -160,8 +172,9 @@ class TrainedPolicy(Policy):
         method: Tuning,
         learns_entropy: bool = False,
         ptx_coef: float = 0.0,
+        budget: Budget | None = None,
     ) -> None:
-        super().__init__(learner.engine, generator, temperature, micro_batch_size)
+        super().__init__(learner.engine, generator, temperature, micro_batch_size, budget)
         self._model, self._learner, self._reference, self._average = model, learner, reference, average
         self._folder, self._method = folder, method
         self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
@@ -185,6 +198,7 @@ class TrainedPolicy(Policy):
         average_decay: float | None = None,
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
+        budget: Budget | None = None,
     ) -> Self:
         """Load and shard a policy. A collective.
 
@@ -195,6 +209,7 @@ class TrainedPolicy(Policy):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
             prepare = partial(tuning.prepared, tuning=method, source=source, scores=False, seed=seed)
             model = tuning.with_reference(prepare(model))
+        read_beginnings_once(unwrapped(model))
         engine = Engine(
             TokenLogprobs(model),
             precision,
@@ -216,7 +231,9 @@ class TrainedPolicy(Policy):
         reference = (
             None
             if isinstance(model, PeftModel)
-            else FrozenPolicy(folder, precision, temperature, micro_batch_size, fp32_head=fp32_head, zero=zero)
+            else FrozenPolicy(
+                folder, precision, temperature, micro_batch_size, fp32_head=fp32_head, zero=zero, budget=budget
+            )
         )
         return cls(
             model,
@@ -230,6 +247,7 @@ class TrainedPolicy(Policy):
             method=method,
             learns_entropy=learns_entropy,
             ptx_coef=ptx_coef,
+            budget=budget,
         )
 
     def reference_logprobs(self, sequences: Sequences) -> Tensor:

@@ -26,7 +26,9 @@ from rlhf.models import folders, tuning
 from rlhf.models.capacity import AT_ONCE
 from rlhf.models.heads import SequenceScores, TokenLogprobs, TokenValues, initialise_head, unwrapped
 from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, is_adapter
+from rlhf.models.micro_batches import Budget
 from rlhf.models.reward import FrozenReward, is_reward_model
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.text import check_same_tokens
 from rlhf.models.tuning import INITIAL
 from rlhf.models.virtual_tokens import TRAINED
@@ -302,6 +304,7 @@ def _sharded(
     """Load and shard the base with all adapters; return the adapted model with its engine and generator."""
     with sharded_loading(settings.precision, settings.zero):
         model, heads = _adapted(inputs, settings)
+    read_beginnings_once(unwrapped(model))
     module = OneBase(model, heads)
     module.activate(TRAINED)
     generator = SharedGenerator(inputs["policy"], model, settings, AT_ONCE * micro_batch_size)
@@ -325,12 +328,12 @@ def load_models(context: Context[PpoSettings], micro_batch_size: int) -> tuple[T
     if settings.value_init == "reward":
         check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
     model, shared, generator = _sharded(inputs, settings, micro_batch_size)
-    temperature = settings.sampling.temperature
+    temperature, budget = settings.sampling.temperature, Budget.of(settings)
     policy = TrainedPolicy(
         model,
         Learner(AdapterEngine(shared, TRAINED), "policy"),
         generator,
-        Policy(AdapterEngine(shared, INITIAL), generator, temperature, micro_batch_size),
+        Policy(AdapterEngine(shared, INITIAL), generator, temperature, micro_batch_size, budget),
         None if settings.average_decay is None else MovingAverage(model, settings.average_decay, PARTS[TRAINED]),
         temperature,
         micro_batch_size,
@@ -338,10 +341,13 @@ def load_models(context: Context[PpoSettings], micro_batch_size: int) -> tuple[T
         method=settings.tuning,
         learns_entropy=settings.entropy_bonus > 0,
         ptx_coef=settings.ptx.coef,
+        budget=budget,
     )
-    value = TrainedValue(AdapterEngine(shared, VALUE), micro_batch_size)
+    value = TrainedValue(AdapterEngine(shared, VALUE), micro_batch_size, budget)
     rewards = {
-        role: FrozenReward(folder, settings.precision, micro_batch_size, engine=AdapterEngine(shared, role))
+        role: FrozenReward(
+            folder, settings.precision, micro_batch_size, engine=AdapterEngine(shared, role), budget=budget
+        )
         for role, folder in inputs.items()
         if role.startswith("reward")
     }

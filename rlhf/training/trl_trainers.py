@@ -35,8 +35,8 @@ from rlhf.models.heads import body_of, compute_in_fp32, learned_tokens, unwrappe
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.reward import raw_scores
 from rlhf.models.reward_losses import COLUMNS, ListBatch, ListLoss, collate
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.templates import Tokenizer
-from rlhf.models.varlen import attend_by_text
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import seed_of
 from rlhf.training import checkpoint_writer
@@ -319,7 +319,7 @@ def sft_trainer(
     virtual = has_virtual_tokens(getattr(base, base.base_model_prefix))
     arguments.packing = settings.packing and keeps_texts_apart(model.config) and not virtual
     if arguments.packing:
-        attend_by_text(base)
+        read_beginnings_once(base)
     if virtual:
         # The routers of a mixture of experts are frozen, and their loss knows of no tokens but the text's.
         arguments.router_aux_loss_coef = 0.0

@@ -1,6 +1,7 @@
 """What PPO's settings refuse, and what one of them fills in for the others."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,6 +106,28 @@ def test_virtual_tokens_that_would_be_lost_are_refused_before_they_are_trained(
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"micro_batch_tokens": 767}, "is less than the 768 tokens of the longest sample"),
+        ({"micro_batch_tokens": 768}, None),
+        ({"micro_batch_tokens": 768, "ptx": {"coef": 1, "max_length": 900}}, "is less than the 900 tokens"),
+        ({"micro_batch_tokens": 768, "ptx": {"max_length": 900}}, None),
+        ({"micro_batch_tokens": 768, "micro_batch_size": 2}, "leave one of them out"),
+        ({"packing": True, "tuning": {"method": "prefix"}}, "packing does not go with tuning.method prefix"),
+        ({"packing": True, "tuning": {"method": "lora"}}, None),
+    ],
+)
+def test_micro_batches_that_cannot_be_are_refused(values: dict[str, Any], words: str | None) -> None:
+    """A sample that is longer than the budget, two sizes, and virtual tokens before samples of one row."""
+    given = {"max_prompt_length": 256, "sampling": {"max_new_tokens": 512}} | values
+    if words is None:
+        PpoSettings.model_validate(given)
+        return
+    with pytest.raises(ValueError, match=words):
+        PpoSettings.model_validate(given)
+
+
 def test_a2c_fills_in_what_it_is() -> None:
     """One update on each rollout and no clipping; all else as it is written."""
     settings = PpoSettings.model_validate({"algorithm": "a2c", "rollouts": 32})
@@ -119,4 +142,6 @@ def test_workers_and_micro_batches_are_in_no_key() -> None:
     plain = semantic_values(ppo())
     same = ppo("ppo.workers.count=2", "ppo.micro_batch_size=7", "ppo.samples_kept=0", "ppo.checkpoint_every=3")
     assert semantic_values(same) == plain
+    tokens = ppo("ppo.micro_batch_size=null", "ppo.micro_batch_tokens=5000", "ppo.packing=true")
+    assert semantic_values(tokens) == plain
     assert semantic_values(ppo("ppo.kl.target=6")) != plain

@@ -58,10 +58,11 @@ def test_a_rank_killed_after_every_checkpoint_costs_no_more_than_restarts(sessio
 
 @pytest.mark.rounds(1, 2)
 def test_out_of_memory_is_tried_once_more_and_then_says_what_to_lower(session: Session, toy: Toy, seed: int):
-    """What another process took may be free again; a batch that is too large stays so."""
+    """With half the micro batch, where the ranks chose it: what is too large stays so."""
     with pytest.raises(OutOfMemoryError) as caught:
         toy.run(session, "steps.behaviour=allocates", "cluster.max_failures=3", f"steps.workers.count={1 + seed}")
     assert toy.output.getvalue().count("starting again") == 1
+    assert "(1 of 3), with micro_batch_size 2;" in toy.output.getvalue()
     assert caught.value.what == "steps ran out of memory: MemoryError"
-    assert "steps.micro_batch_size=2" in caught.value.next_step
+    assert "steps.micro_batch_size=1" in caught.value.next_step
     assert f"rank {seed} on " in caught.value.where

@@ -72,6 +72,9 @@ def steps(context: Context[StepsSettings]) -> dict[str, float]:
 
     settings = context.settings
     state = Sum(json.loads((context.inputs["seed"] / "seed.json").read_text()))
+    if settings.behaviour == "allocates" and group.is_main() and context.folder.micro_batch.get() is None:
+        # As a stage whose settings leave the size to its ranks.
+        context.folder.micro_batch.write({"size": settings.micro_batch_size})
     for step in resumable_steps(context, settings.steps, settings.checkpoint_every, [state]):
         time.sleep(settings.seconds)
         if step == 5 and group.rank() == group.world_size() - 1:

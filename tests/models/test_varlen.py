@@ -63,10 +63,9 @@ def two_models(kind: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("kind", BY_TEXT)
 def test_a_row_is_computed_text_by_text_as_under_its_mask(texts: list[int], kind: str, tmp_path: Path) -> None:
-    """In every layer; rows with padding or with one text alone keep transformers' mask."""
+    """In every layer, also where the host says where texts begin; a row with one text alone keeps transformers' mask."""
     masked, by_text = two_models(kind)
-    if by_text.config._attn_implementation != varlen.NAME:  # its layers ask for no interface
-        return
+    assert by_text.config._attn_implementation == varlen.NAME
     ids, places = packed_row()
     (logits, gradients), (own, own_gradients) = (logits_and_gradients(m, ids, places) for m in (masked, by_text))
     assert texts == [len(LENGTHS)] * CONFIGS[kind].num_hidden_layers
@@ -74,11 +73,15 @@ def test_a_row_is_computed_text_by_text_as_under_its_mask(texts: list[int], kind
     for name, gradient in gradients.items():
         torch.testing.assert_close(own_gradients[name], gradient, atol=1e-3, rtol=1e-3, msg=name)
     texts.clear()
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     with torch.no_grad():
-        padding = torch.ones_like(ids).index_fill_(1, torch.arange(4), 0)
-        for named in ({"attention_mask": padding}, {}):
-            one, other = (model(input_ids=ids, use_cache=False, **named).logits[:, 4:] for model in (masked, by_text))
-            torch.testing.assert_close(other, one)
+        mask = varlen.as_mask(by_text, offsets, max(LENGTHS))
+        said = by_text(input_ids=ids, position_ids=places, attention_mask=mask, use_cache=False).logits
+        assert texts == [len(LENGTHS)] * CONFIGS[kind].num_hidden_layers
+        torch.testing.assert_close(said, own)
+        texts.clear()
+        one, other = (model(input_ids=ids, use_cache=False).logits for model in (masked, by_text))
+        torch.testing.assert_close(other, one)
     assert not texts
     assert varlen.NAME not in by_text.config.to_json_string()
 

@@ -337,7 +337,9 @@ def test_texts_computed_one_by_one_need_no_mask() -> None:
     for stage, overrides, spares in (
         ("sft", [], True),
         ("rm", [], True),
-        ("ppo", [], False),
+        ("ppo", [], True),
+        ("ppo", ["packing=false"], False),
+        ("ppo", ["tuning={method: prompt}"], False),
         ("sft", ["packing=false"], False),
         ("sft", ["precision=fp32"], False),
     ):
@@ -450,8 +452,34 @@ def test_micro_batches_of_no_set_size_fill_a_gpu(stage: str, share: float) -> No
         if predict(changed(unset, f"micro_batch_size={size}"), MODELS).total + CONTEXT <= FILLED * memory
     ]
     assert found.micro_batch_size == max(fitting_sizes, default=1)
-    assert found == changed(unset, f"micro_batch_size={found.micro_batch_size}")
-    assert with_micro_batch(STAGES[stage], MODELS, 1) == STAGES[stage]
+    decided = ["packing=false"] if stage == "ppo" else []
+    assert found == changed(unset, f"micro_batch_size={found.micro_batch_size}", *decided)
+    assert with_micro_batch(STAGES[stage], MODELS, 1) == changed(STAGES[stage], *decided)
+
+
+def test_ppo_packs_where_a_gpu_s_kernel_computes_policy_and_value_model(tmp_path: Path) -> None:
+    """Unless the settings say otherwise; and the tokens that they set stand for a number of samples."""
+    by_text: dict[str, Any] = {role: replace(model, by_text=True) for role, model in MODELS.items()}
+    for models, overrides, packing in (
+        (by_text, [], True),
+        (by_text, ["packing=false"], False),
+        (by_text, ["precision=fp32"], False),
+        (by_text, ["tuning={method: prefix}"], False),
+        (by_text | {"policy": BILLION}, [], False),
+        (by_text | {"reward": BILLION}, ["rewards=[{}]", "value_init=reward"], False),
+        (by_text | {"reward": BILLION}, ["value_init=policy"], True),
+        (None, [], False),
+    ):
+        given = changed(STAGES["ppo"], *overrides)
+        assert with_micro_batch(given, models, 10**12).packing == packing
+    tokens = changed(STAGES["ppo"], "micro_batch_size=null", f"micro_batch_tokens={5 * 768 + 700}")
+    assert with_micro_batch(tokens, by_text, 1) == changed(tokens, "packing=true")
+    five = changed(STAGES["ppo"], "micro_batch_size=5")
+    assert predict(tokens, by_text).parts == predict(five, by_text).parts
+    smallest = Device(True, int(predict(changed(tokens, "micro_batch_tokens=1200"), by_text).total + 1.5e9))
+    assert fitting.advice(tokens, by_text, None, smallest) == ["micro_batch_tokens=1135"]
+    call = Call("", context_of(tokens, tmp_path, tmp_path))
+    assert "stage.micro_batch_tokens=2270" in causes._less_memory(call)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_size_that_is_not_set_is_predicted_and_advised_as_ranks_will_choose_it(gpu: Any, tmp_path: Path) -> None:
@@ -491,6 +519,10 @@ def test_ranks_choose_by_the_smallest_gpu_and_say_what_they_took(
     assert AttemptFolder(tmp_path).notes() == [f"micro_batch_size {expected}, as many as fit"]
     advice = causes._less_memory(Call("", context))  # pyright: ignore[reportPrivateUsage]
     assert f"stage.micro_batch_size={expected // 2}" in advice
+    # The driver writes this before it starts a group again after a lack of memory.
+    context.folder.micro_batch.write({"size": 1})
+    assert loading.with_micro_batch(context).settings.micro_batch_size == 1
+    assert len(AttemptFolder(tmp_path).notes()) == 1
 
 
 @pytest.mark.parametrize(("size", "gpu_there"), [(1.05, True), (0.95, True), (0.1, False)])

@@ -18,7 +18,7 @@ PROMPTS, RESPONSES = ["a", "bb", "ccc"], ["xxxx", "y", "zz"]
 class MadeUpModel:
     """Its folder's name times the response's length, of which the range is known or not."""
 
-    def __init__(self, folder: Path, precision: str, micro_batch_size: int, *_: object) -> None:
+    def __init__(self, folder: Path, precision: str, micro_batch_size: int, *_: object, **__: object) -> None:
         assert (precision, micro_batch_size) == ("bf16", 4)
         self._factor = float(folder.name)
         self.range = (1.0, 3.0) if folder.parent.name == "ranged" else None

@@ -142,6 +142,18 @@ OF_EXPERTS = pytest.mark.filterwarnings(
 """PEFT looks for the experts among modules alone, and for a property of transformers by its old name."""
 
 
+def test_packing_for_a_model_that_reads_on_into_the_next_sample_is_refused(base: Path, tmp_path: Path) -> None:
+    """Whether it is the policy or what the value model starts from."""
+    assert refused(base, tmp_path, {"method": "full"}, PpoSettings, packing=True) is None
+    opt = changed(base, tmp_path / "opt", model_type="opt")
+    assert refused(opt, tmp_path, {"method": "full"}, PpoSettings) is None
+    for policy, reward in ((opt, None), (base, opt)):
+        error = refused(policy, tmp_path, {"method": "full"}, PpoSettings, reward, packing=True)
+        assert error is not None
+        assert error.what == "packing is true, and opt models do not keep the samples of a row apart"
+        assert error.where == "it.packing"
+
+
 def mixture(base: Path, target: Path, kind: str) -> Path:
     """A mixture of experts with the model's tokenizer."""
     shutil.copytree(base, target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))

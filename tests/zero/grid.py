@@ -47,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "p-tuning-v2": {"method": "p-tuning-v2", "tokens": 4},
     "ia3": {"method": "ia3"},
 }
+VIRTUAL = ("prompt", "p-tuning", "prefix", "p-tuning-v2")
 LEARNING_RATE = 1e-2
 _SUPERVISED = {
     "epochs": 2,
@@ -150,7 +151,9 @@ def go_on(name: str, method: dict[str, Any], data: Path, folder: Path, results: 
 
 def _settings(name: str, data: Path, **more: Any) -> Any:
     known = STAGES[name].settings(data)
-    return type(known).model_validate(known.model_dump() | SHORT[name] | more)
+    # As on GPUs; virtual tokens cannot be packed.
+    packed = {"packing": True} if name == "ppo" and more["tuning"]["method"] not in VIRTUAL else {}
+    return type(known).model_validate(known.model_dump() | SHORT[name] | packed | more)
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:

@@ -7,7 +7,12 @@ from typing import Any
 
 STAGE_NAMES = ("sft", "rm", "ppo", "ppo with adapters", "ppo with one base")
 MEMORY_STAGES = ("sft", "rm", "ppo")
-MICRO_BATCH_SIZES = (1, 4)
+MICRO_BATCHES: dict[str, dict[str, Any]] = {
+    "of 1": {"micro_batch_size": 1},
+    "of 4": {"micro_batch_size": 4},
+    "of 150 tokens, padded": {"micro_batch_size": None, "micro_batch_tokens": 150},
+    "of 100 tokens, packed": {"micro_batch_size": None, "micro_batch_tokens": 100, "packing": True},
+}
 WORDS = ("a", "film", "of", "two", "halves", "joy", "dull", "the", "is", ",")
 REWARD = """
 def reward(prompts, responses):

@@ -31,7 +31,7 @@ from rlhf.training.policy import FrozenPolicy
 from rlhf.zero import group
 from stages import ppo, rm, sft
 from tests import accelerator
-from tests.zero.inputs import MICRO_BATCH_SIZES, STAGE_NAMES
+from tests.zero.inputs import MICRO_BATCHES, STAGE_NAMES
 
 
 class KilledError(Exception):
@@ -127,6 +127,7 @@ STAGES = {
         lambda data: _ppo(
             data,
             share_base=True,
+            packing=True,
             tuning={"method": "lora"},
             rewards=[{}],
             value_init="reward",
@@ -142,13 +143,13 @@ STAGES = {
 assert tuple(STAGES) == STAGE_NAMES
 
 
-def first_iterations(data: Path, folder: Path) -> dict[int, Any]:
-    """What PPO makes in its first iteration, by the micro batch size."""
-    found: dict[int, Any] = {}
-    for size in MICRO_BATCH_SIZES:
-        once = {"iterations": 1, "value_warmup": 0, "warmup_fraction": 0.0, "micro_batch_size": size}
+def first_iterations(data: Path, folder: Path) -> dict[str, Any]:
+    """What PPO makes in its first iteration, by the micro batches."""
+    found: dict[str, Any] = {}
+    for size, settings in MICRO_BATCHES.items():
+        once = {"iterations": 1, "value_warmup": 0, "warmup_fraction": 0.0} | settings
         stage = replace(STAGES["ppo"], settings=partial(_ppo, **once))
-        found[size] = outcome(stage, attempt_of(context_of("ppo", stage, data, folder), folder / str(size), ()))
+        found[size] = outcome(stage, attempt_of(context_of("ppo", stage, data, folder), folder / size, ()))
     return found
 
 

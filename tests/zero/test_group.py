@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf.config.zero import ZeroSettings
 from tests.zero.checks import COUNTS, FORMS, TIME, rows_of
 from tests.zero.conftest import Results
-from tests.zero.inputs import MEMORY_STAGES, MICRO_BATCH_SIZES, STAGE_NAMES
+from tests.zero.inputs import MEMORY_STAGES, MICRO_BATCHES, STAGE_NAMES
 from tests.zero.memory import RESUMED, VARIANTS
 
 # The groups run while the first of these tests waits.
@@ -158,7 +158,7 @@ def test_ppo_s_first_iteration_is_the_same_however_it_is_split(results: Results)
 
     The first ratio is 1 but for rounding.
     """
-    found = [results[size][0]["first_iterations"][micro] for size in (1, 2) for micro in MICRO_BATCH_SIZES]
+    found = [results[size][0]["first_iterations"][micro] for size in (1, 2) for micro in MICRO_BATCHES]
     assert found[0]["samples"]
     for one in found:
         assert one["samples"] == found[0]["samples"]
