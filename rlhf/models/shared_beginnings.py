@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from rlhf.models.varlen import KNOWN, NAME, Boundaries, attend_by_text
 
+_SAID_TWICE = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+"""Arguments that say for other kernels where texts begin, as their positions do."""
+
 
 def read_beginnings_once(model: Any) -> None:
     """Make a model of transformers' attend by text and, on a CPU, read texts' common beginning once."""
@@ -47,13 +50,14 @@ def _read(
     read = partial(type(body).forward, body)
     row = None
     if input_ids is not None and position_ids is not None and _can_rearrange(body, input_ids, attention_mask, named):
-        row = end_to_end(input_ids, position_ids.expand(len(input_ids), -1), attention_mask)
+        padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        row = end_to_end(input_ids, position_ids.expand_as(input_ids), padding)
     if row is None or input_ids is None or position_ids is None:
         return read(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **named)
     ids, places = (states.expand_as(input_ids).flatten()[row.places][None] for states in (input_ids, position_ids))
     token = KNOWN.set(row.texts)
     try:
-        outputs = read(input_ids=ids, position_ids=places, **named)
+        outputs = read(input_ids=ids, position_ids=places, use_cache=False)
     finally:
         KNOWN.reset(token)
     outputs.last_hidden_state = outputs.last_hidden_state[0].index_select(0, row.source).view(*input_ids.shape, -1)
@@ -61,9 +65,12 @@ def _read(
 
 
 def _can_rearrange(body: Any, ids: Tensor, attention_mask: Tensor | None, named: dict[str, Any]) -> bool:
-    others = {name for name, value in named.items() if value is not None} - {"use_cache"}
-    flat = ids.device.type == "cpu" and (attention_mask is None or attention_mask.dim() == 2)
-    if not flat or others or named.get("use_cache", True) or getattr(body.config, "output_router_logits", False):
+    others = {name for name, value in named.items() if value is not None} - {"use_cache"} - _SAID_TWICE
+    # A mask of int32 in four dimensions is that of rlhf.models.varlen.as_mask: it says what positions say.
+    known = attention_mask is None or attention_mask.dim() == 2 or attention_mask.dtype == torch.int32
+    if ids.device.type != "cpu" or not known or others or named.get("use_cache", True):
+        return False
+    if getattr(body.config, "output_router_logits", False):
         return False
     # Dropout is drawn for each token anew.
     return not (body.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in body.modules()))

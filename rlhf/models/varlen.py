@@ -51,8 +51,7 @@ def as_mask(model: Any, offsets: Tensor, longest: int) -> Tensor | None:
 
     offsets, longest  as in :class:`Boundaries`
     """
-    # On a CPU, that is to find more in a row than boundaries: rlhf.models.shared_beginnings.
-    by_text = model.config._attn_implementation == NAME and offsets.is_cuda and _computes(offsets.device, model.dtype)
+    by_text = model.config._attn_implementation == NAME and _computes(offsets.device, model.dtype)
     return offsets.expand(1, 1, longest, -1) if by_text else None
 
 
@@ -118,7 +117,7 @@ def _attention(
         key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
     flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    by_text = _by_text_on_cpu if on_cpu else _by_text
+    by_text = by_text_on_cpu if on_cpu else _by_text
     states = by_text(flat[0], flat[1], flat[2], attention_mask, scale)
     return states.unflatten(0, (query.shape[0], query.shape[2])), None
 
@@ -138,27 +137,21 @@ def _by_text(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale
     return states
 
 
-def _by_text_on_cpu(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale: float) -> Tensor:
+def by_text_on_cpu(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale: float) -> Tensor:
     """Return what :func:`_by_text` does."""
-    # In fp32, since in bf16 the gradients of torch's kernel for the CPU take twice as long.
-    narrow = query.dtype
-    wide, shared = torch.promote_types(query.dtype, torch.float32), texts.shared
-    lengths = texts.offsets.diff().tolist()
-    query, key, value = (states.to(wide).transpose(0, 1) for states in (query, key, value))
-    before = [key[:, :shared], value[:, :shared]]
+    # In fp32 gradients would take half as long, but log-probabilities would differ more from the sampler's.
+    shared = texts.shared
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))
     attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
-    results: list[Tensor] = []
-    if shared:
-        results.append(attend(query[None, :, :shared], *(states[None] for states in before), is_causal=True)[0])
-        seen = torch.ones(texts.longest, shared + texts.longest, dtype=torch.bool).tril(shared)
-        added = torch.zeros(seen.shape, dtype=wide).masked_fill_(~seen, -torch.inf)
+    before = [states[:, :shared] for states in (query, key, value)]
+    results = [attend(before[0][None], before[1][None], before[2][None], is_causal=True)[0]] if shared else []
+    seen = torch.ones(texts.longest, shared + texts.longest, dtype=torch.bool).tril(shared) if shared else None
+    lengths = texts.offsets.diff().tolist()
     for q, k, v in zip(*(states[:, shared:].split(lengths, dim=1) for states in (query, key, value)), strict=True):
-        named: dict[str, Any] = {"is_causal": True}
-        if shared:
-            k, v = (torch.cat(both, dim=1) for both in zip(before, (k, v), strict=True))
-            named = {"attn_mask": added[: q.shape[1], : k.shape[1]]}
-        results.append(attend(q[None], k[None], v[None], **named)[0])
-    return torch.cat(results, dim=1).transpose(0, 1).to(narrow)
+        keys, values = torch.cat([before[1], k], dim=1), torch.cat([before[2], v], dim=1)
+        mask = None if seen is None else seen[: q.shape[1], : keys.shape[1]]
+        results.append(attend(q[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None)[0])
+    return torch.cat(results, dim=1).transpose(0, 1)
 
 
 AttentionInterface.register(NAME, _attention)

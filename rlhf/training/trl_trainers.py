@@ -229,10 +229,10 @@ class _SftTrainer(_Ordered, SFTTrainer):
         super().__init__(*arguments, **named)
         # Shards are gathered for each chunk of logits, of which each rank would have another number.
         if group.device().type == "cpu" and not is_sharded(self.model):
-            _read_learned_tokens(unwrapped(self.model))
+            read_learned_tokens(unwrapped(self.model))
 
 
-def _read_learned_tokens(model: Any) -> None:
+def read_learned_tokens(model: Any) -> None:
     """Have a model compute sft's log-probabilities for learned tokens alone.
 
     On a CPU TRL computes those of prompts too, with several steps over the logits where torch has kernels that are one.

@@ -36,13 +36,13 @@ def two_models(kind: str = "llama") -> tuple[Any, Any]:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Of each call of attention by text: tokens, and those that texts share."""
     calls: list[tuple[int, int]] = []
-    by_text = varlen._by_text_on_cpu
+    by_text = varlen.by_text_on_cpu
 
     def counted(query: Tensor, key: Tensor, value: Tensor, texts: varlen.Boundaries, scale: float) -> Tensor:
         calls.append((len(query), texts.shared))
         return by_text(query, key, value, texts, scale)
 
-    monkeypatch.setattr(varlen, "_by_text_on_cpu", counted)
+    monkeypatch.setattr(varlen, "by_text_on_cpu", counted)
     return calls
 
 

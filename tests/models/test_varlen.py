@@ -29,13 +29,13 @@ LENGTHS = (5, 1, 17, 9, 2)
 def texts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of texts of each call on a CPU."""
     calls: list[int] = []
-    by_text = varlen._by_text_on_cpu
+    by_text = varlen.by_text_on_cpu
 
     def counted(query: Tensor, key: Tensor, value: Tensor, texts: varlen.Boundaries, scale: float) -> Tensor:
         calls.append(len(texts.offsets) - 1)
         return by_text(query, key, value, texts, scale)
 
-    monkeypatch.setattr(varlen, "_by_text_on_cpu", counted)
+    monkeypatch.setattr(varlen, "by_text_on_cpu", counted)
     return calls
 
 
@@ -63,7 +63,7 @@ def two_models(kind: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("kind", BY_TEXT)
 def test_a_row_is_computed_text_by_text_as_under_its_mask(texts: list[int], kind: str, tmp_path: Path) -> None:
-    """In every layer, also where the host says where texts begin; a row with one text alone keeps transformers' mask."""
+    """In every layer; a row with one text alone keeps transformers' mask."""
     masked, by_text = two_models(kind)
     assert by_text.config._attn_implementation == varlen.NAME
     ids, places = packed_row()

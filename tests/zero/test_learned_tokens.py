@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf.models import heads
-from rlhf.training.trl_trainers import _read_learned_tokens
+from rlhf.training.trl_trainers import read_learned_tokens
 from tests.models.tiny import tiny_config
 
 CONFIGS = {
@@ -31,7 +31,7 @@ def test_learned_tokens_are_those_of_trl(kind: str, chunk: int, monkeypatch: pyt
     ours = deepcopy(theirs)
     for model in (theirs, ours):
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    _read_learned_tokens(ours)
+    read_learned_tokens(ours)
     ids = torch.randint(3, 90, (2, 9))
     # Else random models find none of these likeliest.
     ids[:, 5] = ours(input_ids=ids).logits[:, 4].argmax(-1)

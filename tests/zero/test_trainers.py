@@ -134,14 +134,14 @@ def test_packed_demonstrations_are_learned_text_by_text(
 ) -> None:
     """Through TRL, accelerate and DeepSpeed every layer gets the boundaries of a micro batch's texts."""
     texts: list[int] = []
-    by_text = varlen._by_text_on_cpu
+    by_text = varlen.by_text_on_cpu
 
     def counted(*states: Any) -> torch.Tensor:
         texts.append(len(states[3].offsets) - 1)
         return by_text(*states)
 
     expected = loss_alone(bases["llama"], demonstrations)
-    monkeypatch.setattr(varlen, "_by_text_on_cpu", counted)
+    monkeypatch.setattr(varlen, "by_text_on_cpu", counted)
     found = trained(bases["llama"], demonstrations, tmp_path, micro_batch_size=3, activation_checkpointing=True)
     assert found["eval/loss"] == pytest.approx(expected, abs=1e-5)
     # Two layers compute the two texts of the only step, and again for its gradients; then those held out.
