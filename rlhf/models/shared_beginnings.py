@@ -42,11 +42,11 @@ class EndToEnd(NamedTuple):
 def _read(
     body: Any,
     input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     position_ids: Tensor | None = None,
     **named: Any,
 ) -> Any:
-    """Run the forward pass of a model's body."""
+    """Run the forward pass of a model's body; a mask may be of any of the forms that transformers takes."""
     read = partial(type(body).forward, body)
     row = None
     if input_ids is not None and position_ids is not None and _can_rearrange(body, input_ids, attention_mask, named):
@@ -64,13 +64,13 @@ def _read(
     return outputs
 
 
-def _can_rearrange(body: Any, ids: Tensor, attention_mask: Tensor | None, named: dict[str, Any]) -> bool:
+def _can_rearrange(body: Any, ids: Tensor, attention_mask: Any, named: dict[str, Any]) -> bool:
     others = {name for name, value in named.items() if value is not None} - {"use_cache"} - _SAID_TWICE
-    # A mask of int32 in four dimensions is that of rlhf.models.varlen.as_mask: it says what positions say.
-    known = attention_mask is None or attention_mask.dim() == 2 or attention_mask.dtype == torch.int32
-    if ids.device.type != "cpu" or not known or others or named.get("use_cache", True):
+    if ids.device.type != "cpu" or others or named.get("use_cache", True):
         return False
-    if getattr(body.config, "output_router_logits", False):
+    # A mask of int32 in four dimensions is that of rlhf.models.varlen.as_mask: it says what positions say.
+    known = isinstance(attention_mask, Tensor) and (attention_mask.dim() == 2 or attention_mask.dtype == torch.int32)
+    if not (attention_mask is None or known) or getattr(body.config, "output_router_logits", False):
         return False
     # Dropout is drawn for each token anew.
     return not (body.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in body.modules()))
