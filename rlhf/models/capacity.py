@@ -8,6 +8,8 @@ CHUNK = 2**27
 """Logits that a model computes at a time: half a gigabyte in float32."""
 FEWEST = 1024
 """Tokens of a chunk even where their logits are more: with fewer, a matrix product leaves a GPU waiting for memory."""
+BLOCK = 2**19
+"""Elements of a matrix that a CPU casts at a time: two megabytes in float32."""
 
 ROWS_ON_CPU = 64
 """Slots on a CPU, where more rows hardly make a token cheaper."""

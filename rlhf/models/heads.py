@@ -18,13 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rlhf.models.capacity import CHUNK, FEWEST
+from rlhf.models.capacity import BLOCK, CHUNK, FEWEST
 from rlhf.models.micro_batches import PackedSamples
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.packing import pack
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import positions
-from rlhf.models.varlen import as_mask, attend_by_text
+from rlhf.models.varlen import NAME, as_mask
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import Domain, seed_of
 from rlhf.rl.kl import logprobs_and_entropies, logprobs_of
@@ -106,13 +107,41 @@ def _read(
     outputs  the type of what the model's body returns
     hidden   ``[token, width]``, the body's last states, one position before each token
     """
-    # The model's own forward pass: it may scale and cap its logits, and have hooks.
-    with _in_place_of_body(model, _Known(outputs(last_hidden_state=hidden[None]))):
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    logits = _logits(model, outputs, hidden)
     if entropies:
         return logprobs_and_entropies(logits, tokens, temperature)
     logprobs = logprobs_of(logits, tokens, temperature)
     return logprobs, torch.zeros_like(logprobs)
+
+
+def _logits(model: Any, outputs: Callable[..., Any], hidden: Tensor) -> Tensor:
+    """Return logits ``[token, vocabulary]`` of the last states of a model's body; arguments as of :func:`_read`."""
+    # The model's own forward pass: it may scale and cap its logits, and have hooks.
+    with _in_place_of_body(model, _Known(outputs(last_hidden_state=hidden[None]))):
+        return model(input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long), use_cache=False).logits[0]
+
+
+def learned_tokens(model: Any, outputs: Any, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of tokens, as a causal language model's body reads the text before each: their log-probabilities, the
+    entropies of their distributions, and whether they are the most likely; the last two without gradients.
+
+    outputs  what the body returned
+    hidden   ``[token, width]``, its last states, one position before each token
+    """
+
+    def read(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = _logits(model, type(outputs), hidden)
+        logprobs, entropies = logprobs_and_entropies(logits, tokens)
+        with torch.no_grad():
+            likeliest = logits.gather(-1, tokens[:, None]).squeeze(-1) == logits.amax(-1)
+        return logprobs, entropies.detach(), likeliest
+
+    size = max(FEWEST, CHUNK // model.config.get_text_config().vocab_size)
+    if len(tokens) > size and torch.is_grad_enabled():
+        read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
+    chunks = [read(*chunk) for chunk in zip(hidden.split(size), tokens.split(size), strict=True)]
+    logprobs, entropies, likeliest = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return logprobs, entropies, likeliest
 
 
 class _Known(nn.Module):
@@ -187,7 +216,7 @@ class SequenceScores(nn.Module):
 def pack_texts(classifier: Any) -> None:
     """Make a decoder's sequence classifier pack its texts, which are padded on the right, and score in fp32."""
     compute_in_fp32(classifier.score)
-    attend_by_text(classifier)
+    read_beginnings_once(classifier)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=_last_token_logits(classifier, input_ids, attention_mask))
@@ -199,7 +228,9 @@ def _last_token_logits(classifier: Any, ids: Tensor, attention_mask: Tensor) -> 
     """Return logits ``[batch, label]``."""
     body = getattr(classifier, classifier.base_model_prefix)
     if keeps_texts_apart(body.config) and not has_virtual_tokens(body):
-        texts = pack(ids, attention_mask)
+        # Where each text is attended to by itself, a long row costs no more, and needs no filling.
+        by_text = ids.device.type == "cpu" and body.config._attn_implementation == NAME
+        texts = pack(ids, attention_mask, in_one_row=by_text)
         hidden = body(input_ids=texts.ids, position_ids=texts.positions, use_cache=False).last_hidden_state
         return classifier.score(hidden.flatten(0, 1)[texts.ends])
     hidden = body(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
@@ -254,15 +285,16 @@ class _Fp32Product(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
-        rows = _rows(grad)
-        if _exact_in_bf16(hidden, weight):
+        rows, product = _rows(grad), _product
+        if hidden.dtype == weight.dtype == torch.bfloat16:
             # Both gradients are rounded to bf16 anyway: rounding the terms of their sums too adds no larger an error.
             rows = rows.bfloat16()
+            product = _product if _exact_in_bf16(hidden, weight) else torch.mm
         of_hidden = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_hidden = _product(rows, weight).to(hidden.dtype).view_as(hidden)
+            of_hidden = product(rows, weight).to(hidden.dtype).view_as(hidden)
         if ctx.needs_input_grad[1]:
-            of_weight = _product(rows.T, _rows(hidden)).to(weight.dtype)
+            of_weight = product(rows.T, _rows(hidden)).to(weight.dtype)
         return of_hidden, of_weight
 
 
@@ -274,7 +306,14 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """Return the product of two matrices in float32."""
     if _exact_in_bf16(left, right):
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    if right.is_cuda or right.dtype == torch.float32:
+        return left.float() @ right.float()
+    # The cast of a whole head would leave the processor's cache before it is multiplied.
+    width = max(1, BLOCK // len(right))
+    result = torch.empty(len(left), right.shape[1])
+    for columns, part in zip(result.split(width, dim=1), right.split(width, dim=1), strict=True):
+        torch.mm(left.float(), part.float(), out=columns)
+    return result
 
 
 def _exact_in_bf16(left: Tensor, right: Tensor) -> bool:

@@ -29,10 +29,11 @@ class PackedTexts(NamedTuple):
     """``[text]``: the index of the text's last token in ``ids.flatten()``."""
 
 
-def pack(ids: Tensor, attention_mask: Tensor) -> PackedTexts:
-    """Pack texts ``[batch, time]``, padded on the right, into few rows of the longest text's length."""
+def pack(ids: Tensor, attention_mask: Tensor, *, in_one_row: bool = False) -> PackedTexts:
+    """Pack texts ``[batch, time]``, padded on the right, into few rows of the longest text's length, or into one."""
     lengths = attention_mask.sum(-1).tolist()
-    rows, width = rows_of(lengths), max(lengths)
+    rows = [list(range(len(lengths)))] if in_one_row else rows_of(lengths)
+    width = sum(lengths) if in_one_row else max(lengths)
     source = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.zeros(len(rows), width, dtype=torch.long)
     ends = torch.empty(len(lengths), dtype=torch.long)

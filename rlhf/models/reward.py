@@ -28,9 +28,9 @@ from rlhf.models.layout import (
     virtual_tokens_in,
 )
 from rlhf.models.micro_batches import Budget, dealt, in_order, turns
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
-from rlhf.models.varlen import attend_by_text
 from rlhf.randomness import seed_of
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, STAGE_3, Engine, gathered, sharded_loading
@@ -101,7 +101,7 @@ class FrozenReward:
                 model = folders.load(folder, scores=True, dtype=DTYPES[precision])
             self._is_decoder = hasattr(unwrapped(model), "score")  # a linear head on the last token's state
             if self._is_decoder:
-                attend_by_text(unwrapped(model))
+                read_beginnings_once(unwrapped(model))
             scores = SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model))
             engine = Engine(scores, precision, zero=zero)
         self._engine = engine

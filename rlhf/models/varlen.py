@@ -1,4 +1,4 @@
-"""Attention on a GPU that computes each text of a packed row by itself, with torch's kernel for variable lengths.
+"""Attention that computes each text of a packed row by itself, on a GPU with torch's kernel for variable lengths.
 
 transformers' own way is a mask ``[row, 1, time, time]``, whose cost grows with the square of the row's length. Here the
 mask is replaced by :class:`Boundaries`, found once in a forward pass and given to every layer in the mask's place. Rows
@@ -7,12 +7,15 @@ that are padded, or continue a cache, keep transformers' mask and torch's other 
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -32,6 +35,12 @@ class Boundaries:
     """``[text + 1]``, int32: the first token of each text, and the number of all tokens."""
     longest: int
     """Tokens of the longest text."""
+    shared: int = 0
+    """Tokens before the first text that all of them begin with; on a CPU alone."""
+
+
+KNOWN: ContextVar[Boundaries | None] = ContextVar("KNOWN", default=None)
+"""The boundaries of the row that a model reads, where they are known beforehand."""
 
 
 def as_mask(model: Any, offsets: Tensor, longest: int) -> Tensor | None:
@@ -47,9 +56,9 @@ def as_mask(model: Any, offsets: Tensor, longest: int) -> Tensor | None:
 
 
 def attend_by_text(model: Any) -> None:
-    """Make a model of transformers' compute packed rows text by text, where a GPU is there and its type allows it."""
+    """Make a model of transformers' compute packed rows text by text, where its type allows it."""
     plain = attends_to_whole_texts(model.config.get_text_config().to_dict())
-    if torch.cuda.is_available() and plain and model._can_set_attn_implementation():
+    if plain and model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
 
 
@@ -75,6 +84,8 @@ def beginnings(rows: int, time: int, sees: Callable[..., Tensor], device: torch.
 
 def _mask(**given: Any) -> Boundaries | Tensor | None:
     """Return what transformers gives each layer as its mask."""
+    if (known := KNOWN.get()) is not None:
+        return known
     packed = given["attention_mask"] is None and not given.get("allow_is_causal_skip", True)
     packed = packed and not given["use_vmap"]
     if packed and given["q_length"] == given["kv_length"] and _computes(given["device"], given["dtype"]):
@@ -84,7 +95,7 @@ def _mask(**given: Any) -> Boundaries | Tensor | None:
 
 
 def _computes(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype == torch.bfloat16
+    return device.type == "cpu" or (device.type == "cuda" and dtype == torch.bfloat16)
 
 
 def _attention(
@@ -101,11 +112,13 @@ def _attention(
         attention_mask = Boundaries(attention_mask[0, 0, 0], attention_mask.shape[2])
     if not isinstance(attention_mask, Boundaries):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
-    if "enable_gqa" not in _TAKES:
+    on_cpu = query.device.type == "cpu"
+    if not on_cpu and "enable_gqa" not in _TAKES:
         key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
     flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    states = _by_text(flat[0], flat[1], flat[2], attention_mask, scale)
+    by_text = by_text_on_cpu if on_cpu else _by_text
+    states = by_text(flat[0], flat[1], flat[2], attention_mask, scale)
     return states.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -122,6 +135,23 @@ def _by_text(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale
     states = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
     assert isinstance(states, Tensor)
     return states
+
+
+def by_text_on_cpu(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale: float) -> Tensor:
+    """Return what :func:`_by_text` does."""
+    # In fp32 gradients would take half as long, but log-probabilities would differ more from the sampler's.
+    shared = texts.shared
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+    attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
+    before = [states[:, :shared] for states in (query, key, value)]
+    results = [attend(before[0][None], before[1][None], before[2][None], is_causal=True)[0]] if shared else []
+    seen = torch.ones(texts.longest, shared + texts.longest, dtype=torch.bool).tril(shared) if shared else None
+    lengths = texts.offsets.diff().tolist()
+    for q, k, v in zip(*(states[:, shared:].split(lengths, dim=1) for states in (query, key, value)), strict=True):
+        keys, values = torch.cat([before[1], k], dim=1), torch.cat([before[2], v], dim=1)
+        mask = None if seen is None else seen[: q.shape[1], : keys.shape[1]]
+        results.append(attend(q[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None)[0])
+    return torch.cat(results, dim=1).transpose(0, 1)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -314,6 +314,9 @@ def _tiled_logits(trained: Trained, tokens: int) -> float:
     """Return bytes of a tile of logits, of the gradients of hidden states and, where it trains, of the head."""
     model, width = trained.model, trained.width
     head = (4 + (width if width < 4 else 0)) * model.vocabulary * model.hidden if trained.part.head else 0
+    if not trained.gpu and trained.sharding.stage < 3:
+        # Logits in fp32, their distribution, and the terms of its entropy.
+        return 12 * _in_chunk(trained, tokens) * model.vocabulary + head
     rows, entries = min(tokens, TILE[0]), min(model.vocabulary, TILE[1])
     # Without Triton, so on a CPU, a tile's gradient is computed in seven steps that each have a tensor in fp32.
     steps = 0 if trained.gpu else 7 * 4 * rows * entries

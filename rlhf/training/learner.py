@@ -17,7 +17,7 @@ from rlhf.models import folders, kernels, tuning
 from rlhf.models.architectures import classifier_of
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
 from rlhf.models.micro_batches import Budget
-from rlhf.models.varlen import attend_by_text
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
 from rlhf.zero import group
@@ -186,8 +186,7 @@ class TrainedValue(Learner):
                 folder, num_labels=1, **folders.loading_options(method, DTYPES[precision])
             )
             model = tuning.prepared(model, method, source, scores=True, seed=seed)
-        if budget is not None and budget.packed:
-            attend_by_text(unwrapped(model))
+        read_beginnings_once(unwrapped(model))
         heads = [weight for weight in unwrapped(model).score.parameters() if weight.requires_grad]
         with gathered(heads, modify=True):
             for head in heads:

@@ -18,7 +18,7 @@ from rlhf.models import folders, tuning
 from rlhf.models.capacity import AT_ONCE
 from rlhf.models.heads import TokenLogprobs, unwrapped
 from rlhf.models.micro_batches import Budget
-from rlhf.models.varlen import attend_by_text
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.rl.kl import adapted_coefficient
 from rlhf.rl.losses import PolicySums, demonstration_loss
 from rlhf.rollout.rollout import Generator, Sampler
@@ -139,8 +139,7 @@ class FrozenPolicy(Policy):
     ) -> None:
         with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
-        if budget is not None and budget.packed:
-            attend_by_text(unwrapped(model))
+        read_beginnings_once(unwrapped(model))
         # Sharded, it would be copied anew for each rollout, though it never changes.
         source = None if is_sharded(model) else model
         at_once = AT_ONCE * micro_batch_size
@@ -213,8 +212,7 @@ class TrainedPolicy(Policy):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
             prepare = partial(tuning.prepared, tuning=method, source=source, scores=False, seed=seed)
             model = tuning.with_reference(prepare(model))
-        if budget is not None and budget.packed:
-            attend_by_text(unwrapped(model))
+        read_beginnings_once(unwrapped(model))
         engine = Engine(
             TokenLogprobs(model),
             precision,

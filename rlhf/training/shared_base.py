@@ -28,9 +28,9 @@ from rlhf.models.heads import SequenceScores, TokenLogprobs, TokenValues, initia
 from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, is_adapter
 from rlhf.models.micro_batches import Budget
 from rlhf.models.reward import FrozenReward, is_reward_model
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.text import check_same_tokens
 from rlhf.models.tuning import INITIAL
-from rlhf.models.varlen import attend_by_text
 from rlhf.models.virtual_tokens import TRAINED
 from rlhf.rewards import Rewards
 from rlhf.rollout.rollout import Generator
@@ -304,8 +304,7 @@ def _sharded(
     """Load and shard the base with all adapters; return the adapted model with its engine and generator."""
     with sharded_loading(settings.precision, settings.zero):
         model, heads = _adapted(inputs, settings)
-    if settings.packing:
-        attend_by_text(unwrapped(model))
+    read_beginnings_once(unwrapped(model))
     module = OneBase(model, heads)
     module.activate(TRAINED)
     generator = SharedGenerator(inputs["policy"], model, settings, AT_ONCE * micro_batch_size)

@@ -10,7 +10,7 @@ written and when it is complete, stopping, the journal, measurements after train
 import json
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,18 +24,19 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings, SftSettings, SupervisedSettings
 from rlhf.errors import DivergedError
 from rlhf.models import folders, reward_losses, tuning
-from rlhf.models.heads import unwrapped
+from rlhf.models.heads import body_of, compute_in_fp32, learned_tokens, unwrapped
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.reward import raw_scores
 from rlhf.models.reward_losses import COLUMNS, ListBatch, ListLoss, collate
+from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.templates import Tokenizer
-from rlhf.models.varlen import attend_by_text
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import seed_of
 from rlhf.training import checkpoint_writer
@@ -46,6 +47,7 @@ from rlhf.zero.engine import (
     checkpoint_activations,
     checkpoint_bytes,
     deepspeed_config,
+    is_sharded,
     mark_leaves,
     parameter_groups,
     unfreeze,
@@ -223,7 +225,35 @@ class _Ordered:
 
 
 class _SftTrainer(_Ordered, SFTTrainer):
-    pass
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        # Shards are gathered for each chunk of logits, of which each rank would have another number.
+        if group.device().type == "cpu" and not is_sharded(self.model):
+            read_learned_tokens(unwrapped(self.model))
+
+
+def read_learned_tokens(model: Any) -> None:
+    """Have a model compute sft's log-probabilities for learned tokens alone.
+
+    On a CPU TRL computes those of prompts too, with several steps over the logits where torch has kernels that are one.
+    """
+    forward = model.forward
+    # The logits of TRL's own tiles are in fp32 too.
+    compute_in_fp32(model.get_output_embeddings())
+
+    @wraps(forward)
+    def learned(*arguments: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **named: Any) -> Any:
+        if not fused_lm_head or labels is None or named.get("output_router_logits"):
+            return forward(*arguments, fused_lm_head=fused_lm_head, labels=labels, **named)
+        _, body = body_of(model)
+        outputs = body(*arguments, **named)
+        mask = labels[:, 1:] != -100
+        hidden, tokens = outputs.last_hidden_state[:, :-1][mask], labels[:, 1:][mask]
+        found = learned_tokens(model, outputs, hidden, tokens)
+        logprobs, entropy, likeliest = (part.new_zeros(mask.shape).masked_scatter(mask, part) for part in found)
+        return FusedCausalLMOutput(log_probs=logprobs, entropy=entropy, is_top1=likeliest, label_mask=mask)
+
+    model.forward = learned
 
 
 class _RewardTrainer(_Ordered, RewardTrainer):
@@ -289,7 +319,7 @@ def sft_trainer(
     virtual = has_virtual_tokens(getattr(base, base.base_model_prefix))
     arguments.packing = settings.packing and keeps_texts_apart(model.config) and not virtual
     if arguments.packing:
-        attend_by_text(base)
+        read_beginnings_once(base)
     if virtual:
         # The routers of a mixture of experts are frozen, and their loss knows of no tokens but the text's.
         arguments.router_aux_loss_coef = 0.0

@@ -21,7 +21,6 @@ from rlhf.models.micro_batches import Budget, PackedSamples, in_order, turns
 from rlhf.rollout.decoding import Decoder, decodes_in_slots
 from rlhf.rollout.sequences import Experience, lay_out, minibatch_of
 from rlhf.zero import group
-from tests.models.test_varlen import looped
 from tests.models.tiny import tiny_config
 
 pytestmark = [
@@ -126,21 +125,21 @@ def test_what_a_rank_computes_beyond_its_own_tokens_changes_nothing() -> None:
 
 
 def test_the_host_says_where_samples_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel, a loop here, gets each sample of a row, and no mask is made; the results are those of padded ones."""
+    """The kernel gets each sample of a row, and no mask is made; the results are those of padded ones."""
     reader = readers("llama")["policy"]
     whole, gradients = found_by(reader, len(LENGTHS), None)
     lengths: list[list[int]] = []
 
+    by_text = varlen.by_text_on_cpu
+
     def called(query: Tensor, key: Tensor, value: Tensor, texts: varlen.Boundaries, scale: float) -> Tensor:
         lengths.append(texts.offsets.diff().tolist())
-        return looped(query, key, value, texts, scale)
+        return by_text(query, key, value, texts, scale)
 
     def made(**_: Any) -> None:
         raise AssertionError("a mask was made")
 
-    monkeypatch.setattr(varlen, "_by_text", called)
-    monkeypatch.setattr(varlen, "_computes", lambda *_: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(varlen, "by_text_on_cpu", called)
     varlen.attend_by_text(reader.model)
     monkeypatch.setattr(varlen, "sdpa_mask", made)
     monkeypatch.setattr(varlen, "beginnings", made)
@@ -154,13 +153,11 @@ def test_the_host_says_where_samples_begin(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same(own, gradients)
 
 
-def test_a_policy_that_reads_packed_samples_is_sampled_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_that_reads_packed_samples_is_sampled_as_before() -> None:
     """In its own weights, on one rank: the same tokens, in slots."""
     plain: Any = readers("llama")["policy"].model
     packed = deepcopy(plain)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     varlen.attend_by_text(packed)
-    monkeypatch.undo()
     assert packed.config._attn_implementation == varlen.NAME
     assert decodes_in_slots(packed)
     numbers = torch.rand(3, 9, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Attention text by text, against transformers' masks: on a CPU with a loop in the kernel's place, on a GPU with it."""
+"""Attention text by text, against transformers' masks."""
 
 import random
 from copy import deepcopy
@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.models import varlen
@@ -26,28 +25,17 @@ BY_TEXT = [kind for kind, config in CONFIGS.items() if attends_to_whole_texts(co
 LENGTHS = (5, 1, 17, 9, 2)
 
 
-def looped(query: Tensor, key: Tensor, value: Tensor, texts: varlen.Boundaries, scale: float) -> Tensor:
-    """Each text alone, by torch's attention for one."""
-    parts: list[Tensor] = []
-    for start, end in texts.offsets.unfold(0, 2, 1).tolist():
-        q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
-        assert end - start <= texts.longest
-        parts.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
-    return torch.cat(parts, dim=1).transpose(0, 1)
-
-
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The loop in place of the GPU's kernel; return the number of texts of each call."""
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of texts of each call on a CPU."""
     calls: list[int] = []
+    by_text = varlen.by_text_on_cpu
 
-    def called(query: Tensor, key: Tensor, value: Tensor, texts: varlen.Boundaries, scale: float) -> Tensor:
+    def counted(query: Tensor, key: Tensor, value: Tensor, texts: varlen.Boundaries, scale: float) -> Tensor:
         calls.append(len(texts.offsets) - 1)
-        return looped(query, key, value, texts, scale)
+        return by_text(query, key, value, texts, scale)
 
-    monkeypatch.setattr(varlen, "_by_text", called)
-    monkeypatch.setattr(varlen, "_computes", lambda *_: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(varlen, "by_text_on_cpu", counted)
     return calls
 
 
@@ -74,35 +62,31 @@ def two_models(kind: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", BY_TEXT)
-def test_a_row_is_computed_text_by_text_as_under_its_mask(kernel: list[int], kind: str, tmp_path: Path) -> None:
-    """In every layer, also where the host says where texts begin; rows with padding or with one text alone keep
-    transformers' mask.
-    """
+def test_a_row_is_computed_text_by_text_as_under_its_mask(texts: list[int], kind: str, tmp_path: Path) -> None:
+    """In every layer; a row with one text alone keeps transformers' mask."""
     masked, by_text = two_models(kind)
     assert by_text.config._attn_implementation == varlen.NAME
     ids, places = packed_row()
     (logits, gradients), (own, own_gradients) = (logits_and_gradients(m, ids, places) for m in (masked, by_text))
-    assert kernel == [len(LENGTHS)] * CONFIGS[kind].num_hidden_layers
+    assert texts == [len(LENGTHS)] * CONFIGS[kind].num_hidden_layers
     torch.testing.assert_close(own, logits, atol=1e-4, rtol=1e-4)
     for name, gradient in gradients.items():
         torch.testing.assert_close(own_gradients[name], gradient, atol=1e-3, rtol=1e-3, msg=name)
-    kernel.clear()
+    texts.clear()
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     with torch.no_grad():
         mask = varlen.as_mask(by_text, offsets, max(LENGTHS))
         said = by_text(input_ids=ids, position_ids=places, attention_mask=mask, use_cache=False).logits
-        assert kernel == [len(LENGTHS)] * CONFIGS[kind].num_hidden_layers
+        assert texts == [len(LENGTHS)] * CONFIGS[kind].num_hidden_layers
         torch.testing.assert_close(said, own)
-        kernel.clear()
-        padding = torch.ones_like(ids).index_fill_(1, torch.arange(4), 0)
-        for named in ({"attention_mask": padding}, {}):
-            one, other = (model(input_ids=ids, use_cache=False, **named).logits[:, 4:] for model in (masked, by_text))
-            torch.testing.assert_close(other, one)
-    assert not kernel
+        texts.clear()
+        one, other = (model(input_ids=ids, use_cache=False).logits for model in (masked, by_text))
+        torch.testing.assert_close(other, one)
+    assert not texts
     assert varlen.NAME not in by_text.config.to_json_string()
 
 
-def test_many_types_are_computed_text_by_text(kernel: list[int]) -> None:
+def test_many_types_are_computed_text_by_text() -> None:
     """So that the test above tests something; windows, caps and dropout keep the mask."""
     used = {kind for kind in BY_TEXT if two_models(kind)[1].config._attn_implementation == varlen.NAME}
     assert {"llama", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite", "gemma", "mistral"} <= used
@@ -111,7 +95,7 @@ def test_many_types_are_computed_text_by_text(kernel: list[int]) -> None:
         assert not attends_to_whole_texts(tiny_config("llama").to_dict() | more)
 
 
-def test_a_reward_models_texts_are_computed_text_by_text(kernel: list[int]) -> None:
+def test_a_reward_models_texts_are_computed_text_by_text(texts: list[int]) -> None:
     """Of several rows, with the filling behind each row's last text as a text of its own."""
     torch.manual_seed(0)
     padded: Any = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1)).eval()
@@ -121,7 +105,7 @@ def test_a_reward_models_texts_are_computed_text_by_text(kernel: list[int]) -> N
     ids, mask = pad([[draw.randrange(3, 100) for _ in range(length)] for length in LENGTHS], 0, "right")
     for classifier in (padded, packed):
         classifier(input_ids=ids, attention_mask=mask).logits.square().sum().backward()
-    assert kernel == [len(LENGTHS)] * 2
+    assert texts == [len(LENGTHS)] * 2
     for (name, one), other in zip(padded.named_parameters(), packed.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, atol=1e-4, rtol=1e-4, msg=name)
 
@@ -143,15 +127,15 @@ def test_boundaries_are_where_texts_begin(rows: list[list[int]]) -> None:
     assert found.longest == max(lengths)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
-def test_the_kernel_computes_what_the_mask_does(kind: str) -> None:
+def test_the_kernel_computes_what_the_mask_does(kind: str, device: str) -> None:
     """In bf16 with grouped queries: as near to fp32 under the mask as bf16 under the mask is, forward and gradients."""
-    exact, by_text = (model.cuda() for model in two_models(kind))
+    exact, by_text = (model.to(device) for model in two_models(kind))
     masked = deepcopy(exact).bfloat16()
     by_text = by_text.bfloat16()
     assert by_text.config._attn_implementation == varlen.NAME
-    found = [logits_and_gradients(model, *packed_row("cuda")) for model in (exact, masked, by_text)]
+    found = [logits_and_gradients(model, *packed_row(device)) for model in (exact, masked, by_text)]
     (logits, gradients), (of_mask, gradients_of_mask), (own, own_gradients) = found
     assert (own - logits).norm() < 1.5 * (of_mask - logits).norm() + 1e-3 * logits.norm()
     for name, gradient in gradients.items():

@@ -20,9 +20,7 @@ from rlhf.data.records import read_rows
 from rlhf.models import folders, varlen
 from rlhf.models.packing import tokenised, training_demonstrations
 from rlhf.models.text import load_tokenizer
-from rlhf.training import trl_trainers
 from stages import sft
-from tests.models.test_varlen import looped
 from tests.models.tiny import make_tiny_llama, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -134,17 +132,16 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 def test_packed_demonstrations_are_learned_text_by_text(
     bases: dict[str, Path], demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a GPU does: through TRL, accelerate and DeepSpeed every layer gets the boundaries of a micro batch's texts."""
+    """Through TRL, accelerate and DeepSpeed every layer gets the boundaries of a micro batch's texts."""
     texts: list[int] = []
+    by_text = varlen.by_text_on_cpu
 
-    def by_text(*states: Any) -> torch.Tensor:
+    def counted(*states: Any) -> torch.Tensor:
         texts.append(len(states[3].offsets) - 1)
-        return looped(*states)
+        return by_text(*states)
 
     expected = loss_alone(bases["llama"], demonstrations)
-    monkeypatch.setattr(varlen, "_by_text", by_text)
-    monkeypatch.setattr(varlen, "_computes", lambda *_: True)
-    monkeypatch.setattr(trl_trainers, "attend_by_text", lambda model: model.set_attn_implementation(varlen.NAME))
+    monkeypatch.setattr(varlen, "by_text_on_cpu", counted)
     found = trained(bases["llama"], demonstrations, tmp_path, micro_batch_size=3, activation_checkpointing=True)
     assert found["eval/loss"] == pytest.approx(expected, abs=1e-5)
     # Two layers compute the two texts of the only step, and again for its gradients; then those held out.
