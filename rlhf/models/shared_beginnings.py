@@ -15,15 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.varlen import KNOWN, NAME, Boundaries, attend_by_text
+from rlhf.models.virtual_tokens import has_virtual_tokens
 
 _SAID_TWICE = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 """Arguments that say for other kernels where texts begin, as their positions do."""
 
 
 def read_beginnings_once(model: Any) -> None:
-    """Make a model of transformers' attend by text and, on a CPU, read texts' common beginning once."""
-    attend_by_text(model)
+    """Make a model of transformers' attend by text and, on a CPU, read texts' common beginning once.
+
+    One with virtual tokens, which stand before each text, is left as it is.
+    """
     body = model.base_model
+    if has_virtual_tokens(body):
+        return
+    attend_by_text(model)
     if body.config._attn_implementation == NAME and not torch.cuda.is_available():
         # A method, so that a copy of the model reads its own weights.
         body.forward = MethodType(_read, body)
