@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.attempt import liveness
 from rlhf.config.stages import Precision
 from rlhf.errors import PreflightError, size
-from rlhf.models import capacity, text
+from rlhf.models import capacity, safe_loading, text
 from rlhf.models.heads import rows_without_token
 from rlhf.models.layout import config_of, shapes
 from rlhf.rollout.drawing import Responses
@@ -59,7 +60,18 @@ def obstacle(folder: Path) -> tuple[str, str] | None:
     architectures = config_of(folder).get("architectures") or []
     if not set(architectures) & set(vllm.ModelRegistry.get_supported_archs()):
         return f"vLLM {vllm.__version__} does not know the architecture {', '.join(architectures)}", OTHER
+    if others := misnamed(folder):
+        what = "vLLM takes weights by the names of the model's files, and transformers has other names for"
+        return f"{what} {len(others)} of them, such as {others[0]}", OTHER
     return None
+
+
+def misnamed(folder: Path) -> list[str]:
+    """Return the weights that a plain folder's model has in transformers and not in its files."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **safe_loading.TOKENIZER))
+    files = shapes(folder)
+    return [name for name, _ in model.named_parameters() if name not in files]
 
 
 def _imported() -> Any:
@@ -75,9 +87,6 @@ class VllmSampler(Sampler):
 
     folder  the plain folder that the policy was loaded from
     source  the policy
-
-    Raises:
-        PreflightError: vLLM would not read the policy's weights by their names.
     """
 
     def __init__(
@@ -88,15 +97,6 @@ class VllmSampler(Sampler):
         self._temperature, self._room, self._source = temperature, room, source
         self._engine: Any = None
         self._sleeps = False
-        # A fresh head has its own weight where that of the files is tied to the embeddings.
-        head, files = source.get_output_embeddings().weight, shapes(folder)
-        if others := [name for name, weight in source.named_parameters() if name not in files and weight is not head]:
-            raise PreflightError(
-                f"vLLM takes weights by the names of the model's files, and transformers has other names for "
-                f"{len(others)} of them, such as {others[0]}",
-                "rollout.engine",
-                OTHER,
-            )
 
     def take_weights(self) -> None:
         """Take the policy's present weights. A collective."""

@@ -1,13 +1,10 @@
 """Which engine samples PPO's responses, where vLLM is not installed; with it: test_vllm.py."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
@@ -15,8 +12,9 @@ from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.errors import PreflightError
 from rlhf.rollout import vllm_sampling
-from rlhf.rollout.vllm_sampling import Room, VllmSampler
+from rlhf.rollout.vllm_sampling import Room, misnamed
 from rlhf.training import loading
+from tests.models.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("group")
 
@@ -69,18 +67,10 @@ def test_auto_says_what_it_took_and_why(
     assert note.startswith(f"rollout.engine auto samples by {reason}")
 
 
-def test_weights_that_vllm_would_not_find_by_name_are_refused(tiny: Path, tmp_path: Path) -> None:
-    """Before its engine starts: weights that it is not given would stay random. A head of its own may be new."""
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny)
-    room = Room(1, 8)
-    VllmSampler(tiny, "fp32", 1.0, room, fp32_head=True, source=model)
-    shutil.copytree(tiny, tmp_path / "other")
-    weights = load_file(tiny / "model.safetensors")
-    save_file(
-        {name.replace("norm", "scale"): weight for name, weight in weights.items()},
-        tmp_path / "other/model.safetensors",
-    )
-    with pytest.raises(PreflightError, match=r"other names for 5 of them, such as model\.layers\.0\.input_layernorm"):
-        VllmSampler(tmp_path / "other", "fp32", 1.0, room, fp32_head=True, source=model)
-    model.lm_head.weight = nn.Parameter(torch.clone(model.lm_head.weight))
-    VllmSampler(tiny, "fp32", 1.0, room, fp32_head=True, source=model)
+def test_weights_that_vllm_would_not_find_by_name_are_known_beforehand(tiny: Path, tmp_path: Path) -> None:
+    """A mixture's experts are one tensor in transformers, and a tensor each in the files; a tied head is in neither."""
+    assert misnamed(tiny) == []
+    config = tiny_config("qwen3_moe")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    names = [f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")]
+    assert misnamed(tmp_path) == names

@@ -86,9 +86,12 @@ def check(sampler: VllmSampler, policy: Any, precision: Precision) -> Responses:
     return responses
 
 
-def test_the_engine_is_found_and_knows_the_model(folder: Path) -> None:
-    """An architecture of ours has no obstacle; one that no engine has is named."""
+def test_the_engine_is_found_and_knows_the_model(folder: Path, tmp_path: Path) -> None:
+    """An architecture of ours has no obstacle; one that it lacks is named."""
     assert obstacle(folder) is None
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BioGptForCausalLM"]}))
+    what, _ = obstacle(tmp_path) or ("", "")
+    assert what.endswith("does not know the architecture BioGptForCausalLM")
 
 
 def test_log_probabilities_are_the_policys_also_after_an_update(
