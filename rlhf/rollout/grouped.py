@@ -1,4 +1,4 @@
-"""Attention of a decode step on a GPU by cuDNN, which reads a cache at nearly the speed of its memory.
+"""Attention of a decode step on a GPU by cuDNN, which reads a cache at 60 % of the speed of its memory.
 
 A step's queries see their row's places by a mask. torch's own kernel for masks takes a third of the memory's speed, and
 knows no query heads that share a key head. cuDNN's takes both. Ranks do without it otherwise, since its gradient of a
