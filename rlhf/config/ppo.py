@@ -165,7 +165,7 @@ class PpoSettings(TrainingSettings):
     """Longest prompt in tokens; one longer stops the run before it starts."""
     micro_batch_size: int | None = runtime(None, ge=1)
     """Samples of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 16. With
-    ``packing`` as many tokens as so many samples of the longest length have."""
+    ``packing`` a forward pass has as many tokens as this number of samples of the longest length."""
     micro_batch_tokens: int | None = runtime(None, ge=1)
     """Tokens of one forward pass of one rank, in place of ``micro_batch_size``; at least those of the longest sample.
     Without ``packing`` padding counts too."""

@@ -69,12 +69,8 @@ class TokenLogprobs(nn.Module):
             # Sorted, since a GPU that picks by a mask first waits to learn how many it picks.
             places = real.argsort(descending=True, stable=True)[:count]
             hidden, tokens = hidden.index_select(0, places), tokens[places]
-        size = max(FEWEST, CHUNK // model.config.get_text_config().vocab_size)
         read = partial(_read, model, type(outputs), temperature=temperature, entropies=entropies)
-        if len(tokens) > size and torch.is_grad_enabled():
-            read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
-        chunks = [read(*chunk) for chunk in zip(hidden.split(size), tokens.split(size), strict=True)]
-        logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        logprobs, entropy = _in_chunks(model, read, hidden, tokens)
         if packed is not None:
             return packed.padded(logprobs), packed.padded(entropy)
         if places is not None:
@@ -136,12 +132,22 @@ def learned_tokens(model: Any, outputs: Any, hidden: Tensor, tokens: Tensor) -> 
             likeliest = logits.gather(-1, tokens[:, None]).squeeze(-1) == logits.amax(-1)
         return logprobs, entropies.detach(), likeliest
 
+    logprobs, entropies, likeliest = _in_chunks(model, read, hidden, tokens)
+    return logprobs, entropies, likeliest
+
+
+def _in_chunks(
+    model: Any, read: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: Tensor, tokens: Tensor
+) -> tuple[Tensor, ...]:
+    """Return what ``read`` makes of tokens and the states before them, in chunks that limit the logits at a time.
+
+    Of several chunks the logits are computed again in the backward pass.
+    """
     size = max(FEWEST, CHUNK // model.config.get_text_config().vocab_size)
     if len(tokens) > size and torch.is_grad_enabled():
         read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
     chunks = [read(*chunk) for chunk in zip(hidden.split(size), tokens.split(size), strict=True)]
-    logprobs, entropies, likeliest = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return logprobs, entropies, likeliest
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
 class _Known(nn.Module):

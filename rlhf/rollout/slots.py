@@ -54,7 +54,7 @@ class _Reach:
         self._first = {count: torch.arange(slots * count, device=device).view(slots, count) * length for count in heads}
 
     def move_to(self, positions: Tensor, length: int) -> None:
-        """Let each row write at its position, and all read so many places."""
+        """Let each row write at its position, and all rows read the first ``length`` places."""
         self.length, rows = length, len(positions)
         self.places = {heads: (first[:rows] + positions[:, None]).flatten() for heads, first in self._first.items()}
 
