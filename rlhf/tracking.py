@@ -82,10 +82,12 @@ def read_metrics(path: Path) -> list[MetricsRow]:
     Raises DamageError where any other line cannot be read, and FileNotFoundError where there is no file.
     """
     rows, _ = _parse(path)
-    return [
-        {name: _NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-        for row in rows
-    ]
+    return list(map(with_floats, rows))
+
+
+def with_floats(row: MetricsRow) -> MetricsRow:
+    """Return a row as JSON gave it with its non-finite values as floats."""
+    return {name: _NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def _parse(path: Path) -> tuple[list[MetricsRow], int]:

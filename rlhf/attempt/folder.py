@@ -175,6 +175,7 @@ class AttemptFolder:
     """The files of an attempt's folder; the table above says what each of them is for."""
 
     PROGRESS = "progress.json"
+    FAILURE = "failure.json"
     CHECKPOINT = "checkpoints/checkpoint-"
     """Followed by the step."""
 
@@ -197,7 +198,7 @@ class AttemptFolder:
         self.progress = JsonFile(path / self.PROGRESS, Progress.parse, asdict)
         names = ("what", "where", "next")
         self.error = JsonFile[RlhfError](
-            path / "failure.json",
+            path / self.FAILURE,
             lambda text: RlhfError(*map(json.loads(text).get, names)),
             lambda error: dict(zip(names, map(str, error.args), strict=True)),
         )

@@ -21,7 +21,7 @@ from rlhf.errors import NextCommand, RequestError
 from rlhf.pipeline.differences import Difference, differences, of_record
 from rlhf.pipeline.plan import Planned, recipe, result_of
 from rlhf.pipeline.reporting import Eta
-from rlhf.pipeline.uploads import read_newest
+from rlhf.pipeline.uploads import attempt_names, read_from_attempt, read_newest
 from rlhf.store import ActionRecord, GarbageReport, Store
 
 Document = dict[str, Any]
@@ -70,7 +70,7 @@ def status_document(config: PipelineConfig, stages: Mapping[str, Planned], store
     """Return :func:`plan_document` with running and failed stages, and the usage of the store."""
     document = plan_document(config, stages, store)
     for number, planned in enumerate(stages.values()):
-        state, why = _status(planned, store)
+        state, why = stage_status(planned, store)
         progress = _progress(planned, store) if state == "running" else None
         document["stages"][number] |= {"state": state, "why": why, "progress": progress}
     return document | {"usage": asdict(store.usage())}
@@ -91,29 +91,26 @@ def _stage(planned: Planned) -> Document:
 
 
 def _progress(one: Planned, store: Store) -> Document | None:
-    """Return a running stage's progress, and the seconds left at that moment; None before its first report.
-
-    The seconds left are computed from the times in the file alone: the clocks of reader and rank may differ.
-    """
+    """Return a running stage's progress, and the seconds left at that moment; None before its first report."""
     assert one.key is not None
     text = read_newest(store, one.key, AttemptFolder.PROGRESS)
     if text is None:
         return None
     progress = Progress.parse(text)
-    eta = Eta()
-    for at, done in progress.times:
-        eta.observe(at, done, progress.total)
     shown = {"message": progress.message, "done": progress.done, "total": progress.total}
-    return shown | {"eta_seconds": eta.remaining(progress.at)}
+    return shown | {"eta_seconds": Eta.of(progress).remaining(progress.at)}
 
 
-def _status(one: Planned, store: Store) -> tuple[str, str]:
+def stage_status(one: Planned, store: Store) -> tuple[str, str]:
+    """Return a stage's state and the reason: that of the plan, or running, or failed."""
     if one.key is None or one.record is not None:
         return one.state, one.why
     if (holder := store.holder(one.key)) is not None:
         return "running", f"held by {holder}"
-    attempts = store.attempts(one.key)
-    if attempts and (error := AttemptFolder(attempts[-1]).error.get()) is not None:
+    attempts = attempt_names(store, one.key)
+    failure = read_from_attempt(store, one.key, attempts[-1], AttemptFolder.FAILURE) if attempts else None
+    if failure is not None:
+        error = AttemptFolder(Path()).error.parse(failure.decode())
         return "failed", f"{error.what} ({error.where})" if error.where else error.what
     return one.state, f"{one.why}; {len(attempts)} unfinished attempt(s)" if attempts else one.why
 

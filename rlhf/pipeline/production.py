@@ -19,7 +19,7 @@ from rlhf.errors import InterruptedRunError, LeaseLostError, RequestError, RlhfE
 from rlhf.pipeline.documents import provenance
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.reporting import Reporter, Stop, Watch
-from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, uploading
+from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, upload_failure, uploading
 from rlhf.store import SCRATCH, ActionRecord, Store
 
 
@@ -136,6 +136,7 @@ class Production:
             self.reporter.update(name, state="failed")
             with suppress(OSError):  # on a full disk the error itself must be seen
                 AttemptFolder(attempt).error.write(error)
+                upload_failure(self.store, attempt)
             raise
         finally:
             shutil.rmtree(AttemptFolder(attempt).inputs, ignore_errors=True)

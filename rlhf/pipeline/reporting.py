@@ -54,6 +54,14 @@ class Eta:
     _seen: list[tuple[float, int]] = field(default_factory=list, init=False)
     _total: int = field(default=0, init=False)
 
+    @classmethod
+    def of(cls, progress: Progress) -> "Eta":
+        """Return the estimate from a progress file, by the rank's clock: that of a reader may differ."""
+        eta = cls()
+        for at, done in progress.times:
+            eta.observe(at, done, progress.total)
+        return eta
+
     def observe(self, now: float, done: int, total: int) -> None:
         """Record the number of steps done; a smaller number or another total starts anew."""
         if total != self._total or (self._seen and done < self._seen[-1][1]):

@@ -82,23 +82,35 @@ def uploading(store: Store, attempt: Path, stage: str, say: Callable[[str], None
         uploads.end(at_once=True)
 
 
-def read_newest(store: Store, key: str, name: str) -> str | None:
-    """Return the text of a file of the newest attempt at a key, also of one that runs on another machine.
+def attempt_names(store: Store, key: str) -> list[str]:
+    """List the names of the attempts at a key, oldest first, also of those on other machines that share a bucket."""
+    elsewhere = {file.attempt for file in _uploaded(store.bucket, key)} if store.bucket is not None else set[str]()
+    return sorted({path.name for path in store.attempts(key)} | elsewhere)
 
-    None where that attempt has no such file, or there is no attempt. In a bucket it is as old as its last upload.
-    """
-    here = {path.name: path for path in store.attempts(key)}
-    elsewhere = {one.attempt for one in _uploaded(store.bucket, key)} if store.bucket is not None else set[str]()
-    newest = max(here.keys() | elsewhere, default=None)
-    if newest is None:
-        return None
-    if newest in here:
+
+def read_from_attempt(store: Store, key: str, attempt: str, name: str) -> bytes | None:
+    """Return a file of an attempt, or None where there is none. In a bucket it is as old as its last upload."""
+    folder = store.root / "work" / key / attempt
+    if store.bucket is None or folder.is_dir():
         with suppress(FileNotFoundError):
-            return (here[newest] / name).read_text(encoding="utf-8")
+            return (folder / name).read_bytes()
         return None
-    assert store.bucket is not None
-    data = store.bucket.read(f"work/{key}/{newest}/{name}")
+    return store.bucket.read(f"work/{key}/{attempt}/{name}")
+
+
+def read_newest(store: Store, key: str, name: str) -> str | None:
+    """Return the text of a file of the newest attempt at a key; None where there is no attempt, or it has none."""
+    names = attempt_names(store, key)
+    data = read_from_attempt(store, key, names[-1], name) if names else None
     return data.decode() if data is not None else None
+
+
+def upload_failure(store: Store, attempt: Path) -> None:
+    """Upload the error that ended an attempt, which is written after the last upload of the other files."""
+    if store.bucket is not None:
+        error = AttemptFolder(attempt).error.path
+        with suppress(TryAgainError):
+            store.bucket.put(f"work/{attempt.parent.name}/{attempt.name}/{error.name}", error.read_bytes())
 
 
 def clear_checkpoints(store: Store, key: str, attempt: Path) -> None:

@@ -61,7 +61,7 @@ def make(path: Path, *overrides: str, only: str | None = None, known: Mapping[st
             store.set_ref(config.name, name, one.record.key)
 
 
-def made(one: Planned, store: Store) -> ActionRecord:
+def made(one: Planned, store: Store, **provenance: Any) -> ActionRecord:
     """Make one stage in this process and commit it."""
     assert one.key is not None
     attempt = store.new_attempt(one.key)
@@ -83,7 +83,7 @@ def made(one: Planned, store: Store) -> ActionRecord:
             inputs={role: dict(entry) for role, entry in one.inputs.items()},
             artifact=store.put_artifact(context.output, one.stage.kind).digest,
             metrics=metrics,
-            provenance={"host": "here"},
+            provenance={"host": "here"} | provenance,
             seconds=1.5,
             attempt=attempt.name,
         )

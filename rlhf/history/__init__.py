@@ -1,0 +1,1 @@
+"""What the runs of a pipeline left in the store, for the commands that show it."""
