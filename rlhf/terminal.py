@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rlhf.attempt.folder import Progress
 from rlhf.errors import RlhfError, size
 from rlhf.pipeline.reporting import Eta
 
@@ -253,10 +254,20 @@ class Display:
 
     On a terminal the table is redrawn in place. Elsewhere a line is printed when a stage's state changes, and while it
     runs about every 15 seconds and after every tenth of its steps.
+
+    detail  called on a terminal with the row of a running stage at each of its steps; the result is shown below
     """
 
-    def __init__(self, console: Console, stages: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console,
+        stages: Sequence[str],
+        clock: Callable[[], float] = time.monotonic,
+        detail: Callable[[StageRow], RenderableType | None] = lambda _: None,
+    ) -> None:
         self._console = console
+        self._detail = detail
+        self._details: dict[str, RenderableType | None] = {}
         self._clock = clock
         self._rows = {stage: StageRow(stage) for stage in stages}
         self._etas = {stage: Eta() for stage in stages}
@@ -281,7 +292,7 @@ class Display:
         now = self._clock()
         before = self._rows[stage]
         row = replace(before, **changes)
-        if row.state == "running" and before.state != "running":
+        if row.state == "running" and stage not in self._started:
             self._started[stage] = now
             self._etas[stage] = Eta()
         if row.state == "running" and row.total:
@@ -292,6 +303,22 @@ class Display:
             self._rows[stage] = replace(row, seconds=changes.get("seconds", elapsed))
         if self._live is None:
             self._print_line(stage, now, state_changed=row.state != before.state)
+        elif row.state != "running":
+            self._details.pop(stage, None)
+        elif row.message != before.message:
+            self._details[stage] = self._detail(row)
+
+    def take_over(self, stage: str, seconds: float, progress: Progress | None) -> None:
+        """Show the time of a stage that another process runs; call it before each `update` of the stage.
+
+        seconds   since its start
+        progress  its latest report, whose clock need not be this one
+        """
+        now = self._clock()
+        self._started[stage] = now - seconds
+        if progress is not None:
+            times = tuple((at + now - progress.at, done) for at, done in progress.times)
+            self._etas[stage] = Eta.of(replace(progress, times=times))
 
     def line(self, text: str) -> None:
         """Print a note: above the live table, or between the plain lines."""
@@ -320,7 +347,9 @@ class Display:
         now = self._clock()
         rows = [self._current(stage, now) for stage in self._rows]
         etas = {stage: eta.remaining(now) for stage, eta in self._etas.items()}
-        return stages_table(rows, etas, self._console.width)
+        table = stages_table(rows, etas, self._console.width)
+        details = [detail for detail in list(self._details.values()) if detail is not None]
+        return Group(table, *(part for detail in details for part in (Text(""), detail)))
 
 
 def _cell(column: str, text: str) -> Text:

@@ -13,9 +13,8 @@ FLOORS = (
     ("ranking", "zero"),
     ("cluster", "models"),
     ("pipeline", "rewards", "rollout"),
-    ("collect", "history", "training"),
-    ("terminal",),
-    ("narration", "stages"),
+    ("collect", "history", "terminal", "training"),
+    ("narration", "stages", "watching"),
     ("cli",),
     ("__main__",),
 )

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rlhf.cli.history import samples, watch
 from rlhf.cli.human_data import annotate, data
 from rlhf.cli.results import diff, explain, export, gc, generate, import_, leaderboard, lineage, plan_, status, verify
 from rlhf.cli.run import DEFAULT_CONFIG, Parser, Request, command_line, run
@@ -28,11 +29,11 @@ from rlhf.terminal import print_error
 COMMANDS: dict[str, Callable[[Request], int | None]] = {
     command.__name__.rstrip("_"): command
     for command in (
-        *(run, plan_, status, explain, lineage, diff, leaderboard, verify, gc),
+        *(run, watch, samples, plan_, status, explain, lineage, diff, leaderboard, verify, gc),
         *(import_, export, generate, config, doctor, data, annotate),
     )
 }
-WITH_JSON = ("plan", "status", "explain", "lineage", "diff", "leaderboard", "verify", "gc", "doctor")
+WITH_JSON = ("plan", "status", "samples", "explain", "lineage", "diff", "leaderboard", "verify", "gc", "doctor")
 
 
 def _flag(explanation: str) -> dict[str, Any]:
@@ -44,6 +45,12 @@ def _value(explanation: str, default: str | float | None = None, **settings: str
 
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "samples": {
+        "--iteration": {"type": int, "help": "of this iteration of ppo (default: the last)"},
+        "--worst": _flag("the lowest scores of all iterations, or of the one given"),
+        "--best": _flag("the highest scores of all iterations, or of the one given"),
+        "--prompt": _value("of prompts that contain a text, through all iterations", metavar="TEXT"),
+    },
     "verify": {"--repair": _flag("move damaged files to quarantine")},
     "gc": {
         "--dry-run": _flag("print what would be removed, and remove nothing"),

@@ -28,6 +28,7 @@ from rlhf.pipeline.reporting import Stop
 from rlhf.pipeline.stage import stages
 from rlhf.store import ActionRecord, Store
 from rlhf.terminal import Display, key_values, print_error, printable_lines, samples_table
+from rlhf.watching import detail
 
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
 
@@ -145,7 +146,7 @@ def run(request: Request) -> None:
         with (
             ended_by_signals(interrupted("interrupted"), stop),
             Session(request.config.cluster) as session,
-            Display(request.out, names) as display,
+            Display(request.out, names, detail=detail(store, lambda: request.out.width, here=True)) as display,
         ):
             planned = Runner(request.config, request.known, store, session, display, stop).run(targets)
     except KeyboardInterrupt as error:

@@ -19,6 +19,8 @@ from rlhf.store import ActionRecord, Store
 from rlhf.tracking import MetricsRow, with_floats
 
 Row = dict[str, Any]
+SAMPLES = "samples.jsonl"
+"""The file of a report's artifact."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,13 @@ class AttemptHistory:
         """Rows with an int "step", "prompt", "response" and "score"; other fields may be missing."""
         lines = Lines.parse(self._read(self._folder.samples.name))
         return lines.only(row for row in lines.rows if _is_sample(row))
+
+    @cached_property
+    def newest_samples(self) -> tuple[Row, ...]:
+        """The samples of the last step, of the last 64 rows at most: a file of all steps may be large."""
+        tail = (self._read(self._folder.samples.name) or b"").rsplit(b"\n", 65)[-65:]
+        rows = [row for row in Lines.parse(b"\n".join(tail)).rows if _is_sample(row)]
+        return tuple(row for row in rows if row["step"] == rows[-1]["step"])
 
     @cached_property
     def notes(self) -> Lines:
@@ -171,6 +180,20 @@ def stage_history(planned: Planned, store: Store) -> StageHistory:
     """Return the history of a stage instance."""
     state, why = stage_status(planned, store)
     return StageHistory(planned, state, why, attempts_at(planned.key, store))
+
+
+def evaluated_samples(history: StageHistory, store: Store) -> Lines:
+    """Return the samples of a report's result, each with those after training as "response" and "score" too.
+
+    Other fields are "prompt", "before", "score_before" and what the stage adds, such as "kl". Empty for other stages.
+    """
+    record = history.record
+    if record is None or all(file.path != SAMPLES for file in store.manifest(record.artifact).files):
+        return Lines()
+    lines = Lines.parse(store.read_file(record.artifact, SAMPLES))
+    needed = {"prompt", "before", "after", "score_before", "score_after"}
+    whole = (row for row in lines.rows if needed <= row.keys())
+    return lines.only(row | {"response": row["after"], "score": row["score_after"]} for row in whole)
 
 
 def attempts_at(key: str | None, store: Store) -> tuple[AttemptHistory, ...]:

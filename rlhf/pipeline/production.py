@@ -18,7 +18,7 @@ from rlhf.config.stages import WorkerSettings
 from rlhf.errors import InterruptedRunError, LeaseLostError, RequestError, RlhfError, StageError
 from rlhf.pipeline.documents import provenance
 from rlhf.pipeline.plan import Planned
-from rlhf.pipeline.reporting import Reporter, Stop, Watch
+from rlhf.pipeline.reporting import Reporter, Stop, Watch, outcome
 from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, upload_failure, uploading
 from rlhf.store import SCRATCH, ActionRecord, Store
 
@@ -215,7 +215,5 @@ class Production:
         for name in SCRATCH:
             for folder in self.store.attempts(planned.key):
                 shutil.rmtree(folder / name, ignore_errors=True)
-        # A group's first metrics tell most; of a task's dozens of row counts a few would tell nothing.
-        first = list(metrics.items())[:3] if planned.stage.runs == "workers" or len(metrics) <= 3 else []
-        message = "  ".join(f"{metric} {value:.3g}" for metric, value in first)
+        message = outcome(planned.stage, metrics)
         self.reporter.update(planned.name, state="done", message=message, done=0, total=0, seconds=seconds)

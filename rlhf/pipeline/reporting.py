@@ -1,12 +1,13 @@
 """Between a run and its user: progress reports, the time left, and requests to stop."""
 
 from bisect import bisect_left
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rlhf.attempt.folder import AttemptFolder, Progress
+from rlhf.pipeline.stage import Stage
 
 
 class Reporter(Protocol):
@@ -19,6 +20,13 @@ class Reporter(Protocol):
     def line(self, text: str) -> None:
         """Show a line that stays."""
         ...
+
+
+def outcome(stage: Stage, metrics: Mapping[str, float]) -> str:
+    """Return the metrics that a finished stage is shown with."""
+    # A group's first metrics tell most; of a task's dozens of row counts a few would tell nothing.
+    first = list(metrics.items())[:3] if stage.runs == "workers" or len(metrics) <= 3 else []
+    return "  ".join(f"{metric} {value:.3g}" for metric, value in first)
 
 
 @dataclass

@@ -121,7 +121,7 @@ def test_a_run_on_another_machine_is_read_from_the_bucket(
     """Its attempt, with the error that ended it, which is written after the uploads have ended."""
     monkeypatch.setattr(uploads, "LOOK_SECONDS", 0.05)
     there, here = (Store.open(bucket.uri, scratch=tmp_path / name) for name in ("there", "here"))
-    with uploads.uploading(there, there.new_attempt(KEY), "sft", str):
+    with uploads.uploading(there, there.new_attempt(KEY), "sft", lambda _: None):
         folder = write_attempt(there.attempts(KEY)[0])
         until(lambda: len(attempts_at(KEY, here)) == 1 and bool(attempts_at(KEY, here)[0].notes.rows), "the upload")
     folder.error.write(StageError("it broke"))
