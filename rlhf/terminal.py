@@ -347,9 +347,12 @@ class Display:
         now = self._clock()
         rows = [self._current(stage, now) for stage in self._rows]
         etas = {stage: eta.remaining(now) for stage, eta in self._etas.items()}
-        table = stages_table(rows, etas, self._console.width)
-        details = [detail for detail in list(self._details.values()) if detail is not None]
-        return Group(table, *(part for detail in details for part in (Text(""), detail)))
+        parts: list[RenderableType] = [stages_table(rows, etas, self._console.width)]
+        for row in rows:
+            if (detail := self._details.get(row.stage)) is not None:
+                # In a narrow terminal the table has no room for the progress.
+                parts += [Text(""), Text(f"{row.stage}  {progress_text(row, etas[row.stage])}", "bold"), detail]
+        return Group(*parts)
 
 
 def _cell(column: str, text: str) -> Text:

@@ -50,21 +50,21 @@ def sparkline(values: Sequence[float], width: int) -> str:
     """Return a curve of at most ``width`` characters, each the mean of a stretch of values, or ``!`` if not finite."""
     count = min(width, len(values))
     stretches = [values[len(values) * n // count : len(values) * (n + 1) // count] for n in range(count)]
-    means = [math.fsum(part) / len(part) if all(map(math.isfinite, part)) else math.nan for part in stretches]
+    # Divided first: the sum of finite numbers may be infinite.
+    means = [sum(value / len(part) for value in part) for part in stretches]
     finite = [mean for mean in means if math.isfinite(mean)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
 
     def bar(mean: float) -> str:
         if not math.isfinite(mean):
             return "!"
-        # Halves first: the difference of two finite numbers may be infinite.
         share = (mean / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
         return _BARS[min(int(share * len(_BARS)), len(_BARS) - 1)]
 
     return "".join(map(bar, means))
 
 
-def stage_block(attempts: Sequence[AttemptHistory], name: str, width: int) -> RenderableType | None:
+def stage_block(attempts: Sequence[AttemptHistory], width: int) -> RenderableType | None:
     """Return curves, alarms and the latest sample of a stage that runs; None before its first step."""
     rows = joined([attempt.metrics.rows for attempt in attempts])
     if not rows:
@@ -76,11 +76,11 @@ def stage_block(attempts: Sequence[AttemptHistory], name: str, width: int) -> Re
         if values := [float(row[metric]) for row in rows if metric in row]:
             line = sparkline(values, max(4, min(_LONGEST, width - 22)))
             curves.add_row(Text(f"  {label}", "dim"), Text(line, "cyan"), f"{values[-1]:.4g}")
-    parts: list[RenderableType] = [Text(printable(name), "bold"), curves]
-    parts += [Text(f"  ! {line}", "bold red") for line in raised_alarms(rows)]
+    parts: list[RenderableType] = [curves]
+    parts += [_indented(Text(f"! {line}", "bold red"), 2) for line in raised_alarms(rows)]
     samples = next((found for attempt in reversed(attempts) if (found := attempt.newest_samples)), ())
     if samples:
-        parts.append(Padding(_latest_sample(samples[0], width - 2), (0, 0, 0, 2), expand=False))
+        parts.append(_indented(_latest_sample(samples[0], width - 2), 2))
     return Group(*parts)
 
 
@@ -128,7 +128,7 @@ def detail(store: Store, width: Callable[[], int], *, here: bool) -> Callable[[S
             if row.key is None:
                 return None
             local = [AttemptHistory(store, row.key, path.name) for path in store.attempts(row.key)]
-            return stage_block(local if here else attempts_at(row.key, store), row.stage, width())
+            return stage_block(local if here else attempts_at(row.key, store), width())
         return None
 
     return block
@@ -162,6 +162,7 @@ class Follower:
             StoreUnreachableError: the store has not answered for QUIET_SECONDS.
         """
         worked_at = answered_at = self.clock()
+        said = False
         while True:
             try:
                 histories = pipeline_history(self.plan(), self.store)
@@ -177,6 +178,9 @@ class Follower:
                 worked_at = answered_at if running else worked_at
                 if self._has_ended(histories, running=bool(running), quiet=answered_at - worked_at):
                     return
+                if not (running or self._reports or said):
+                    self.display.line(f"nothing runs; waiting {QUIET_SECONDS:.0f} s for a run to begin")
+                    said = True
             sleep(self._seconds_between_looks)
 
     @property
@@ -280,10 +284,14 @@ def _response(name: str, row: Row) -> Group:
     facts = [f"iteration {row['step']}"] if "step" in row else ["before" if name == "before" else "after"]
     facts.append(f"score {_score(row['score_before' if name == 'before' else 'score'])}")
     if row.get("ended") is False:
-        facts.append("cut at the longest length")
-    return Group(
-        Text("  " + ", ".join(facts), "dim"), Padding(Text(_cut(str(row[name])), overflow="fold"), (0, 0, 0, 4))
-    )
+        facts.append("not ended")
+    text = Text(_cut(str(row[name]).strip()), overflow="fold")
+    return Group(_indented(Text(", ".join(facts), "dim"), 2), _indented(text, 4))
+
+
+def _indented(part: RenderableType, columns: int) -> Padding:
+    # Not expanded: spaces at the ends of lines would be copied with the text.
+    return Padding(part, (0, 0, 0, columns), expand=False)
 
 
 def _cut(text: str) -> str:
