@@ -92,7 +92,7 @@ def test_samples_are_shown_below_their_prompt():
     facts = [line.strip() for line in lines if re.match("  (iteration|before|after)", line)]
     assert facts == ["iteration 1, score +0.50, not ended", "iteration 2, score None", *facts[2:]]
     assert facts[2:] == ["before, score +1.00", "after, score +2.00"]
-    assert "98000 more characters" in shown.replace("\n    ", "")
+    assert "… 98000 more characters" in " ".join(shown.split())
     assert prompt_text([]) == "[]"
 
 
