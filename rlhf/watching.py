@@ -41,6 +41,8 @@ _LONGEST_TEXT = 2000
 """Characters of a prompt or response that are shown of a sample."""
 QUIET_SECONDS = 60.0
 """How long nothing may work on a pipeline before its run counts as ended: between stages a run holds no lease."""
+VANISHED_SECONDS = 10.0
+"""The same where a stage has stopped without result or error: a run that waits for its lease has it by then."""
 
 
 # ---- a running stage
@@ -54,11 +56,12 @@ def sparkline(values: Sequence[float], width: int) -> str:
     means = [sum(value / len(part) for value in part) for part in stretches]
     finite = [mean for mean in means if math.isfinite(mean)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
+    flat = not high / 2 - low / 2 > 1e-12 * max(-low, high)  # equal values differ by the rounding of their means
 
     def bar(mean: float) -> str:
         if not math.isfinite(mean):
             return "!"
-        share = (mean / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
+        share = (mean / 2 - low / 2) / (high / 2 - low / 2) if not flat else 0.5
         return _BARS[min(int(share * len(_BARS)), len(_BARS) - 1)]
 
     return "".join(map(bar, means))
@@ -141,9 +144,11 @@ def detail(store: Store, width: Callable[[], int], *, here: bool) -> Callable[[S
 class Follower:
     """Carries the state of a pipeline's run from the store to a display.
 
-    plan     plans the stages to watch anew
+    targets  of the run; without any, the whole pipeline
+    plan     plans them anew
     """
 
+    targets: Sequence[str]
     plan: Callable[[], Mapping[str, Planned]]
     store: Store
     display: Display
@@ -249,12 +254,11 @@ class Follower:
         failed = [history for history in missing if history.state == "failed"]
         if failed and (quiet > QUIET_SECONDS or failed[0].name in self._reports):
             raise failed[0].attempts[-1].failure or RlhfError(failed[0].why, self.store.address)
-        if quiet > QUIET_SECONDS:
-            reason = "the run was interrupted or killed" if self._reports else "no run has begun"
-            what = (
-                f"{reason}: nothing has worked on the pipeline for {quiet:.0f} s; {missing[0].name}: {missing[0].why}"
-            )
-            raise TryAgainError(what, self.store.address, NextCommand("run"))
+        vanished = any(history.name in self._reports for history in missing)
+        if quiet > (VANISHED_SECONDS if vanished else QUIET_SECONDS):
+            reason = "the run was interrupted or killed" if vanished else "no run has begun, or the last one has ended"
+            what = f"{reason}: nothing has worked on it for {quiet:.0f} s; {missing[0].name}: {missing[0].why}"
+            raise TryAgainError(what, self.store.address, NextCommand("run", tuple(self.targets)))
         return False
 
 

@@ -5,7 +5,7 @@
     output/                           stage: the artifact's payload               driver, at the commit
     resources.json                    driver: ranks and GPUs of the attempt       driver, at this and later commits
     stop                              driver: save at the next step, and stop     rank 0
-    failure.json                      driver: the error that ended the attempt    rlhf status
+    failure.json                      driver: the error that ended the attempt    rlhf/history
     upload/                           driver: links to the checkpoint that it uploads to a bucket
     result.json                       rank 0: the final metrics                   driver
     pulse-<rank>.json                 each rank, in liveness: step, process, log  driver: watchdog, causes
@@ -15,11 +15,11 @@
     log-<rank>.txt                    each rank: all that it prints               user; driver: causes, for a crash
     checkpoints/checkpoint-<step>/    all ranks; rank 0 completes it              ranks that resume; driver: uploads
     micro-batch.json                  rank 0: the size that it chose for a GPU    driver: causes, for a lack of memory
-    progress.json                     stage: message, steps done, when            driver, rlhf status
-    notes.jsonl                       stage: lines for the user                   driver
+    progress.json                     stage: message, steps done, when            driver, rlhf/history
+    notes.jsonl                       stage: lines for the user                   driver, rlhf/history
     origin.json                       stage: where external things came from      driver, at the commit
     quarantine-<kind>.jsonl           stage: malformed rows                       user
-    metrics.jsonl samples.jsonl       stage's rank 0: its journal                 user; journal of a later attempt
+    metrics.jsonl samples.jsonl       stage's rank 0: its journal                 rlhf/history; a later attempt
     verdicts.jsonl written.jsonl      stage's rank 0: answers that cost much      the same stage in a later attempt
     policy/ reward/                   stage: models in the form that is loaded    stage
     wandb/                            Weights & Biases                            user

@@ -20,7 +20,7 @@ def watch(request: Request) -> int | None:
     block = detail(store, lambda: request.out.width, here=False)
     try:
         with Display(request.out, list(request.planned(request.names)), detail=block) as display:
-            Follower(lambda: request.planned(request.names), store, display).follow()
+            Follower(request.names, lambda: request.planned(request.names), store, display).follow()
     except KeyboardInterrupt:
         return InterruptedRunError.exit_status
     return None
