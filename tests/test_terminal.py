@@ -212,6 +212,30 @@ def test_on_a_terminal_the_table_is_redrawn_in_colour_and_stays():
     assert "sft: [2] rows are over-long" in text
 
 
+def test_a_running_stage_has_its_detail_below_the_table_at_each_step():
+    """It goes when the stage ends; a pipe never asks for it."""
+    asked: list[int] = []
+
+    def detail(row: StageRow) -> str:
+        asked.append(row.done)
+        return f"detail of step {row.done}"
+
+    console, file = make_console(width=60, terminal=True)
+    clock = Clock()
+    run_a_stage(Display(console, ["data", "sft"], clock, detail), clock, steps=5, seconds_per_step=1)
+    assert asked == [1, 2, 3, 4, 5]
+    assert "detail of step" not in file.getvalue().split("stage  state")[-1]
+    console, file = make_console(width=60, terminal=True)
+    display = Display(console, ["sft"], clock, detail)
+    with display:
+        display.update("sft", state="running", key=KEY, why="x" * 60, message="step 2/9  loss 1", done=2, total=9)
+    picture = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", file.getvalue()).splitlines()
+    assert picture[-3:] == ["", "sft  step 2/9  loss 1", "detail of step 2"]
+    console, file = make_console()
+    run_a_stage(Display(console, ["data", "sft"], clock, detail), clock, steps=5, seconds_per_step=1)
+    assert len(asked) == 6
+
+
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch):
     """NO_COLOR takes the colours and leaves the live table."""
     monkeypatch.setenv("NO_COLOR", "1")
