@@ -119,6 +119,7 @@ class Scene:
 
         def sleep(seconds: float) -> None:
             self.clock.now += seconds
+            assert self.clock.now < 1000, "the watch does not end"
             next(events, None)
 
         console, file = make_console()
