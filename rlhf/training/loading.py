@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
@@ -12,7 +13,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError
-from rlhf.models import folders
+from rlhf.models import folders, safe_loading
 from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
 from rlhf.models.micro_batches import Budget
 from rlhf.models.text import check_same_tokens
@@ -20,6 +21,7 @@ from rlhf.pipeline import memory
 from rlhf.pipeline.fitting import architectures
 from rlhf.pipeline.memory import T
 from rlhf.rewards import Rewards
+from rlhf.rollout.decoding import has_graphs
 from rlhf.rollout.rollout import Generator
 from rlhf.rollout.vllm_sampling import Room, obstacle
 from rlhf.training import shared_base
@@ -32,6 +34,7 @@ from rlhf.zero.engine import DTYPES, STAGE_3
 def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
     """Load and shard the models of PPO; errors are those of :func:`load_value`. A collective."""
     if context.settings.share_base:
+        rollout_by_vllm(context, context.inputs["policy"])  # never; ``auto`` says why
         return shared_base.load_models(context, micro_batch_size(context.settings))
     policy = load_policy(context)
     settings = context.settings
@@ -105,18 +108,27 @@ def rollout_by_vllm(context: Context[PpoSettings], folder: Path) -> Room | None:
     automatic, why_not = settings.rollout.engine == "auto", settings.obstacle_to_vllm()
     if settings.rollout.engine == "native":
         return None
-    if automatic and group.device().type == "cpu":
-        why_not = why_not or "ranks have no GPU"
-    elif not why_not and (problem := obstacle(folder)):
+    if why_not is None and automatic:
+        why_not = _better_natively(folder)
+    if why_not is None and (problem := obstacle(folder)):
         if not automatic:
             raise PreflightError(problem[0], f"{context.stage}.rollout.engine", problem[1])
         why_not = problem[0]
     chosen = group.all_true(why_not is None)
     if automatic and group.is_main():
-        why = why_not or ("it is installed, knows the model, and ranks have GPUs" if chosen else "another rank cannot")
+        why = why_not or ("native has no CUDA graphs for this type of model" if chosen else "another rank cannot")
         context.note(f"rollout.engine auto samples by {'vLLM' if chosen else 'native'}: {why}")
     room = settings.max_prompt_length + settings.sampling.max_new_tokens
     return Room(math.ceil(settings.rollouts / group.world_size()), room) if chosen else None
+
+
+def _better_natively(folder: Path) -> str | None:
+    """Return why the native engine is at least as fast for a folder's model as vLLM; None where it is not."""
+    if group.device().type == "cpu":
+        return "ranks have no GPU"
+    if has_graphs(AutoConfig.from_pretrained(folder, **safe_loading.TOKENIZER)):
+        return "its steps are CUDA graphs for this type of model, and faster"
+    return None
 
 
 def load_value(context: Context[PpoSettings]) -> TrainedValue:
