@@ -15,7 +15,7 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError
 from rlhf.models import folders, safe_loading
 from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
-from rlhf.models.micro_batches import Budget
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.text import check_same_tokens
 from rlhf.pipeline import memory
 from rlhf.pipeline.fitting import architectures
@@ -35,10 +35,10 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     """Load and shard the models of PPO; errors are those of :func:`load_value`. A collective."""
     if context.settings.share_base:
         rollout_by_vllm(context, context.inputs["policy"])  # never; ``auto`` says why
-        return shared_base.load_models(context, micro_batch_size(context.settings))
+        return shared_base.load_models(context, MicroBatch.of(context.settings))
     policy = load_policy(context)
     settings = context.settings
-    rewards = load_rewards(context, micro_batch_size(settings), settings.zero, Budget.of(settings))
+    rewards = load_rewards(context, MicroBatch.of(settings), settings.zero)
     return policy, load_value(context), rewards
 
 
@@ -68,11 +68,6 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
     return replace(context, settings=settings)
 
 
-def micro_batch_size(settings: PpoSettings) -> int:
-    """Return the number of sequences that a rank computes at a time: at most its share of a minibatch."""
-    return min(settings.micro_batch, settings.rollouts // settings.minibatches // group.world_size())
-
-
 def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
     """Load and shard the trained policy, with its reference. A collective."""
     settings, folder = context.settings, _plain_policy(context)
@@ -80,7 +75,7 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
         folder,
         settings.precision,
         settings.sampling.temperature,
-        micro_batch_size(settings),
+        MicroBatch.of(settings),
         method=settings.tuning,
         source=context.inputs["policy"],
         seed=settings.seed,
@@ -91,7 +86,6 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
         average_decay=settings.average_decay,
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
-        budget=Budget.of(settings),
         vllm=rollout_by_vllm(context, folder),
     )
 
@@ -145,14 +139,13 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
     return TrainedValue.load_folder(
         folder,
         settings.precision,
-        micro_batch_size(settings),
+        MicroBatch.of(settings),
         method=settings.tuning,
         source=source,
         seed=settings.seed,
         optimiser=Optimiser("value model", settings.value_learning_rate, settings.max_grad_norm),
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
-        budget=Budget.of(settings),
     )
 
 
@@ -163,17 +156,18 @@ def _plain_policy(context: Context[PpoSettings]) -> Path:
 def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, Rewards]:
     """Load and shard the two policies to compare, and the rewards that score them. A collective."""
     settings = context.settings
+    micro_batch = MicroBatch(settings.micro_batch_size)
     before, after = (
         FrozenPolicy(
             context.inputs[role],
             settings.precision,
             settings.sampling.temperature,
-            settings.micro_batch_size,
+            micro_batch,
             fp32_head=settings.sampling.fp32_head,
         )
         for role in ("before", "after")
     )
-    return before, after, load_rewards(context, settings.micro_batch_size)
+    return before, after, load_rewards(context, micro_batch)
 
 
 def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Generator:
@@ -186,14 +180,13 @@ def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Ge
 
 def load_rewards(
     context: Context[PpoSettings] | Context[EvaluateSettings],
-    micro_batch_size: int,
+    micro_batch: MicroBatch,
     zero: ZeroSettings = STAGE_3,
-    budget: Budget | None = None,
 ) -> Rewards:
     """Load the rewards that score responses. A collective."""
     settings = context.settings
     models = {role: folder for role, folder in context.inputs.items() if role.startswith("reward")}
-    return Rewards(settings.rewards, models, settings.precision, micro_batch_size, zero, budget)
+    return Rewards(settings.rewards, models, settings.precision, micro_batch, zero)
 
 
 def plain_folder(folder: Path, target: Path, precision: Precision, *, scores: bool) -> Path:
