@@ -1,4 +1,4 @@
-"""PPO where the optimum is known: ``python -m benchmarks.closed_form [--folder FOLDER]``.
+"""PPO where the optimum is known: ``python -m benchmarks.closed_form [--folder FOLDER] [--engine vllm]``.
 
 A tiny GPT-2 with five tokens answers with one token (a bandit) or with three (a chain), so that all its responses can
 be listed, and with them the optimal policy (:mod:`benchmarks.exact`). For each case and β: the total variation distance
@@ -45,13 +45,13 @@ CASES = (
 )
 
 
-def save_reference(folder: Path) -> None:
+def save_reference(folder: Path, width: int = 32) -> None:
     """Write a model of a prompt and two arms that prefers some of its five tokens, depending on the tokens before."""
-    save_gpt2(f"{PROMPT}ab", folder, layers=1, width=32, heads=2, context=16, spread=0.3, seed=6)
+    save_gpt2(f"{PROMPT}ab", folder, layers=1, width=width, heads=2, context=16, spread=0.3, seed=6)
 
 
-def inputs(folder: Path) -> list[str]:
-    """Write the reference and the sources; return the overrides that name them."""
+def inputs(folder: Path, engine: str) -> list[str]:
+    """Write the reference and the sources; return the overrides that name them, and the engine of rollouts."""
     sources = {
         "prompts": {"prompt": PROMPT},
         # Required by the data stage; not read here.
@@ -59,8 +59,10 @@ def inputs(folder: Path) -> list[str]:
         "comparisons": {"prompt": PROMPT, "chosen": "a", "rejected": "b"},
     }
     files = {kind: write_rows(folder / f"{kind}.jsonl", [row]) for kind, row in sources.items()}
-    save_reference(folder / "reference")
-    return [*(f"data.{kind}={file}" for kind, file in files.items()), f"model.base={folder / 'reference'}"]
+    # On a CPU vLLM's attention has heads of 32 and more.
+    save_reference(folder / "reference", width=64 if engine == "vllm" else 32)
+    overrides = [f"model.base={folder / 'reference'}", f"ppo.rollout.engine={engine}"]
+    return [*(f"data.{kind}={file}" for kind, file in files.items()), *overrides]
 
 
 def distance(pipeline: Pipeline, case: Case, beta: float, sources: list[str]) -> float:
@@ -80,10 +82,11 @@ def main() -> int:
     """Run all cases and print the distances."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="where results are kept; nowhere if not given")
+    parser.add_argument("--engine", choices=("native", "vllm"), default="native", help="that samples responses")
     arguments = parser.parse_args()
     missed = 0
     with opened(Path(__file__).with_suffix(".yaml"), arguments.folder) as pipeline:
-        sources = inputs(pipeline.folder / "inputs")
+        sources = inputs(pipeline.folder / "inputs", arguments.engine)
         for case in CASES:
             for beta in BETAS:
                 start = time.monotonic()

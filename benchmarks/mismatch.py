@@ -31,6 +31,7 @@ from transformers import (
 from benchmarks.tiny_models import save_word_tokenizer
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rl.metrics import mismatch_metrics
 from rlhf.rollout.prompts import PromptBatch
@@ -82,9 +83,17 @@ def iterations(folder: Path, precision: Precision, form: str, fp32_head: bool) -
     method, rate = FORMS[form], 1e-5 if form == "full" else 1e-3
     optimiser = Optimiser("policy", rate, 1.0)
     policy = TrainedPolicy.load_folder(
-        folder, precision, 1.0, 16, method=method, source=folder, seed=0, optimiser=optimiser, fp32_head=fp32_head
+        folder,
+        precision,
+        1.0,
+        MicroBatch(16),
+        method=method,
+        source=folder,
+        seed=0,
+        optimiser=optimiser,
+        fp32_head=fp32_head,
     )
-    exact = FrozenPolicy(folder, "fp32", 1.0, 16)
+    exact = FrozenPolicy(folder, "fp32", 1.0, MicroBatch(16))
     rows = torch.randint(2, VOCABULARY, (RESPONSES, 32), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [row[: 4 + index % 28] for index, row in enumerate(rows)]
     for iteration in range(3):
@@ -108,7 +117,7 @@ def iterations(folder: Path, precision: Precision, form: str, fp32_head: bool) -
             returns=zeros,
         )
         before = time.perf_counter()
-        for minibatch in minibatches(experience, 1, 16, iteration):
+        for minibatch in minibatches(experience, 1, MicroBatch(16), iteration):
             policy.update(minibatch, LOSS, rate)
         yield figures | {"sample s": sampled - start, "update s": time.perf_counter() - before}
 

@@ -7,8 +7,9 @@ import json
 import os
 import socket
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from rlhf.config.tuning import LoraTuning
 from rlhf.models import tuning
 from rlhf.rl.masks import response_mask
 from rlhf.rollout.sampling import Responses
+from rlhf.rollout.vllm_sampling import VllmSampler
 from rlhf.training.limits import Ceilings
 
 NORMALISER = {"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512}
@@ -165,8 +167,31 @@ def with_lengths(noise: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def force_lengths(sampler: Any, lengths: Sequence[int]) -> None:
-    """Have an object's ``sample(prompts, noise)`` answer in these lengths; see :func:`with_lengths`."""
+    """Have an object's ``sample(prompts, noise)`` answer in these lengths; see :func:`with_lengths`.
+
+    vLLM draws by numbers of its own: its requests are told to go on to their lengths, and their last tokens become EOS.
+    """
     sample, eos = sampler.sample, sampler.tokenizer.eos_token_id
+
+    if isinstance(by := vars(sampler).get("_generator", sampler), VllmSampler):
+        take_weights = by.take_weights
+
+        def with_requests() -> None:
+            take_weights()
+            engine: Any = vars(by)["_engine"]
+            if "add_request" not in vars(engine):
+                engine.add_request = partial(_of_length, engine.add_request, lengths)
+
+        def of_lengths(prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+            responses = sample(prompts, noise)
+            for row, length in enumerate(lengths):
+                responses.ids[row, :length][responses.ids[row, :length] == eos] = eos + 1
+                responses.ids[row, length - 1] = eos
+            return responses
+
+        vars(by)["take_weights"] = with_requests
+        vars(sampler)["sample"] = of_lengths
+        return
 
     def forced(prompts: Sequence[list[int]], noise: Tensor) -> Responses:
         responses = sample(prompts, with_lengths(noise, lengths))
@@ -175,6 +200,12 @@ def force_lengths(sampler: Any, lengths: Sequence[int]) -> None:
         return responses
 
     vars(sampler)["sample"] = forced
+
+
+def _of_length(add: Callable[..., None], lengths: Sequence[int], row: str, prompt: Any, asked: Any) -> None:
+    """Add a request for as many tokens as its row's length to vLLM's engine."""
+    asked.max_tokens, asked.stop_token_ids = lengths[int(row)], []
+    add(row, prompt, asked)
 
 
 def parser(description: str | None, **defaults: int | None) -> argparse.ArgumentParser:
@@ -187,6 +218,12 @@ def parser(description: str | None, **defaults: int | None) -> argparse.Argument
     made.add_argument("--scratch", help="folder for models of random weights; a temporary one otherwise")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return made
+
+
+def add_engine(made: argparse.ArgumentParser) -> None:
+    """Let a command line say how responses are sampled."""
+    made.add_argument("--engine", choices=("native", "vllm"), default="native", help="that samples responses")
+    made.add_argument("--bf16-head", action="store_true", help="leave the logits in bf16, as vLLM before 0.30 must")
 
 
 def fill_in(given: argparse.Namespace, **of_tiny: int) -> None:

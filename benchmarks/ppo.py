@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.limits import SHAPES, row_of, rows_of, table
 from benchmarks.one_rank import (
     NORMALISER,
+    add_engine,
     alone,
     announced,
     context_of,
@@ -86,7 +87,8 @@ def settings_of(given: argparse.Namespace, response: int) -> PpoSettings:
             "rollouts": given.rollouts,
             "epochs": given.epochs,
             "minibatches": given.minibatches,
-            "sampling": {"max_new_tokens": response},
+            "sampling": {"max_new_tokens": response, "fp32_head": not given.bf16_head},
+            "rollout": {"engine": given.engine},
             "max_prompt_length": given.prompt,
             "activation_checkpointing": given.activation_checkpointing,
             # Small, so that the weights stay as good as random.
@@ -134,6 +136,7 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     sizes = {"rollouts": None, "prompt": None, "response": None, "epochs": 1, "minibatches": 1, "iterations": 4}
     made = parser(__doc__, **sizes, micro_batch=None, micro_batch_tokens=None)
+    add_engine(made)
     made.add_argument("--lengths", choices=("uniform", "spread"), default="uniform", help="of responses")
     made.add_argument("--method", choices=("full", "lora"), help="8b: lora, and nothing else; otherwise full")
     made.add_argument("--activation-checkpointing", action="store_true")
@@ -171,7 +174,7 @@ def main() -> None:
     lines = [
         f"{sizes(given, context.settings.precision, lengths)}, {given.method}, {given.epochs} x {given.minibatches} "
         f"updates, micro_batch_size {context.settings.micro_batch}, "
-        f"{'packed' if context.settings.packing else 'padded'}; {len(rows)} iterations",
+        f"{'packed' if context.settings.packing else 'padded'}, sampled by {given.engine}; {len(rows)} iterations",
         table(times),
         f"response tokens/s: {rates['all']:.4g} over the iteration, {rates['rollout']:.4g} over the rollout"
         + in_words(memory),

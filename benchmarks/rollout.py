@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.limits import SHAPES, row_of, rows_of, table
 from benchmarks.one_rank import (
+    add_engine,
     alone,
     announced,
     context_of,
@@ -32,19 +33,29 @@ from benchmarks.one_rank import (
 )
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import Precision
+from rlhf.models import folders
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import Generator
 from rlhf.rollout.sampling import uniforms
+from rlhf.rollout.vllm_sampling import Room, VllmSampler
 from rlhf.training.limits import Ceilings, Part, ceilings, decode, prefill, synchronise
 from rlhf.training.loop import gpu_memory
 from rlhf.zero import group
+from rlhf.zero.engine import DTYPES
 
 
 def measured_rounds(
     given: argparse.Namespace, precision: Precision, folder: Path, lengths: Sequence[int]
 ) -> list[dict[str, float]]:
     """Sample ``given.rounds`` times; return seconds and memory of all but the first."""
-    generator = Generator(folder / "base", precision, 1.0, given.at_once or given.rollouts)
+    fp32_head = not given.bf16_head
+    if given.engine == "vllm":
+        policy = folders.load_policy(folder / "base", DTYPES[precision], fp32_head=fp32_head).to(group.device()).eval()
+        room = Room(given.rollouts, given.prompt + longest(given.lengths, given.response))
+        generator = VllmSampler(folder / "base", precision, 1.0, room, fp32_head=fp32_head, source=policy)
+    else:
+        at_once = given.at_once or given.rollouts
+        generator = Generator(folder / "base", precision, 1.0, at_once, fp32_head=fp32_head)
     force_lengths(generator, lengths)
     prompts = PromptStream(folder / "prompts" / "train.jsonl", generator.tokenizer, given.prompt)
     rounds: list[dict[str, float]] = []
@@ -73,7 +84,7 @@ def measure(
     ]
     row = row_of("rollout", [one["s"] for one in rounds], parts, measured)
     limit, rate, memory = rows_of(parts, measured), sum(lengths) / row["s"], largest(rounds)
-    words = f"{sizes(given, precision, lengths)}; {len(rounds)} rounds"
+    words = f"{sizes(given, precision, lengths)}, sampled by {given.engine}; {len(rounds)} rounds"
     text = f"{words}\n\n{table([row])}\n\n{table(limit)}\n\nresponse tokens/s: {rate:.4g}{in_words(memory)}"
     figures = {"rollout": row, "limit": limit, "tokens_per_s": rate, "limit_per_s": sum(lengths) / row["limit, s"]}
     return text, figures | {"memory": memory, "lengths": lengths, "rounds": rounds}
@@ -82,6 +93,7 @@ def measure(
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     made = parser(__doc__, rollouts=None, prompt=None, response=None, rounds=4, at_once=None)
+    add_engine(made)
     made.add_argument("--lengths", choices=("uniform", "spread", "both"), default="both", help="of responses")
     given = made.parse_args()
     if given.rounds < 2:

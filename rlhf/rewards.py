@@ -25,7 +25,7 @@ from rlhf.config.rewards import EndpointSettings, RewardSettings, ServiceSetting
 from rlhf.config.stages import Precision
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError, RewardError, TryAgainError, shortened
-from rlhf.models.micro_batches import Budget
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 from rlhf.models.text import Prompt
 from rlhf.rl.metrics import out_of_range
@@ -312,9 +312,8 @@ class Rewards:
         settings: Sequence[RewardSettings],
         models: Mapping[str, Path | FrozenReward],
         precision: Precision,
-        micro_batch_size: int,
+        micro_batch: MicroBatch,
         zero: ZeroSettings = STAGE_3,
-        budget: Budget | None = None,
     ) -> None:
         self._settings = settings
         self._parts: list[FrozenReward | MainOnly] = []
@@ -327,7 +326,7 @@ class Rewards:
             else:
                 model = models[role_of_model(number)]
                 if isinstance(model, Path):
-                    model = FrozenReward(model, precision, micro_batch_size, zero, budget=budget)
+                    model = FrozenReward(model, precision, micro_batch, zero)
                 self._parts.append(model)
                 number += 1
 

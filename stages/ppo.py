@@ -151,7 +151,7 @@ def update(
         value_sums.append(value.update(minibatch, value_loss, settings.value_learning_rate * rate(done)))
         if iteration < settings.value_warmup:
             continue
-        examples = demonstrations.minibatch(done, settings.micro_batch) if demonstrations else None
+        examples = demonstrations.minibatch(done) if demonstrations else None
         sums = policy.update(minibatch, policy_loss, settings.policy_learning_rate * rate(done), examples)
         policy_sums.append(sums)
         if settings.early_stop_kl and sums.approximate_kl > settings.early_stop_kl:

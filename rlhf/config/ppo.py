@@ -76,8 +76,8 @@ class RolloutSettings(Settings):
 
     engine: Literal["native", "vllm", "auto"] = semantic("native")
     """``native`` samples by transformers' models, ``vllm`` by vLLM in each rank's process (the extra ``vllm``; not with
-    adapters). They draw other tokens from the same distribution. ``auto`` takes vllm on GPUs where it is installed and
-    knows the model, otherwise native, and says which."""
+    adapters). They draw other tokens from the same distribution. ``auto`` takes vllm on GPUs where native
+    has no CUDA graphs for the type of model, and vllm is installed and knows it; otherwise native. It says which."""
 
 
 class PpoSettings(TrainingSettings):

@@ -16,41 +16,47 @@ from rlhf.zero import group
 
 
 @dataclass(frozen=True)
-class Budget:
-    """The most that a rank computes at a time, in tokens rather than samples."""
+class MicroBatch:
+    """The most that a rank computes at a time: samples, or tokens where these are counted."""
 
-    tokens: int
-    packed: bool
+    samples: int
+    tokens: int | None = None
+    """In place of ``samples``."""
+    packed: bool = False
     """Whether samples lie end to end, so that there is no padding to count."""
 
     @classmethod
-    def of(cls, settings: PpoSettings) -> "Budget | None":
-        """Return what the settings say; None where micro batches are a number of padded samples."""
-        packed = bool(settings.packing)
-        if settings.micro_batch_tokens is not None:
-            return cls(settings.micro_batch_tokens, packed)
-        share = max(1, settings.rollouts // settings.minibatches // settings.workers.count)
-        return cls(min(settings.micro_batch, share) * settings.longest, packed) if packed else None
+    def of(cls, settings: PpoSettings) -> Self:
+        """Return what the settings say: at most a rank's share of a minibatch, in tokens where samples are packed."""
+        samples = min(settings.micro_batch, max(1, settings.rollouts // settings.minibatches // settings.workers.count))
+        tokens, packed = settings.micro_batch_tokens, bool(settings.packing)
+        return cls(samples, samples * settings.longest if packed and tokens is None else tokens, packed)
 
-    def times(self, factor: int) -> "Budget":
-        """Return a budget of several micro batches."""
-        return replace(self, tokens=factor * self.tokens)
+    def times(self, factor: int) -> Self:
+        """Return several micro batches in one."""
+        tokens = None if self.tokens is None else factor * self.tokens
+        return replace(self, samples=factor * self.samples, tokens=tokens)
+
+    def cut(self, order: Tensor, lengths: Tensor) -> list[Tensor]:
+        """Cut samples into turns of at most this size on each rank, or of one sample.
+
+        order    the samples by falling length; the last is repeated where there is no multiple of the ranks
+        lengths  of each sample's prompt and response, which are padded by themselves, ``[sample, 2]``
+        """
+        table = dealt(order)
+        if self.tokens is None:
+            return list(table.split(self.samples))
+        if self.packed:
+            # Ranks of a turn have about equally many tokens: neighbours by length.
+            return [table[rows] for rows in bins(lengths[table].sum(-1).amax(1).tolist(), self.tokens)]
+        return _cut_padded(table, lengths, self.tokens)
 
 
-def turns(order: Tensor, lengths: Tensor, budget: Budget) -> list[Tensor]:
-    """Cut samples into turns of at most the budget on each rank, or of one sample.
-
-    order    the samples by falling length; the last is repeated where there is no multiple of the ranks
-    lengths  of each sample's prompt and response, which are padded by themselves, ``[sample, 2]``
-    """
-    table = dealt(order)
-    if budget.packed:
-        # Ranks of a turn have about equally many tokens: neighbours by length.
-        return [table[rows] for rows in bins(lengths[table].sum(-1).amax(1).tolist(), budget.tokens)]
+def _cut_padded(table: Tensor, lengths: Tensor, tokens: int) -> list[Tensor]:
     sizes, widest = [0], torch.zeros(2, dtype=torch.long)
     for longest in lengths[table].amax(1):
         wider = torch.maximum(widest, longest)
-        if sizes[-1] and (sizes[-1] + 1) * int(wider.sum()) > budget.tokens:
+        if sizes[-1] and (sizes[-1] + 1) * int(wider.sum()) > tokens:
             sizes.append(0)
             wider = longest
         sizes[-1] += 1

@@ -27,7 +27,7 @@ from rlhf.models.layout import (
     update_json,
     virtual_tokens_in,
 )
-from rlhf.models.micro_batches import Budget, dealt, in_order, turns
+from rlhf.models.micro_batches import MicroBatch, in_order
 from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
@@ -40,20 +40,19 @@ def raw_scores(
     model: Callable[..., Tensor],
     tokenizer: Tokenizer,
     texts: Sequence[list[int]],
-    micro_batch_size: int,
+    at_once: MicroBatch,
     types: Sequence[list[int]] | None = None,
-    budget: Budget | None = None,
 ) -> Tensor:
     """Return the raw scores ``[text]`` of rows of token ids. A collective.
 
-    model   a sharded :class:`SequenceScores`, or an :class:`OwnScores` where there are ``types``
-    types   each token's type, in rows as long as those of ``texts``
-    budget  of padded texts at a time, in place of ``micro_batch_size`` texts
+    model    a sharded :class:`SequenceScores`, or an :class:`OwnScores` where there are ``types``
+    at_once  the most texts or tokens, which are padded in any case
+    types    each token's type, in rows as long as those of ``texts``
     """
     lengths = torch.tensor([[0, len(ids)] for ids in texts])
     # Longest first, so that little is padding and a lack of memory appears at once.
     order = lengths[:, 1].argsort(descending=True, stable=True)
-    cut = turns(order, lengths, replace(budget, packed=False)) if budget else dealt(order).split(micro_batch_size)
+    cut = replace(at_once, packed=False).cut(order, lengths)
     parts: list[Tensor] = []
     for turn in cut:
         indices: list[int] = turn[:, group.rank()].tolist()
@@ -73,7 +72,6 @@ class FrozenReward:
             ``sees``, and may have ``score_low`` and ``score_high``: the range of the normalised scores that the model
             gave people's responses
     engine  a :class:`SequenceScores` of the folder's model, where it is loaded already
-    budget  of a micro batch, in place of ``micro_batch_size`` texts
 
     Raises:
         PreflightError: ``score_max_length`` is beyond the model's context, or its tokenizer lacks what it needs.
@@ -83,10 +81,9 @@ class FrozenReward:
         self,
         folder: Path,
         precision: Precision,
-        micro_batch_size: int,
+        micro_batch: MicroBatch,
         zero: ZeroSettings = STAGE_3,
         engine: Callable[..., Tensor] | None = None,
-        budget: Budget | None = None,
     ) -> None:
         config = config_of(folder)
         self._mean, self._deviation = float(config["score_mean"]), float(config["score_std"])
@@ -106,7 +103,7 @@ class FrozenReward:
             engine = Engine(scores, precision, zero=zero)
         self._engine = engine
         self.tokenizer = (text.load_tokenizer if self._is_decoder else text.load_encoder_tokenizer)(folder)
-        self._at_once, self._budget = AT_ONCE * micro_batch_size, budget and budget.times(AT_ONCE)
+        self._at_once = micro_batch.times(AT_ONCE)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
         """Return scores ``[sample]``: 0 is the demonstrations' mean, 1 their deviation above it. A collective."""
@@ -120,7 +117,7 @@ class FrozenReward:
         else:
             pairs = [text.encoded(self.tokenizer, *row, self._max_length) for row in rows]
             texts, types = [ids for ids, _ in pairs], [types for _, types in pairs]
-        raw = raw_scores(self._engine, self.tokenizer, texts, self._at_once, types, self._budget)
+        raw = raw_scores(self._engine, self.tokenizer, texts, self._at_once, types)
         return (raw - self._mean) / self._deviation
 
 

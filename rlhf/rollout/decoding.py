@@ -42,13 +42,29 @@ SHARE = 0.7
 def decodes_in_slots(model: Any) -> bool:
     """Return whether a causal language model, PEFT's wrapper included, gives the same tokens in slots as alone."""
     plain = unwrapped(model)
-    config = plain.config
     return (
-        (keeps_texts_apart(config) or config.model_type in UNPACKED)
-        and config._attn_implementation in ("sdpa", "eager", varlen.NAME)
+        _suits_slots(plain.config)
+        and plain.config._attn_implementation in ("sdpa", "eager", varlen.NAME)
         and not has_virtual_tokens(body_of(plain)[1])
-        and _rope_types(config) <= FIXED_ROPE
     )
+
+
+def has_graphs(config: Any) -> bool:
+    """Return whether on CUDA the steps of a model with this configuration of transformers' are graphs.
+
+    A step without one takes six times as long, since the GPU waits for the host.
+    """
+    return (
+        _suits_slots(config)
+        and config.model_type not in UNCAPTURED
+        and not any(getattr(config, name, None) for name in EXPERTS)
+        and getattr(config, "quantization_config", None) is None
+    )
+
+
+def _suits_slots(config: Any) -> bool:
+    known = keeps_texts_apart(config) or config.model_type in UNPACKED
+    return known and _rope_types(config) <= FIXED_ROPE
 
 
 def _rope_types(config: Any) -> set[str]:
@@ -114,13 +130,7 @@ class Decoder:
         on_gpu = self._device.type == "cuda"
         self._pace = pace or (ON_GPU if on_gpu else ON_CPU)
         self._most_rows = most_rows or (capacity.ROWS_ON_GPU if on_gpu else capacity.ROWS_ON_CPU)
-        config = self._model.config
-        self._captures = (
-            on_gpu
-            and config.model_type not in UNCAPTURED
-            and not any(getattr(config, name, None) for name in EXPERTS)
-            and getattr(config, "quantization_config", None) is None
-        )
+        self._captures = on_gpu and has_graphs(self._model.config)
         self._space: Space | None = None
         self._key: tuple[Any, ...] = ()
         self._probe()

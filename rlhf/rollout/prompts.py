@@ -13,7 +13,7 @@ from rlhf.data.mixture import Mixture
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
 from rlhf.models import text
-from rlhf.models.micro_batches import Budget
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.packing import tokenised
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
@@ -106,7 +106,7 @@ class DemonstrationStream:
     """Demonstrations in shuffled passes over a JSONL file."""
 
     def __init__(
-        self, file: Path, tokenizer: Tokenizer, settings: PtxSettings, seed: int, budget: Budget | None = None
+        self, file: Path, tokenizer: Tokenizer, settings: PtxSettings, seed: int, micro_batch: MicroBatch
     ) -> None:
         rows = tokenised(file, tokenizer)
         # Cut at the end, prompts included: a prompt of the full length leaves nothing to learn.
@@ -123,7 +123,7 @@ class DemonstrationStream:
             )
         prompts, completions = zip(*kept, strict=True)
         self._sequences: Sequences = lay_out(prompts, completions, tokenizer.pad_token_id)
-        self._settings, self._seed, self._budget = settings, seed, budget
+        self._settings, self._seed, self._micro_batch = settings, seed, micro_batch
 
     @classmethod
     def of(cls, context: Context[PpoSettings], tokenizer: Tokenizer) -> "DemonstrationStream | None":
@@ -132,11 +132,11 @@ class DemonstrationStream:
         if not settings.ptx.coef:
             return None
         file = context.inputs["demonstrations"] / "train.jsonl"
-        return cls(file, tokenizer, settings.ptx, settings.seed, Budget.of(settings))
+        return cls(file, tokenizer, settings.ptx, settings.seed, MicroBatch.of(settings))
 
-    def minibatch(self, update: int, micro_batch_size: int) -> Minibatch[Sequences]:
+    def minibatch(self, update: int) -> Minibatch[Sequences]:
         """Return the demonstrations of an update, counted from 0."""
         size = self._settings.batch_size
         places = range(update * size, (update + 1) * size)
         rows = _rows_of_passes("demonstrations in PPO", self._seed, self._mixture, places)
-        return minibatch_of(self._sequences, rows, micro_batch_size, self._budget)
+        return minibatch_of(self._sequences, rows, self._micro_batch)

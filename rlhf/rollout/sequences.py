@@ -18,7 +18,7 @@ from rlhf.attempt import liveness
 from rlhf.config.ppo import PpoSettings
 from rlhf.models import text
 from rlhf.models.capacity import AT_ONCE
-from rlhf.models.micro_batches import Budget, PackedSamples, dealt, in_order, turns
+from rlhf.models.micro_batches import MicroBatch, PackedSamples, in_order
 from rlhf.randomness import stream
 from rlhf.zero import group
 
@@ -89,16 +89,17 @@ class Sequences:
         samples = PackedSamples.of(rows.ids, rows.attention_mask, rows.time, count) if packed else None
         return replace(rows, count=count, packed=samples)
 
-    def scored(self, micro_batch_size: int, compute: Callable[[Self], Tensor], budget: Budget | None = None) -> Tensor:
+    def scored(self, micro_batch: MicroBatch, compute: Callable[[Self], Tensor]) -> Tensor:
         """Compute a result of each sample without gradients, each rank its share; return all, on the CPU. A collective.
 
-        compute  returns the results of a micro batch, ``[sample, …, its time]``; 0 is added beyond its longest response
-        budget   of a micro batch, in place of ``micro_batch_size`` samples
+        micro_batch  without gradients several fit at a time, and shorter samples more of them
+        compute      returns the results of a part, ``[sample, …, its time]``; 0 is added beyond its longest response
         """
-        budget = (budget or Budget(micro_batch_size * self.ids.shape[1], packed=False)).times(AT_ONCE)
-        cut = turns(self.by_length(torch.arange(len(self.ids))), self.lengths(), budget)
+        tokens = micro_batch.tokens or micro_batch.samples * self.ids.shape[1]
+        at_once = replace(micro_batch, tokens=tokens).times(AT_ONCE)
+        cut = at_once.cut(self.by_length(torch.arange(len(self.ids))), self.lengths())
         results: list[Tensor] = []
-        for part in self.micro_batches(cut, packed=budget.packed):
+        for part in self.micro_batches(cut, packed=at_once.packed):
             result = compute(part)
             results.append(torch.nn.functional.pad(result, (0, self.time - result.shape[-1])))
             liveness.beat()
@@ -154,34 +155,28 @@ class Minibatch(Generic[S_co]):
 
 def shuffled(experience: S, settings: PpoSettings, iteration: int) -> Iterator[tuple[int, Minibatch[S]]]:
     """Yield the minibatches of an iteration's epochs, numbered; a new order each epoch."""
-    budget = Budget.of(settings)
+    micro_batch = MicroBatch.of(settings)
     for epoch in range(settings.epochs):
         order = (settings.seed, iteration, epoch)
-        parts = minibatches(experience, settings.minibatches, settings.micro_batch, *order, budget=budget)
+        parts = minibatches(experience, settings.minibatches, micro_batch, *order)
         yield from enumerate(parts, start=epoch * settings.minibatches)
 
 
-def minibatches(
-    experience: S, count: int, micro_batch_size: int, *seed: int, budget: Budget | None = None
-) -> Iterator[Minibatch[S]]:
+def minibatches(experience: S, count: int, micro_batch: MicroBatch, *seed: int) -> Iterator[Minibatch[S]]:
     """Split the samples, shuffled by ``seed`` alone, into ``count`` minibatches; each rank gets its share of each."""
     order = stream("minibatches", *seed).permutation(len(experience.ids))
     for indices in np.split(order, count):
-        yield minibatch_of(experience, indices.tolist(), micro_batch_size, budget)
+        yield minibatch_of(experience, indices.tolist(), micro_batch)
 
 
-def minibatch_of(
-    sequences: S, indices: Sequence[int], micro_batch_size: int, budget: Budget | None = None
-) -> Minibatch[S]:
+def minibatch_of(sequences: S, indices: Sequence[int], micro_batch: MicroBatch) -> Minibatch[S]:
     """Return the samples at ``indices`` as a minibatch: this rank's share in micro batches of similar lengths.
 
     Their number must be a multiple of the world size: all ranks then have equally many micro batches, which the
     collectives inside each need.
-
-    budget  of a micro batch, in place of ``micro_batch_size`` samples
     """
     assert not len(indices) % group.world_size()
     order = sequences.by_length(torch.tensor(indices))
-    cut = turns(order, sequences.lengths(), budget) if budget else dealt(order).split(micro_batch_size)
-    parts = sequences.micro_batches(cut, packed=budget is not None and budget.packed)
+    cut = micro_batch.cut(order, sequences.lengths())
+    parts = sequences.micro_batches(cut, packed=micro_batch.packed)
     return Minibatch(parts, num_tokens=int(sequences.mask[order].sum()))

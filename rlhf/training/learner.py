@@ -16,7 +16,7 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, kernels, tuning
 from rlhf.models.architectures import classifier_of
 from rlhf.models.heads import TokenValues, initialise_head, unwrapped
-from rlhf.models.micro_batches import Budget
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
@@ -153,19 +153,18 @@ class TrainedValue(Learner):
     """A value for every response token: another model's weights with a fresh head (Stiennon et al. 2020).
 
     engine  of a :class:`rlhf.models.heads.TokenValues`
-    budget  of a micro batch, in place of ``micro_batch_size`` samples
     """
 
-    def __init__(self, engine: Trains, micro_batch_size: int, budget: Budget | None = None) -> None:
+    def __init__(self, engine: Trains, micro_batch: MicroBatch) -> None:
         super().__init__(engine, "value")
-        self._micro_batch_size, self._budget = micro_batch_size, budget
+        self._micro_batch = micro_batch
 
     @classmethod
     def load_folder(
         cls,
         folder: Path,
         precision: Precision,
-        micro_batch_size: int,
+        micro_batch: MicroBatch,
         *,
         method: Tuning,
         source: Path,
@@ -173,7 +172,6 @@ class TrainedValue(Learner):
         optimiser: Optimiser,
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
-        budget: Budget | None = None,
     ) -> Self:
         """Load and shard a model. A collective.
 
@@ -199,7 +197,7 @@ class TrainedValue(Learner):
             zero=zero,
             activation_checkpointing=activation_checkpointing,
         )
-        return cls(engine, micro_batch_size, budget)
+        return cls(engine, micro_batch)
 
     def _forward(self, part: Sequences) -> Tensor:
         return self.engine(part.ids, part.attention_mask, part.time, part.packed)
@@ -207,7 +205,7 @@ class TrainedValue(Learner):
     @torch.no_grad()
     def values(self, sequences: Sequences) -> Tensor:
         """Return the value before each response token, ``[sample, time]``. A collective."""
-        return sequences.scored(self._micro_batch_size, self._forward, self._budget)
+        return sequences.scored(self._micro_batch, self._forward)
 
     def update(self, minibatch: Minibatch[Experience], loss: ValueLoss, learning_rate: float) -> ValueSums:
         """Take one optimiser step on a minibatch; return the sums over it. A collective.

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
@@ -12,14 +13,15 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError
-from rlhf.models import folders
+from rlhf.models import folders, safe_loading
 from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
-from rlhf.models.micro_batches import Budget
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.text import check_same_tokens
 from rlhf.pipeline import memory
 from rlhf.pipeline.fitting import architectures
 from rlhf.pipeline.memory import T
 from rlhf.rewards import Rewards
+from rlhf.rollout.decoding import has_graphs
 from rlhf.rollout.rollout import Generator
 from rlhf.rollout.vllm_sampling import Room, obstacle
 from rlhf.training import shared_base
@@ -32,10 +34,11 @@ from rlhf.zero.engine import DTYPES, STAGE_3
 def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
     """Load and shard the models of PPO; errors are those of :func:`load_value`. A collective."""
     if context.settings.share_base:
-        return shared_base.load_models(context, micro_batch_size(context.settings))
+        rollout_by_vllm(context, context.inputs["policy"])  # never; ``auto`` says why
+        return shared_base.load_models(context, MicroBatch.of(context.settings))
     policy = load_policy(context)
     settings = context.settings
-    rewards = load_rewards(context, micro_batch_size(settings), settings.zero, Budget.of(settings))
+    rewards = load_rewards(context, MicroBatch.of(settings), settings.zero)
     return policy, load_value(context), rewards
 
 
@@ -65,11 +68,6 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
     return replace(context, settings=settings)
 
 
-def micro_batch_size(settings: PpoSettings) -> int:
-    """Return the number of sequences that a rank computes at a time: at most its share of a minibatch."""
-    return min(settings.micro_batch, settings.rollouts // settings.minibatches // group.world_size())
-
-
 def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
     """Load and shard the trained policy, with its reference. A collective."""
     settings, folder = context.settings, _plain_policy(context)
@@ -77,7 +75,7 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
         folder,
         settings.precision,
         settings.sampling.temperature,
-        micro_batch_size(settings),
+        MicroBatch.of(settings),
         method=settings.tuning,
         source=context.inputs["policy"],
         seed=settings.seed,
@@ -88,7 +86,6 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
         average_decay=settings.average_decay,
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
-        budget=Budget.of(settings),
         vllm=rollout_by_vllm(context, folder),
     )
 
@@ -105,18 +102,27 @@ def rollout_by_vllm(context: Context[PpoSettings], folder: Path) -> Room | None:
     automatic, why_not = settings.rollout.engine == "auto", settings.obstacle_to_vllm()
     if settings.rollout.engine == "native":
         return None
-    if automatic and group.device().type == "cpu":
-        why_not = why_not or "ranks have no GPU"
-    elif not why_not and (problem := obstacle(folder)):
+    if why_not is None and automatic:
+        why_not = _better_natively(folder)
+    if why_not is None and (problem := obstacle(folder)):
         if not automatic:
             raise PreflightError(problem[0], f"{context.stage}.rollout.engine", problem[1])
         why_not = problem[0]
     chosen = group.all_true(why_not is None)
     if automatic and group.is_main():
-        why = why_not or ("it is installed, knows the model, and ranks have GPUs" if chosen else "another rank cannot")
+        why = why_not or ("native has no CUDA graphs for this type of model" if chosen else "another rank cannot")
         context.note(f"rollout.engine auto samples by {'vLLM' if chosen else 'native'}: {why}")
     room = settings.max_prompt_length + settings.sampling.max_new_tokens
     return Room(math.ceil(settings.rollouts / group.world_size()), room) if chosen else None
+
+
+def _better_natively(folder: Path) -> str | None:
+    """Return why the native engine is at least as fast for a folder's model as vLLM; None where it is not."""
+    if group.device().type == "cpu":
+        return "ranks have no GPU"
+    if has_graphs(AutoConfig.from_pretrained(folder, **safe_loading.TOKENIZER)):
+        return "its steps are CUDA graphs for this type of model, and faster"
+    return None
 
 
 def load_value(context: Context[PpoSettings]) -> TrainedValue:
@@ -133,14 +139,13 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
     return TrainedValue.load_folder(
         folder,
         settings.precision,
-        micro_batch_size(settings),
+        MicroBatch.of(settings),
         method=settings.tuning,
         source=source,
         seed=settings.seed,
         optimiser=Optimiser("value model", settings.value_learning_rate, settings.max_grad_norm),
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
-        budget=Budget.of(settings),
     )
 
 
@@ -151,17 +156,18 @@ def _plain_policy(context: Context[PpoSettings]) -> Path:
 def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, Rewards]:
     """Load and shard the two policies to compare, and the rewards that score them. A collective."""
     settings = context.settings
+    micro_batch = MicroBatch(settings.micro_batch_size)
     before, after = (
         FrozenPolicy(
             context.inputs[role],
             settings.precision,
             settings.sampling.temperature,
-            settings.micro_batch_size,
+            micro_batch,
             fp32_head=settings.sampling.fp32_head,
         )
         for role in ("before", "after")
     )
-    return before, after, load_rewards(context, settings.micro_batch_size)
+    return before, after, load_rewards(context, micro_batch)
 
 
 def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Generator:
@@ -174,14 +180,13 @@ def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Ge
 
 def load_rewards(
     context: Context[PpoSettings] | Context[EvaluateSettings],
-    micro_batch_size: int,
+    micro_batch: MicroBatch,
     zero: ZeroSettings = STAGE_3,
-    budget: Budget | None = None,
 ) -> Rewards:
     """Load the rewards that score responses. A collective."""
     settings = context.settings
     models = {role: folder for role, folder in context.inputs.items() if role.startswith("reward")}
-    return Rewards(settings.rewards, models, settings.precision, micro_batch_size, zero, budget)
+    return Rewards(settings.rewards, models, settings.precision, micro_batch, zero)
 
 
 def plain_folder(folder: Path, target: Path, precision: Precision, *, scores: bool) -> Path:

@@ -17,7 +17,7 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, tuning
 from rlhf.models.capacity import AT_ONCE
 from rlhf.models.heads import TokenLogprobs, unwrapped
-from rlhf.models.micro_batches import Budget
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.rl.kl import adapted_coefficient
 from rlhf.rl.losses import PolicySums, demonstration_loss
@@ -74,7 +74,6 @@ class Policy:
 
     engine     of a :class:`rlhf.models.heads.TokenLogprobs`
     generator  samples from the same weights
-    budget     of a micro batch, in place of ``micro_batch_size`` samples
     """
 
     def __init__(
@@ -82,12 +81,11 @@ class Policy:
         engine: Callable[..., Any],
         generator: Sampler,
         temperature: float,
-        micro_batch_size: int,
-        budget: Budget | None = None,
+        micro_batch: MicroBatch,
     ) -> None:
         self.engine, self._generator = engine, generator
         self.tokenizer = generator.tokenizer
-        self._temperature, self._micro_batch_size, self._budget = temperature, micro_batch_size, budget
+        self._temperature, self._micro_batch = temperature, micro_batch
 
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
         """Sample a response to each prompt, as :meth:`Sampler.sample`. A collective."""
@@ -107,7 +105,7 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, sequences: Sequences) -> Tensor:
         """Return the log-probabilities of the responses' tokens, ``[sample, time]``, nats. A collective."""
-        return sequences.scored(self._micro_batch_size, lambda part: self.forward(part)[0], self._budget)
+        return sequences.scored(self._micro_batch, lambda part: self.forward(part)[0])
 
     @torch.no_grad()
     def logprobs_and_entropies(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -116,7 +114,7 @@ class Policy:
         def compute(part: Sequences) -> Tensor:
             return torch.stack(self.forward(part, entropies=True), dim=1)
 
-        both = sequences.scored(self._micro_batch_size, compute, self._budget)
+        both = sequences.scored(self._micro_batch, compute)
         return both[:, 0], both[:, 1]
 
 
@@ -131,21 +129,20 @@ class FrozenPolicy(Policy):
         folder: Path,
         precision: Precision,
         temperature: float,
-        micro_batch_size: int,
+        micro_batch: MicroBatch,
         *,
         fp32_head: bool = True,
         zero: ZeroSettings = STAGE_3,
-        budget: Budget | None = None,
     ) -> None:
         with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
         read_beginnings_once(unwrapped(model))
         # Sharded, it would be copied anew for each rollout, though it never changes.
         source = None if is_sharded(model) else model
-        at_once = AT_ONCE * micro_batch_size
+        at_once = AT_ONCE * micro_batch.samples
         generator = Generator(folder, precision, temperature, at_once, fp32_head=fp32_head, source=source)
         engine = Engine(TokenLogprobs(model), precision, zero=zero)
-        super().__init__(engine, generator, temperature, micro_batch_size, budget)
+        super().__init__(engine, generator, temperature, micro_batch)
 
 
 class TrainedPolicy(Policy):
@@ -167,15 +164,14 @@ class TrainedPolicy(Policy):
         reference: Policy | None,
         average: MovingAverage | None,
         temperature: float,
-        micro_batch_size: int,
+        micro_batch: MicroBatch,
         *,
         folder: Path,
         method: Tuning,
         learns_entropy: bool = False,
         ptx_coef: float = 0.0,
-        budget: Budget | None = None,
     ) -> None:
-        super().__init__(learner.engine, generator, temperature, micro_batch_size, budget)
+        super().__init__(learner.engine, generator, temperature, micro_batch)
         self._model, self._learner, self._reference, self._average = model, learner, reference, average
         self._folder, self._method = folder, method
         self._learns_entropy, self._ptx_coef = learns_entropy, ptx_coef
@@ -187,7 +183,7 @@ class TrainedPolicy(Policy):
         folder: Path,
         precision: Precision,
         temperature: float,
-        micro_batch_size: int,
+        micro_batch: MicroBatch,
         *,
         method: Tuning,
         source: Path,
@@ -199,7 +195,6 @@ class TrainedPolicy(Policy):
         average_decay: float | None = None,
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
-        budget: Budget | None = None,
         vllm: Room | None = None,
     ) -> Self:
         """Load and shard a policy. A collective.
@@ -225,7 +220,7 @@ class TrainedPolicy(Policy):
                 folder,
                 precision,
                 temperature,
-                AT_ONCE * micro_batch_size,
+                AT_ONCE * micro_batch.samples,
                 fp32_head=fp32_head,
                 tuning=method,
                 prepare=prepare,
@@ -237,9 +232,7 @@ class TrainedPolicy(Policy):
         reference = (
             None
             if isinstance(model, PeftModel)
-            else FrozenPolicy(
-                folder, precision, temperature, micro_batch_size, fp32_head=fp32_head, zero=zero, budget=budget
-            )
+            else FrozenPolicy(folder, precision, temperature, micro_batch, fp32_head=fp32_head, zero=zero)
         )
         return cls(
             model,
@@ -248,12 +241,11 @@ class TrainedPolicy(Policy):
             reference,
             None if average_decay is None else MovingAverage(model, average_decay),
             temperature,
-            micro_batch_size,
+            micro_batch,
             folder=folder,
             method=method,
             learns_entropy=learns_entropy,
             ptx_coef=ptx_coef,
-            budget=budget,
         )
 
     def reference_logprobs(self, sequences: Sequences) -> Tensor:

@@ -26,7 +26,7 @@ from rlhf.models import folders, tuning
 from rlhf.models.capacity import AT_ONCE
 from rlhf.models.heads import SequenceScores, TokenLogprobs, TokenValues, initialise_head, unwrapped
 from rlhf.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, is_adapter
-from rlhf.models.micro_batches import Budget
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward, is_reward_model
 from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.text import check_same_tokens
@@ -299,7 +299,7 @@ def _choose_trained(model: Any, heads: Mapping[str, nn.Linear]) -> None:
 
 
 def _sharded(
-    inputs: Mapping[str, Path], settings: PpoSettings, micro_batch_size: int
+    inputs: Mapping[str, Path], settings: PpoSettings, micro_batch: MicroBatch
 ) -> tuple[Any, SharedEngine, SharedGenerator]:
     """Load and shard the base with all adapters; return the adapted model with its engine and generator."""
     with sharded_loading(settings.precision, settings.zero):
@@ -307,7 +307,7 @@ def _sharded(
     read_beginnings_once(unwrapped(model))
     module = OneBase(model, heads)
     module.activate(TRAINED)
-    generator = SharedGenerator(inputs["policy"], model, settings, AT_ONCE * micro_batch_size)
+    generator = SharedGenerator(inputs["policy"], model, settings, AT_ONCE * micro_batch.samples)
     _choose_trained(model, heads)
     # The rates of both are given with each step.
     engine = Engine(
@@ -321,34 +321,31 @@ def _sharded(
     return model, SharedEngine(engine), generator
 
 
-def load_models(context: Context[PpoSettings], micro_batch_size: int) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
+def load_models(context: Context[PpoSettings], micro_batch: MicroBatch) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
     """Load and shard one base with the adapters of PPO's models. A collective; errors as :func:`check_adapters`."""
     settings, inputs = context.settings, context.inputs
     check_adapters(inputs, context.stage)
     if settings.value_init == "reward":
         check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
-    model, shared, generator = _sharded(inputs, settings, micro_batch_size)
-    temperature, budget = settings.sampling.temperature, Budget.of(settings)
+    model, shared, generator = _sharded(inputs, settings, micro_batch)
+    temperature = settings.sampling.temperature
     policy = TrainedPolicy(
         model,
         Learner(AdapterEngine(shared, TRAINED), "policy"),
         generator,
-        Policy(AdapterEngine(shared, INITIAL), generator, temperature, micro_batch_size, budget),
+        Policy(AdapterEngine(shared, INITIAL), generator, temperature, micro_batch),
         None if settings.average_decay is None else MovingAverage(model, settings.average_decay, PARTS[TRAINED]),
         temperature,
-        micro_batch_size,
+        micro_batch,
         folder=_base(inputs["policy"]),
         method=settings.tuning,
         learns_entropy=settings.entropy_bonus > 0,
         ptx_coef=settings.ptx.coef,
-        budget=budget,
     )
-    value = TrainedValue(AdapterEngine(shared, VALUE), micro_batch_size, budget)
+    value = TrainedValue(AdapterEngine(shared, VALUE), micro_batch)
     rewards = {
-        role: FrozenReward(
-            folder, settings.precision, micro_batch_size, engine=AdapterEngine(shared, role), budget=budget
-        )
+        role: FrozenReward(folder, settings.precision, micro_batch, engine=AdapterEngine(shared, role))
         for role, folder in inputs.items()
         if role.startswith("reward")
     }
-    return policy, value, Rewards(settings.rewards, rewards, settings.precision, micro_batch_size)
+    return policy, value, Rewards(settings.rewards, rewards, settings.precision, micro_batch)

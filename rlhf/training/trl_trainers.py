@@ -32,6 +32,7 @@ from rlhf.config.stages import RmSettings, SftSettings, SupervisedSettings
 from rlhf.errors import DivergedError
 from rlhf.models import folders, reward_losses, tuning
 from rlhf.models.heads import body_of, compute_in_fp32, learned_tokens, unwrapped
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.reward import raw_scores
 from rlhf.models.reward_losses import COLUMNS, ListBatch, ListLoss, collate
@@ -433,4 +434,4 @@ def scores(trainer: Any, texts: Sequence[list[int]], at_once: int) -> Tensor:
     def score(ids: Tensor, attention_mask: Tensor) -> Tensor:
         return engine(input_ids=ids, attention_mask=attention_mask).logits.squeeze(-1).float()
 
-    return raw_scores(score, trainer.processing_class, texts, at_once)
+    return raw_scores(score, trainer.processing_class, texts, MicroBatch(at_once))

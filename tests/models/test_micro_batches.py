@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.config.ppo import PpoSettings
 from rlhf.models import heads, varlen
 from rlhf.models.heads import TokenLogprobs, TokenValues
-from rlhf.models.micro_batches import Budget, PackedSamples, in_order, turns
+from rlhf.models.micro_batches import MicroBatch, PackedSamples, in_order
 from rlhf.rollout.decoding import Decoder, decodes_in_slots
 from rlhf.rollout.sequences import Experience, lay_out, minibatch_of
 from rlhf.zero import group
@@ -61,13 +61,13 @@ def read(reader: nn.Module, part: Experience) -> Tensor:
     return torch.stack(reader(*arguments), dim=1)
 
 
-def found_by(reader: nn.Module, micro: int, budget: Budget | None) -> tuple[Tensor, dict[str, Tensor]]:
+def found_by(reader: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """What a model says of each real token, and the gradients of a sum over all of them."""
     batch = experience()
     with torch.no_grad():
-        scored = batch.scored(micro, lambda part: read(reader, part), budget)
+        scored = batch.scored(micro, lambda part: read(reader, part))
     reader.zero_grad()
-    for part in minibatch_of(batch, range(len(LENGTHS)), micro, budget).parts:
+    for part in minibatch_of(batch, range(len(LENGTHS)), micro).parts:
         objective(reader, part).backward()
     gradients = {name: one.grad.float() for name, one in reader.named_parameters() if one.grad is not None}
     return torch.where(columns(batch.mask, scored), scored, 0.0), gradients
@@ -90,11 +90,11 @@ def assert_same(own: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert (own[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-6, name
 
 
-BUDGETS = (
-    ("a sample", 1, None),
-    ("padded tokens", 1, Budget(24, packed=False)),
-    ("a packed row", 1, Budget(100, packed=True)),
-    ("some packed rows", 1, Budget(15, packed=True)),
+SIZES = (
+    ("a sample", MicroBatch(1)),
+    ("padded tokens", MicroBatch(1, 24, packed=False)),
+    ("a packed row", MicroBatch(1, 100, packed=True)),
+    ("some packed rows", MicroBatch(1, 15, packed=True)),
 )
 
 
@@ -107,9 +107,9 @@ def test_an_update_is_the_same_however_its_samples_are_laid_out(
     monkeypatch.setattr(heads, "CHUNK", 1)
     monkeypatch.setattr(heads, "FEWEST", 4)
     reader = readers(kind)[name]
-    whole, gradients = found_by(reader, len(LENGTHS), None)
-    for case, micro, budget in BUDGETS:
-        results, own = found_by(reader, micro, budget)
+    whole, gradients = found_by(reader, MicroBatch(len(LENGTHS)))
+    for case, micro in SIZES:
+        results, own = found_by(reader, micro)
         torch.testing.assert_close(results, whole, atol=1e-5, rtol=1e-5, msg=case)
         assert_same(own, gradients)
 
@@ -117,7 +117,7 @@ def test_an_update_is_the_same_however_its_samples_are_laid_out(
 def test_what_a_rank_computes_beyond_its_own_tokens_changes_nothing() -> None:
     """As many as another rank has, since the ranks gather the head together."""
     reader = readers("llama")["policy"]
-    (part,) = minibatch_of(experience(), range(len(LENGTHS)), 1, Budget(100, packed=True)).parts
+    (part,) = minibatch_of(experience(), range(len(LENGTHS)), MicroBatch(1, 100, packed=True)).parts
     count = int(part.mask.sum()) + 3
     more = replace(part, packed=PackedSamples.of(part.ids, part.attention_mask, part.time, count))
     torch.testing.assert_close(read(reader, more), read(reader, part))
@@ -127,7 +127,7 @@ def test_what_a_rank_computes_beyond_its_own_tokens_changes_nothing() -> None:
 def test_the_host_says_where_samples_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel gets each sample of a row, and no mask is made; the results are those of padded ones."""
     reader = readers("llama")["policy"]
-    whole, gradients = found_by(reader, len(LENGTHS), None)
+    whole, gradients = found_by(reader, MicroBatch(len(LENGTHS)))
     lengths: list[list[int]] = []
 
     by_text = varlen.by_text_on_cpu
@@ -143,7 +143,7 @@ def test_the_host_says_where_samples_begin(monkeypatch: pytest.MonkeyPatch) -> N
     varlen.attend_by_text(reader.model)
     monkeypatch.setattr(varlen, "sdpa_mask", made)
     monkeypatch.setattr(varlen, "beginnings", made)
-    results, own = found_by(reader, 1, Budget(15, packed=True))
+    results, own = found_by(reader, MicroBatch(1, 15, packed=True))
     # In each of two layers; scored in one row, since no more than four times the budget.
     every = sorted(map(sum, LENGTHS))
     assert sorted(lengths[0]) == every
@@ -175,14 +175,14 @@ def test_a_policy_that_reads_packed_samples_is_sampled_as_before() -> None:
     st.booleans(),
     st.integers(1, 3),
 )
-def test_ranks_have_equally_many_micro_batches_within_the_budget(
+def test_ranks_have_equally_many_micro_batches_within_their_size(
     lengths: list[tuple[int, int]], tokens: int, packed: bool, ranks: int
 ) -> None:
     """Each sample is in one, and its result comes back in its place; ranks have about equally many tokens."""
     table = torch.tensor(lengths)
     order = table.sum(-1).argsort(descending=True, stable=True)
     with patch.object(group, "world_size", lambda: ranks):
-        cut = turns(order, table, Budget(tokens, packed))
+        cut = MicroBatch(1, tokens, packed).cut(order, table)
 
     def gathered(_: Tensor, count: int) -> Tensor:
         return torch.cat(cut).flatten()[:count]
@@ -202,18 +202,18 @@ def test_ranks_have_equally_many_micro_batches_within_the_budget(
         assert (loads.amax(1) * 2 <= tokens).sum() <= 1
 
 
-def test_a_budget_follows_from_the_settings() -> None:
+def test_a_micro_batch_follows_from_the_settings() -> None:
     """With packing, as many tokens as a micro batch of the longest samples; otherwise only where tokens are set."""
     values = {"rollouts": 32, "max_prompt_length": 100, "sampling": {"max_new_tokens": 60}}
     for given_, expected in (
-        ({"micro_batch_size": 4}, None),
-        ({"micro_batch_size": 4, "packing": True}, Budget(640, packed=True)),
-        ({"micro_batch_size": 64, "packing": True}, Budget(32 * 160, packed=True)),
-        ({"micro_batch_tokens": 500}, Budget(500, packed=False)),
-        ({"micro_batch_tokens": 500, "packing": True}, Budget(500, packed=True)),
+        ({"micro_batch_size": 4}, MicroBatch(4)),
+        ({"micro_batch_size": 4, "packing": True}, MicroBatch(4, 640, packed=True)),
+        ({"micro_batch_size": 64, "packing": True}, MicroBatch(32, 32 * 160, packed=True)),
+        ({"micro_batch_tokens": 500}, MicroBatch(3, 500)),
+        ({"micro_batch_tokens": 500, "packing": True}, MicroBatch(3, 500, packed=True)),
     ):
         settings = PpoSettings.model_validate(values | given_)
-        assert Budget.of(settings) == expected
+        assert MicroBatch.of(settings) == expected
         if settings.micro_batch_tokens:
             assert settings.micro_batch == 3
 
@@ -233,9 +233,9 @@ def test_packed_samples_compute_on_a_gpu_what_padded_ones_do(
     by_text: Any = packed.model
     varlen.attend_by_text(by_text)
     assert by_text.config._attn_implementation == varlen.NAME
-    expected, gradients = found_by(exact, 6, None)
-    of_padded, padded_gradients = found_by(padded, 6, None)
-    own, own_gradients = found_by(packed, 1, Budget(15, packed=True))
+    expected, gradients = found_by(exact, MicroBatch(6))
+    of_padded, padded_gradients = found_by(padded, MicroBatch(6))
+    own, own_gradients = found_by(packed, MicroBatch(1, 15, packed=True))
     assert (own - expected).norm() < 1.5 * (of_padded - expected).norm() + 1e-2 * expected.norm()
     for weight, gradient in gradients.items():
         gap = (padded_gradients[weight] - gradient).norm()
@@ -248,7 +248,7 @@ def test_a_packed_micro_batch_never_waits_for_the_gpu(name: str) -> None:
     """Neither its forward nor its backward pass, the head's chunks included."""
     reader = readers("llama")[name].bfloat16().cuda()
     varlen.attend_by_text(reader.model)
-    (part,) = minibatch_of(experience(), range(len(LENGTHS)), 1, Budget(100, packed=True)).parts
+    (part,) = minibatch_of(experience(), range(len(LENGTHS)), MicroBatch(1, 100, packed=True)).parts
     part = part.to(torch.device("cuda"))
     objective(reader, part).backward()  # the first pass loads kernels
     torch.cuda.set_sync_debug_mode("error")

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from rlhf.config.ppo import PtxSettings
 from rlhf.errors import PreflightError, RecordError
 from rlhf.models import base_models, reward, templates, text
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.packing import as_dataset
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from tests.models.families import FAMILIES, Family, make_tokenizer, template_of, write
@@ -71,8 +72,10 @@ def test_all_stages_read_a_record_alike(name: str, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "data", rows)
     prompts = PromptStream(file, tokenizer, 1000).first(len(rows)).ids
     learned: Any = as_dataset(file, tokenizer)
-    ptx = DemonstrationStream(file, tokenizer, PtxSettings(coef=1.0, batch_size=len(rows), max_length=1000), seed=0)
-    mixed = ptx.minibatch(0, len(rows)).parts[0]
+    ptx = DemonstrationStream(
+        file, tokenizer, PtxSettings(coef=1.0, batch_size=len(rows), max_length=1000), 0, MicroBatch(len(rows))
+    )
+    mixed = ptx.minibatch(0).parts[0]
     mixed_rows = sorted(ids[seen.bool()].tolist() for ids, seen in zip(mixed.ids, mixed.attention_mask, strict=True))
     markers = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     control = {markers[token] for token in markers if token not in ("<think>", "</think>")}
@@ -192,7 +195,7 @@ def test_a_conversation_that_is_not_rendered_whole_is_refused_by_row_and_role(ca
     for read in (
         lambda: as_dataset(file, tokenizer),
         lambda: PromptStream(file, tokenizer, 1000),
-        lambda: DemonstrationStream(file, tokenizer, PtxSettings(coef=1.0), seed=0),
+        lambda: DemonstrationStream(file, tokenizer, PtxSettings(coef=1.0), 0, MicroBatch(1)),
     ):
         with pytest.raises(RecordError, match=message) as caught:
             read()

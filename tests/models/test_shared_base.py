@@ -24,6 +24,7 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError
 from rlhf.models.base_models import make_from_scratch
 from rlhf.models.layout import count_parameters, update_json
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 from rlhf.models.text import load_tokenizer
 from rlhf.models.virtual_tokens import TRAINED
@@ -143,17 +144,17 @@ def test_updates_are_those_of_separate_models(
     with torch.no_grad():
         torch.testing.assert_close(slow_policy(experience), experience.logprobs * experience.mask, atol=1e-5, rtol=0)
         torch.testing.assert_close(slow_value(experience), experience.values * experience.mask, atol=1e-5, rtol=0)
-    whole = minibatch_of(experience, [0, 1, 2, 3], 4)
+    whole = minibatch_of(experience, [0, 1, 2, 3], MicroBatch(4))
     (part,) = whole.parts
     constants = part.logprobs, part.reference_logprobs, part.advantages, part.mask
     for update in range(3):
-        sums = value.update(minibatch_of(experience, [0, 1, 2, 3], 2), VALUE_LOSS, 3e-3)
+        sums = value.update(minibatch_of(experience, [0, 1, 2, 3], MicroBatch(2)), VALUE_LOSS, 3e-3)
         loss, expected = VALUE_LOSS(slow_value(part), part.values, part.returns, part.mask, num_tokens=whole.num_tokens)
         torch.testing.assert_close(sums.loss, expected.loss, atol=1e-5, rtol=1e-5)
         slow_value.step(loss, 3e-3)
         if update == 0:
             continue  # as during the value model's warm-up
-        sums = policy.update(minibatch_of(experience, [0, 1, 2, 3], 2), POLICY_LOSS, 1e-3)
+        sums = policy.update(minibatch_of(experience, [0, 1, 2, 3], MicroBatch(2)), POLICY_LOSS, 1e-3)
         now = slow_policy(part)
         loss, expected = POLICY_LOSS(now, torch.zeros_like(now), *constants, num_tokens=whole.num_tokens)
         torch.testing.assert_close(sums.loss, expected.loss, atol=1e-5, rtol=1e-5)
@@ -188,10 +189,10 @@ def test_the_reference_is_what_the_policy_was(folders: dict[str, Path], tiny: Pa
     rollout = sampled(policy)
     experience, scores = experience_of(policy, value, rollout), rewards.score(PROMPTS, RESPONSES)
     assert torch.equal(experience.logprobs, experience.reference_logprobs)
-    plain = FrozenPolicy(inputs["policy"], "fp32", 1.0, 2).logprobs(rollout.sequences)
+    plain = FrozenPolicy(inputs["policy"], "fp32", 1.0, MicroBatch(2)).logprobs(rollout.sequences)
     torch.testing.assert_close(experience.logprobs, plain, atol=1e-5, rtol=0)
     before = whole_weights(module_of(policy), trained_only=False)
-    policy.update(minibatch_of(experience, [0, 1, 2, 3], 2), POLICY_LOSS, 0.03)
+    policy.update(minibatch_of(experience, [0, 1, 2, 3], MicroBatch(2)), POLICY_LOSS, 0.03)
     assert changed(before, policy) == {TRAINED}
     assert torch.equal(policy.reference_logprobs(rollout.sequences), experience.logprobs)
     assert torch.equal(value.values(rollout.sequences), experience.values)
@@ -202,7 +203,7 @@ def test_the_reference_is_what_the_policy_was(folders: dict[str, Path], tiny: Pa
     assert (policy.logprobs(rollout.sequences) - experience.logprobs).abs().max() > 0.01
 
     before = whole_weights(module_of(policy), trained_only=False)
-    value.update(minibatch_of(experience, [0, 1, 2, 3], 2), VALUE_LOSS, 0.03)
+    value.update(minibatch_of(experience, [0, 1, 2, 3], MicroBatch(2)), VALUE_LOSS, 0.03)
     assert changed(before, policy) == {VALUE}
 
 
@@ -218,7 +219,8 @@ def test_scores_are_those_of_the_reward_model_alone(folders: dict[str, Path], tm
     policy, _, rewards = models_of(folders, tmp_path)
     sampled(policy)
     assert torch.equal(
-        rewards.score(PROMPTS, RESPONSES), FrozenReward(folders["reward"], "fp32", 2).score(PROMPTS, RESPONSES)
+        rewards.score(PROMPTS, RESPONSES),
+        FrozenReward(folders["reward"], "fp32", MicroBatch(2)).score(PROMPTS, RESPONSES),
     )
 
 
@@ -253,7 +255,7 @@ def test_the_result_is_the_policy_s_adapter_with_its_base(folders: dict[str, Pat
     """Read by plain PEFT it has the trained policy's log-probabilities; no other adapter is written."""
     policy, value, _ = models_of(folders, tmp_path)
     experience = experience_of(policy, value, sampled(policy))
-    policy.update(minibatch_of(experience, [0, 1, 2, 3], 2), POLICY_LOSS, 0.03)
+    policy.update(minibatch_of(experience, [0, 1, 2, 3], MicroBatch(2)), POLICY_LOSS, 0.03)
     policy.export(tmp_path / "out")
     file = "adapter_model.safetensors"
     assert load_file(tmp_path / "out" / file).keys() == load_file(folders["policy"] / file).keys()
@@ -267,8 +269,8 @@ def test_the_average_is_of_the_policy_alone(folders: dict[str, Path], tmp_path: 
     """Half what the adapter was and half what it is, for a decay of 0.5 and one update."""
     policy, value, _ = models_of(folders, tmp_path, average_decay=0.5)
     experience = experience_of(policy, value, sampled(policy))
-    value.update(minibatch_of(experience, [0, 1, 2, 3], 2), VALUE_LOSS, 0.03)
-    policy.update(minibatch_of(experience, [0, 1, 2, 3], 2), POLICY_LOSS, 0.03)
+    value.update(minibatch_of(experience, [0, 1, 2, 3], MicroBatch(2)), VALUE_LOSS, 0.03)
+    policy.update(minibatch_of(experience, [0, 1, 2, 3], MicroBatch(2)), POLICY_LOSS, 0.03)
     policy.export(tmp_path / "out")
     start, exported = (
         load_file(folder / "adapter_model.safetensors") for folder in (folders["policy"], tmp_path / "out")

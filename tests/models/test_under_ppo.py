@@ -17,6 +17,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
 from rlhf.models import folders, text, tuning
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 from rlhf.rl.losses import ValueSums, clipped_policy_loss, clipped_value_loss
 from rlhf.rollout.prompts import PromptBatch
@@ -49,7 +50,7 @@ def policy_of(
 ) -> TrainedPolicy:
     optimiser = Optimiser("policy", learning_rate=0.01, max_grad_norm=1.0)
     return TrainedPolicy.load_folder(
-        tiny, precision, temperature, 2, method=method, source=tiny, seed=0, optimiser=optimiser, **more
+        tiny, precision, temperature, MicroBatch(2), method=method, source=tiny, seed=0, optimiser=optimiser, **more
     )
 
 
@@ -91,7 +92,7 @@ def test_demonstrations_pull_the_policy_where_nothing_else_does(tiny: Path) -> N
     """Advantages of 0 leave it where it is; demonstrations grow likelier, and it says how likely they were."""
     policy = policy_of(tiny, ptx_coef=0.5)
     start = weights_of(policy)
-    still = minibatch_of(experience(policy, 0.0), [0, 1, 2], 2)
+    still = minibatch_of(experience(policy, 0.0), [0, 1, 2], MicroBatch(2))
     policy.update(still, LOSS, 0.01)
     assert all(torch.equal(weight, start[name]) for name, weight in weights_of(policy).items())
 
@@ -99,7 +100,7 @@ def test_demonstrations_pull_the_policy_where_nothing_else_does(tiny: Path) -> N
         return float(policy.logprobs(sequences())[sequences().mask].mean())
 
     before = likelihood()
-    sums = policy.update(still, LOSS, 0.01, minibatch_of(sequences(), [0, 1, 2], 2))
+    sums = policy.update(still, LOSS, 0.01, minibatch_of(sequences(), [0, 1, 2], MicroBatch(2)))
     assert sums.demonstrations.item() == pytest.approx(-before, abs=1e-4)
     assert likelihood() > before + 0.01
 
@@ -109,7 +110,7 @@ def test_what_is_exported_is_the_average_of_what_was(tiny: Path, tmp_path: Path)
     policy = policy_of(tiny, average_decay=0.6)
     average = weights_of(policy)
     for _ in range(3):
-        policy.update(minibatch_of(experience(policy, 1.0), [0, 1, 2], 2), LOSS, 0.01)
+        policy.update(minibatch_of(experience(policy, 1.0), [0, 1, 2], MicroBatch(2)), LOSS, 0.01)
         average = {name: 0.6 * average[name] + 0.4 * weight for name, weight in weights_of(policy).items()}
     policy.export(tmp_path / "out")
     exported = load_file(tmp_path / "out" / "model.safetensors")
@@ -156,7 +157,7 @@ def test_the_value_model_moves_from_its_old_values_towards_the_returns(
         return TrainedValue.load_folder(
             tiny,
             "fp32",
-            2,
+            MicroBatch(2),
             method=method,
             source=tiny,
             seed=seed,
@@ -184,7 +185,7 @@ def test_the_value_model_moves_from_its_old_values_towards_the_returns(
     minibatch = minibatch_of(
         Experience.of(batch, logprobs=zeros, reference_logprobs=zeros, values=values, advantages=zeros, returns=wanted),
         [0, 1, 2],
-        2,
+        MicroBatch(2),
     )
     real = batch.mask
     errors: list[float] = []
@@ -231,20 +232,20 @@ def test_in_bf16_what_samples_and_what_is_evaluated_is_what_is_trained(tiny: Pat
     policy = policy_of(tiny, precision="bf16", method=LORA if form == "adapter" else FULL)
     start = policy_of(tiny, precision="bf16")
     for _ in range(4):
-        policy.update(minibatch_of(experience(policy, 1.0), [0, 1, 2], 2), LOSS, 4e-4)
+        policy.update(minibatch_of(experience(policy, 1.0), [0, 1, 2], MicroBatch(2)), LOSS, 4e-4)
     rollout = sampled(policy)
     gap = (rollout.logprobs - policy.logprobs(rollout.sequences))[rollout.mask]
     moved = divergence(policy, start, rollout)
     assert moved > 0.02
     assert gap.abs().mean() < moved / 10  # one token's may be as large, by bf16's rounding
     policy.export(tmp_path / "out")
-    exported = FrozenPolicy(tmp_path / "out", "bf16", 1.0, 2)
+    exported = FrozenPolicy(tmp_path / "out", "bf16", 1.0, MicroBatch(2))
     assert divergence(exported, policy, rollout) < moved / 30
     assert torch.equal(sampled(exported).sequences.ids, rollout.sequences.ids)
     if form == "adapter":
         # Otherwise the updates were no test.
         folders.write_plain(tmp_path / "out", tmp_path / "folded", scores=False, dtype=torch.bfloat16)
-        assert divergence(FrozenPolicy(tmp_path / "folded", "bf16", 1.0, 2), policy, rollout) > moved / 5
+        assert divergence(FrozenPolicy(tmp_path / "folded", "bf16", 1.0, MicroBatch(2)), policy, rollout) > moved / 5
 
 
 @pytest.mark.parametrize("fp32_head", [True, False])
@@ -292,7 +293,7 @@ def test_an_adapter_scores_beside_its_base_and_is_folded_in_fp32_where_training_
     """The reward model is the one that was trained; the value model's first weights are the nearest to it in bf16."""
     folder = reward_adapter(tiny, tmp_path / "reward")
     texts = ["a film", "the joy of two halves", "dull , dull"]
-    beside = FrozenReward(folder, "bf16", 2)
+    beside = FrozenReward(folder, "bf16", MicroBatch(2))
     plain = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1, dtype=torch.bfloat16)
     trained: Any = PeftModel.from_pretrained(plain, str(folder), autocast_adapter_dtype=False).eval().get_base_model()
     rows = [text.scored_ids(beside.tokenizer, None, one, 32) for one in texts]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 
 
@@ -28,7 +29,7 @@ def main(folder: Path) -> None:
     rows = json.loads((folder / "rows.json").read_text())
     scores = {
         model.name: {
-            str(size): FrozenReward(model, "fp32", size).score(rows["prompts"], rows["responses"]).tolist()
+            str(size): FrozenReward(model, "fp32", MicroBatch(size)).score(rows["prompts"], rows["responses"]).tolist()
             for size in (1, 4)
         }
         for model in (folder / "models").iterdir()

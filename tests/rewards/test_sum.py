@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf import rewards
 from rlhf.config.rewards import EndpointSettings, RewardSettings
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.zero import group
 
 PROMPTS, RESPONSES = ["a", "bb", "ccc"], ["xxxx", "y", "zz"]
@@ -18,8 +19,8 @@ PROMPTS, RESPONSES = ["a", "bb", "ccc"], ["xxxx", "y", "zz"]
 class MadeUpModel:
     """Its folder's name times the response's length, of which the range is known or not."""
 
-    def __init__(self, folder: Path, precision: str, micro_batch_size: int, *_: object, **__: object) -> None:
-        assert (precision, micro_batch_size) == ("bf16", 4)
+    def __init__(self, folder: Path, precision: str, micro_batch: MicroBatch, *_: object, **__: object) -> None:
+        assert (precision, micro_batch) == ("bf16", MicroBatch(4))
         self._factor = float(folder.name)
         self.range = (1.0, 3.0) if folder.parent.name == "ranged" else None
 
@@ -35,7 +36,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def summed(settings: list[RewardSettings], **models: str) -> rewards.Rewards:
-    return rewards.Rewards(settings, {role: Path(folder) for role, folder in models.items()}, "bf16", 4)
+    return rewards.Rewards(settings, {role: Path(folder) for role, folder in models.items()}, "bf16", MicroBatch(4))
 
 
 def test_rewards_add_up_with_their_weights_means_and_deviations(

@@ -12,6 +12,7 @@ from rlhf.cluster.worker_group import run_group
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.errors import RewardError
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.rewards import Rewards
 from rlhf.training import checkpoint_writer
 from rlhf.zero import group
@@ -27,7 +28,7 @@ FILE = Path(__file__).parent / "functions.py"
 
 def score_after_a_checkpoint(context: Context[PpoSettings]) -> dict[str, float]:
     """What PPO does, in short: a good iteration, its checkpoint, and one in which the second reward fails."""
-    good, bad = (Rewards([one], {}, "fp32", 4) for one in context.settings.rewards)
+    good, bad = (Rewards([one], {}, "fp32", MicroBatch(4)) for one in context.settings.rewards)
     assert good.score(["a", "b"], ["x", "yy"]).tolist() == [1.0, 2.0]
     checkpoint = context.folder.checkpoint(1)
     if group.is_main():

@@ -113,10 +113,11 @@ def test_graph_and_eager_steps_draw_the_same(dtype: torch.dtype, limit: float) -
         assert torch.equal(found.ids, eager.ids)
         assert torch.equal(found.logprobs, eager.logprobs)
     else:
-        assert (found.ids == eager.ids).double().mean() > 0.8
-    gap = rescored(model, prompts, found)
-    print(f"\n{dtype}: largest gap {gap:.1e} nats")
-    assert gap < limit
+        # Behind the first token that rounding changes, a response is another.
+        assert (found.ids == eager.ids)[:, :10].double().mean() > 0.8
+    gaps = [rescored(model, prompts, responses) for responses in (found, eager)]
+    print(f"\n{dtype}: largest gaps {gaps} nats")
+    assert max(gaps) < limit
 
 
 def test_the_sampler_is_the_slow_one_on_a_gpu() -> None:

@@ -19,6 +19,9 @@ from tests.models.tiny import tiny_config
 pytestmark = pytest.mark.usefixtures("group")
 
 
+SHARED = {"share_base": True, "tuning": {"method": "lora"}}
+
+
 @pytest.fixture(autouse=True)
 def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_sampling, "find_spec", lambda _: None)
@@ -41,27 +44,33 @@ def test_the_engine_is_the_one_asked_for(tiny: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("device", "problem", "more", "reason"),
+    ("kind", "device", "problem", "more", "reason"),
     [
-        ("cpu", None, {}, "native: ranks have no GPU"),
-        ("cuda", ("it is not there", "install it"), {}, "native: it is not there"),
+        ("falcon", "cpu", None, {}, "native: ranks have no GPU"),
+        ("falcon", "cuda", ("it is not there", "install it"), {}, "native: it is not there"),
         (
+            "falcon",
             "cuda",
             None,
             {"tuning": {"method": "lora"}},
-            "native: with tuning.method lora the policy is a model and an ad",
+            "native: with tuning.method lora the policy is",
         ),
-        ("cuda", None, {}, "vLLM: it is installed, knows the model, and ranks have GPUs"),
+        ("falcon", "cuda", None, SHARED, "native: with share_base the policy is an adapter"),
+        ("llama", "cuda", None, {}, "native: its steps are CUDA graphs for this type of model, and faster"),
+        ("qwen3_moe", "cuda", None, {}, "vLLM: native has no CUDA graphs for this type of model"),
+        ("falcon", "cuda", None, {}, "vLLM: native has no CUDA graphs for this type of model"),
+        ("bloom", "cuda", None, {}, "vLLM: native has no CUDA graphs for this type of model"),
     ],
 )
 def test_auto_says_what_it_took_and_why(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, problem: Any, more: Any, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, device: str, problem: Any, more: Any, reason: str
 ) -> None:
-    """vLLM on GPUs where it can be, otherwise native."""
+    """vLLM on GPUs where native is slow and vLLM can be, otherwise native."""
+    tiny_config(kind).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(loading, "obstacle", lambda _: problem)
     monkeypatch.setattr(loading.group, "device", lambda: torch.device(device))
     monkeypatch.setattr(loading.group, "all_true", lambda condition: condition)
-    room = loading.rollout_by_vllm(context_of(tmp_path, "auto", **more), tiny)
+    room = loading.rollout_by_vllm(context_of(tmp_path, "auto", **more), tmp_path / "model")
     assert (room is not None) == reason.startswith("vLLM")
     (note,) = AttemptFolder(tmp_path).notes()
     assert note.startswith(f"rollout.engine auto samples by {reason}")

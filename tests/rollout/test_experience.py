@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.models.capacity import AT_ONCE
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.rollout.sequences import Experience, minibatches
 
 Lengths = list[tuple[int, int]]
@@ -53,7 +54,7 @@ def test_trimming_loses_padding_only(lengths: Lengths, extra: int, data: st.Data
 def test_minibatches_cover_every_sample_once(lengths: Lengths, count: int, micro: int, seed: int) -> None:
     """In micro batches of at most the size asked for; each minibatch knows how many response tokens it has."""
     experience = experience_of(lengths * count)
-    drawn = list(minibatches(experience, count, micro, seed))
+    drawn = list(minibatches(experience, count, MicroBatch(micro), seed))
     assert len(drawn) == count
     assert all(len(part.ids) <= micro for minibatch in drawn for part in minibatch.parts)
     seen = [row for minibatch in drawn for part in minibatch.parts for row in real_tokens(part)]
@@ -68,7 +69,7 @@ def test_the_order_follows_from_the_seeds_alone() -> None:
     experience = experience_of([(2, 3)] * 32)
 
     def order(micro: int, *seed: int) -> list[list[int]]:
-        drawn = minibatches(experience, 4, micro, *seed)
+        drawn = minibatches(experience, 4, MicroBatch(micro), *seed)
         return [row for minibatch in drawn for part in minibatch.parts for row in real_tokens(part)]
 
     assert order(2, 0, 5, 1) == order(8, 0, 5, 1)
@@ -88,7 +89,7 @@ def test_scoring_gives_each_sample_its_own_result_within_the_budget(lengths: Len
         widths.append(int(part.attention_mask.sum(1).max()))
         return part.values * part.mask
 
-    assert torch.equal(experience.scored(micro, compute), experience.values * experience.mask)
+    assert torch.equal(experience.scored(MicroBatch(micro), compute), experience.values * experience.mask)
     assert widths == sorted(widths, reverse=True)
     assert len(widths) <= -(-len(lengths) // micro)
 
@@ -96,5 +97,5 @@ def test_scoring_gives_each_sample_its_own_result_within_the_budget(lengths: Len
 def test_micro_batches_of_a_minibatch_hold_similar_lengths() -> None:
     """Two long and two short texts in alternation make a long part and a short one."""
     experience = experience_of([(5, 5), (1, 1), (5, 5), (1, 1)])
-    (minibatch,) = minibatches(experience, 1, 2, 0)
+    (minibatch,) = minibatches(experience, 1, MicroBatch(2), 0)
     assert [part.ids.shape[1] for part in minibatch.parts] == [10, 2]

@@ -31,7 +31,8 @@ SHAPE = ScratchSettings(vocabulary=300, hidden_size=64, layers=2, heads=2, conte
 PROMPTS = [[5, 6, 7], [8, 9], [5, 6, 7], [10 + place % 200 for place in range(300)]]
 TEMPERATURE = 0.7
 NOISE = uniforms(3, range(len(PROMPTS)), 16)
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
+# On a GPU vLLM's attention multiplies fp32 as TF32.
+TOLERANCE = {"fp32": 0.02 if torch.cuda.is_available() else 1e-4, "bf16": 0.1}
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])

@@ -10,13 +10,14 @@ import torch
 from rlhf.attempt.context import Context
 from rlhf.config.base import semantic
 from rlhf.config.ppo import PpoSettings
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.pipeline.stage import Input, Stage, taking
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rl.masks import masked_sum
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sequences import PolicyExperience, shuffled
-from rlhf.training.loading import load_policy, load_rewards, micro_batch_size
+from rlhf.training.loading import load_policy, load_rewards
 from rlhf.training.loop import Journal, resumable_steps
 from rlhf.zero import group
 
@@ -50,7 +51,7 @@ class Baseline:
 
 def run(context: Context[ReinforceSettings]) -> dict[str, float]:
     settings = context.settings
-    policy, rewards = load_policy(context), load_rewards(context, micro_batch_size(settings))
+    policy, rewards = load_policy(context), load_rewards(context, MicroBatch.of(settings))
     file = context.inputs["prompts"] / "train.jsonl"
     prompts = PromptStream(file, policy.tokenizer, settings.max_prompt_length, settings.seed)
     baseline = Baseline()

@@ -17,6 +17,7 @@ from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.errors import DivergedError
 from rlhf.models import text
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.prompts import DemonstrationStream
 from rlhf.rollout.sampling import Responses
@@ -499,10 +500,14 @@ def test_every_update_has_its_demonstrations_where_they_are_mixed_in(
     ptx = {"coef": 0.5, "batch_size": 3, "max_length": 32}
     settings, policy, _ = run(tmp_path, monkeypatch, ptx=ptx, value_warmup=1, seed=3)
     stream = DemonstrationStream(
-        tmp_path / "demonstrations" / "train.jsonl", policy.tokenizer, settings.ptx, settings.seed
+        tmp_path / "demonstrations" / "train.jsonl",
+        policy.tokenizer,
+        settings.ptx,
+        settings.seed,
+        MicroBatch.of(settings),
     )
     for number, update in enumerate(policy.updates, start=settings.epochs * settings.minibatches):
-        expected = stream.minibatch(number, settings.micro_batch)
+        expected = stream.minibatch(number)
         assert [part.ids.tolist() for part in update.examples.parts] == [part.ids.tolist() for part in expected.parts]
 
 

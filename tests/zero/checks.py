@@ -33,6 +33,7 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import folders, heads, text, tuning
 from rlhf.models.heads import TokenLogprobs
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.rl.losses import clipped_policy_loss
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Generator, roll_out
@@ -360,7 +361,7 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
         def fresh(method: Tuning = method) -> TrainedPolicy:
             optimiser = Optimiser("policy", learning_rate=0.03, max_grad_norm=1.0)
             return TrainedPolicy.load_folder(
-                tiny, "fp32", 1.0, 4, method=method, source=tiny, seed=0, optimiser=optimiser
+                tiny, "fp32", 1.0, MicroBatch(4), method=method, source=tiny, seed=0, optimiser=optimiser
             )
 
         policy = fresh()
@@ -374,7 +375,10 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
         experience = experience_of(sequences, logprobs)
         sums = [
             policy.update(minibatch, partial(clipped_policy_loss, clip=0.2), 0.03)
-            for minibatch in [*minibatches(experience, 1, 4, 0), *minibatches(experience, 1, 4, 1)]
+            for minibatch in [
+                *minibatches(experience, 1, MicroBatch(4), 0),
+                *minibatches(experience, 1, MicroBatch(4), 1),
+            ]
         ]
         policy.save(folder / f"policy-{form}")
         resumed = fresh()

@@ -23,6 +23,7 @@ from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.errors import DiskFullError, InterruptedRunError
 from rlhf.models import folders
 from rlhf.models.layout import is_adapter
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 from rlhf.rollout.sequences import lay_out
 from rlhf.tracking import read_metrics
@@ -183,12 +184,12 @@ def forms(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _scores(folder: Path) -> torch.Tensor:
-    return FrozenReward(folder, "fp32", 2).score(PROMPTS, RESPONSES)
+    return FrozenReward(folder, "fp32", MicroBatch(2)).score(PROMPTS, RESPONSES)
 
 
 def _logprobs(folder: Path) -> torch.Tensor:
     sequences = lay_out([[5, 6, 7], [8]], [[40, 41], [42, 43, 44]], pad=0)
-    return torch.where(sequences.mask, FrozenPolicy(folder, "fp32", 1.0, 2).logprobs(sequences), 0.0)
+    return torch.where(sequences.mask, FrozenPolicy(folder, "fp32", 1.0, MicroBatch(2)).logprobs(sequences), 0.0)
 
 
 def context_of(name: str, stage: Stage, data: Path, folder: Path) -> Context[Any]:

@@ -17,6 +17,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.models import text
 from rlhf.models.layout import BASE, config_of
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 from rlhf.rollout.sampling import answers
 from rlhf.rollout.sequences import lay_out
@@ -194,7 +195,9 @@ def assert_readable(folder: Path, method: str) -> None:
     tokenizer = text.load_tokenizer(folder)
     prompts = [text.prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
     responses = [text.response_ids(tokenizer, response) for response in RESPONSES]
-    found = FrozenPolicy(folder, "fp32", 1.0, 3).logprobs(lay_out(prompts, responses, tokenizer.pad_token_id))
+    found = FrozenPolicy(folder, "fp32", 1.0, MicroBatch(3)).logprobs(
+        lay_out(prompts, responses, tokenizer.pad_token_id)
+    )
     accelerator.forget()
     model = plainly(folder, method, scores=False)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -209,7 +212,7 @@ def assert_readable(folder: Path, method: str) -> None:
 def assert_scores(folder: Path, method: str) -> None:
     """Each score is that of plain transformers on the row alone."""
     config, tokenizer = config_of(folder), text.load_tokenizer(folder)
-    found = FrozenReward(folder, "fp32", 3).score(PROMPTS, RESPONSES)
+    found = FrozenReward(folder, "fp32", MicroBatch(3)).score(PROMPTS, RESPONSES)
     accelerator.forget()
     model = plainly(folder, method, scores=True)
     for row, texts in enumerate(zip(PROMPTS, RESPONSES, strict=True)):

@@ -161,7 +161,7 @@ from stages import sft
 
 base, demonstrations, masked = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "masked"
 if masked:
-    trl_trainers.attend_by_text = lambda model: None
+    trl_trainers.read_beginnings_once = lambda model: None
 calls = []
 kernel = varlen.varlen_attn
 varlen.varlen_attn = lambda *states, **named: calls.append(1) or kernel(*states, **named)
