@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.errors import NextCommand, RlhfError, StoreUnreachableError, TryAgainError, shortened
-from rlhf.history.reading import AttemptHistory, StageHistory, attempts_at, joined, pipeline_history
+from rlhf.history.reading import AttemptHistory, StageHistory, attempts_at, joined, pipeline_history, prompt_text
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.reporting import outcome
 from rlhf.store import LEASE_SECONDS, Store
@@ -107,13 +107,6 @@ def _latest_sample(sample: Row, width: int) -> Group:
 def _brief(text: Any, limit: int) -> str:
     """Return a text as one printable line of at most ``limit`` characters."""
     return shortened(printable(str(text)[: 4 * limit]), max(limit, 2))
-
-
-def prompt_text(prompt: Any) -> str:
-    """Return a prompt as text: of messages, the last one."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
-        return str(prompt[-1].get("content", ""))
-    return str(prompt)
 
 
 def _score(score: Any) -> str:

@@ -14,7 +14,7 @@ FLOORS = (
     ("cluster", "models"),
     ("pipeline", "rewards", "rollout"),
     ("collect", "history", "terminal", "training"),
-    ("narration", "stages", "watching"),
+    ("narration", "report", "stages", "watching"),
     ("cli",),
     ("__main__",),
 )

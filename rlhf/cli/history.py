@@ -1,14 +1,15 @@
-"""Commands that show what a run does or did: watch, samples."""
+"""Commands that show what a run does or did: watch, report, samples."""
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from rlhf.cli.run import Request
+from rlhf.cli.run import Request, path_as_typed, reported
 from rlhf.errors import InterruptedRunError, NextCommand, RequestError
-from rlhf.history.reading import Row, StageHistory, evaluated_samples, pipeline_history
+from rlhf.history.reading import Row, StageHistory, evaluated_samples, pipeline_history, prompt_text
 from rlhf.terminal import Display
-from rlhf.watching import Follower, detail, prompt_text, samples_view
+from rlhf.watching import Follower, detail, samples_view
 
 SHOWN = 10
 """Samples that a terminal shows of many."""
@@ -24,6 +25,13 @@ def watch(request: Request) -> int | None:
     except KeyboardInterrupt:
         return InterruptedRunError.exit_status
     return None
+
+
+def report(request: Request) -> None:
+    """Write a page that shows what the runs of the pipeline did."""
+    out: str | None = request.arguments.out
+    path = reported(request, request.planned(request.names), Path(out) if out else None)
+    request.out.print(path_as_typed(path), soft_wrap=True, markup=False)
 
 
 def samples(request: Request) -> None:

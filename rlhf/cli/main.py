@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rlhf.cli.history import samples, watch
+from rlhf.cli.history import report, samples, watch
 from rlhf.cli.human_data import annotate, data
 from rlhf.cli.results import diff, explain, export, gc, generate, import_, leaderboard, lineage, plan_, status, verify
 from rlhf.cli.run import DEFAULT_CONFIG, Parser, Request, command_line, run
@@ -29,7 +29,7 @@ from rlhf.terminal import print_error
 COMMANDS: dict[str, Callable[[Request], int | None]] = {
     command.__name__.rstrip("_"): command
     for command in (
-        *(run, watch, samples, plan_, status, explain, lineage, diff, leaderboard, verify, gc),
+        *(run, watch, samples, report, plan_, status, explain, lineage, diff, leaderboard, verify, gc),
         *(import_, export, generate, config, doctor, data, annotate),
     )
 }
@@ -45,6 +45,9 @@ def _value(explanation: str, default: str | float | None = None, **settings: str
 
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "report": {
+        "--out": _value("the page's file (default: reports/<pipeline>.html in the store)", metavar="FILE"),
+    },
     "samples": {
         "--iteration": {"type": int, "help": "of this iteration of ppo (default: the last)"},
         "--worst": _flag("the lowest scores of all iterations, or of the one given"),

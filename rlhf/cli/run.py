@@ -229,8 +229,22 @@ def _summary(request: Request, stages: dict[str, Planned], store: Store) -> None
         option = " --adapter" if _has_virtual_tokens(record, store) else ""
         lines.append(f"next: {command_line(request, 'generate', name)} --prompt '…'")
         lines.append(f"      {command_line(request, 'export', name, 'DIR')}{option}")
+    try:
+        lines.insert(0, f"report: {path_as_typed(reported(request, stages))}")
+    except Exception as error:  # noqa: BLE001 - the run has succeeded, whatever a picture of it meets
+        lines.insert(0, printable_lines(f"no report: {error}"))
     for line in lines:
         request.out.print(line, soft_wrap=True, markup=False)
+
+
+def reported(request: Request, stages: dict[str, Planned], path: Path | None = None) -> Path:
+    """Write the report of stages to a file, by default to one in the store's folder; return its path."""
+    from rlhf.report.page import write_report
+
+    store = request.store()
+    path = path or store.root / "reports" / f"{request.config.name}.html"
+    write_report(request.config, stages, store, path)
+    return path
 
 
 def _has_virtual_tokens(record: ActionRecord, store: Store) -> bool:

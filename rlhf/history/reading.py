@@ -228,3 +228,10 @@ def earlier_results(planned: Planned, store: Store) -> list[ActionRecord]:
             waiting += neighbours[key]
     own = planned.record.key if planned.record else None
     return sorted((records[key] for key in found - {own}), key=lambda record: str(record.provenance.get("finished")))
+
+
+def prompt_text(prompt: Any) -> str:
+    """Return a prompt as text: of messages, the last one."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        return str(prompt[-1].get("content", ""))
+    return str(prompt)

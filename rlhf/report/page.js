@@ -1,0 +1,110 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+const ink = dark ? "#e6edf3" : "#1b1f24", line = dark ? "#3d444d" : "#d1d9e0";
+const config = {
+  background: "transparent", font: "system-ui, sans-serif", view: { stroke: line },
+  axis: { labelColor: ink, titleColor: ink, gridColor: line, domainColor: line, tickColor: line },
+  legend: { labelColor: ink, titleColor: ink, orient: "bottom" },
+  line: { color: dark ? "#79c0ff" : "#0550ae" }, point: { color: dark ? "#79c0ff" : "#0550ae" },
+  bar: { color: dark ? "#79c0ff" : "#0550ae" }, rule: { color: ink },
+};
+
+function element(name, text, attributes = {}) {
+  const made = document.createElement(name);
+  made.textContent = text;
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+
+const FIGURES = 60;
+function figures(rows) {
+  const every = Math.ceil(rows.length / FIGURES), names = Object.keys(rows[0] || {});
+  const table = element("table", ""), head = table.createTHead().insertRow(), body = table.createTBody();
+  for (const name of names) head.append(element("th", name, { scope: "col" }));
+  rows.filter((_, place) => place % every === 0).forEach((row) => {
+    const cells = body.insertRow();
+    for (const name of names) {
+      const value = row[name];
+      cells.insertCell().textContent = typeof value === "number" ? +value.toPrecision(5) : value;
+    }
+  });
+  return table;
+}
+
+function draw(place, spec) {
+  for (const panel of spec.panels) {
+    const chart = element("div", "", { class: "chart" });
+    const rows = panel.data.values, more = element("details", "");
+    more.append(element("summary", "figures"));
+    more.addEventListener("toggle", () => { if (more.open && !more.querySelector("table")) more.append(figures(rows)); });
+    place.append(chart, more);
+    const options = { actions: false, ast: true, renderer: "svg", config };
+    // A chart is drawn when it comes near the window: a page has many.
+    new IntersectionObserver((seen, watch) => {
+      if (seen.some((one) => one.isIntersecting)) { watch.disconnect(); vegaEmbed(chart, panel, options); }
+    }, { rootMargin: "400px" }).observe(chart);
+  }
+}
+document.querySelectorAll(".charts").forEach((place, number) => draw(place, data.specs[number]));
+
+const get = (name) => document.getElementById(name);
+if (get("controls")) {
+  const steps = [...new Set(data.samples.map((row) => row.step))].filter((step) => step !== undefined).sort((a, b) => a - b);
+  const prompts = [...new Set(data.samples.filter((row) => row.watched).map((row) => row.prompt))];
+  const PAGE = 20;
+  let shown = PAGE;
+  get("step").max = Math.max(0, steps.length - 1);
+  get("step").value = Math.max(0, steps.length - 1);
+  get("step").disabled = steps.length < 2;
+  for (const prompt of prompts) get("prompt").append(element("option", prompt.slice(0, 80), { value: prompt }));
+  get("prompt").parentElement.hidden = !prompts.length;
+  get("colour").parentElement.hidden = !data.samples.some((row) => row.tokens);
+
+  const number = (score) => (typeof score === "number" ? score : -Infinity);
+  const rounded = (score) => (typeof score === "number" ? (score < 0 ? "" : "+") + score.toFixed(2) : String(score));
+
+  function chosen() {
+    const step = steps[get("step").value], words = get("search").value.toLowerCase(), prompt = get("prompt").value;
+    const order = get("order").value;
+    // A search, and a prompt that was watched, go through all iterations.
+    const rows = data.samples.filter((row) =>
+      (prompt ? row.prompt === prompt && row.watched : words || steps.length === 0 || row.step === step) &&
+      (!words || (row.prompt + "\n" + row.response).toLowerCase().includes(words)));
+    if (order) rows.sort((a, b) => (number(a.score) - number(b.score)) * (order === "worst" ? 1 : -1));
+    return rows;
+  }
+
+  function coloured(row, column) {
+    const text = element("p", "", { dir: "auto" });
+    const most = Math.max(1e-6, ...row.tokens.map((token) => Math.abs(token[column])));
+    for (const token of row.tokens) {
+      const share = Math.round(60 * Math.abs(token[column]) / most), hue = token[column] < 0 ? "255 120 80" : "60 130 255";
+      text.append(element("span", token[0], { style: `background: rgb(${hue} / ${share}%)`, title: String(token[column]) }));
+    }
+    return text;
+  }
+
+  function card(row) {
+    const made = element("article", "", { class: "sample" }), head = element("p", "", { class: "soft" });
+    const place = row.step === undefined ? row.stage : `${row.stage}, iteration ${row.step}`;
+    head.append(element("span", rounded(row.score), { class: "score" }), ` ${place}${row.ended === false ? ", did not end" : ""}`);
+    made.append(head, element("p", row.prompt, { dir: "auto", class: "soft" }));
+    if (row.before !== undefined) made.append(element("p", `before (${rounded(row.score_before)}): ${row.before}`, { dir: "auto" }));
+    const colour = get("colour").value;
+    made.append(row.tokens && colour ? coloured(row, Number(colour)) : element("p", row.response, { dir: "auto" }));
+    return made;
+  }
+
+  function show() {
+    const rows = chosen();
+    get("at").textContent = steps.length ? steps[get("step").value] : "";
+    get("count").textContent = `${Math.min(shown, rows.length)} of ${rows.length} responses`;
+    get("samples").replaceChildren(...rows.slice(0, shown).map(card));
+    get("more").hidden = rows.length <= shown;
+  }
+  get("controls").addEventListener("submit", (event) => event.preventDefault());
+  get("controls").addEventListener("input", () => { shown = PAGE; show(); });
+  get("more").addEventListener("click", () => { shown += PAGE; show(); });
+  show();
+}
