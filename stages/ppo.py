@@ -119,7 +119,9 @@ def iterate(
     raised = alarms(metrics, Watched.of(settings, first=journal.first_row(metrics)))
     journal.log(iteration + 1, metrics | alarm_metrics(raised), rollout.sequences)
     journal.alarm(raised)
-    journal.keep_samples(iteration + 1, rollout.samples(settings.samples_kept, scores))
+    drift = logprobs - reference_logprobs
+    kept = rollout.samples(settings.samples_kept, scores, policy.tokenizer, kl=drift, advantages=advantages)
+    journal.keep_samples(iteration + 1, kept)
 
 
 def update(

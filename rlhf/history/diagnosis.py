@@ -54,10 +54,10 @@ class Symptom:
 def symptoms(run: Figures) -> list[Symptom]:
     """Return all symptoms, those that hold first; of these the one that explains most is the first."""
     found = [
+        _score_follows_length(run),
         _never_ends(run),
         _score_against_judge(run),
         _kl_runs_away(run),
-        _score_follows_length(run),
         _reward_model_guesses(run),
         _outside_of_its_data(run),
         _entropy_collapses(run),
@@ -74,7 +74,7 @@ def in_words(run: Figures, found: Sequence[Symptom]) -> str:
         first, last = run.ppo[0], run.ppo[-1]
         parts.append(
             f"Over {len(run.ppo)} iterations PPO's mean score went from {_n(first, 'objective/scores')} to "
-            f"{_n(last, 'objective/scores')}, at a KL of {_n(last, 'objective/kl')} nats a response from where it began."
+            f"{_n(last, 'objective/scores')}, at a KL of {_n(last, 'objective/kl')} nats a response from its start."
         )
     if (delta := run.evaluate.get("judge/delta")) is not None:
         low, high = run.evaluate.get("judge/delta_low", math.nan), run.evaluate.get("judge/delta_high", math.nan)
@@ -113,9 +113,9 @@ def _never_ends(run: Figures) -> Symptom:
 
 
 def _score_against_judge(run: Figures) -> Symptom:
-    before, after = run.evaluate.get("score/before"), run.evaluate.get("score/after")
-    high, delta = run.evaluate.get("judge/delta_high"), run.evaluate.get("judge/delta", math.nan)
-    known = before is not None and after is not None and high is not None
+    names = ("score/before", "score/after", "judge/delta", "judge/delta_high")
+    before, after, delta, high = (run.evaluate.get(name, math.nan) for name in names)
+    known = not math.isnan(before + after + high)
     return Symptom(
         "Score up, judge down",
         after > before and high < 0 if known else None,

@@ -7,6 +7,7 @@ policy allows the page's own three scripts alone.
 import base64
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -15,7 +16,6 @@ from typing import Any
 
 import vl_convert
 from jinja2 import Environment
-from markupsafe import Markup
 
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import NextCommand, RequestError
@@ -322,19 +322,33 @@ def rendered(shown: Mapping[str, Any]) -> str:
     """Return the page."""
     here = files("rlhf.report")
     specs = [part["spec"] for section in shown["sections"] for part in section["parts"] if "spec" in part]
-    data = json.dumps({"specs": specs, "samples": shown["samples"]}, separators=(",", ":"), default=str)
-    scripts = [vl_convert.javascript_bundle(), (here / "page.js").read_text(encoding="utf-8")]
+    data = json.dumps(_finite({"specs": specs, "samples": shown["samples"]}), separators=(",", ":"), default=str)
+    scripts = [_bundle(), (here / "page.js").read_text(encoding="utf-8")]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
     return template.render(
         **shown,
-        style=Markup((here / "page.css").read_text(encoding="utf-8")),
+        style=(here / "page.css").read_text(encoding="utf-8"),
         # In JSON "<" stands in strings alone.
-        data=Markup(data.replace("<", "\\u003c")),
-        scripts=[Markup(script) for script in scripts],
+        data=data.replace("<", "\\u003c"),
+        scripts=scripts,
         hashes=" ".join(map(_allowed, scripts)),
         state=_state_in_words,
     )
+
+
+def _bundle() -> str:
+    bundle: Any = vl_convert.javascript_bundle  # its types ask for a snippet that it does not need
+    return bundle()
+
+
+def _finite(value: Any) -> Any:
+    """Return a value without numbers that JSON lacks, which become null."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _allowed(script: str) -> str:

@@ -28,6 +28,9 @@ from rlhf.rollout.sequences import Sequences
 from rlhf.zero import group
 from rlhf.zero.engine import DTYPES, gathered, is_sharded, plain_linear, trained
 
+TOKENS_SHOWN = 512
+"""Tokens of a response of which people are shown figures."""
+
 
 class Sampler(ABC):
     """Samples responses from a policy on all ranks, by an engine: take these weights, answer these prompts."""
@@ -152,11 +155,24 @@ class Rollout:
         """Return ``[sample, time]``, True on real response tokens, EOS included."""
         return self.sequences.mask
 
-    def samples(self, count: int, scores: Tensor) -> list[dict[str, Any]]:
-        """Return the first ``count`` prompts and responses with their scores, for people to read."""
+    def samples(
+        self, count: int, scores: Tensor, tokenizer: Tokenizer, kl: Tensor, advantages: Tensor
+    ) -> list[dict[str, Any]]:
+        """Return the first ``count`` prompts and responses with their scores, for people to read.
+
+        Of each token, up to ``TOKENS_SHOWN``, "tokens" has its text, log policy - log reference in nats, and advantage.
+
+        kl, advantages  ``[sample, time]``
+        """
         rows = zip(self.prompts[:count], self.texts, scores.tolist(), self.ended.tolist(), strict=False)
         names = ("prompt", "response", "score", "ended")
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        samples: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows]
+        for number, sample in enumerate(samples):
+            real = self.mask[number].nonzero().squeeze(-1)[:TOKENS_SHOWN]
+            ids = self.sequences.ids[number, -self.mask.shape[1] :][real].tolist()
+            figures = ([round(value, 3) for value in each[number, real].tolist()] for each in (kl, advantages))
+            sample["tokens"] = list(zip(text.pieces(tokenizer, ids), *figures, strict=True))
+        return samples
 
 
 def roll_out(policy: Samples, batch: PromptBatch, seed: int, max_new_tokens: int) -> Rollout:

@@ -1,21 +1,19 @@
 """People at the page: real browsers, with keys and mouse."""
 
-import os
 import re
-import shutil
 import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from rlhf.data.records import ComparisonSet, parse_record
+from tests.browser import chromium
 from tests.collect.program import read_lines, running, write_rows
 from tests.pipeline.helpers import until
 
@@ -34,17 +32,7 @@ class Browser:
     """A browser at the page, for one person."""
 
     def __init__(self) -> None:
-        chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-        if not (chromium and driver):
-            why = "chromium and chromedriver are not here (Debian: chromium, chromium-driver)"
-            assert os.environ.get("CI") != "true", why
-            pytest.skip(why)
-        options = webdriver.ChromeOptions()
-        options.binary_location = chromium
-        # Root, which tests often are in a container, has no sandbox there.
-        for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1000"):
-            options.add_argument(word)
-        self.driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+        self.driver = chromium()
 
     def one(self, selector: str) -> WebElement:
         return self.driver.find_element(By.CSS_SELECTOR, selector)

@@ -92,6 +92,7 @@ def test_all_stages_read_a_record_alike(name: str, tmp_path: Path) -> None:
         assert emitted[-1] == tokenizer.eos_token_id
         assert not control & set(emitted[:-1])
         assert text.response_text(tokenizer, emitted) == completion
+        assert "".join(text.pieces(tokenizer, emitted)) == completion
         assert text.scored_ids(tokenizer, row["prompt"], completion, 1000) == [*prompt, *emitted]
         assert text.scored_ids(tokenizer, None, completion, 1000) == [*text.text_start(tokenizer), *emitted]
         # What the prompt says itself: as many control tokens as the template writes around plain words.
@@ -129,6 +130,7 @@ def test_a_response_goes_on_as_the_templates_own_conversation_does(name: str, tm
     assert whole[: len(read)] == read
     for said in ("paris .", " paris .", "\nparis", ""):
         assert text.response_text(tokenizer, text.response_ids(tokenizer, said)) == said
+        assert "".join(text.pieces(tokenizer, text.response_ids(tokenizer, said))) == said
 
 
 @pytest.mark.usefixtures("new_accelerator")

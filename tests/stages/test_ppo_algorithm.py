@@ -423,6 +423,9 @@ def test_each_iteration_reports_what_it_was(tmp_path: Path, monkeypatch: pytest.
     for number, sample in enumerate(samples[: len(samples) // 3]):
         assert sample["score"] == pytest.approx(3 * math.sin(number + 1.0))
         assert sample["ended"] == (number > 0)
+        pieces, drifts, advantages = zip(*sample["tokens"], strict=True)
+        assert "".join(pieces) == sample["response"]
+        assert {type(value) for value in (*drifts, *advantages)} == {float}
     assert policy.exported == [tmp_path]
 
 

@@ -1,0 +1,62 @@
+"""What a run's figures are taken to mean: those of five real runs, four of them with a fault, and missing ones.
+
+``faults.json`` has figures of configs/tiny.yaml as it is, with ``ppo.kl.coef`` 0, with PPO from the base model, with a
+reward for length, and with all ratings negated; of samples the lengths.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.history.diagnosis import Figures, in_words, symptoms
+
+RUNS: dict[str, Any] = json.loads((Path(__file__).parent / "faults.json").read_text())
+
+
+def figures_of(name: str) -> Figures:
+    run = RUNS[name]
+    samples = [row | {"response": "x" * row["response"]} for row in run["samples"]]
+    return Figures(**(run | {"samples": samples}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "symptom", "words"),
+    [
+        ("kl.coef 0", "KL runs away", "Look first at PPO: kl.coef is 0"),
+        ("EOS not learned", "Responses do not end", "Look first at SFT or its data: the policy does not write EOS"),
+        ("length rewarded", "Score follows length", "Look first at reward model: longer responses score higher"),
+        ("pairs flipped", "Score up, judge down", "the wrong way round"),
+    ],
+)
+def test_a_planted_fault_is_the_first_thing_said(fault: str, symptom: str, words: str) -> None:
+    run = figures_of(fault)
+    found = symptoms(run)
+    assert (found[0].name, found[0].holds) == (symptom, True)
+    assert words in in_words(run, found)
+
+
+def test_a_healthy_run_has_no_symptom() -> None:
+    run = figures_of("healthy")
+    found = symptoms(run)
+    assert {symptom.holds for symptom in found} == {False}
+    assert "finds its responses better" in in_words(run, found)
+
+
+def test_what_was_not_measured_is_not_known() -> None:
+    """Without any figure nothing is claimed; figures that are not finite hold."""
+    found = symptoms(Figures())
+    assert {symptom.holds for symptom in found} == {None}
+    assert in_words(Figures(), found) == "No stage has measured anything yet."
+    diverged = Figures(ppo=[{"step": 1, "objective/kl": math.nan, "length/mean": 3.0}])
+    assert [symptom.name for symptom in symptoms(diverged) if symptom.holds] == ["KL runs away"]
+    assert "None of the symptoms" not in in_words(diverged, symptoms(diverged))
+
+
+def test_scores_that_are_no_numbers_are_left_out() -> None:
+    """A sample whose score is not finite says nothing about length."""
+    rows = [{"step": 1, "score": score, "response": "x"} for score in (math.nan, "NaN", None, math.inf)]
+    run = Figures(ppo=[{"step": 1, "length/mean": 3.0}], samples=rows)
+    assert next(one for one in symptoms(run) if one.name == "Score follows length").holds is None
