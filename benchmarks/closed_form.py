@@ -45,9 +45,9 @@ CASES = (
 )
 
 
-def save_reference(folder: Path, width: int = 32) -> None:
+def save_reference(folder: Path, heads: int = 2) -> None:
     """Write a model of a prompt and two arms that prefers some of its five tokens, depending on the tokens before."""
-    save_gpt2(f"{PROMPT}ab", folder, layers=1, width=width, heads=2, context=16, spread=0.3, seed=6)
+    save_gpt2(f"{PROMPT}ab", folder, layers=1, width=32, heads=heads, context=16, spread=0.3, seed=6)
 
 
 def inputs(folder: Path, engine: str) -> list[str]:
@@ -60,7 +60,7 @@ def inputs(folder: Path, engine: str) -> list[str]:
     }
     files = {kind: write_rows(folder / f"{kind}.jsonl", [row]) for kind, row in sources.items()}
     # On a CPU vLLM's attention has heads of 32 and more.
-    save_reference(folder / "reference", width=64 if engine == "vllm" else 32)
+    save_reference(folder / "reference", heads=1 if engine == "vllm" else 2)
     overrides = [f"model.base={folder / 'reference'}", f"ppo.rollout.engine={engine}"]
     return [*(f"data.{kind}={file}" for kind, file in files.items()), *overrides]
 
