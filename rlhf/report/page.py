@@ -304,16 +304,17 @@ def _samples(histories: Mapping[str, StageHistory], store: Store) -> list[dict[s
                 for name in ("stage", "step", "score", "ended", "watched", "score_before")
                 if name in row
             }
-            shown |= {"prompt": _cut(prompt_text(row["prompt"])), "response": _cut(str(row["response"]))}
+            shown |= {"prompt": shown_text(prompt_text(row["prompt"])), "response": shown_text(str(row["response"]))}
             if "before" in row:
-                shown["before"] = _cut(str(row["before"]))
+                shown["before"] = shown_text(str(row["before"]))
             if "tokens" in row and len(str(row["response"])) <= LONGEST:
                 shown["tokens"] = row["tokens"]
             rows.append(shown)
     return rows[-MOST_SAMPLES:]
 
 
-def _cut(text: str) -> str:
+def shown_text(text: str) -> str:
+    """Return the beginning of a text, with control characters replaced."""
     kept = text[:LONGEST] + ("…" if len(text) > LONGEST else "")
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", kept)
 

@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from rlhf.errors import RequestError
 from rlhf.history.diagnosis import Figures, in_words, symptoms
 from rlhf.report import charts
-from rlhf.report.page import LONGEST, content, rendered, write_report
+from rlhf.report.page import LONGEST, content, rendered, shown_text, write_report
 from rlhf.store import Store
 from tests.browser import chromium
 from tests.pipeline.helpers import load_toy, make, planned, until, write_pipeline
@@ -180,7 +180,5 @@ def test_a_pipeline_that_never_ran_has_no_report_and_half_of_one_has(tmp_path: P
 
 def test_texts_are_cut_and_have_no_control_characters() -> None:
     """So that a page stays small, and shows the same everywhere."""
-    from rlhf.report.page import _cut
-
-    assert _cut("x" * 100_000) == "x" * LONGEST + "…"
-    assert _cut("a\x00b\n\tc\ud800") == "a\ufffdb\n\tc\ufffd"
+    assert shown_text("x" * 100_000) == "x" * LONGEST + "…"
+    assert shown_text("a\x00b\n\tc\ud800") == "a\ufffdb\n\tc\ufffd"
