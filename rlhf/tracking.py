@@ -22,8 +22,9 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,12 +124,18 @@ def _repair(path: Path) -> list[MetricsRow]:
     return rows
 
 
+_Call = Callable[[Any, Any], None]
+"""What is done with a run and the module wandb, on the thread of both."""
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
 # A row is a few hundred bytes and comes every few seconds: a queue of this length means that the thread is stuck.
-_MAX_WAITING_ROWS = 10_000
+_MAX_WAITING_CALLS = 10_000
 _INIT_TIMEOUT_S = 30.0
 _FINISH_TIMEOUT_S = 60.0
+
+
+def _drawn(wandb: Any, bins: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: wandb.Histogram(np_histogram=each) for name, each in bins.items()}
 
 
 class WandbRun:
@@ -169,7 +176,7 @@ class WandbRun:
             "config": dict(config),
             "dir": folder,
         }
-        self._rows: queue.Queue[dict[str, float] | None] = queue.Queue(_MAX_WAITING_ROWS)
+        self._calls: queue.Queue[_Call | None] = queue.Queue(_MAX_WAITING_CALLS)
         self._off = threading.Event()
         self._off_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -178,9 +185,25 @@ class WandbRun:
         else:
             self._thread.start()
 
+    # Each hands something over and returns at once, whatever wandb is doing.
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand over one row; returns at once, whatever wandb is doing."""
-        self._put({"step": step, **metrics})
+        """Hand over one row of metrics."""
+        self._put(lambda run, _: run.log({"step": step, **metrics}))
+
+    def distributions(self, step: int, bins: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+        """Hand over histograms by name: counts, and the edges of the bins, one more."""
+        self._put(lambda run, wandb: run.log({"step": step} | _drawn(wandb, bins)))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Hand over a table of prompts, responses and scores."""
+        names = ("prompt", "response", "score", "ended")
+        data = [[str(row["prompt"]), row["response"], float(row["score"]), row["ended"]] for row in rows]
+        self._put(lambda run, wandb: run.log({"step": step, "samples": wandb.Table(list(names), data)}))
+
+    def alert(self, name: str, line: str) -> None:
+        """Hand over an alarm, which W&B sends to where its user wants alerts."""
+        self._put(lambda run, _: run.alert(title=f"alarm {name}", text=line))
 
     def finish(self, *, timeout: float = _FINISH_TIMEOUT_S) -> None:
         """Close the run, waiting at most ``timeout`` seconds for the rows that are still to be sent."""
@@ -191,20 +214,20 @@ class WandbRun:
         if self._thread.is_alive():
             self._switch_off(f"it did not finish within {timeout:.0f} s")
 
-    def _put(self, row: dict[str, float] | None) -> None:
+    def _put(self, call: "_Call | None") -> None:
         if self._off.is_set():
             return
         try:
-            self._rows.put_nowait(row)
+            self._calls.put_nowait(call)
         except queue.Full:
-            self._switch_off(f"{_MAX_WAITING_ROWS} rows are waiting to be sent")
+            self._switch_off(f"{_MAX_WAITING_CALLS} rows are waiting to be sent")
 
     def _work(self) -> None:
         """Start the run, log the rows that arrive, and close it; on the background thread."""
         try:
             run = self._start()
-            while (row := self._rows.get()) is not None and not self._off.is_set():
-                run.log(row)
+            while (call := self._calls.get()) is not None and not self._off.is_set():
+                call(run, import_module("wandb"))
             run.finish(exit_code=0)
         except Exception as error:  # noqa: BLE001  training continues whatever fails here
             lines = str(error).splitlines()

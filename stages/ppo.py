@@ -122,6 +122,7 @@ def iterate(
     drift = logprobs - reference_logprobs
     kept = rollout.samples(settings.samples_kept, scores, policy.tokenizer, kl=drift, advantages=advantages)
     journal.keep_samples(iteration + 1, kept)
+    journal.distributions(iteration + 1, scores=scores, lengths=mask.sum(-1), advantages=advantages[mask])
 
 
 def update(

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
@@ -121,6 +122,12 @@ def stopped(step: int) -> InterruptedRunError:
     return InterruptedRunError(f"interrupted; saved at step {step}")
 
 
+BINS = 64
+"""Of a histogram."""
+TABLES = 20
+"""About how many tables of samples a run sends to W&B."""
+
+
 class Journal:
     """Metrics and progress of one stage, continued where the newest complete checkpoint ends.
 
@@ -187,12 +194,23 @@ class Journal:
             if self._metrics_log is not None and name not in self._alarms:
                 self._alarms.add(name)
                 self._context.note(line)
+                if self._wandb is not None:
+                    self._wandb.alert(name, line)
 
     def keep_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Write a step's samples beside the metrics."""
         if self._metrics_log is not None and samples:
             with self._context.folder.samples.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+            if self._wandb is not None and (step % max(1, self._total // TABLES) == 0 or step == self._total):
+                self._wandb.samples(step, samples)
+
+    def distributions(self, step: int, **values: Tensor) -> None:
+        """Draw histograms of a step's finite values, by their names, where metrics are drawn."""
+        if self._wandb is not None:
+            finite = {name: tensor[tensor.isfinite()].numpy() for name, tensor in values.items()}
+            bins = {f"distribution/{name}": np.histogram(each, bins=BINS) for name, each in finite.items() if len(each)}
+            self._wandb.distributions(step, {name: (x.tolist(), edges.tolist()) for name, (x, edges) in bins.items()})
 
     def first_row(self, default: Mapping[str, float]) -> Mapping[str, float]:
         """Return the first step's metrics, or ``default`` before it is logged."""

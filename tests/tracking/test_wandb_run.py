@@ -115,6 +115,28 @@ def test_the_step_is_the_x_axis_of_every_metric(tmp_path: Path):
     assert all(metric.step_metric == "step" for metric in definitions if metric.name != "step")
 
 
+def test_alarms_tables_and_histograms_are_in_the_run(tmp_path: Path):
+    """Read back from an offline run's file, at their step."""
+    folder = tmp_path / "attempt"
+    body = """
+run = start()
+run.distributions(3, {"scores": ([1, 2], [0.0, 0.5, 1.0])})
+run.samples(3, [{"prompt": [{"content": "p"}], "response": "r", "score": 1, "ended": True, "tokens": []}])
+run.alert("eos", "no response ends")
+run.finish()
+print(json.dumps(lines))
+"""
+    assert run_program(folder, body) == []
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    histogram, table = history(path)
+    assert (histogram["step"], table["step"]) == (3, 3)
+    assert (histogram["scores/values"], histogram["scores/bins"]) == ([1, 2], [0, 0.5, 1])
+    (file,) = folder.glob("wandb/offline-run-*/files/media/table/*.table.json")
+    assert json.loads(file.read_text())["data"] == [["[{'content': 'p'}]", "r", 1.0, True]]
+    (alert,) = (record.alert for record in records(path) if record.WhichOneof("record_type") == "alert")
+    assert (alert.title, alert.text) == ("alarm eos", "no response ends")
+
+
 def test_a_folder_that_cannot_be_written_costs_one_line_and_no_metric(tmp_path: Path):
     """Training and the metrics file go on as if W&B had never been asked for."""
     (tmp_path / "file").write_text("in the way")
