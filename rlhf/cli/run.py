@@ -239,10 +239,10 @@ def _summary(request: Request, stages: dict[str, Planned], store: Store) -> None
 
 def reported(request: Request, stages: dict[str, Planned], path: Path | None = None) -> Path:
     """Write the report of stages to a file, by default to one in the store's folder; return its path."""
-    from rlhf.report.page import write_report
+    from rlhf.report.page import folder_of, write_report
 
     store = request.store()
-    path = path or store.root / "reports" / f"{request.config.name}.html"
+    path = path or folder_of(store) / f"{request.config.name}.html"
     write_report(request.config, stages, store, path)
     return path
 

@@ -9,7 +9,9 @@ import hashlib
 import json
 import math
 import re
+import secrets
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import vl_convert
 from jinja2 import Environment
 
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.errors import NextCommand, RequestError
+from rlhf.errors import NextCommand, RequestError, RlhfError
 from rlhf.history.diagnosis import Figures, Symptom, in_words, symptoms
 from rlhf.history.reading import (
     AttemptHistory,
@@ -66,8 +68,15 @@ def write_report(config: PipelineConfig, stages: Mapping[str, Planned], store: S
         raise RequestError(
             "nothing has run yet", f"pipeline {config.name}, store {store.address}", NextCommand("run", tuple(stages))
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(rendered(content(config, histories, store)), encoding="utf-8")
+    reports = folder_of(store)
+    for folder in (path.parent, reports):
+        folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(rendered(content(config, histories, store), vega(reports)), encoding="utf-8")
+
+
+def folder_of(store: Store) -> Path:
+    """Return where reports are written unless a file is named: in the store's folder, or a bucket's local one."""
+    return store.root / "reports"
 
 
 def content(config: PipelineConfig, histories: Mapping[str, StageHistory], store: Store) -> dict[str, Any]:
@@ -256,7 +265,7 @@ def _file(record: ActionRecord | None, name: str, store: Store) -> Any:
         if all(file.path != name for file in store.manifest(record.artifact).files):
             return None
         return json.loads(store.read_file(record.artifact, name))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RlhfError):
         return None
 
 
@@ -298,7 +307,7 @@ def _samples(histories: Mapping[str, StageHistory], store: Store) -> list[dict[s
     rows: list[dict[str, Any]] = []
     for history in histories.values():
         kept = [row | {"stage": history.name} for row in history.samples[-MOST_SAMPLES:]]
-        for row in kept or [row | {"stage": history.name} for row in evaluated_samples(history, store).rows]:
+        for row in kept or _evaluated(history, store):
             shown = {
                 name: row[name]
                 for name in ("stage", "step", "score", "ended", "watched", "score_before")
@@ -313,18 +322,28 @@ def _samples(histories: Mapping[str, StageHistory], store: Store) -> list[dict[s
     return rows[-MOST_SAMPLES:]
 
 
+def _evaluated(history: StageHistory, store: Store) -> list[Row]:
+    try:
+        return [row | {"stage": history.name} for row in evaluated_samples(history, store).rows]
+    except (OSError, RlhfError):  # the artifact was collected or damaged
+        return []
+
+
 def shown_text(text: str) -> str:
     """Return the beginning of a text, with control characters replaced."""
     kept = text[:LONGEST] + ("…" if len(text) > LONGEST else "")
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", kept)
 
 
-def rendered(shown: Mapping[str, Any]) -> str:
-    """Return the page."""
+def rendered(shown: Mapping[str, Any], script: str) -> str:
+    """Return the page.
+
+    script  of :func:`vega`
+    """
     here = files("rlhf.report")
     specs = [part["spec"] for section in shown["sections"] for part in section["parts"] if "spec" in part]
     data = json.dumps(_finite({"specs": specs, "samples": shown["samples"]}), separators=(",", ":"), default=str)
-    scripts = [_bundle(), (here / "page.js").read_text(encoding="utf-8")]
+    scripts = [script, (here / "page.js").read_text(encoding="utf-8")]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
     return template.render(
@@ -338,9 +357,15 @@ def rendered(shown: Mapping[str, Any]) -> str:
     )
 
 
-def _bundle() -> str:
-    bundle: Any = vl_convert.javascript_bundle  # its types ask for a snippet that it does not need
-    return bundle()
+def vega(cache: Path) -> str:
+    """Return Vega's script, from the cache where an earlier report has left it: making it takes a second or two."""
+    kept = cache / f"vega-{version('vl-convert-python')}.js"
+    if not kept.exists():
+        bundle: Any = vl_convert.javascript_bundle  # its types ask for a snippet that it does not need
+        temporary = kept.with_suffix(f".{secrets.token_hex(4)}.tmp")
+        temporary.write_text(bundle(), encoding="utf-8")
+        temporary.replace(kept)
+    return kept.read_text(encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -1,8 +1,10 @@
 """The report as people open it: in a real browser, without a network, with whatever a model may have written."""
 
 import math
+import tempfile
 import time
 from collections.abc import Generator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from selenium.webdriver.common.by import By
 from rlhf.errors import RequestError
 from rlhf.history.diagnosis import Figures, in_words, symptoms
 from rlhf.report import charts
-from rlhf.report.page import LONGEST, content, rendered, shown_text, write_report
+from rlhf.report.page import LONGEST, content, rendered, shown_text, vega, write_report
 from rlhf.store import Store
 from tests.browser import chromium
 from tests.pipeline.helpers import load_toy, make, planned, until, write_pipeline
@@ -24,6 +26,12 @@ HOSTILE = (
 )
 STRANGE = ("\x1b[2J\x00", "\u202eright to left שלום", "👩\u200d👩\u200d👧", "x" * 100_000, HOSTILE)
 AXE = Path(axe_core_python.__file__).parent / "axe.min.js"
+
+
+@cache
+def script() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return vega(Path(folder))
 
 
 def iterations(count: int) -> list[dict[str, Any]]:
@@ -68,7 +76,8 @@ def page(count: int, samples: list[dict[str, Any]], name: str = "a pipeline") ->
             "lineage": lineage,
             "samples": samples,
             "damaged": 1,
-        }
+        },
+        script(),
     )
 
 
@@ -174,6 +183,7 @@ def test_a_pipeline_that_never_ran_has_no_report_and_half_of_one_has(tmp_path: P
     assert found["columns"] == []
     text = out.read_text(encoding="utf-8")
     assert "1 damaged lines" in text
+    assert [file.suffix for file in (store.root / "reports").iterdir()] == [".js"]
     assert ">cached<" in text
     assert ">missing<" in text or ">blocked<" in text
 
