@@ -20,7 +20,7 @@ import vl_convert
 from jinja2 import Environment
 
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.errors import NextCommand, RequestError, RlhfError
+from rlhf.errors import NextCommand, RequestError, RlhfError, is_no_room
 from rlhf.history.diagnosis import Figures, Symptom, in_words, symptoms
 from rlhf.history.reading import (
     AttemptHistory,
@@ -61,17 +61,20 @@ def write_report(config: PipelineConfig, stages: Mapping[str, Planned], store: S
     """Write the report of the stages of a plan.
 
     Raises:
-        RequestError: no stage has a result or an attempt yet.
+        RequestError: no stage has a result or an attempt yet, or the file cannot be written.
     """
     histories = pipeline_history(stages, store)
     if not any(history.record or history.attempts for history in histories.values()):
-        raise RequestError(
-            "nothing has run yet", f"pipeline {config.name}, store {store.address}", NextCommand("run", tuple(stages))
-        )
-    reports = folder_of(store)
-    for folder in (path.parent, reports):
-        folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(rendered(content(config, histories, store), vega(reports)), encoding="utf-8")
+        raise RequestError("nothing has run yet", f"pipeline {config.name}, store {store.address}", NextCommand("run"))
+    shown, reports = content(config, histories, store), folder_of(store)
+    try:
+        for folder in (path.parent, reports):
+            folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(rendered(shown, vega(reports)), encoding="utf-8")
+    except OSError as error:
+        if is_no_room(error):
+            raise
+        raise RequestError(f"the report cannot be written: {error}", str(path), "name another file by --out") from error
 
 
 def folder_of(store: Store) -> Path:

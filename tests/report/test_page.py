@@ -174,6 +174,9 @@ def test_a_pipeline_that_never_ran_has_no_report_and_half_of_one_has(tmp_path: P
     with pytest.raises(RequestError, match="nothing has run yet"):
         write_report(config, planned(path), store, tmp_path / "none.html")
     make(path, only="words")
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="cannot be written"):
+        write_report(config, planned(path), store, tmp_path / "file" / "page.html")
     attempt = store.new_attempt(str(planned(path)["count"].key))
     (attempt / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     (attempt / "samples.jsonl").write_text("")
