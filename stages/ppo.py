@@ -71,6 +71,10 @@ def iterate(
         batch = prompts.batch(iteration, settings.rollouts)
         rollout = roll_out(policy, batch, settings.seed, settings.sampling.max_new_tokens)
 
+    if journal.watches(iteration + 1):
+        watched = roll_out(policy, prompts.watched(), settings.seed, settings.sampling.max_new_tokens)
+        journal.keep_watched(iteration + 1, watched.samples(reward.score(watched.prompts, watched.texts)))
+
     with journal.timed("score"):
         scores = reward.score(rollout.prompts, rollout.texts)
         logprobs, entropies = policy.logprobs_and_entropies(rollout.sequences)
@@ -120,7 +124,7 @@ def iterate(
     journal.log(iteration + 1, metrics | alarm_metrics(raised), rollout.sequences)
     journal.alarm(raised)
     drift = logprobs - reference_logprobs
-    kept = rollout.samples(settings.samples_kept, scores, policy.tokenizer, kl=drift, advantages=advantages)
+    kept = rollout.samples_by_token(settings.samples_kept, scores, policy.tokenizer, drift, advantages)
     journal.keep_samples(iteration + 1, kept)
     journal.distributions(iteration + 1, scores=scores, lengths=mask.sum(-1), advantages=advantages[mask])
 

@@ -171,19 +171,20 @@ class Decoder:
         space = self._space_for(len(prompts), numbers.shape[1], max(map(len, prompts)), drawing)
         space.begin(numbers, pad)
         _Call(self, space, drawing, prompts, self._pace).run()
-        responses = Responses(space.ids[:-1, :-1].cpu(), space.logprobs[:-1, :-1].cpu())
+        count = len(prompts)
+        responses = Responses(space.ids[:count, :-1].cpu(), space.logprobs[:count, :-1].cpu())
         if not self._captures or space.bytes > capacity.KEPT:
             self._space = None
         return responses
 
     def _space_for(self, samples: int, time: int, prompt: int, drawing: Drawing) -> Space:
-        """Return the slots of the last call where they have the size and the weights are where they were."""
+        """Return the slots of the last call where they have room and the weights are where they were."""
         weights = [*self._model.parameters(), *self._model.buffers()]
-        key = (samples, time, drawing, tuple(weight.data_ptr() for weight in weights))
+        key = (time, drawing, tuple(weight.data_ptr() for weight in weights))
         # The last token of all is drawn and never read.
         length = self._pace.length(prompt + time - 1)
         space = self._space
-        if space is None or key != self._key or space.length < length:
+        if space is None or key != self._key or space.samples < samples or space.length < length:
             self._space = space = None  # before the next is made
             sizes = {"samples": samples, "time": time, "length": length}
             space = Space(self._shapes, self._dtype, self._device, slots=self._rows(samples, length), **sizes)

@@ -20,6 +20,9 @@ from rlhf.models.text import Prompt
 from rlhf.randomness import stream
 from rlhf.rollout.sequences import Minibatch, Sequences, lay_out, minibatch_of
 
+WATCHED = 4
+"""Prompts that are answered through all of a run."""
+
 
 @dataclass(frozen=True)
 class PromptBatch:
@@ -50,6 +53,13 @@ class PromptStream:
         samples = range(iteration * size, (iteration + 1) * size)
         rows = _rows_of_passes("prompts", self._seed, self._mixture, samples)
         return PromptBatch([self._prompts[row] for row in rows], [self._ids[row] for row in rows], list(samples))
+
+    def watched(self) -> PromptBatch:
+        """Return a few prompts that people see answered again and again, with the same random numbers."""
+        rows = stream("watched prompts", self._seed).permutation(len(self._prompts))[:WATCHED].tolist()
+        return PromptBatch(
+            [self._prompts[row] for row in rows], [self._ids[row] for row in rows], list(range(len(rows)))
+        )
 
     def first(self, size: int) -> PromptBatch:
         """Return the first ``size`` prompts of the file, or all of them where there are fewer."""

@@ -155,18 +155,22 @@ class Rollout:
         """Return ``[sample, time]``, True on real response tokens, EOS included."""
         return self.sequences.mask
 
-    def samples(
+    def samples(self, scores: Tensor) -> list[dict[str, Any]]:
+        """Return prompts and responses with their scores, for people to read."""
+        rows = zip(self.prompts, self.texts, scores.tolist(), self.ended.tolist(), strict=True)
+        names = ("prompt", "response", "score", "ended")
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def samples_by_token(
         self, count: int, scores: Tensor, tokenizer: Tokenizer, kl: Tensor, advantages: Tensor
     ) -> list[dict[str, Any]]:
-        """Return the first ``count`` prompts and responses with their scores, for people to read.
+        """Return the first ``count`` samples, with figures of their tokens.
 
         Of each token, up to ``TOKENS_SHOWN``, "tokens" has its text, log policy - log reference in nats, and advantage.
 
         kl, advantages  ``[sample, time]``
         """
-        rows = zip(self.prompts[:count], self.texts, scores.tolist(), self.ended.tolist(), strict=False)
-        names = ("prompt", "response", "score", "ended")
-        samples: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows]
+        samples = self.samples(scores)[:count]
         for number, sample in enumerate(samples):
             real = self.mask[number].nonzero().squeeze(-1)[:TOKENS_SHOWN]
             ids = self.sequences.ids[number, -self.mask.shape[1] :][real].tolist()

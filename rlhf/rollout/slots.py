@@ -67,9 +67,9 @@ class LayerShape(NamedTuple):
 
 
 class Space:
-    """The cache and the state of the slots, and what they have written, for calls of one size.
+    """The cache and the state of the slots, and what they have written.
 
-    samples  prompts of a call
+    samples  most prompts of a call
     time     tokens of the longest response
     length   places of a slot
     """
@@ -110,7 +110,7 @@ class Space:
         """Empty the slots and what they have written."""
         self.ids.fill_(pad)
         self.logprobs.zero_()
-        self.numbers[: self.samples, : self.time] = numbers.to(self.numbers.device)
+        self.numbers[: len(numbers), : self.time] = numbers.to(self.numbers.device)
         self.state.zero_()
         self.state[3] = self.samples
 

@@ -124,6 +124,8 @@ def stopped(step: int) -> InterruptedRunError:
 
 BINS = 64
 """Of a histogram."""
+LOOKS = 8
+"""About how often watched prompts are answered."""
 TABLES = 20
 """About how many tables of samples a run sends to W&B."""
 
@@ -197,11 +199,23 @@ class Journal:
                 if self._wandb is not None:
                     self._wandb.alert(name, line)
 
+    def watches(self, step: int) -> bool:
+        """Return whether the prompts that people watch through a run are answered at a step."""
+        return (step - 1) % max(1, self._total // LOOKS) == 0 or step == self._total
+
+    def keep_watched(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Write the answers to watched prompts beside the metrics."""
+        if self._metrics_log is not None:
+            self._write_samples([{"step": step, "watched": True, **sample} for sample in samples])
+
+    def _write_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        with self._context.folder.samples.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
     def keep_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Write a step's samples beside the metrics."""
         if self._metrics_log is not None and samples:
-            with self._context.folder.samples.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+            self._write_samples([{"step": step, **sample} for sample in samples])
             if self._wandb is not None and (step % max(1, self._total // TABLES) == 0 or step == self._total):
                 self._wandb.samples(step, samples)
 

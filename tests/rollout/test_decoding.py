@@ -86,6 +86,27 @@ def test_any_number_of_slots_draws_the_same(model_type: str, more: Mapping[str, 
     torch.testing.assert_close(found.logprobs, expected.logprobs, atol=5e-5, rtol=0)
 
 
+def test_a_call_of_fewer_prompts_takes_the_slots_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where they stay with their graphs: what an earlier call has left changes nothing."""
+    model = model_of_type("llama")
+    eos, expected = slowly(model)
+    made: list[Space] = []
+
+    class Kept(Space):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            made.append(self)
+
+    monkeypatch.setattr(decoding, "Space", Kept)
+    decoder = Decoder(model, LIKE_A_GPU, 4)
+    decoder.sample(PROMPTS, 1 - NUMBERS, 1.0, eos_token_id=eos, pad=0)
+    monkeypatch.setattr(Decoder, "_space_for", lambda *_: made[0])
+    found = decoder.sample(PROMPTS[:3], NUMBERS[:3], 1.0, eos_token_id=eos, pad=0)
+    assert len(made) == 1
+    assert torch.equal(found.ids, expected.ids[:3])
+    torch.testing.assert_close(found.logprobs, expected.logprobs[:3], atol=5e-5, rtol=0)
+
+
 def test_greedy_responses_are_the_likeliest_tokens() -> None:
     """And their log-probabilities are 0, whatever the numbers are."""
     model = model_of_type("llama")

@@ -19,7 +19,7 @@ from rlhf.errors import DivergedError
 from rlhf.models import text
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.rl.losses import PolicySums, ValueSums
-from rlhf.rollout.prompts import DemonstrationStream
+from rlhf.rollout.prompts import WATCHED, DemonstrationStream
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
 from rlhf.tracking import read_metrics
@@ -85,6 +85,8 @@ class MadeUpPolicy(Model):
     """Of all responses of an iteration, where that is given; beyond the limit none of them ends."""
 
     def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+        if len(prompts) == WATCHED:
+            return Responses(torch.full((WATCHED, TIME), 30), torch.zeros(WATCHED, TIME))
         self.iteration += 1
         generator = torch.Generator().manual_seed(self.iteration)
         ids = torch.randint(20, 250, (len(prompts), TIME), generator=generator)
@@ -139,6 +141,8 @@ class MadeUpReward:
 
     def score(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
         assert {*prompts} <= {f"a film {number}" for number in range(4)}
+        if len(responses) == WATCHED:
+            return torch.full((WATCHED,), -7.0)
         more, self.asked = self.growth * self.asked, self.asked + 1
         return torch.tensor([self.scale * math.sin(number + 1.0) + more for number in range(len(responses))])
 
@@ -419,6 +423,11 @@ def test_each_iteration_reports_what_it_was(tmp_path: Path, monkeypatch: pytest.
         assert {"time/rollout_s", "time/score_s", "time/train_s", "loss/value_avg", "loss/policy_avg"} <= row.keys()
         assert row["perf/tokens_per_s"] > 0
     samples = [json.loads(line) for line in (tmp_path / "attempt" / "samples.jsonl").read_text().splitlines()]
+    watched = [sample for sample in samples if sample.get("watched")]
+    assert [sample["step"] for sample in watched] == [step for step in (1, 2, 3) for _ in range(WATCHED)]
+    assert {sample["score"] for sample in watched} == {-7.0}
+    assert {sample["prompt"] for sample in watched} == {f"a film {number}" for number in range(4)}
+    samples = [sample for sample in samples if not sample.get("watched")]
     assert {sample["step"] for sample in samples} == {1, 2, 3}
     for number, sample in enumerate(samples[: len(samples) // 3]):
         assert sample["score"] == pytest.approx(3 * math.sin(number + 1.0))
