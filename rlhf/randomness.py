@@ -30,6 +30,7 @@ Domain = Literal[
     "sets left out",
     "trainer",
     "value head",
+    "watched prompts",
 ]
 """Every use of random numbers that depends on a seed."""
 
