@@ -56,8 +56,9 @@ def symptoms(run: Figures) -> list[Symptom]:
     found = [
         _score_follows_length(run),
         _never_ends(run),
-        _score_against_judge(run),
+        # Before the judge, which falls where KL runs away.
         _kl_runs_away(run),
+        _score_against_judge(run),
         _reward_model_guesses(run),
         _outside_of_its_data(run),
         _entropy_collapses(run),

@@ -6,6 +6,7 @@ reward for length, and with all ratings negated; of samples the lengths.
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def test_a_healthy_run_has_no_symptom() -> None:
     found = symptoms(run)
     assert {symptom.holds for symptom in found} == {False}
     assert "finds its responses better" in in_words(run, found)
+
+
+def test_over_optimisation_without_a_penalty_is_not_blamed_on_the_rankings() -> None:
+    """Where KL ran away, a judge that falls follows from it; the reward model may be as good as it was."""
+    run = figures_of("kl.coef 0")
+    fallen = {"judge/delta": -1.0, "judge/delta_low": -1.3, "judge/delta_high": -0.7}
+    found = symptoms(replace(run, evaluate={**run.evaluate, **fallen}))
+    assert [symptom.name for symptom in found if symptom.holds][:2] == ["KL runs away", "Score up, judge down"]
 
 
 def test_what_was_not_measured_is_not_known() -> None:
