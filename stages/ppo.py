@@ -71,7 +71,7 @@ def iterate(
         batch = prompts.batch(iteration, settings.rollouts)
         rollout = roll_out(policy, batch, settings.seed, settings.sampling.max_new_tokens)
 
-    if journal.watches(iteration + 1):
+    if settings.samples_kept and journal.watches(iteration + 1):
         watched = roll_out(policy, prompts.watched(), settings.seed, settings.sampling.max_new_tokens)
         journal.keep_watched(iteration + 1, watched.samples(reward.score(watched.prompts, watched.texts)))
 

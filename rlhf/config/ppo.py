@@ -174,7 +174,8 @@ class PpoSettings(TrainingSettings):
     where a GPU's kernel keeps to each sample alone, which in bf16 it can for most models without sliding windows.
     Elsewhere true takes a mask, whose cost grows with the square of a forward pass's tokens."""
     samples_kept: int = runtime(8, ge=0)
-    """Responses of each iteration that are written, with their scores, to ``samples.jsonl`` in the attempt."""
+    """Responses of each iteration that are written, with their scores, to ``samples.jsonl`` in the attempt; with 0 no
+    prompts are watched through the run either."""
     checkpoint_every: int = runtime(10, ge=1)
     """Iterations between in-stage checkpoints."""
 

@@ -90,7 +90,14 @@ def in_words(run: Figures, found: Sequence[Symptom]) -> str:
     if wrong:
         parts.append(f"Look first at {wrong[0].where}: {wrong[0].meaning} Next: {wrong[0].following}.")
     elif run.ppo:
-        parts.append("None of the symptoms below holds.")
+        unseen = (
+            "" if "judge/delta" in run.evaluate else ", but no judge has looked: rankings may be the wrong way round"
+        )
+        parts.append(f"None of the symptoms below holds{unseen}.")
+    raised = {name for row in run.ppo for name, value in row.items() if name.startswith("alarm/") and value}
+    if raised:
+        names = ", ".join(sorted(name.removeprefix("alarm/") for name in raised))
+        parts.append(f"Alarms were raised: {names}.")
     return " ".join(parts) or "No stage has measured anything yet."
 
 

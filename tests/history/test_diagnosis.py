@@ -44,6 +44,10 @@ def test_a_healthy_run_has_no_symptom() -> None:
     found = symptoms(run)
     assert {symptom.holds for symptom in found} == {False}
     assert "finds its responses better" in in_words(run, found)
+    assert in_words(run, found).endswith("None of the symptoms below holds.")
+    alone = replace(run, evaluate={}, ppo=[*run.ppo, {**run.ppo[-1], "alarm/eos": 1.0, "alarm/ratio": 0.0}])
+    words = in_words(alone, symptoms(alone))
+    assert words.endswith("no judge has looked: rankings may be the wrong way round. Alarms were raised: eos.")
 
 
 def test_over_optimisation_without_a_penalty_is_not_blamed_on_the_rankings() -> None:
