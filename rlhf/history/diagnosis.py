@@ -213,7 +213,7 @@ def _entropy_collapses(run: Figures) -> Symptom:
     entropies = [row["policy/entropy_avg"] for row in run.ppo if "policy/entropy_avg" in row]
     return Symptom(
         "Entropy collapses",
-        entropies[-1] < 0.1 * entropies[0] if entropies else None,
+        not entropies[-1] >= 0.1 * entropies[0] if entropies else None,
         f"{entropies[0]:.2g} to {entropies[-1]:.2g} nats a token" if entropies else "",
         "the policy gives nearly the same response to every prompt.",
         "PPO",
@@ -227,7 +227,7 @@ def _score_stands_still(run: Figures) -> Symptom:
     early, late = (scores[:third], scores[-third:]) if third else ([], [])
     return Symptom(
         "Score stands still",
-        float(np.mean(late)) <= float(np.mean(early)) if third else None,
+        not float(np.mean(late)) > float(np.mean(early)) if third else None,
         f"{np.mean(early):.3g} in the first third, {np.mean(late):.3g} in the last" if third else "",
         "PPO does not raise the score.",
         "PPO",

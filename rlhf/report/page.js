@@ -50,12 +50,16 @@ document.querySelectorAll(".charts").forEach((place, number) => draw(place, data
 
 const get = (name) => document.getElementById(name);
 if (get("controls")) {
-  const steps = [...new Set(data.samples.map((row) => row.step))].filter((step) => step !== undefined).sort((a, b) => a - b);
+  // Behind the iterations stand stages whose responses have none.
+  const place = (row) => row.step ?? row.stage;
+  const last = data.samples.filter((row) => row.step !== undefined).reduce((most, row) => Math.max(most, row.step), 0);
+  const order = (at) => (typeof at === "number" ? at : Infinity);
+  const steps = [...new Set(data.samples.map(place))].sort((a, b) => (order(a) === order(b) ? 0 : order(a) - order(b)));
   const prompts = [...new Set(data.samples.filter((row) => row.watched).map((row) => row.prompt))];
   const PAGE = 20;
   let shown = PAGE;
   get("step").max = Math.max(0, steps.length - 1);
-  get("step").value = Math.max(0, steps.length - 1);
+  get("step").value = Math.max(0, steps.indexOf(last));
   get("step").disabled = steps.length < 2;
   for (const prompt of prompts) get("prompt").append(element("option", prompt.slice(0, 80), { value: prompt }));
   get("prompt").parentElement.hidden = !prompts.length;
@@ -66,12 +70,12 @@ if (get("controls")) {
 
   function chosen() {
     const step = steps[get("step").value], words = get("search").value.toLowerCase(), prompt = get("prompt").value;
-    const order = get("order").value;
+    const first = get("order").value;
     // A search, and a prompt that was watched, go through all iterations.
     const rows = data.samples.filter((row) =>
-      (prompt ? row.prompt === prompt && row.watched : words || steps.length === 0 || row.step === step) &&
+      (prompt ? row.prompt === prompt && row.watched : words || place(row) === step) &&
       (!words || (row.prompt + "\n" + row.response).toLowerCase().includes(words)));
-    if (order) rows.sort((a, b) => (number(a.score) - number(b.score)) * (order === "worst" ? 1 : -1));
+    if (first) rows.sort((a, b) => (number(a.score) - number(b.score)) * (first === "worst" ? 1 : -1));
     return rows;
   }
 
@@ -87,8 +91,8 @@ if (get("controls")) {
 
   function card(row) {
     const made = element("article", "", { class: "sample" }), head = element("p", "", { class: "soft" });
-    const place = row.step === undefined ? row.stage : `${row.stage}, iteration ${row.step}`;
-    head.append(element("span", rounded(row.score), { class: "score" }), ` ${place}${row.ended === false ? ", did not end" : ""}`);
+    const from = row.step === undefined ? row.stage : `${row.stage}, iteration ${row.step}`;
+    head.append(element("span", rounded(row.score), { class: "score" }), ` ${from}${row.ended === false ? ", did not end" : ""}`);
     made.append(head, element("p", row.prompt, { dir: "auto", class: "soft" }));
     if (row.before !== undefined) made.append(element("p", `before (${rounded(row.score_before)}): ${row.before}`, { dir: "auto" }));
     const colour = get("colour").value;

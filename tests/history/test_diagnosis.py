@@ -66,6 +66,11 @@ def test_what_was_not_measured_is_not_known() -> None:
     diverged = Figures(ppo=[{"step": 1, "objective/kl": math.nan, "length/mean": 3.0}])
     assert [symptom.name for symptom in symptoms(diverged) if symptom.holds] == ["KL runs away"]
     assert "None of the symptoms" not in in_words(diverged, symptoms(diverged))
+    values = [1.0, 2.0, 3.0, math.nan]
+    lost = Figures(
+        ppo=[{"step": step, "objective/scores": x, "policy/entropy_avg": x} for step, x in enumerate(values)]
+    )
+    assert {symptom.name for symptom in symptoms(lost) if symptom.holds} == {"Entropy collapses", "Score stands still"}
 
 
 def test_scores_that_are_no_numbers_are_left_out() -> None:

@@ -137,6 +137,7 @@ def test_responses_are_found(browser: webdriver.Chrome, tmp_path: Path) -> None:
     rows = [
         sample(step, number, "rare" if (step, number) == (1, 2) else "fine") for step in (1, 2) for number in range(4)
     ]
+    rows.append({"stage": "evaluate", "score": 1.0, "score_before": 0.5, "prompt": "p", "before": "b", "response": "a"})
     opened(browser, tmp_path / "page.html", page(2, rows))
     assert len(shown(browser)) == 4
     assert all("iteration 2" in text for text in shown(browser))
@@ -151,6 +152,11 @@ def test_responses_are_found(browser: webdriver.Chrome, tmp_path: Path) -> None:
     browser.execute_script(set_to, "order", "")
     browser.execute_script(set_to, "prompt", "fine 0")
     assert ["iteration 1" in text for text in shown(browser)] == [True, True, False, False]
+    browser.execute_script(set_to, "prompt", "")
+    browser.execute_script(set_to, "step", "2")
+    (evaluated,) = shown(browser)
+    assert "before (+0.50): b" in evaluated
+    browser.execute_script(set_to, "prompt", "fine 0")
     browser.execute_script(set_to, "colour", "1")
     (first, *_) = browser.find_elements(By.CSS_SELECTOR, ".sample span[title]")
     assert (first.text, first.get_attribute("title")) == ("fine", "0.5")
