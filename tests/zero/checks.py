@@ -34,9 +34,9 @@ from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import folders, heads, text, tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.rl.losses import clipped_policy_loss
+from rlhf.rollout.drawing import uniforms
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Generator, roll_out
-from rlhf.rollout.sampling import uniforms
 from rlhf.rollout.sequences import Experience, Sequences, minibatches
 from rlhf.training import checkpoint_writer
 from rlhf.training.learner import Optimiser
