@@ -44,7 +44,8 @@ def alone() -> Generator[None]:
         yield
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] - it is documented there
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
     finally:
