@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf.config.rewards import EndpointSettings, RewardSettings, ServiceSettings, role_of_model
 from rlhf.config.stages import Precision
@@ -365,6 +366,7 @@ def load_whole(settings: Sequence[RewardSettings], folders: Mapping[str, Path]) 
 
     folders  role to reward-model folder
     """
+    disable_progress_bar()
     engines = {role: load_scores(folder, torch.float32).eval() for role, folder in folders.items()}
     models = {
         role: FrozenReward(folder, "fp32", AT_A_TIME, engine=engines[role].to(group.device()))

@@ -1,11 +1,12 @@
 """Commands that talk to policies, chat and generate, and what compare shares with them: policies, prompts, rewards."""
 
+import os
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -167,8 +168,13 @@ def pipeline_rewards(request: Request, scratch: Path) -> "Generator[Rewards]":
         settings = stage.settings.rewards
     makers = {role: (stage.inputs if stage else {}).get(role, name) for role, name in reward_inputs(settings).items()}
     records = {role: result_of(request.planned_stage(maker)) for role, maker in makers.items()}
-    from rlhf import rewards
-    from rlhf.zero import group
+    import torch
+
+    # DeepSpeed, which is imported with them, else looks for GPUs, and its logger writes to the stream of that moment.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    with redirect_stdout(sys.stderr):
+        from rlhf import rewards
+        from rlhf.zero import group
 
     folders = {role: request.store().checkout(record.artifact, scratch / role) for role, record in records.items()}
     with group.alone():
