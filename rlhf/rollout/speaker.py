@@ -1,7 +1,9 @@
 """Let a folder's policy answer outside of stages: all prompts at once, or one prompt a token at a time."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +65,13 @@ class Speaker:
         self.tokenizer = text.load_tokenizer(folder)
         self.context = context_length(config_of(folder)) - virtual_tokens_in(folder)
         """The longest prompt and answer together, in tokens."""
+        self._folder = folder
+
+    @cached_property
+    def _model(self) -> Any:
+        """The model, loaded at its first use: prompts that do not fit are refused before."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = folders.load_policy(folder, torch.float32).eval().to(device)
+        return folders.load_policy(self._folder, torch.float32).eval().to(device)
 
     def prompt_ids(self, prompt: Prompt, max_new_tokens: int, place: str) -> list[int]:
         """Return the ids that an answer to the prompt follows.
