@@ -34,9 +34,9 @@ from benchmarks.one_rank import (
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import Precision
 from rlhf.models import folders
+from rlhf.rollout.drawing import uniforms
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import Generator
-from rlhf.rollout.sampling import uniforms
 from rlhf.rollout.vllm_sampling import Room, VllmSampler
 from rlhf.training.limits import Ceilings, Part, ceilings, decode, prefill, synchronise
 from rlhf.training.loop import gpu_memory

@@ -20,13 +20,14 @@ from urllib.parse import urlsplit
 import httpx
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf.config.rewards import EndpointSettings, RewardSettings, ServiceSettings, role_of_model
 from rlhf.config.stages import Precision
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError, RewardError, TryAgainError, shortened
 from rlhf.models.micro_batches import MicroBatch
-from rlhf.models.reward import FrozenReward
+from rlhf.models.reward import FrozenReward, load_scores
 from rlhf.models.text import Prompt
 from rlhf.rl.metrics import out_of_range
 from rlhf.zero import group
@@ -301,6 +302,10 @@ class MainOnly:
         return torch.tensor(group.from_main(lambda: self._made[0](prompts, responses)))
 
 
+AT_A_TIME = MicroBatch(8)
+"""Texts that an unsharded reward model scores in one micro batch."""
+
+
 class Rewards:
     """One score a response: the weighted sum of all rewards. The constructor is a collective.
 
@@ -353,3 +358,17 @@ class Rewards:
                 return out_of_range(scores / self._settings[0].weight, low, high)
             case _:
                 return {}
+
+
+def load_whole(settings: Sequence[RewardSettings], folders: Mapping[str, Path]) -> Rewards:
+    """Load rewards outside of a stage, unsharded and in fp32, in a process that is a group of one.
+
+    folders  role to reward-model folder
+    """
+    disable_progress_bar()
+    engines = {role: load_scores(folder, torch.float32).eval() for role, folder in folders.items()}
+    models = {
+        role: FrozenReward(folder, "fp32", AT_A_TIME, engine=engines[role].to(group.device()))
+        for role, folder in folders.items()
+    }
+    return Rewards(settings, models, "fp32", AT_A_TIME)

@@ -16,11 +16,13 @@ from typing import Any
 
 from rich.console import Console
 
+from rlhf.cli.comparing import compare
 from rlhf.cli.history import report, samples, watch
 from rlhf.cli.human_data import annotate, data
-from rlhf.cli.results import diff, explain, export, gc, generate, import_, leaderboard, lineage, plan_, status, verify
+from rlhf.cli.results import diff, explain, export, gc, import_, leaderboard, lineage, plan_, status, verify
 from rlhf.cli.run import DEFAULT_CONFIG, Parser, Request, command_line, run
 from rlhf.cli.setup import config, doctor
+from rlhf.cli.talking import chat, generate
 from rlhf.config.base import suggestion
 from rlhf.errors import DiskFullError, InterruptedRunError, RequestError, RlhfError, is_no_room
 from rlhf.store import GRACE_SECONDS
@@ -30,10 +32,12 @@ COMMANDS: dict[str, Callable[[Request], int | None]] = {
     command.__name__.rstrip("_"): command
     for command in (
         *(run, watch, samples, report, plan_, status, explain, lineage, diff, leaderboard, verify, gc),
-        *(import_, export, generate, config, doctor, data, annotate),
+        *(import_, export, chat, generate, compare, config, doctor, data, annotate),
     )
 }
-WITH_JSON = ("plan", "status", "samples", "explain", "lineage", "diff", "leaderboard", "verify", "gc", "doctor")
+WITH_JSON = (
+    *("plan", "status", "samples", "explain", "lineage", "diff", "leaderboard", "verify", "gc", "doctor", "compare"),
+)
 
 
 def _flag(explanation: str) -> dict[str, Any]:
@@ -42,6 +46,21 @@ def _flag(explanation: str) -> dict[str, Any]:
 
 def _value(explanation: str, default: str | float | None = None, **settings: str) -> dict[str, Any]:
     return {"help": explanation, "default": default, "type": str if default is None else type(default), **settings}
+
+
+def _sampling(longest: int) -> dict[str, dict[str, Any]]:
+    return {
+        "--temperature": _value("0 is greedy (default: 0.8)", 0.8),
+        "--max-new-tokens": _value(f"longest answer, in tokens (default: {longest})", longest),
+        "--seed": _value("seed of the sampling (default: 0)", 0),
+    }
+
+
+def _prompts(default: str) -> dict[str, dict[str, Any]]:
+    return {
+        "--prompt": {"action": "append", "help": f"a prompt; may be repeated (default: {default})"},
+        "--file": _value("prompts: lines of a text, or records where the name ends in .jsonl, .json or .parquet"),
+    }
 
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -68,11 +87,14 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--forget": _flag("undo the import of a stage"),
     },
     "export": {"--adapter": _flag("keep an adapter beside its base, not folded in")},
-    "generate": {
-        "--prompt": {"action": "append", "help": "a prompt; may be repeated (default: the lines of standard input)"},
-        "--temperature": _value("0 is greedy (default: 0.8)", 0.8),
-        "--max-new-tokens": _value("longest answer (default: 48)", 48),
-        "--seed": _value("seed of the sampling (default: 0)", 0),
+    "chat": {"--score": _flag("show each answer's score by the pipeline's rewards"), **_sampling(256)},
+    "generate": {**_prompts("the lines of standard input"), **_sampling(48)},
+    "compare": {
+        **_prompts("the held-out prompts of the pipeline"),
+        **_sampling(48),
+        "--by": _value("person, reward or judge (default: person on a terminal, else reward)"),
+        "--blind": _flag("hide the policies' names from the person, and shuffle their answers"),
+        "--save": _value("append the answers with the verdicts, as data.comparisons reads them", metavar="FILE.jsonl"),
     },
     "config": {"--fields": _flag("explain every setting instead")},
     "data": {

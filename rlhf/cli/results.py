@@ -1,9 +1,7 @@
-"""Commands about results: plan, show, compare, check, collect garbage, import, export, generate."""
+"""Commands about results: plan, show, compare, check, collect garbage, import, export."""
 
 import json
 import math
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from rlhf.narration import diff_view, explain_view, lineage_view
 from rlhf.pipeline import documents
 from rlhf.pipeline.plan import instance_of, result_of
 from rlhf.store import ActionRecord
-from rlhf.terminal import gc_table, leaderboard_table, plan_table, printable, printable_lines
+from rlhf.terminal import gc_table, leaderboard_table, plan_table, printable
 
 
 def plan_(request: Request) -> None:
@@ -144,31 +142,3 @@ def export(request: Request) -> None:
         raise RequestError("export takes a stage and a folder", "command line", "rlhf export STAGE DIR")
     planned, target = request.planned_stage(request.names[0]), Path(request.names[1])
     request.out.print(f"wrote {export_artifact(planned, target, request.store(), adapter=request.arguments.adapter)}")
-
-
-def generate(request: Request) -> None:
-    """Let a policy answer prompts."""
-    planned = request.planned_stage(single_name(request, "STAGE"))
-    if planned.stage.kind != "policy":
-        raise RequestError(
-            f"{planned.name} makes a {planned.stage.kind}, which answers nothing", "command line", "name sft or ppo"
-        )
-    record = result_of(planned)
-    options = request.arguments
-    temperature, length, seed = options.temperature, options.max_new_tokens, options.seed
-    least_values = ("--temperature", temperature, 0), ("--max-new-tokens", length, 1), ("--seed", seed, 0)
-    for option, value, least in least_values:
-        if not least <= value < math.inf:
-            raise RequestError(
-                f"{option} is {value}, and must be a number from {least} on", "command line", f"{option} 1"
-            )
-    prompts = options.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
-    if not prompts:
-        raise RequestError("there is no prompt", "command line and standard input", "--prompt 'Write …'")
-    from rlhf.rollout.sampling import answers
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = request.store().checkout(record.artifact, Path(scratch) / "policy")
-        for answer in answers(folder, prompts, temperature, length, seed):
-            # A pipe gets the answer unchanged; on a terminal, its control characters could repaint the screen or worse.
-            print(printable_lines(answer) if sys.stdout.isatty() else answer)

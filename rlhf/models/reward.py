@@ -71,7 +71,7 @@ class FrozenReward:
     folder  a plain reward-model folder or an adapter's, whose ``config.json`` has ``score_mean``, ``score_std`` and
             ``sees``, and may have ``score_low`` and ``score_high``: the range of the normalised scores that the model
             gave people's responses
-    engine  a :class:`SequenceScores` of the folder's model, where it is loaded already
+    engine  what :func:`load_scores` returns, or a :class:`SequenceScores` of the folder's model that is loaded already
 
     Raises:
         PreflightError: ``score_max_length`` is beyond the model's context, or its tokenizer lacks what it needs.
@@ -92,15 +92,12 @@ class FrozenReward:
         self._response_only = config["sees"] == "response"
         self._max_length = int(config["score_max_length"])
         check_scored_length(folder)
-        self._is_decoder = True
+        scores: Any = engine
         if engine is None:
             with sharded_loading(precision, zero):
-                model = folders.load(folder, scores=True, dtype=DTYPES[precision])
-            self._is_decoder = hasattr(unwrapped(model), "score")  # a linear head on the last token's state
-            if self._is_decoder:
-                read_beginnings_once(unwrapped(model))
-            scores = SequenceScores(model) if self._is_decoder else OwnScores(unwrapped(model))
+                scores = load_scores(folder, DTYPES[precision])
             engine = Engine(scores, precision, zero=zero)
+        self._is_decoder = not isinstance(scores, OwnScores)
         self._engine = engine
         self.tokenizer = (text.load_tokenizer if self._is_decoder else text.load_encoder_tokenizer)(folder)
         self._at_once = micro_batch.times(AT_ONCE)
@@ -119,6 +116,15 @@ class FrozenReward:
             texts, types = [ids for ids, _ in pairs], [types for _, types in pairs]
         raw = raw_scores(self._engine, self.tokenizer, texts, self._at_once, types)
         return (raw - self._mean) / self._deviation
+
+
+def load_scores(folder: Path, dtype: torch.dtype) -> SequenceScores | OwnScores:
+    """Load a reward model's folder as the module that scores texts; errors are those of :func:`folders.load`."""
+    model = folders.load(folder, scores=True, dtype=dtype)
+    if not hasattr(unwrapped(model), "score"):  # a linear head on the last token's state
+        return OwnScores(unwrapped(model))
+    read_beginnings_once(unwrapped(model))
+    return SequenceScores(model)
 
 
 def is_reward_model(folder: Path) -> bool:

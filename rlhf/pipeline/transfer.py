@@ -45,7 +45,7 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
         raise RequestError(
             f"{instance} cannot be imported: it makes a {stage.kind}", "--as", f"--as {' or '.join(KINDS)}"
         )
-    _check_model(folder)
+    check_model(folder)
     if stage.kind == "reward-model":
         _check_reward_model(folder)
     staged = AttemptFolder(store.new_attempt(key_of(IMPORT, 1, {"as": instance}, {}))).output
@@ -82,7 +82,7 @@ def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: St
             staged.parent.parent.rmdir()
 
 
-def _check_model(folder: Path) -> None:
+def check_model(folder: Path) -> None:
     """Refuse a folder without a complete model, and one with code or with links that lead out of it."""
     config = config_file(folder)
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():

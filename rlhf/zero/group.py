@@ -3,7 +3,8 @@
 Functions that exchange are collectives: all ranks must call them, in the same order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -34,6 +35,21 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait until every rank calls it."""
     dist.barrier()
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """Make this process a worker group of one, if it is in none: outside of stages, for functions that exchange."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] - it is documented there
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def on_gpu() -> bool:

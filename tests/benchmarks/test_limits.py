@@ -10,7 +10,8 @@ from benchmarks.one_rank import drawn_lengths, with_lengths
 from rlhf.config.ppo import PpoSettings
 from rlhf.models.footprint import Architecture, learned
 from rlhf.rl.masks import response_mask
-from rlhf.rollout.sampling import sample_responses, uniforms
+from rlhf.rollout.drawing import uniforms
+from rlhf.rollout.sampling import sample_responses
 from rlhf.rollout.sequences import Sequences
 from rlhf.training.limits import (
     Ceilings,

@@ -271,7 +271,17 @@ def test_an_answer_of_a_model_cannot_move_the_cursor_of_a_terminal(
     ask: Ask, made: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A pipe gets what the model wrote, to the letter."""
-    monkeypatch.setattr("rlhf.rollout.sampling.answers", lambda *_: ["one\x1b[2J\ntwo"])
+
+    class Speaker:
+        def __init__(self, _: Path) -> None: ...
+
+        def prompt_ids(self, *_: object) -> list[int]:
+            return [1]
+
+        def answer(self, *_: object, **__: object) -> list[str]:
+            return ["one\x1b[2", "J\n", "two"]
+
+    monkeypatch.setattr("rlhf.rollout.speaker.Speaker", Speaker)
     assert ask("generate", "total", "--prompt", "hi").out == "one\x1b[2J\ntwo\n"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert ask("generate", "total", "--prompt", "hi").out == "one�[2J\ntwo\n"

@@ -13,7 +13,8 @@ from rlhf.models import heads, text
 from rlhf.models.architectures import ANOTHER_WITH_CACHE, check_policy, check_scorer, check_virtual_tokens
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.packable import PACKABLE
-from rlhf.rollout.sampling import Responses, sample_responses, uniforms
+from rlhf.rollout.drawing import Responses, uniforms
+from rlhf.rollout.sampling import sample_responses
 from rlhf.rollout.sequences import lay_out
 from tests.models.tiny import tiny_config
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.models import folders, text
 from rlhf.rollout.drawing import inverse_transform, uniforms
-from rlhf.rollout.sampling import answers, sample_in_batch, sample_responses
+from rlhf.rollout.sampling import sample_in_batch, sample_responses
+from rlhf.rollout.speaker import Speaker
 
 
 def sampled(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -53,13 +54,14 @@ def test_a_sample_s_numbers_are_its_own() -> None:
 def test_a_response_does_not_depend_on_its_neighbours_in_the_batch(tiny: Path) -> None:
     """A prompt alone, beside others, and padded for a longer one is answered alike; another seed answers otherwise."""
     prompts = ["a film", "the joy of a film of two halves", "dull"]
-    together = answers(tiny, prompts, 1.0, max_new_tokens=12, seed=0)
-    assert answers(tiny, prompts[:1], 1.0, max_new_tokens=12, seed=0) == together[:1]
-    assert answers(tiny, prompts[:2], 1.0, max_new_tokens=12, seed=0) == together[:2]
-    assert answers(tiny, prompts, 1.0, max_new_tokens=12, seed=1) != together
-    greedy = answers(tiny, prompts, 0.0, max_new_tokens=12, seed=0)
-    assert greedy == answers(tiny, prompts, 0.0, max_new_tokens=12, seed=1)
-    assert greedy == answers(tiny, prompts, 1e-4, max_new_tokens=12, seed=2)
+    answers = Speaker(tiny).answers
+    together = answers(prompts, 1.0, max_new_tokens=12, seed=0)
+    assert answers(prompts[:1], 1.0, max_new_tokens=12, seed=0) == together[:1]
+    assert answers(prompts[:2], 1.0, max_new_tokens=12, seed=0) == together[:2]
+    assert answers(prompts, 1.0, max_new_tokens=12, seed=1) != together
+    greedy = answers(prompts, 0.0, max_new_tokens=12, seed=0)
+    assert greedy == answers(prompts, 0.0, max_new_tokens=12, seed=1)
+    assert greedy == answers(prompts, 1e-4, max_new_tokens=12, seed=2)
 
 
 # Every kind that ``generate`` knows: filters, penalties, forced and forbidden tokens, more and other ends.

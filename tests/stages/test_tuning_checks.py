@@ -16,7 +16,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.errors import PreflightError, RequestError
 from rlhf.models.text import load_tokenizer
-from rlhf.rollout.sampling import answers
+from rlhf.rollout.speaker import Speaker
 from stages import checks
 from tests.models.tiny import make_tiny_llama, tiny_config
 
@@ -248,4 +248,4 @@ def test_who_answers_leaves_room_for_a_model_s_virtual_tokens(base: Path, tmp_pa
         checks.check_room("evaluate", policy, 30, 31, "sampling.max_new_tokens")
     assert error.value.next_step == "evaluate.max_prompt_length=29"
     with pytest.raises(RequestError, match="do not fit the context of 60"):
-        answers(policy, ["a"], 0.0, 60, 0)
+        Speaker(policy).answers(["a"], 0.0, 60, 0)

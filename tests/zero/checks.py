@@ -35,9 +35,9 @@ from rlhf.models import folders, heads, text, tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.rl.losses import clipped_policy_loss
+from rlhf.rollout.drawing import uniforms
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Generator, roll_out
-from rlhf.rollout.sampling import uniforms
 from rlhf.rollout.sequences import Experience, Sequences, minibatches
 from rlhf.training import checkpoint_writer
 from rlhf.training.learner import Optimiser

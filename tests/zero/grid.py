@@ -20,7 +20,7 @@ from deepspeed.ops import __compatible_ops__
 from torch import Tensor
 
 from rlhf.models import text, tuning
-from rlhf.rollout.sampling import answers
+from rlhf.rollout.speaker import Speaker
 from rlhf.training import policy, trl_trainers
 from rlhf.zero import engine, group
 from stages import rm, sft
@@ -128,7 +128,7 @@ def run(name: str, method: dict[str, Any], data: Path, folder: Path) -> dict[str
     observed["resumed"] = outcome(stage, attempt_of(context, folder / "resumed", whole.attempts))
     observed |= vars(watched) | {"folder": whole.output, "ids": ids}
     if group.is_main() and name != "rm":
-        observed["answer"] = answers(whole.output, [PROMPT], 0.0, ANSWER_TOKENS, seed=0)[0]
+        observed["answer"] = Speaker(whole.output).answers([PROMPT], 0.0, ANSWER_TOKENS, seed=0)[0]
     return observed
 
 

@@ -19,8 +19,8 @@ from rlhf.models import text
 from rlhf.models.layout import BASE, config_of
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
-from rlhf.rollout.sampling import answers
 from rlhf.rollout.sequences import lay_out
+from rlhf.rollout.speaker import Speaker
 from rlhf.tracking import read_metrics
 from rlhf.training.policy import FrozenPolicy
 from stages import ppo, rm, sft
@@ -205,7 +205,7 @@ def assert_readable(folder: Path, method: str) -> None:
         logits = model(torch.tensor([prompt + response])).logits[0, -len(response) - 1 : -1, : len(tokenizer)]
         expected = logits.log_softmax(-1)[range(len(response)), response]
         torch.testing.assert_close(found[row, : len(response)], expected, atol=1e-4, rtol=1e-4)
-    assert len(answers(folder, PROMPTS, 1.0, RESPONSE_TOKENS, seed=0)) == len(PROMPTS)
+    assert len(Speaker(folder).answers(PROMPTS, 1.0, RESPONSE_TOKENS, seed=0)) == len(PROMPTS)
 
 
 @torch.no_grad()
