@@ -72,8 +72,7 @@ def iterate(
         rollout = roll_out(policy, batch, settings.seed, settings.sampling.max_new_tokens)
 
     if settings.samples_kept and journal.watches(iteration + 1):
-        watched = roll_out(policy, prompts.watched(), settings.seed, settings.sampling.max_new_tokens)
-        journal.keep_watched(iteration + 1, watched.samples(reward.score(watched.prompts, watched.texts)))
+        answer_watched_prompts(iteration, settings, policy, reward, prompts, journal)
 
     with journal.timed("score"):
         scores = reward.score(rollout.prompts, rollout.texts)
@@ -127,6 +126,19 @@ def iterate(
     kept = rollout.samples_by_token(settings.samples_kept, scores, policy.tokenizer, drift, advantages)
     journal.keep_samples(iteration + 1, kept)
     journal.distributions(iteration + 1, scores=scores, lengths=mask.sum(-1), advantages=advantages[mask])
+
+
+def answer_watched_prompts(
+    iteration: int,
+    settings: PpoSettings,
+    policy: TrainedPolicy,
+    reward: Rewards,
+    prompts: PromptStream,
+    journal: Journal,
+) -> None:
+    """Keep the policy's answers to the same few prompts, which people compare through the run; no model learns them."""
+    rollout = roll_out(policy, prompts.watched(), settings.seed, settings.sampling.max_new_tokens)
+    journal.keep_watched(iteration + 1, rollout.samples(reward.score(rollout.prompts, rollout.texts)))
 
 
 def update(

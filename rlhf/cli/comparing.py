@@ -180,9 +180,9 @@ def _decider(request: Request, by: str, scratch: Path) -> Generator[Decide]:
 def _by_scores(sets: Sequence[ResponseSet], scores: Sequence[float]) -> Iterator[Verdict]:
     """Yield verdicts from the scores of all responses; equal texts are a tie, however their batches rounded."""
     rest = iter(scores)
-    for one in sets:
-        own = [next(rest) for _ in one.responses]
-        yield Verdict(_winners(one.responses, own), own)
+    for answered in sets:
+        own = [next(rest) for _ in answered.responses]
+        yield Verdict(_winners(answered.responses, own), own)
 
 
 def _winners(responses: Sequence[str], scores: Sequence[float]) -> list[list[float]]:
@@ -235,13 +235,13 @@ class _StageJudge:
 
         unique = list({name_of(one): one for one in sets}.values())
         compared = {name_of(one): one for one in self._judge.compare(unique, self._context)}
-        for one in sets:
-            found = compared.get(name_of(one))
-            if found is not None and found.ratings is not None:
-                scores = [float(row[0] or 0) for row in found.ratings]
-                yield Verdict(_winners(one.responses, scores), scores)
+        for answered in sets:
+            verdict = compared.get(name_of(answered))
+            if verdict is not None and verdict.ratings is not None:
+                scores = [float(row[0] or 0) for row in verdict.ratings]
+                yield Verdict(_winners(answered.responses, scores), scores)
             else:
-                yield Verdict(found.winners or [] if found else [])
+                yield Verdict(verdict.winners or [] if verdict else [])
 
 
 LETTERS = "abcdefgh"
@@ -258,16 +258,17 @@ class _Person:
         from rlhf.collect.annotation import shown_order
         from rlhf.collect.collection import name_of
 
-        for one in sets:
+        for answered in sets:
             self._shown += 1
-            places = range(len(one.responses))
-            order = shown_order(str(self._seed), name_of(one), len(places)) if self._blind else list(places)
+            places = range(len(answered.responses))
+            order = shown_order(str(self._seed), name_of(answered), len(places)) if self._blind else list(places)
             labels = [
-                LETTERS[place] if self._blind else f"{LETTERS[place]}: {(one.models or [])[place]}" for place in places
+                LETTERS[place] if self._blind else f"{LETTERS[place]}: {(answered.models or [])[place]}"
+                for place in places
             ]
             self._out.print()
-            self._out.print(Text(f"{self._shown}  {_as_text(one)}", "bold"))
-            self._out.print(side_by_side(labels, [one.responses[index] for index in order], self._out.width))
+            self._out.print(Text(f"{self._shown}  {_as_text(answered)}", "bold"))
+            self._out.print(side_by_side(labels, [answered.responses[index] for index in order], self._out.width))
             key = self._ask(LETTERS[: len(order)])
             if key == "s":
                 yield Verdict([])

@@ -21,6 +21,39 @@ from rlhf.store.backend import sync
 from rlhf.zero import group
 
 
+def held(path: Path, by_another: LeaseHeldError) -> int:
+    """Open a file that only grows, for this process alone; return its descriptor. Closing it releases the lock.
+
+    by_another  raised where another process holds it
+
+    Raises:
+        RequestError: the file cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    except OSError as error:
+        next_step = "name a file in a folder that is there and can be written"
+        raise RequestError(f"answers cannot be kept: {error.strerror}", str(path), next_step) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        sync(path.parent)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise by_another from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def write_through(descriptor: int, data: bytes) -> None:
+    """Write all of the data; it is on the disk when this returns."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    os.fsync(descriptor)
+
+
 class AnnotationJournal(AbstractContextManager["AnnotationJournal"]):
     """A file of answers that only grows, held by one process at a time.
 
@@ -34,22 +67,16 @@ class AnnotationJournal(AbstractContextManager["AnnotationJournal"]):
         self.answers: list[Answer] = []
         """The answers that the file held when it was opened."""
         self.notice = ""
-        try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        except OSError as error:
-            next_step = "name a file in a folder that is there and can be written"
-            raise RequestError(f"answers cannot be kept: {error.strerror}", str(path), next_step) from error
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sync(path.parent)
-            self._size = self._read()
-        except BlockingIOError:
-            self.close()
-            raise LeaseHeldError(
+        self._descriptor = held(
+            path,
+            LeaseHeldError(
                 "another rlhf annotate keeps its answers in the same file",
                 str(path),
                 "open its page, end it with Ctrl-C, or name another OUT",
-            ) from None
+            ),
+        )
+        try:
+            self._size = self._read()
         except BaseException:
             self.close()
             raise
@@ -84,10 +111,7 @@ class AnnotationJournal(AbstractContextManager["AnnotationJournal"]):
         return answer
 
     def _write(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
-        os.fsync(self._descriptor)
+        write_through(self._descriptor, data)
 
     def _read(self) -> int:
         """Read the answers; return the size of the file without a line that was cut off."""

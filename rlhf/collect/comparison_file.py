@@ -1,6 +1,5 @@
 """A file of comparison sets that grows by one whole line at a time, so that a session that is killed loses nothing."""
 
-import fcntl
 import json
 import os
 from contextlib import AbstractContextManager
@@ -8,10 +7,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rlhf.collect.collection import described, name_of, writing
+from rlhf.collect.collection import described, held, name_of, write_through, writing
 from rlhf.data.records import ComparisonSet, ResponseSet, to_line
 from rlhf.errors import LeaseHeldError, RecordError, RequestError
-from rlhf.store.backend import sync
 
 
 class ComparisonFile(AbstractContextManager["ComparisonFile"]):
@@ -25,18 +23,10 @@ class ComparisonFile(AbstractContextManager["ComparisonFile"]):
         self._path = path
         if path.suffix != ".jsonl" or path.is_dir():
             raise RequestError("the file to save to must end in .jsonl", str(path), f"name it {path.stem}.jsonl")
+        other = LeaseHeldError("another rlhf compare saves to the same file", str(path), "name another")
+        self._descriptor = held(path, other)
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        except OSError as error:
-            next_step = "name a file in a folder that is there and can be written"
-            raise RequestError(f"answers cannot be saved: {error.strerror}", str(path), next_step) from error
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sync(path.parent)
-            self._sets = {(name_of(one), tuple(one.models or ())): one for one in self._read()}
-        except BlockingIOError:
-            self.close()
-            raise LeaseHeldError("another rlhf compare saves to the same file", str(path), "name another") from None
+            self._sets = {(name_of(row), tuple(row.models or ())): row for row in self._read()}
         except BaseException:
             self.close()
             raise
@@ -50,16 +40,13 @@ class ComparisonFile(AbstractContextManager["ComparisonFile"]):
 
     def saved(self, responses: ResponseSet) -> ComparisonSet | None:
         """Return the set with the same prompt, responses and models, if it is in the file with winners."""
-        found = self._sets.get((name_of(responses), tuple(responses.models or ())))
-        return found if found is not None and found.winners else None
+        compared = self._sets.get((name_of(responses), tuple(responses.models or ())))
+        return compared if compared is not None and compared.winners else None
 
     def append(self, compared: ComparisonSet) -> None:
         """Write a set; it is on the disk when this returns."""
-        rest = memoryview(to_line(compared).encode())
         with writing(self._path):
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
-            os.fsync(self._descriptor)
+            write_through(self._descriptor, to_line(compared).encode())
 
     def _read(self) -> list[ComparisonSet]:
         data = self._path.read_bytes()

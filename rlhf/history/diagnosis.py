@@ -53,7 +53,7 @@ class Symptom:
 
 def symptoms(run: Figures) -> list[Symptom]:
     """Return all symptoms, those that hold first; of these the one that explains most is the first."""
-    found = [
+    ranked = [
         _score_follows_length(run),
         _never_ends(run),
         # Before the judge, which falls where KL runs away.
@@ -65,7 +65,7 @@ def symptoms(run: Figures) -> list[Symptom]:
         _score_stands_still(run),
         _sft_stands_still(run),
     ]
-    return sorted(found, key=lambda symptom: {True: 0, False: 1, None: 2}[symptom.holds])
+    return sorted(ranked, key=lambda symptom: {True: 0, False: 1, None: 2}[symptom.holds])
 
 
 def in_words(run: Figures, found: Sequence[Symptom]) -> str:
@@ -175,12 +175,12 @@ def _correlation_with_length(samples: Sequence[Row]) -> float | None:
         score = row["score"]
         if isinstance(score, (int, float)) and math.isfinite(score) and "step" in row:
             by_step.setdefault(row["step"], []).append((score, len(str(row["response"]))))
-    found: list[float] = []
+    correlations: list[float] = []
     for pairs in by_step.values():
         scores, lengths = np.array(pairs).T
         if len(pairs) > 2 and scores.std() > 0 and lengths.std() > 0:
-            found.append(float(np.corrcoef(scores, lengths)[0, 1]))
-    return float(np.mean(found)) if found else None
+            correlations.append(float(np.corrcoef(scores, lengths)[0, 1]))
+    return float(np.mean(correlations)) if correlations else None
 
 
 def _reward_model_guesses(run: Figures) -> Symptom:
@@ -222,13 +222,11 @@ def _entropy_collapses(run: Figures) -> Symptom:
 
 
 def _score_stands_still(run: Figures) -> Symptom:
-    scores = [row["objective/scores"] for row in run.ppo if "objective/scores" in row]
-    third = len(scores) // 3
-    early, late = (scores[:third], scores[-third:]) if third else ([], [])
+    means = _first_and_last_third(run.ppo, "objective/scores")
     return Symptom(
         "Score stands still",
-        not float(np.mean(late)) > float(np.mean(early)) if third else None,
-        f"{np.mean(early):.3g} in the first third, {np.mean(late):.3g} in the last" if third else "",
+        None if means is None else not means[1] > means[0],
+        _from_third_to_third(means),
         "PPO does not raise the score.",
         "PPO",
         "raise ppo.policy_learning_rate or ppo.rollouts, and lower ppo.kl.coef",
@@ -236,17 +234,26 @@ def _score_stands_still(run: Figures) -> Symptom:
 
 
 def _sft_stands_still(run: Figures) -> Symptom:
-    losses = [row["loss"] for row in run.sft if "loss" in row]
-    third = len(losses) // 3
-    early, late = (losses[:third], losses[-third:]) if third else ([], [])
+    means = _first_and_last_third(run.sft, "loss")
     return Symptom(
         "SFT's loss stands still",
-        not float(np.mean(late)) < float(np.mean(early)) if third else None,
-        f"{np.mean(early):.3g} in the first third, {np.mean(late):.3g} in the last" if third else "",
+        None if means is None else not means[1] < means[0],
+        _from_third_to_third(means),
         "SFT does not learn its demonstrations.",
         "SFT or its data",
         "look at sft.optimizer.learning_rate and at the demonstrations",
     )
+
+
+def _first_and_last_third(rows: Sequence[Row], name: str) -> tuple[float, float] | None:
+    """Return a metric's means over the first and the last third of a run; None where it has fewer than three values."""
+    values = [row[name] for row in rows if name in row]
+    third = len(values) // 3
+    return (float(np.mean(values[:third])), float(np.mean(values[-third:]))) if third else None
+
+
+def _from_third_to_third(means: tuple[float, float] | None) -> str:
+    return "" if means is None else f"{means[0]:.3g} in the first third, {means[1]:.3g} in the last"
 
 
 def _last(rows: Sequence[Row], name: str) -> float | None:

@@ -221,13 +221,15 @@ def earlier_results(planned: Planned, store: Store) -> list[ActionRecord]:
             neighbours[key].add(previous)
             neighbours[previous].add(key)
     waiting = [record.key for record in (planned.record, planned.before) if record and record.key in records]
-    found: set[str] = set()
+    connected: set[str] = set()
     while waiting:
-        if (key := waiting.pop()) not in found:
-            found.add(key)
+        if (key := waiting.pop()) not in connected:
+            connected.add(key)
             waiting += neighbours[key]
     own = planned.record.key if planned.record else None
-    return sorted((records[key] for key in found - {own}), key=lambda record: str(record.provenance.get("finished")))
+    return sorted(
+        (records[key] for key in connected - {own}), key=lambda record: str(record.provenance.get("finished"))
+    )
 
 
 def prompt_text(prompt: Any) -> str:

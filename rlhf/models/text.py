@@ -130,17 +130,17 @@ def response_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Return what each token adds to a response's text; nothing for EOS, and for all but the last of a character's."""
-    found: list[str] = []
+    added: list[str] = []
     # A token is decoded behind those of the piece before it, on which its spaces may depend.
     start = done = 0
     for end in range(1, len(ids) + 1):
         before, text = (response_text(tokenizer, ids[start:place]) for place in (done, end))
         # Bytes of a character that is not whole yet decode to replacement characters.
         whole = not text.endswith("\ufffd") or end == len(ids)
-        found.append(text[len(before) :] if whole else "")
+        added.append(text[len(before) :] if whole else "")
         if whole:
             start, done = done, end
-    return found
+    return added
 
 
 @templates.cached

@@ -45,7 +45,8 @@ MOST_SAMPLES = 4000
 """Responses that a page holds, those of the last iterations."""
 EARLIER = 5
 """Earlier runs that are laid over."""
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that no text shows; among them those that turn the direction of what follows."""
 QUALITY, LEADERBOARD = "quality.json", "leaderboard.json"
 SFT_CURVES = {"loss": "loss", "mean_token_accuracy": "accuracy"}
 RM_CURVES = {"loss": "loss", "accuracy": "accuracy"}
@@ -102,8 +103,8 @@ def content(config: PipelineConfig, histories: Mapping[str, StageHistory], store
 
 def _of_stage(histories: Mapping[str, StageHistory], stage: str) -> StageHistory | None:
     """Return the last instance of a stage that has measured something."""
-    found = [history for history in histories.values() if history.planned.stage.name == stage]
-    return next((history for history in reversed(found) if history.record or history.metrics), None)
+    instances = [history for history in histories.values() if history.planned.stage.name == stage]
+    return next((history for history in reversed(instances) if history.record or history.metrics), None)
 
 
 def _figures(histories: Mapping[str, StageHistory]) -> Figures:
@@ -300,7 +301,8 @@ def _lineage(histories: Mapping[str, StageHistory], store: Store) -> dict[str, A
     walk(document)
     made = document["provenance"]
     total = made["total"]
-    cost = f"{duration(total['seconds'])} of work, {total['gpu_hours']} GPU-hours, {total['results']} results"
+    gpu_hours = "an unknown number of" if total["gpu_hours"] is None else total["gpu_hours"]
+    cost = f"{duration(total['seconds'])} of work, {gpu_hours} GPU-hours, {total['results']} results"
     versions = {"Python": made.get("python"), "code": made.get("commit"), **made.get("versions", {})}
     return {"rows": list(rows.values()), "cost": cost, "versions": versions}
 

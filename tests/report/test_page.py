@@ -200,4 +200,4 @@ def test_a_pipeline_that_never_ran_has_no_report_and_half_of_one_has(tmp_path: P
 def test_texts_are_cut_and_have_no_control_characters() -> None:
     """So that a page stays small, and shows the same everywhere."""
     assert shown_text("x" * 100_000) == "x" * LONGEST + "…"
-    assert shown_text("a\x00b\n\tc\ud800") == "a\ufffdb\n\tc\ufffd"
+    assert shown_text("a\x00b\n\tc\ud800\u202ed") == "a\ufffdb\n\tc\ufffd\ufffdd"
