@@ -4,8 +4,8 @@ Each rank writes one file: of every weight that trains its own fragment, in fp32
 their place in the flattened weight. To continue, a rank maps all files into memory, and copies of each weight what its
 own fragment has in common with those of the ranks that wrote.
 
-DeepSpeed's own checkpoints are read by as many ranks as wrote them, in the same stage. Its universal ones take a program
-that writes everything a second time, and one file for each weight and moment.
+DeepSpeed's own checkpoints are read by as many ranks as wrote them, in the same stage. Its universal ones take a
+program that writes everything a second time, and one file for each weight and moment.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
