@@ -68,7 +68,7 @@ def _discard(context: Context[Any], why: str) -> None:
 
 
 def refuse_planted(checkpoint: Path, attempt: Path) -> None:
-    """Refuse a checkpoint that another user could have written: DeepSpeed reads pickles, which run code.
+    """Refuse a checkpoint that another user could have written: the run would continue with their weights.
 
     attempt  the folder of the attempt that continues, where this process writes
 
@@ -88,7 +88,7 @@ def refuse_planted(checkpoint: Path, attempt: Path) -> None:
     else:
         return
     raise PreflightError(
-        f"the checkpoint to continue from {why}: it holds pickles, so its author could run code here",
+        f"the checkpoint to continue from {why}: others could decide what is trained on",
         str(checkpoint),
         "remove it, or if you know that it is yours: chown it to the user that runs the workers, and chmod 700 it",
     )
@@ -134,7 +134,7 @@ def _make_room(checkpoint: Path, attempts: Sequence[Path], estimate: int) -> int
     if free < needed:
         raise _disk_full(checkpoint, needed, free)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    # A user who could add to it could run code when it is loaded: it holds pickles.
+    # A user who could add to it could change the weights that the run continues with.
     checkpoint.mkdir(mode=0o700)
     return needed
 
