@@ -51,7 +51,7 @@ def as_mask(model: Any, offsets: Tensor, longest: int) -> Tensor | None:
 
     offsets, longest  as in :class:`Boundaries`
     """
-    by_text = model.config._attn_implementation == NAME and _computes(offsets.device, model.dtype)
+    by_text = model.config._attn_implementation == NAME and computes(offsets.device, model.dtype)
     return offsets.expand(1, 1, longest, -1) if by_text else None
 
 
@@ -88,13 +88,14 @@ def _mask(**given: Any) -> Boundaries | Tensor | None:
         return known
     packed = given["attention_mask"] is None and not given.get("allow_is_causal_skip", True)
     packed = packed and not given["use_vmap"]
-    if packed and given["q_length"] == given["kv_length"] and _computes(given["device"], given["dtype"]):
+    if packed and given["q_length"] == given["kv_length"] and computes(given["device"], given["dtype"]):
         begins = beginnings(given["batch_size"], given["q_length"], given["mask_function"], given["device"])
         return boundaries(begins)
     return sdpa_mask(**given)
 
 
-def _computes(device: torch.device, dtype: torch.dtype) -> bool:
+def computes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether texts are computed one by one on a device."""
     return device.type == "cpu" or (device.type == "cuda" and dtype == torch.bfloat16)
 
 

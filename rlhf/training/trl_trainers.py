@@ -9,8 +9,10 @@ written and when it is complete, stopping, the journal, measurements after train
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial, wraps
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
@@ -31,7 +34,7 @@ from rlhf.attempt.context import Context
 from rlhf.config.stages import RmSettings, SftSettings, SupervisedSettings
 from rlhf.errors import DivergedError
 from rlhf.models import folders, reward_losses, tuning
-from rlhf.models.heads import body_of, compute_in_fp32, learned_tokens, unwrapped
+from rlhf.models.heads import body_of, compute_in_fp32, learned_tokens, packs_texts, unwrapped
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.reward import raw_scores
@@ -64,15 +67,14 @@ def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
     The batch is a multiple of the ranks, which the stages' preflight checks.
     """
     settings = context.settings
-    share = settings.batch_size // group.world_size()
-    micro = max(size for size in range(1, min(settings.micro_batch, share) + 1) if share % size == 0)
     # Without it accelerate takes a CPU group for a single process.
     PartialState(backend=torch.distributed.get_backend())
     automatic = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     return {
         "output_dir": str(context.folder.checkpoints),
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": share // micro,
+        # To the trainer a rank's share of a step is one batch, which training_step cuts.
+        "per_device_train_batch_size": settings.batch_size // group.world_size(),
+        "gradient_accumulation_steps": 1,
         "learning_rate": settings.optimizer.learning_rate,
         "weight_decay": settings.optimizer.weight_decay,
         "warmup_steps": settings.optimizer.warmup_fraction,
@@ -131,10 +133,6 @@ class Reports(TrainerCallback):
         inner.steps = state.global_step
         unfreeze(model, state.global_step)
 
-    def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """Show that a micro batch is done."""
-        liveness.beat()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - positional
         """Show that a step is done, save it where a checkpoint is due, and stop where the ranks are asked to."""
         step = state.global_step
@@ -152,18 +150,55 @@ class Reports(TrainerCallback):
             self.journal.finish()
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """The optimiser steps of all epochs, each as this rank's micro batches, of which all ranks have equally many."""
+
+    rows: Dataset
+    order: Tensor
+    """``[row]``: those of each step in turn, by falling length."""
+    batch_size: int
+    """Rows of a step, over all ranks."""
+    lengths: Tensor
+    """``[row, 2]``, as :meth:`MicroBatch.cut` takes them."""
+    micro_batch: MicroBatch
+    collate: Callable[[list[Any]], dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch_size
+
+    def __getitem__(self, step: int) -> list[tuple[int, dict[str, Any]]]:
+        """Return each micro batch's number of rows, and what the model takes of them."""
+        batch = self.order.view(-1, self.batch_size)[step]
+        mine = (turn[:, group.rank()].tolist() for turn in self.micro_batch.cut(batch, self.lengths))
+        return [(len(rows), self.collate([self.rows[row] for row in rows])) for rows in mine]
+
+
+def micro_batch_of(settings: SupervisedSettings, *, packed: bool) -> MicroBatch:
+    """Return the most that a rank computes at a time: rows, whose number divides its share of a step, or tokens."""
+    share = settings.batch_size // group.world_size()
+    rows = max(size for size in range(1, min(settings.micro_batch, share) + 1) if share % size == 0)
+    return MicroBatch(rows, settings.micro_batch_tokens, packed)
+
+
 class _Ordered:
-    """Mixin of both trainers; list it first among the bases. The rows of all epochs come in our order.
+    """Mixin of both trainers; list it first among the bases. The rows of all epochs come in our order, cut into micro
+    batches of our size.
 
     Checkpoints need room, are complete or ignored, and hold TRL's count of tokens.
 
-    length  the tokens that a row of the prepared data set is padded to
+    length  the tokens of a row of the prepared data set, by which rows are sorted
+    tokens  those that it takes of a micro batch's, where these differ
+    packed  whether rows lie end to end, so that there is no padding to count
     shown   metrics that the user sees as the stage runs
     """
 
     state: Any
     model: Any
-    train_dataset: Dataset
+    accelerator: Any
+    args: Any
+    data_collator: Any
+    train_dataset: Any
     _total_train_tokens: int
 
     def __init__(
@@ -171,7 +206,9 @@ class _Ordered:
         context: Context[SupervisedSettings],
         model: Any,
         length: Callable[[Any], int],
+        tokens: Callable[[Any], int] | None = None,
         *,
+        packed: bool,
         shown: tuple[str, ...],
         **trainer: Any,
     ) -> None:
@@ -186,9 +223,35 @@ class _Ordered:
             callbacks=[Reports(context, shown)],
             **trainer,
         )
-        lengths = list(map(length, self.train_dataset))
-        order = learning_order(lengths, settings.batch_size, settings.epochs, settings.seed)
-        self.train_dataset = self.train_dataset.select(order)
+        rows: Any = self.train_dataset
+        order = learning_order([length(row) for row in rows], settings.batch_size, settings.epochs, settings.seed)
+        taken = torch.tensor([[0, (tokens or length)(row)] for row in rows])
+        micro_batch = micro_batch_of(settings, packed=packed)
+        self._steps = _Steps(rows, torch.tensor(order), settings.batch_size, taken, micro_batch, self.data_collator)
+
+    def get_train_dataloader(self) -> Any:
+        """Return the micro batches of a step at a time; accelerate would share rows out, and count micro batches."""
+        return DataLoader(cast(Any, self._steps), batch_size=1, collate_fn=itemgetter(0))
+
+    def training_step(
+        self,
+        model: Any,
+        inputs: Sequence[tuple[int, Mapping[str, Any]]],
+        num_items_in_batch: Any = None,  # noqa: ARG002 - transformers' signature
+    ) -> Tensor:
+        """Add up the gradients of a step's micro batches; return the sum of their shares of its loss. A collective."""
+        above, share = cast(Any, super()), sum(count for count, _ in inputs)
+        # The tokens that sft's loss is divided by, those of all ranks.
+        _, items = above.get_batch_samples((part for _, part in inputs), len(inputs), self.args.device)
+        loss = torch.zeros((), device=group.device())
+        for number, (count, part) in enumerate(inputs, start=1):
+            # With the last one DeepSpeed takes the optimiser's step.
+            self.accelerator.gradient_state._set_sync_gradients(number == len(inputs))
+            # What is no sum over tokens is a mean over the micro batch's rows, and divided by this.
+            self.current_gradient_accumulation_steps = share / count
+            loss += above.training_step(model, part, items)
+            liveness.beat()
+        return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:  # noqa: ARG002 - transformers' signature
         """Make AdamW over the weights that train, each by its schedule; only matrices decay."""
@@ -285,7 +348,7 @@ class _RewardTrainer(_Ordered, RewardTrainer):
         outputs = model(input_ids=lists.input_ids, attention_mask=lists.attention_mask, use_cache=False)
         scores = lists.arranged(outputs.logits.squeeze(-1).float())
         loss = self._loss(scores, lists).mean()
-        gather: Callable[[Tensor], Tensor] = cast(Any, self.accelerator).gather
+        gather: Callable[[Tensor], Tensor] = self.accelerator.gather
         metrics = self._metrics["train"]
         self._total_train_tokens += int(gather(lists.attention_mask.sum()).sum())
         metrics["num_tokens"] = [self._total_train_tokens]
@@ -332,6 +395,7 @@ def sft_trainer(
         context,
         model,
         lambda row: len(row["input_ids"]),
+        packed=arguments.packing,
         shown=("loss", "mean_token_accuracy"),
         args=arguments,
         train_dataset=demonstrations,
@@ -349,11 +413,20 @@ def reward_trainer(
     lists  tokenised, with :data:`rlhf.models.reward_losses.COLUMNS`
     """
     arguments = RewardConfig(**common_arguments(context), max_length=None)
+    model = load()
+    packed = packs_texts(unwrapped(model))
+
+    def tokens(row: Any) -> int:
+        lengths = list(map(len, row["ids"]))
+        return sum(lengths) if packed else len(lengths) * max(lengths)
+
     return _RewardTrainer(
         loss,
         context,
-        load(),
+        model,
         lambda row: max(map(len, row["ids"])),
+        tokens,
+        packed=packed,
         shown=("loss", "accuracy"),
         args=arguments,
         train_dataset=lists,
