@@ -103,11 +103,11 @@ def predict(
 def with_micro_batch(
     settings: T, models: Mapping[str, Architecture] | None, gpu: int, *, in_list: int | None = None
 ) -> T:
-    """Return the settings with a number for ``micro_batch_size``, where it is null the largest that fits a GPU.
+    """Return the settings with a number for ``micro_batch_size``, unless ``micro_batch_tokens`` stands for it; where
+    both are null the largest that fits a GPU. In ppo ``packing`` is decided too.
 
     It divides a rank's share of an update. A prediction with it fills at most :data:`FILLED` of the smallest GPU, with
-    texts as long as the settings allow: so the driver and all ranks agree, whatever each knows of the data. It stays
-    null beside ``micro_batch_tokens``. In ppo ``packing`` is decided too.
+    texts as long as the settings allow: so the driver and all ranks agree, whatever each knows of the data.
 
     models   as for :func:`predict`; None where they are not known, which takes what a CPU would
     gpu      bytes of the smallest GPU
@@ -132,8 +132,7 @@ def packs(settings: PpoSettings, models: Mapping[str, Architecture], *, gpu: boo
     """Return whether ppo lays samples end to end: as ``packing`` says, else where a kernel keeps them apart."""
     if settings.packing is not None:
         return settings.packing
-    able = gpu and computes_by_text(settings, models["policy"])
-    return able and computes_by_text(settings, _value_start(settings, models))
+    return gpu and all(computes_by_text(settings, one) for one in (models["policy"], _value_start(settings, models)))
 
 
 def computes_by_text(settings: Training, model: Architecture) -> bool:
@@ -305,10 +304,8 @@ def _supervised(
     share = share_of_rank(settings)
     micro = max(number for number in range(1, min(settings.micro_batch, share) + 1) if share % number == 0)
     packed = isinstance(settings, SftSettings) and settings.packing
-    length = settings.max_length if packed else texts.longest
-    rows = micro * texts.in_list
-    if settings.micro_batch_tokens is not None:
-        rows = min(share * texts.in_list, max(1, settings.micro_batch_tokens // length))
+    length, most = settings.max_length if packed else texts.longest, share * texts.in_list
+    rows = min(most, math.ceil((settings.micro_batch_tokens or 0) / length)) or micro * texts.in_list
     # Packed sequences lie end to end.
     rows, time = (1, rows * length) if packed else (rows, length)
     logits = 0.0 if scores else _tiled_logits(trained, rows * time)
