@@ -222,7 +222,7 @@ class SequenceScores(nn.Module):
 def pack_texts(classifier: Any) -> None:
     """Make a decoder's sequence classifier pack its texts, which are padded on the right, and score in fp32."""
     compute_in_fp32(classifier.score)
-    read_beginnings_once(classifier)
+    read_beginnings_once(classifier, on_gpus=True)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=_last_token_logits(classifier, input_ids, attention_mask))

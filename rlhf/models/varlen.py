@@ -8,9 +8,9 @@ that are padded, or continue a cache, keep transformers' mask and torch's other 
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -35,8 +35,18 @@ class Boundaries:
     """``[text + 1]``, int32: the first token of each text, and the number of all tokens."""
     longest: int
     """Tokens of the longest text."""
-    shared: int = 0
-    """Tokens before the first text that all of them begin with; on a CPU alone."""
+    keys: Tensor | None = None
+    """``[key]``: the tokens that texts attend to, one text after the other, where some begin with tokens of others that
+    lie in the row once. Each text's own tokens are the last of its keys."""
+    key_offsets: Tensor | None = None
+    """``[text + 1]``, int32: the first key of each text, and the number of all keys."""
+    most_keys: int = 0
+    """Keys of the text that has most."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the boundaries on a device."""
+        moved: dict[str, Any] = {name: one.to(device) for name, one in vars(self).items() if isinstance(one, Tensor)}
+        return replace(self, **moved)
 
 
 KNOWN: ContextVar[Boundaries | None] = ContextVar("KNOWN", default=None)
@@ -133,7 +143,12 @@ def _by_text(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale
     else:
         query = query * (scale * query.shape[-1] ** 0.5)
     offsets, longest = texts.offsets, texts.longest
-    states = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
+    key_offsets, most = offsets, longest
+    if texts.keys is not None and texts.key_offsets is not None:
+        key, value = (states.index_select(0, texts.keys) for states in (key, value))
+        key_offsets, most = texts.key_offsets, texts.most_keys
+    # The last query sees the last key, and each one before it one key fewer.
+    states = varlen_attn(query, key, value, offsets, key_offsets, longest, most, **options)
     assert isinstance(states, Tensor)
     return states
 
@@ -141,17 +156,20 @@ def _by_text(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale
 def by_text_on_cpu(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale: float) -> Tensor:
     """Return what :func:`_by_text` does."""
     # In fp32 gradients would take half as long, but log-probabilities would differ more from the sampler's.
-    shared = texts.shared
+    lengths = key_lengths = texts.offsets.diff().tolist()
     query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+    if texts.keys is not None and texts.key_offsets is not None:
+        key, value = (states.index_select(1, texts.keys) for states in (key, value))
+        key_lengths = texts.key_offsets.diff().tolist()
     attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
-    before = [states[:, :shared] for states in (query, key, value)]
-    results = [attend(before[0][None], before[1][None], before[2][None], is_causal=True)[0]] if shared else []
-    seen = torch.ones(texts.longest, shared + texts.longest, dtype=torch.bool).tril(shared) if shared else None
-    lengths = texts.offsets.diff().tolist()
-    for q, k, v in zip(*(states[:, shared:].split(lengths, dim=1) for states in (query, key, value)), strict=True):
-        keys, values = torch.cat([before[1], k], dim=1), torch.cat([before[2], v], dim=1)
-        mask = None if seen is None else seen[: q.shape[1], : keys.shape[1]]
-        results.append(attend(q[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None)[0])
+    most = max(keys - queries for keys, queries in zip(key_lengths, lengths, strict=True))
+    seen = torch.ones(texts.longest, most + texts.longest, dtype=torch.bool).tril(most) if most else None
+    results: list[Tensor] = []
+    parts = query.split(lengths, dim=1), key.split(key_lengths, dim=1), value.split(key_lengths, dim=1)
+    for q, k, v in zip(*parts, strict=True):
+        before = k.shape[1] - q.shape[1]
+        mask = seen[: q.shape[1], most - before :][:, : k.shape[1]] if seen is not None and before else None
+        results.append(attend(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None)[0])
     return torch.cat(results, dim=1).transpose(0, 1)
 
 
