@@ -65,8 +65,8 @@ def _read(
     row = None
     if input_ids is not None and position_ids is not None and _can_rearrange(body, input_ids, attention_mask, named):
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        read_by_host = (None if one is None else one.cpu() for one in (position_ids.expand_as(input_ids), padding))
-        row = end_to_end(input_ids.cpu(), *read_by_host)
+        host = None if padding is None else padding.cpu()
+        row = end_to_end(input_ids.cpu(), position_ids.expand_as(input_ids).cpu(), host)
     if row is None or input_ids is None or position_ids is None:
         return read(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **named)
     device = input_ids.device

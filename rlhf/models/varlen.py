@@ -6,7 +6,7 @@ that are padded, or continue a cache, keep transformers' mask and torch's other 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,21 +156,39 @@ def _by_text(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale
 def by_text_on_cpu(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale: float) -> Tensor:
     """Return what :func:`_by_text` does."""
     # In fp32 gradients would take half as long, but log-probabilities would differ more from the sampler's.
-    lengths = key_lengths = texts.offsets.diff().tolist()
     query, key, value = (states.transpose(0, 1) for states in (query, key, value))
-    if texts.keys is not None and texts.key_offsets is not None:
-        key, value = (states.index_select(1, texts.keys) for states in (key, value))
-        key_lengths = texts.key_offsets.diff().tolist()
+    queries = query.split(texts.offsets.diff().tolist(), dim=1)
+    keys, values = (_before_and_own(states, texts) for states in (key, value))
     attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
-    most = max(keys - queries for keys, queries in zip(key_lengths, lengths, strict=True))
+    most = max(k.shape[1] - q.shape[1] for q, k in zip(queries, keys, strict=True))
     seen = torch.ones(texts.longest, most + texts.longest, dtype=torch.bool).tril(most) if most else None
     results: list[Tensor] = []
-    parts = query.split(lengths, dim=1), key.split(key_lengths, dim=1), value.split(key_lengths, dim=1)
-    for q, k, v in zip(*parts, strict=True):
+    for q, k, v in zip(queries, keys, values, strict=True):
         before = k.shape[1] - q.shape[1]
         mask = seen[: q.shape[1], most - before :][:, : k.shape[1]] if seen is not None and before else None
         results.append(attend(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None)[0])
     return torch.cat(results, dim=1).transpose(0, 1)
+
+
+def _before_and_own(states: Tensor, texts: Boundaries) -> Sequence[Tensor]:
+    """Return of each text the states ``[head, key, width]`` of the tokens that it attends to."""
+    parts = states.split(texts.offsets.diff().tolist(), dim=1)
+    if texts.keys is None or texts.key_offsets is None:
+        return parts
+    whole: list[Tensor] = []
+    beginnings: dict[int, Tensor] = {}
+    for part, seen in zip(parts, texts.keys.split(texts.key_offsets.diff().tolist()), strict=True):
+        before = seen[: len(seen) - part.shape[1]]
+        if not len(before):
+            whole.append(part)
+            continue
+        # Places rise. One slice serves all texts that begin as the row does: their gradients add up in turn.
+        at_start = int(before[-1]) == len(before) - 1
+        begun = states.index_select(1, before) if not at_start else beginnings.get(len(before))
+        if begun is None:
+            begun = beginnings[len(before)] = states[:, : len(before)]
+        whole.append(torch.cat([begun, part], dim=1))
+    return whole
 
 
 AttentionInterface.register(NAME, _attention)
