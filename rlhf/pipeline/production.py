@@ -12,7 +12,7 @@ from typing import Any
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster import worker_group
-from rlhf.cluster.session import RankResources, Session
+from rlhf.cluster.session import RankResources, Resources, Session
 from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.stages import WorkerSettings
@@ -24,13 +24,12 @@ from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, upload_fail
 from rlhf.store import SCRATCH, ActionRecord, Store
 
 
-def needs_of(planned: Planned, session: Session) -> RankResources:
+def needs_of(planned: Planned, resources: Resources) -> RankResources:
     """Return the resources of a task or of a worker group's ranks; raise a PreflightError if there is no room."""
     if planned.stage.runs == "task":
-        return RankResources(1, session.resources().for_task(), gpu=False)
+        return RankResources(1, resources.for_task(), gpu=False)
     settings: Any = planned.instance.settings
     workers: WorkerSettings = settings.workers
-    resources = session.resources()
     # Settings of other packages' stages need not say what is dealt out.
     count = resources.ranks(planned.name, workers, getattr(settings, "dealt_out", ()))
     return resources.per_rank(planned.name, count, workers.cpus, workers.gpu)
@@ -183,7 +182,7 @@ class Production:
                 call, cpus = Call(planned.stage.code, context), self.session.resources().for_task()
                 metrics = worker_group.run_task(call, cpus, watch)
             else:
-                needs = needs_of(planned, self.session)
+                needs = needs_of(planned, self.session.resources())
                 context.folder.resources.write({"ranks": needs.count, "gpus": needs.count if needs.gpu else 0})
                 begin, fits = partial(self._begin, planned, context), partial(self._fits, context)
                 max_failures = self.config.cluster.max_failures
@@ -202,7 +201,7 @@ class Production:
         needs = before
         if before is None or workers.count == "auto":
             try:
-                needs = needs_of(planned, self.session)
+                needs = needs_of(planned, self.session.resources())
             except PreflightError:
                 if before is None:
                     raise
