@@ -77,16 +77,19 @@ def load_judge(folder: Path) -> TextJudge:
 
 
 def judged(judge: TextJudge, before: list[str], after: list[str]) -> dict[str, float]:
-    """Return mean ratings, and their difference with its paired 95 % interval."""
-    ratings_before, ratings_after = judge.rate(before), judge.rate(after)
-    interval = paired_interval(ratings_before, ratings_after)
-    return {
-        "judge/before": float(np.mean(ratings_before)),
-        "judge/after": float(np.mean(ratings_after)),
-        "judge/delta": interval.mean,
-        "judge/delta_low": interval.low,
-        "judge/delta_high": interval.high,
+    """Return mean ratings, and their difference, with 95 % intervals; that of the difference is paired."""
+    old, new = judge.rate(before), judge.rate(after)
+    nothing = np.zeros(len(before))
+    means = {
+        "before": paired_interval(nothing, old),
+        "after": paired_interval(nothing, new),
+        "delta": paired_interval(old, new),
     }
+    metrics: dict[str, float] = {}
+    for name, interval in means.items():
+        metrics |= {f"judge/{name}": interval.mean}
+        metrics |= {f"judge/{name}_low": interval.low, f"judge/{name}_high": interval.high}
+    return metrics
 
 
 def diversity(before: list[str], after: list[str]) -> dict[str, float]:

@@ -195,7 +195,7 @@ class Journal:
         for name, line in raised.items():
             if self._metrics_log is not None and name not in self._alarms:
                 self._alarms.add(name)
-                self._context.note(line)
+                self._context.note(line, alarm=name)
                 if self._wandb is not None:
                     self._wandb.alert(name, line)
 
@@ -210,7 +210,7 @@ class Journal:
         """
         if self._metrics_log is not None:
             facts = {"step": step, "watched": True} | ({"finished": True} if finished else {})
-            self._write_samples([facts | sample for sample in samples])
+            self._write_samples([{**facts, **sample} for sample in samples])
 
     def _write_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         with self._context.folder.samples.open("a", encoding="utf-8") as file:
