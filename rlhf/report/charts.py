@@ -8,6 +8,7 @@ import altair as alt
 Row = Mapping[str, Any]
 Spec = dict[str, Any]
 FIGURE = ".4g"
+WHOLE = alt.Axis(tickMinStep=1, format="d")
 
 
 def lines(rows: Sequence[Row], x: str, names: Mapping[str, str], marks: Sequence[Row] = ()) -> Spec:
@@ -27,7 +28,7 @@ def lines(rows: Sequence[Row], x: str, names: Mapping[str, str], marks: Sequence
             _base(points)
             .mark_line(point=len(points) < 60, clip=True)
             .encode(
-                alt.X("x:Q", title=x),
+                alt.X("x:Q", title=x, axis=WHOLE),
                 alt.Y("y:Q", title=title, scale=alt.Scale(zero=False)),
                 tooltip=[alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=title, format=FIGURE)],
             )
@@ -42,7 +43,7 @@ def lines(rows: Sequence[Row], x: str, names: Mapping[str, str], marks: Sequence
 def _stretches(marks: Sequence[Row]) -> list[alt.Chart]:
     """Return bands for the stretches, and a line where each begins, with its text under the pointer."""
     base = _base(marks).encode(tooltip=[alt.Tooltip(f"{name}:N") for name in ("alarm", "text", "from", "to")])
-    begins = alt.X("from:Q", title="step")
+    begins = alt.X("from:Q", axis=WHOLE)
     return [
         base.mark_rect(style="alarm").encode(begins, alt.X2("to:Q")),
         base.mark_rule(style="alarm", strokeWidth=3).encode(begins),
@@ -78,7 +79,7 @@ def frontier(runs: Mapping[str, Sequence[Row]]) -> Spec:
 
 def bars(rows: Sequence[Row], x: str, y: str, x_title: str, y_title: str) -> Spec:
     """Return a bar for each row, with an interval where it has "low" and "high"."""
-    base = _base(rows).encode(alt.X(f"{x}:O", title=x_title, sort=None))
+    base = _base(rows).encode(alt.X(f"{x}:O", title=x_title, sort=None, axis=alt.Axis(labelAngle=0)))
     parts: list[Any] = [base.mark_bar(opacity=0.7).encode(alt.Y(f"{y}:Q", title=y_title))]
     if rows and rows[0].get("low") is not None:
         parts.append(base.mark_rule(strokeWidth=2).encode(alt.Y("low:Q", title=y_title), alt.Y2("high:Q")))

@@ -102,7 +102,7 @@ if (get("controls")) {
   function card(row) {
     const made = element("article", "", { class: "sample" }), head = element("p", "", { class: "soft" });
     const from = row.step === undefined ? row.stage : `${row.stage}, ${named(place(row))}`;
-    head.append(element("span", rounded(row.score), { class: "score" }), ` ${from}${row.ended === false ? ", did not end" : ""}`);
+    head.append(element("span", rounded(row.score), { class: "score" }), ` ${from}${row.watched ? ", watched" : ""}${row.ended === false ? ", did not end" : ""}`);
     made.append(head, element("p", row.prompt, { dir: "auto", class: "soft" }));
     if (row.before !== undefined) made.append(element("p", `before (${rounded(row.score_before)}): ${row.before}`, { dir: "auto" }));
     const colour = get("colour").value;
