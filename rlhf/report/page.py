@@ -33,7 +33,7 @@ from rlhf.history.reading import (
 from rlhf.pipeline.documents import diff_document, lineage_document
 from rlhf.pipeline.plan import Planned
 from rlhf.report.graph import graph
-from rlhf.report.sections import sections
+from rlhf.report.sections import QUALITY, result_file, sections
 from rlhf.store import Store
 from rlhf.terminal import duration
 
@@ -72,7 +72,7 @@ def folder_of(store: Store) -> Path:
 
 def content(config: PipelineConfig, histories: Mapping[str, StageHistory], store: Store) -> dict[str, Any]:
     """Return what the page shows."""
-    figures = _figures(histories)
+    figures = _figures(histories, store)
     found = symptoms(figures)
     return {
         "pipeline": config.name,
@@ -94,14 +94,15 @@ def _of_stage(histories: Mapping[str, StageHistory], stage: str) -> StageHistory
     return next((history for history in reversed(instances) if history.record or history.metrics), None)
 
 
-def _figures(histories: Mapping[str, StageHistory]) -> Figures:
+def _figures(histories: Mapping[str, StageHistory], store: Store) -> Figures:
     of = {stage: _of_stage(histories, stage) for stage in ("sft", "rm", "ppo", "evaluate")}
     rows = {stage: history.metrics if history else () for stage, history in of.items()}
     finals = {stage: history.record.metrics if history and history.record else {} for stage, history in of.items()}
-    ppo = of["ppo"]
+    ppo, rm = of["ppo"], of["rm"]
+    quality = result_file(rm.record, QUALITY, store) if rm else None
     settings = ppo.planned.settings if ppo else {}
     samples = ppo.samples if ppo else ()
-    return Figures(rows["sft"], rows["ppo"], finals["rm"], finals["evaluate"], samples, settings)
+    return Figures(rows["sft"], rows["ppo"], finals["rm"], finals["evaluate"], quality or {}, samples, settings)
 
 
 def _changes(history: StageHistory, store: Store) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ def _rm(history: StageHistory, store: Store) -> list[Part]:
     parts: list[Part] = []
     if history.metrics:
         parts.append(_chart("Training", "By step.", charts.lines(history.metrics, "step", RM_CURVES)))
-    if (quality := _file(history.record, QUALITY, store)) is None:
+    if (quality := result_file(history.record, QUALITY, store)) is None:
         return parts
     parts.append(_accuracies(quality))
     gaps = [
@@ -93,7 +93,7 @@ def _accuracies(quality: Mapping[str, Any]) -> Part:
 
 
 def _rank(history: StageHistory, store: Store) -> list[Part]:
-    if (models := _file(history.record, LEADERBOARD, store)) is None:
+    if (models := result_file(history.record, LEADERBOARD, store)) is None:
         return []
     rows = [{"name": row["model"], "value": row["elo"], "low": row["low"], "high": row["high"]} for row in models]
     return [_chart("Leaderboard", "Elo with its 95 % interval.", charts.intervals(rows, "Elo"))]
@@ -196,7 +196,7 @@ def _with_interval(metrics: Mapping[str, float], name: str) -> str:
     return f"{value:{sign}.2f}{between}"
 
 
-def _file(record: ActionRecord | None, name: str, store: Store) -> Any:
+def result_file(record: ActionRecord | None, name: str, store: Store) -> Any:
     """Return the JSON of a result's file; None where there is none, also because it was collected."""
     if record is None:
         return None
