@@ -89,7 +89,10 @@ def bars(rows: Sequence[Row], x: str, y: str, x_title: str, y_title: str) -> Spe
 
 def intervals(rows: Sequence[Row], unit: str) -> Spec:
     """Return a point for each row's "name" and "value", with its interval from "low" to "high" where it has one."""
-    base = _base(rows).encode(alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=120)))
+    # By a number: a list of names becomes an expression, in which not every character may stand.
+    order = alt.EncodingSortField("place", op="min")
+    rows = [{"place": place, **row} for place, row in enumerate(rows, start=1)]
+    base = _base(rows).encode(alt.Y("name:N", title=None, sort=order, axis=alt.Axis(labelLimit=120)))
     scale = alt.Scale(zero=False)
     figures = [alt.Tooltip(f"{name}:Q", format=FIGURE) for name in ("value", "low", "high")]
     points = base.mark_point(filled=True, size=70).encode(
@@ -129,7 +132,7 @@ def calibration(bins: Sequence[Row]) -> Spec:
         .encode(alt.X("x:Q", title=title), alt.Y("x:Q", title="observed share"))
     )
     described = "; ".join(f"{row['predicted']:.2f} predicted, {row['observed']:.2f} observed" for row in bins)
-    return {"panels": [_sized(alt.layer(points, diagonal), 220, described)]}
+    return {"panels": [_sized(alt.layer(diagonal, points), 220, described)]}
 
 
 def _sized(chart: Any, height: int, described: str) -> Spec:

@@ -24,7 +24,7 @@ function element(name, text, attributes = {}) {
 const FIGURES = 60;
 function figures(rows) {
   const every = Math.ceil(rows.length / FIGURES), names = Object.keys(rows[0] || {});
-  const table = element("table", ""), head = table.createTHead().insertRow(), body = table.createTBody();
+  const table = element("table", "", { class: "figures" }), head = table.createTHead().insertRow(), body = table.createTBody();
   for (const name of names) head.append(element("th", name, { scope: "col" }));
   rows.filter((_, place) => place % every === 0).forEach((row) => {
     const cells = body.insertRow();

@@ -177,6 +177,24 @@ def test_responses_are_found(browser: webdriver.Chrome, tmp_path: Path) -> None:
     assert (first.text, first.get_attribute("title")) == ("fine", "0.5")
 
 
+def test_charts_have_their_figures_as_tables(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """Those of the chart itself, also where alarms, intervals or a diagonal are drawn with it."""
+    opened(browser, tmp_path / "page.html", page(5, []))
+    read = "return [...document.querySelectorAll('.charts details')].map(one => { one.open = true; return one })"
+    until(
+        lambda: len(browser.execute_script(read)) == len(browser.find_elements(By.CSS_SELECTOR, "table.figures")),
+        "tables",
+    )
+    heads = [table.text.split("\n")[0] for table in browser.find_elements(By.CSS_SELECTOR, "table.figures thead")]
+    assert heads == [
+        "x y",
+        "run kl score iteration",
+        "a b low high",
+        "place name value low high",
+        "predicted observed comparisons",
+    ]
+
+
 def test_a_long_run_opens_at_once(browser: webdriver.Chrome, tmp_path: Path) -> None:
     """500 iterations with 4,000 responses: under 5 MB, and opened in seconds on a busy machine."""
     rows = [
