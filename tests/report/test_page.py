@@ -109,9 +109,12 @@ def opened(browser: webdriver.Chrome, file: Path, text: str) -> float:
     start = time.monotonic()
     browser.get(file.as_uri())
     seconds = time.monotonic() - start
-    errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert not errors
+    assert not errors_of(browser)
     return seconds
+
+
+def errors_of(browser: webdriver.Chrome) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 def shown(browser: webdriver.Chrome) -> list[str]:
@@ -177,9 +180,15 @@ def test_responses_are_found(browser: webdriver.Chrome, tmp_path: Path) -> None:
     assert (first.text, first.get_attribute("title")) == ("fine", "0.5")
 
 
-def test_charts_have_their_figures_as_tables(browser: webdriver.Chrome, tmp_path: Path) -> None:
+def test_charts_are_drawn_of_any_text_and_have_their_figures_as_tables(
+    browser: webdriver.Chrome, tmp_path: Path
+) -> None:
     """Those of the chart itself, also where alarms, intervals or a diagonal are drawn with it."""
-    opened(browser, tmp_path / "page.html", page(5, []))
+    opened(browser, tmp_path / "page.html", page(5, [], HOSTILE))
+    for chart in browser.find_elements(By.CSS_SELECTOR, ".chart"):
+        browser.execute_script("arguments[0].scrollIntoView()", chart)
+        until(lambda chart=chart: bool(chart.find_elements(By.CSS_SELECTOR, "svg")), "a chart")
+    assert not errors_of(browser)
     read = "return [...document.querySelectorAll('.charts details')].map(one => { one.open = true; return one })"
     until(
         lambda: len(browser.execute_script(read)) == len(browser.find_elements(By.CSS_SELECTOR, "table.figures")),
