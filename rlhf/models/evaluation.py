@@ -76,19 +76,15 @@ def load_judge(folder: Path) -> TextJudge:
     return TextJudge([row["text"] for row in rows], [row["rating"] for row in rows])
 
 
-def judged(judge: TextJudge, before: list[str], after: list[str]) -> dict[str, float]:
-    """Return mean ratings, and their difference, with 95 % intervals; that of the difference is paired."""
-    old, new = judge.rate(before), judge.rate(after)
-    nothing = np.zeros(len(before))
-    means = {
-        "before": paired_interval(nothing, old),
-        "after": paired_interval(nothing, new),
-        "delta": paired_interval(old, new),
-    }
+def before_and_after(name: str, before: npt.ArrayLike, after: npt.ArrayLike) -> dict[str, float]:
+    """Return means of paired figures and of their difference, with 95 % intervals; the difference's is paired."""
+    old, new = np.asarray(before), np.asarray(after)
     metrics: dict[str, float] = {}
-    for name, interval in means.items():
-        metrics |= {f"judge/{name}": interval.mean}
-        metrics |= {f"judge/{name}_low": interval.low, f"judge/{name}_high": interval.high}
+    for side, base, values in (("before", 0 * old, old), ("after", 0 * new, new), ("delta", old, new)):
+        metrics[f"{name}/{side}"] = float(np.mean(values - base))
+        if len(values) > 1:  # a single prompt has no interval
+            interval = paired_interval(base, values)
+            metrics |= {f"{name}/{side}_low": interval.low, f"{name}/{side}_high": interval.high}
     return metrics
 
 

@@ -4,8 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from rlhf.errors import RlhfError
 from rlhf.history.reading import (
     AttemptHistory,
@@ -13,12 +11,10 @@ from rlhf.history.reading import (
     StageHistory,
     attempts_at,
     earlier_results,
-    evaluated_samples,
     joined,
 )
 from rlhf.report import charts
 from rlhf.store import ActionRecord, Store
-from rlhf.textstats import paired_interval
 
 Part = dict[str, Any]
 EARLIER = 5
@@ -149,9 +145,8 @@ def _metrics_of(attempts: Sequence[AttemptHistory]) -> Sequence[Row]:
     return joined([attempt.metrics.rows for attempt in attempts])
 
 
-def _evaluate(history: StageHistory, store: Store) -> list[Part]:
-    metrics = dict(history.record.metrics) if history.record else {}
-    metrics |= _score_interval(history, store)
+def _evaluate(history: StageHistory, store: Store) -> list[Part]:  # noqa: ARG001 - as the others
+    metrics = history.record.metrics if history.record else {}
     names = {"judge": "judge", "score": "score", "length, tokens": "length", "distinct bigrams": "distinct_2"}
     rows = [
         [name, *(_with_interval(metrics, f"{stem}/{side}") for side in ("before", "after", "delta"))]
@@ -167,19 +162,6 @@ def _evaluate(history: StageHistory, store: Store) -> list[Part]:
         text = "Mean rating by the judge, which no model was trained on."
         parts.append(_chart("The judge", text, charts.intervals(sides, "mean rating")))
     return parts
-
-
-def _score_interval(history: StageHistory, store: Store) -> dict[str, float]:
-    """Return the score's mean difference with its paired interval, from the result's samples; empty without them."""
-    try:
-        rows = evaluated_samples(history, store).rows
-        pairs = np.array([(row["score_before"], row["score_after"]) for row in rows], dtype=np.float64)
-    except (OSError, ValueError, TypeError, RlhfError):  # collected, or damaged
-        return {}
-    if len(pairs) < 2 or not np.isfinite(pairs).all():
-        return {}
-    interval = paired_interval(pairs[:, 0], pairs[:, 1])
-    return {"score/delta": interval.mean, "score/delta_low": interval.low, "score/delta_high": interval.high}
 
 
 def _interval(metrics: Mapping[str, float], name: str) -> dict[str, float | None]:
