@@ -66,8 +66,11 @@ class Context(Generic[S_co]):
         """Record where external things came from: source, revision or digest, licence. Only the lineage shows it."""
         self.folder.origin.write(values)
 
-    def note(self, line: str) -> None:
-        """Show the user one line and keep it."""
+    def note(self, line: str, **facts: str) -> None:
+        """Show the user one line and keep it.
+
+        facts  kept beside it, such as the name of the alarm that says it
+        """
         liveness.beat()
         with self.folder.note_lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"note": line}) + "\n")
+            file.write(json.dumps({"note": line, **facts}) + "\n")

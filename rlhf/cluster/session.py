@@ -159,6 +159,8 @@ class Session(AbstractContextManager["Session"]):
                         object_store_memory=256 * 2**20,
                         **common,
                     )
+                    # It would read every worker's log ten times a second, for a driver that prints none of them.
+                    _node().kill_log_monitor(check_alive=False)
             except Exception as error:
                 # Ray raises a bare Exception where its processes do not come up in time.
                 if isinstance(error, OSError | RuntimeError) or type(error) is Exception:

@@ -195,18 +195,22 @@ class Journal:
         for name, line in raised.items():
             if self._metrics_log is not None and name not in self._alarms:
                 self._alarms.add(name)
-                self._context.note(line)
+                self._context.note(line, alarm=name)
                 if self._wandb is not None:
                     self._wandb.alert(name, line)
 
     def watches(self, step: int) -> bool:
-        """Return whether the prompts that people watch through a run are answered at a step."""
-        return (step - 1) % max(1, self._total // LOOKS) == 0 or step == self._total
+        """Return whether the prompts that people watch through a run are answered before a step's updates."""
+        return (step - 1) % max(1, self._total // LOOKS) == 0
 
-    def keep_watched(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Write the answers to watched prompts beside the metrics."""
+    def keep_watched(self, step: int, samples: Sequence[Mapping[str, Any]], *, finished: bool) -> None:
+        """Write the answers to watched prompts beside the metrics.
+
+        finished  they are of the policy after its last update
+        """
         if self._metrics_log is not None:
-            self._write_samples([{"step": step, "watched": True, **sample} for sample in samples])
+            facts = {"step": step, "watched": True} | ({"finished": True} if finished else {})
+            self._write_samples([{**facts, **sample} for sample in samples])
 
     def _write_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         with self._context.folder.samples.open("a", encoding="utf-8") as file:

@@ -13,6 +13,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.errors import RewardError
 from rlhf.models.micro_batches import MicroBatch
+from rlhf.pipeline.stage import stages
 from rlhf.rewards import Rewards
 from rlhf.training import checkpoint_writer
 from rlhf.zero import group
@@ -46,7 +47,8 @@ def test_a_failed_reward_ends_all_ranks_at_once_and_is_not_tried_again(session: 
     rewards = [RewardSettings(function=f"{FILE}:{name}") for name in ("lengths", "nan_second")]
     settings = PpoSettings(rewards=rewards, value_init="policy")
     context: Context[Any] = Context("ppo", "key", settings, {}, tmp_path / "output", tmp_path, tmp_path, (tmp_path,))
-    call = Call("tests.rewards.test_worker_group:score_after_a_checkpoint", context, timeout_minutes=2)
+    code = "tests.rewards.test_worker_group:score_after_a_checkpoint"
+    call = Call(code, context, timeout_minutes=2, imports=stages()["ppo"].imports)
     ranks, said = session.resources().per_rank("ppo", 2, 1, None), list[str]()
     with pytest.raises(RewardError, match="response 1 is nan") as caught:
         run_group(lambda _: (call, ranks), lambda _: True, 3, lambda: None, said.append)
