@@ -14,16 +14,19 @@ import pytest
 PROGRAM = """
 import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
-from rlhf.tracking import MetricsLog
-from rlhf.tracking import WandbRun
+from rlhf.tracking import MetricsLog, TrackedStage, finish, read_metrics, start_sinks
 
 folder = Path(sys.argv[1])
 lines = []
-arguments = dict(mode="auto", project="tiny", entity=None, group="run-1", name="ppo", attempt_key="key/attempt",
-                 folder=folder, config={"lr": 1e-5}, warn=lines.append)
+arguments = dict(project="tiny", group="run-1", name="ppo", key="key/attempt", attempt=folder,
+                 folder=folder / "shared", config={"lr": 1e-5})
 
-def start(**changes):
-    return WandbRun(**{**arguments, **changes})
+def start(history=(), resumed_at=0, sinks=("wandb",), **changes):
+    (sink,) = start_sinks(sinks, TrackedStage(**{**arguments, **changes}), history, resumed_at, lines.append)
+    return sink
+
+def sent():  # what the user was told, without the command that sends an offline run
+    return [line for line in lines if "wandb sync" not in line]
 """
 
 
@@ -85,20 +88,22 @@ def started_run(path: Path) -> Any:
 
 
 def test_an_offline_run_survives_a_restart_with_its_id_and_history(tmp_path: Path):
-    """A restarted attempt is the same W&B run, and repeated steps after a rewind are drawn, not refused."""
+    """A restarted attempt is the same W&B run, and its new folder holds the history to the checkpoint as well, which
+    was at step 1: the last folder alone is the whole run, each step once."""
     folder = tmp_path / "attempt"
-    for steps in ("range(4)", "range(2, 6)"):
+    for steps, kept in (("range(4)", 0), ("range(2, 6)", 2)):
         body = f"""
-run = start()
+row = {{"time": "2025-01-01T00:00:00.000+00:00"}}
+run = start([row | {{"step": step, "objective/kl": step / 2}} for step in range({kept})], {kept})
 for step in {steps}:
     run.log(step, {{"objective/kl": step / 2}})
-run.finish()
-print(json.dumps(lines))
+finish([run])
+print(json.dumps(sent()))
 """
         assert run_program(folder, body) == []
     first, second = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     assert first.name == second.name == f"run-{hashlib.sha256(b'key/attempt').hexdigest()[:16]}.wandb"
-    for path, steps in ((first, range(4)), (second, range(2, 6))):
+    for path, steps in ((first, range(4)), (second, range(6))):
         rows = history(path)
         assert [(row["step"], row["objective/kl"]) for row in rows] == [(step, step / 2) for step in steps]
         run = started_run(path)
@@ -106,13 +111,14 @@ print(json.dumps(lines))
 
 
 def test_the_step_is_the_x_axis_of_every_metric(tmp_path: Path):
-    """W&B's own counter is not the step of a resumed run, so the metrics are drawn over the logged step."""
+    """W&B's own counter is not the step of a resumed run, so the metrics are drawn over the logged step; episodes and
+    tokens are there to be chosen."""
     folder = tmp_path / "attempt"
-    run_program(folder, 'run = start()\nrun.log(7, {"lr": 1.0})\nrun.finish()\nprint(json.dumps(lines))')
+    run_program(folder, 'run = start()\nrun.log(7, {"lr": 1.0})\nfinish([run])\nprint(json.dumps(sent()))')
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     definitions = [record.metric for record in records(path) if record.WhichOneof("record_type") == "metric"]
     assert [metric.step_metric for metric in definitions if metric.glob_name == "*" or metric.name == "lr"] != []
-    assert all(metric.step_metric == "step" for metric in definitions if metric.name != "step")
+    assert all(metric.step_metric == "step" or metric.options.hidden for metric in definitions)
 
 
 def test_alarms_tables_and_histograms_are_in_the_run(tmp_path: Path):
@@ -122,9 +128,9 @@ def test_alarms_tables_and_histograms_are_in_the_run(tmp_path: Path):
 run = start()
 run.distributions(3, {"scores": ([1, 2], [0.0, 0.5, 1.0])})
 run.samples(3, [{"prompt": [{"content": "p"}], "response": "r", "score": 1, "ended": True, "tokens": []}])
-run.alert("eos", "no response ends")
-run.finish()
-print(json.dumps(lines))
+run.alert(3, "eos", "no response ends")
+finish([run])
+print(json.dumps(sent()))
 """
     assert run_program(folder, body) == []
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
@@ -146,8 +152,8 @@ for step in range(3):
     log.log(step, {"loss": 1.0})
     run.log(step, {"loss": 1.0})
     time.sleep(0.05)
-run.finish()
-print(json.dumps(lines))
+finish([run])
+print(json.dumps(sent()))
 """
     (line,) = run_program(tmp_path / "file" / "attempt", body, HOME=str(tmp_path), WANDB_CONFIG_DIR=str(tmp_path))
     assert "Weights & Biases is off" in line
@@ -163,13 +169,13 @@ print(json.dumps(lines))
 def test_online_without_a_key_or_a_network_costs_one_line(environment: dict[str, str], why: str, tmp_path: Path):
     """What is wrong on the way to W&B is said once, without the key, and logging goes on into nothing."""
     body = """
-import rlhf.tracking as module
+import rlhf.tracking.wandb_sink as module
 module._INIT_TIMEOUT_S = 1.0
 run = start(mode="online")
 run.log(1, {"loss": 1.0})
-run.finish()
+finish([run])
 run.log(2, {"loss": 1.0})
-print(json.dumps(lines))
+print(json.dumps(sent()))
 """
     # Port 9 of this machine: nobody listens there, which is what no network looks like.
     (line,) = run_program(tmp_path / "attempt", body, WANDB_BASE_URL="http://127.0.0.1:9", **environment)
@@ -180,7 +186,7 @@ print(json.dumps(lines))
 def test_no_file_of_a_run_holds_the_key(tmp_path: Path):
     """The key is read from the environment and goes nowhere but to the server."""
     key = "0123456789abcdef" * 3
-    body = 'run = start(mode="offline")\nrun.log(1, {"loss": 1.0})\nrun.finish()\nprint(json.dumps(lines))'
+    body = 'run = start(mode="offline")\nrun.log(1, {"loss": 1.0})\nfinish([run])\nprint(json.dumps(sent()))'
     run_program(tmp_path / "attempt", body, WANDB_API_KEY=key)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in written)
@@ -213,7 +219,7 @@ watchdog.start()
 began = time.monotonic()
 for step in range(rows):
     run.log(step, {"loss": 1.0})
-run.finish(timeout=0.5)
+finish([run], 0.5)
 seconds = time.monotonic() - began
 os.kill(process, signal.SIGKILL)
 print(json.dumps({"seconds": seconds, "lines": lines}), flush=True)
@@ -227,10 +233,8 @@ os._exit(0)  # wandb's own farewell would wait for the service that is gone
 def test_disabled_means_that_nothing_is_imported_or_written(tmp_path: Path):
     """A user who wants no W&B pays nothing for it."""
     body = """
-run = start(mode="disabled")
-run.log(1, {"loss": 1.0})
-run.finish()
-print(json.dumps([lines, "wandb" in sys.modules]))
+sinks = start_sinks(["wandb"], TrackedStage(**arguments, mode="disabled"), [], 0, lines.append)
+print(json.dumps([sinks, "wandb" in sys.modules]))
 """
     assert run_program(tmp_path / "attempt", body) == [[], False]
     assert not (tmp_path / "attempt").exists()
