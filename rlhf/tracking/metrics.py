@@ -1,8 +1,8 @@
 """The metrics file of an attempt, which must not fail.
 
-JSON lines, each ``{"step": 3, "time": "2025-01-01T00:00:00.000+00:00", **metrics}``. JSON has no non-finite numbers, and
-they matter most in a diverging run. They are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, the
-spelling of the Protocol Buffers JSON mapping, so that every line is valid JSON; `read_metrics` turns them back into
+JSON lines, each ``{"step": 3, "time": "2025-01-01T00:00:00.000+00:00", **metrics}``. JSON has no non-finite numbers,
+and they matter most in a diverging run. They are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
+the spelling of the Protocol Buffers JSON mapping, so that every line is valid JSON; `read_metrics` turns them back into
 floats. No other value beside ``time`` is a string.
 
 Steps never go backwards in the file. Several lines may share a step (training and evaluation report apart).

@@ -23,14 +23,17 @@ class TensorBoardSink:
         self._folder = stage.folder / "tensorboard" / stage.group / stage.run
 
     def start(self, resumed_at: int) -> int:
-        """Begin an event file; the earlier ones have all steps up to the checkpoint."""
+        """Begin an event file behind the steps of earlier ones, up to the checkpoint."""
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
         from torch.utils.tensorboard import SummaryWriter
 
-        has_earlier = any(self._folder.glob("events.out.tfevents.*"))
-        self._writer = SummaryWriter(str(self._folder), purge_step=resumed_at + 1 if has_earlier else None)
-        if not has_earlier:
+        files = sorted(self._folder.glob("events.out.tfevents.*"))
+        written = max((event.step for file in files for event in EventFileLoader(str(file)).Load()), default=NOTHING)
+        last = min(written, resumed_at)
+        self._writer = SummaryWriter(str(self._folder), purge_step=last + 1 if files else None)
+        if not files:
             self._text("settings", json.dumps(self._config, indent=2), step=0)
-        return resumed_at if has_earlier else NOTHING
+        return last
 
     def log(self, step: int, metrics: Mapping[str, float], at: float) -> None:
         """Write a row."""

@@ -18,7 +18,7 @@ from rlhf.tracking import MetricsLog, TrackedStage, finish, read_metrics, start_
 
 folder = Path(sys.argv[1])
 lines = []
-arguments = dict(project="tiny", group="run-1", name="ppo", key="key/attempt", attempt=folder,
+arguments = dict(project="tiny", group="run-1", name="ppo", key="f00d" * 16, attempt=folder,
                  folder=folder / "shared", config={"lr": 1e-5})
 
 def start(history=(), resumed_at=0, sinks=("wandb",), **changes):
@@ -30,8 +30,10 @@ def sent():  # what the user was told, without the command that sends an offline
 """
 
 
-def run_program(folder: Path, body: str, **environment: str) -> dict[str, Any]:
-    """Run a program that prints one JSON document last; nothing but that may reach its output, wandb's noise least."""
+def run_program(folder: Path, body: str, *, quiet: bool = True, **environment: str) -> Any:
+    """Run a program that prints one JSON document last; quiet: nothing but that may reach its output, wandb's noise
+    least.
+    """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     home = {"HOME": str(folder.parent), "WANDB_CONFIG_DIR": str(folder.parent / "wandb-config")}
     done = subprocess.run(
@@ -44,9 +46,11 @@ def run_program(folder: Path, body: str, **environment: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    (line,) = done.stdout.splitlines()
-    return json.loads(line)
+    if quiet:
+        assert done.stderr == ""
+        (line,) = done.stdout.splitlines()
+        return json.loads(line)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def records(path: Path) -> list[Any]:
@@ -102,7 +106,7 @@ print(json.dumps(sent()))
 """
         assert run_program(folder, body) == []
     first, second = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    assert first.name == second.name == f"run-{hashlib.sha256(b'key/attempt').hexdigest()[:16]}.wandb"
+    assert first.name == second.name == f"run-{hashlib.sha256(b'f00d' * 16).hexdigest()[:16]}.wandb"
     for path, steps in ((first, range(4)), (second, range(6))):
         rows = history(path)
         assert [(row["step"], row["objective/kl"]) for row in rows] == [(step, step / 2) for step in steps]
