@@ -196,6 +196,7 @@ class Production:
             "mode": settings.wandb,
             "project": settings.project,
             "entity": settings.entity,
+            "pipeline": self.config.name,
             "group": f"{self.config.name}-{digest_of(meaning)[:8]}",
             "folder": self.store.root / "tracking",
             "result": (planned.stage.kind, f"{scheme}{address}/actions/{planned.key}.json"),

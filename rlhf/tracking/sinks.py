@@ -40,8 +40,9 @@ class TrackedStage:
     """The instance."""
     key: str
     """Of the result: the same after every restart."""
+    pipeline: str
     group: str
-    """Shared by the stages of one pipeline run."""
+    """Shared by the stages of one pipeline with one set of settings."""
     project: str
     attempt: Path
     """The attempt's folder."""

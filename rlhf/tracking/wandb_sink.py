@@ -35,8 +35,8 @@ class WandbSink:
             raise PermissionError(f"{folder} cannot be written")
         # Reports of wandb's own errors would go to the same server, and be logged where it refuses them.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        # Artifacts are staged there; the home may not be writable.
-        os.environ.setdefault("WANDB_DATA_DIR", str(folder))
+        # Tables and artifacts of an offline run wait there: its usual place is the home, which has no part in it.
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
         import wandb  # takes a second; only the rank that reports needs it
 
         wandb.setup(wandb.Settings(silent=True))
@@ -109,6 +109,6 @@ class WandbSink:
         """Return an artifact that only refers to the store: its digest is that of the address, so it has one version
         for each result, and the output of a run is the input of the next.
         """
-        artifact = self._wandb.Artifact(f"{self._stage.group.rpartition('-')[0]}-{instance}", kind)
+        artifact = self._wandb.Artifact(f"{self._stage.pipeline}-{instance}", kind)
         artifact.add_reference(address, name="result.json", checksum=False)
         return artifact

@@ -39,8 +39,9 @@ def attempt(resumed_at, steps, received):
 attempt(0, range(1, 6), 2)
 attempt(3, range(4, 7), 6)
 attempt(3, range(4, 9), 8)
-print(json.dumps(sent()))
+points = rest = None
 """
+END = "\nprint(json.dumps([sent(), points, rest]))"
 
 # The accumulator that TensorBoard's own plugins read.
 TENSORBOARD = """
@@ -50,7 +51,7 @@ from tensorboard.util.tensor_util import make_ndarray
 read = EventAccumulator(str(run), {"tensors": 0}).Reload()
 points = [[event.step, name, repr(make_ndarray(event.tensor_proto).item())]
           for name in read.PluginTagToContent("scalars") for event in read.Tensors(name)]
-print(json.dumps([points, [event.step for event in read.Tensors("scores")]]))
+rest = [event.step for event in read.Tensors("scores")]
 """
 
 MLFLOW = """
@@ -60,18 +61,16 @@ experiment = client.get_experiment_by_name("tiny")
 (run,) = client.search_runs([experiment.experiment_id])
 points = [[m.step, name, repr(m.value)] for name in run.data.metrics
           for m in client.get_metric_history(run.info.run_id, name)]
-print(json.dumps([points, [run.info.status, run.data.params, run.data.tags["alarm.eos"]]]))
+rest = [run.info.status, run.data.params, run.data.tags["alarm.eos"]]
 """
 
 TRACKIO = """
-os.environ["TRACKIO_DIR"] = str(folder / "shared" / "trackio")
 from trackio.sqlite_storage import SQLiteStorage
 (run,) = SQLiteStorage.get_runs("tiny")
 rows = SQLiteStorage.get_logs("tiny", run)
 names = ("objective/kl", "num_tokens", "eval/loss")
 points = [[row["step"], name, repr(float(row[name]))] for row in rows for name in names if name in row]
-traces = SQLiteStorage.get_traces("tiny", run)
-print(json.dumps([points, [trace["messages"][-1]["content"] for trace in traces]]))
+rest = [trace["messages"][-1]["content"] for trace in SQLiteStorage.get_traces("tiny", run)]
 """
 
 
@@ -86,15 +85,10 @@ def expected(folder: Path, shown: Callable[[float], float] = float) -> list[tupl
     )
 
 
-def killed_twice(sink: str, folder: Path) -> list[str]:
-    """Run the program; return what the user was told."""
-    return run_program(folder, KILLED_TWICE.replace("SINK", repr(sink)), quiet=False)
-
-
-def read_back(folder: Path, body: str) -> tuple[list[tuple[int, str, str]], Any]:
-    """Run a program that reads a sink; return its points in order, and the rest."""
-    points, rest = run_program(folder, body, quiet=False)
-    return sorted((step, name, repr(float(value))) for step, name, value in points), rest
+def killed_twice(sink: str, folder: Path, read: str = "") -> tuple[list[str], list[tuple[int, str, str]], Any]:
+    """Run the program and one that reads the sink; return what the user was told, the points in order, and the rest."""
+    told, points, rest = run_program(folder, KILLED_TWICE.replace("SINK", repr(sink)) + read + END, quiet=False)
+    return told, sorted((step, name, repr(float(value))) for step, name, value in points or []), rest
 
 
 def clamped(value: float) -> float:
@@ -105,7 +99,7 @@ def clamped(value: float) -> float:
 def test_wandb_has_every_point_once(tmp_path: Path):
     """Of a stage that was killed twice the last offline folder is the whole run."""
     folder = tmp_path / "attempt"
-    assert killed_twice("wandb", folder) == []
+    assert killed_twice("wandb", folder)[0] == []
     *_, last = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     names = ("objective/kl", "num_tokens", "eval/loss")
     points = [(row["step"], name, repr(float(row[name]))) for row in history(last) for name in names if name in row]
@@ -115,8 +109,8 @@ def test_wandb_has_every_point_once(tmp_path: Path):
 def test_tensorboard_has_every_point_once(tmp_path: Path):
     """In double precision, in one run, with the histograms of steps that a restart kept."""
     folder = tmp_path / "attempt"
-    assert killed_twice("tensorboard", folder) == []
-    points, histograms = read_back(folder, TENSORBOARD)
+    told, points, histograms = killed_twice("tensorboard", folder, TENSORBOARD)
+    assert told == []
     assert points == expected(folder)
     assert histograms == [8]
 
@@ -124,8 +118,8 @@ def test_tensorboard_has_every_point_once(tmp_path: Path):
 def test_mlflow_has_every_point_once(tmp_path: Path):
     """In one run, which is finished and has the settings."""
     folder = tmp_path / "attempt"
-    assert killed_twice("mlflow", folder) == []
-    points, rest = read_back(folder, MLFLOW)
+    told, points, rest = killed_twice("mlflow", folder, MLFLOW)
+    assert told == []
     assert points == expected(folder, clamped)
     assert rest == ["FINISHED", {"lr": "1e-05"}, "step 8: no response ends"]
     (samples, *_) = sorted(folder.glob("shared/mlartifacts/*/artifacts/samples/*.jsonl"))
@@ -136,8 +130,8 @@ def test_mlflow_has_every_point_once(tmp_path: Path):
 def test_trackio_has_every_point_once(tmp_path: Path):
     """In one run, with a trace for each sample."""
     folder = tmp_path / "attempt"
-    assert killed_twice("trackio", folder) == []
-    points, traces = read_back(folder, TRACKIO)
+    told, points, traces = killed_twice("trackio", folder, TRACKIO)
+    assert told == []
     assert points == expected(folder)
     assert set(traces) == {"a\x1b[31m\u202eb"}
 
@@ -147,7 +141,9 @@ def test_a_sink_that_cannot_write_costs_one_line(sink: str, tmp_path: Path):
     """Training goes on; the user is told once."""
     (tmp_path / "attempt").mkdir()
     (tmp_path / "attempt" / "shared").write_text("in the way")
-    (line,) = killed_twice(sink, tmp_path / "attempt")[:1]
+    told, *_ = killed_twice(sink, tmp_path / "attempt")
+    line, *again = told
+    assert len(again) == 2  # once for each attempt
     assert " is off for this attempt: " in line
     assert len(read_metrics(tmp_path / "attempt" / "metrics.jsonl")) == 16
 

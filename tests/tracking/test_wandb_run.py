@@ -18,7 +18,7 @@ from rlhf.tracking import MetricsLog, TrackedStage, finish, read_metrics, start_
 
 folder = Path(sys.argv[1])
 lines = []
-arguments = dict(project="tiny", group="run-1", name="ppo", key="f00d" * 16, attempt=folder,
+arguments = dict(project="tiny", pipeline="tiny", group="run-1", name="ppo", key="f00d" * 16, attempt=folder,
                  folder=folder / "shared", config={"lr": 1e-5})
 
 def start(history=(), resumed_at=0, sinks=("wandb",), **changes):
@@ -145,6 +145,50 @@ print(json.dumps(sent()))
     assert json.loads(file.read_text())["data"] == [["[{'content': 'p'}]", "r", 1.0, True]]
     (alert,) = (record.alert for record in records(path) if record.WhichOneof("record_type") == "alert")
     assert (alert.title, alert.text) == ("alarm eos", "no response ends")
+
+
+LINEAGE = """
+lineage = dict(result=("policy", "s3://bucket/actions/f00d.json"), inputs={"sft": ("policy", "rlhf-store:/s/sft.json")})
+"""
+
+
+def references(artifact: Any) -> list[str]:
+    return [entry.ref for entry in artifact.manifest.contents]
+
+
+def test_an_offline_run_refers_to_its_result_and_inputs_in_the_store(tmp_path: Path):
+    """Nothing is uploaded. Offline W&B takes no inputs: they are in the settings. The user is told how to send it."""
+    folder = tmp_path / "attempt"
+    told = run_program(folder, f"{LINEAGE}finish([start(**lineage)])\nprint(json.dumps(lines))")
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    assert told == [f"Weights & Biases was offline; to send this run: wandb sync {path.parent}"]
+    (result,) = (record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact")
+    assert (result.name, result.type) == ("tiny-ppo", "policy")
+    assert references(result) == ["s3://bucket/actions/f00d.json"]
+    assert {item.key: item.value_json for item in started_run(path).config.update}["inputs"] == (
+        '{"sft":"rlhf-store:/s/sft.json"}'
+    )
+
+
+def test_an_online_run_that_is_continued_has_its_inputs_and_no_step_twice(tmp_path: Path):
+    """W&B's server says what the last step was. There is no server here: its run is a stand-in."""
+    body = f"""{LINEAGE}
+import wandb
+from unittest.mock import Mock
+run = Mock(offline=False, resumed=True, summary={{"step": 2}})
+wandb.init, wandb.login = Mock(return_value=run), Mock(return_value=True)
+sink = start([{{"step": 1, "time": "2025-01-01T00:00:00.000+00:00", "loss": 1.0}}], 1, mode="online", **lineage)
+for step in (2, 3):
+    sink.log(step, {{"loss": 1.0}})
+finish([sink])
+used, made = run.use_artifact.call_args.args[0], run.log_artifact.call_args.args[0]
+names = [artifact.name for artifact in (used, made)]
+print(json.dumps([names, [call.args[0] for call in run.log.call_args_list], lines]))
+"""
+    names, rows, told = run_program(tmp_path / "attempt", body)
+    assert names == ["tiny-sft", "tiny-ppo"]
+    assert rows == [{"step": 3, "loss": 1.0}]
+    assert told == []
 
 
 def test_a_folder_that_cannot_be_written_costs_one_line_and_no_metric(tmp_path: Path):
