@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.errors import PreflightError
 from rlhf.tracking import check_installed, read_metrics
-from tests.tracking.test_wandb_run import history, run_program
+from tests.tracking.test_wandb_run import history, output_of
 
 # The stage is killed twice after a checkpoint at step 3: when the sink has less than that, and when it has more.
 KILLED_TWICE = """
@@ -87,7 +87,8 @@ def expected(folder: Path, shown: Callable[[float], float] = float) -> list[tupl
 
 def killed_twice(sink: str, folder: Path, read: str = "") -> tuple[list[str], list[tuple[int, str, str]], Any]:
     """Run the program and one that reads the sink; return what the user was told, the points in order, and the rest."""
-    told, points, rest = run_program(folder, KILLED_TWICE.replace("SINK", repr(sink)) + read + END, quiet=False)
+    out, _ = output_of(folder, KILLED_TWICE.replace("SINK", repr(sink)) + read + END)
+    told, points, rest = json.loads(out.splitlines()[-1])
     return told, sorted((step, name, repr(float(value))) for step, name, value in points or []), rest
 
 

@@ -30,10 +30,8 @@ def sent():  # what the user was told, without the command that sends an offline
 """
 
 
-def run_program(folder: Path, body: str, *, quiet: bool = True, **environment: str) -> Any:
-    """Run a program that prints one JSON document last; quiet: nothing but that may reach its output, wandb's noise
-    least.
-    """
+def output_of(folder: Path, body: str, **environment: str) -> tuple[str, str]:
+    """Run a program; return its standard output and error."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     home = {"HOME": str(folder.parent), "WANDB_CONFIG_DIR": str(folder.parent / "wandb-config")}
     done = subprocess.run(
@@ -46,11 +44,15 @@ def run_program(folder: Path, body: str, *, quiet: bool = True, **environment: s
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    if quiet:
-        assert done.stderr == ""
-        (line,) = done.stdout.splitlines()
-        return json.loads(line)
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout, done.stderr
+
+
+def run_program(folder: Path, body: str, **environment: str) -> Any:
+    """Run a program that prints one JSON document last; nothing but that may reach its output, wandb's noise least."""
+    out, err = output_of(folder, body, **environment)
+    assert err == ""
+    (line,) = out.splitlines()
+    return json.loads(line)
 
 
 def records(path: Path) -> list[Any]:
