@@ -17,7 +17,7 @@ from tests.tracking.test_wandb_run import run_program
 FAULTS = ("silent", "refusing", "closed", "broken")
 KEY = "k" * 40
 BODY = """
-import rlhf.tracking as module
+import rlhf.tracking.wandb_sink as module
 module._INIT_TIMEOUT_S = 2.0
 log, run = MetricsLog(folder.parent / "metrics.jsonl"), start(mode="online")
 slowest = 0.0
@@ -28,7 +28,7 @@ for step in range(20):
     slowest = max(slowest, time.monotonic() - began)
     time.sleep(PAUSE)
 began = time.monotonic()
-run.finish()
+finish([run])
 print(json.dumps({"lines": lines, "slowest": slowest, "finish": time.monotonic() - began}))
 """
 
