@@ -1,7 +1,7 @@
 """MLflow: the server that ``MLFLOW_TRACKING_URI`` names, or ``mlflow.db`` in the folder that all runs share.
 
-The run is found again by a tag with the attempt's key, and another tag has its last step. MLflow has no histograms. Its
-databases keep infinite numbers as the largest finite ones.
+The run is found again by a tag with the attempt's key. A row and its step, a metric as well, are one transaction: a kill
+leaves both or none. MLflow has no histograms. Its databases keep infinite numbers as the largest finite ones.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf.tracking.sinks import NOTHING, Bins, TrackedStage
 
-_KEY, _STEP = "rlhf.key", "rlhf.step"
+_KEY = "rlhf.key"
 _LONGEST_PARAMETER = 500
 _PARAMETERS_AT_ONCE = 100
 
@@ -30,8 +30,10 @@ class MlflowSink:
         # By default a request to a server that does not answer is repeated for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        # Its makers would be told how it is used.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Metric, Param
         from mlflow.exceptions import MlflowException
 
         stage = self._stage
@@ -40,7 +42,6 @@ class MlflowSink:
             stage.folder.mkdir(parents=True, exist_ok=True)
             address = f"sqlite:///{stage.folder / 'mlflow.db'}"
         self._metric: Any = Metric
-        self._tag: Any = RunTag
         self._client = client = MlflowClient(address, registry_uri=address)
         if client.get_experiment_by_name(stage.project) is None:
             with suppress(MlflowException):  # another stage has made it since
@@ -51,7 +52,7 @@ class MlflowSink:
         if runs:
             self._run = str(runs[0].info.run_id)
             client.update_run(self._run, status="RUNNING")
-            return int(runs[0].data.tags.get(_STEP, NOTHING))
+            return int(runs[0].data.metrics.get("step", NOTHING))
         tags = {_KEY: stage.key, "rlhf.group": stage.group}
         self._run = str(client.create_run(experiment.experiment_id, tags=tags, run_name=stage.run).info.run_id)
         values = {name: json.dumps(value)[:_LONGEST_PARAMETER] for name, value in stage.config.items()}
@@ -61,9 +62,9 @@ class MlflowSink:
         return NOTHING
 
     def log(self, step: int, metrics: Mapping[str, float], at: float) -> None:
-        """Send a row and its step in one request."""
-        row = [self._metric(name, value, int(at * 1000), step) for name, value in metrics.items()]
-        self._client.log_batch(self._run, row, tags=[self._tag(_STEP, str(step))])
+        """Send a row."""
+        row = {"step": step, **metrics}
+        self._client.log_batch(self._run, [self._metric(name, row[name], int(at * 1000), step) for name in row])
 
     def distributions(self, _step: int, _bins: Bins) -> None:
         """Send nothing: MLflow has no histograms."""

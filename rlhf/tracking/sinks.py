@@ -72,7 +72,7 @@ class Sink(Protocol):
     """For the user."""
 
     def start(self, resumed_at: int, /) -> int:
-        """Begin or continue the run; return the last step that it has, or `NOTHING`.
+        """Begin or continue the run; return the last step that it has whole, or `NOTHING`.
 
         resumed_at  the step of the checkpoint that the stage resumes from; 0 without one
         """

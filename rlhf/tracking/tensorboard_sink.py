@@ -23,15 +23,21 @@ class TensorBoardSink:
         self._folder = stage.folder / "tensorboard" / stage.group / stage.run
 
     def start(self, resumed_at: int) -> int:
-        """Begin an event file behind the steps of earlier ones, up to the checkpoint."""
+        """Begin an event file behind the steps of earlier ones, up to the checkpoint.
+
+        The last step written is none of them: a kill may have cut it off.
+        """
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
         from torch.utils.tensorboard import SummaryWriter
 
         files = sorted(self._folder.glob("events.out.tfevents.*"))
-        written = max((event.step for file in files for event in EventFileLoader(str(file)).Load()), default=NOTHING)
-        last = min(written, resumed_at)
-        self._writer = SummaryWriter(str(self._folder), purge_step=last + 1 if files else None)
-        if not files:
+        events = (event for file in files for event in EventFileLoader(str(file)).Load())
+        # The first event of a file has no summary, but the step from which earlier files are purged.
+        written = max((event.step for event in events if event.HasField("summary")), default=0)
+        last = min(written - 1, resumed_at)
+        # In the first file too: TensorBoard takes only a second start for a restart.
+        self._writer = SummaryWriter(str(self._folder), purge_step=last + 1)
+        if last == NOTHING:
             self._text("settings", json.dumps(self._config, indent=2), step=0)
         return last
 

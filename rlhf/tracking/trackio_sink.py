@@ -25,6 +25,7 @@ class TrackioSink:
         """Start or continue the run."""
         stage = self._stage
         os.environ.setdefault("TRACKIO_DIR", str(stage.folder / "trackio"))
+        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         import trackio  # pyright: ignore[reportMissingImports]  an extra
 
         self._trackio: Any = trackio

@@ -1,7 +1,8 @@
-"""Every sink read back by its own library, and compared with metrics.jsonl. Each in a process of its own."""
+"""All sinks of a stage that is killed twice, each read back by its own library and compared with metrics.jsonl."""
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,34 +15,46 @@ from rlhf.errors import PreflightError
 from rlhf.tracking import check_installed, read_metrics
 from tests.tracking.test_wandb_run import history, output_of
 
-# The stage is killed twice after a checkpoint at step 3: when the sink has less than that, and when it has more.
-KILLED_TWICE = """
+SINKS = [name for name in ("wandb", "tensorboard", "mlflow", "trackio") if find_spec(name)]
+
+# The sinks have more than the checkpoint at the first kill, and less at the second.
+KILLED_TWICE = f"""
+import torch.utils.tensorboard, {", ".join(SINKS)}
 log = MetricsLog(folder / "metrics.jsonl")
-log.rewind(0)
 
 def attempt(resumed_at, steps, received):
     log.rewind(resumed_at)
-    sink = start(read_metrics(log.path), resumed_at, [SINK])
+    sinks = start_sinks({SINKS}, TrackedStage(**arguments), read_metrics(log.path), resumed_at, lines.append)
     for step in steps:
         value = [0.1, float("nan"), float("inf"), -float("inf"), 1e-300, 3, -2.5, 2**53][step - 1]
-        rows = {"objective/kl": value, "num_tokens": 20_000_001 * step}, {"eval/loss": value}
-        for row in rows:
-            log.log(step, row)
-            if step <= received:
+        row = {{"objective/kl": value, "num_tokens": 20_000_001 * step}}
+        log.log(step, row)
+        if step <= received:
+            for sink in sinks:
                 sink.log(step, row)
-    if received < steps[-1]:
-        return finish([sink])
-    sink.samples(steps[-1], [{"prompt": "p", "response": "a\\x1b[31m\\u202eb", "score": 1.0, "ended": True}])
-    sink.distributions(steps[-1], {"scores": ([1, 2], [0.0, 0.5, 1.0])})
-    sink.alert(steps[-1], "eos", "no response ends")
-    finish([sink])
+    return sinks
 
-attempt(0, range(1, 6), 2)
-attempt(3, range(4, 7), 6)
-attempt(3, range(4, 9), 8)
-points = rest = None
+def killed(*arguments):
+    if os.fork() == 0:
+        sinks = attempt(*arguments)
+        while not all(sink._calls.empty() for sink in sinks):
+            time.sleep(0.01)
+        time.sleep(0.8)  # trackio sends every half a second
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.wait()
+
+log.rewind(0)
+killed(0, range(1, 6), 5)
+killed(3, range(4, 8), 4)
+sinks = attempt(6, range(7, 9), 8)
+for sink in sinks:
+    sink.samples(8, [{{"prompt": "p", "response": "a\\x1b[31m\\u202eb", "score": 1.0, "ended": True}}])
+    sink.distributions(8, {{"scores": ([1, 2], [0.0, 0.5, 1.0])}})
+    sink.alert(8, "eos", "no response ends")
+finish(sinks)
+left = {{}}
 """
-END = "\nprint(json.dumps([sent(), points, rest]))"
+END = "\nprint(json.dumps([sent(), left]))"
 
 # The accumulator that TensorBoard's own plugins read.
 TENSORBOARD = """
@@ -51,7 +64,9 @@ from tensorboard.util.tensor_util import make_ndarray
 read = EventAccumulator(str(run), {"tensors": 0}).Reload()
 points = [[event.step, name, repr(make_ndarray(event.tensor_proto).item())]
           for name in read.PluginTagToContent("scalars") for event in read.Tensors(name)]
-rest = [event.step for event in read.Tensors("scores")]
+texts = {name: [make_ndarray(event.tensor_proto).item().decode() for event in read.Tensors(name)]
+         for name in read.PluginTagToContent("text")}
+left["tensorboard"] = points, [event.step for event in read.Tensors("scores")], texts
 """
 
 MLFLOW = """
@@ -61,17 +76,30 @@ experiment = client.get_experiment_by_name("tiny")
 (run,) = client.search_runs([experiment.experiment_id])
 points = [[m.step, name, repr(m.value)] for name in run.data.metrics
           for m in client.get_metric_history(run.info.run_id, name)]
-rest = [run.info.status, run.data.params, run.data.tags["alarm.eos"]]
+left["mlflow"] = points, run.info.status, run.data.params, run.data.tags["alarm.eos"]
 """
 
 TRACKIO = """
 from trackio.sqlite_storage import SQLiteStorage
 (run,) = SQLiteStorage.get_runs("tiny")
 rows = SQLiteStorage.get_logs("tiny", run)
-names = ("objective/kl", "num_tokens", "eval/loss")
-points = [[row["step"], name, repr(float(row[name]))] for row in rows for name in names if name in row]
-rest = [trace["messages"][-1]["content"] for trace in SQLiteStorage.get_traces("tiny", run)]
+points = [[row["step"], name, repr(float(row[name]))]
+          for row in rows for name in ("objective/kl", "num_tokens") if name in row]
+traces = [trace["messages"][-1]["content"] for trace in SQLiteStorage.get_traces("tiny", run)]
+left["trackio"] = points, [row["scores"]["values"] for row in rows if "scores" in row], traces
 """
+READ = {"tensorboard": TENSORBOARD, "mlflow": MLFLOW, "trackio": TRACKIO}
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The attempt's folder, and what each sink has."""
+    folder = tmp_path_factory.mktemp("sinks") / "attempt"
+    body = KILLED_TWICE + "".join(READ.get(name, "") for name in SINKS) + END
+    out, _ = output_of(folder, body)
+    told, by_sink = json.loads(out.splitlines()[-1])
+    assert told == []
+    return folder, by_sink
 
 
 def expected(folder: Path, shown: Callable[[float], float] = float) -> list[tuple[int, str, str]]:
@@ -85,11 +113,8 @@ def expected(folder: Path, shown: Callable[[float], float] = float) -> list[tupl
     )
 
 
-def killed_twice(sink: str, folder: Path, read: str = "") -> tuple[list[str], list[tuple[int, str, str]], Any]:
-    """Run the program and one that reads the sink; return what the user was told, the points in order, and the rest."""
-    out, _ = output_of(folder, KILLED_TWICE.replace("SINK", repr(sink)) + read + END)
-    told, points, rest = json.loads(out.splitlines()[-1])
-    return told, sorted((step, name, repr(float(value))) for step, name, value in points or []), rest
+def in_order(points: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+    return sorted((step, name, repr(float(value))) for step, name, value in points)
 
 
 def clamped(value: float) -> float:
@@ -97,56 +122,74 @@ def clamped(value: float) -> float:
     return math.copysign(sys.float_info.max, value) if math.isinf(value) else float(value)
 
 
-def test_wandb_has_every_point_once(tmp_path: Path):
-    """Of a stage that was killed twice the last offline folder is the whole run."""
-    folder = tmp_path / "attempt"
-    assert killed_twice("wandb", folder)[0] == []
+def test_wandb_has_every_point_once(left: tuple[Path, dict[str, Any]]):
+    """The last offline folder is the whole run."""
+    folder, _ = left
     *_, last = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    names = ("objective/kl", "num_tokens", "eval/loss")
-    points = [(row["step"], name, repr(float(row[name]))) for row in history(last) for name in names if name in row]
-    assert sorted(points) == expected(folder)
+    names = ("objective/kl", "num_tokens")
+    points = [(row["step"], name, row[name]) for row in history(last) for name in names if name in row]
+    assert in_order(points) == expected(folder)
 
 
-def test_tensorboard_has_every_point_once(tmp_path: Path):
-    """In double precision, in one run, with the histograms of steps that a restart kept."""
-    folder = tmp_path / "attempt"
-    told, points, histograms = killed_twice("tensorboard", folder, TENSORBOARD)
-    assert told == []
-    assert points == expected(folder)
+def test_tensorboard_has_every_point_once(left: tuple[Path, dict[str, Any]]):
+    """In double precision, with histograms and texts."""
+    folder, by_sink = left
+    points, histograms, texts = by_sink["tensorboard"]
+    assert in_order(points) == expected(folder)
     assert histograms == [8]
+    assert texts["alarm/eos/text_summary"] == ["    no response ends"]
+    (samples,) = texts["samples/text_summary"]
+    assert json.loads(samples)["response"] == "a\x1b[31m\u202eb"
 
 
-def test_mlflow_has_every_point_once(tmp_path: Path):
-    """In one run, which is finished and has the settings."""
-    folder = tmp_path / "attempt"
-    told, points, rest = killed_twice("mlflow", folder, MLFLOW)
-    assert told == []
-    assert points == expected(folder, clamped)
+def test_mlflow_has_every_point_once(left: tuple[Path, dict[str, Any]]):
+    """In one run, which is finished and has the settings and samples."""
+    folder, by_sink = left
+    points, *rest = by_sink["mlflow"]
+    assert in_order([point for point in points if point[1] != "step"]) == expected(folder, clamped)
     assert rest == ["FINISHED", {"lr": "1e-05"}, "step 8: no response ends"]
-    (samples, *_) = sorted(folder.glob("shared/mlartifacts/*/artifacts/samples/*.jsonl"))
+    (samples,) = folder.glob("shared/mlartifacts/*/artifacts/samples/*.jsonl")
     assert json.loads(samples.read_text())["response"] == "a\x1b[31m\u202eb"
 
 
-@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio wants an older pillow than the one that we test with")
-def test_trackio_has_every_point_once(tmp_path: Path):
-    """In one run, with a trace for each sample."""
-    folder = tmp_path / "attempt"
-    told, points, traces = killed_twice("trackio", folder, TRACKIO)
-    assert told == []
-    assert points == expected(folder)
-    assert set(traces) == {"a\x1b[31m\u202eb"}
+def test_trackio_has_every_point_once(left: tuple[Path, dict[str, Any]]):
+    """In one run, with a histogram, and a trace for each sample."""
+    folder, by_sink = left
+    if "trackio" not in SINKS:
+        assert os.environ.get("CI") != "true"
+        pytest.skip("trackio is not installed")
+    points, histograms, traces = by_sink["trackio"]
+    assert in_order(points) == expected(folder)
+    assert histograms == [[1, 2]]
+    assert traces == ["a\x1b[31m\u202eb"]
 
 
-@pytest.mark.parametrize("sink", ["tensorboard", "mlflow"])
-def test_a_sink_that_cannot_write_costs_one_line(sink: str, tmp_path: Path):
-    """Training goes on; the user is told once."""
+AWAY = f"""
+import torch.utils.tensorboard, {", ".join(SINKS)}
+arguments["folder"].write_text("in the way")
+os.environ |= {{"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}}
+log = MetricsLog(folder / "metrics.jsonl")
+sinks = start_sinks({SINKS[1:]}, TrackedStage(**arguments), [], 0, lines.append)
+slowest = 0.0
+for step in range(1, 101):
+    began = time.monotonic()
+    for each in (log, *sinks):
+        each.log(step, {{"loss": 1.0}})
+    slowest = max(slowest, time.monotonic() - began)
+    time.sleep(0.01)
+finish(sinks)
+print(json.dumps([slowest, lines]))
+"""
+
+
+def test_a_sink_that_cannot_write_or_be_reached_costs_one_line(tmp_path: Path):
+    """Files lie where TensorBoard and trackio would make folders; nobody listens where MLflow's server should be."""
     (tmp_path / "attempt").mkdir()
-    (tmp_path / "attempt" / "shared").write_text("in the way")
-    told, *_ = killed_twice(sink, tmp_path / "attempt")
-    line, *again = told
-    assert len(again) == 2  # once for each attempt
-    assert " is off for this attempt: " in line
-    assert len(read_metrics(tmp_path / "attempt" / "metrics.jsonl")) == 16
+    out, _ = output_of(tmp_path / "attempt", AWAY)
+    slowest, told = json.loads(out.splitlines()[-1])
+    assert sorted(line.partition(" is off for this attempt: ")[0] for line in told) == ["MLflow", "TensorBoard"]
+    assert slowest < 0.5
+    assert len(read_metrics(tmp_path / "attempt" / "metrics.jsonl")) == 100
 
 
 def test_a_sink_without_its_library_is_refused_before_the_run():
