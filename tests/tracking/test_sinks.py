@@ -1,5 +1,6 @@
 """All sinks of a stage that is killed twice, each read back by its own library and compared with metrics.jsonl."""
 
+import hashlib
 import json
 import math
 import os
@@ -13,14 +14,14 @@ import pytest
 
 from rlhf.errors import PreflightError
 from rlhf.tracking import check_installed, read_metrics
-from tests.tracking.test_wandb_run import history, output_of
+from tests.tracking.test_wandb_run import history, output_of, records
 
 SINKS = [name for name in ("wandb", "tensorboard", "mlflow", "trackio") if find_spec(name)]
 
-# The sinks have more than the checkpoint at the first kill, and less at the second.
+# What two kills leave: sinks that have more than the checkpoint, with a file that ends in mid-row, and sinks with less.
 KILLED_TWICE = f"""
-import torch.utils.tensorboard, {", ".join(SINKS)}
 log = MetricsLog(folder / "metrics.jsonl")
+log.rewind(0)
 
 def attempt(resumed_at, steps, received):
     log.rewind(resumed_at)
@@ -29,32 +30,41 @@ def attempt(resumed_at, steps, received):
         value = [0.1, float("nan"), float("inf"), -float("inf"), 1e-300, 3, -2.5, 2**53][step - 1]
         row = {{"objective/kl": value, "num_tokens": 20_000_001 * step}}
         log.log(step, row)
-        if step <= received:
-            for sink in sinks:
-                sink.log(step, row)
-    return sinks
+        for sink in sinks if step <= received else ():
+            sink.log(step, row)
+    for sink in sinks if steps[-1] == 8 else ():
+        prompt = [{{"role": "user", "content": "p"}}]
+        sink.samples(8, [{{"prompt": prompt, "response": "a\\x1b[31m\\u202eb", "score": 1.0, "ended": True}}])
+        sink.distributions(8, {{"scores": ([1, 2], [0.0, 0.5, 1.0])}})
+        sink.alert(8, "eos", "no response ends")
+    finish(sinks)
 
-def killed(*arguments):
-    if os.fork() == 0:
-        sinks = attempt(*arguments)
-        while not all(sink._calls.empty() for sink in sinks):
-            time.sleep(0.01)
-        time.sleep(0.8)  # trackio sends every half a second
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.wait()
-
-log.rewind(0)
-killed(0, range(1, 6), 5)
-killed(3, range(4, 8), 4)
-sinks = attempt(6, range(7, 9), 8)
-for sink in sinks:
-    sink.samples(8, [{{"prompt": "p", "response": "a\\x1b[31m\\u202eb", "score": 1.0, "ended": True}}])
-    sink.distributions(8, {{"scores": ([1, 2], [0.0, 0.5, 1.0])}})
-    sink.alert(8, "eos", "no response ends")
-finish(sinks)
+attempt(0, range(1, 6), received=5)
+(events,) = folder.glob("shared/tensorboard/*/*/events*")
+os.truncate(events, events.stat().st_size - 20)
+attempt(3, range(4, 8), received=4)
+attempt(6, range(7, 9), received=8)
 left = {{}}
 """
-END = "\nprint(json.dumps([sent(), left]))"
+# Files lie where folders would be made, and nobody listens where servers should be.
+AWAY = f"""
+arguments |= {{"folder": folder / "in the way", "key": "dead" * 16}}
+arguments["folder"].touch()
+os.environ |= {{"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+               "TRACKIO_SERVER_URL": "http://127.0.0.1:9", "TRACKIO_WRITE_TOKEN": "t0ken"}}
+told = list(lines)
+sinks = start_sinks({SINKS[1:]}, TrackedStage(**arguments), [], 0, lines.append)
+slowest = 0.0
+for step in range(1, 101):
+    began = time.monotonic()
+    for sink in sinks:
+        sink.log(step, {{"loss": 1.0}})
+    slowest = max(slowest, time.monotonic() - began)
+    time.sleep(0.01)
+finish(sinks)
+left["away"] = slowest, lines[len(told):]
+print(json.dumps([told, left]))
+"""
 
 # The accumulator that TensorBoard's own plugins read.
 TENSORBOARD = """
@@ -95,10 +105,11 @@ READ = {"tensorboard": TENSORBOARD, "mlflow": MLFLOW, "trackio": TRACKIO}
 def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The attempt's folder, and what each sink has."""
     folder = tmp_path_factory.mktemp("sinks") / "attempt"
-    body = KILLED_TWICE + "".join(READ.get(name, "") for name in SINKS) + END
+    body = KILLED_TWICE + "".join(READ.get(name, "") for name in SINKS) + AWAY
     out, _ = output_of(folder, body)
     told, by_sink = json.loads(out.splitlines()[-1])
-    assert told == []
+    runs = sorted(folder.glob("wandb/offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    assert told == [f"Weights & Biases was offline; to send this run: wandb sync {run}" for run in runs]
     return folder, by_sink
 
 
@@ -117,18 +128,56 @@ def in_order(points: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
     return sorted((step, name, repr(float(value))) for step, name, value in points)
 
 
+def wandb_files(left: tuple[Path, dict[str, Any]]) -> list[Path]:
+    """The files of the attempts' offline runs, oldest first."""
+    return sorted(left[0].glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+
+
 def clamped(value: float) -> float:
     """MLflow's databases have no infinite numbers."""
     return math.copysign(sys.float_info.max, value) if math.isinf(value) else float(value)
 
 
 def test_wandb_has_every_point_once(left: tuple[Path, dict[str, Any]]):
-    """The last offline folder is the whole run."""
-    folder, _ = left
-    *_, last = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    """The last offline folder alone is the whole run, which has the same id as the others."""
+    files = wandb_files(left)
+    assert [path.name for path in files] == [f"run-{hashlib.sha256(b'f00d' * 16).hexdigest()[:16]}.wandb"] * 3
     names = ("objective/kl", "num_tokens")
-    points = [(row["step"], name, row[name]) for row in history(last) for name in names if name in row]
-    assert in_order(points) == expected(folder)
+    points = [(row["step"], name, row[name]) for row in history(files[-1]) for name in names if name in row]
+    assert in_order(points) == expected(left[0])
+
+
+def test_wandb_draws_every_metric_over_the_step(left: tuple[Path, dict[str, Any]]):
+    """Its own counter is not the step of a resumed run; episodes and tokens are there to be chosen."""
+    found = records(wandb_files(left)[-1])
+    metrics = [record.metric for record in found if record.WhichOneof("record_type") == "metric"]
+    assert {metric.name for metric in metrics if metric.options.hidden} == {"step", "episode", "num_tokens"}
+    assert {metric.step_metric for metric in metrics if not metric.options.hidden} == {"step"}
+
+
+def test_wandb_has_samples_histograms_and_alarms(left: tuple[Path, dict[str, Any]]):
+    """Read back from the offline run's files, at their step."""
+    file = wandb_files(left)[-1]
+    table, histogram = history(file)[-2:]
+    assert (histogram["step"], table["step"]) == (8, 8)
+    assert (histogram["scores/values"], histogram["scores/bins"]) == ([1, 2], [0, 0.5, 1])
+    (kept,) = file.parent.glob("files/media/table/*.table.json")
+    prompt = "[{'role': 'user', 'content': 'p'}]"
+    assert json.loads(kept.read_text())["data"] == [[prompt, "a\x1b[31m\u202eb", 1.0, True]]
+    (alert,) = (record.alert for record in records(file) if record.WhichOneof("record_type") == "alert")
+    assert (alert.title, alert.text) == ("alarm eos", "no response ends")
+
+
+def test_wandb_refers_to_the_result_and_inputs_in_the_store(left: tuple[Path, dict[str, Any]]):
+    """In a group, without an upload. Offline W&B takes no inputs: they are in the settings."""
+    found = records(wandb_files(left)[-1])
+    made = [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
+    references = {artifact.name: [entry.ref for entry in artifact.manifest.contents] for artifact in made}
+    assert references["tiny-ppo"] == ["s3://bucket/actions/f00d.json"]
+    run = next(record.run for record in found if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.run_group, run.display_name) == ("tiny", "run-1", "ppo")
+    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert settings["inputs"] == {"sft": "rlhf-store:/s/sft.json"}
 
 
 def test_tensorboard_has_every_point_once(left: tuple[Path, dict[str, Any]]):
@@ -164,32 +213,11 @@ def test_trackio_has_every_point_once(left: tuple[Path, dict[str, Any]]):
     assert traces == ["a\x1b[31m\u202eb"]
 
 
-AWAY = f"""
-import torch.utils.tensorboard, {", ".join(SINKS)}
-arguments["folder"].write_text("in the way")
-os.environ |= {{"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}}
-log = MetricsLog(folder / "metrics.jsonl")
-sinks = start_sinks({SINKS[1:]}, TrackedStage(**arguments), [], 0, lines.append)
-slowest = 0.0
-for step in range(1, 101):
-    began = time.monotonic()
-    for each in (log, *sinks):
-        each.log(step, {{"loss": 1.0}})
-    slowest = max(slowest, time.monotonic() - began)
-    time.sleep(0.01)
-finish(sinks)
-print(json.dumps([slowest, lines]))
-"""
-
-
-def test_a_sink_that_cannot_write_or_be_reached_costs_one_line(tmp_path: Path):
-    """Files lie where TensorBoard and trackio would make folders; nobody listens where MLflow's server should be."""
-    (tmp_path / "attempt").mkdir()
-    out, _ = output_of(tmp_path / "attempt", AWAY)
-    slowest, told = json.loads(out.splitlines()[-1])
+def test_a_sink_that_cannot_write_or_be_reached_costs_one_line(left: tuple[Path, dict[str, Any]]):
+    """No step waits. trackio keeps the rows until its server is back."""
+    slowest, told = left[1]["away"]
     assert sorted(line.partition(" is off for this attempt: ")[0] for line in told) == ["MLflow", "TensorBoard"]
-    assert slowest < 0.5
-    assert len(read_metrics(tmp_path / "attempt" / "metrics.jsonl")) == 100
+    assert slowest < 1.0
 
 
 def test_a_sink_without_its_library_is_refused_before_the_run():

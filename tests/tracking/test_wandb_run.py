@@ -1,6 +1,5 @@
 """W&B for real, offline. Each case runs in a process of its own, because wandb's service belongs to a whole process."""
 
-import hashlib
 import json
 import os
 import struct
@@ -19,7 +18,8 @@ from rlhf.tracking import MetricsLog, TrackedStage, finish, read_metrics, start_
 folder = Path(sys.argv[1])
 lines = []
 arguments = dict(project="tiny", pipeline="tiny", group="run-1", name="ppo", key="f00d" * 16, attempt=folder,
-                 folder=folder / "shared", config={"lr": 1e-5})
+                 folder=folder / "shared", config={"lr": 1e-5}, result=("policy", "s3://bucket/actions/f00d.json"),
+                 inputs={"sft": ("policy", "rlhf-store:/s/sft.json")})
 
 def start(history=(), resumed_at=0, sinks=("wandb",), **changes):
     (sink,) = start_sinks(sinks, TrackedStage(**{**arguments, **changes}), history, resumed_at, lines.append)
@@ -40,7 +40,7 @@ def output_of(folder: Path, body: str, **environment: str) -> tuple[str, str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -93,95 +93,16 @@ def started_run(path: Path) -> Any:
     return next(record.run for record in records(path) if record.WhichOneof("record_type") == "run")
 
 
-def test_an_offline_run_survives_a_restart_with_its_id_and_history(tmp_path: Path):
-    """A restarted attempt is the same W&B run, and its new folder holds the history to the checkpoint as well, which
-    was at step 1: the last folder alone is the whole run, each step once."""
-    folder = tmp_path / "attempt"
-    for steps, kept in (("range(4)", 0), ("range(2, 6)", 2)):
-        body = f"""
-row = {{"time": "2025-01-01T00:00:00.000+00:00"}}
-run = start([row | {{"step": step, "objective/kl": step / 2}} for step in range({kept})], {kept})
-for step in {steps}:
-    run.log(step, {{"objective/kl": step / 2}})
-finish([run])
-print(json.dumps(sent()))
-"""
-        assert run_program(folder, body) == []
-    first, second = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    assert first.name == second.name == f"run-{hashlib.sha256(b'f00d' * 16).hexdigest()[:16]}.wandb"
-    for path, steps in ((first, range(4)), (second, range(6))):
-        rows = history(path)
-        assert [(row["step"], row["objective/kl"]) for row in rows] == [(step, step / 2) for step in steps]
-        run = started_run(path)
-        assert (run.project, run.run_group, run.display_name) == ("tiny", "run-1", "ppo")
-
-
-def test_the_step_is_the_x_axis_of_every_metric(tmp_path: Path):
-    """W&B's own counter is not the step of a resumed run, so the metrics are drawn over the logged step; episodes and
-    tokens are there to be chosen."""
-    folder = tmp_path / "attempt"
-    run_program(folder, 'run = start()\nrun.log(7, {"lr": 1.0})\nfinish([run])\nprint(json.dumps(sent()))')
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    definitions = [record.metric for record in records(path) if record.WhichOneof("record_type") == "metric"]
-    assert [metric.step_metric for metric in definitions if metric.glob_name == "*" or metric.name == "lr"] != []
-    assert all(metric.step_metric == "step" or metric.options.hidden for metric in definitions)
-
-
-def test_alarms_tables_and_histograms_are_in_the_run(tmp_path: Path):
-    """Read back from an offline run's file, at their step."""
-    folder = tmp_path / "attempt"
-    body = """
-run = start()
-run.distributions(3, {"scores": ([1, 2], [0.0, 0.5, 1.0])})
-run.samples(3, [{"prompt": [{"content": "p"}], "response": "r", "score": 1, "ended": True, "tokens": []}])
-run.alert(3, "eos", "no response ends")
-finish([run])
-print(json.dumps(sent()))
-"""
-    assert run_program(folder, body) == []
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    histogram, table = history(path)
-    assert (histogram["step"], table["step"]) == (3, 3)
-    assert (histogram["scores/values"], histogram["scores/bins"]) == ([1, 2], [0, 0.5, 1])
-    (file,) = folder.glob("wandb/offline-run-*/files/media/table/*.table.json")
-    assert json.loads(file.read_text())["data"] == [["[{'content': 'p'}]", "r", 1.0, True]]
-    (alert,) = (record.alert for record in records(path) if record.WhichOneof("record_type") == "alert")
-    assert (alert.title, alert.text) == ("alarm eos", "no response ends")
-
-
-LINEAGE = """
-lineage = dict(result=("policy", "s3://bucket/actions/f00d.json"), inputs={"sft": ("policy", "rlhf-store:/s/sft.json")})
-"""
-
-
-def references(artifact: Any) -> list[str]:
-    return [entry.ref for entry in artifact.manifest.contents]
-
-
-def test_an_offline_run_refers_to_its_result_and_inputs_in_the_store(tmp_path: Path):
-    """Nothing is uploaded. Offline W&B takes no inputs: they are in the settings. The user is told how to send it."""
-    folder = tmp_path / "attempt"
-    told = run_program(folder, f"{LINEAGE}finish([start(**lineage)])\nprint(json.dumps(lines))")
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    assert told == [f"Weights & Biases was offline; to send this run: wandb sync {path.parent}"]
-    (result,) = (record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact")
-    assert (result.name, result.type) == ("tiny-ppo", "policy")
-    assert references(result) == ["s3://bucket/actions/f00d.json"]
-    assert {item.key: item.value_json for item in started_run(path).config.update}["inputs"] == (
-        '{"sft":"rlhf-store:/s/sft.json"}'
-    )
-
-
 def test_an_online_run_that_is_continued_has_its_inputs_and_no_step_twice(tmp_path: Path):
     """W&B's server says what the last step was. There is no server here: its run is a stand-in."""
-    body = f"""{LINEAGE}
+    body = """
 import wandb
 from unittest.mock import Mock
-run = Mock(offline=False, resumed=True, summary={{"step": 2}})
+run = Mock(offline=False, resumed=True, summary={"step": 2})
 wandb.init, wandb.login = Mock(return_value=run), Mock(return_value=True)
-sink = start([{{"step": 1, "time": "2025-01-01T00:00:00.000+00:00", "loss": 1.0}}], 1, mode="online", **lineage)
+sink = start([{"step": 1, "time": "2025-01-01T00:00:00.000+00:00", "loss": 1.0}], 1, mode="online")
 for step in (2, 3):
-    sink.log(step, {{"loss": 1.0}})
+    sink.log(step, {"loss": 1.0})
 finish([sink])
 used, made = run.use_artifact.call_args.args[0], run.log_artifact.call_args.args[0]
 names = [artifact.name for artifact in (used, made)]
