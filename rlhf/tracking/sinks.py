@@ -11,6 +11,7 @@ from its beginning, and what it has already, by its own account, is left out.
 
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from rlhf.errors import PreflightError
 # A row is a few hundred bytes and comes every few seconds: a queue of this length means that the thread is stuck.
 _MAX_WAITING_CALLS = 10_000
 _FINISH_TIMEOUT_S = 60.0
+_SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "TRACKIO_WRITE_TOKEN", "HF_TOKEN")
 NOTHING = -1
 """The last step of a run that has none."""
 
@@ -184,9 +186,10 @@ class SinkThread:
             if self._off.is_set():
                 return
             self._off.set()
-        for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN"):
+        for name in _SECRETS:
             if secret := os.environ.get(name):
                 why = why.replace(secret, "…")
+        why = re.sub(r"//[^/@\s]*@", "//…@", why)  # user and password of an address
         self._tell(f"{self._sink.title} is off for this attempt: {why}")
 
 

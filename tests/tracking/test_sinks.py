@@ -50,7 +50,7 @@ left = {{}}
 AWAY = f"""
 arguments |= {{"folder": folder / "in the way", "key": "dead" * 16}}
 arguments["folder"].touch()
-os.environ |= {{"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+os.environ |= {{"MLFLOW_TRACKING_URI": "http://user:s3cret@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
                "TRACKIO_SERVER_URL": "http://127.0.0.1:9", "TRACKIO_WRITE_TOKEN": "t0ken"}}
 told = list(lines)
 sinks = start_sinks({SINKS[1:]}, TrackedStage(**arguments), [], 0, lines.append)
@@ -217,6 +217,7 @@ def test_a_sink_that_cannot_write_or_be_reached_costs_one_line(left: tuple[Path,
     """No step waits. trackio keeps the rows until its server is back."""
     slowest, told = left[1]["away"]
     assert sorted(line.partition(" is off for this attempt: ")[0] for line in told) == ["MLflow", "TensorBoard"]
+    assert "s3cret" not in str(told)
     assert slowest < 1.0
 
 
