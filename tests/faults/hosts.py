@@ -51,7 +51,7 @@ class Host:
 
     def command(self, words: Sequence[str]) -> list[str]:
         """The command that runs another on this machine."""
-        return ["nsenter", f"--target={self.pid}", *_OWN, "--pid", *words]
+        return ["nsenter", f"--target={self.pid}", *_OWN, "--pid", "env", f"--chdir={REPOSITORY}", *words]
 
     def environment(self, **more: str) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "OMP_NUM_THREADS") if name in os.environ}
@@ -62,7 +62,6 @@ class Host:
         """Start a Python program on this machine."""
         return subprocess.Popen(
             self.command([sys.executable, *words]),
-            cwd=REPOSITORY,
             env=self.environment(**variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -135,7 +134,9 @@ def _boot(words: Sequence[str], *more: str) -> "tuple[subprocess.Popen[str], int
     """Start the first process of new namespaces; return unshare's process, and the first one's number here."""
     own = _OWN if more else ("--net",)
     command = ["unshare", *own, *more, *(["--kill-child", "--mount-proc"] if more else []), *words]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     if process.stdout.readline() != "ready\n":
         process.kill()
