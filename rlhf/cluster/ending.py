@@ -1,4 +1,4 @@
-"""Wait for the processes of an ended group on every host: one that still ran would write into the next group's files."""
+"""Wait for the processes of an ended group on every host: they would write into the next group's files."""
 
 import os
 import signal

@@ -6,8 +6,8 @@ of them.
 
 Ray runs the command of :func:`runtime_env` where it would run Python, on every node. That is the starter: it hands its
 arguments, its environment and its standard streams to the machine's server, which it starts where there is none, and
-ends. The forked process becomes the worker that Ray asked for. Where no server answers in time, the starter becomes that
-worker itself. A server ends with the raylet whose worker was the first to need it.
+ends. The forked process becomes the worker that Ray asked for. Where no server answers in time, the starter becomes
+that worker itself. A server ends with the raylet whose worker was the first to need it.
 
 Our own code is not in the server: it may be newer by the next run.
 """
@@ -38,7 +38,7 @@ READY_SECONDS = 30.0
 IDLE_SECONDS = 60.0
 """How long a server stays without a rank: the next stage may start soon."""
 # Runs on each node, where Ray's arguments begin with its own program for workers. Where that is another path than here,
-# Python is installed elsewhere, and this path of a starter may be anybody's: the rank then starts as Ray would start it.
+# Python is installed elsewhere, and the starter's path may be anybody's: the rank then starts as Ray would start it.
 _ON_ANY_NODE = """if [ "$1" = {worker} ] && [ -r {file} ]; then exec {starter} "$@"; fi
 echo "no fork server: this node has another Python than the driver" >&2
 python="${{1%/lib*/python3*}}/bin/python3"

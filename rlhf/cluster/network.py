@@ -50,8 +50,8 @@ def use_interface_of(address: str) -> None:
 def missing_interfaces(environment: Mapping[str, str], there: Sequence[str]) -> list[tuple[str, str]]:
     """Return (variable, name) for each interface that a variable names and a host with those ``there`` has not.
 
-    Gloo's variable lists whole names. NCCL's lists beginnings of names, or whole names after ``=``; after ``^`` it lists
-    those that are not used.
+    Gloo's variable lists whole names. NCCL's lists beginnings of names, or whole names after ``=``; after ``^`` it
+    lists those that are not used.
     """
     missing: list[tuple[str, str]] = []
     for variable in (GLOO, NCCL):

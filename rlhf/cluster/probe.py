@@ -73,8 +73,10 @@ def _code_digest() -> str:
     digest = hashlib.sha256()
     for package in ("rlhf", "stages"):
         found = importlib.util.find_spec(package)
-        root = Path(found.origin).parent if found and found.origin else None
-        for path in sorted(root.rglob("*.py")) if root else ():
+        if found is None or found.origin is None:
+            continue
+        root = Path(found.origin).parent
+        for path in sorted(root.rglob("*.py")):
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             digest.update(f"{package}/{path.relative_to(root).as_posix()} {content}\n".encode())
     return digest.hexdigest()[:12]
@@ -121,11 +123,11 @@ class Probe:
 
     def host_meeting(self) -> int:
         """Open a place where this node and another meet; return its port."""
-        import torch.distributed as dist
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - it is documented there
 
         network.use_interface_of(self._address)
         until = timedelta(seconds=MEET_SECONDS)
-        self._meeting = dist.TCPStore(self._address, 0, 2, is_master=True, timeout=until, wait_for_workers=False)
+        self._meeting = TCPStore(self._address, 0, 2, is_master=True, timeout=until, wait_for_workers=False)
         return self._meeting.port
 
     def all_reduce(self, rank: int, address: str, port: int, gpu: bool) -> tuple[float, float]:
@@ -138,10 +140,11 @@ class Probe:
         """
         import torch
         import torch.distributed as dist
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - it is documented there
 
         network.use_interface_of(self._address)
         until = timedelta(seconds=MEET_SECONDS)
-        store = dist.TCPStore(address, port, 2, is_master=False, timeout=until) if rank else self._meeting
+        store = TCPStore(address, port, 2, is_master=False, timeout=until) if rank else self._meeting
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=2, timeout=until)
         try:
             device = torch.device("cuda", 0) if gpu else torch.device("cpu")

@@ -1,30 +1,21 @@
-"""Ask all nodes of a cluster what a worker group needs of them, and judge their answers.
-
-A finding is what ``rlhf doctor`` prints as a line: ``name``, ``ok``, the value ``found``, and what to do ``next``.
-"""
+"""Ask all nodes of a cluster what a worker group needs of them."""
 
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.cluster.probe import MEET_SECONDS, Facts, Probe, facts
 from rlhf.errors import shortened
 
-DRIVER = "the driver"
 START_SECONDS = 120.0
 """How long a node may take to start a process."""
 ANSWER_SECONDS = 60.0
-CLOCK_SECONDS = 1.0
-"""A larger difference puts the failures of ranks, and so their causes, in the wrong order."""
-SLOW = 0.5
-"""A pair of nodes with less than this share of the median bandwidth is slow."""
 LONGEST = 200
-"""Characters of an error of others in a finding."""
-Finding = dict[str, Any]
+"""Characters of an error of others."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,14 @@ class Survey:
     unreachable: list[tuple[str, str, str]] = field(default_factory=list)
     """From, to, and the error."""
     links: list[Link] = field(default_factory=list)
+
+    def documents(self) -> list[dict[str, Any]]:
+        """Return each node as JSON values, those that do not answer with their ``problem`` alone."""
+        answered = [
+            {"node": name, "clock_seconds": self.clocks.get(name), "problem": self.unseen.get(name, "")} | asdict(here)
+            for name, here in self.nodes.items()
+        ]
+        return answered + [{"node": name, "problem": problem} for name, problem in self.silent.items()]
 
 
 def survey(store: Path, say: Callable[[str], None]) -> Survey:

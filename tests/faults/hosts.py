@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 SHARED = "/mnt/shared"
 NETWORK = "10.77.0"
-# $0 is the shared folder or empty, $1 the host's name, which stands for a loopback address as it does on Debian. Without
-# a name server names are known or not at once. Ignoring SIGCHLD lets the kernel clear dead orphans away.
+# $0 is the shared folder or empty, $1 the host's name, which stands for a loopback address as it does on Debian.
+# Without a name server names are known or not at once. Ignoring SIGCHLD lets the kernel clear dead orphans away.
 _BOOT = f"""set -e
 mount --make-rprivate /
 mount -t tmpfs none /dev/shm
@@ -47,7 +47,7 @@ class Host:
     boot: "subprocess.Popen[str]"
     pid: int
     """Of its first process, as it is known here."""
-    variables: Mapping[str, str]
+    variables: dict[str, str]
 
     def command(self, words: Sequence[str]) -> list[str]:
         """The command that runs another on this machine."""
@@ -68,9 +68,9 @@ class Host:
             text=True,
         )
 
-    def run(self, *words: str, seconds: float = 60.0, **variables: str) -> str:
+    def run(self, *words: str, seconds: float = 60.0) -> str:
         """Run a Python program on this machine to its end, which must be a good one."""
-        process = self.start(*words, **variables)
+        process = self.start(*words)
         try:
             out, err = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -79,11 +79,12 @@ class Host:
         assert process.returncode == 0, out + err
         return out
 
-    def start_ray(self, head: "Host | None" = None, cpus: int = 1, **variables: str) -> None:
+    def start_ray(self, head: "Host | None" = None, cpus: int = 1) -> None:
         """Start Ray, as the head of a cluster or as a node of the head's."""
         place = [f"--address={head.address}:6379"] if head else ["--head", "--port=6379", "--include-dashboard=false"]
         words = ("-m", "ray.scripts.scripts", "start", *place, f"--num-cpus={cpus}", "--num-gpus=0")
-        self.run(*words, "--object-store-memory=100000000", "--disable-usage-stats", **variables)
+        words += ("--object-store-memory=100000000", "--disable-usage-stats")
+        self.run(*words, seconds=120.0)
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Hosts:
     """The machines of a test and the bridge between them."""
 
     shared: Path
-    variables: Mapping[str, str]
+    variables: dict[str, str]
     _bridge: "subprocess.Popen[str]"
     _bridge_pid: int
     _hosts: list[Host] = field(default_factory=list)
@@ -146,13 +147,14 @@ def _boot(words: Sequence[str], *more: str) -> "tuple[subprocess.Popen[str], int
 
 
 @contextmanager
-def machines(shared: Path, **variables: str) -> Iterator[Hosts]:
+def machines(shared: Path, **variables: str) -> Generator[Hosts]:
     """The machines of a test. Skips the test where they cannot be made."""
     missing = [name for name in ("unshare", "nsenter", "ip") if shutil.which(name) is None]
     if missing:
         pytest.skip(f"{NICE}: {', '.join(missing)} not there")
     try:
-        script = f"set -e; ip link add bridge type bridge; ip addr add {NETWORK}.254/24 dev bridge; ip link set bridge up; echo ready; exec cat"
+        script = f"set -e; ip link add bridge type bridge; ip addr add {NETWORK}.254/24 dev bridge; "
+        script += "ip link set bridge up; echo ready; exec cat"
         bridge, pid = _boot(["sh", "-c", script])
     except OSError as error:
         pytest.skip(f"{NICE}: {error}")
