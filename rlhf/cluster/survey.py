@@ -77,6 +77,7 @@ def survey(store: Path, say: Callable[[str], None]) -> Survey:
     for number, pairs in enumerate(rounds, 1):
         say(f"measuring all-reduce between pairs of nodes, {number} of {len(rounds)}")
         result.links += _measure(result, probes, pairs)
+    result.links.sort(key=lambda link: (link.first, link.second))
     return result
 
 
@@ -171,7 +172,8 @@ def pairings(names: Sequence[str]) -> list[list[tuple[str, str]]]:
 def _measure(result: Survey, probes: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> list[Link]:
     """Measure pairs of nodes at once, none of which is in two."""
     apart = {(first, second) for first, second, _ in result.unreachable}
-    pairs = [pair for pair in pairs if not {pair, pair[::-1]} & apart]
+    without = {name for name, here in result.nodes.items() if here.missing_interfaces}
+    pairs = [pair for pair in pairs if not {pair, pair[::-1]} & apart and not without & {*pair}]
     gpu = {(one, two): bool(result.nodes[one].gpus and result.nodes[two].gpus) for one, two in pairs}
     meetings, errors = _answers({one: probes[one].host_meeting.remote() for one, _ in pairs})
     calls: dict[str, Any] = {}
