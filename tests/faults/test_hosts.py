@@ -1,6 +1,7 @@
 """A cluster of several machines, one of which is lost."""
 
 import json
+import os
 import secrets
 import shutil
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.attempt.folder import AttemptFolder
-from tests.faults.hosts import SHARED, machines
+from rlhf.attempt.folder import AttemptFolder, Pulse
+from tests.faults.hosts import REPOSITORY, SHARED, machines
+from tests.faults.running import Toy, expected_total
 from tests.pipeline.helpers import until
 from tests.small import SMALL, TWO_RANKS
 
@@ -26,6 +28,10 @@ def attempt_at_ppo(store: Path) -> AttemptFolder:
     """The first attempt, known by what its ranks write."""
     (samples,) = store.glob("work/*/*/samples.jsonl")
     return AttemptFolder(samples.parent)
+
+
+def machines_of(attempt: AttemptFolder) -> list[str]:
+    return sorted(device["host"] for device in attempt.rank("*").device.read_all())
 
 
 def rows(store: Path) -> list[dict[str, float]]:
@@ -110,5 +116,50 @@ def test_a_run_across_two_machines_outlives_one_of_them(seed: int, tmp_path: Pat
         out = finish(driver)
     print({what: round(count, 1) for what, count in seconds.items()})
     assert "was lost together with its node; starting again" in out
-    assert sorted(device["host"] for device in again.rank("*").device.read_all()) == ["alpha", "gamma"]
+    assert machines_of(again) == ["alpha", "gamma"]
     assert rows(broken) == rows(whole)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.rounds(0, 1)
+def test_a_stopped_rank_of_another_machine_is_gone_before_the_next_group_begins(seed: int, tmp_path: Path, site: Path):
+    """And an interface that a machine has not is named before its group meets."""
+    (tmp_path / "shared").mkdir()
+    toy = Toy(tmp_path / "shared")
+    path = f"{REPOSITORY}{os.pathsep}{site}"
+    with machines(toy.folder, **VARIABLES, PYTHONPATH=path) as hosts:
+        alpha, beta = hosts.add("alpha"), hosts.add("beta")
+        alpha.start_ray()
+        beta.start_ray(alpha)
+        (toy.folder / "toy.yaml").write_text(toy.path.read_text().replace(str(toy.folder), SHARED))
+        settings = ("steps.workers.count=2", "steps.workers.timeout_minutes=0.2", "steps.seconds=0.3")
+
+        def run(**variables: str) -> "subprocess.Popen[str]":
+            words = ("-m", "rlhf", "run", "--config", f"{SHARED}/toy.yaml", *settings)
+            return alpha.start(*words, RAY_ADDRESS=f"{alpha.address}:6379", **variables)
+
+        driver = run(GLOO_SOCKET_IFNAME="eth7")
+        out, err = driver.communicate(timeout=120)
+        assert driver.returncode == 2, out + err
+        assert "GLOO_SOCKET_IFNAME names the network interface eth7" in err
+        assert "starting again" not in out
+
+        driver = run()
+        (_, far) = until_ranks(toy, "alpha", "beta")
+        subprocess.run(beta.command(["kill", "-STOP", str(far.pid)]), check=True)
+        out, err = driver.communicate(timeout=200)
+        assert driver.returncode == 0, out + err
+        assert f"rank {far.rank} of steps stood still for 0.2 minutes: its process is stopped" in out
+        alive = subprocess.run(beta.command(["test", "-d", f"/proc/{far.pid}"]), check=False).returncode == 0
+        assert not alive
+    assert toy.total() == expected_total()
+
+
+def until_ranks(toy: Toy, *hosts: str) -> list[Pulse]:
+    """The ranks of a group as soon as all have done two steps, in the order of the machines."""
+
+    def ready() -> bool:
+        return sum((rank.step or 0) >= 2 for rank in toy.ranks()) == len(hosts)
+
+    until(ready, "two steps", 120)
+    return sorted((rank for rank in toy.ranks() if rank.host in hosts), key=lambda rank: hosts.index(rank.host))
