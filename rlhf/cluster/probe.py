@@ -52,7 +52,9 @@ class Facts:
 
 def facts(address: str = "") -> Facts:
     """Return those of this process, which is a node's if it has an address."""
-    versions = {one.name.lower().replace("_", "-"): one.version for one in importlib.metadata.distributions()}
+    # Of several, Python imports the one that comes first on its path.
+    found = reversed(list(importlib.metadata.distributions()))
+    versions = {one.name.lower().replace("_", "-"): one.version for one in found}
     there = list(psutil.net_if_addrs())
     return Facts(
         host=socket.gethostname(),

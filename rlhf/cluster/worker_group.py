@@ -15,7 +15,7 @@ from typing import Any
 from rlhf.attempt.folder import Pulse, newest_complete, step_of
 from rlhf.cluster import fork_server
 from rlhf.cluster.causes import RankErrors, Retries, cause_of
-from rlhf.cluster.ending import END_SECONDS, end_everywhere
+from rlhf.cluster.ending import ANSWER_SECONDS, END_SECONDS, end_everywhere
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.worker import CONTINUE, Call, Location, Rank, perform
 from rlhf.errors import ClusterLostError, HangError, OutOfMemoryError, RlhfError, TryAgainError
@@ -63,7 +63,7 @@ def run_group(
             _watch(call, resources.count, group.is_over, watch, group.stop)
             error = group.outcome()
         except HangError as hang:
-            error = hang
+            error = group.unended or hang
         if error is None:
             return folder.result.read()
         checkpoint = newest_complete([folder.path])
@@ -177,6 +177,8 @@ class WorkerGroup:
         self._actors: list[Any] = []
         self._stopping = threading.Event()
         self._outcome: Exception | None = None
+        self.unended: TryAgainError | None = None
+        """That ranks of this group are still there, though it was ended: no other may begin beside them."""
         self._thread = threading.Thread(target=self._live, name=f"ranks of {call.context.stage}", daemon=True)
         self._thread.start()
 
@@ -187,14 +189,16 @@ class WorkerGroup:
 
     def outcome(self) -> RlhfError | None:
         """Return why a group that is over failed, None where it did not; raise an error that is not a rank's."""
+        if self.unended is not None:
+            return self.unended
         if self._outcome is None or isinstance(self._outcome, RlhfError):
             return self._outcome
         raise self._outcome
 
     def stop(self) -> None:
-        """End all ranks, whatever they are doing, and wait for that for at most :data:`END_SECONDS`."""
+        """End all ranks, whatever they are doing, and wait until they are gone or :attr:`unended` says otherwise."""
         self._stopping.set()
-        self._thread.join(END_SECONDS)
+        self._thread.join(END_SECONDS + ANSWER_SECONDS)
 
     def _live(self) -> None:
         """Run the ranks, end them and judge their ends, on the group's thread."""
@@ -262,11 +266,7 @@ class WorkerGroup:
         return results, errors
 
     def _end(self) -> None:
-        """Kill all ranks, give their room back, and wait until their processes are gone.
-
-        Raises:
-            TryAgainError: one of them does not end.
-        """
+        """Kill all ranks, give their room back, and wait until their processes are gone."""
         import ray
         from ray.exceptions import RayError
         from ray.util.placement_group import remove_placement_group
@@ -279,7 +279,7 @@ class WorkerGroup:
                 remove_placement_group(self._room)
         if remaining := end_everywhere(self._call.context.folder.path):
             names = ", ".join(str(pulse.rank) for pulse in remaining)
-            raise TryAgainError(
+            self.unended = TryAgainError(
                 f"of {self._call.context.stage}, rank {names} did not end, and would disturb the ranks that come next",
                 str(remaining[0]),
                 "end that process or its host, then the same command again",
