@@ -132,7 +132,7 @@ def test_a_stopped_rank_of_another_machine_is_gone_before_the_next_group_begins(
         alpha.start_ray()
         beta.start_ray(alpha)
         (toy.folder / "toy.yaml").write_text(toy.path.read_text().replace(str(toy.folder), SHARED))
-        settings = ("steps.workers.count=2", "steps.workers.timeout_minutes=0.2", "steps.seconds=0.3")
+        settings = ("steps.workers.count=2", "steps.workers.timeout_minutes=0.5", "steps.seconds=0.3")
 
         def run(**variables: str) -> "subprocess.Popen[str]":
             words = ("-m", "rlhf", "run", "--config", f"{SHARED}/toy.yaml", *settings)
@@ -149,7 +149,7 @@ def test_a_stopped_rank_of_another_machine_is_gone_before_the_next_group_begins(
         subprocess.run(beta.command(["kill", "-STOP", str(far.pid)]), check=True)
         out, err = driver.communicate(timeout=200)
         assert driver.returncode == 0, out + err
-        assert f"rank {far.rank} of steps stood still for 0.2 minutes: its process is stopped" in out
+        assert f"rank {far.rank} of steps stood still for 0.5 minutes: its process is stopped" in out
         alive = subprocess.run(beta.command(["test", "-d", f"/proc/{far.pid}"]), check=False).returncode == 0
         assert not alive
     assert toy.total() == expected_total()
@@ -158,8 +158,9 @@ def test_a_stopped_rank_of_another_machine_is_gone_before_the_next_group_begins(
 def until_ranks(toy: Toy, *hosts: str) -> list[Pulse]:
     """The ranks of a group as soon as all have done two steps, in the order of the machines."""
 
-    def ready() -> bool:
-        return sum((rank.step or 0) >= 2 for rank in toy.ranks()) == len(hosts)
+    def ranks() -> list[Pulse]:
+        here = [rank for rank in toy.ranks() if (rank.step or 0) >= 2]
+        return sorted(here, key=lambda rank: hosts.index(rank.host))
 
-    until(ready, "two steps", 120)
-    return sorted((rank for rank in toy.ranks() if rank.host in hosts), key=lambda rank: hosts.index(rank.host))
+    until(lambda: len(ranks()) == len(hosts), "two steps", 120)
+    return ranks()
