@@ -51,7 +51,7 @@ def of(survey: Survey, **values: Any) -> Survey:
     ("survey", "name", "found"),
     [
         (change(well(), "c", python="3.12.1"), "python", "3.11.7 on a, b, the driver; 3.12.1 on c"),
-        (change(well(), "b", packages=NODE.packages | {"torch": "2.12.0"}), "torch", "2.12.0 on b"),
+        (change(well(), "b", packages={**NODE.packages, "torch": "2.12.0"}), "torch", "2.12.0 on b"),
         (change(well(), "b", packages={"torch": "2.13.0"}), "ray", "none on b"),
         (driver(well()), "code", "0ther on the driver"),
         (of(well(), unseen={"b": "No such file or directory"}), "store", "b: No such file or directory"),

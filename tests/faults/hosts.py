@@ -35,7 +35,6 @@ trap '' CHLD
 echo ready
 exec cat"""
 _OWN = ("--net", "--mount", "--uts", "--ipc")
-NICE = "the machines of this test need namespaces of their own"
 
 
 @dataclass
@@ -94,13 +93,14 @@ class Hosts:
     shared: Path
     variables: dict[str, str]
     _bridge: "subprocess.Popen[str]"
-    _bridge_pid: int
     _hosts: list[Host] = field(default_factory=list)
 
     def add(self, name: str, *, shared: bool = True, interface: str = "eth0") -> Host:
         """Start a machine and plug it in. ``shared``: whether it sees the common folder."""
         number = len(self._hosts) + 1
-        boot, pid = _boot(["sh", "-c", _BOOT, str(self.shared) if shared else "", name], "--pid", "--fork")
+        whole = ("--pid", "--fork", "--kill-child", "--mount-proc")
+        boot = _boot(*_OWN, *whole, "sh", "-c", _BOOT, str(self.shared) if shared else "", name)
+        pid = int(Path(f"/proc/{boot.pid}/task/{boot.pid}/children").read_text())
         host = Host(name, f"{NETWORK}.{number}", boot, pid, self.variables)
         self._hosts.append(host)
         self._switch("ip", "link", "add", name, "type", "veth", "peer", "name", interface, "netns", str(pid))
@@ -128,22 +128,18 @@ class Hosts:
         self._bridge.communicate()
 
     def _switch(self, *words: str) -> None:
-        subprocess.run(["nsenter", f"--target={self._bridge_pid}", "--net", *words], check=True)
+        subprocess.run(["nsenter", f"--target={self._bridge.pid}", "--net", *words], check=True)
 
 
-def _boot(words: Sequence[str], *more: str) -> "tuple[subprocess.Popen[str], int]":
-    """Start the first process of new namespaces; return unshare's process, and the first one's number here."""
-    own = _OWN if more else ("--net",)
-    command = ["unshare", *own, *more, *(["--kill-child", "--mount-proc"] if more else []), *words]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def _boot(*words: str) -> "subprocess.Popen[str]":
+    """Start the first process of new namespaces, which says when it is ready. Skips the test where it may not."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(["unshare", *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
     if process.stdout.readline() != "ready\n":
         process.kill()
-        raise OSError(process.communicate()[1])
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return process, int(children[0]) if more else process.pid
+        pytest.skip(f"namespaces are not permitted here: {process.communicate()[1].strip()}")
+    return process
 
 
 @contextmanager
@@ -151,14 +147,11 @@ def machines(shared: Path, **variables: str) -> Generator[Hosts]:
     """The machines of a test. Skips the test where they cannot be made."""
     missing = [name for name in ("unshare", "nsenter", "ip") if shutil.which(name) is None]
     if missing:
-        pytest.skip(f"{NICE}: {', '.join(missing)} not there")
-    try:
-        script = f"set -e; ip link add bridge type bridge; ip addr add {NETWORK}.254/24 dev bridge; "
-        script += "ip link set bridge up; echo ready; exec cat"
-        bridge, pid = _boot(["sh", "-c", script])
-    except OSError as error:
-        pytest.skip(f"{NICE}: {error}")
-    hosts = Hosts(shared, variables, bridge, pid)
+        pytest.skip(f"machines are made with {', '.join(missing)}, which is not there")
+    script = f"set -e; ip link add bridge type bridge; ip addr add {NETWORK}.254/24 dev bridge; "
+    script += "ip link set bridge up; echo ready; exec cat"
+    bridge = _boot("--net", "sh", "-c", script)
+    hosts = Hosts(shared, variables, bridge)
     try:
         yield hosts
     finally:
