@@ -3,6 +3,8 @@
 import os
 import socket
 import subprocess
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,13 +23,18 @@ pytestmark = [
 ]
 
 
-def rank(attempt: Path, node: str, host: str) -> "subprocess.Popen[bytes]":
+@contextmanager
+def rank(attempt: Path, node: str, host: str) -> "Generator[subprocess.Popen[bytes]]":
     """A process that has a rank's name and pulse."""
     process = subprocess.Popen(["bash", "-c", "exec -a ray::Rank.run sleep 60"])
     until(lambda: Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(b"ray::"), "its name")
     pulse = Pulse(0, host, node, process.pid, "log", 0, 3, 1, 0.0)
     AttemptFolder(attempt).rank(0).pulse.write(pulse)
-    return process
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_rank_of_another_host_is_ended_there_before_anything_goes_on(
@@ -46,7 +53,6 @@ def test_a_rank_of_another_host_is_ended_there_before_anything_goes_on(
         with rank(tmp_path, "a lost node", host) as process:
             assert end_everywhere(tmp_path) == []
             assert not gone(process.pid)
-            process.kill()
 
 
 def test_a_rank_that_does_not_end_is_told_of(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -57,4 +63,3 @@ def test_a_rank_that_does_not_end_is_told_of(session: Session, tmp_path: Path, m
             here.setattr(os, "kill", lambda pid, number: None)
             (left,) = end_everywhere(tmp_path)
         assert left.pid == process.pid
-        process.kill()
