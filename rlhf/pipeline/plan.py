@@ -2,12 +2,14 @@
 
 import json
 import os
+import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from rlhf.config.base import semantic_values, suggestion
@@ -15,7 +17,7 @@ from rlhf.config.pipeline import PipelineConfig, StageInstance
 from rlhf.errors import NextCommand, RequestError, SettingsError
 from rlhf.pipeline.differences import Recipe, differences, of_record
 from rlhf.pipeline.stage import Stage
-from rlhf.store import ActionRecord, Ref, Store, digest_file, digest_of, key_of
+from rlhf.store import ActionRecord, Ref, Store, digest_file, digest_of, in_parallel, key_of
 
 
 def digest_source(path: str | Path, store: Store) -> str:
@@ -63,6 +65,7 @@ def digest_source(path: str | Path, store: Store) -> str:
 
 
 State = Literal["cached", "missing", "blocked", "unused"]
+_SOURCES = threading.Lock()
 IMPORTED = "imported"
 """The ``why`` of a stage whose result was imported."""
 
@@ -94,6 +97,8 @@ class Planned:
     inputs: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict[str, Mapping[str, str | None]])
     """As in :class:`rlhf.store.ActionRecord`; complete only if there is a key."""
     record: ActionRecord | None = None
+    ref: Ref | None = None
+    """The instance's ref when the plan was made."""
     before: ActionRecord | None = None
     """The instance's latest result according to its ref, under any key, whether or not it is still whole."""
 
@@ -104,11 +109,16 @@ class Planned:
 
 
 def plan(
-    config: PipelineConfig, known: Mapping[str, Stage], store: Store, targets: Sequence[str] = ()
+    config: PipelineConfig,
+    known: Mapping[str, Stage],
+    store: Store,
+    targets: Sequence[str] = (),
+    settled: Mapping[str, Planned] = MappingProxyType({}),
 ) -> dict[str, Planned]:
     """Plan the targets and the stages that they need; return them by name, producers before consumers.
 
     targets  stages to bring up to date; without any, those that no other stage reads
+    settled  stages of an earlier plan that are not looked at again
 
     A stage that only imported stages read is *unused*: neither its sources nor its result are looked at.
 
@@ -118,15 +128,13 @@ def plan(
             stages that are needed contradict each other.
     """
     wires = {name: _wires(config, instance, known) for name, instance in config.instances.items()}
-    refs = store.refs(config.name)
+    refs = {name: ref for name, one in settled.items() if (ref := one.ref) is not None}
+    refs |= store.refs(config.name, except_for=settled)
     imported = {name for name, ref in refs.items() if ref.imported}
     # Lists, not sets: the order of a plan is the same in every process.
     graph = {name: [wire.instance for wire in wires[name].values()] for name in config.instances}
-    try:
-        order = tuple(TopologicalSorter(graph).static_order())
-    except CycleError as error:
-        what = f"stages need each other in a circle: {' → '.join(error.args[1])}"
-        raise SettingsError(what, str(config.path), "rewire their inputs") from error
+    waves = _waves(graph, config.path)
+    order = [name for wave in waves for name in wave]
     for target in targets:
         instance_of(config, target)
     read = {name for inputs in graph.values() for name in inputs}
@@ -139,16 +147,37 @@ def plan(
             makers |= {f"{role}/{inner}": wire.instance for inner, wire in own if wire.instance not in imported}
         _check_agreement(config, config.instances[name], known[config.instances[name].uses], makers)
     planned: dict[str, Planned] = {}
-    for name in order:
+
+    def plan_one(name: str) -> Planned:
         instance = config.instances[name]
         stage = known[instance.uses]
+        if name in settled:
+            return settled[name]
         if name in needed:
-            planned[name] = _plan_one(instance, stage, wires[name], planned, store, refs.get(name))
-        elif name in shown:
-            readers = [pin for pin in order if pin in imported & needed and name in _upstream(graph, [pin], stop=())]
-            why = f"not needed: {', '.join(readers)} {'is' if len(readers) == 1 else 'are'} imported"
-            planned[name] = Planned(instance, stage, wires[name], "unused", why)
+            return _plan_one(instance, stage, wires[name], planned, store, refs.get(name))
+        readers = [pin for pin in order if pin in imported & needed and name in _upstream(graph, [pin], stop=())]
+        why = f"not needed: {', '.join(readers)} {'is' if len(readers) == 1 else 'are'} imported"
+        return Planned(instance, stage, wires[name], "unused", why)
+
+    for wave in waves:
+        names = [name for name in wave if name in shown]
+        # In parallel, since an object store takes its time for each.
+        planned |= zip(names, in_parallel(plan_one, names), strict=True)
     return planned
+
+
+def _waves(graph: Mapping[str, Sequence[str]], file: Path) -> list[tuple[str, ...]]:
+    """Return the stages in waves, each of which needs only those before it; raise a SettingsError for a circle."""
+    sorter, waves = TopologicalSorter(graph), list[tuple[str, ...]]()
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        what = f"stages need each other in a circle: {' → '.join(error.args[1])}"
+        raise SettingsError(what, str(file), "rewire their inputs") from error
+    while sorter.is_active():
+        waves.append(sorter.get_ready())
+        sorter.done(*waves[-1])
+    return waves
 
 
 def _check_agreement(config: PipelineConfig, instance: StageInstance, stage: Stage, makers: Mapping[str, str]) -> None:
@@ -228,7 +257,7 @@ def _plan_one(
     # Read before the lookup, which moves the record of a damaged result away.
     before = store.action(ref.key) if ref else None
     latest = store.lookup(ref.key) if ref else None
-    build = partial(Planned, instance, stage, wires, before=before)
+    build = partial(Planned, instance, stage, wires, ref=ref, before=before)
     if ref is not None and ref.imported:
         if latest is None:
             return build("blocked", "the imported model is damaged or gone")
@@ -238,7 +267,8 @@ def _plan_one(
     awaits = stage.awaits(instance.settings)
     if awaits is not None:
         return build("blocked", f"waits for people: {awaits} is not there", awaits=awaits, settings=settings)
-    contents = {name: digest_source(path, store) for name, path in stage.sources(instance.settings).items()}
+    with _SOURCES:  # stages that are planned beside each other often read the same files
+        contents = {name: digest_source(path, store) for name, path in stage.sources(instance.settings).items()}
     if contents:
         settings["sources"] = contents
     needs = tuple(dict.fromkeys(wire.instance for wire in wires.values() if planned[wire.instance].record is None))
@@ -247,7 +277,7 @@ def _plan_one(
     inputs = {role: _input(instance.name, role, wire, planned, store) for role, wire in wires.items()}
     digests = {role: str(entry["digest"]) for role, entry in inputs.items()}
     key = key_of(stage.name, stage.version, settings, digests)
-    record = store.lookup(key)
+    record = latest if latest and latest.key == key else store.lookup(key)
     if record is not None:
         return build("cached", "unchanged", key=key, settings=settings, inputs=inputs, record=record)
     if before is not None:

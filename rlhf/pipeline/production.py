@@ -11,7 +11,7 @@ from typing import Any
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster import worker_group
-from rlhf.cluster.session import RankResources, Session
+from rlhf.cluster.session import RankResources, Resources, Session
 from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.stages import WorkerSettings
@@ -23,13 +23,13 @@ from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, upload_fail
 from rlhf.store import SCRATCH, ActionRecord, Store
 
 
-def needs_of(planned: Planned, session: Session) -> RankResources:
+def needs_of(planned: Planned, resources: Resources) -> RankResources:
     """Return the resources of a task or of a worker group's ranks; raise a PreflightError if there is no room."""
     if planned.stage.runs == "task":
-        return RankResources(1, session.resources().for_task(), gpu=False)
+        return RankResources(1, resources.for_task(), gpu=False)
     settings: Any = planned.instance.settings
     workers: WorkerSettings = settings.workers
-    return session.resources().per_rank(planned.name, workers.count, workers.cpus, workers.gpu)
+    return resources.per_rank(planned.name, workers.count, workers.cpus, workers.gpu)
 
 
 def context_of(
@@ -170,7 +170,7 @@ class Production:
                 call, cpus = Call(planned.stage.code, context), self.session.resources().for_task()
                 metrics = worker_group.run_task(call, cpus, watch)
             else:
-                ranks, settings = needs_of(planned, self.session), context.settings
+                ranks, settings = needs_of(planned, self.session.resources()), context.settings
                 context.folder.resources.write({"ranks": ranks.count, "gpus": ranks.count if ranks.gpu else 0})
                 call = Call(
                     planned.stage.code, context, ranks.gpu, settings.workers.timeout_minutes, planned.stage.imports

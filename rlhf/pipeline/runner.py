@@ -5,7 +5,7 @@ The driver keeps no state: everything is read from the store, and a second drive
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster import worker_group
-from rlhf.cluster.session import RankResources, Session
+from rlhf.cluster.session import RankResources, Resources, Session
 from rlhf.cluster.worker import Call
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import DamageError, InterruptedRunError, NextCommand, RlhfError, StageError, TryAgainError
@@ -68,8 +68,8 @@ class ConcurrentStages(AbstractContextManager["ConcurrentStages"]):
 
         threading.Thread(target=run, name=name, daemon=True).start()
 
-    def wait(self, report: Callable[[str], None]) -> None:
-        """Wait until a stage ends. After a failure, wait for all others too, then raise the failure.
+    def wait(self, report: Callable[[str], None]) -> list[str]:
+        """Wait until stages end; return their names. After a failure, wait for all others too, then raise the failure.
 
         report  called after a failure with a line that names the stages still running
         """
@@ -86,7 +86,8 @@ class ConcurrentStages(AbstractContextManager["ConcurrentStages"]):
             if self._errors and not self._ended:
                 raise next(iter(self._errors.values()))
             if ended_now and not self._errors:
-                return
+                return ended_now
+        return []
 
 
 @dataclass
@@ -110,11 +111,13 @@ class Runner:
         production = Production(self.config, self.store, self.session, self.reporter, self.stop)
         reported: set[str] = set()
         taken: dict[str, RankResources] = {}
+        settled: dict[str, Planned] = {}
         started = checked = False
         with ConcurrentStages(self.stop.abort) as running:
             while True:
-                stages = plan(self.config, self.known, self.store, targets)
+                stages = plan(self.config, self.known, self.store, targets, settled)
                 if not self._report(stages, reported):
+                    settled = {}
                     continue
                 missing = _missing(stages)
                 if not missing and not running.names:
@@ -123,6 +126,7 @@ class Runner:
                     self._check_resources(missing)
                     started = True
                 under_way = {stages[name].key for name in running.names}
+                resources = self.session.resources() if missing else Resources(cpus=(), gpus=())
                 for planned in missing:
                     if planned.state == "blocked" or planned.key in under_way:
                         continue
@@ -131,8 +135,8 @@ class Runner:
                             break
                         self._preflight(missing, stages)
                         checked = True
-                    needs = needs_of(planned, self.session)
-                    if self.session.resources().have_room(needs, [taken[name] for name in running.names]):
+                    needs = needs_of(planned, resources)
+                    if resources.have_room(needs, [taken[name] for name in running.names]):
                         taken[planned.name] = needs
                         running.start(planned.name, partial(production.bring_up_to_date, planned))
                         reported.add(planned.name)
@@ -143,7 +147,7 @@ class Runner:
                     source = next(iter(planned.wires.values())).instance
                     annotate = NextCommand("annotate", (source, str(planned.awaits)), "then the same command again")
                     raise TryAgainError(f"{planned.name} {planned.why}", f"{planned.name}.file", annotate)
-                running.wait(self.reporter.line)
+                settled = _settled(stages, running.wait(self.reporter.line))
                 if self.stop.asked:
                     raise InterruptedRunError("interrupted")
 
@@ -161,7 +165,7 @@ class Runner:
         for name, planned in stages.items():
             if planned.record is None or name in reported:
                 continue
-            ref, key = self.store.refs(self.config.name).get(name), planned.record.key
+            ref, key = planned.ref, planned.record.key
             if (ref is not None and ref.key == key) or self.store.set_ref(self.config.name, name, key):
                 self.reporter.update(name, state="cached", key=key, why=planned.why)
                 reported.add(name)
@@ -177,11 +181,12 @@ class Runner:
         """Refuse stages that the cluster has no resources for, before any runs: Ray would wait without end."""
         address = self.session.address
         self.reporter.line("starting Ray" if address is None else f"attaching to Ray at {address}")
-        self.session.resources().for_task()
+        resources = self.session.resources()
+        resources.for_task()
         for notice in self.session.notices:
             self.reporter.line(notice)
         for planned in missing:
-            needs_of(planned, self.session)
+            needs_of(planned, resources)
 
     def _preflight(self, missing: Sequence[Planned], stages: Mapping[str, Planned]) -> None:
         """Run the checks that need models and data, for all stages before the first worker group starts."""
@@ -209,6 +214,20 @@ class Runner:
                 raise
             shutil.rmtree(attempt.parent, ignore_errors=True)
         disk.check(written, self.store)
+
+
+def _settled(stages: Mapping[str, Planned], ended: Collection[str]) -> dict[str, Planned]:
+    """Return the stages whose plan stands after others have ended: of many stages most, and each look has its price.
+
+    Planned again are those that ended, or have the key of one, those that waited for them, and the inputs of all these.
+    """
+    keys = {stages[name].key for name in ended}
+    again = set[str]()
+    for name, planned in stages.items():
+        if planned.key in keys or planned.awaits is not None or again.intersection(planned.needs):
+            again.add(name)
+    again |= {wire.instance for name in again for wire in stages[name].wires.values()}
+    return {name: planned for name, planned in stages.items() if name not in again}
 
 
 def _missing(stages: Mapping[str, Planned]) -> list[Planned]:

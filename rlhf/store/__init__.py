@@ -1,6 +1,7 @@
 """The artifact store: keys, blobs, manifests, commits, leases and verification."""
 
 from rlhf.store.backend import Backend
+from rlhf.store.blobs import in_parallel
 from rlhf.store.garbage import SCRATCH, GarbageReport
 from rlhf.store.keys import ActionRecord, Manifest, PayloadFile, Ref, canonical_json, digest_file, digest_of, key_of
 from rlhf.store.lease import LEASE_SECONDS, Holder
@@ -21,5 +22,6 @@ __all__ = [
     "canonical_json",
     "digest_file",
     "digest_of",
+    "in_parallel",
     "key_of",
 ]

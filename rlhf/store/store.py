@@ -24,7 +24,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -305,11 +305,17 @@ class Store:
         if before is not None:
             self._backend.stamp(action_name(before.key))
 
-    def refs(self, pipeline: str) -> dict[str, Ref]:
-        """Map each stage of a pipeline that has a ref to its ref; empty for an unknown pipeline."""
+    def refs(self, pipeline: str, *, except_for: Container[str] = ()) -> dict[str, Ref]:
+        """Map each stage of a pipeline that has a ref to its ref; empty for an unknown pipeline.
+
+        except_for  stages to leave out, whose refs are not read
+        """
         refs: dict[str, Ref] = {}
-        for name in self._backend.names(_ref_name(pipeline)):
-            ref = Ref.from_bytes(self._backend.read(name) or b"")
+        names = [
+            name for name in self._backend.names(_ref_name(pipeline)) if PurePosixPath(name).name not in except_for
+        ]
+        for name, data in zip(names, in_parallel(self._backend.read, names), strict=True):
+            ref = Ref.from_bytes(data or b"")
             if ref is not None:
                 refs[PurePosixPath(name).name] = ref
             else:

@@ -1,0 +1,143 @@
+"""Predict ppo on large clusters, on paper: ``python -m benchmarks.scale [--json FILE]``.
+
+For models of 8 B to 405 B parameters on 8 to 1,024 GPUs: the memory of a rank, which is ``rlhf doctor``'s prediction,
+and the seconds of an iteration, in which policy, value, reward model and reference have one size and ZeRO-3 shards all.
+An iteration's seconds are
+
+- those of :mod:`rlhf.training.limits` for a rank's share of the samples on one H200's measured ceilings, divided by
+  the share of the limit that one GPU reached (docs/performance.md);
+- those of gathering weights: each rank receives a model once for a scoring pass, once for the copy that it samples
+  from, and for each micro batch twice, before it sends its gradients once;
+- those of saving a checkpoint, spread over the iterations between two.
+
+The speeds of the network and of the store are assumptions, and named in the output: no machine of several nodes was
+there to measure them.
+"""
+
+import argparse
+import json
+import math
+import struct
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.limits import SHAPES, Shape, table
+from rlhf.config.ppo import PpoSettings
+from rlhf.models.footprint import Architecture
+from rlhf.pipeline.memory import predict, with_micro_batch
+from rlhf.training.limits import Ceilings, Part, PpoModels
+
+LARGE = {
+    "8b": SHAPES["8b"],
+    "32b": Shape(5120, 64, 27648, 40, 8, 152064, head_dim=128, tied=False),
+    "70b": Shape(8192, 80, 28672, 64, 8, 128256, head_dim=128, tied=False),
+    "405b": Shape(16384, 126, 53248, 128, 8, 128256, head_dim=128, tied=False),
+}
+GPUS = (8, 64, 256, 1024)
+MEASURED = Ceilings("H200", 760e12, 4.1e12)
+"""Of one H200, ``python -m benchmarks.ppo``."""
+SHARES = {"rollout": 0.45, "score": 0.58, "train": 0.59}
+"""Of the limit that one GPU reached, there too."""
+ROLLOUTS, PROMPT, RESPONSE, MINIBATCHES = 1024, 512, 512, 4
+INSIDE, BETWEEN = 300e9, 40e9
+"""Bytes a second that a rank receives in a collective: of one node's ranks, by NVLink, and of several nodes', by one
+400 Gbit/s adapter a GPU. Assumed."""
+STORE = 10e9
+"""Bytes a second that the shared file system takes from all ranks together. Assumed."""
+BETWEEN_CHECKPOINTS = 20
+"""Iterations."""
+GPU_BYTES = 141e9
+
+
+def architecture(shape: Shape) -> Architecture:
+    """Return a shape's architecture, read from a folder whose weights are a hole in a file."""
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        config = shape.config(PROMPT + RESPONSE)
+        config.save_pretrained(folder)
+        header, end = dict[str, Any](), 0
+        for name, weight in AutoModelForCausalLM.from_config(config).state_dict().items():
+            size = 2 * math.prod(weight.shape)
+            header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header).encode()
+        with (Path(folder) / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+        return Architecture.of(Path(folder))
+
+
+def settings_of(ranks: int) -> PpoSettings:
+    """Return ppo's settings: full fine-tuning in bf16, minibatches of ``ROLLOUTS / MINIBATCHES`` over all ranks."""
+    return PpoSettings.model_validate(
+        {
+            "precision": "bf16",
+            "tuning": {"method": "full"},
+            "rollouts": max(ROLLOUTS, MINIBATCHES * ranks),
+            "minibatches": MINIBATCHES,
+            "epochs": 1,
+            "max_prompt_length": PROMPT,
+            "sampling": {"max_new_tokens": RESPONSE},
+            "activation_checkpointing": True,
+            "workers": {"count": ranks, "gpu": True},
+        }
+    )
+
+
+def row(name: str, model: Architecture, ranks: int) -> dict[str, Any]:
+    """Return memory and seconds of one model on so many GPUs."""
+    models = {"policy": model, "reward": model}
+    settings = with_micro_batch(settings_of(ranks), models, int(GPU_BYTES))
+    memory = predict(settings, models)
+    mine = settings.rollouts // ranks
+    parts = PpoModels(model, model, [model]).parts(settings, [PROMPT] * mine, [RESPONSE] * mine, ranks)
+    computed = {part: _seconds(of_part) / SHARES[part] for part, of_part in parts.items()}
+    speed = INSIDE if ranks <= 8 else BETWEEN
+    gathered = 2 * model.parameters * (ranks - 1) / ranks / speed
+    updates = mine / settings.micro_batch  # micro batches of all minibatches
+    network = {"rollout": gathered, "score": 4 * gathered, "train": 2 * (2 * updates + MINIBATCHES) * gathered}
+    saved = 2 * 16 * model.parameters / STORE / BETWEEN_CHECKPOINTS
+    whole = sum(computed.values()) + sum(network.values()) + saved
+    return {
+        "model": name,
+        "GPUs": ranks,
+        "rollouts": settings.rollouts,
+        "micro batch": settings.micro_batch,
+        "GB a rank": memory.total / 1e9,
+        "of it whole copy": memory.parts.get("generation", 0.0) / 1e9,
+        "fits 141 GB": "yes" if memory.total < GPU_BYTES else "no",
+        **{f"{part}, s": seconds for part, seconds in computed.items()},
+        "network, s": sum(network.values()),
+        "checkpoint, s": saved,
+        "whole, s": whole,
+        "computing": f"{sum(computed.values()) / whole:.0%}",
+    }
+
+
+def _seconds(parts: Sequence[Part]) -> float:
+    return sum(part.seconds(MEASURED) for part in parts)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = [
+        row(name, model, ranks) for name, shape in LARGE.items() for model in [architecture(shape)] for ranks in GPUS
+    ]
+    print(f"{ROLLOUTS} x ({PROMPT} + {RESPONSE}) tokens or one sample a rank and minibatch, whichever is more")
+    print(
+        f"assumed: {INSIDE / 1e9:.0f} GB/s in a node, {BETWEEN / 1e9:.0f} between nodes, {STORE / 1e9:.0f} to the store"
+    )
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
