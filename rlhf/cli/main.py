@@ -97,6 +97,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--blind": _flag("hide the policies' names from the person, and shuffle their answers"),
         "--save": _value("append the answers with the verdicts, as data.comparisons reads them", metavar="FILE.jsonl"),
     },
+    "doctor": {"--cluster": _flag("check every node of the Ray cluster, and what is between them, instead")},
     "config": {"--fields": _flag("explain every setting instead")},
     "data": {
         "--kind": _value(
