@@ -123,7 +123,7 @@ def iterate(
     metrics["episode"] = (iteration + 1) * settings.rollouts
     raised = alarms(metrics, Watched.of(settings, first=journal.first_row(metrics)))
     journal.log(iteration + 1, metrics | alarm_metrics(raised), rollout.sequences)
-    journal.alarm(raised)
+    journal.alarm(iteration + 1, raised)
     drift = logprobs - reference_logprobs
     kept = rollout.samples_by_token(settings.samples_kept, scores, policy.tokenizer, drift, advantages)
     journal.keep_samples(iteration + 1, kept)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlhf.attempt import liveness
 from rlhf.attempt.folder import AttemptFolder, Progress
@@ -38,8 +38,8 @@ class Context(Generic[S_co]):
     """Kept from run to run: files that were fetched."""
     attempts: tuple[Path, ...] = ()
     """All attempts at this key, oldest first, this one included."""
-    tracking: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
-    """Weights & Biases: mode, project, entity and group."""
+    tracking: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """``sinks``, their names, and what else ``TrackedStage`` in rlhf/tracking has; empty without sinks."""
 
     @property
     def folder(self) -> AttemptFolder:

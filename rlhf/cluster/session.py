@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rlhf.cluster import reaper
+from rlhf.cluster import network, reaper
 from rlhf.cluster.ray_token import MODE, default_path, entrance, known_token, prepare_token
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.config.stages import WorkerSettings
@@ -147,7 +147,8 @@ class Session(AbstractContextManager["Session"]):
             warnings.simplefilter("ignore")
             try:
                 if self.address:
-                    workers = {name: os.environ[name] for name in ENVIRONMENT}  # those of a Ray started here inherit it
+                    # Those of a Ray that is started here inherit it.
+                    workers = {name: os.environ[name] for name in ENVIRONMENT} | network.variables()
                     ray.init(address=self.address, runtime_env={"env_vars": workers}, **common)
                 else:
                     self._reaped.enter_context(_reaped())
