@@ -204,7 +204,7 @@ def test_a_budget_that_a_list_of_the_data_exceeds_is_refused(base: Path, tmp_pat
     three = SET | {"responses": ["a joy", "dull", "a film"], "strengths": [1.0, -1.0, 0.0]}
     settings = RmSettings.model_validate({"max_length": 32, "micro_batch_tokens": 95})
     given = context(settings, base, tmp_path, "comparisons", [three], [SET])
-    with pytest.raises(PreflightError, match="less than a whole list, 3 responses of 32 tokens") as error:
+    with pytest.raises(PreflightError, match="less than 3 responses of 32 tokens, a whole list") as error:
         checks.rm(given)
     assert error.value.next_step == "stage.micro_batch_tokens=96"
     checks.rm(replace(given, settings=settings.model_copy(update={"micro_batch_tokens": 96})))
