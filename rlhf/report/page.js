@@ -33,7 +33,9 @@ function figures(rows) {
       cells.insertCell().textContent = typeof value === "number" ? +value.toPrecision(5) : value;
     }
   });
-  return table;
+  const room = element("div", "", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Figures" });
+  room.append(table);
+  return room;
 }
 
 function draw(place, spec) {
@@ -72,7 +74,7 @@ if (get("controls")) {
   get("colour").parentElement.hidden = !data.samples.some((row) => row.tokens);
 
   const number = (score) => (typeof score === "number" ? score : -Infinity);
-  const rounded = (score) => (typeof score === "number" ? (score < 0 ? "" : "+") + score.toFixed(2) : String(score));
+  const rounded = (score) => (typeof score === "number" ? (score < 0 ? "" : "+") + score.toFixed(2) : String(score ?? "no number"));
 
   function chosen() {
     const step = steps[get("step").value], words = get("search").value.toLowerCase(), prompt = get("prompt").value;

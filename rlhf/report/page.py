@@ -61,6 +61,7 @@ def write_report(config: PipelineConfig, stages: Mapping[str, Planned], store: S
         path.write_text(rendered(shown, vega(reports)), encoding="utf-8")
     except OSError as error:
         if is_no_room(error):
+            error.filename = error.filename or str(path)  # a write, unlike an opening, does not name its file
             raise
         raise RequestError(f"the report cannot be written: {error}", str(path), "name another file by --out") from error
 
@@ -212,10 +213,11 @@ def rendered(shown: Mapping[str, Any], script: str) -> str:
     script  of :func:`vega`
     """
     here = files("rlhf.report")
+    shown = _safe(shown)
     specs = [part["spec"] for section in shown["sections"] for part in section["parts"] if "spec" in part]
     paths = shown["graph"]["paths"]
     values = {"specs": specs, "samples": shown["samples"], "paths": paths}
-    data = json.dumps(_finite(values), separators=(",", ":"), default=str)
+    data = json.dumps(values, separators=(",", ":"), default=str)
     scripts = [script, *((here / name).read_text(encoding="utf-8") for name in ("page.js", "graph.js"))]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
@@ -242,12 +244,14 @@ def vega(cache: Path) -> str:
     return kept.read_text(encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
-    """Return a value without numbers that JSON lacks, which become null."""
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
+def _safe(value: Any) -> Any:
+    """Return a value with control characters of its texts replaced, and numbers that JSON lacks as null."""
+    if isinstance(value, str):
+        return CONTROL.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, Mapping):
+        return {name: _safe(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [_safe(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

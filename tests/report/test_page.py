@@ -24,6 +24,7 @@ from tests.pipeline.helpers import load_toy, make, planned, until, write_pipelin
 
 HOSTILE = (
     "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">\u2028&amp;"
+    "\x1b[2J\ud800\u202e"
 )
 STRANGE = ("\x1b[2J\x00", "\u202eright to left שלום", "👩\u200d👩\u200d👧", "x" * 100_000, HOSTILE)
 AXE = Path(axe_core_python.__file__).parent / "axe.min.js"
@@ -136,6 +137,8 @@ def test_it_is_read_by_everybody(browser: webdriver.Chrome, tmp_path: Path, sche
     opened(browser, tmp_path / "page.html", page(5, rows, HOSTILE))
     browser.execute_script("document.querySelector('.charts').scrollIntoView()")
     until(lambda: bool(browser.find_elements(By.CSS_SELECTOR, ".chart svg")), "a chart")
+    browser.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true })")
+    until(lambda: bool(browser.find_elements(By.CSS_SELECTOR, "table.figures")), "a table")
     assert browser.execute_script("return document.title") != "owned"
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
     browser.execute_cdp_cmd("Runtime.evaluate", {"expression": AXE.read_text(encoding="utf-8")})
