@@ -110,7 +110,9 @@ def _brief(text: Any, limit: int) -> str:
 
 
 def _score(score: Any) -> str:
-    return f"{score:+.2f}" if isinstance(score, (int, float)) else printable(str(score))
+    if not isinstance(score, (int, float)):
+        return shortened(printable(str(score)), _LONGEST)
+    return f"{score:+.2f}" if abs(score) < 1e6 else f"{score:+.3g}"
 
 
 def detail(store: Store, width: Callable[[], int], *, here: bool) -> Callable[[StageRow], RenderableType | None]:

@@ -184,6 +184,7 @@ def _correlation_with_length(samples: Sequence[Row]) -> float | None:
     correlations: list[float] = []
     for pairs in by_step.values():
         scores, lengths = np.array(pairs).T
+        scores = scores / max(1.0, np.abs(scores).max())  # whose squares may be infinite
         if len(pairs) > 2 and scores.std() > 0 and lengths.std() > 0:
             correlations.append(float(np.corrcoef(scores, lengths)[0, 1]))
     return float(np.mean(correlations)) if correlations else None

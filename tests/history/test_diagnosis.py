@@ -89,3 +89,6 @@ def test_scores_that_are_no_numbers_are_left_out() -> None:
     rows = [{"step": 1, "score": score, "response": "x"} for score in (math.nan, "NaN", None, math.inf)]
     run = Figures(ppo=[{"step": 1, "length/mean": 3.0}], samples=rows)
     assert next(one for one in symptoms(run) if one.name == "Score follows length").holds is None
+    huge = [{"step": 1, "score": score, "response": "x" * place} for place, score in enumerate((1e300, 2e300, 3e300))]
+    follows = symptoms(Figures(ppo=[{"step": 1, "length/mean": 3.0}], samples=huge))
+    assert "correlation of score and length 1.00" in next(one for one in follows if one.holds is False).figures
