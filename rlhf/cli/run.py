@@ -87,6 +87,7 @@ class Request:
     def answer(self, document: Any) -> bool:
         """Print the document under ``--json``; return whether that was asked for. If not, print it for people."""
         if self.arguments.json:
+            document = json.loads(json.dumps(document), parse_constant=str)  # as metrics.jsonl spells NaN
             print_exactly(json.dumps(document, indent=2, ensure_ascii=False), lambda: json.dumps(document, indent=2))
         return self.arguments.json
 
