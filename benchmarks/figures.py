@@ -22,6 +22,7 @@ import matplotlib as mpl
 
 from benchmarks import growth, overoptimisation
 from rlhf.config.pipeline import load_pipeline
+from rlhf.errors import NextCommand, RequestError, RlhfError
 from rlhf.history.diagnosis import Symptom
 from rlhf.history.reading import pipeline_history
 from rlhf.models.evaluation import draw_reliability
@@ -80,8 +81,10 @@ def record(file: Path, overrides: Sequence[str]) -> None:
     shown = content(config, pipeline_history(plan(config, known, store), store), store)
     shown["symptoms"] = [asdict(symptom) for symptom in shown["symptoms"]]
     shown["sections"] = [one | {"parts": one["parts"][:1]} for one in shown["sections"] if one["name"] == "ppo"]
+    if not shown["sections"]:
+        raise RequestError("ppo has measured nothing that a picture could show", store.address, NextCommand("run"))
     shown |= {"store": "", "samples": [], "changes": [], "lineage": {}}
-    (DATA / "report.json").write_text(json.dumps(shown, ensure_ascii=False) + "\n", encoding="utf-8")
+    (DATA / "report.json").write_bytes((json.dumps(shown, ensure_ascii=False) + "\n").encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,9 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", type=Path, metavar="PIPELINE", help="record the report of its runs first")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args(arguments)
-    if given.record:
-        record(given.record, given.overrides)
-    draw(given.out)
+    try:
+        if given.record:
+            record(given.record, given.overrides)
+        draw(given.out)
+    except (RlhfError, OSError) as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
+
 from benchmarks import figures
 
 
@@ -17,3 +19,12 @@ def test_the_pictures_are_drawn_from_the_recorded_figures(tmp_path: Path):
         assert picture.startswith(b"\x89PNG")
         assert tuple(int.from_bytes(picture[at : at + 4], "big") for at in (16, 20)) == figures.WINDOW
         assert len(picture) > 100_000
+
+
+def test_what_cannot_be_recorded_leaves_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A pipeline that never ran is refused in words."""
+    before = (figures.DATA / "report.json").read_bytes()
+    with pytest.raises(SystemExit):
+        figures.main(["--record", "configs/tiny.yaml", f"store.uri={tmp_path}", "--out", str(tmp_path / "out")])
+    assert "ppo has measured nothing" in capsys.readouterr().err
+    assert (figures.DATA / "report.json").read_bytes() == before
