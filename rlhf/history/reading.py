@@ -5,6 +5,7 @@ be cut, damaged or gone: lines that cannot be read are left out and counted. A t
 """
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,7 +117,12 @@ def _metrics_row(line: Row) -> MetricsRow | None:
     row = with_floats(line)
     if type(row.get("step")) is not int:
         return None
-    return {name: value for name, value in row.items() if name == "time" or isinstance(value, (int, float))}
+    return {name: value for name, value in row.items() if name == "time" or _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a float, or a whole number that one can hold; NaN and infinity are numbers here."""
+    return isinstance(value, float) or (isinstance(value, int) and value.bit_length() < sys.float_info.max_exp)
 
 
 def _is_sample(row: Row) -> bool:

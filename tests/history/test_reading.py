@@ -59,12 +59,14 @@ def test_lines_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path):
         assert len(lines.rows) == whole[:cut].count(b"\n")
         assert lines.damaged == (not whole[:cut].endswith(b"\n") and cut > 0)
     bad = [b"\xff\x00", b"3", b'{"step": "2"}', b'{"loss": 1}', b"[" * 100_000, b""]
-    folder.metrics.write_bytes(b"\n".join([*bad, whole]))
+    huge = b'{"step": 0, "loss": 1%s, "kl": true}\n' % (b"0" * 400)
+    folder.metrics.write_bytes(b"\n".join([*bad, huge + whole]))
     folder.samples.write_bytes(b'{"step": 1, "prompt": "p"}\n')
     folder.progress.path.write_bytes(b'{"message": ')
     folder.error.path.write_bytes(b"[]")
     (attempt,) = attempts_at(KEY, store)
-    assert [row["step"] for row in attempt.metrics.rows] == [1, 2]
+    assert [row["step"] for row in attempt.metrics.rows] == [0, 1, 2]
+    assert attempt.metrics.rows[0] == {"step": 0, "kl": True}  # what no float can hold is left out
     assert attempt.metrics.damaged == len(bad)
     assert (attempt.samples.rows, attempt.samples.damaged) == ((), 1)
     assert attempt.progress is None
