@@ -20,7 +20,7 @@ from rlhf.data.records import read_rows
 from rlhf.models import folders, varlen
 from rlhf.models.packing import tokenised, training_demonstrations
 from rlhf.models.text import load_tokenizer
-from stages import sft
+from rlhf.stages import sft
 from tests.models.tiny import make_tiny_llama, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +157,7 @@ from rlhf.config.stages import SftSettings
 from rlhf.models import varlen
 from rlhf.tracking import read_metrics
 from rlhf.training import trl_trainers
-from stages import sft
+from rlhf.stages import sft
 
 base, demonstrations, masked = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "masked"
 if masked:
