@@ -152,7 +152,8 @@ def _sources(answer: str) -> dict[str, str] | None:
 
 def _source(folder: Path, kind: str) -> Path | None:
     names = {kind + suffix for suffix in ("", *FILE_SUFFIXES)}
-    paths = [path for path in sorted(folder.iterdir()) if path.name.casefold() in names]
+    named = [path for path in sorted(folder.iterdir()) if path.name.casefold() in names]
+    paths = [path for path in named if path.is_file() or any(path.iterdir())]
     if len(paths) > 1:
         listed = ", ".join(path.name for path in paths)
         raise RequestError(f"the folder has {kind} more than once: {listed}", str(folder), "leave one there")
