@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,14 @@ from rlhf.pipeline.stage import stages
 from rlhf.store import Store
 
 PINNED = "owner/name@" + "31b70e2e" * 5
-WANTED = [*product(["cpu", "gpu", "cluster"], ["smollm2-135m", "scratch", PINNED], [True, False])]
+WANTED = [
+    ("cpu", PINNED, True),
+    ("cpu", PINNED, False),
+    ("gpu", "scratch", True),
+    ("gpu", "smollm2-135m", False),
+    ("cluster", "smollm2-135m", True),
+    ("cluster", "scratch", False),
+]
 
 
 @pytest.fixture(autouse=True)
