@@ -15,6 +15,7 @@ from rlhf.config.yaml_tree import read_tree
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("LICENSE", "MANIFEST.in", "README.md", "configs", "pyproject.toml", "rlhf", "stages")
+SURROUNDINGS = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
 
 Rlhf = Callable[..., str]
 
@@ -47,10 +48,11 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with the wheel alone; it sees the packages that ours has, and not the checkout."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, env=SURROUNDINGS, check=True, capture_output=True, timeout=120)
+    # Afterwards: pip takes what it finds of the same version for what is to be installed.
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "shared.pth").write_text(f"{Path(yaml.__file__).parents[1]}\n")
-    pip = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(pip, check=True, capture_output=True, timeout=120)
     return folder
 
 
@@ -58,12 +60,11 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rlhf(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Rlhf:
     """The installed program in an empty folder; its standard output, or its error if it ends with another status."""
     folder = tmp_path_factory.mktemp("empty")
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
 
     def run(*words: str, status: int = 0) -> str:
         program = [str(environment / "bin" / "rlhf"), *words]
         ended = subprocess.run(
-            program, cwd=folder, env=kept, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=250
+            program, cwd=folder, env=SURROUNDINGS, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=250
         )
         assert ended.returncode == status, ended.stderr
         return ended.stderr if status else ended.stdout
