@@ -61,9 +61,11 @@ def _target(request: Request) -> Path:
     Raises:
         RequestError: several are named, settings are given, or the file is there and ``--force`` is not.
     """
-    if request.overrides or len(request.names) > 1:
+    config: Path = request.arguments.config
+    named = [*map(Path, request.names), *([] if config == DEFAULT_CONFIG else [config])]
+    if request.overrides or len(named) > 1:
         raise RequestError("init takes one file and no settings", "command line", "rlhf init FILE; settings go there")
-    path = Path(request.names[0]).expanduser() if request.names else DEFAULT_CONFIG
+    path = named[0].expanduser() if named else DEFAULT_CONFIG
     path = path / DEFAULT_CONFIG.name if path.is_dir() else path
     if path.exists() and not request.arguments.force:
         then = "--force replaces it, or name another: rlhf init FILE"

@@ -21,7 +21,7 @@ from rich.console import Console
 from rlhf.cli.comparing import compare
 from rlhf.cli.history import report, samples, watch
 from rlhf.cli.human_data import annotate, data
-from rlhf.cli.init import DEFAULTS, init
+from rlhf.cli.init import DEFAULTS, MACHINES, init
 from rlhf.cli.results import diff, explain, export, gc, import_, leaderboard, lineage, plan_, status, verify
 from rlhf.cli.run import DEFAULT_CONFIG, QUICKSTART, Parser, Request, command_line, default_config, run, single_name
 from rlhf.cli.setup import config, doctor
@@ -47,6 +47,8 @@ def completion(request: Request) -> None:
         for action in parser._actions:  # pyright: ignore[reportPrivateUsage] - shtab reads them too
             if action.dest == "words":
                 action.choices = SHELLS if name == "completion" else list(request.known)
+            if action.dest == "for_":
+                action.choices = MACHINES
             if action.dest in ("config", "out", "save", "file", "data"):
                 action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue] - the place that shtab reads
     print(shtab.complete(whole, shell))
@@ -180,7 +182,8 @@ def complete_parser(parser: Parser, command: str) -> Parser:
     words = "stages or folders, and settings as section.field=value"
     parser.add_argument("words", nargs="*", metavar="WORD", help=WORDS.get(command, words))
     default = f"the pipeline file (default: {DEFAULT_CONFIG}, or else {QUICKSTART})"
-    parser.add_argument("--config", type=Path, default=default_config(), metavar="FILE", help=default)
+    meant = DEFAULT_CONFIG if command == "init" else default_config()
+    parser.add_argument("--config", type=Path, default=meant, metavar="FILE", help=default)
     parser.add_argument("--debug", **_flag("show the traceback of an error"))
     if command in WITH_JSON:
         parser.add_argument("--json", **_flag("print one JSON document on standard output"))

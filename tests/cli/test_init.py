@@ -86,7 +86,7 @@ def test_nothing_is_replaced_unless_that_is_asked_for(here: Path, capsys: pytest
     assert init("--yes") == 2
     assert "--force replaces it, or name another" in capsys.readouterr().err
     assert (here / "rlhf.yaml").read_text() == "mine"
-    assert init("--yes", "other.yaml") == 0
+    assert init("--yes", "--config", "other.yaml") == 0
     assert init("--yes", "--force") == 0
     assert planned().name == planned("other.yaml").name == "quickstart"
 
@@ -104,6 +104,7 @@ def test_nothing_is_replaced_unless_that_is_asked_for(here: Path, capsys: pytest
         (["nosuch/rlhf.yaml"], "cannot be written: No such file"),
         (["/proc/rlhf.yaml"], "cannot be written"),
         (["a.yaml", "b.yaml"], "init takes one file"),
+        (["a.yaml", "--config", "b.yaml"], "init takes one file"),
         (["seed=1"], "init takes one file and no settings"),
     ],
 )
