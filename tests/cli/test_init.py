@@ -162,7 +162,8 @@ def test_other_systems_are_refused_at_the_start(platform: str) -> None:
     program = (
         f"import sys, rlhf.__main__; sys.platform = {platform!r}; sys.modules['rlhf.cli'] = None\nrlhf.__main__.main()"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr.splitlines()[0]) == (2, f"error: rlhf runs on Linux, and this is {platform}")
 
 
