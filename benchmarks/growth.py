@@ -61,7 +61,7 @@ def place(series: str, flags: Mapping[str, Any]) -> float:
     return SHAPES[flags["shape"]].parameters if series == "size" else flags[series]
 
 
-def draw(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
+def draw(runs: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Draw each series: whole iterations and their parts over the axis, and the limit."""
     names = [name for name in AXES if any(run["series"] == name for run in runs)]
     figure = Figure(figsize=(4.2 * len(names), 3.6), layout="constrained")
@@ -82,7 +82,7 @@ def draw(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
         panel.grid(visible=True, which="major", alpha=0.3)
     panels[0].legend()
     figure.suptitle(runs[0]["device"])
-    figure.savefig(out / "growth.svg", metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="draw the growth.json there, and run nothing")
     given = parser.parse_args()
     if given.draw:
-        draw(json.loads((given.draw / "growth.json").read_text()), given.draw)
+        draw(json.loads((given.draw / "growth.json").read_text()), given.draw / "growth.svg")
         return
     given.out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
@@ -116,7 +116,7 @@ def main() -> None:
                 f"({time.monotonic() - start:.0f} s)",
                 flush=True,
             )
-    draw(runs, given.out)
+    draw(runs, given.out / "growth.svg")
 
 
 if __name__ == "__main__":

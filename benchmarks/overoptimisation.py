@@ -1,7 +1,7 @@
 """How far a reward model can be trusted: its score and an uninvolved judge's rating against KL, for three β.
 
     python -m benchmarks.overoptimisation run [section.field=value ...]     hours on two cores, minutes on a GPU
-    python -m benchmarks.overoptimisation draw                              the picture; needs matplotlib
+    python -m benchmarks.overoptimisation draw                              the picture of docs/ppo.md
 
 Gao et al. 2022 (arXiv:2210.10760) found that the true reward rises with KL, turns, and falls, while the reward
 that is optimised rises on. Here the optimised reward is the quickstart's reward model, and the true reward a judge
@@ -12,10 +12,12 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.pipeline import load_pipeline
@@ -74,7 +76,7 @@ def write_results(overrides: list[str]) -> None:
     assert record is not None
     folder = Path("overoptimisation-judge")
     judge = load_judge(store.checkout(record.artifact, folder, "judge"))
-    curves: dict[str, list[dict[str, float]]] = {}
+    curves: dict[str, dict[str, list[float]]] = {}
     for beta in BETAS:
         if (record := planned[name_of(beta)].record) is None:
             continue
@@ -83,38 +85,37 @@ def write_results(overrides: list[str]) -> None:
         samples = [json.loads(line) for line in attempt.samples.read_bytes().splitlines()]
         texts: dict[int, list[str]] = {}
         for sample in samples:
-            texts.setdefault(sample["step"], []).append(sample["response"])
-        curves[f"{beta:g}"] = [
-            {
-                "kl": row["objective/kl"],
-                "score": row["objective/scores"],
-                "judge": float(np.mean(judge.rate(texts[row["step"]]))),
-                "seconds": row["time/rollout_s"] + row["time/score_s"] + row["time/train_s"],
-                "first_kl": row["policy/approxkl_first"],
-            }
-            for row in rows
-        ]
+            if not sample.get("watched"):
+                texts.setdefault(sample["step"], []).append(sample["response"])
+        curves[f"{beta:g}"] = {
+            "kl": [row["objective/kl"] for row in rows],
+            "score": [row["objective/scores"] for row in rows],
+            "judge": [float(np.mean(judge.rate(texts[row["step"]]))) for row in rows],
+            "seconds": [row["time/rollout_s"] + row["time/score_s"] + row["time/train_s"] for row in rows],
+            "first_kl": [row["policy/approxkl_first"] for row in rows],
+        }
     RESULTS.write_text(json.dumps(curves))
 
 
-def draw() -> None:
-    """Draw both curves of every β, smoothed over five iterations, against the square root of KL."""
-    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports] - only this picture needs it
+def draw(curves: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
+    """Draw both curves of every β, smoothed over five iterations, against the square root of KL.
 
-    curves: dict[str, list[dict[str, float]]] = json.loads(RESULTS.read_text())
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+    curves  β to the "kl", "score" and "judge" of its iterations
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes: list[Any] = list(figure.subplots(1, 2, sharex=True))
     kernel = np.ones(5) / 5
-    for beta, rows in curves.items():
-        distance = np.sqrt(np.maximum(np.convolve([row["kl"] for row in rows], kernel, "valid"), 0))
+    for beta, values in curves.items():
+        smooth = {name: np.convolve(values[name], kernel, "valid") for name in ("kl", "score", "judge")}
+        distance = np.sqrt(np.maximum(smooth["kl"], 0))
         for axis, name in zip(axes, ("score", "judge"), strict=True):
-            axis.plot(distance, np.convolve([row[name] for row in rows], kernel, "valid"), label=f"β = {beta}")
+            axis.plot(distance, smooth[name], label=f"β = {beta}")
     axes[0].set(title="reward model, which is optimised", xlabel="√KL, √nats a response", ylabel="score, deviations")
     axes[1].set(title="judge, which is not", xlabel="√KL, √nats a response", ylabel="rating, -4 to 4")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.tight_layout()
-    figure.savefig(PICTURE)
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
@@ -126,7 +127,7 @@ def main() -> None:
     if arguments.action == "run":
         run(arguments.overrides)
     else:
-        draw()
+        draw(json.loads(RESULTS.read_text()), PICTURE)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,8 @@ def settings_of(given: argparse.Namespace, response: int) -> PpoSettings:
             "rollout": {"engine": given.engine},
             "max_prompt_length": given.prompt,
             "activation_checkpointing": given.activation_checkpointing,
+            # No watched prompts: their answers' lengths are not drawn.
+            "samples_kept": 0,
             # Small, so that the weights stay as good as random.
             "policy_learning_rate": 1e-6,
             "value_learning_rate": 1e-6,

@@ -279,6 +279,8 @@ def samples_view(rows: Sequence[Row]) -> Group:
 
 def _response(name: str, row: Row) -> Group:
     facts = [f"iteration {row['step']}"] if "step" in row else ["before" if name == "before" else "after"]
+    if row.get("finished"):
+        facts = ["after the last update"]
     facts.append(f"score {_score(row['score_before' if name == 'before' else 'score'])}")
     if row.get("ended") is False:
         facts.append("not ended")

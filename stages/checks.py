@@ -129,7 +129,13 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
             "cut at the start"
         )
     lists = draw_lists(sets["train"], settings.responses_per_list, settings.lists_per_response, settings.seed)
-    fitting.check(context, Texts(min(longest, settings.max_length), in_list=max(map(len, lists), default=1)))
+    most, tokens = max(map(len, lists), default=1), settings.micro_batch_tokens
+    if tokens is not None and tokens < most * settings.max_length:
+        what = (
+            f"micro_batch_tokens {tokens} is less than {most} responses of {settings.max_length} tokens, a whole list"
+        )
+        raise _fitting(context.stage, "micro_batch_tokens", most * settings.max_length, what)
+    fitting.check(context, Texts(min(longest, settings.max_length), in_list=most))
     steps = math.ceil(settings.epochs * math.ceil(len(lists) / settings.batch_size))
     check_offloading(context, [context.inputs["base"]])
     return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)

@@ -9,7 +9,7 @@ models' uncertainty.
 """
 
 from rlhf.attempt.context import Context
-from rlhf.collect.collection import Written
+from rlhf.collect.written import Written
 from rlhf.config.collect import CollectSettings
 from rlhf.data.records import ResponseSet
 from rlhf.rollout.prompts import draw, prompt_batch, read_prompts

@@ -28,15 +28,15 @@ def run(context: Context[EvaluateSettings]) -> dict[str, float]:
     old_scores, new_scores = (reward.score(rollout.prompts, rollout.texts) for rollout in (old, new))
     kl = kl_estimates(after.logprobs(new.sequences), before.logprobs(new.sequences), new.mask).sum(-1)
 
-    metrics = {
-        "score/before": old_scores.mean().item(),
-        "score/after": new_scores.mean().item(),
+    metrics = evaluation.before_and_after("score", old_scores.double(), new_scores.double())
+    metrics |= {
         "kl/response": kl.mean().item(),
         "length/before": old.mask.sum(-1).float().mean().item(),
         "length/after": new.mask.sum(-1).float().mean().item(),
     } | evaluation.diversity(old.texts, new.texts)
     if settings.judge:
-        metrics |= evaluation.judged(evaluation.load_judge(context.inputs["judge"]), old.texts, new.texts)
+        judge = evaluation.load_judge(context.inputs["judge"])
+        metrics |= evaluation.before_and_after("judge", judge.rate(old.texts), judge.rate(new.texts))
     columns = {
         "prompt": batch.prompts,
         "before": old.texts,

@@ -115,13 +115,15 @@ def iterate(
             returns=returns,
         )
         metrics |= update(iteration, settings, policy, value, experience, demonstrations, kl)
+    if settings.samples_kept and iteration + 1 == settings.iterations:
+        answer_watched_prompts(iteration, settings, policy, reward, prompts, journal, finished=True)
 
     if iteration >= settings.value_warmup:
         kl.adapt(metrics["objective/kl"], settings.rollouts)
     metrics["episode"] = (iteration + 1) * settings.rollouts
     raised = alarms(metrics, Watched.of(settings, first=journal.first_row(metrics)))
     journal.log(iteration + 1, metrics | alarm_metrics(raised), rollout.sequences)
-    journal.alarm(raised)
+    journal.alarm(iteration + 1, raised)
     drift = logprobs - reference_logprobs
     kept = rollout.samples_by_token(settings.samples_kept, scores, policy.tokenizer, drift, advantages)
     journal.keep_samples(iteration + 1, kept)
@@ -135,10 +137,20 @@ def answer_watched_prompts(
     reward: Rewards,
     prompts: PromptStream,
     journal: Journal,
+    *,
+    finished: bool = False,
 ) -> None:
-    """Keep the policy's answers to the same few prompts, which people compare through the run; no model learns them."""
-    rollout = roll_out(policy, prompts.watched(), settings.seed, settings.sampling.max_new_tokens)
-    journal.keep_watched(iteration + 1, rollout.samples(reward.score(rollout.prompts, rollout.texts)))
+    """Keep the policy's answers to the same few prompts, which people compare through the run; no model learns them.
+
+    finished  after the last update, where the answers are those of the policy that is exported
+    """
+    with journal.timed("watched"):
+        rollout = roll_out(policy, prompts.watched(), settings.seed, settings.sampling.max_new_tokens)
+        scores = reward.score(rollout.prompts, rollout.texts)
+        logprobs, _ = policy.logprobs_and_entropies(rollout.sequences)
+        drift = logprobs - policy.reference_logprobs(rollout.sequences)
+    kept = rollout.samples_by_token(len(rollout.prompts), scores, policy.tokenizer, drift)
+    journal.keep_watched(iteration + 1, kept, finished=finished)
 
 
 def update(

@@ -70,7 +70,7 @@ def run(context: Context[RmSettings]) -> dict[str, float]:
     trl_trainers.train(trainer, context)
 
     # Without gradients a batch of twice the size fits.
-    at_once = 2 * context.settings.micro_batch * max(map(len, lists))
+    at_once = 2 * context.settings.texts_at_once(max(map(len, lists)))
     demonstrations = read_rows(context.inputs["demonstrations"] / "train.jsonl")
     normal = trl_trainers.scores(
         trainer, [ids(row["prompt"], plain_text(row["completion"])) for row in demonstrations], at_once

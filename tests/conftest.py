@@ -51,9 +51,14 @@ def sdist() -> Path:
 
 @pytest.fixture(scope="session")
 def session() -> Iterator[Session]:
-    """One Ray session of two cores for all tests: to start one takes seconds."""
+    """One Ray session of two cores for all tests: to start one takes seconds.
+
+    A process of a task that has ended stays for the next one: to import what a preflight needs takes six seconds.
+    """
     with Session(ClusterSettings(cpus=2, gpus=0)) as session:
-        session.start()
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setenv("RAY_idle_worker_killing_time_threshold_ms", str(3_600_000))
+            session.start()
         yield session
 
 

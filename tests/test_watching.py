@@ -82,6 +82,7 @@ def test_samples_are_shown_below_their_prompt():
     rows = [
         {"step": 1, "prompt": messages, "response": HOSTILE, "score": 0.5, "ended": False},
         {"step": 2, "prompt": messages, "response": "y" * 100_000, "score": None},
+        {"step": 2, "prompt": messages, "response": "z", "score": 3.0, "finished": True},
         {"prompt": "other", "before": "old", "score_before": 1.0, "response": "new", "score": 2.0},
     ]
     lines = render(samples_view(rows), 40)
@@ -90,8 +91,8 @@ def test_samples_are_shown_below_their_prompt():
     assert max(map(cell_len, lines)) <= 40
     assert [line for line in lines if line and not line.startswith(" ")] == ["the question", "other"]
     facts = [line.strip() for line in lines if re.match("  (iteration|before|after)", line)]
-    assert facts == ["iteration 1, score +0.50, not ended", "iteration 2, score None", *facts[2:]]
-    assert facts[2:] == ["before, score +1.00", "after, score +2.00"]
+    assert facts[:2] == ["iteration 1, score +0.50, not ended", "iteration 2, score None"]
+    assert facts[2:] == ["after the last update, score +3.00", "before, score +1.00", "after, score +2.00"]
     assert "… 98000 more characters" in " ".join(shown.split())
     assert prompt_text([]) == "[]"
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlhf.attempt import liveness
 from rlhf.attempt.folder import AttemptFolder, Progress
@@ -38,8 +38,8 @@ class Context(Generic[S_co]):
     """Kept from run to run: files that were fetched."""
     attempts: tuple[Path, ...] = ()
     """All attempts at this key, oldest first, this one included."""
-    tracking: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
-    """Weights & Biases: mode, project, entity and group."""
+    tracking: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """``sinks``, their names, and what else ``TrackedStage`` in rlhf/tracking has; empty without sinks."""
 
     @property
     def folder(self) -> AttemptFolder:
@@ -66,8 +66,11 @@ class Context(Generic[S_co]):
         """Record where external things came from: source, revision or digest, licence. Only the lineage shows it."""
         self.folder.origin.write(values)
 
-    def note(self, line: str) -> None:
-        """Show the user one line and keep it."""
+    def note(self, line: str, **facts: str) -> None:
+        """Show the user one line and keep it.
+
+        facts  kept beside it, such as the name of the alarm that says it
+        """
         liveness.beat()
         with self.folder.note_lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"note": line}) + "\n")
+            file.write(json.dumps({"note": line, **facts}) + "\n")

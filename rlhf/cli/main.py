@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from rlhf.cli.comparing import compare
+from rlhf.cli.dashboard import dashboard
 from rlhf.cli.history import report, samples, watch
 from rlhf.cli.human_data import annotate, data
 from rlhf.cli.init import DEFAULTS, MACHINES, init
@@ -57,8 +58,8 @@ def completion(request: Request) -> None:
 COMMANDS: dict[str, Callable[[Request], int | None]] = {
     command.__name__.rstrip("_"): command
     for command in (
-        *(init, run, watch, samples, report, plan_, status, explain, lineage, diff, leaderboard, verify, gc),
-        *(import_, export, chat, generate, compare, config, doctor, data, annotate, completion),
+        *(init, run, watch, samples, report, dashboard, plan_, status, explain, lineage, diff, leaderboard, verify),
+        *(gc, import_, export, chat, generate, compare, config, doctor, data, annotate, completion),
     )
 }
 WITH_JSON = (
@@ -139,6 +140,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--blind": _flag("hide the policies' names from the person, and shuffle their answers"),
         "--save": _value("append the answers with the verdicts, as data.comparisons reads them", metavar="FILE.jsonl"),
     },
+    "doctor": {"--cluster": _flag("check every node of the Ray cluster, and what is between them, instead")},
     "config": {
         "--fields": _flag("explain every setting instead"),
         "--markdown": _flag("with --fields: as tables in Markdown"),

@@ -6,11 +6,14 @@ import platform
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from rlhf.cli.run import Request, print_exactly
@@ -25,7 +28,7 @@ from rlhf.config.pipeline import (
 from rlhf.config.schema import json_schema
 from rlhf.config.yaml_tree import to_yaml
 from rlhf.errors import RequestError, RlhfError, size
-from rlhf.terminal import memory_table
+from rlhf.terminal import memory_table, plain_table, printable, printable_lines
 
 NEEDED = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "accelerate", "wandb")
 
@@ -133,17 +136,68 @@ def doctor(request: Request) -> int:
     """Say whether this machine can run the pipeline, and how much memory its training stages will take."""
     from rlhf.cluster.session import Session
 
+    if request.arguments.cluster:
+        return _cluster_doctor(request)
     entries = diagnose(request.store().root, Session(request.config.cluster).address)
     memory = _memory(request)
     entries += [_memory_check(row) for row in memory]
     if not request.answer({"checks": entries, "memory": memory}):
-        for entry in entries:
-            mark = Text("ok ", "green") if entry["ok"] else Text("bad", "red")
-            request.out.print(mark.append(f" {entry['name']}: {entry['found']}  {entry['next']}", "default"))
+        _print_checks(request, entries)
         if any(row["total"] for row in memory):
             request.out.print()
             request.out.print(memory_table(memory))
     return 0 if all(entry["ok"] for entry in entries) else 1
+
+
+def _print_checks(request: Request, entries: Sequence[Mapping[str, Any]]) -> None:
+    for entry in entries:
+        mark = Text("ok ", "green") if entry["ok"] else Text("bad", "red")
+        line = printable_lines(f" {entry['name']}: {entry['found']}  {entry['next']}")
+        request.out.print(mark.append(line, "default"))
+
+
+def _cluster_doctor(request: Request) -> int:
+    """Say whether the nodes of the cluster agree with each other and this process, and reach each other.
+
+    Raises:
+        RequestError: no cluster is named.
+    """
+    from rlhf.cluster.findings import findings
+    from rlhf.cluster.session import Session
+    from rlhf.cluster.survey import survey
+
+    session, progress = Session(request.config.cluster), Console(stderr=True, highlight=False)
+    if session.address is None:
+        raise RequestError(
+            "no cluster is named whose nodes could be checked",
+            "cluster.address and RAY_ADDRESS are not set",
+            "set RAY_ADDRESS=HOST:PORT of the cluster's head; `rlhf doctor` checks this machine alone",
+        )
+    root = request.store().root.resolve()
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    with session, progress.status("attaching to Ray") as status:
+        session.start()
+        asked = survey(existing, status.update if progress.is_terminal else progress.print)
+    entries, nodes = findings(asked), asked.documents()
+    entries += [{"name": "token", "ok": True, "found": notice, "next": ""} for notice in session.notices]
+    if not request.answer({"checks": entries, "nodes": nodes, "pairs": [asdict(link) for link in asked.links]}):
+        _print_checks(request, entries)
+        request.out.print()
+        request.out.print(_nodes_table(nodes))
+    return 0 if all(entry["ok"] for entry in entries) else 1
+
+
+def _nodes_table(nodes: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of a cluster's nodes, from the "nodes" of ``rlhf doctor --cluster --json``."""
+    table = plain_table()
+    for column in ("node", "address", "network", "python", "cores", "GPUs", "clock, ms"):
+        table.add_column(column, justify="right" if column in ("cores", "GPUs", "clock, ms") else "left")
+    for node in nodes:
+        clock = node.get("clock_seconds")
+        cells = [node["node"], node.get("address"), node.get("interface"), node.get("python"), node.get("cpus")]
+        cells += [len(node.get("gpus", ())), None if clock is None else f"{1000 * clock:+.0f}"]
+        table.add_row(*(Text(printable("–" if cell is None else str(cell))) for cell in cells))
+    return table
 
 
 def _memory(request: Request) -> list[dict[str, Any]]:

@@ -39,13 +39,23 @@ def device_of_ranks(gpu: bool | None) -> Device | None:
 
 def smallest_gpu() -> int | None:
     """Return the bytes of this machine's smallest NVIDIA GPU; None without any."""
+    sizes = [int(line) for line in _ask_driver("memory.total") if line.isdigit()]
+    return min(sizes) * 2**20 if sizes else None
+
+
+def gpu_names() -> tuple[str, ...]:
+    """Return the types of this machine's NVIDIA GPUs."""
+    return tuple(_ask_driver("name"))
+
+
+def _ask_driver(field: str) -> list[str]:
+    """Return what NVIDIA's driver says of each GPU; empty without any."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return None
-    command = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        return []
+    command = [program, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    sizes = [int(line) for line in answer.stdout.split() if line.isdigit()]
-    return min(sizes) * 2**20 if sizes else None
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]

@@ -4,9 +4,10 @@ To import torch, transformers, TRL and DeepSpeed takes a rank that long on a cor
 also after a failure. This server has imported them, forks ranks in a second, and its imports are in memory once for all
 of them.
 
-Ray runs the command of :func:`runtime_env` where it would run Python. That is the starter: it hands its arguments, its
-environment and its standard streams to the machine's server, which it starts where there is none, and ends. The forked
-process becomes the worker that Ray asked for. Where no server answers in time, the starter becomes that worker itself.
+Ray runs the command of :func:`runtime_env` where it would run Python, on every node. That is the starter: it hands its
+arguments, its environment and its standard streams to the machine's server, which it starts where there is none, and
+ends. The forked process becomes the worker that Ray asked for. Where no server answers in time, the starter becomes
+that worker itself. A server ends with the raylet whose worker was the first to need it.
 
 Our own code is not in the server: it may be newer by the next run.
 """
@@ -36,28 +37,32 @@ READY_SECONDS = 30.0
 """How long a starter waits for a server that still imports: Ray gives up a worker that does not start within 60 s."""
 IDLE_SECONDS = 60.0
 """How long a server stays without a rank: the next stage may start soon."""
+# Runs on each node, where Ray's arguments begin with its own program for workers. Where that is another path than here,
+# Python is installed elsewhere, and the starter's path may be anybody's: the rank then starts as Ray would start it.
+_ON_ANY_NODE = """if [ "$1" = {worker} ] && [ -r {file} ]; then exec {starter} "$@"; fi
+echo "no fork server: this node has another Python than the driver" >&2
+python="${{1%/lib*/python3*}}/bin/python3"
+[ -x "$python" ] || python=python3
+exec "$python" "$@\""""
 _SERVE = "--serve"
 _MODULES = "RLHF_FORK_SERVER_IMPORTS"
 _STREAMS = (0, 1, 2)
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
-def runtime_env(imports: Sequence[str], gpu: bool, raylets: Sequence[str]) -> dict[str, Any] | None:
+def runtime_env(imports: Sequence[str], gpu: bool) -> dict[str, Any] | None:
     """Return Ray's ``runtime_env`` of ranks that are forked; None where they cannot be.
 
     imports  the stage's modules that are imported ahead, beside :data:`ALL_RANKS`
-    raylets  the sockets of Ray's nodes: where one is no file of this user's here, Python may be installed elsewhere
     """
-    try:
-        ours = all(Path(raylet).stat().st_uid == os.getuid() for raylet in raylets)
-    except OSError:
-        ours = False
     # No other system reliably forks a process that has loaded torch.
-    if sys.platform != "linux" or not ours:
+    if sys.platform != "linux":
         return None
-    libraries = importlib.util.find_spec("torch")
+    libraries, ray = importlib.util.find_spec("torch"), importlib.util.find_spec("ray")
     assert libraries is not None
     assert libraries.origin is not None
+    assert ray is not None
+    assert ray.origin is not None
     # As part of the server's environment they give each set of modules and of installed packages a server of its own.
     variables = {
         _MODULES: ",".join((*ALL_RANKS, *imports)),
@@ -66,7 +71,12 @@ def runtime_env(imports: Sequence[str], gpu: bool, raylets: Sequence[str]) -> di
     }
     if not gpu:
         variables["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for GPUs as it is imported
-    return {"py_executable": shlex.join([sys.executable, "-I", "-S", __file__]), "env_vars": variables}
+    script = _ON_ANY_NODE.format(
+        worker=shlex.quote(str(Path(ray.origin).with_name("_private") / "workers" / "default_worker.py")),
+        starter=shlex.join([sys.executable, "-I", "-S", __file__]),
+        file=shlex.quote(__file__),
+    )
+    return {"py_executable": shlex.join(["bash", "-c", script, "rank"]), "env_vars": variables}
 
 
 def start(arguments: list[str]) -> None:
@@ -125,10 +135,12 @@ class Worker:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def serve(listener: socket.socket) -> Worker | None:
+def serve(listener: socket.socket, raylet: int) -> Worker | None:
     """Import, then fork at each request of a starter, until there has been no rank for :data:`IDLE_SECONDS`.
 
     Return in each forked process the worker that it becomes; at the end, in the server itself, None.
+
+    raylet  a file descriptor of the process with whose end the server's comes; it is readable from then on
     """
     # Makes torch ask the driver's library alone whether there are GPUs: CUDA does not survive a fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -138,6 +150,7 @@ def serve(listener: socket.socket) -> Worker | None:
     gc.freeze()  # a rank's first collection would otherwise copy all memory that it shares
     with listener, selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
+        selector.register(raylet, selectors.EVENT_READ)
         ranks: set[int] = set()
         while events := selector.select(None if ranks else IDLE_SECONDS):
             for key, _ in events:
@@ -147,12 +160,14 @@ def serve(listener: socket.socket) -> Worker | None:
                     selector.unregister(key.fd)
                     os.close(key.fd)
                     continue
+                if key.fd == raylet:
+                    return None
                 worker = _accept(listener)
                 if worker is None:
                     continue
                 rank = os.fork()
                 if rank == 0:
-                    for descriptor in [key.fd for key in selector.get_map().values() if key.data is not None]:
+                    for descriptor in [key.fd for key in selector.get_map().values() if key.fileobj is not listener]:
                         os.close(descriptor)
                     return worker
                 worker.starter.close()
@@ -193,9 +208,9 @@ def connected() -> Generator[socket.socket]:
                     with socket.socket(socket.AF_UNIX) as listener:
                         listener.bind(here)
                         listener.listen()
+                        # -P: the modules beside this file must not shadow others. Ray's raylet starts starters.
+                        command = [sys.executable, "-P", __file__, _SERVE, str(listener.fileno()), str(os.getppid())]
                         listener.set_inheritable(True)
-                        # -P: the modules beside this file must not shadow others.
-                        command = [sys.executable, "-P", __file__, _SERVE, str(listener.fileno())]
                         os.posix_spawn(sys.executable, command, os.environ, setsid=True)
                 except OSError:  # another starter has the address already, but does not listen yet
                     time.sleep(0.01)
@@ -227,7 +242,7 @@ def main(arguments: list[str]) -> None:
     """Run the server, or a starter."""
     if arguments[0] != _SERVE:
         start(arguments)
-    elif (worker := serve(socket.socket(fileno=int(arguments[1])))) is not None:
+    elif (worker := serve(socket.socket(fileno=int(arguments[1])), os.pidfd_open(int(arguments[2])))) is not None:
         worker.become()
 
 

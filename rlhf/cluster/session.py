@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rlhf.cluster import reaper
+from rlhf.cluster import network, reaper
 from rlhf.cluster.ray_token import MODE, default_path, entrance, known_token, prepare_token
 from rlhf.config.pipeline import ClusterSettings
 from rlhf.errors import ClusterLostError, DiskFullError, PreflightError, TryAgainError, is_no_room, size
@@ -146,7 +146,8 @@ class Session(AbstractContextManager["Session"]):
             warnings.simplefilter("ignore")
             try:
                 if self.address:
-                    workers = {name: os.environ[name] for name in ENVIRONMENT}  # those of a Ray started here inherit it
+                    # Those of a Ray that is started here inherit it.
+                    workers = {name: os.environ[name] for name in ENVIRONMENT} | network.variables()
                     ray.init(address=self.address, runtime_env={"env_vars": workers}, **common)
                 else:
                     self._reaped.enter_context(_reaped())
@@ -158,6 +159,8 @@ class Session(AbstractContextManager["Session"]):
                         object_store_memory=256 * 2**20,
                         **common,
                     )
+                    # It would read every worker's log ten times a second, for a driver that prints none of them.
+                    _node().kill_log_monitor(check_alive=False)
             except Exception as error:
                 # Ray raises a bare Exception where its processes do not come up in time.
                 if isinstance(error, OSError | RuntimeError) or type(error) is Exception:

@@ -21,6 +21,7 @@ from rlhf import errors
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import Failure
+from rlhf.cluster.network import use_interface_of
 from rlhf.errors import DiskFullError, NextCommand, RlhfError, is_no_room
 
 CONTINUE = NextCommand("run")
@@ -81,6 +82,9 @@ class Rank:
         """Run a stage as the rank that the environment names."""
 
         def join_group() -> Context[Any]:
+            import ray
+
+            use_interface_of(ray.util.get_node_ip_address())
             if call.gpu:
                 import torch
 

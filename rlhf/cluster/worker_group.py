@@ -4,9 +4,7 @@ Ray Train would start them too, with a controller, and would have every process 
 a short group's time, and nothing here needs it (docs/design.md, "What differs").
 """
 
-import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 from rlhf.attempt.folder import Pulse, newest_complete, step_of
 from rlhf.cluster import fork_server
 from rlhf.cluster.causes import RankErrors, Retries, cause_of
+from rlhf.cluster.ending import ANSWER_SECONDS, END_SECONDS, end_everywhere
 from rlhf.cluster.session import RankResources
 from rlhf.cluster.worker import CONTINUE, Call, Location, Rank, perform
 from rlhf.errors import ClusterLostError, HangError, OutOfMemoryError, RlhfError, TryAgainError
@@ -24,8 +23,6 @@ from rlhf.errors import ClusterLostError, HangError, OutOfMemoryError, RlhfError
 POLL_SECONDS = 0.25
 START_MINUTES = 60.0
 """How long a stage may wait for its first process: other work may hold the cluster's room."""
-END_SECONDS = 30.0
-"""How long the processes of an ended group may take to end."""
 # A frame of our code, or a test's, but not of its caller.
 _FRAME = re.compile(r'File "[^"]*?((?:rlhf/(?!cluster/worker)|stages/|tests/)[^"]+)", line (\d+) in (\S+)')
 
@@ -66,7 +63,7 @@ def run_group(
             _watch(call, resources.count, group.is_over, watch, group.stop)
             error = group.outcome()
         except HangError as hang:
-            error = hang
+            error = group.unended or hang
         if error is None:
             return folder.result.read()
         checkpoint = newest_complete([folder.path])
@@ -180,6 +177,8 @@ class WorkerGroup:
         self._actors: list[Any] = []
         self._stopping = threading.Event()
         self._outcome: Exception | None = None
+        self.unended: TryAgainError | None = None
+        """That ranks of this group are still there, though it was ended: no other may begin beside them."""
         self._thread = threading.Thread(target=self._live, name=f"ranks of {call.context.stage}", daemon=True)
         self._thread.start()
 
@@ -190,14 +189,16 @@ class WorkerGroup:
 
     def outcome(self) -> RlhfError | None:
         """Return why a group that is over failed, None where it did not; raise an error that is not a rank's."""
+        if self.unended is not None:
+            return self.unended
         if self._outcome is None or isinstance(self._outcome, RlhfError):
             return self._outcome
         raise self._outcome
 
     def stop(self) -> None:
-        """End all ranks, whatever they are doing, and wait for that for at most :data:`END_SECONDS`."""
+        """End all ranks, whatever they are doing, and wait until they are gone or :attr:`unended` says otherwise."""
         self._stopping.set()
-        self._thread.join(END_SECONDS)
+        self._thread.join(END_SECONDS + ANSWER_SECONDS)
 
     def _live(self) -> None:
         """Run the ranks, end them and judge their ends, on the group's thread."""
@@ -228,11 +229,10 @@ class WorkerGroup:
         gpus = 1 if self._resources.gpu else 0
         each = {"CPU": float(self._resources.cpus)} | ({"GPU": 1.0} if gpus else {})
         self._room = placement_group([each] * self._resources.count, strategy="PACK")
-        raylets = [node["RayletSocketName"] for node in ray.nodes() if node["Alive"]]
         options = {
             "num_cpus": self._resources.cpus,
             "num_gpus": gpus,
-            "runtime_env": fork_server.runtime_env(self._call.imports, self._resources.gpu, raylets),
+            "runtime_env": fork_server.runtime_env(self._call.imports, self._resources.gpu),
         }
         actor: Any = ray.remote(Rank)
         for index in range(self._resources.count):
@@ -266,7 +266,7 @@ class WorkerGroup:
         return results, errors
 
     def _end(self) -> None:
-        """Kill all ranks, give their room back, and wait until those on this host are gone."""
+        """Kill all ranks, give their room back, and wait until their processes are gone."""
         import ray
         from ray.exceptions import RayError
         from ray.util.placement_group import remove_placement_group
@@ -277,16 +277,13 @@ class WorkerGroup:
         if self._room is not None:
             with suppress(RayError):
                 remove_placement_group(self._room)
-        # A rank that still ran would write into the folder of the next group. On other hosts Ray alone ends it.
-        end = time.monotonic() + END_SECONDS
-        while time.monotonic() < end:
-            here = [pulse.pid for pulse in self._call.context.folder.pulses().values() if pulse.is_here()]
-            if not here:
-                break
-            for pid in here:
-                with suppress(ProcessLookupError):  # Ray asks a process to end itself, which a stopped one does not
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
+        if remaining := end_everywhere(self._call.context.folder.path):
+            names = ", ".join(str(pulse.rank) for pulse in remaining)
+            self.unended = TryAgainError(
+                f"of {self._call.context.stage}, rank {names} did not end, and would disturb the ranks that come next",
+                str(remaining[0]),
+                "end that process or its host, then the same command again",
+            )
 
 
 def environments(locations: Sequence[Location]) -> list[tuple[int, dict[str, str]]]:

@@ -54,10 +54,13 @@ class ClusterSettings(Settings):
 class TrackingSettings(Settings):
     """Where metrics are sent besides ``metrics.jsonl``, which is always written."""
 
+    sinks: tuple[Literal["wandb", "tensorboard", "mlflow", "trackio"], ...] = runtime(("wandb",))
+    """Programs that show the metrics while a stage trains. All but wandb are extras of this package:
+    ``pip install 'rlhf-pipeline[tensorboard]'``."""
     wandb: Literal["auto", "online", "offline", "disabled"] = runtime("auto")
     """Weights & Biases: ``auto`` is online with an API key and offline otherwise."""
     project: str = runtime("rlhf", min_length=1)
-    """Project of the W&B runs."""
+    """Project of the runs in W&B and trackio, experiment in MLflow."""
     entity: str | None = runtime(None, min_length=1)
     """User or team of the W&B runs; null is the key's own."""
 

@@ -179,17 +179,13 @@ class PpoSettings(TrainingSettings):
     checkpoint_every: int = runtime(10, ge=1)
     """Iterations between in-stage checkpoints."""
 
+    LONGEST = "sample (max_prompt_length + sampling.max_new_tokens, or ptx.max_length if that is more)"
+
     @property
     def longest(self) -> int:
         """Return the tokens of the longest sample, or demonstration, that the settings allow."""
         mixed = self.ptx.max_length if self.ptx.coef else 0
         return max(self.max_prompt_length + self.sampling.max_new_tokens, mixed)
-
-    @property
-    def micro_batch(self) -> int:
-        """``micro_batch_size``, or the longest samples that ``micro_batch_tokens`` hold."""
-        tokens = self.micro_batch_tokens
-        return super().micro_batch if tokens is None else max(1, tokens // self.longest)
 
     @model_validator(mode="before")
     @classmethod
@@ -224,16 +220,7 @@ class PpoSettings(TrainingSettings):
         return self
 
     @model_validator(mode="after")
-    def _micro_batches_fit(self) -> "PpoSettings":
-        tokens = self.micro_batch_tokens
-        if tokens is not None and self.micro_batch_size is not None:
-            raise ValueError("micro_batch_size and micro_batch_tokens say the same in two units; leave one of them out")
-        if tokens is not None and tokens < self.longest:
-            raise ValueError(
-                f"micro_batch_tokens {tokens} is less than the {self.longest} tokens of the longest sample "
-                "(max_prompt_length + sampling.max_new_tokens, or ptx.max_length if that is more); raise it to "
-                f"{self.longest} or more, or lower those"
-            )
+    def _packing_fits(self) -> "PpoSettings":
         if self.packing and virtual_tokens(self.tuning):
             raise ValueError(
                 f"packing does not go with tuning.method {self.tuning.method}, whose virtual tokens stand before each "

@@ -136,6 +136,8 @@ class TrainingSettings(ShardedSettings):
     """Which weights train, and how: docs/tuning.md."""
     micro_batch_size: int | None = runtime(None, ge=1)
     """Sequences of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 16."""
+    micro_batch_tokens: int | None = runtime(None, ge=1)
+    """Tokens of one forward pass of one rank, in place of ``micro_batch_size``."""
     checkpoint_every: int = runtime(50, ge=1)
     """Optimiser steps between in-stage checkpoints."""
     activation_checkpointing: bool = runtime(False)
@@ -144,10 +146,34 @@ class TrainingSettings(ShardedSettings):
     zero: ZeroSettings = runtime(ZeroSettings())
     """How the trained models are spread over ranks, host memory and disk."""
 
+    LONGEST: ClassVar[str]
+    """What ``longest`` follows from, and what is that long, for the user."""
+
+    @property
+    def longest(self) -> int:
+        """Return the most tokens of what no micro batch divides, as far as the settings know."""
+        raise NotImplementedError
+
     @property
     def micro_batch(self) -> int:
-        """``micro_batch_size``; where it is null that of a CPU, which ranks on GPUs replace before they train."""
+        """``micro_batch_size``, or the longest texts that ``micro_batch_tokens`` hold; without either that of a CPU,
+        which ranks on GPUs replace before they train.
+        """
+        if self.micro_batch_tokens is not None:
+            return max(1, self.micro_batch_tokens // self.longest)
         return self.micro_batch_size or self.ON_CPU
+
+    @model_validator(mode="after")
+    def _micro_batches_fit(self) -> "TrainingSettings":
+        tokens = self.micro_batch_tokens
+        if tokens is not None and self.micro_batch_size is not None:
+            raise ValueError("micro_batch_size and micro_batch_tokens say the same in two units; leave one of them out")
+        if tokens is not None and tokens < self.longest:
+            raise ValueError(
+                f"micro_batch_tokens {tokens} is less than the {self.longest} tokens of the longest {self.LONGEST}; "
+                f"raise it to {self.longest} or more, or lower those"
+            )
+        return self
 
     @model_validator(mode="after")
     def _memory_settings_fit(self) -> "TrainingSettings":
@@ -178,6 +204,13 @@ class SupervisedSettings(TrainingSettings):
     max_length: int = semantic(256, ge=8)
     """Longest text in tokens; what is longer is cut and counted."""
 
+    LONGEST = "sequence (max_length)"
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest sequence."""
+        return self.max_length
+
 
 class SftSettings(SupervisedSettings):
     """Supervised fine-tuning on demonstrations; the loss counts the completion's tokens only."""
@@ -199,6 +232,9 @@ class SftSettings(SupervisedSettings):
     """Sequences of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 1. Packed
     ones are laid end to end: where no kernel keeps to each text alone (fp32, CPUs, sliding windows), their cost grows
     with the square of ``micro_batch_size`` · ``max_length``."""
+    micro_batch_tokens: int | None = runtime(None, ge=1)
+    """Tokens of one forward pass of one rank, in place of ``micro_batch_size``; at least ``max_length``. Where
+    demonstrations are padded, padding counts too."""
 
 
 Loss = Literal["pairwise", "soft-strengths", "soft-share", "listwise", "regression"]
@@ -241,6 +277,24 @@ class RmSettings(SupervisedSettings):
     """Held-out pairs behind ``eval/accuracy``, drawn by the seed."""
     micro_batch_size: int | None = runtime(None, ge=1)
     """Lists of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 16."""
+    micro_batch_tokens: int | None = runtime(None, ge=1)
+    """Tokens of one forward pass of one rank, in place of ``micro_batch_size``; at least those of the longest list, all
+    of its responses together. For models whose texts cannot be packed, padding counts too."""
+
+    LONGEST = "list (max_length times its responses)"
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest list; of sets as they are, of the shortest that can be compared."""
+        return self.max_length * (self.responses_per_list or 2)
+
+    def texts_at_once(self, in_list: int) -> int:
+        """Return the longest responses of one forward pass.
+
+        in_list  most responses of a list
+        """
+        tokens = self.micro_batch_tokens
+        return self.micro_batch * in_list if tokens is None else max(1, tokens // self.max_length)
 
     @model_validator(mode="after")
     def _loss_uses_what_is_set(self) -> "RmSettings":

@@ -20,6 +20,9 @@ FOLLOWS_LENGTH = 0.6
 """Correlation of score and length within iterations."""
 GROWS = 1.25
 """Factor of mean length over a run."""
+BELOW = 0.1
+"""Deviations by which the demonstrations' median score lies below the ranked responses': beyond two standard errors of
+some hundred texts."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Figures:
     rm: Mapping[str, float] = field(default_factory=dict[str, float])
     evaluate: Mapping[str, float] = field(default_factory=dict[str, float])
     """Final metrics."""
+    quality: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The reward model's quality.json."""
     samples: Sequence[Row] = ()
     """PPO's, with "step", "response" and "score"."""
     ppo_settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -59,6 +64,7 @@ def symptoms(run: Figures) -> list[Symptom]:
         # Before the judge, which falls where KL runs away.
         _kl_runs_away(run),
         _score_against_judge(run),
+        _demonstrations_score_low(run),
         _reward_model_guesses(run),
         _outside_of_its_data(run),
         _entropy_collapses(run),
@@ -181,6 +187,24 @@ def _correlation_with_length(samples: Sequence[Row]) -> float | None:
         if len(pairs) > 2 and scores.std() > 0 and lengths.std() > 0:
             correlations.append(float(np.corrcoef(scores, lengths)[0, 1]))
     return float(np.mean(correlations)) if correlations else None
+
+
+def _demonstrations_score_low(run: Figures) -> Symptom:
+    """Compare the reward model with what people wrote: no agreement among labels tells that all of them are flipped."""
+    scores = run.quality.get("scores", {})
+    known = {"quantiles", "demonstrations", "heldout"} <= scores.keys() and 0.5 in scores["quantiles"]
+    median = scores["quantiles"].index(0.5) if known else 0
+    written, ranked = (scores[name][median] if known else math.nan for name in ("demonstrations", "heldout"))
+    liked = run.evaluate.get("judge/delta_low", math.nan) > 0
+    return Symptom(
+        "Demonstrations score low",
+        written < ranked - BELOW and not liked if known else None,
+        f"median {written:+.2f}, of held-out ranked responses {ranked:+.2f}" if known else "",
+        "the reward model likes demonstrations less than the responses that people ranked: its rankings may be the "
+        "wrong way round.",
+        "reward model",
+        "look at which response of rm's rankings is `chosen`, and let a judge look (docs/evaluate.md)",
+    )
 
 
 def _reward_model_guesses(run: Figures) -> Symptom:

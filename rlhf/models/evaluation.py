@@ -76,17 +76,16 @@ def load_judge(folder: Path) -> TextJudge:
     return TextJudge([row["text"] for row in rows], [row["rating"] for row in rows])
 
 
-def judged(judge: TextJudge, before: list[str], after: list[str]) -> dict[str, float]:
-    """Return mean ratings, and their difference with its paired 95 % interval."""
-    ratings_before, ratings_after = judge.rate(before), judge.rate(after)
-    interval = paired_interval(ratings_before, ratings_after)
-    return {
-        "judge/before": float(np.mean(ratings_before)),
-        "judge/after": float(np.mean(ratings_after)),
-        "judge/delta": interval.mean,
-        "judge/delta_low": interval.low,
-        "judge/delta_high": interval.high,
-    }
+def before_and_after(name: str, before: npt.ArrayLike, after: npt.ArrayLike) -> dict[str, float]:
+    """Return means of paired figures and of their difference, with 95 % intervals; the difference's is paired."""
+    old, new = np.asarray(before), np.asarray(after)
+    metrics: dict[str, float] = {}
+    for side, base, values in (("before", 0 * old, old), ("after", 0 * new, new), ("delta", old, new)):
+        metrics[f"{name}/{side}"] = float(np.mean(values - base))
+        if len(values) > 1:  # a single prompt has no interval
+            interval = paired_interval(base, values)
+            metrics |= {f"{name}/{side}_low": interval.low, f"{name}/{side}_high": interval.high}
+    return metrics
 
 
 def diversity(before: list[str], after: list[str]) -> dict[str, float]:

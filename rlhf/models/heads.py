@@ -25,7 +25,7 @@ from rlhf.models.packing import pack
 from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import positions
-from rlhf.models.varlen import NAME, as_mask
+from rlhf.models.varlen import NAME, as_mask, computes
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.randomness import Domain, seed_of
 from rlhf.rl.kl import logprobs_and_entropies, logprobs_of
@@ -222,7 +222,7 @@ class SequenceScores(nn.Module):
 def pack_texts(classifier: Any) -> None:
     """Make a decoder's sequence classifier pack its texts, which are padded on the right, and score in fp32."""
     compute_in_fp32(classifier.score)
-    read_beginnings_once(classifier)
+    read_beginnings_once(classifier, on_gpus=True)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=_last_token_logits(classifier, input_ids, attention_mask))
@@ -230,12 +230,18 @@ def pack_texts(classifier: Any) -> None:
     classifier.forward = forward
 
 
+def packs_texts(classifier: Any) -> bool:
+    """Return whether a sequence classifier reads texts in packed rows."""
+    body = getattr(classifier, classifier.base_model_prefix)
+    return keeps_texts_apart(body.config) and not has_virtual_tokens(body)
+
+
 def _last_token_logits(classifier: Any, ids: Tensor, attention_mask: Tensor) -> FloatTensor:
     """Return logits ``[batch, label]``."""
     body = getattr(classifier, classifier.base_model_prefix)
-    if keeps_texts_apart(body.config) and not has_virtual_tokens(body):
+    if packs_texts(classifier):
         # Where each text is attended to by itself, a long row costs no more, and needs no filling.
-        by_text = ids.device.type == "cpu" and body.config._attn_implementation == NAME
+        by_text = body.config._attn_implementation == NAME and computes(ids.device, body.dtype)
         texts = pack(ids, attention_mask, in_one_row=by_text)
         hidden = body(input_ids=texts.ids, position_ids=texts.positions, use_cache=False).last_hidden_state
         return classifier.score(hidden.flatten(0, 1)[texts.ends])

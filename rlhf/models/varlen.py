@@ -6,11 +6,11 @@ that are padded, or continue a cache, keep transformers' mask and torch's other 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -35,8 +35,18 @@ class Boundaries:
     """``[text + 1]``, int32: the first token of each text, and the number of all tokens."""
     longest: int
     """Tokens of the longest text."""
-    shared: int = 0
-    """Tokens before the first text that all of them begin with; on a CPU alone."""
+    keys: Tensor | None = None
+    """``[key]``: the tokens that texts attend to, one text after the other, where some begin with tokens of others that
+    lie in the row once. Each text's own tokens are the last of its keys."""
+    key_offsets: Tensor | None = None
+    """``[text + 1]``, int32: the first key of each text, and the number of all keys."""
+    most_keys: int = 0
+    """Keys of the text that has most."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the boundaries on a device."""
+        moved: dict[str, Any] = {name: one.to(device) for name, one in vars(self).items() if isinstance(one, Tensor)}
+        return replace(self, **moved)
 
 
 KNOWN: ContextVar[Boundaries | None] = ContextVar("KNOWN", default=None)
@@ -51,7 +61,7 @@ def as_mask(model: Any, offsets: Tensor, longest: int) -> Tensor | None:
 
     offsets, longest  as in :class:`Boundaries`
     """
-    by_text = model.config._attn_implementation == NAME and _computes(offsets.device, model.dtype)
+    by_text = model.config._attn_implementation == NAME and computes(offsets.device, model.dtype)
     return offsets.expand(1, 1, longest, -1) if by_text else None
 
 
@@ -88,13 +98,14 @@ def _mask(**given: Any) -> Boundaries | Tensor | None:
         return known
     packed = given["attention_mask"] is None and not given.get("allow_is_causal_skip", True)
     packed = packed and not given["use_vmap"]
-    if packed and given["q_length"] == given["kv_length"] and _computes(given["device"], given["dtype"]):
+    if packed and given["q_length"] == given["kv_length"] and computes(given["device"], given["dtype"]):
         begins = beginnings(given["batch_size"], given["q_length"], given["mask_function"], given["device"])
         return boundaries(begins)
     return sdpa_mask(**given)
 
 
-def _computes(device: torch.device, dtype: torch.dtype) -> bool:
+def computes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether texts are computed one by one on a device."""
     return device.type == "cpu" or (device.type == "cuda" and dtype == torch.bfloat16)
 
 
@@ -132,7 +143,12 @@ def _by_text(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale
     else:
         query = query * (scale * query.shape[-1] ** 0.5)
     offsets, longest = texts.offsets, texts.longest
-    states = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
+    key_offsets, most = offsets, longest
+    if texts.keys is not None and texts.key_offsets is not None:
+        key, value = (states.index_select(0, texts.keys) for states in (key, value))
+        key_offsets, most = texts.key_offsets, texts.most_keys
+    # The last query sees the last key, and each one before it one key fewer.
+    states = varlen_attn(query, key, value, offsets, key_offsets, longest, most, **options)
     assert isinstance(states, Tensor)
     return states
 
@@ -140,18 +156,39 @@ def _by_text(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale
 def by_text_on_cpu(query: Tensor, key: Tensor, value: Tensor, texts: Boundaries, scale: float) -> Tensor:
     """Return what :func:`_by_text` does."""
     # In fp32 gradients would take half as long, but log-probabilities would differ more from the sampler's.
-    shared = texts.shared
     query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+    queries = query.split(texts.offsets.diff().tolist(), dim=1)
+    keys, values = (_before_and_own(states, texts) for states in (key, value))
     attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
-    before = [states[:, :shared] for states in (query, key, value)]
-    results = [attend(before[0][None], before[1][None], before[2][None], is_causal=True)[0]] if shared else []
-    seen = torch.ones(texts.longest, shared + texts.longest, dtype=torch.bool).tril(shared) if shared else None
-    lengths = texts.offsets.diff().tolist()
-    for q, k, v in zip(*(states[:, shared:].split(lengths, dim=1) for states in (query, key, value)), strict=True):
-        keys, values = torch.cat([before[1], k], dim=1), torch.cat([before[2], v], dim=1)
-        mask = None if seen is None else seen[: q.shape[1], : keys.shape[1]]
-        results.append(attend(q[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None)[0])
+    most = max(k.shape[1] - q.shape[1] for q, k in zip(queries, keys, strict=True))
+    seen = torch.ones(texts.longest, most + texts.longest, dtype=torch.bool).tril(most) if most else None
+    results: list[Tensor] = []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        before = k.shape[1] - q.shape[1]
+        mask = seen[: q.shape[1], most - before :][:, : k.shape[1]] if seen is not None and before else None
+        results.append(attend(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None)[0])
     return torch.cat(results, dim=1).transpose(0, 1)
+
+
+def _before_and_own(states: Tensor, texts: Boundaries) -> Sequence[Tensor]:
+    """Return of each text the states ``[head, key, width]`` of the tokens that it attends to."""
+    parts = states.split(texts.offsets.diff().tolist(), dim=1)
+    if texts.keys is None or texts.key_offsets is None:
+        return parts
+    whole: list[Tensor] = []
+    beginnings: dict[int, Tensor] = {}
+    for part, seen in zip(parts, texts.keys.split(texts.key_offsets.diff().tolist()), strict=True):
+        before = seen[: len(seen) - part.shape[1]]
+        if not len(before):
+            whole.append(part)
+            continue
+        # Places rise. One slice serves all texts that begin as the row does: their gradients add up in turn.
+        at_start = int(before[-1]) == len(before) - 1
+        begun = states.index_select(1, before) if not at_start else beginnings.get(len(before))
+        if begun is None:
+            begun = beginnings[len(before)] = states[:, : len(before)]
+        whole.append(torch.cat([begun, part], dim=1))
+    return whole
 
 
 AttentionInterface.register(NAME, _attention)

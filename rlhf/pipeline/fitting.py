@@ -103,7 +103,7 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
     costs much time, and ranks need GPUs.
     """
     unit, count, least = "micro_batch_size", settings.micro_batch, 1
-    if isinstance(settings, PpoSettings) and settings.micro_batch_tokens is not None:
+    if settings.micro_batch_tokens is not None:
         unit, count, least = "micro_batch_tokens", settings.micro_batch_tokens, settings.longest
     halves = [count >> power for power in range(1, count.bit_length()) if count >> power >= least]
     checkpointing: list[tuple[str, dict[str, Any]]] = []

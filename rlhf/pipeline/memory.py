@@ -103,11 +103,11 @@ def predict(
 def with_micro_batch(
     settings: T, models: Mapping[str, Architecture] | None, gpu: int, *, in_list: int | None = None
 ) -> T:
-    """Return the settings with a number for ``micro_batch_size``, where it is null the largest that fits a GPU.
+    """Return the settings with a number for ``micro_batch_size``, unless ``micro_batch_tokens`` stands for it; where
+    both are null the largest that fits a GPU. In ppo ``packing`` is decided too.
 
     It divides a rank's share of an update. A prediction with it fills at most :data:`FILLED` of the smallest GPU, with
-    texts as long as the settings allow: so the driver and all ranks agree, whatever each knows of the data. In ppo
-    ``packing`` is decided too, and ``micro_batch_tokens`` may stand for the number.
+    texts as long as the settings allow: so the driver and all ranks agree, whatever each knows of the data.
 
     models   as for :func:`predict`; None where they are not known, which takes what a CPU would
     gpu      bytes of the smallest GPU
@@ -116,8 +116,8 @@ def with_micro_batch(
     if isinstance(settings, PpoSettings):
         packing = packs(settings, models, gpu=True) if models else bool(settings.packing)
         settings = settings.model_copy(update={"packing": packing})
-        if settings.micro_batch_tokens is not None:
-            return settings
+    if settings.micro_batch_tokens is not None:
+        return settings
     if settings.micro_batch_size is not None or models is None:
         return settings.model_copy(update={"micro_batch_size": settings.micro_batch})
     texts, share = limits(settings), share_of_rank(settings)
@@ -132,8 +132,12 @@ def packs(settings: PpoSettings, models: Mapping[str, Architecture], *, gpu: boo
     """Return whether ppo lays samples end to end: as ``packing`` says, else where a kernel keeps them apart."""
     if settings.packing is not None:
         return settings.packing
-    able = gpu and settings.precision == "bf16" and virtual_tokens(settings.tuning) is None
-    return able and models["policy"].by_text and _value_start(settings, models).by_text
+    return gpu and all(computes_by_text(settings, one) for one in (models["policy"], _value_start(settings, models)))
+
+
+def computes_by_text(settings: Training, model: Architecture) -> bool:
+    """Return whether a GPU's kernel keeps the texts of a row apart."""
+    return settings.precision == "bf16" and virtual_tokens(settings.tuning) is None and model.by_text
 
 
 def _value_start(settings: PpoSettings, models: Mapping[str, Architecture]) -> Architecture:
@@ -299,13 +303,12 @@ def _supervised(
     trained = Trained(settings, "the", model, part, scores, gpu)
     share = share_of_rank(settings)
     micro = max(number for number in range(1, min(settings.micro_batch, share) + 1) if share % number == 0)
-    if isinstance(settings, SftSettings):
-        # Packed sequences lie end to end.
-        length = settings.max_length if settings.packing else texts.longest
-        rows, time = (1, micro * length) if settings.packing else (micro, length)
-        logits = _tiled_logits(trained, rows * time)
-    else:
-        rows, time, logits = micro * texts.in_list, texts.longest, 0.0
+    packed = isinstance(settings, SftSettings) and settings.packing
+    length, most = settings.max_length if packed else texts.longest, share * texts.in_list
+    rows = min(most, math.ceil((settings.micro_batch_tokens or 0) / length)) or micro * texts.in_list
+    # Packed sequences lie end to end.
+    rows, time = (1, rows * length) if packed else (rows, length)
+    logits = 0.0 if scores else _tiled_logits(trained, rows * time)
     for moment, parts in trained.moments(rows, time, logits):
         yield moment, _sum(trained.standing(), parts)
 

@@ -13,6 +13,7 @@ from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster import worker_group
 from rlhf.cluster.session import RankResources, Resources, Session
 from rlhf.cluster.worker import Call
+from rlhf.config.base import semantic_values
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.stages import WorkerSettings
 from rlhf.errors import InterruptedRunError, LeaseLostError, RequestError, RlhfError, StageError
@@ -20,7 +21,7 @@ from rlhf.pipeline.documents import provenance
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.reporting import Reporter, Stop, Watch, outcome
 from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, upload_failure, uploading
-from rlhf.store import SCRATCH, ActionRecord, Store
+from rlhf.store import SCRATCH, ActionRecord, Store, digest_of
 
 
 def needs_of(planned: Planned, resources: Resources) -> RankResources:
@@ -38,7 +39,7 @@ def context_of(
     parts: Mapping[str, tuple[str, str]],
     attempt: Path,
     store: Store,
-    tracking: Mapping[str, str | None],
+    tracking: Mapping[str, Any],
 ) -> Context[Any]:
     """Check inputs out into an attempt; return the stage's context.
 
@@ -144,10 +145,8 @@ class Production:
     def _run(self, planned: Planned, attempt: Path, holders: Sequence[str]) -> tuple[dict[str, float], float]:
         """Run the stage; return its final metrics and the seconds that it took."""
         assert planned.key is not None
-        wandb = self.config.tracking
-        tracking = {"mode": wandb.wandb, "project": wandb.project, "entity": wandb.entity}
         parts = {role: (str(entry["artifact"]), str(entry["part"])) for role, entry in planned.inputs.items()}
-        context = context_of(planned, planned.key, parts, attempt, self.store, tracking | {"group": self.config.name})
+        context = context_of(planned, planned.key, parts, attempt, self.store, self._tracking(planned))
         context.output.mkdir()
         show = Watch(self.reporter, planned.name, context.folder)
 
@@ -178,6 +177,31 @@ class Production:
                 max_failures = self.config.cluster.max_failures
                 metrics = worker_group.run_group(call, ranks, max_failures, watch, self.reporter.line)
         return metrics, time.monotonic() - start
+
+    def _tracking(self, planned: Planned) -> dict[str, Any]:
+        """Return what sinks are told of a stage; addresses are those of results in the store."""
+        settings, address = self.config.tracking, self.store.address
+        # W&B reads none of it: of a local file it would want to see that it exists, and this result does not yet.
+        scheme = "" if "://" in address else "rlhf-store:"
+        meaning = {name: semantic_values(instance.settings) for name, instance in self.config.instances.items()}
+        inputs: dict[str, tuple[str, str]] = {}
+        for role, wire in planned.wires.items():
+            entry = planned.inputs[role]
+            # What was imported under no key is named by its content.
+            name = f"actions/{entry['key']}.json" if entry["key"] else f"manifests/{entry['artifact']}.json"
+            kind = self.store.manifest(str(entry["artifact"])).kind
+            inputs[wire.instance] = (kind, f"{scheme}{address}/{name}")
+        return {
+            "sinks": settings.sinks,
+            "mode": settings.wandb,
+            "project": settings.project,
+            "entity": settings.entity,
+            "pipeline": self.config.name,
+            "group": f"{self.config.name}-{digest_of(meaning)[:8]}",
+            "folder": self.store.root / "tracking",
+            "result": (planned.stage.kind, f"{scheme}{address}/actions/{planned.key}.json"),
+            "inputs": inputs,
+        }
 
     def _commit(self, planned: Planned, attempt: Path, metrics: dict[str, float], seconds: float) -> None:
         assert planned.key is not None

@@ -23,6 +23,7 @@ from rlhf.pipeline.production import Production, context_of, needs_of
 from rlhf.pipeline.reporting import Reporter, Stop, Watch
 from rlhf.pipeline.stage import Stage
 from rlhf.store import Store, digest_of
+from rlhf.tracking import check_installed
 
 POLL_SECONDS = 0.1
 SECONDS_TO_END = 20.0
@@ -123,6 +124,7 @@ class Runner:
                 if not missing and not running.names:
                     return stages
                 if missing and not started:
+                    check_installed(self.config.tracking.sinks)
                     self._check_resources(missing)
                     started = True
                 under_way = {stages[name].key for name in running.names}

@@ -8,6 +8,10 @@ const config = {
   legend: { labelColor: ink, titleColor: ink, orient: "bottom" },
   line: { color: dark ? "#79c0ff" : "#0550ae" }, point: { color: dark ? "#79c0ff" : "#0550ae" },
   bar: { color: dark ? "#79c0ff" : "#0550ae" }, rule: { color: ink },
+  style: {
+    alarm: { color: dark ? "#ffa657" : "#c2410c", opacity: 0.25 },
+    aside: { color: dark ? "#9da7b1" : "#59636e" },
+  },
 };
 
 function element(name, text, attributes = {}) {
@@ -20,7 +24,7 @@ function element(name, text, attributes = {}) {
 const FIGURES = 60;
 function figures(rows) {
   const every = Math.ceil(rows.length / FIGURES), names = Object.keys(rows[0] || {});
-  const table = element("table", ""), head = table.createTHead().insertRow(), body = table.createTBody();
+  const table = element("table", "", { class: "figures" }), head = table.createTHead().insertRow(), body = table.createTBody();
   for (const name of names) head.append(element("th", name, { scope: "col" }));
   rows.filter((_, place) => place % every === 0).forEach((row) => {
     const cells = body.insertRow();
@@ -35,7 +39,8 @@ function figures(rows) {
 function draw(place, spec) {
   for (const panel of spec.panels) {
     const chart = element("div", "", { class: "chart" });
-    const rows = panel.data.values, more = element("details", "");
+    // Of a chart in layers the last has the figures.
+    const rows = (panel.data ?? panel.layer.at(-1).data).values, more = element("details", "");
     more.append(element("summary", "figures"));
     more.addEventListener("toggle", () => { if (more.open && !more.querySelector("table")) more.append(figures(rows)); });
     place.append(chart, more);
@@ -51,8 +56,9 @@ document.querySelectorAll(".charts").forEach((place, number) => draw(place, data
 const get = (name) => document.getElementById(name);
 if (get("controls")) {
   // Behind the iterations stand stages whose responses have none.
-  const place = (row) => row.step ?? row.stage;
-  const last = data.samples.filter((row) => row.step !== undefined).reduce((most, row) => Math.max(most, row.step), 0);
+  const place = (row) => (row.finished ? row.step + 0.5 : row.step ?? row.stage);
+  const named = (at) => (Number.isInteger(at) ? `iteration ${at}` : typeof at === "number" ? "after the last update" : at);
+  const last = data.samples.reduce((most, row) => Math.max(most, row.step ?? 0), 0);
   const order = (at) => (typeof at === "number" ? at : Infinity);
   const steps = [...new Set(data.samples.map(place))].sort((a, b) => (order(a) === order(b) ? 0 : order(a) - order(b)));
   const prompts = [...new Set(data.samples.filter((row) => row.watched).map((row) => row.prompt))];
@@ -81,6 +87,10 @@ if (get("controls")) {
 
   function coloured(row, column) {
     const text = element("p", "", { dir: "auto" });
+    if (row.tokens[0]?.length === 2 && column === 2) {
+      text.append(row.response, element("span", " (no advantages: no model learns from it)", { class: "soft" }));
+      return text;
+    }
     const most = Math.max(1e-6, ...row.tokens.map((token) => Math.abs(token[column])));
     for (const token of row.tokens) {
       const share = Math.round(60 * Math.abs(token[column]) / most), hue = token[column] < 0 ? "255 120 80" : "60 130 255";
@@ -91,8 +101,8 @@ if (get("controls")) {
 
   function card(row) {
     const made = element("article", "", { class: "sample" }), head = element("p", "", { class: "soft" });
-    const from = row.step === undefined ? row.stage : `${row.stage}, iteration ${row.step}`;
-    head.append(element("span", rounded(row.score), { class: "score" }), ` ${from}${row.ended === false ? ", did not end" : ""}`);
+    const from = row.step === undefined ? row.stage : `${row.stage}, ${named(place(row))}`;
+    head.append(element("span", rounded(row.score), { class: "score" }), ` ${from}${row.watched ? ", watched" : ""}${row.ended === false ? ", did not end" : ""}`);
     made.append(head, element("p", row.prompt, { dir: "auto", class: "soft" }));
     if (row.before !== undefined) made.append(element("p", `before (${rounded(row.score_before)}): ${row.before}`, { dir: "auto" }));
     const colour = get("colour").value;
@@ -102,7 +112,8 @@ if (get("controls")) {
 
   function show() {
     const rows = chosen();
-    get("at").textContent = steps.length ? steps[get("step").value] : "";
+    get("at").textContent = named(steps[get("step").value]);
+    get("step").setAttribute("aria-valuetext", get("at").textContent);
     get("count").textContent = `${Math.min(shown, rows.length)} of ${rows.length} responses`;
     get("samples").replaceChildren(...rows.slice(0, shown).map(card));
     get("more").hidden = rows.length <= shown;

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -23,39 +23,26 @@ from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import NextCommand, RequestError, RlhfError, is_no_room
 from rlhf.history.diagnosis import Figures, Symptom, in_words, symptoms
 from rlhf.history.reading import (
-    AttemptHistory,
     Row,
     StageHistory,
-    attempts_at,
     earlier_results,
     evaluated_samples,
-    joined,
     pipeline_history,
     prompt_text,
 )
 from rlhf.pipeline.documents import diff_document, lineage_document
 from rlhf.pipeline.plan import Planned
-from rlhf.report import charts
-from rlhf.store import ActionRecord, Store
+from rlhf.report.graph import graph
+from rlhf.report.sections import QUALITY, result_file, sections
+from rlhf.store import Store
 from rlhf.terminal import duration
 
 LONGEST = 2000
 """Characters of a text that the page shows."""
 MOST_SAMPLES = 4000
 """Responses that a page holds, those of the last iterations."""
-EARLIER = 5
-"""Earlier runs that are laid over."""
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that no text shows; among them those that turn the direction of what follows."""
-QUALITY, LEADERBOARD = "quality.json", "leaderboard.json"
-SFT_CURVES = {"loss": "loss", "mean_token_accuracy": "accuracy"}
-RM_CURVES = {"loss": "loss", "accuracy": "accuracy"}
-PPO_CURVES = {
-    "objective/scores": "mean score",
-    "objective/kl": "KL, nats",
-    "length/mean": "mean length, tokens",
-    "policy/entropy_avg": "entropy, nats a token",
-}
 
 
 def write_report(config: PipelineConfig, stages: Mapping[str, Planned], store: Store, path: Path) -> None:
@@ -85,15 +72,15 @@ def folder_of(store: Store) -> Path:
 
 def content(config: PipelineConfig, histories: Mapping[str, StageHistory], store: Store) -> dict[str, Any]:
     """Return what the page shows."""
-    figures = _figures(histories)
+    figures = _figures(histories, store)
     found = symptoms(figures)
     return {
         "pipeline": config.name,
         "store": store.address,
         "words": in_words(figures, found),
         "symptoms": found,
-        "columns": _columns(histories),
-        "sections": [section for history in histories.values() for section in _sections(history, store)],
+        "graph": graph(histories, store),
+        "sections": [section for history in histories.values() for section in sections(history, store)],
         "changes": [change for history in histories.values() for change in _changes(history, store)],
         "lineage": _lineage(histories, store),
         "samples": _samples(histories, store),
@@ -107,179 +94,38 @@ def _of_stage(histories: Mapping[str, StageHistory], stage: str) -> StageHistory
     return next((history for history in reversed(instances) if history.record or history.metrics), None)
 
 
-def _figures(histories: Mapping[str, StageHistory]) -> Figures:
+def _figures(histories: Mapping[str, StageHistory], store: Store) -> Figures:
     of = {stage: _of_stage(histories, stage) for stage in ("sft", "rm", "ppo", "evaluate")}
     rows = {stage: history.metrics if history else () for stage, history in of.items()}
     finals = {stage: history.record.metrics if history and history.record else {} for stage, history in of.items()}
-    ppo = of["ppo"]
+    ppo, rm = of["ppo"], of["rm"]
+    quality = result_file(rm.record, QUALITY, store) if rm else None
     settings = ppo.planned.settings if ppo else {}
     samples = ppo.samples if ppo else ()
-    return Figures(rows["sft"], rows["ppo"], finals["rm"], finals["evaluate"], samples, settings)
-
-
-def _columns(histories: Mapping[str, StageHistory]) -> list[list[dict[str, Any]]]:
-    """Return the stages by their distance from the pipeline's sources, for its graph."""
-    depth: dict[str, int] = {}
-    columns: list[list[dict[str, Any]]] = []
-    for name, history in histories.items():
-        sources = sorted({wire.instance for wire in history.planned.wires.values() if wire.instance in histories})
-        depth[name] = 1 + max((depth.get(source, 0) for source in sources), default=0)
-        while len(columns) < depth[name]:
-            columns.append([])
-        record = history.record
-        gpus = record.provenance.get("gpus") if record else None
-        columns[depth[name] - 1].append(
-            {
-                "name": name,
-                "state": history.state,
-                "why": history.why,
-                "sources": sources,
-                "time": duration(record.seconds) if record else "",
-                "gpu_hours": f"{gpus * record.seconds / 3600:.3g}" if record and gpus else "",
-                "failed": str(history.attempts[-1].failure or "") if history.attempts and not record else "",
-            }
-        )
-    return columns
-
-
-def _sections(history: StageHistory, store: Store) -> list[dict[str, Any]]:
-    """Return the charts and tables of a stage; none of a stage that has nothing to show."""
-    make = {"sft": _sft, "rm": _rm, "rank": _rank, "ppo": _ppo, "evaluate": _evaluate}.get(history.planned.stage.name)
-    parts = make(history, store) if make else []
-    return [{"name": history.name, "parts": parts}] if parts else []
-
-
-def _chart(title: str, text: str, spec: charts.Spec) -> dict[str, Any]:
-    return {"title": title, "text": text, "spec": spec}
-
-
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    return {"title": title, "header": header, "rows": rows}
-
-
-def _sft(history: StageHistory, store: Store) -> list[dict[str, Any]]:  # noqa: ARG001 - as the others
-    if not history.metrics:
-        return []
-    final = history.record.metrics.get("eval/loss") if history.record else None
-    held_out = "" if final is None else f" Held-out loss at the end: {final:.3f}."
-    return [_chart("Loss", f"Of demonstrations, by step.{held_out}", charts.lines(history.metrics, "step", SFT_CURVES))]
-
-
-def _rm(history: StageHistory, store: Store) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
-    if history.metrics:
-        parts.append(_chart("Training", "By step.", charts.lines(history.metrics, "step", RM_CURVES)))
-    if (quality := _file(history.record, QUALITY, store)) is None:
-        return parts
-    shares = {"all pairs": quality["accuracy"], "pairs within a set": quality.get("accuracy_within")}
-    people = {
-        "all pairs": quality.get("beside_people", {}).get("all"),
-        "pairs within a set": quality.get("beside_people", {}).get("within"),
-    }
-    rows = [
-        [name, _share(share), f"{share['low']:.1%} to {share['high']:.1%}", _share(beside, "human")]
-        for name, share in shares.items()
-        if share
-        for beside in [(people[name] or {}).get("ties_half")]
-    ]
-    header = ("held-out pairs", "reward model", "95 % interval", "a person")
-    parts.append(_table("Accuracy beside people", header, rows))
-    gaps = [
-        {"gap": f"{bin_['gap_from']:.2g} to {bin_['gap_to']:.2g}", **bin_}
-        for bin_ in quality.get("accuracy_by_gap", [])
-    ]
-    if gaps:
-        spec = charts.bars(gaps, "gap", "share", "difference of strengths", "share ordered as people did")
-        parts.append(_chart("Accuracy by gap", "Pairs far apart should be easy.", spec))
-    bins = [{"said": f"{bin_['predicted']:.2f}", **bin_} for bin_ in quality.get("calibration", {}).get("bins", [])]
-    if bins:
-        spec = charts.bars(bins, "said", "observed", "predicted probability", "observed share")
-        parts.append(_chart("Calibration", "Bars should be as high as their label says.", spec))
-    return parts
-
-
-def _share(value: Mapping[str, float] | None, name: str = "share") -> str:
-    return "" if value is None else f"{value[name]:.1%}"
-
-
-def _rank(history: StageHistory, store: Store) -> list[dict[str, Any]]:
-    if (models := _file(history.record, LEADERBOARD, store)) is None:
-        return []
-    rows = [
-        [row["model"], f"{row['elo']:+.0f}", "" if row["low"] is None else f"{row['low']:+.0f} to {row['high']:+.0f}"]
-        for row in models
-    ]
-    return [_table("Leaderboard", ("model", "Elo", "95 % interval"), rows)]
-
-
-def _ppo(history: StageHistory, store: Store) -> list[dict[str, Any]]:
-    if not history.metrics:
-        return []
-    parts = [_chart("Curves", "By iteration.", charts.lines(history.metrics, "step", PPO_CURVES))]
-    alarms = [
-        [row["step"], ", ".join(name.removeprefix("alarm/") for name in raised)]
-        for row in history.metrics
-        if (raised := [name for name, value in row.items() if name.startswith("alarm/") and value])
-    ]
-    if alarms:
-        parts.append(_table("Alarms", ("iteration", "alarm"), alarms))
-    earlier = {
-        f"{record.key[:6]}, {str(record.provenance.get('finished'))[:16]}": _metrics_of(attempts_at(record.key, store))
-        for record in earlier_results(history.planned, store)[-EARLIER:]
-    }
-    spec = charts.frontier({**earlier, "this run": history.metrics})
-    text = "Up and to the left is better: score for little drift. Earlier runs of this stage are laid over."
-    return [*parts, _chart("Reward against KL", text, spec)]
-
-
-def _metrics_of(attempts: Sequence[AttemptHistory]) -> Sequence[Row]:
-    return joined([attempt.metrics.rows for attempt in attempts])
-
-
-def _evaluate(history: StageHistory, store: Store) -> list[dict[str, Any]]:  # noqa: ARG001 - as the others
-    metrics = history.record.metrics if history.record else {}
-    rows = [
-        [name, _two(metrics, f"{stem}/before"), _two(metrics, f"{stem}/after"), interval]
-        for name, stem, interval in (
-            ("judge", "judge", _interval(metrics)),
-            ("score", "score", ""),
-            ("length, tokens", "length", ""),
-            ("distinct bigrams", "distinct_2", ""),
-        )
-        if f"{stem}/before" in metrics
-    ]
-    return [_table("Before and after", ("", "before", "after", "difference (95 % interval)"), rows)] if rows else []
-
-
-def _two(metrics: Mapping[str, float], name: str) -> str:
-    return f"{metrics[name]:.2f}"
-
-
-def _interval(metrics: Mapping[str, float]) -> str:
-    if "judge/delta" not in metrics:
-        return ""
-    return f"{metrics['judge/delta']:+.2f} ({metrics['judge/delta_low']:+.2f} to {metrics['judge/delta_high']:+.2f})"
-
-
-def _file(record: ActionRecord | None, name: str, store: Store) -> Any:
-    """Return the JSON of a result's file; None where there is none, also because it was collected."""
-    if record is None:
-        return None
-    try:
-        if all(file.path != name for file in store.manifest(record.artifact).files):
-            return None
-        return json.loads(store.read_file(record.artifact, name))
-    except (OSError, ValueError, RlhfError):
-        return None
+    return Figures(rows["sft"], rows["ppo"], finals["rm"], finals["evaluate"], quality or {}, samples, settings)
 
 
 def _changes(history: StageHistory, store: Store) -> list[dict[str, Any]]:
-    """Return what a stage's result was made from that its previous run was not."""
-    if history.record is None or not (earlier := earlier_results(history.planned, store)):
+    """Return how a stage's result differs from that of its previous run: what it was made from, and its figures."""
+    record = history.record
+    if record is None or not (earlier := earlier_results(history.planned, store)):
         return []
-    before = earlier[-1]
-    changed = diff_document(before, history.record, store)["changes"]
-    return [{"stage": history.name, "before": before.key[:12], "changes": changed}] if changed else []
+    previous = record.provenance.get("previous")
+    before = next((one for one in earlier if one.key == previous), earlier[-1])
+    document = diff_document(before, record, store)
+    figures = [
+        [name, _figure(both["a"]), _figure(both["b"]), _figure(both["difference"], "+")]
+        for name, both in document["metrics"].items()
+    ]
+    around = [f"{name} {both['a']} → {both['b']}" for name, both in document["circumstances"].items()]
+    changed = [*document["changes"], *around]
+    return (
+        [{"stage": history.name, "before": before.key[:12], "changes": changed, "figures": figures}] if changed else []
+    )
+
+
+def _figure(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.4g}"
 
 
 def _lineage(histories: Mapping[str, StageHistory], store: Store) -> dict[str, Any]:
@@ -293,10 +139,7 @@ def _lineage(histories: Mapping[str, StageHistory], store: Store) -> dict[str, A
     def walk(one: Mapping[str, Any]) -> None:
         for parent in one["inputs"].values():
             walk(parent)
-        made = one["provenance"]
-        hosts = ", ".join(made.get("hosts") or [made.get("host") or ""])
-        stage, key = one["stage"] or "from outside", one["key"] or ""
-        rows[one["artifact"]] = [stage, key[:12], one["artifact"][:12], str(made.get("finished") or ""), hosts]
+        rows[one["artifact"]] = _lineage_row(one)
 
     walk(document)
     made = document["provenance"]
@@ -307,6 +150,29 @@ def _lineage(histories: Mapping[str, StageHistory], store: Store) -> dict[str, A
     return {"rows": list(rows.values()), "cost": cost, "versions": versions}
 
 
+LINEAGE = ("stage", "key", "artifact", "made from", "finished", "host", "time", "GPU-hours")
+
+
+def _lineage_row(one: Mapping[str, Any]) -> list[str]:
+    """Return a result's row of LINEAGE; its inputs are named by the digests that it read."""
+    made = one["provenance"]
+    read = [
+        f"{role} {entry['digest'][:12]}" + (f" ({entry['part']})" if entry["part"] else "")
+        for role, entry in made.get("read", {}).items()
+    ]
+    gpus, seconds = made.get("gpus"), made.get("seconds")
+    return [
+        one["stage"] or "from outside",
+        (one["key"] or "")[:12],
+        one["artifact"][:12],
+        ", ".join(read),
+        str(made.get("finished") or ""),
+        ", ".join([*(made.get("hosts") or [made.get("host") or ""]), *(made.get("devices") or [])]),
+        "" if seconds is None else duration(seconds),
+        "" if gpus is None or seconds is None else f"{gpus * seconds / 3600:.3g}",
+    ]
+
+
 def _samples(histories: Mapping[str, StageHistory], store: Store) -> list[dict[str, Any]]:
     """Return responses through the iterations, and those before and after, with texts cut to their beginnings."""
     rows: list[dict[str, Any]] = []
@@ -315,7 +181,7 @@ def _samples(histories: Mapping[str, StageHistory], store: Store) -> list[dict[s
         for row in kept or _evaluated(history, store):
             shown = {
                 name: row[name]
-                for name in ("stage", "step", "score", "ended", "watched", "score_before")
+                for name in ("stage", "step", "score", "ended", "watched", "finished", "score_before")
                 if name in row
             }
             shown |= {"prompt": shown_text(prompt_text(row["prompt"])), "response": shown_text(str(row["response"]))}
@@ -347,8 +213,10 @@ def rendered(shown: Mapping[str, Any], script: str) -> str:
     """
     here = files("rlhf.report")
     specs = [part["spec"] for section in shown["sections"] for part in section["parts"] if "spec" in part]
-    data = json.dumps(_finite({"specs": specs, "samples": shown["samples"]}), separators=(",", ":"), default=str)
-    scripts = [script, (here / "page.js").read_text(encoding="utf-8")]
+    paths = shown["graph"]["paths"]
+    values = {"specs": specs, "samples": shown["samples"], "paths": paths}
+    data = json.dumps(_finite(values), separators=(",", ":"), default=str)
+    scripts = [script, *((here / name).read_text(encoding="utf-8") for name in ("page.js", "graph.js"))]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
     return template.render(
@@ -359,6 +227,7 @@ def rendered(shown: Mapping[str, Any], script: str) -> str:
         scripts=scripts,
         hashes=" ".join(map(_allowed, scripts)),
         state=_state_in_words,
+        lineage_header=LINEAGE,
     )
 
 

@@ -162,19 +162,21 @@ class Rollout:
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     def samples_by_token(
-        self, count: int, scores: Tensor, tokenizer: Tokenizer, kl: Tensor, advantages: Tensor
+        self, count: int, scores: Tensor, tokenizer: Tokenizer, kl: Tensor, advantages: Tensor | None = None
     ) -> list[dict[str, Any]]:
         """Return the first ``count`` samples, with figures of their tokens.
 
-        Of each token, up to ``TOKENS_SHOWN``, "tokens" has its text, log policy - log reference in nats, and advantage.
+        Of each token, up to ``TOKENS_SHOWN``, "tokens" has its text, log policy - log reference in nats, and its
+        advantage; no advantage where no model learns from the samples.
 
         kl, advantages  ``[sample, time]``
         """
+        columns = [kl] if advantages is None else [kl, advantages]
         samples = self.samples(scores)[:count]
         for number, sample in enumerate(samples):
             real = self.mask[number].nonzero().squeeze(-1)[:TOKENS_SHOWN]
             ids = self.sequences.ids[number, -self.mask.shape[1] :][real].tolist()
-            figures = ([round(value, 3) for value in each[number, real].tolist()] for each in (kl, advantages))
+            figures = ([round(value, 3) for value in each[number, real].tolist()] for each in columns)
             sample["tokens"] = list(zip(text.pieces(tokenizer, ids), *figures, strict=True))
         return samples
 

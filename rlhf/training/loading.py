@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import EvaluateSettings, Precision
+from rlhf.config.stages import EvaluateSettings, Precision, RmSettings
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError
 from rlhf.models import folders, safe_loading
@@ -45,13 +45,14 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
 def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context[T]:
     """Return the context with a number for ``micro_batch_size``, on GPUs the largest that fits them. A collective.
 
-    On GPUs ppo's ``packing`` is decided too. A group that starts again has the number that the attempt's folder says.
+    On GPUs ppo's ``packing`` is decided too, and rm, where it packs, has ``micro_batch_tokens`` in the number's place.
+    A group that starts again has the number that the attempt's folder says.
 
     in_list  most responses in a list of rm
     """
     given, device = context.settings, group.device()
     is_ppo = isinstance(given, PpoSettings)
-    unset = given.micro_batch_size is None and not (is_ppo and given.micro_batch_tokens)
+    unset = given.micro_batch_size is None and given.micro_batch_tokens is None
     if device.type == "cpu" or not (unset or is_ppo):
         return context
     # Before a collective: rank 0 writes it after that.
@@ -65,6 +66,10 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
         context.folder.micro_batch.write({"size": settings.micro_batch})
         why = "as many as fit" if models else "the default of CPUs, since the model's sizes are not known"
         context.note(f"micro_batch_size {settings.micro_batch}, {why}")
+    if unset and isinstance(settings, RmSettings) and models and memory.computes_by_text(settings, models["base"]):
+        # As in ppo: lists that are shorter than the longest fill what as many of these would.
+        tokens = settings.max_length * settings.texts_at_once(in_list or 1)
+        settings = settings.model_copy(update={"micro_batch_size": None, "micro_batch_tokens": tokens})
     return replace(context, settings=settings)
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from rlhf.config.base import semantic_values
 from rlhf.errors import InterruptedRunError
 from rlhf.randomness import stream
 from rlhf.rollout.sequences import Sequences
-from rlhf.tracking import MetricsLog, WandbMode, WandbRun, read_metrics
+from rlhf.tracking import MetricsLog, SinkThread, TrackedStage, finish, read_metrics, start_sinks
 from rlhf.training import checkpoint_writer
 from rlhf.training.limits import IterationLimit
 from rlhf.zero import group
@@ -127,13 +127,13 @@ BINS = 64
 LOOKS = 8
 """About how often watched prompts are answered."""
 TABLES = 20
-"""About how many tables of samples a run sends to W&B."""
+"""About how many tables of samples a run sends to sinks."""
 
 
 class Journal:
     """Metrics and progress of one stage, continued where the newest complete checkpoint ends.
 
-    Metrics go to the file first, which must not fail, and then to W&B, which may.
+    Metrics go to the file first, which must not fail, and then to sinks, which may.
 
     unit   the name of a step, for the user
     shown  metrics that the user sees as the stage runs
@@ -153,13 +153,13 @@ class Journal:
         self._alarms: set[str] = set()
         path = context.folder.metrics
         self._metrics_log: MetricsLog | None = None
-        self._wandb: WandbRun | None = None
+        resumed_at = 0
         if group.is_main():
-            _continue_files(context)
+            resumed_at = _continue_files(context)
             self._metrics_log = MetricsLog(path)
-            self._wandb = _wandb_run(context)
         # Every rank judges a step by those before it, so all ranks must have them.
         self._rows: list[dict[str, Any]] = group.from_main(lambda: read_metrics(path) if path.exists() else [])
+        self._sinks = _sinks(context, list(self._rows), resumed_at) if group.is_main() else []
 
     @contextmanager
     def timed(self, part: str) -> Generator[None]:
@@ -172,12 +172,15 @@ class Journal:
     def log(self, step: int, metrics: Mapping[str, float], sequences: Sequences | None = None) -> None:
         """Report a finished step, numbered from 1. A collective.
 
-        sequences  the samples of the step, for ``perf/tokens_per_s`` and ``perf/of_limit``
+        sequences  the samples of the step, for ``perf/tokens_per_s``, ``perf/of_limit`` and ``num_tokens``, the count
+                   of response tokens until now
         """
         row = dict(metrics) | {f"time/{part}_s": seconds for part, seconds in self._seconds.items()}
         if sequences is not None:
             seconds = sum(self._seconds.values())
-            row["perf/tokens_per_s"] = int(sequences.mask.sum()) / seconds
+            tokens = int(sequences.mask.sum())
+            row["perf/tokens_per_s"] = tokens / seconds
+            row["num_tokens"] = tokens + next((r["num_tokens"] for r in reversed(self._rows) if "num_tokens" in r), 0)
             if self._limit is not None:
                 row["perf/of_limit"] = self._limit.seconds(sequences) / seconds
         row |= gpu_memory()
@@ -185,28 +188,32 @@ class Journal:
         self._rows.append(row)
         if self._metrics_log is not None:
             self._metrics_log.log(step, row)
-            if self._wandb is not None:
-                self._wandb.log(step, row)
+            for sink in self._sinks:
+                sink.log(step, row)
             shown = "  ".join(f"{name.split('/')[-1]} {row[name]:.3g}" for name in self._shown if name in row)
             self._context.progress(f"{self._unit} {step}/{self._total}  {shown}", step, self._total)
 
-    def alarm(self, raised: Mapping[str, str]) -> None:
+    def alarm(self, step: int, raised: Mapping[str, str]) -> None:
         """Show the user alarms by their names, each only the first time."""
         for name, line in raised.items():
             if self._metrics_log is not None and name not in self._alarms:
                 self._alarms.add(name)
-                self._context.note(line)
-                if self._wandb is not None:
-                    self._wandb.alert(name, line)
+                self._context.note(line, alarm=name)
+                for sink in self._sinks:
+                    sink.alert(step, name, line)
 
     def watches(self, step: int) -> bool:
-        """Return whether the prompts that people watch through a run are answered at a step."""
-        return (step - 1) % max(1, self._total // LOOKS) == 0 or step == self._total
+        """Return whether the prompts that people watch through a run are answered before a step's updates."""
+        return (step - 1) % max(1, self._total // LOOKS) == 0
 
-    def keep_watched(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Write the answers to watched prompts beside the metrics."""
+    def keep_watched(self, step: int, samples: Sequence[Mapping[str, Any]], *, finished: bool) -> None:
+        """Write the answers to watched prompts beside the metrics.
+
+        finished  they are of the policy after its last update
+        """
         if self._metrics_log is not None:
-            self._write_samples([{"step": step, "watched": True, **sample} for sample in samples])
+            facts = {"step": step, "watched": True} | ({"finished": True} if finished else {})
+            self._write_samples([{**facts, **sample} for sample in samples])
 
     def _write_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         with self._context.folder.samples.open("a", encoding="utf-8") as file:
@@ -216,15 +223,18 @@ class Journal:
         """Write a step's samples beside the metrics."""
         if self._metrics_log is not None and samples:
             self._write_samples([{"step": step, **sample} for sample in samples])
-            if self._wandb is not None and (step % max(1, self._total // TABLES) == 0 or step == self._total):
-                self._wandb.samples(step, samples)
+            if step % max(1, self._total // TABLES) == 0 or step == self._total:
+                for sink in self._sinks:
+                    sink.samples(step, samples)
 
     def distributions(self, step: int, **values: Tensor) -> None:
         """Draw histograms of a step's finite values, by their names, where metrics are drawn."""
-        if self._wandb is not None:
+        if self._sinks:
             finite = {name: tensor[tensor.isfinite()].numpy() for name, tensor in values.items()}
             bins = {f"distribution/{name}": np.histogram(each, bins=BINS) for name, each in finite.items() if len(each)}
-            self._wandb.distributions(step, {name: (x.tolist(), edges.tolist()) for name, (x, edges) in bins.items()})
+            drawn = {name: (counts.tolist(), edges.tolist()) for name, (counts, edges) in bins.items()}
+            for sink in self._sinks:
+                sink.distributions(step, drawn)
 
     def first_row(self, default: Mapping[str, float]) -> Mapping[str, float]:
         """Return the first step's metrics, or ``default`` before it is logged."""
@@ -239,13 +249,12 @@ class Journal:
         return {name: next(row[name] for row in reversed(self._rows) if name in row) for name in names}
 
     def finish(self) -> None:
-        """Close the W&B run, within a bounded time; the file needs no closing."""
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Close the sinks, within a bounded time; the file needs no closing."""
+        finish(self._sinks)
 
 
-def _continue_files(context: Context[Any]) -> None:
-    """Take over the metrics and samples of the newest complete checkpoint's attempt, up to its step."""
+def _continue_files(context: Context[Any]) -> int:
+    """Take over the metrics and samples of the newest complete checkpoint's attempt, up to its step; return that."""
     folder, newest = context.folder, checkpoint_writer.newest_complete(list(context.attempts))
     earlier = AttemptFolder(newest.parents[1]) if newest else folder
     for source, target in ((earlier.metrics, folder.metrics), (earlier.samples, folder.samples)):
@@ -262,23 +271,23 @@ def _continue_files(context: Context[Any]) -> None:
         temporary = samples.with_suffix(".tmp")
         temporary.write_bytes(b"".join(kept))
         temporary.replace(samples)
+    return step
 
 
-def _wandb_run(context: Context[Any]) -> WandbRun | None:
-    tracking = context.tracking
-    if tracking["mode"] == "disabled":
-        return None
-    return WandbRun(
-        mode=cast(WandbMode, tracking["mode"]),
-        project=tracking["project"] or "rlhf",
-        entity=tracking["entity"],
-        group=tracking["group"] or "rlhf",
+def _sinks(context: Context[Any], history: Sequence[Mapping[str, Any]], resumed_at: int) -> list[SinkThread]:
+    """Start the sinks that the pipeline names."""
+    tracking = dict(context.tracking)
+    names = tracking.pop("sinks", ())
+    if not names:
+        return []
+    stage = TrackedStage(
         name=context.stage,
-        attempt_key=context.key,
-        folder=context.attempt,
+        key=context.key,
+        attempt=context.attempt,
         config=semantic_values(context.settings),
-        warn=context.note,
+        **tracking,
     )
+    return start_sinks(names, stage, history, resumed_at, context.note)
 
 
 def gpu_memory() -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""sft and rm through TRL: the one module that knows TRL's trainers, transformers' Trainer and accelerate.
+"""sft and rm through TRL: with :mod:`rlhf.training.trl_steps` all that knows TRL's trainers, transformers' Trainer and
+accelerate.
 
 TRL and transformers give the training loop with its AdamW, learning-rate schedule and mixed precision, DeepSpeed's
 set-up, adapters, sft's loss and packing, and reading and writing a checkpoint's content: weights, optimiser, schedule,
@@ -7,19 +8,15 @@ Ours are the order of the rows, rm's lists, loss and metrics, the count of token
 written and when it is complete, stopping, the journal, measurements after training, and the exported folder.
 """
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import TrainerCallback
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
@@ -28,10 +25,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
-from rlhf.config.stages import RmSettings, SftSettings, SupervisedSettings
-from rlhf.errors import DivergedError
+from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.models import folders, reward_losses, tuning
-from rlhf.models.heads import body_of, compute_in_fp32, learned_tokens, unwrapped
+from rlhf.models.heads import body_of, compute_in_fp32, learned_tokens, packs_texts, unwrapped
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.packable import keeps_texts_apart
 from rlhf.models.reward import raw_scores
@@ -39,193 +35,16 @@ from rlhf.models.reward_losses import COLUMNS, ListBatch, ListLoss, collate
 from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.models.templates import Tokenizer
 from rlhf.models.virtual_tokens import has_virtual_tokens
-from rlhf.randomness import seed_of
 from rlhf.training import checkpoint_writer
-from rlhf.training.loop import Journal, ends_here, learning_order, stopped
+from rlhf.training.trl_steps import Ordered, common_arguments
 from rlhf.zero import group
 from rlhf.zero.engine import (
-    GradualAdamW,
-    checkpoint_activations,
-    checkpoint_bytes,
-    deepspeed_config,
     is_sharded,
-    mark_leaves,
-    parameter_groups,
-    unfreeze,
     whole_weights,
 )
 
-TOKENS = "tokens.json"
 
-
-def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
-    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO, checkpoints.
-
-    The batch is a multiple of the ranks, which the stages' preflight checks.
-    """
-    settings = context.settings
-    share = settings.batch_size // group.world_size()
-    micro = max(size for size in range(1, min(settings.micro_batch, share) + 1) if share % size == 0)
-    # Without it accelerate takes a CPU group for a single process.
-    PartialState(backend=torch.distributed.get_backend())
-    automatic = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
-    return {
-        "output_dir": str(context.folder.checkpoints),
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": share // micro,
-        "learning_rate": settings.optimizer.learning_rate,
-        "weight_decay": settings.optimizer.weight_decay,
-        "warmup_steps": settings.optimizer.warmup_fraction,
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": settings.optimizer.max_grad_norm,
-        # The rows of all epochs are one pass, in the order of learning_order.
-        "num_train_epochs": 1,
-        "train_sampling_strategy": "sequential",
-        "seed": seed_of("trainer", settings.seed),
-        "bf16": settings.precision == "bf16",
-        "use_cpu": group.device().type == "cpu",
-        "deepspeed": deepspeed_config(settings.precision, settings.zero, gradient_clipping="auto", **automatic),
-        "accelerator_config": {"use_configured_state": True},
-        # Reports says when to save: any other strategy also saves the last step, which the result makes superfluous.
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        # checkpoint_activations is ours.
-        "gradient_checkpointing": False,
-    }
-
-
-class Reports(TrainerCallback):
-    """Carries the trainer's logs to the journal, and tells the trainer when to save and stop."""
-
-    def __init__(self, context: Context[Any], shown: tuple[str, ...]) -> None:
-        self._context, self._shown = context, shown
-        self.journal: Journal | None = None
-        self._stopping = False
-
-    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002 - positional
-        """Open the journal, now that the number of steps is known."""
-        self.journal = Journal(self._context, state.max_steps, unit="step", shown=self._shown)
-
-    def on_log(self, args: Any, state: Any, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:  # noqa: ARG002 - positional
-        """Write the trainer's metrics under our names, and stop at a loss that is not finite."""
-        if not logs or "loss" not in logs or self.journal is None:
-            return
-        names = {"learning_rate": "lr"}
-        metrics = {names.get(name, name): float(value) for name, value in logs.items() if name != "epoch"}
-        self.journal.log(state.global_step, metrics)
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics.get("grad_norm", 0.0))):
-            raise DivergedError(
-                f"the loss is {metrics['loss']} at step {state.global_step}",
-                self._context.stage,
-                f"lower {self._context.stage}.optimizer.learning_rate",
-            )
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any) -> None:  # noqa: ARG002 - positional
-        """Unfreeze what begins to train at this step."""
-        # Within accelerate's wrapper and DeepSpeed's.
-        inner = optimizer.optimizer.optimizer
-        assert isinstance(inner, GradualAdamW)
-        inner.steps = state.global_step
-        unfreeze(model, state.global_step)
-
-    def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """Show that a micro batch is done."""
-        liveness.beat()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - positional
-        """Show that a step is done, save it where a checkpoint is due, and stop where the ranks are asked to."""
-        step = state.global_step
-        self._stopping = ends_here(self._context, step)
-        due = step % self._context.settings.checkpoint_every == 0 and step < state.max_steps
-        control.should_save = self._stopping or due
-        if self._stopping:
-            control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002 - positional
-        """Close the journal, or raise at once where the ranks were asked to stop."""
-        if self._stopping:
-            raise stopped(state.global_step)
-        if self.journal is not None:
-            self.journal.finish()
-
-
-class _Ordered:
-    """Mixin of both trainers; list it first among the bases. The rows of all epochs come in our order.
-
-    Checkpoints need room, are complete or ignored, and hold TRL's count of tokens.
-
-    length  the tokens that a row of the prepared data set is padded to
-    shown   metrics that the user sees as the stage runs
-    """
-
-    state: Any
-    model: Any
-    train_dataset: Dataset
-    _total_train_tokens: int
-
-    def __init__(
-        self,
-        context: Context[SupervisedSettings],
-        model: Any,
-        length: Callable[[Any], int],
-        *,
-        shown: tuple[str, ...],
-        **trainer: Any,
-    ) -> None:
-        self._context, settings = context, context.settings
-        if settings.activation_checkpointing:
-            checkpoint_activations(model)
-        if settings.zero.of_ranks(group.world_size()).stage == 3:
-            mark_leaves(model)
-        above: Any = super()
-        above.__init__(
-            model=model,
-            callbacks=[Reports(context, shown)],
-            **trainer,
-        )
-        lengths = list(map(length, self.train_dataset))
-        order = learning_order(lengths, settings.batch_size, settings.epochs, settings.seed)
-        self.train_dataset = self.train_dataset.select(order)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:  # noqa: ARG002 - transformers' signature
-        """Make AdamW over the weights that train, each by its schedule; only matrices decay."""
-        settings, above = self._context.settings.optimizer, cast(Any, super())
-        decays = set(above.get_decay_parameter_names(self.model))
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        groups: list[dict[str, Any]] = []
-        for whole in parameter_groups(self.model):
-            rate = settings.learning_rate * whole["schedule"].share
-            for decay in (True, False):
-                parameters = [part for part in whole["params"] if (names[id(part)] in decays) == decay]
-                if parameters:
-                    weight_decay = settings.weight_decay if decay else 0.0
-                    groups.append(whole | {"params": parameters, "lr": rate, "weight_decay": weight_decay})
-        self.optimizer = GradualAdamW(groups, lr=settings.learning_rate, fused=True)
-        return self.optimizer
-
-    def go_on_counting(self, checkpoint: Path) -> None:
-        """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
-        self._total_train_tokens = json.loads((checkpoint / TOKENS).read_text())["tokens"]
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write no weights beside those in DeepSpeed's part of a checkpoint, from which a run continues.
-
-        PEFT would also compute virtual tokens on rank 0 alone, with an encoder that is sharded over all ranks.
-        """
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        above: Any = super()
-        estimate = checkpoint_bytes(self.model)
-        with checkpoint_writer.writing(self._context, self.state.global_step, estimate) as checkpoint:
-            above._save_checkpoint(model, trial)
-            if group.is_main():
-                (checkpoint / TOKENS).write_text(json.dumps({"tokens": self._total_train_tokens}))
-
-
-class _SftTrainer(_Ordered, SFTTrainer):
+class _SftTrainer(Ordered, SFTTrainer):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         # Shards are gathered for each chunk of logits, of which each rank would have another number.
@@ -257,7 +76,7 @@ def read_learned_tokens(model: Any) -> None:
     model.forward = learned
 
 
-class _RewardTrainer(_Ordered, RewardTrainer):
+class _RewardTrainer(Ordered, RewardTrainer):
     """TRL's trainer with lists of any number of responses in place of pairs.
 
     TRL's own loss is that of lists of two; a test compares ours with it.
@@ -285,7 +104,7 @@ class _RewardTrainer(_Ordered, RewardTrainer):
         outputs = model(input_ids=lists.input_ids, attention_mask=lists.attention_mask, use_cache=False)
         scores = lists.arranged(outputs.logits.squeeze(-1).float())
         loss = self._loss(scores, lists).mean()
-        gather: Callable[[Tensor], Tensor] = cast(Any, self.accelerator).gather
+        gather: Callable[[Tensor], Tensor] = self.accelerator.gather
         metrics = self._metrics["train"]
         self._total_train_tokens += int(gather(lists.attention_mask.sum()).sum())
         metrics["num_tokens"] = [self._total_train_tokens]
@@ -332,6 +151,7 @@ def sft_trainer(
         context,
         model,
         lambda row: len(row["input_ids"]),
+        packed=arguments.packing,
         shown=("loss", "mean_token_accuracy"),
         args=arguments,
         train_dataset=demonstrations,
@@ -349,11 +169,20 @@ def reward_trainer(
     lists  tokenised, with :data:`rlhf.models.reward_losses.COLUMNS`
     """
     arguments = RewardConfig(**common_arguments(context), max_length=None)
+    model = load()
+    packed = packs_texts(unwrapped(model))
+
+    def tokens(row: Any) -> int:
+        lengths = list(map(len, row["ids"]))
+        return sum(lengths) if packed else len(lengths) * max(lengths)
+
     return _RewardTrainer(
         loss,
         context,
-        load(),
+        model,
         lambda row: max(map(len, row["ids"])),
+        tokens,
+        packed=packed,
         shown=("loss", "accuracy"),
         args=arguments,
         train_dataset=lists,

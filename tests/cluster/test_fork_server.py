@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
@@ -60,12 +61,14 @@ class Machine:
     environment: dict[str, str] = field(default_factory=dict)
     processes: "list[subprocess.Popen[str]]" = field(default_factory=list)
 
-    def serve(self, idle: float = 60.0, bad: bool = False, other_user: bool = False) -> "subprocess.Popen[str]":
+    def serve(
+        self, idle: float = 60.0, bad: bool = False, other_user: bool = False, raylet: int | None = None
+    ) -> "subprocess.Popen[str]":
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self.address())
             listener.listen()
             code = SERVER.format(idle=idle, bad=bad, other_user=int(other_user))
-            command = [sys.executable, "-c", code, "--serve", str(listener.fileno())]
+            command = [sys.executable, "-c", code, "--serve", str(listener.fileno()), str(raylet or os.getpid())]
             environment = os.environ | self.environment
             server = subprocess.Popen(
                 command, pass_fds=[listener.fileno()], env=environment, stderr=subprocess.PIPE, text=True
@@ -184,6 +187,18 @@ def test_a_server_ends_once_it_has_had_no_rank_for_a_while(machine: Machine):
     assert gone(told["pid"])
 
 
+def test_a_server_ends_with_its_raylet_and_leaves_the_ranks_to_ray(machine: Machine):
+    """At once: a cluster that is stopped leaves half a gigabyte to nobody."""
+    raylet = subprocess.Popen(["sleep", "60"])
+    server = machine.serve(raylet=raylet.pid)
+    worker = machine.told(machine.start())
+    assert server.poll() is None
+    raylet.kill()
+    raylet.wait()
+    assert server.wait(10) == 0
+    assert not gone(worker["pid"])
+
+
 def test_another_environment_is_another_servers(machine: Machine):
     """Libraries read it as they are imported; but Ray's own variables differ from worker to worker."""
     one = machine.address()
@@ -258,13 +273,24 @@ class TestOnRay:
         assert run(session, attempt, 1, imports, modules) == {}
 
 
-def test_where_python_may_lie_elsewhere_or_is_another_users_nobody_is_forked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Ray's nodes are known by their sockets, which only this machine and this user have."""
-    here = tmp_path / "raylet"
-    here.touch()
-    assert fork_server.runtime_env((), True, [str(here)]) is not None
-    assert fork_server.runtime_env((), True, [str(here), str(tmp_path / "of another host")]) is None
-    monkeypatch.setattr(os, "getuid", lambda: here.stat().st_uid + 1)
-    assert fork_server.runtime_env((), True, [str(here)]) is None
+def test_on_a_node_with_another_python_the_rank_is_started_as_ray_would(tmp_path: Path):
+    """By the Python beside that node's Ray; where Ray lies as it does here, the starter runs."""
+    environment = fork_server.runtime_env((), True)
+    assert environment is not None
+    workers = Path("lib", "python3.12", "site-packages", "ray", "_private", "workers", "default_worker.py")
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+
+    # As Ray runs it.
+    command = f"exec {environment['py_executable']} {tmp_path / workers} --token='a b'"
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert told.stdout == f"{tmp_path / workers} --token=a b\n"
+    assert "another Python than the driver" in told.stderr
+    ours = Path(ray.__file__).parent / "_private" / "workers" / "default_worker.py"
+    # Without its server's modules it says so, and becomes the worker itself.
+    words = ["bash", "-c", f"exec {environment['py_executable']} {ours} --help"]
+    told = subprocess.run(words, capture_output=True, text=True, env=os.environ | {IMPORTS: "no_such_library"})
+    assert "no fork server: the server has ended" in told.stderr or "no fork server: [Errno" in told.stderr
+    assert "--raylet-name" in told.stdout

@@ -1,7 +1,9 @@
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,3 +97,18 @@ def test_what_keeps_a_rank_from_being_made_is_told_as_it_came(
     assert type(error) is StageError
     assert error.what.startswith("total failed before it began: ")
     assert error.what.endswith("ModuleNotFoundError: No module named 'rlhf'")
+
+
+@pytest.mark.slow
+def test_no_log_monitor_runs_beside_a_session(session: Session):
+    """Ray's, which would read every worker's log ten times a second for nobody."""
+    import ray._private.worker
+
+    node: Any = ray._private.worker._global_node  # pyright: ignore[reportPrivateUsage]
+    commands: list[str] = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            commands.append(command.read_text())
+    here = [command for command in commands if node.get_session_dir_path() in command]
+    assert any("raylet" in command for command in here)
+    assert not [command for command in here if "log_monitor.py" in command]

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
-from rlhf.collect.collection import Written
+from rlhf.collect.written import Written
 from rlhf.config.collect import CompareSettings
 
 pytestmark = pytest.mark.slow

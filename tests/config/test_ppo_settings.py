@@ -1,5 +1,6 @@
-"""What PPO's settings refuse, and what one of them fills in for the others."""
+"""What PPO's settings, and micro batches of all that train, refuse; and what one of them fills in for the others."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from rlhf.config.base import semantic_values
 from rlhf.config.pipeline import load_pipeline
 from rlhf.config.ppo import PpoSettings
+from rlhf.config.stages import RmSettings, SftSettings, TrainingSettings
 from rlhf.errors import SettingsError
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import stages
@@ -129,12 +131,32 @@ def test_virtual_tokens_that_would_be_lost_are_refused_before_they_are_trained(
 )
 def test_micro_batches_that_cannot_be_are_refused(values: dict[str, Any], words: str | None) -> None:
     """A sample that is longer than the budget, two sizes, and virtual tokens before samples of one row."""
-    given = {"max_prompt_length": 256, "sampling": {"max_new_tokens": 512}} | values
-    if words is None:
-        PpoSettings.model_validate(given)
-        return
-    with pytest.raises(ValueError, match=words):
-        PpoSettings.model_validate(given)
+    accepted(PpoSettings, {"max_prompt_length": 256, "sampling": {"max_new_tokens": 512}} | values, words)
+
+
+def accepted(kind: type[TrainingSettings], values: dict[str, Any], words: str | None) -> None:
+    """Or refused with these words."""
+    with nullcontext() if words is None else pytest.raises(ValueError, match=words):
+        kind.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (SftSettings, {"micro_batch_tokens": 63}, "less than the 64 tokens of the longest sequence"),
+        (SftSettings, {"micro_batch_tokens": 64}, None),
+        (RmSettings, {"micro_batch_tokens": 127}, "less than the 128 tokens of the longest list"),
+        (RmSettings, {"micro_batch_tokens": 128}, None),
+        (RmSettings, {"micro_batch_tokens": 128, "responses_per_list": 3}, "less than the 192 tokens"),
+        (RmSettings, {"micro_batch_tokens": 128, "micro_batch_size": 1}, "leave one of them out"),
+    ],
+)
+def test_a_budget_that_one_row_of_sft_or_rm_exceeds_is_refused(
+    kind: type[TrainingSettings], values: dict[str, Any], words: str | None
+) -> None:
+    """A list is never divided; lists of no set size have two responses or more, which preflight counts."""
+    accepted(kind, {"max_length": 64} | values, words)
+    assert "micro_batch_tokens" not in semantic_values(kind())
 
 
 def test_a2c_fills_in_what_it_is() -> None:

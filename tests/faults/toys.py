@@ -116,5 +116,6 @@ STEPS = Stage(
     "policy",
     inputs=taking(seed=Input("seed", ("data",))),
     runs="workers",
+    imports=("transformers.modeling_utils", "datasets"),
 )
 KNOWN = {stage.name: stage for stage in (SEED, STEPS)}

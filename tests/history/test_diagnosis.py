@@ -39,6 +39,17 @@ def test_a_planted_fault_is_the_first_thing_said(fault: str, symptom: str, words
     assert words in in_words(run, found)
 
 
+def test_flipped_pairs_are_told_without_a_judge() -> None:
+    """Labels agree with held-out labels that are flipped too; demonstrations, which people wrote, score low."""
+    run = figures_of("pairs flipped")
+    alone = replace(run, evaluate={})
+    found = symptoms(alone)
+    assert [symptom.name for symptom in found if symptom.holds] == ["Demonstrations score low"]
+    assert "wrong way round" in in_words(alone, found)
+    liked = replace(run, evaluate={"judge/delta_low": 0.1})
+    assert not any(symptom.holds for symptom in symptoms(liked))
+
+
 def test_a_healthy_run_has_no_symptom() -> None:
     run = figures_of("healthy")
     found = symptoms(run)

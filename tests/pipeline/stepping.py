@@ -41,6 +41,7 @@ def run(context: Context[SteppingSettings]) -> dict[str, float]:
         if step == context.settings.steps:
             wait_for(context.settings.gate)
         write_checkpoint(context.attempt, step)
+        context.progress(f"step {step}/{context.settings.steps}", step, context.settings.steps)
     (context.output / "config.json").write_text("{}")
     return {"first": float(first)}
 

@@ -483,6 +483,26 @@ def test_ppo_packs_where_a_gpu_s_kernel_computes_policy_and_value_model(tmp_path
     assert "stage.micro_batch_tokens=2270" in causes._less_memory(call)  # pyright: ignore[reportPrivateUsage]
 
 
+@pytest.mark.parametrize(("stage", "longest"), [("sft", 2048), ("sft, padded", 2048), ("rm", 4 * 512)])
+def test_tokens_stand_for_rows_of_sft_and_rm(gpu: Any, stage: str, longest: int, tmp_path: Path) -> None:
+    """As many as they hold, no more than a rank's share; less of them is advised where they are too many."""
+    plain = changed(STAGES[stage.partition(",")[0]], *(["packing=false"] if "padded" in stage else []))
+    tokens, four = (
+        changed(plain, f"micro_batch_size={size}", f"micro_batch_tokens={count}")
+        for size, count in (("null", 4 * longest), (4, "null"))
+    )
+    assert tokens.micro_batch == (8 if stage == "rm" else 4)  # lists of the fewest responses, of which the data has 4
+    assert predict(tokens, MODELS) == predict(four, MODELS)
+    share = changed(tokens, f"micro_batch_tokens={10**9}")
+    assert predict(share, MODELS) == predict(changed(plain, f"micro_batch_size={plain.batch_size}"), MODELS)
+    assert with_micro_batch(tokens, MODELS, 1) == tokens
+    half = changed(tokens, f"micro_batch_tokens={2 * longest}")
+    device = gpu(predict(half, MODELS).total + CONTEXT)
+    assert fitting.advice(tokens, MODELS, None, device) == [f"micro_batch_tokens={2 * longest}"]
+    call = Call("", context_of(tokens, tmp_path, tmp_path))
+    assert f"stage.micro_batch_tokens={2 * longest}" in causes._less_memory(call)  # pyright: ignore[reportPrivateUsage]
+
+
 def test_a_size_that_is_not_set_is_predicted_and_advised_as_ranks_will_choose_it(gpu: Any, tmp_path: Path) -> None:
     """So that nothing is refused that a smaller micro batch makes fit; on a CPU it is one sequence of sft."""
     unset, texts = changed(STAGES["sft"], "micro_batch_size=null"), Texts(2048)

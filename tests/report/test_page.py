@@ -16,6 +16,7 @@ from selenium.webdriver.common.by import By
 from rlhf.errors import RequestError
 from rlhf.history.diagnosis import Figures, in_words, symptoms
 from rlhf.report import charts
+from rlhf.report.graph import connections, layers
 from rlhf.report.page import LONGEST, content, rendered, shown_text, vega, write_report
 from rlhf.store import Store
 from tests.browser import chromium
@@ -44,35 +45,43 @@ def page(count: int, samples: list[dict[str, Any]], name: str = "a pipeline") ->
     rows[0]["objective/kl"] = math.nan
     figures = Figures(ppo=rows, ppo_settings={"rollouts": 8, "kl": {"coef": 0.1}})
     found = symptoms(figures)
+    marks = [{"alarm": name, "from": 2, "to": 3, "text": name}]
+    bins = [{"predicted": share, "observed": share, "comparisons": 9} for share in (0.5, 0.9)]
     parts = [
-        {"title": "Curves", "text": name, "spec": charts.lines(rows, "step", {"objective/scores": "score"})},
+        {"title": "Curves", "text": name, "spec": charts.lines(rows, "step", {"objective/scores": "score"}, marks)},
         {"title": "Reward against KL", "text": name, "spec": charts.frontier({"before": rows, "this run": rows})},
         {
             "title": "Gap",
             "text": name,
             "spec": charts.bars([{"a": name, "b": 0.5, "low": 0.4, "high": 0.6}], "a", "b", "a", "b"),
         },
+        {
+            "title": "Judge",
+            "text": name,
+            "spec": charts.intervals([{"name": name, "value": 1, "low": 0, "high": 2}], "a"),
+        },
+        {"title": "Calibration", "text": name, "spec": charts.calibration(bins)},
+        {"title": "Notes", "notes": [name]},
         {"title": "Table", "header": ("a", "b"), "rows": [[name, "b" * 400]]},
     ]
-    stage = {
-        "name": name,
-        "state": "failed",
-        "why": name,
-        "sources": [name],
-        "time": "0:01",
-        "gpu_hours": "",
-        "failed": name,
+    stages = {"data": [], "model": [], "sft": ["data", "model"], "ppo": ["data", "sft"], name: ["data", "ppo"]}
+    columns = layers(stages)
+    texts = dict.fromkeys(("uses", "why", "cost", "progress", "failed"), name) | {"state": "failed"}
+    boxes = {stage: texts | {"name": stage, "sources": read, "feeds": [name]} for stage, read in stages.items()}
+    graph = {
+        "columns": [[boxes.get(item, {"lane": item}) for item in column] for column in columns],
+        "paths": connections(stages, columns),
     }
-    lineage = {"rows": [[name] * 5], "cost": name, "versions": {"Python": name}}
+    lineage = {"rows": [[name] * 8], "cost": name, "versions": {"Python": name}}
     return rendered(
         {
             "pipeline": name,
             "store": name,
             "words": in_words(figures, found),
             "symptoms": found,
-            "columns": [[stage], [stage, stage]],
+            "graph": graph,
             "sections": [{"name": name, "parts": parts}],
-            "changes": [{"stage": name, "before": name, "changes": [name]}],
+            "changes": [{"stage": name, "before": name, "changes": [name], "figures": [[name, "1", "2", "+1"]]}],
             "lineage": lineage,
             "samples": samples,
             "damaged": 1,
@@ -100,9 +109,12 @@ def opened(browser: webdriver.Chrome, file: Path, text: str) -> float:
     start = time.monotonic()
     browser.get(file.as_uri())
     seconds = time.monotonic() - start
-    errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert not errors
+    assert not errors_of(browser)
     return seconds
+
+
+def errors_of(browser: webdriver.Chrome) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 def shown(browser: webdriver.Chrome) -> list[str]:
@@ -137,6 +149,7 @@ def test_responses_are_found(browser: webdriver.Chrome, tmp_path: Path) -> None:
     rows = [
         sample(step, number, "rare" if (step, number) == (1, 2) else "fine") for step in (1, 2) for number in range(4)
     ]
+    rows += [sample(2, 0) | {"finished": True, "tokens": [["fine", 0.5], ["", 0.1]]}]
     rows.append({"stage": "evaluate", "score": 1.0, "score_before": 0.5, "prompt": "p", "before": "b", "response": "a"})
     opened(browser, tmp_path / "page.html", page(2, rows))
     assert len(shown(browser)) == 4
@@ -151,15 +164,44 @@ def test_responses_are_found(browser: webdriver.Chrome, tmp_path: Path) -> None:
     browser.execute_script(set_to, "search", "")
     browser.execute_script(set_to, "order", "")
     browser.execute_script(set_to, "prompt", "fine 0")
-    assert ["iteration 1" in text for text in shown(browser)] == [True, True, False, False]
+    assert ["iteration 1" in text for text in shown(browser)] == [True, True, False, False, False]
     browser.execute_script(set_to, "prompt", "")
     browser.execute_script(set_to, "step", "2")
+    browser.execute_script(set_to, "colour", "2")
+    (finished,) = shown(browser)
+    assert "after the last update" in finished
+    assert "no advantages" in finished
+    browser.execute_script(set_to, "step", "3")
     (evaluated,) = shown(browser)
     assert "before (+0.50): b" in evaluated
     browser.execute_script(set_to, "prompt", "fine 0")
     browser.execute_script(set_to, "colour", "1")
     (first, *_) = browser.find_elements(By.CSS_SELECTOR, ".sample span[title]")
     assert (first.text, first.get_attribute("title")) == ("fine", "0.5")
+
+
+def test_charts_are_drawn_of_any_text_and_have_their_figures_as_tables(
+    browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    """Those of the chart itself, also where alarms, intervals or a diagonal are drawn with it."""
+    opened(browser, tmp_path / "page.html", page(5, [], HOSTILE))
+    for chart in browser.find_elements(By.CSS_SELECTOR, ".chart"):
+        browser.execute_script("arguments[0].scrollIntoView()", chart)
+        until(lambda chart=chart: bool(chart.find_elements(By.CSS_SELECTOR, "svg")), "a chart")
+    assert not errors_of(browser)
+    read = "return [...document.querySelectorAll('.charts details')].map(one => { one.open = true; return one })"
+    until(
+        lambda: len(browser.execute_script(read)) == len(browser.find_elements(By.CSS_SELECTOR, "table.figures")),
+        "tables",
+    )
+    heads = [table.text.split("\n")[0] for table in browser.find_elements(By.CSS_SELECTOR, "table.figures thead")]
+    assert heads == [
+        "x y",
+        "run kl score iteration",
+        "a b low high",
+        "place name value low high",
+        "predicted observed comparisons",
+    ]
 
 
 def test_a_long_run_opens_at_once(browser: webdriver.Chrome, tmp_path: Path) -> None:
@@ -189,7 +231,7 @@ def test_a_pipeline_that_never_ran_has_no_report_and_half_of_one_has(tmp_path: P
     out = tmp_path / "reports" / "half.html"
     write_report(config, planned(path), store, out)
     found = content(config, {}, store)
-    assert found["columns"] == []
+    assert found["graph"] == {"columns": [], "paths": []}
     text = out.read_text(encoding="utf-8")
     assert "1 damaged lines" in text
     assert [file.suffix for file in (store.root / "reports").iterdir()] == [".js"]

@@ -13,6 +13,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.errors import RewardError
 from rlhf.models.micro_batches import MicroBatch
+from rlhf.pipeline.stage import stages
 from rlhf.rewards import Rewards
 from rlhf.training import checkpoint_writer
 from rlhf.zero import group
@@ -49,7 +50,9 @@ def test_a_failed_reward_ends_all_ranks_at_once_and_is_not_tried_again(session: 
     said: list[str] = []
     with pytest.raises(RewardError, match="response 1 is nan") as caught:
         run_group(
-            Call("tests.rewards.test_worker_group:score_after_a_checkpoint", context, timeout_minutes=2),
+            Call(
+                "tests.rewards.test_worker_group:score_after_a_checkpoint", context, False, 2, stages()["ppo"].imports
+            ),
             session.resources().per_rank("ppo", 2, 1, None),
             3,
             lambda: None,

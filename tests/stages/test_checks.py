@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,17 @@ def test_responses_that_are_cut_are_counted_in_both_parts(base: Path, tmp_path: 
     assert lengths[1] > lengths[0] == sorted(lengths)[-2]
     assert checks.rm(made)["responses/too_long"] == 1
     assert "1 of 7 responses are, with their prompts, longer" in (tmp_path / "notes.jsonl").read_text()
+
+
+def test_a_budget_that_a_list_of_the_data_exceeds_is_refused(base: Path, tmp_path: Path) -> None:
+    """With the number that holds it; settings know no more than that a list has two responses."""
+    three = SET | {"responses": ["a joy", "dull", "a film"], "strengths": [1.0, -1.0, 0.0]}
+    settings = RmSettings.model_validate({"max_length": 32, "micro_batch_tokens": 95})
+    given = context(settings, base, tmp_path, "comparisons", [three], [SET])
+    with pytest.raises(PreflightError, match="less than a whole list, 3 responses of 32 tokens") as error:
+        checks.rm(given)
+    assert error.value.next_step == "stage.micro_batch_tokens=96"
+    checks.rm(replace(given, settings=settings.model_copy(update={"micro_batch_tokens": 96})))
 
 
 def test_nothing_is_said_of_responses_that_are_whole_or_are_yet_to_be_written(base: Path, tmp_path: Path) -> None:

@@ -103,6 +103,12 @@ def test_the_judges_difference_is_after_less_before_with_its_interval(context: C
     assert metrics["judge/delta"] > 1
     assert (metrics["judge/delta_low"], metrics["judge/delta_high"]) == (interval.low, interval.high)
     assert interval.low < metrics["judge/delta"] < interval.high
+    # Student's t of three values: 4.303 standard errors.
+    width = 4.303 * after.std(ddof=1) / 3**0.5
+    assert metrics["judge/after_high"] == pytest.approx(after.mean() + width, rel=1e-3)
+    assert metrics["judge/after_low"] == pytest.approx(after.mean() - width, rel=1e-3)
+    scores = (metrics["score/delta_low"], metrics["score/delta"], metrics["score/delta_high"])
+    assert scores == pytest.approx((10 / 3 - 4.303 / 3, 10 / 3, 10 / 3 + 4.303 / 3), rel=1e-3)
     without = context.__class__(
         "evaluate",
         "key",

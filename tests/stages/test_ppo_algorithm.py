@@ -424,7 +424,13 @@ def test_each_iteration_reports_what_it_was(tmp_path: Path, monkeypatch: pytest.
         assert row["perf/tokens_per_s"] > 0
     samples = [json.loads(line) for line in (tmp_path / "attempt" / "samples.jsonl").read_text().splitlines()]
     watched = [sample for sample in samples if sample.get("watched")]
-    assert [sample["step"] for sample in watched] == [step for step in (1, 2, 3) for _ in range(WATCHED)]
+    looks = [(1, False), (2, False), (3, False), (3, True)]
+    assert [(one["step"], one.get("finished", False)) for one in watched[::WATCHED]] == looks
+    assert len(watched) == len(looks) * WATCHED
+    # No model learns from them, so that their tokens have no advantage.
+    assert {len(token) for sample in watched for token in sample["tokens"]} == {2}
+    assert {len(sample["tokens"]) for sample in watched} == {TIME}
+    assert all(row["time/watched_s"] >= 0 for row in rows)
     assert {sample["score"] for sample in watched} == {-7.0}
     assert {sample["prompt"] for sample in watched} == {f"a film {number}" for number in range(4)}
     samples = [sample for sample in samples if not sample.get("watched")]
@@ -436,6 +442,20 @@ def test_each_iteration_reports_what_it_was(tmp_path: Path, monkeypatch: pytest.
         assert "".join(pieces) == sample["response"]
         assert {type(value) for value in (*drifts, *advantages)} == {float}
     assert policy.exported == [tmp_path]
+
+
+def test_watching_changes_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that keeps no samples looks at no prompts, and learns the same."""
+    rows: list[Any] = []
+    for kept in (0, 8):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        run(folder, monkeypatch, drift=0.1, samples_kept=kept)
+        rows.append([{name: x for name, x in row.items() if "time" not in name} for row in rows_of(folder)])
+        for row in rows[-1]:
+            del row["perf/tokens_per_s"]
+    assert rows[0] == rows[1]
+    assert not (tmp_path / "0" / "attempt" / "samples.jsonl").exists()
 
 
 def test_the_user_is_told_of_an_alarm_once_and_each_row_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,9 @@ def race(root: str, name: str) -> None:
 
 
 def hold(root: str, beat_seconds: str) -> None:
-    """Hold the lease until told to let go."""
+    """Hold the lease until told to let go; say when it is lost."""
     lease.BEAT_SECONDS = float(beat_seconds)
-    with Store.open(root).lease(KEY):
+    with Store.open(root).lease(KEY, on_loss=lambda _: print("lost", flush=True)):
         pause()
 
 

@@ -2,15 +2,17 @@ import dataclasses
 import os
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import pytest
 
 from rlhf.errors import LeaseHeldError
-from rlhf.store import Holder
+from rlhf.store import LEASE_SECONDS, Holder, Store
+from rlhf.store.lease import POLL_SECONDS, REPORT_SECONDS
+from tests.pipeline.helpers import until
 from tests.store.helpers import KEY, child, finish, hear, say
 from tests.store.places import Place
 
@@ -27,12 +29,33 @@ def holding_child(uri: str, beat_seconds: float) -> Generator["subprocess.Popen[
         process.communicate()
 
 
+@dataclass
+class Clock:
+    """The clock of whoever waits in this process. Sleeping alone moves it, so that no load of the machine does."""
+
+    now: float = 0.0
+    during_sleep: Callable[[], object] = int
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.during_sleep()
+
+
 @pytest.fixture
-def short_lease(monkeypatch: pytest.MonkeyPatch) -> float:
-    """Leases that go stale within a second, so that a test can wait for it."""
-    monkeypatch.setattr("rlhf.store.lease.LEASE_SECONDS", 0.8)
-    monkeypatch.setattr("rlhf.store.lease.POLL_SECONDS", 0.05)
-    return 0.8
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("rlhf.store.lease.time", clock)
+    monkeypatch.setattr("rlhf.store.lease.BEAT_SECONDS", 3600)  # so that this process's own counter stays
+    return clock
+
+
+def until_it_beats(store: Store) -> None:
+    """Wait until the holder has moved its counter."""
+    before = store.holder(KEY)
+    until(lambda: store.holder(KEY) != before, "a beat")
 
 
 def test_a_held_lease_names_its_holder_and_is_free_afterwards(place: Place):
@@ -86,55 +109,70 @@ def test_a_reused_process_id_is_not_mistaken_for_the_holder(place: Place):
         pass
 
 
-def test_a_live_holder_keeps_its_lease_however_long_one_waits(place: Place, short_lease: float):
+def test_a_live_holder_keeps_its_lease_however_long_one_waits(place: Place, clock: Clock):
     """Its counter moves, so it never goes stale; the waiter is told whom it waits for, and gives up in its own time."""
     store, told = place.open(), list[str]()
-    with holding_child(place.uri, 0.1) as process:
-        with pytest.raises(LeaseHeldError), store.lease(KEY, timeout=3 * short_lease, on_wait=told.append):
+    with holding_child(place.uri, 0.05) as process:
+        seen_at = 0.0
+
+        def beat_at_the_last_moment() -> None:
+            nonlocal seen_at
+            if clock.now - seen_at >= LEASE_SECONDS - 2 * POLL_SECONDS:
+                until_it_beats(store)
+                seen_at = clock.now
+
+        clock.during_sleep = beat_at_the_last_moment
+        with pytest.raises(LeaseHeldError), store.lease(KEY, timeout=3 * LEASE_SECONDS, on_wait=told.append):
             pass
-        assert len(told) == 1
-        assert str(process.pid) in told[0]
+        assert clock.now == 3 * LEASE_SECONDS
+        assert len(told) == 1 + 3 * LEASE_SECONDS // REPORT_SECONDS
+        assert all(str(process.pid) in line for line in told)
         finish(process)
     assert store.holder(KEY) is None
 
 
-def test_a_waiter_without_a_timeout_gets_the_lease_when_it_is_released(place: Place, short_lease: float):
+def test_a_waiter_without_a_timeout_gets_the_lease_when_it_is_released(place: Place, clock: Clock):
     """Waiting for ever ends as soon as the holder is done."""
     store = place.open()
     with holding_child(place.uri, 0.1) as process:
-        release = threading.Timer(0.3, say, [process])
-        release.start()
+
+        def release() -> None:
+            if clock.now == 4 * POLL_SECONDS:
+                say(process)
+                until(lambda: place.files("leases") == {}, "the release")
+
+        clock.during_sleep = release
         with store.lease(KEY, timeout=None) as mine:
             assert mine.pid == os.getpid()
-        release.join()
+        assert clock.now == 4 * POLL_SECONDS
 
 
-def test_a_stopped_holder_is_succeeded_and_does_not_disturb_its_successor(place: Place, short_lease: float):
+def test_a_stopped_holder_is_succeeded_and_does_not_disturb_its_successor(place: Place, clock: Clock):
     """A counter that stands still loses the lease; the old holder, awake again, leaves the new one alone."""
     store = place.open()
-    with holding_child(place.uri, 0.1) as process:
+    with holding_child(place.uri, 0.5) as process:
+        until_it_beats(store)  # so that it is not stopped in the middle of a beat
         process.send_signal(signal.SIGSTOP)
-        began = time.monotonic()
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         with store.lease(KEY, timeout=None) as mine:
-            assert time.monotonic() - began >= short_lease
+            assert LEASE_SECONDS <= clock.now <= LEASE_SECONDS + 2 * POLL_SECONDS
             process.send_signal(signal.SIGCONT)
-            time.sleep(0.4)
+            assert hear(process) == "lost"
             assert store.holder(KEY) == mine
             finish(process)
             assert store.holder(KEY) == mine
 
 
 @pytest.mark.parametrize("readable", [True, False])
-def test_a_holder_elsewhere_is_judged_by_its_counter_alone(place: Place, short_lease: float, readable: bool):
+def test_a_holder_elsewhere_is_judged_by_its_counter_alone(place: Place, clock: Clock, readable: bool):
     """Neither its clock nor its process id means anything here; nor need its lease be readable."""
     store = place.open()
     far = Holder("far", "another machine", os.getpid(), "1", "ada", "2000-01-01 00:00:00 UTC", "token", 0)
     place.write(f"leases/{KEY}", far.to_json() if readable else b"torn")
     with pytest.raises(LeaseHeldError, match="far" if readable else "unreadable"), store.lease(KEY):
         pass
-    began = time.monotonic()
-    with store.lease(KEY, timeout=10):
-        assert short_lease <= time.monotonic() - began < 5
+    with store.lease(KEY, timeout=2 * LEASE_SECONDS):
+        assert LEASE_SECONDS <= clock.now <= LEASE_SECONDS + 2 * POLL_SECONDS
 
 
 def test_the_counter_moves_while_the_lease_is_held(place: Place, monkeypatch: pytest.MonkeyPatch):
@@ -142,8 +180,8 @@ def test_the_counter_moves_while_the_lease_is_held(place: Place, monkeypatch: py
     monkeypatch.setattr("rlhf.store.lease.BEAT_SECONDS", 0.02)
     store, counts = place.open(), set[int]()
     with store.lease(KEY):
-        until = time.monotonic() + 5
-        while len(counts) < 3 and time.monotonic() < until:
+        end = time.monotonic() + 60
+        while len(counts) < 3 and time.monotonic() < end:
             holder = store.holder(KEY)
             counts.add(holder.count if holder is not None else -1)
     assert len(counts) >= 3

@@ -14,7 +14,12 @@ from tests.zero.resuming import STAGES, KilledError, Stage, attempt_of, context_
 VARIANTS: Mapping[str, dict[str, Any]] = {
     "stage 3": {},
     "stage 1": {"zero": {"stage": 1}},
-    "stage 2": {"zero": {"stage": 2}, "activation_checkpointing": True},
+    "stage 2": {
+        "zero": {"stage": 2},
+        "activation_checkpointing": True,
+        "micro_batch_size": None,
+        "micro_batch_tokens": 128,
+    },
     "offloaded": {
         "zero": {"offload_optimizer": "cpu", "offload_parameters": "cpu"},
         "activation_checkpointing": True,

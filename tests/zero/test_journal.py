@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CompareSettings
@@ -26,7 +29,6 @@ def context(tmp_path: Path) -> Context[CompareSettings]:
         tmp_path,
         tmp_path,
         attempts=(tmp_path,),
-        tracking={"mode": "disabled"},
     )
 
 
@@ -79,3 +81,29 @@ def test_a_row_compares_its_time_with_the_limit(
     journal.log(1, {}, sequences)
     row = read_metrics(context.folder.metrics)[0]
     assert (row["perf/of_limit"], row["perf/tokens_per_s"]) == (0.25, 0.5)
+
+
+def test_a_journal_that_continues_at_a_checkpoint_sends_each_point_of_its_file_once(
+    group: None, context: Context[CompareSettings], tmp_path: Path
+) -> None:
+    """To TensorBoard, which had a step more than the checkpoint; tokens are counted on from there."""
+    where = {"project": "tiny", "pipeline": "tiny", "group": "tiny-1", "folder": tmp_path}
+    context = replace(context, tracking={"sinks": ("tensorboard",), **where})
+    mask = torch.tensor([[True, True], [True, False]])
+    sequences = Sequences(ids=mask.long(), attention_mask=mask.long(), mask=mask)
+    for steps in ((1, 2, 3), (3, 4)):
+        journal = Journal(context, 4, unit="step", shown=())
+        for step in steps:
+            with journal.timed("rollout"):
+                pass
+            journal.log(step, {"loss": 1 / step}, sequences)
+        journal.finish()
+        context.folder.checkpoint(2).mkdir(parents=True, exist_ok=True)
+        (context.folder.checkpoint(2) / "complete.json").write_text('{"ranks": 1, "sizes": {}}')
+    rows = read_metrics(context.folder.metrics)
+    assert [(row["step"], row["num_tokens"]) for row in rows] == [(step, 3 * step) for step in (1, 2, 3, 4)]
+    (events,) = (tmp_path / "tensorboard" / "tiny-1").iterdir()
+    read = EventAccumulator(str(events), {"tensors": 0}).Reload()
+    for name in ("loss", "num_tokens"):
+        points = [(event.step, make_ndarray(event.tensor_proto).item()) for event in read.Tensors(name)]
+        assert points == [(row["step"], row[name]) for row in rows]

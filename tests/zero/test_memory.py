@@ -3,7 +3,7 @@
 import copy
 import json
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from rlhf.config.tuning import FULL, LoraTuning, Tuning
 from rlhf.config.zero import ZeroSettings
 from rlhf.models import tuning
 from rlhf.models.heads import TokenLogprobs
+from rlhf.models.micro_batches import MicroBatch
 from rlhf.stages import rm, sft
 from rlhf.tracking import read_metrics
 from rlhf.zero.engine import Engine, sharded_loading, whole_weights
@@ -179,29 +180,48 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", ["sft", "sft, packed", "rm"])
-def test_trainers_make_one_update_of_micro_batches_of_one_and_of_all(
-    tiny: Path, data: Path, tmp_path: Path, stage: str
+@pytest.mark.parametrize(("stage", "tokens"), [("sft", 110), ("sft, packed", 150), ("rm", 110)])
+def test_trainers_make_one_update_of_micro_batches_of_any_size(
+    tiny: Path, data: Path, tmp_path: Path, stage: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts of any lengths, cut ones among them; the gradients are clipped as those of the whole batch."""
+    """Of one row, of all, and of so many tokens, with unequal numbers of rows; texts of any lengths, cut ones among
+    them; the gradients are clipped as those of the whole batch.
+    """
     values: dict[str, Any] = {"batch_size": 4, "max_length": 48, "epochs": 1}
     values |= {"optimizer": {"learning_rate": 1e-3, "max_grad_norm": 0.1}}
     values |= {} if stage == "rm" else {"packing": stage == "sft, packed"}
     results: list[tuple[dict[str, Tensor], list[Any]]] = []
-    for size in (1, 4):
-        folder = tmp_path / str(size)
+    sizes: list[list[int]] = []
+    monkeypatch.setattr(MicroBatch, "cut", counting(MicroBatch.cut, sizes))
+    for micro in ({"micro_batch_size": 1}, {"micro_batch_size": 4}, {"micro_batch_tokens": tokens}):
+        folder = tmp_path / "-".join(map(str, *micro.items()))
         (folder / "out").mkdir(parents=True)
         kind, run = (RmSettings, rm.run) if stage == "rm" else (SftSettings, sft.run)
-        settings: Any = kind.model_validate(values | {"micro_batch_size": size})
+        settings: Any = kind.model_validate(values | micro)
         inputs = {role: data / role for role in ("demonstrations", "comparisons")} | {"base": tiny}
         tracking = {"mode": "disabled"}
         accelerator.forget()
         run(Context("s", "0" * 64, settings, inputs, folder / "out", folder, folder, (folder,), tracking))
         results.append((load_file(folder / "out" / "model.safetensors"), read_metrics(folder / "metrics.jsonl")))
-    (by_single_rows, rows_of_single), (at_once, rows_at_once) = results
-    assert [row["grad_norm"] for row in rows_of_single] == pytest.approx(
-        [row["grad_norm"] for row in rows_at_once], rel=1e-4
-    )
+    assert [1, 1, 1, 1] in sizes
+    assert [4] in sizes
+    assert any(len(set(cut)) > 1 for cut in sizes)
+    by_single_rows, rows_of_single = results[0]
     assert rows_of_single[0]["grad_norm"] > 0.1
-    for name, weight in by_single_rows.items():
-        torch.testing.assert_close(weight, at_once[name], atol=1e-6, rtol=0, msg=name)
+    for others, other_rows in results[1:]:
+        for metric in ("loss", "grad_norm"):
+            expected = [row[metric] for row in rows_of_single]
+            assert [row[metric] for row in other_rows] == pytest.approx(expected, rel=1e-4)
+        for name, weight in by_single_rows.items():
+            torch.testing.assert_close(weight, others[name], atol=1e-6, rtol=0, msg=name)
+
+
+def counting(cut: Callable[..., list[Tensor]], sizes: list[list[int]]) -> Callable[..., list[Tensor]]:
+    """Keep the number of rows of each turn."""
+
+    def counted(micro: MicroBatch, order: Tensor, lengths: Tensor) -> list[Tensor]:
+        turns = cut(micro, order, lengths)
+        sizes.append([len(turn) for turn in turns])
+        return turns
+
+    return counted

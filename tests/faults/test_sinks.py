@@ -1,4 +1,4 @@
-"""Weights & Biases unreachable, refusing, broken or silent."""
+"""Servers of Weights & Biases and MLflow that are unreachable, refusing, broken or silent."""
 
 import json
 import socket
@@ -17,18 +17,19 @@ from tests.tracking.test_wandb_run import run_program
 FAULTS = ("silent", "refusing", "closed", "broken")
 KEY = "k" * 40
 BODY = """
-import rlhf.tracking as module
+import rlhf.tracking.wandb_sink as module
 module._INIT_TIMEOUT_S = 2.0
-log, run = MetricsLog(folder.parent / "metrics.jsonl"), start(mode="online")
+log = MetricsLog(folder.parent / "metrics.jsonl")
+sinks = start_sinks(["wandb", "mlflow"], TrackedStage(**arguments, mode="online"), [], 0, lines.append)
 slowest = 0.0
 for step in range(20):
     began = time.monotonic()
-    log.log(step, {"loss": 1.0})
-    run.log(step, {"loss": 1.0})
+    for each in (log, *sinks):
+        each.log(step, {"loss": 1.0})
     slowest = max(slowest, time.monotonic() - began)
     time.sleep(PAUSE)
 began = time.monotonic()
-run.finish()
+finish(sinks)
 print(json.dumps({"lines": lines, "slowest": slowest, "finish": time.monotonic() - began}))
 """
 
@@ -76,18 +77,23 @@ def servers() -> Iterator[dict[str, Callable[[], int]]]:
 
 @pytest.mark.slow
 @pytest.mark.rounds(4, 20)
-def test_a_wandb_that_does_not_serve_costs_one_line(seed: int, servers: dict[str, Callable[[], int]], tmp_path: Path):
+def test_a_server_that_does_not_serve_costs_one_line(seed: int, servers: dict[str, Callable[[], int]], tmp_path: Path):
     """Every metric is in the file, no step waits, the end is not held up, and one line says why, without the key."""
     fault = FAULTS[seed % len(FAULTS)]
+    address = f"http://127.0.0.1:{servers[fault]()}"
     told = run_program(
         tmp_path / "attempt",
         BODY.replace("PAUSE", str(moment(seed, 0.2))),
         WANDB_API_KEY=KEY,
-        WANDB_BASE_URL=f"http://127.0.0.1:{servers[fault]()}",
+        WANDB_BASE_URL=address,
+        MLFLOW_TRACKING_URI=address,
+        MLFLOW_TRACKING_TOKEN=KEY,
+        MLFLOW_HTTP_REQUEST_TIMEOUT="2",
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
     )
-    (line,) = told["lines"]
-    assert line.startswith("Weights & Biases is off for this attempt: ")
-    assert KEY not in line
+    lines = sorted(told["lines"])
+    assert [line.partition(" is off for this attempt: ")[0] for line in lines] == ["MLflow", "Weights & Biases"]
+    assert KEY not in str(lines)
     assert told["slowest"] < 0.5
     assert told["finish"] < 10
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 20
