@@ -143,7 +143,7 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
 
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks."""
-    settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.count
+    settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.ranks
     check_rewards(settings.rewards, inputs)
     if settings.rollout.engine == "vllm" and find_spec("vllm") is None:
         raise PreflightError(NOT_INSTALLED[0], f"{context.stage}.rollout.engine", NOT_INSTALLED[1])
@@ -226,7 +226,7 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
 
     role  of the input with the data; not checked while its artifact does not exist
     """
-    settings, stage, ranks = context.settings, context.stage, context.settings.workers.count
+    settings, stage, ranks = context.settings, context.stage, context.settings.workers.ranks
     virtual = virtual_tokens_of(settings.tuning)
     length, limit = settings.max_length, context_length(config_of(context.inputs["base"]))
     if length + virtual > limit:

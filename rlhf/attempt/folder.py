@@ -291,5 +291,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def marker(checkpoint: Path) -> dict[str, Any]:
-    """Return a marker's content: ``ranks``, their number, ``precision``, and ``sizes``, file to bytes."""
+    """Return a marker's content: ``ranks``, their number, ``precision``, where the ``optimiser`` lay, the form of the
+    ``shards``, and ``sizes``, file to bytes.
+    """
     return json.loads((checkpoint / MARKER).read_text())

@@ -21,6 +21,7 @@ from typing import Any
 from rlhf.cluster import network, reaper
 from rlhf.cluster.ray_token import MODE, default_path, entrance, known_token, prepare_token
 from rlhf.config.pipeline import ClusterSettings
+from rlhf.config.stages import WorkerSettings
 from rlhf.errors import ClusterLostError, DiskFullError, PreflightError, TryAgainError, is_no_room, size
 
 # What a worker needs in its environment before it imports anything.
@@ -325,6 +326,45 @@ class Resources:
         cost = sum(group.count * max(-(-group.cpus // wanted.cpus), group.gpu and wanted.gpu) for group in beside)
         return not beside or self._fitting(wanted.cpus, wanted.gpu) - cost >= wanted.count
 
+    def ranks(self, stage: str, workers: WorkerSettings, dealt_out: Sequence[int]) -> int:
+        """Return how many ranks a group has: as many as are set, or with ``auto`` as the cluster has room for.
+
+        dealt_out  numbers that the ranks must divide, for ``auto``
+
+        Raises:
+            PreflightError: fewer than ``min`` have room, or no number that may be taken divides the batch.
+        """
+        if workers.count != "auto":
+            return workers.count
+        gpu, cpus = self._uses_gpus(workers.gpu), workers.cpus
+        room = self._fitting(cpus or 1, gpu)
+        if room < workers.min:
+            raise PreflightError(
+                f"{stage} asks for at least {workers.min} ranks, and the cluster has room for {room}",
+                f"{stage}.workers.min",
+                f"add nodes, or {stage}.workers.min={max(1, room)}",
+            )
+        # On CPUs a node's ranks would share its cores, and one with all of them is faster.
+        most = room if gpu or cpus else max(workers.min, sum(node > 0 for node in self.cpus))
+        most = min(most, workers.max or most)
+        counts = range(most, workers.min - 1, -1)
+        found = next((count for count in counts if all(not number % count for number in dealt_out)), None)
+        if found is None:
+            raise PreflightError(
+                f"{stage} may have {workers.min} to {most} ranks, and none of these numbers divides "
+                f"{' and '.join(map(str, dealt_out))}, which are dealt out among them in each update",
+                f"{stage}.workers.min",
+                f"lower {stage}.workers.min, or change the batch",
+            )
+        return found
+
+    def _uses_gpus(self, gpu: bool | None) -> bool:
+        return sum(self.gpus) > 0 if gpu is None else gpu
+
+    def has(self, group: RankResources) -> bool:
+        """Return whether a group would find places if nothing else ran."""
+        return self._fitting(group.cpus, group.gpu) >= group.count
+
     def per_rank(self, stage: str, count: int, cpus: int | None, gpu: bool | None) -> RankResources:
         """Return what each of ``count`` ranks gets.
 
@@ -332,7 +372,7 @@ class Resources:
             PreflightError: the cluster does not have that much, so that Ray would wait without end.
         """
         all_cpus, all_gpus = sum(self.cpus), sum(self.gpus)
-        use_gpu = all_gpus > 0 if gpu is None else gpu
+        use_gpu = self._uses_gpus(gpu)
         if use_gpu and count > all_gpus:
             raise PreflightError(
                 f"{stage} asks for {count} GPUs, one for each rank, and the cluster has {all_gpus}",

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from rlhf.attempt.folder import Pulse, newest_complete, step_of
+from rlhf.attempt.folder import AttemptFolder, Pulse, newest_complete, step_of
 from rlhf.cluster import fork_server
 from rlhf.cluster.causes import RankErrors, Retries, cause_of
 from rlhf.cluster.ending import ANSWER_SECONDS, END_SECONDS, end_everywhere
@@ -42,26 +42,46 @@ def run_task(call: Call, cpus: int, watch: Callable[[], None]) -> dict[str, floa
     return call.context.folder.result.read()
 
 
+class RoomLostError(Exception):
+    """The cluster lost places that a group has not begun on."""
+
+
 def run_group(
-    call: Call, resources: RankResources, max_failures: int, watch: Callable[[], None], say: Callable[[str], None]
+    begin: Callable[[RankResources | None], tuple[Call, RankResources]],
+    fits: Callable[[RankResources], bool],
+    max_failures: int,
+    watch: Callable[[], None],
+    say: Callable[[str], None],
 ) -> dict[str, float]:
     """Run the code on a worker group; after a failure the whole group starts again from its newest checkpoint.
 
     After a lack of memory it starts with half the micro batch, where the settings left that to the ranks.
 
+    begin         returns what a group runs and its ranks, given those of the group before
+    fits          returns whether ranks that have not begun may still find their places
     max_failures  how often in a row without a new checkpoint
     watch         called a few times a second; its exceptions end the group
 
     Raises:
         RlhfError: the code's own error, or the cause of a rank's death, once the retries are used up.
     """
-    retries, folder = Retries(max_failures), call.context.folder
+    retries, before = Retries(max_failures), None
     while True:
+        call, ranks = begin(before)
+        folder, stage = call.context.folder, call.context.stage
+        if before is not None and ranks.count != before.count:
+            folder.micro_batch.path.unlink(missing_ok=True)  # with other shards another one fits
+            say(f"{stage}: goes on with {ranks.count} rank(s) in place of {before.count}")
+        before = ranks
         folder.clear_group()
-        group = WorkerGroup(call, resources)
+        group = WorkerGroup(call, ranks)
+
+        look = partial(_look, watch, folder, set(), partial(fits, ranks))
         try:
-            _watch(call, resources.count, group.is_over, watch, group.stop)
+            _watch(call, ranks.count, group.is_over, look, group.stop)
             error = group.outcome()
+        except RoomLostError:
+            continue
         except HangError as hang:
             error = group.unended or hang
         if error is None:
@@ -74,7 +94,15 @@ def run_group(
         if isinstance(error, OutOfMemoryError) and chosen and chosen["size"] > 1:
             folder.micro_batch.write({"size": chosen["size"] // 2})
             again += f", with micro_batch_size {chosen['size'] // 2}"
-        say(f"{call.context.stage}: {error.what}; {again}; {error.where}")
+        say(f"{stage}: {error.what}; {again}; {error.where}")
+
+
+def _look(watch: Callable[[], None], folder: AttemptFolder, begun: set[int], fits: Callable[[], bool]) -> None:
+    """Look at the caller's concerns, and until the first rank has begun at the room for all."""
+    watch()
+    begun |= folder.pulses().keys()
+    if not begun and not fits():
+        raise RoomLostError
 
 
 def _watch(

@@ -182,6 +182,11 @@ class PpoSettings(TrainingSettings):
     LONGEST = "sample (max_prompt_length + sampling.max_new_tokens, or ptx.max_length if that is more)"
 
     @property
+    def dealt_out(self) -> tuple[int, ...]:
+        """The samples of a minibatch, and the demonstrations beside them."""
+        return (self.rollouts // self.minibatches, *([self.ptx.batch_size] if self.ptx.coef else []))
+
+    @property
     def longest(self) -> int:
         """Return the tokens of the longest sample, or demonstration, that the settings allow."""
         mixed = self.ptx.max_length if self.ptx.coef else 0

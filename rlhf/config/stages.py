@@ -4,9 +4,9 @@ import datetime
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from rlhf.config.base import Seed, Settings, runtime, semantic, source
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
@@ -19,8 +19,14 @@ Precision = Literal["fp32", "bf16"]
 class WorkerSettings(Settings):
     """The worker group of a stage: one Ray actor per ZeRO rank."""
 
-    count: int = runtime(1, ge=1)
-    """Ranks. On a CPU one rank with all threads is the fastest; on a cluster one rank per GPU."""
+    count: Annotated[int, Field(ge=1)] | Literal["auto"] = runtime(1)
+    """Ranks. On a CPU one rank with all threads is the fastest; on a cluster one rank per GPU. ``auto`` takes what the
+    cluster has whenever the group starts: a rank for each GPU, without any for each node, or as many as find ``cpus``
+    cores, but no more than the batch can be shared among. An unfinished stage continues with any number."""
+    min: int = runtime(1, ge=1)
+    """Fewest ranks with ``count: auto``."""
+    max: int | None = runtime(None, ge=1)
+    """Most ranks with ``count: auto``; null is no limit."""
     cpus: int | None = runtime(None, ge=1)
     """CPU cores of each rank; null shares the cores equally among the ranks."""
     gpu: bool | None = runtime(None)
@@ -28,6 +34,19 @@ class WorkerSettings(Settings):
     timeout_minutes: float = runtime(30.0, gt=0)
     """Minutes without progress of any rank after which the group is ended as hanging, and started again. Must be longer
     than the longest part of a step: generating or scoring a batch, a micro batch, a checkpoint."""
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> "WorkerSettings":
+        if self.count != "auto" and (self.min != 1 or self.max is not None):
+            raise ValueError(f"min and max are for count: auto, and count is {self.count}")
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max {self.max} is below min {self.min}")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks; of ``auto`` the fewest, until the driver has decided."""
+        return self.min if self.count == "auto" else self.count
 
 
 class SamplingSettings(Settings):
@@ -123,6 +142,11 @@ class ShardedSettings(Settings):
     workers: WorkerSettings = runtime(WorkerSettings())
     """The worker group."""
 
+    @property
+    def dealt_out(self) -> tuple[int, ...]:
+        """What each update deals out among the ranks, whose number must divide it."""
+        return ()
+
 
 class TrainingSettings(ShardedSettings):
     """What all stages share that train a model: sft, rm and ppo."""
@@ -210,6 +234,11 @@ class SupervisedSettings(TrainingSettings):
     def longest(self) -> int:
         """Return the tokens of the longest sequence."""
         return self.max_length
+
+    @property
+    def dealt_out(self) -> tuple[int, ...]:
+        """The rows of an optimiser step."""
+        return (self.batch_size,)
 
 
 class SftSettings(SupervisedSettings):

@@ -131,17 +131,6 @@ class ZeroSettings(Settings):
         return self if sharded or self.stage != 3 else self.model_copy(update={"stage": 2})
 
     @property
-    def layout(self) -> dict[str, Any]:
-        """What decides how shards lie in a checkpoint."""
-        sharding = self.sharding
-        # In stage 1 and bf16 DeepSpeed has another optimiser for offloaded state.
-        by_device = self.stage == 1 or self.offload_optimizer == "nvme"
-        first = {"offload_optimizer": self.offload_optimizer} if by_device else {}
-        # The defaults are DeepSpeed's.
-        names = {"round_robin_gradients": False, "sub_group_size": 1_000_000_000}
-        return {"stage": self.stage} | first | {name: sharding.get(name, value) for name, value in names.items()}
-
-    @property
     def sharding(self) -> dict[str, Any]:
         """The file's section ``zero_optimization``, less what has settings of its own."""
         return self.config.get(_SHARDING, {}) if isinstance(self.config, dict) else {}

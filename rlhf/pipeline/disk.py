@@ -19,8 +19,8 @@ from rlhf.store import Store
 
 RESULT, MEANWHILE = "disk/result", "disk/meanwhile"
 """Names in a preflight's estimate: bytes that stay, and bytes that are removed at the stage's commit."""
-_OPTIMISER = 3 * 4
-"""Bytes of a trained parameter beside its weight in a checkpoint: an fp32 copy and Adam's two moments."""
+_TRAINED = 3 * 4
+"""Bytes of a trained parameter in a checkpoint: the weight in fp32, and Adam's two moments."""
 
 
 def written(
@@ -41,7 +41,7 @@ def written(
         return {RESULT: 0.0, MEANWHILE: float(meanwhile)}
     plain = [_plain(folder) for folder in models]
     method, trained = settings.tuning, trained_weights(context, models)
-    checkpoint = sum(trained) * (weight + _OPTIMISER) + trained[0] * 4 * average
+    checkpoint = sum(trained) * _TRAINED + trained[0] * 4 * average
     newest = newest_complete(list(context.attempts))
     begun = step_of(newest) if newest else 0
     # The last step writes no checkpoint but the result.

@@ -66,7 +66,7 @@ def architectures(inputs: Mapping[str, Path]) -> dict[str, Architecture] | None:
 
 def fits(predicted: Prediction, settings: Training, device: Device) -> bool:
     """Return whether the ranks' peak fits a GPU beside CUDA's context, or those of all ranks a machine's memory."""
-    return predicted.total * (1 if device.gpu else settings.workers.count) + CONTEXT <= device.bytes
+    return predicted.total * (1 if device.gpu else settings.workers.ranks) + CONTEXT <= device.bytes
 
 
 def _is_refused(predicted: Prediction, device: Device) -> bool:
@@ -76,7 +76,7 @@ def _is_refused(predicted: Prediction, device: Device) -> bool:
 def _room(settings: Training, device: Device) -> str:
     if device.gpu:
         return f"its GPU has {size(device.bytes)}"
-    return f"the {settings.workers.count} ranks share {size(device.bytes)}"
+    return f"the {settings.workers.ranks} ranks share {size(device.bytes)}"
 
 
 def advice(
@@ -122,7 +122,7 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
         zero = settings.zero.model_copy(update={"offload_optimizer": "cpu"})
         offloading = [("zero.offload_optimizer=cpu", {"zero": zero})]
     rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
-    counts = [settings.workers.count << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
+    counts = [settings.workers.ranks << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
     return [
         [(f"{unit}={half}", {unit: half}) for half in halves],
         checkpointing,
@@ -156,7 +156,7 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
                 for role, wire in planned.wires.items()
                 if (folder := _folder(stages, wire.instance, store, Path(scratch))) is not None
             }
-            rows.append({"stage": name, "ranks": settings.workers.count} | _forecast(settings, architectures(inputs)))
+            rows.append({"stage": name, "ranks": settings.workers.ranks} | _forecast(settings, architectures(inputs)))
     return rows
 
 

@@ -147,7 +147,7 @@ def _value_start(settings: PpoSettings, models: Mapping[str, Architecture]) -> A
 def share_of_rank(settings: Training) -> int:
     """Return the rows of an update that one rank computes."""
     rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
-    return max(1, rows // settings.workers.count)
+    return max(1, rows // settings.workers.ranks)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Sharding:
     @classmethod
     def of(cls, settings: Training) -> Self:
         """Read a stage's settings."""
-        zero = settings.zero.of_ranks(settings.workers.count)
+        zero = settings.zero.of_ranks(settings.workers.ranks)
         return cls(
             zero.stage,
             zero.offload_optimizer != "none",
@@ -198,7 +198,7 @@ class Trained:
     @property
     def share(self) -> float:
         """Trained parameters of a rank."""
-        return self.part.parameters / self.settings.workers.count
+        return self.part.parameters / self.settings.workers.ranks
 
     @property
     def whole(self) -> float:
@@ -221,7 +221,7 @@ class Trained:
     def gathered(self) -> float:
         """Bytes of whole weights that a rank has beside its share while it computes; one rank's share is the whole."""
         at_work = (REUSE + self.model.layer) * self.width
-        alone = self.settings.workers.count == 1 and not self.sharding.host_weights
+        alone = self.settings.workers.ranks == 1 and not self.sharding.host_weights
         return 0.0 if alone or self.sharding.stage < 3 else min(self.whole, at_work)
 
     @property
@@ -231,7 +231,7 @@ class Trained:
 
     def standing(self) -> Bytes:
         """Return the bytes that are there from the first step to the last."""
-        sharding, ranks = self.sharding, self.settings.workers.count
+        sharding, ranks = self.sharding, self.settings.workers.ranks
         whole = 0.0 if sharding.host_weights else self.whole
         copied = 4 if self.width < 4 or sharding.stage < 3 else 0
         buffer = 4 * (sharding.bucket if self.gpu else self.filled)
@@ -287,7 +287,7 @@ class Trained:
 
     def _step(self) -> Bytes:
         """Return what an optimiser step takes: a copy of its gradients; AdamW, fused, has no tensors of its own."""
-        stage, ranks = self.sharding.stage, self.settings.workers.count
+        stage, ranks = self.sharding.stage, self.settings.workers.ranks
         stepped = min(self.share, self.sharding.sub_group + self.model.layer / ranks) if stage == 3 else self.share
         # Stages 1 and 2 have them in one piece, and those of the model's precision too.
         narrow = self.width % 4
@@ -331,7 +331,7 @@ def _ppo(
 ) -> Iterator[tuple[str, Bytes]]:
     """Yield the moments of an iteration."""
     settings = settings.model_copy(update={"packing": packs(settings, models, gpu=gpu)})
-    ranks, given = settings.workers.count, models["policy"]
+    ranks, given = settings.workers.ranks, models["policy"]
     rewards = [model for role, model in models.items() if role.startswith("reward")]
     tuning = settings.tuning
     if isinstance(tuning, LowRankTuning):
@@ -415,7 +415,7 @@ def _policy_loss(settings: PpoSettings, policy: Trained, tokens: int) -> float:
 
 def _scoring(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
     """Return the bytes that a pass without gradients computes."""
-    rows = min(capacity.AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.count))
+    rows = min(capacity.AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.ranks))
     chunk = _in_chunk(policy, rows * texts.response)
     rows, time = (1, rows * texts.longest) if settings.packing else (rows, texts.longest)
     masked = policy.masked
@@ -431,7 +431,7 @@ def _rows(settings: PpoSettings, policy: Trained, texts: Texts, *, gpu: bool) ->
     """Return the rows that a rank samples at a time where memory allows, and the bytes of a row's keys and values."""
     most = capacity.ROWS_ON_GPU if gpu else capacity.ROWS_ON_CPU
     places = capacity.rounded(texts.longest - 1, capacity.COLUMNS_ON_GPU if gpu else capacity.COLUMNS_ON_CPU)
-    rows = min(most, math.ceil(settings.rollouts / settings.workers.count))
+    rows = min(most, math.ceil(settings.rollouts / settings.workers.ranks))
     return rows, (places + policy.part.tokens) * policy.model.layers * 2 * policy.model.keys * policy.width
 
 

@@ -4,7 +4,8 @@ import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rlhf.cluster.worker import Call
 from rlhf.config.base import semantic_values
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.stages import WorkerSettings
-from rlhf.errors import InterruptedRunError, LeaseLostError, RequestError, RlhfError, StageError
+from rlhf.errors import InterruptedRunError, LeaseLostError, PreflightError, RequestError, RlhfError, StageError
 from rlhf.pipeline.documents import provenance
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.reporting import Reporter, Stop, Watch, outcome
@@ -30,7 +31,18 @@ def needs_of(planned: Planned, resources: Resources) -> RankResources:
         return RankResources(1, resources.for_task(), gpu=False)
     settings: Any = planned.instance.settings
     workers: WorkerSettings = settings.workers
-    return resources.per_rank(planned.name, workers.count, workers.cpus, workers.gpu)
+    # Settings of other packages' stages need not say what is dealt out.
+    count = resources.ranks(planned.name, workers, getattr(settings, "dealt_out", ()))
+    return resources.per_rank(planned.name, count, workers.cpus, workers.gpu)
+
+
+def with_ranks(context: Context[Any], needs: RankResources) -> Context[Any]:
+    """Return the context of a worker group, or of its preflight, with the number of ranks where that is ``auto``."""
+    workers: WorkerSettings = context.settings.workers
+    if workers.count != "auto":
+        return context
+    decided = workers.model_copy(update={"count": needs.count, "min": 1, "max": None})
+    return replace(context, settings=context.settings.model_copy(update={"workers": decided}))
 
 
 def context_of(
@@ -169,14 +181,38 @@ class Production:
                 call, cpus = Call(planned.stage.code, context), self.session.resources().for_task()
                 metrics = worker_group.run_task(call, cpus, watch)
             else:
-                ranks, settings = needs_of(planned, self.session.resources()), context.settings
-                context.folder.resources.write({"ranks": ranks.count, "gpus": ranks.count if ranks.gpu else 0})
-                call = Call(
-                    planned.stage.code, context, ranks.gpu, settings.workers.timeout_minutes, planned.stage.imports
-                )
+                needs = needs_of(planned, self.session.resources())
+                context.folder.resources.write({"ranks": needs.count, "gpus": needs.count if needs.gpu else 0})
+                begin, fits = partial(self._begin, planned, context), partial(self._fits, context)
                 max_failures = self.config.cluster.max_failures
-                metrics = worker_group.run_group(call, ranks, max_failures, watch, self.reporter.line)
+                metrics = worker_group.run_group(begin, fits, max_failures, watch, self.reporter.line)
         return metrics, time.monotonic() - start
+
+    def _begin(
+        self, planned: Planned, context: Context[Any], before: RankResources | None
+    ) -> tuple[Call, RankResources]:
+        """Return what a worker group runs, and its ranks: with ``count: auto`` as many as there is room for now.
+
+        before  the ranks of the group that failed; where there is no longer room for them, or with ``auto`` for the
+                fewest, the group waits for it
+        """
+        workers: WorkerSettings = context.settings.workers
+        needs = before
+        if before is None or workers.count == "auto":
+            try:
+                needs = needs_of(planned, self.session.resources())
+            except PreflightError:
+                if before is None:
+                    raise
+                needs = replace(before, count=workers.min)
+        assert needs is not None
+        context = with_ranks(context, needs)
+        return Call(planned.stage.code, context, needs.gpu, workers.timeout_minutes, planned.stage.imports), needs
+
+    def _fits(self, context: Context[Any], needs: RankResources) -> bool:
+        """Return whether a group that has not begun may wait for its places; without them fewer ranks could begin."""
+        workers: WorkerSettings = context.settings.workers
+        return workers.count != "auto" or needs.count <= workers.min or self.session.resources().has(needs)
 
     def _tracking(self, planned: Planned) -> dict[str, Any]:
         """Return what sinks are told of a stage; addresses are those of results in the store."""

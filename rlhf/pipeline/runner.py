@@ -19,7 +19,7 @@ from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import DamageError, InterruptedRunError, NextCommand, RlhfError, StageError, TryAgainError
 from rlhf.pipeline import disk
 from rlhf.pipeline.plan import Planned, plan, standing_in
-from rlhf.pipeline.production import Production, context_of, needs_of
+from rlhf.pipeline.production import Production, context_of, needs_of, with_ranks
 from rlhf.pipeline.reporting import Reporter, Stop, Watch
 from rlhf.pipeline.stage import Stage
 from rlhf.store import Store, digest_of
@@ -205,6 +205,8 @@ class Runner:
                     if (artifact := standing_in(stages, wire.instance)) is not None
                 }
                 context = context_of(planned, "preflight", parts, attempt, self.store, tracking={})
+                if planned.stage.runs == "workers":
+                    context = with_ranks(context, needs_of(planned, self.session.resources()))
                 call, show = Call(planned.stage.preflight, context), Watch(self.reporter, planned.name, context.folder)
                 written[planned.name] = worker_group.run_task(call, 1, show)
             except StageError:

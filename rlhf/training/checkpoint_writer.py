@@ -16,16 +16,18 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, PreflightError, is_no_room, size
 from rlhf.zero import group
 
+SHARDS = 1
+"""The form of a checkpoint's files, as a number that grows when it changes."""
+
 
 def checkpoint_to_resume(context: Context[Any]) -> Path | None:
     """Return the checkpoint that a stage continues from, or None. A collective.
 
-    Those of an optimiser on ``nvme`` are removed: DeepSpeed 0.19 continues them with other results.
+    Those of an optimiser on ``nvme`` are removed: nothing continues them.
 
     Raises:
-        PreflightError: it was written by another number of ranks, whose shards DeepSpeed cannot deal out anew; under
-            other ``zero`` settings that decide where shards lie; on machines that compute in another precision; or
-            another user could have written it.
+        PreflightError: it was written on machines that compute in another precision, or by an older version; or another
+            user could have written it.
     """
     newest = newest_complete(list(context.attempts))
     if newest is None:
@@ -33,35 +35,25 @@ def checkpoint_to_resume(context: Context[Any]) -> Path | None:
     refuse_planted(newest, context.attempt)
     written = marker(newest)
     begun = f"{context.stage} has a checkpoint"
-    if (ranks := written["ranks"]) != group.world_size():
+    if written.get("shards") != SHARDS:
         raise PreflightError(
-            f"{begun} of {ranks} rank(s) at step {step_of(newest)}, which {group.world_size()} cannot continue",
+            f"{begun} of an older version at step {step_of(newest)}, which this one cannot continue",
             str(newest),
-            f"{context.stage}.workers.count={ranks}, or remove that folder to restart the stage",
+            "finish the stage with that version, or remove that folder to restart the stage",
         )
-    layout, begun_with = _layout(context), written.get("zero", ZeroSettings().layout)
-    if begun_with.get("offload_optimizer") == "nvme":
-        _discard(context, f"{begun} of an optimiser on nvme at step {step_of(newest)}, which DeepSpeed cannot continue")
+    if written["optimiser"] == "nvme":
+        _discard(context, f"{begun} of an optimiser on nvme at step {step_of(newest)}, which cannot be continued")
         return None
-    for name, was in ({"offload_optimizer": "none"} | begun_with).items():
-        if was != (now := layout.get(name, was)):
-            change = f"{context.stage}.zero.{name}={was}, or "
-            if name == "stage" and group.world_size() == 1 and was == 3:
-                change = ""  # one rank computes it as stage 2
-            raise PreflightError(
-                f"{begun} of zero.{name} {was} at step {step_of(newest)}, which zero.{name} {now} cannot continue: "
-                "its shards lie otherwise",
-                str(newest),
-                f"{change}remove that folder to restart the stage",
-            )
     precision = group.precision_of(context)
-    if (begun_in := written.get("precision", "an unknown precision")) != precision:
+    if (begun_in := written["precision"]) != precision:
         raise PreflightError(
             f"{begun} in {begun_in} at step {step_of(newest)}, which this CPU, computing in {precision}, "
             "cannot continue",
             str(newest),
             "run it on a machine like the first one, or remove that folder to restart the stage",
         )
+    if (ranks := written["ranks"]) != group.world_size() and group.is_main():
+        context.note(f"{group.world_size()} rank(s) continue at step {step_of(newest)}, which {ranks} had reached")
     return newest
 
 
@@ -76,7 +68,7 @@ def _discard(context: Context[Any], why: str) -> None:
 
 
 def refuse_planted(checkpoint: Path, attempt: Path) -> None:
-    """Refuse a checkpoint that another user could have written: DeepSpeed reads pickles, which run code.
+    """Refuse a checkpoint that another user could have written: the run would continue with their weights.
 
     attempt  the folder of the attempt that continues, where this process writes
 
@@ -96,7 +88,7 @@ def refuse_planted(checkpoint: Path, attempt: Path) -> None:
     else:
         return
     raise PreflightError(
-        f"the checkpoint to continue from {why}: it holds pickles, so its author could run code here",
+        f"the checkpoint to continue from {why}: others could decide what is trained on",
         str(checkpoint),
         "remove it, or if you know that it is yours: chown it to the user that runs the workers, and chmod 700 it",
     )
@@ -142,7 +134,7 @@ def _make_room(checkpoint: Path, attempts: Sequence[Path], estimate: int) -> int
     if free < needed:
         raise _disk_full(checkpoint, needed, free)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    # A user who could add to it could run code when it is loaded: it holds pickles.
+    # A user who could add to it could change the weights that the run continues with.
     checkpoint.mkdir(mode=0o700)
     return needed
 
@@ -168,14 +160,11 @@ def mark_complete(checkpoint: Path, context: Context[Any]) -> None:
     made = {
         "ranks": group.world_size(),
         "precision": group.precision_of(context),
-        "zero": _layout(context),
+        # Stages of other packages need not have the settings.
+        "optimiser": getattr(context.settings, "zero", ZeroSettings()).offload_optimizer,
+        "shards": SHARDS,
     }
     group.from_main(lambda: _mark_complete(checkpoint, made))
-
-
-def _layout(context: Context[Any]) -> dict[str, Any]:
-    """Return what decides how shards lie; stages of other packages need not have the settings."""
-    return getattr(context.settings, "zero", ZeroSettings()).of_ranks(group.world_size()).layout
 
 
 def _mark_complete(checkpoint: Path, made: dict[str, Any]) -> None:

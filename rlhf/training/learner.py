@@ -1,12 +1,14 @@
 """A sharded model with its optimiser, the value model, and the moving average of a model's weights."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf.attempt import liveness
@@ -37,7 +39,6 @@ class MovingAverage:
     def __init__(self, module: nn.Module, decay: float, part: str = "") -> None:
         self._module, self._decay, self._part = module, decay, part
         self._shards: dict[str, Tensor] = {name: shard.detach().clone() for name, shard in trained_shards(module, part)}
-        self._file = f"average-{group.rank()}.safetensors"
 
     @torch.no_grad()
     def update(self) -> None:
@@ -55,12 +56,20 @@ class MovingAverage:
 
     def save(self, checkpoint: Path) -> None:
         """Write this rank's shards."""
-        save_file({name: shard.cpu() for name, shard in self._shards.items()}, checkpoint / self._file)
+        shards = {name: shard.cpu() for name, shard in self._shards.items()}
+        save_file(shards, checkpoint / f"average-{group.rank()}.safetensors")
 
     def load(self, checkpoint: Path) -> None:
-        """Read what :meth:`save` wrote."""
-        for name, shard in load_file(checkpoint / self._file).items():
-            self._shards[name].copy_(shard)
+        """Read what any number of ranks wrote in :meth:`save`."""
+        count = len(list(checkpoint.glob("average-*.safetensors")))
+        with ExitStack() as opened:
+            paths = [checkpoint / f"average-{rank}.safetensors" for rank in range(count)]
+            files = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
+            for name, shard in self._shards.items():
+                # Filled up with zeros to one length on all ranks, whose number they were cut for.
+                whole = torch.cat([file.get_tensor(name) for file in files])
+                mine = whole[group.rank() * len(shard) :][: len(shard)]
+                shard[: len(mine)].copy_(mine)
 
 
 @dataclass(frozen=True)

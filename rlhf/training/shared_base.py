@@ -175,15 +175,6 @@ class SharedEngine:
             self.engine.take_turn(PARTS.get(adapter, adapter))
             self._active = adapter
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write this rank's shards of all that trains, and of the optimiser's state."""
-        self.engine.save(folder, name)
-        self._active = ""
-
-    def load(self, folder: Path, name: str) -> None:
-        """Read what :meth:`save` wrote."""
-        self.engine.load(folder, name)
-
 
 class AdapterEngine:
     """One adapter's use of the shared engine, like an engine of its own.
@@ -214,12 +205,12 @@ class AdapterEngine:
     def save(self, folder: Path, name: str) -> None:
         """Write this rank's part of a checkpoint."""
         if self._adapter == TRAINED:
-            self._shared.save(folder, name)
+            self._shared.engine.save(folder, name)
 
     def load(self, folder: Path, name: str) -> None:
         """Read what :meth:`save` wrote."""
         if self._adapter == TRAINED:
-            self._shared.load(folder, name)
+            self._shared.engine.load(folder, name)
 
 
 class SharedGenerator(Generator):

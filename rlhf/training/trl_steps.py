@@ -14,16 +14,18 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
+from rlhf.attempt.folder import marker
 from rlhf.config.stages import SupervisedSettings
 from rlhf.errors import DivergedError
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.randomness import seed_of
 from rlhf.training import checkpoint_writer
 from rlhf.training.loop import Journal, ends_here, learning_order, stopped
-from rlhf.zero import group
+from rlhf.zero import group, shards
 from rlhf.zero.engine import (
     GradualAdamW,
     checkpoint_activations,
@@ -31,10 +33,13 @@ from rlhf.zero.engine import (
     deepspeed_config,
     mark_leaves,
     parameter_groups,
+    trained,
     unfreeze,
 )
 
 TOKENS = "tokens.json"
+SHARDS = "model"
+"""The name of a checkpoint's files of weights and optimiser."""
 
 
 def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
@@ -171,6 +176,8 @@ class Ordered:
 
     state: Any
     model: Any
+    model_wrapped: Any
+    lr_scheduler: Any
     accelerator: Any
     args: Any
     data_collator: Any
@@ -249,8 +256,32 @@ class Ordered:
         """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
         self._total_train_tokens = json.loads((checkpoint / TOKENS).read_text())["tokens"]
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Read weights and optimiser from our shards, which any number of ranks may have written. A collective."""
+        above: Any = super()
+        prepared = above._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            shards.load(self.model_wrapped, trained(self.model), Path(resume_from_checkpoint), SHARDS)
+            above._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed it reads the schedule alone
+            for parameters, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                parameters["lr"] = rate
+        return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        shards.save(self.model_wrapped, trained(self.model), Path(output_dir), SHARDS)
+        if group.is_main():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Go on with the random numbers of dropout; as many ranks go on with their own."""
+        if checkpoint is None or marker(Path(checkpoint))["ranks"] == group.world_size():
+            above: Any = super()
+            above._load_rng_state(checkpoint)
+            return
+        torch.manual_seed(seed_of("trainer", self._context.settings.seed, self.state.global_step, group.rank()))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write no weights beside those in DeepSpeed's part of a checkpoint, from which a run continues.
+        """Write no weights beside our shards, from which a run continues.
 
         PEFT would also compute virtual tokens on rank 0 alone, with an encoder that is sharded over all ranks.
         """

@@ -2,10 +2,11 @@
 accelerate.
 
 TRL and transformers give the training loop with its AdamW, learning-rate schedule and mixed precision, DeepSpeed's
-set-up, adapters, sft's loss and packing, and reading and writing a checkpoint's content: weights, optimiser, schedule,
-random numbers, and how many rows were learned from.
-Ours are the order of the rows, rm's lists, loss and metrics, the count of tokens after a resume, when a checkpoint is
-written and when it is complete, stopping, the journal, measurements after training, and the exported folder.
+set-up, adapters, sft's loss and packing, and of a checkpoint's content the schedule, random numbers, and how many rows
+were learned from.
+Ours are the order of the rows, rm's lists, loss and metrics, the weights and the optimiser's state in a checkpoint,
+the count of tokens after a resume, when a checkpoint is written and when it is complete, stopping, the journal,
+measurements after training, and the exported folder.
 """
 
 from collections.abc import Callable, Sequence

@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf.config.stages import Precision
 from rlhf.config.zero import BUCKET, ZeroSettings
 from rlhf.errors import DivergedError, PreflightError
-from rlhf.zero import group
+from rlhf.zero import group, shards
 
 STAGE_3 = ZeroSettings()
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -310,21 +310,20 @@ class Engine:
 
     def save(self, folder: Path, name: str) -> None:
         """Write this rank's shards of the weights that train and of the optimiser's state, of all parts."""
-        self.take_turn("")
-        self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
+        shards.save(self._engine, trained(self.module), folder, name)
 
     def load(self, folder: Path, name: str) -> None:
-        """Read what :meth:`save` wrote; frozen weights stay as they are."""
-        self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+        """Read what any number of ranks wrote in :meth:`save`; frozen weights stay as they are. A collective."""
+        shards.load(self._engine, trained(self.module), folder, name)
         self._follow_schedule()
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
-    """Return about how many bytes all ranks write of a trained module: weights, also in fp32, and Adam's two moments.
+    """Return about how many bytes all ranks write of a trained module: weights in fp32, and Adam's two moments.
 
     module  under ZeRO already
     """
-    return sum(whole_shape(weight).numel() * (weight.element_size() + 3 * 4) for _, weight in trained(module))
+    return sum(whole_shape(weight).numel() * 3 * 4 for _, weight in trained(module))
 
 
 def is_sharded(module: nn.Module) -> bool:

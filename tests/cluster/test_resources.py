@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.cluster.session import Resources
+from rlhf.config.stages import WorkerSettings
 from rlhf.errors import PreflightError
 
 nodes = st.lists(st.tuples(st.integers(0, 16), st.integers(0, 8)), min_size=1, max_size=4)
@@ -77,3 +80,59 @@ def test_a_task_takes_the_smallest_node_that_has_cores():
     assert resources((0, 0), (8, 0), (4, 0)).for_task() == 4
     with pytest.raises(PreflightError, match="no CPU core"):
         resources((0, 0), (0, 2)).for_task()
+
+
+AUTO = WorkerSettings(count="auto")
+
+
+@given(
+    nodes=nodes,
+    cpus=st.none() | st.integers(1, 8),
+    gpu=st.none() | st.booleans(),
+    least=st.integers(1, 4),
+    more=st.none() | st.integers(0, 4),
+    batch=st.lists(st.integers(1, 24), max_size=2),
+)
+def test_auto_takes_the_most_ranks_that_find_places_and_share_the_batch(
+    nodes: list[tuple[int, int]], cpus: int | None, gpu: bool | None, least: int, more: int | None, batch: list[int]
+):
+    """Within its limits; no larger number would do, and none is taken where there is room for too few."""
+    most = None if more is None else least + more
+    workers = WorkerSettings(count="auto", min=least, max=most, cpus=cpus, gpu=gpu)
+    use_gpu = any(gpus for _, gpus in nodes) if gpu is None else gpu
+    room = places(nodes, cpus or 1, use_gpu)
+    # On CPUs that nothing divides, a rank on each node.
+    wanted = room if use_gpu or cpus else max(least, sum(cores > 0 for cores, _ in nodes))
+    allowed = [
+        count for count in range(least, min(wanted, most or wanted) + 1) if all(number % count == 0 for number in batch)
+    ]
+    if room < least or not allowed:
+        with pytest.raises(PreflightError, match=r"asks for at least|none of these numbers divides"):
+            resources(*nodes).ranks("ppo", workers, batch)
+    else:
+        assert resources(*nodes).ranks("ppo", workers, batch) == max(allowed)
+
+
+def test_what_auto_refuses_names_the_limit_and_what_there_is():
+    """A fixed number is left as it is, and refused elsewhere."""
+    assert resources((2, 0)).ranks("ppo", WorkerSettings(count=5), [4]) == 5
+    with pytest.raises(PreflightError) as caught:
+        resources((8, 2)).ranks("ppo", AUTO.model_copy(update={"min": 4}), [])
+    assert caught.value.what == "ppo asks for at least 4 ranks, and the cluster has room for 2"
+    assert (caught.value.where, caught.value.next_step) == ("ppo.workers.min", "add nodes, or ppo.workers.min=2")
+    with pytest.raises(PreflightError, match="may have 3 to 4 ranks, and none of these numbers divides 10, which"):
+        resources((8, 4)).ranks("ppo", AUTO.model_copy(update={"min": 3}), [10])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"min": 2}, "min and max are for count: auto, and count is 1"),
+        ({"count": 4, "max": 8}, "min and max are for count: auto, and count is 4"),
+        ({"count": "auto", "min": 4, "max": 2}, "max 2 is below min 4"),
+    ],
+)
+def test_limits_without_auto_or_upside_down_are_refused(values: dict[str, Any], message: str):
+    """They would do nothing, or leave no number."""
+    with pytest.raises(ValueError, match=message):
+        WorkerSettings.model_validate(values)

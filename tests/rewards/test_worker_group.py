@@ -47,17 +47,11 @@ def test_a_failed_reward_ends_all_ranks_at_once_and_is_not_tried_again(session: 
     rewards = [RewardSettings(function=f"{FILE}:{name}") for name in ("lengths", "nan_second")]
     settings = PpoSettings(rewards=rewards, value_init="policy")
     context: Context[Any] = Context("ppo", "key", settings, {}, tmp_path / "output", tmp_path, tmp_path, (tmp_path,))
-    said: list[str] = []
+    code = "tests.rewards.test_worker_group:score_after_a_checkpoint"
+    call = Call(code, context, timeout_minutes=2, imports=stages()["ppo"].imports)
+    ranks, said = session.resources().per_rank("ppo", 2, 1, None), list[str]()
     with pytest.raises(RewardError, match="response 1 is nan") as caught:
-        run_group(
-            Call(
-                "tests.rewards.test_worker_group:score_after_a_checkpoint", context, False, 2, stages()["ppo"].imports
-            ),
-            session.resources().per_rank("ppo", 2, 1, None),
-            3,
-            lambda: None,
-            said.append,
-        )
+        run_group(lambda _: (call, ranks), lambda _: True, 3, lambda: None, said.append)
     assert caught.value.where == f"{FILE}:nan_second, row 1"
     assert said == []
     assert [file.name for file in sorted(tmp_path.glob("failure-*.json"))] == ["failure-0.json", "failure-1.json"]

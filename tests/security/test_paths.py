@@ -174,7 +174,7 @@ def test_no_archive_is_unpacked():
                 assert node.attr not in ("extractall", "unpack_archive"), f"{file}:{node.lineno}"
 
 
-# ---- checkpoints, which hold pickles
+# ---- checkpoints
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_ones_own_is_gone_on_from(checkpoint: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
 def test_a_checkpoint_that_others_may_write_is_refused(checkpoint: Path, tmp_path: Path, mode: int):
-    """Whoever may add to it could have it run code in our name."""
+    """Whoever may add to it could change what is trained on."""
     checkpoint.chmod(mode)
     with pytest.raises(PreflightError, match="may be written by other users"):
         refuse_planted(checkpoint, tmp_path / "attempt")

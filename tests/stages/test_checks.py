@@ -154,7 +154,7 @@ def test_the_checks_say_what_will_be_written(base: Path, tmp_path: Path) -> None
             (folder := tmp_path / f"{role}-{every}-{batch}").mkdir()
             found = check(context(settings, base, folder, role, [rows[role]] * 40, [rows[role]]))
             assert found[disk.RESULT] == 4 * parameters
-            assert found[disk.MEANWHILE] == checkpoints * 16 * parameters
+            assert found[disk.MEANWHILE] == checkpoints * 12 * parameters
     (folder := tmp_path / "packed").mkdir()
     settings = SftSettings(max_length=64, batch_size=20, checkpoint_every=1)
     packed = context(settings, base, folder, "demonstrations", [DEMONSTRATION] * 40, [DEMONSTRATION])
@@ -204,7 +204,7 @@ def test_a_budget_that_a_list_of_the_data_exceeds_is_refused(base: Path, tmp_pat
     three = SET | {"responses": ["a joy", "dull", "a film"], "strengths": [1.0, -1.0, 0.0]}
     settings = RmSettings.model_validate({"max_length": 32, "micro_batch_tokens": 95})
     given = context(settings, base, tmp_path, "comparisons", [three], [SET])
-    with pytest.raises(PreflightError, match="less than a whole list, 3 responses of 32 tokens") as error:
+    with pytest.raises(PreflightError, match="less than 3 responses of 32 tokens, a whole list") as error:
         checks.rm(given)
     assert error.value.next_step == "stage.micro_batch_tokens=96"
     checks.rm(replace(given, settings=settings.model_copy(update={"micro_batch_tokens": 96})))
@@ -231,13 +231,13 @@ def test_steps_are_counted_over_all_epochs_and_lists(
     ):
         settings = kind.model_validate(values | more)
         found = check(context(settings, base, tmp_path, role, [row] * 3, [row]))
-        assert found[disk.MEANWHILE] == checkpoints * 16 * parameters
+        assert found[disk.MEANWHILE] == checkpoints * 12 * parameters
     # A pool of six responses makes fifteen lists of two.
     settings = RmSettings.model_validate(values | {"epochs": 1.0, "responses_per_list": 2, "lists_per_response": 99.0})
     (folder := tmp_path / "lists").mkdir()
     sets = [SET | {"strengths": [1.0 * n, -1.0 - n], "pool": 0} for n in range(3)]
     found = checks.rm(context(settings, base, folder, "comparisons", sets, [SET]))
-    assert found[disk.MEANWHILE] == 3 * 16 * parameters
+    assert found[disk.MEANWHILE] == 3 * 12 * parameters
 
 
 @pytest.fixture(scope="module")
@@ -274,10 +274,10 @@ def test_what_ppo_will_write_is_of_both_models_that_are_trained(base: Path, rewa
     assert policy != scorer
     every = {"iterations": 5, "checkpoint_every": 2}
     for given, values, expected in (
-        (reward, {}, 16 * (policy + scorer)),
-        (reward, {"value_init": "policy"}, 16 * (policy + policy)),
-        (None, {}, 16 * (policy + policy)),
-        (None, {"average_decay": 0.9}, 16 * (policy + policy) + 4 * policy),
+        (reward, {}, 12 * (policy + scorer)),
+        (reward, {"value_init": "policy"}, 12 * (policy + policy)),
+        (None, {}, 12 * (policy + policy)),
+        (None, {"average_decay": 0.9}, 12 * (policy + policy) + 4 * policy),
     ):
         found = checks.ppo(ppo(base, tmp_path, given, **every, **values))
         assert found == {disk.RESULT: 4 * policy, disk.MEANWHILE: 2 * expected}
@@ -291,7 +291,7 @@ def test_adapters_on_one_base_are_checked_and_write_themselves_alone(base: Path,
     }
     shared = {"share_base": True, "tuning": {"method": "lora"}, "iterations": 5, "checkpoint_every": 2}
     found = checks.ppo(ppo(adapters["policy"], tmp_path, adapters["reward"], **shared))
-    assert found[disk.MEANWHILE] == 2 * 16 * sum(count_parameters(folder) for folder in adapters.values())
+    assert found[disk.MEANWHILE] == 2 * 12 * sum(count_parameters(folder) for folder in adapters.values())
     with pytest.raises(PreflightError, match="reward is a whole model, and share_base takes adapters"):
         checks.ppo(ppo(adapters["policy"], tmp_path, reward, **shared))
 

@@ -6,6 +6,7 @@ Starting a group costs more than all checks together, so one start runs them all
 
 import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -29,7 +30,6 @@ from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
-from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import folders, heads, text, tuning
 from rlhf.models.heads import TokenLogprobs
@@ -42,11 +42,21 @@ from rlhf.rollout.sequences import Experience, Sequences, minibatches
 from rlhf.training import checkpoint_writer
 from rlhf.training.learner import Optimiser
 from rlhf.training.policy import TrainedPolicy
-from rlhf.zero import group
+from rlhf.zero import group, shards
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
 from rlhf.zero.group import computable
+from tests.pipeline.helpers import until
+from tests.zero.groups import TIMEOUT_S
 from tests.zero.memory import memory
-from tests.zero.resuming import STAGES, KilledError, first_iterations, forms, unbroken_and_resumed
+from tests.zero.resuming import (
+    DONE,
+    STAGES,
+    KilledError,
+    first_iterations,
+    forms,
+    of_other_group,
+    unbroken_and_resumed,
+)
 
 # Before DeepSpeed and accelerate are imported by whatever comes below.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -130,10 +140,17 @@ def resume(tiny: Path, folder: Path) -> dict[str, Any]:
             first.step()
         first.engine.save(folder / form, "policy")
         halfway = first.weights()
-        second = Learner(tiny, method)
+        group.barrier()
+        if group.is_main():
+            (folder / form / DONE).touch()
+        others = of_other_group(folder / form)
+        until((others / DONE).exists, f"{others}: the other group's save", TIMEOUT_S)
+        second, third = (Learner(tiny, method) for _ in range(2))
         second.engine.load(folder / form, "policy")
+        third.engine.load(others, "policy")
         loaded = second.weights()
-        for learner in (first, second):
+        third.engine.save(folder / f"{form}-again", "policy")
+        for learner in (first, second, third):
             for _ in range(2):
                 learner.step(5e-3)
         found[form] = {
@@ -141,8 +158,23 @@ def resume(tiny: Path, folder: Path) -> dict[str, Any]:
             "loaded": loaded,
             "unbroken": first.weights(),
             "resumed": second.weights(),
+            "continued": third.weights(),
+            "theirs": saved(others),
+            "again": saved(folder / f"{form}-again"),
         }
     return found
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    """All that the ranks of a group saved: fp32 weights and Adam's moments, whole, and the steps taken."""
+    files = [torch.load(path, weights_only=True) for path in sorted(folder.glob("policy-*.pt"))]
+    whole: dict[str, Tensor] = {"steps": torch.tensor([file["steps"] for file in files]).unique()}
+    for name, fragment in ((name, fragment) for file in files for name, fragment in file["weights"].items()):
+        assert whole.setdefault(f"{name} step", torch.tensor(fragment["step"])) == fragment["step"]
+        for key in (shards.WEIGHT, *shards.MOMENTS):
+            flat = whole.setdefault(f"{name} {key}", torch.full((math.prod(fragment["shape"]),), torch.nan))
+            flat[fragment["start"] :][: len(fragment[key])] = fragment[key]
+    return whole
 
 
 def not_a_number(tiny: Path) -> dict[str, Any]:
@@ -280,9 +312,11 @@ def other_groups(folder: Path) -> dict[str, str]:
     assert newest is not None
     found = {"newest": newest.name}
     written = json.loads((newest / checkpoint_writer.MARKER).read_text())
-    others = {"ranks": {"ranks": written["ranks"] + 1}, "bf16": {"precision": "bf16"}}
-    others["stage"] = {"zero": ZeroSettings(stage=1).layout}
-    others["nvme"] = {"zero": ZeroSettings(offload_optimizer="nvme", nvme_path=folder).layout}
+    others: dict[str, dict[str, Any]] = {
+        "bf16": {"precision": "bf16"},
+        "older": {"shards": None},
+        "nvme": {"optimiser": "nvme"},
+    }
     for name, other in others.items():
         group.barrier()
         if group.is_main():

@@ -9,7 +9,18 @@ from unittest.mock import patch
 
 from rlhf.zero import engine, group
 from tests.zero.inputs import MEMORY_STAGES
-from tests.zero.resuming import STAGES, KilledError, Stage, attempt_of, context_of, forget, killed_after, outcome
+from tests.zero.resuming import (
+    STAGES,
+    KilledError,
+    Stage,
+    attempt_of,
+    context_of,
+    continued_from,
+    forget,
+    killed_after,
+    of_other_group,
+    outcome,
+)
 
 VARIANTS: Mapping[str, dict[str, Any]] = {
     "stage 3": {},
@@ -26,6 +37,8 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
     },
 }
 RESUMED = (("sft", "stage 2"), ("rm", "offloaded"), ("ppo", "offloaded"))
+CONTINUED = {"sft": "stage 1", "rm": "stage 2", "ppo": "offloaded"}
+"""As what the two ranks compute from whose checkpoint the one goes on, and which go on from its checkpoint."""
 _SHORT: Mapping[str, dict[str, Any]] = {
     # Dropout is drawn on each rank.
     "sft": {"epochs": 1, "tuning": {"method": "lora", "rank": 4}},
@@ -50,12 +63,18 @@ def memory(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
             settings = type(known).model_validate(known.model_dump() | short | values)
             stage = replace(STAGES[name], settings=lambda _, settings=settings: settings)
             context = context_of(name, stage, data, folder)
-            place = folder / f"{name}-{variant.replace(' ', '-')}"
+            place, theirs = (
+                folder / f"{name}-{one.replace(' ', '-')}"
+                for one in (variant, CONTINUED[name] if variant == "stage 3" else "stage 3")
+            )
             with patch.object(engine, "checkpoint", wraps=engine.checkpoint) as checkpoint:
                 outcomes[name][variant] = outcome(stage, attempt_of(context, place, ()))
             outcomes[name][variant]["recomputed"] = checkpoint.call_count
             if (name, variant) in RESUMED:
                 outcomes[name][f"{variant}, resumed"] = _resumed(stage, context, place)
+            if variant in ("stage 3", CONTINUED[name]):
+                continued = continued_from(stage, context, of_other_group(theirs), folder / f"{name}-continued")
+                outcomes[name]["continued"] = continued
     return outcomes
 
 

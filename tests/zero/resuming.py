@@ -32,7 +32,12 @@ from rlhf.training import checkpoint_writer
 from rlhf.training.policy import FrozenPolicy
 from rlhf.zero import group
 from tests import accelerator
+from tests.pipeline.helpers import until
+from tests.zero.groups import TIMEOUT_S
 from tests.zero.inputs import MICRO_BATCHES, STAGE_NAMES
+
+DONE = "done"
+"""The file of an attempt that has ended, for the other group."""
 
 
 class KilledError(Exception):
@@ -237,7 +242,23 @@ def unbroken_and_resumed(name: str, data: Path, folder: Path) -> dict[str, Any]:
             raise AssertionError(f"{name} was not stopped at step {step}")
         forget()
     found["resumed"] = outcome(stage, attempt_of(context, folder / "last", attempts))
+    if name != "sft":  # Its dropout is drawn on each rank.
+        others = of_other_group(folder / "unbroken")
+        found["continued"] = continued_from(stage, context, others, folder / "continued")
     return found
+
+
+def continued_from(stage: Stage, context: Context[Any], others: Path, folder: Path) -> dict[str, Any]:
+    """What a stage makes from the newest checkpoint of the group of another size, which runs beside this one."""
+    until((others / DONE).exists, f"{others}: the other group's run", TIMEOUT_S)
+    return outcome(stage, attempt_of(context, folder, (others,)))
+
+
+def of_other_group(folder: Path) -> Path:
+    """The folder of the other group that has the place of one of this group's."""
+    world = group.world_size()
+    (place,) = [place for place in (folder, *folder.parents) if place.name == str(world)]
+    return place.parent / str(3 - world) / folder.relative_to(place)
 
 
 def _has(context: Context[Any], step: int) -> bool:
@@ -259,6 +280,8 @@ def outcome(stage: Stage, context: Context[Any]) -> dict[str, Any]:
     for file in sorted(context.output.rglob("*.safetensors")):
         weights |= {f"{file.name} {name}": tensor for name, tensor in load_file(file).items()}
     newest = checkpoint_writer.newest_complete([context.attempt])
+    if group.is_main():
+        (context.attempt / DONE).touch()
     return {
         "metrics": metrics,
         "newest": newest and newest.name,
