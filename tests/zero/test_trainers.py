@@ -144,8 +144,9 @@ def test_packed_demonstrations_are_learned_text_by_text(
     monkeypatch.setattr(varlen, "by_text_on_cpu", counted)
     found = trained(bases["llama"], demonstrations, tmp_path, micro_batch_size=3, activation_checkpointing=True)
     assert found["eval/loss"] == pytest.approx(expected, abs=1e-5)
-    # Two layers compute the two texts of the only step, and again for its gradients; then those held out.
-    assert texts == [2, 2, 2, 2, 5, 5]
+    # Two layers compute the two texts of the only step behind what both begin with, and again for its gradients; then
+    # those held out.
+    assert texts == [3, 3, 3, 3, 6, 6]
     assert varlen.NAME not in (tmp_path / "out" / "config.json").read_text()
 
 
