@@ -2,18 +2,23 @@
 #   CONFIG=configs/tiny.yaml   another pipeline
 #   ARGS="ppo.kl.coef=0.1"     settings, after the stages; for `make bench`, its flags
 
-PYTHON ?= python3.11
+# Empty takes the newest of these that works: a name may be there, as one of pyenv's, without its Python.
+PYTHON  ?=
+PYTHONS := python3.13 python3.12 python3.11
 CONFIG ?= configs/quickstart.yaml
 ARGS   ?=
 BENCH  ?= ppo
 BIN    := .venv/bin
 STAGES := sft rm ppo
+# uv, where it is, installs the same versions faster.
+INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet \
+           --disable-pip-version-check) --constraint constraints.txt
 GOALS  := $(filter $(STAGES),$(MAKECMDGOALS))
 # ppo alone then also measures what it did.
 TARGETS := $(GOALS) $(if $(filter ppo,$(GOALS)),evaluate)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup $(STAGES) run test types tests check golden bench docs-figures chaos format clean
+.PHONY: help setup $(STAGES) run test types tests check golden bench docs-figures chaos wheel matrix format clean
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z $$()A-Z_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,11 +28,13 @@ setup: .venv/ready  ## Make .venv with everything in it.
 # CPU wheels of torch have no separate name on the package index: it is installed first and alone, so that nothing that
 # needs "some torch" pulls in another build.
 .venv/ready: pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there; next: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@for python in $(or $(PYTHON),$(PYTHONS)); do \
+	  if $$python -c 'import ensurepip' 2>/dev/null; then exec $$python -m venv .venv; fi; done; \
+	echo "error: none of $(or $(PYTHON),$(PYTHONS)) is here with its venv; next: install one, or make PYTHON=… $(MAKECMDGOALS)"; \
+	exit 2
+	$(INSTALL) pip setuptools wheel
+	$(INSTALL) torch
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 # Several goals in one call are one run: the first does the work, and the others wait for it.
@@ -69,9 +76,16 @@ docs-figures: .venv/ready  ## Draw the pictures of docs/ from docs/data; that of
 chaos: .venv/ready  ## The whole fault suite, for hours; interrupted, it goes on. `rm -r .chaos` starts it anew.
 	$(BIN)/pytest tests/faults --chaos
 
+wheel: .venv/ready  ## dist/*.whl and the source distribution.
+	rm -rf dist build
+	$(BIN)/python -c "from setuptools import build_meta as build; build.build_sdist('dist'); build.build_wheel('dist')" >/dev/null
+
+matrix: wheel  ## The wheel with the oldest and the newest versions that it admits, through the tiny pipeline; .ci/matrix.
+	.ci/matrix $(ARGS)
+
 format: .venv/ready  ## Format and fix what can be fixed.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## Remove the environment and caches; the store stays.
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -159,6 +159,9 @@ def simulate(count: int, latency: float, seconds: float, nodes: int = NODES) -> 
                 (call.context.output / part / "rows.jsonl").write_text("{}\n")
         return {"score": 1.0}
 
+    def produce_in_group(begin: Callable[[None], tuple[Call, Any]], *_: Any) -> dict[str, float]:
+        return produce(begin(None)[0])
+
     def planned(*args: Any) -> dict[str, Planned]:
         with counts.timed("plan"):
             return plan(*args)
@@ -170,7 +173,7 @@ def simulate(count: int, latency: float, seconds: float, nodes: int = NODES) -> 
         known: dict[str, Stage] = {stage.name: replace(stage, preflight=None) for stage in OURS}
         with (
             mock.patch.object(worker_group, "run_task", produce),
-            mock.patch.object(worker_group, "run_group", produce),
+            mock.patch.object(worker_group, "run_group", produce_in_group),
             mock.patch.object(runner, "plan", planned),
             mock.patch.object(disk, "check"),
             SimulatedSession(nodes) as session,

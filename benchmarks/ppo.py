@@ -43,13 +43,13 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.pipeline.fitting import architectures
 from rlhf.rollout.prompts import PromptStream
+from rlhf.stages import ppo
 from rlhf.tracking import read_metrics
 from rlhf.training.limits import Ceilings, Part, PpoModels, ceilings, synchronise
 from rlhf.training.loading import load_models, with_micro_batch
 from rlhf.training.loop import Journal
 from rlhf.training.policy import KlCoefficient
 from rlhf.zero import group
-from stages import ppo
 
 TIMED = ("rollout", "score", "train")
 

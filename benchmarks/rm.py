@@ -30,9 +30,9 @@ from benchmarks.one_rank import (
 from benchmarks.sft import steps_of
 from rlhf.config.stages import RmSettings
 from rlhf.models import shared_beginnings
+from rlhf.stages import rm
 from rlhf.training.limits import Part, Work, adamw, causal, ceilings, forward
 from rlhf.zero import group
-from stages import rm
 
 
 def arguments() -> argparse.Namespace:

@@ -33,10 +33,10 @@ from benchmarks.one_rank import (
 )
 from rlhf.config.stages import SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
+from rlhf.stages import sft
 from rlhf.tracking import read_metrics
 from rlhf.training.limits import Part, Work, adamw, causal, ceilings, forward
 from rlhf.zero import group
-from stages import sft
 
 
 def write_demonstrations(folder: Path, vocabulary: int, length: int, tokens: int) -> list[tuple[int, int]]:

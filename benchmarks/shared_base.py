@@ -19,11 +19,11 @@ from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import LoraTuning
 from rlhf.rollout.prompts import PromptStream
+from rlhf.stages import ppo
 from rlhf.tracking import read_metrics
 from rlhf.training.loading import load_models
 from rlhf.training.loop import Journal
 from rlhf.training.policy import KlCoefficient
-from stages import ppo
 
 ITERATIONS = 3
 COLUMNS = {

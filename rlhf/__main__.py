@@ -14,6 +14,12 @@ def main() -> NoReturn:
         os.write(2, b"error: interrupted\n")
         os._exit(130)
 
+    if sys.platform != "linux":
+        # What every command imports is not there: fcntl and termios on Windows, pidfd and /proc on macOS.
+        instead = "WSL 2" if sys.platform == "win32" else "a container or virtual machine"
+        what = f"error: rlhf runs on Linux, and this is {sys.platform}\n  next:  use Linux, here in {instead}\n"
+        os.write(2, what.encode())
+        os._exit(2)
     signal.signal(signal.SIGINT, end)
     from rlhf.cli.main import main
 

@@ -36,7 +36,7 @@ def imported(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            below = node.module in ("rlhf", "stages")
+            below = node.module == "rlhf"
             names |= {f"{node.module}.{alias.name}" for alias in node.names} if below else {node.module}
     return {part for name in names if (part := part_of(name)) is not None}
 

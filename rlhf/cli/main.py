@@ -6,11 +6,13 @@ Imports neither torch nor Ray, so that ``--help`` and ``plan`` answer in well un
 import io
 import json
 import os
+import platform
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from rlhf.cli.comparing import compare
 from rlhf.cli.dashboard import dashboard
 from rlhf.cli.history import report, samples, watch
 from rlhf.cli.human_data import annotate, data
+from rlhf.cli.init import DEFAULTS, MACHINES, init
 from rlhf.cli.results import diff, explain, export, gc, import_, leaderboard, lineage, plan_, status, verify
-from rlhf.cli.run import DEFAULT_CONFIG, Parser, Request, command_line, run
+from rlhf.cli.run import DEFAULT_CONFIG, QUICKSTART, Parser, Request, command_line, default_config, run, single_name
 from rlhf.cli.setup import config, doctor
 from rlhf.cli.talking import chat, generate
 from rlhf.config.base import suggestion
@@ -29,16 +32,44 @@ from rlhf.errors import DiskFullError, InterruptedRunError, RequestError, RlhfEr
 from rlhf.store import GRACE_SECONDS
 from rlhf.terminal import print_error
 
+
+def completion(request: Request) -> None:
+    """Print the completion of the command line for a shell: rlhf completion bash|zsh|fish."""
+    import shtab
+
+    shell = single_name(request, f"shell of {', '.join(SHELLS)}")
+    if shell not in SHELLS:
+        raise RequestError(f"there is no completion for {shell!r}", "command line", f"rlhf completion {SHELLS[0]}")
+    whole = Parser(prog="rlhf")
+    whole.add_argument("--version", **_flag("print the version"))
+    commands = whole.add_subparsers()
+    for name, command in COMMANDS.items():
+        parser = complete_parser(commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0]), name)
+        for action in parser._actions:  # pyright: ignore[reportPrivateUsage] - shtab reads them too
+            if action.dest == "words":
+                action.choices = SHELLS if name == "completion" else list(request.known)
+            if action.dest == "for_":
+                action.choices = MACHINES
+            if action.dest in ("config", "out", "save", "file", "data"):
+                action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue] - the place that shtab reads
+    print(shtab.complete(whole, shell))
+
+
 COMMANDS: dict[str, Callable[[Request], int | None]] = {
     command.__name__.rstrip("_"): command
     for command in (
-        *(run, watch, samples, report, dashboard, plan_, status, explain, lineage, diff, leaderboard, verify, gc),
-        *(import_, export, chat, generate, compare, config, doctor, data, annotate),
+        *(init, run, watch, samples, report, dashboard, plan_, status, explain, lineage, diff, leaderboard, verify),
+        *(gc, import_, export, chat, generate, compare, config, doctor, data, annotate, completion),
     )
 }
 WITH_JSON = (
     *("plan", "status", "samples", "explain", "lineage", "diff", "leaderboard", "verify", "gc", "doctor", "compare"),
 )
+
+
+WORDS = {"init": "the file to write (default: rlhf.yaml)", "completion": "bash, zsh or fish"}
+"""What the words of a command are, where they are neither stages nor settings."""
+SHELLS = ("bash", "zsh", "fish")
 
 
 def _flag(explanation: str) -> dict[str, Any]:
@@ -65,6 +96,18 @@ def _prompts(default: str) -> dict[str, dict[str, Any]]:
 
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "init": {
+        "--data": _value(
+            f"a folder with demonstrations.jsonl, comparisons.jsonl, prompts.jsonl (default: {DEFAULTS['data']})",
+            metavar="DIR",
+        ),
+        "--model": _value(
+            f"a model's folder, NAME@COMMIT of the hub, smollm2-135m or scratch (default: {DEFAULTS['model']})"
+        ),
+        "--for": _value(f"cpu, gpu or cluster (default: {DEFAULTS['for']})", metavar="MACHINE", dest="for_"),
+        "--yes": _flag("take the defaults of what is not given, without asking"),
+        "--force": _flag("replace a file that is there"),
+    },
     "report": {
         "--out": _value("the page's file (default: reports/<pipeline>.html in the store)", metavar="FILE"),
     },
@@ -98,7 +141,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--save": _value("append the answers with the verdicts, as data.comparisons reads them", metavar="FILE.jsonl"),
     },
     "doctor": {"--cluster": _flag("check every node of the Ray cluster, and what is between them, instead")},
-    "config": {"--fields": _flag("explain every setting instead")},
+    "config": {
+        "--fields": _flag("explain every setting instead"),
+        "--markdown": _flag("with --fields: as tables in Markdown"),
+        "--schema": _flag("print the JSON schema of pipeline files, for editors, instead"),
+    },
     "data": {
         "--kind": _value(
             "demonstrations, comparisons, prompts or judge (default: the kind that has the fields of the first row)"
@@ -129,12 +176,16 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 def parser_of(command: str) -> Parser:
     """Return the parser of a command."""
-    parser = Parser(prog=f"rlhf {command}", description=COMMANDS[command].__doc__)
+    return complete_parser(Parser(prog=f"rlhf {command}", description=COMMANDS[command].__doc__), command)
+
+
+def complete_parser(parser: Parser, command: str) -> Parser:
+    """Give a parser the arguments of a command; return it."""
     words = "stages or folders, and settings as section.field=value"
-    parser.add_argument("words", nargs="*", metavar="WORD", help=words)
-    parser.add_argument(
-        "--config", type=Path, default=DEFAULT_CONFIG, help=f"the pipeline file (default: {DEFAULT_CONFIG})"
-    )
+    parser.add_argument("words", nargs="*", metavar="WORD", help=WORDS.get(command, words))
+    default = f"the pipeline file (default: {DEFAULT_CONFIG}, or else {QUICKSTART})"
+    meant = DEFAULT_CONFIG if command == "init" else default_config()
+    parser.add_argument("--config", type=Path, default=meant, metavar="FILE", help=default)
     parser.add_argument("--debug", **_flag("show the traceback of an error"))
     if command in WITH_JSON:
         parser.add_argument("--json", **_flag("print one JSON document on standard output"))
@@ -149,7 +200,7 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     commands = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return (
-        "usage: rlhf COMMAND [STAGE ...] [section.field=value ...] [--config FILE]\n\n"
+        "usage: rlhf COMMAND [STAGE ...] [section.field=value ...] [--config FILE]\n       rlhf --version\n\n"
         "From a language model, demonstrations and human rankings to an aligned model.\n\n"
         + "\n".join(commands)
         + "\n\nrlhf COMMAND --help explains a command; rlhf config --fields every setting."
@@ -202,6 +253,9 @@ def _prepare_output() -> None:
 def _dispatch(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"rlhf-pipeline {version('rlhf-pipeline')}, Python {platform.python_version()}")
         return 0
     if words[0] not in COMMANDS:
         raise RequestError(

@@ -30,7 +30,15 @@ from rlhf.store import ActionRecord, Store
 from rlhf.terminal import Display, key_values, print_error, printable_lines, samples_table
 from rlhf.watching import detail
 
-DEFAULT_CONFIG = Path("configs/quickstart.yaml")
+DEFAULT_CONFIG = Path("rlhf.yaml")
+"""What `rlhf init` writes."""
+QUICKSTART = Path("configs/quickstart.yaml")
+"""The default in a checkout, where no other file was written."""
+
+
+def default_config() -> Path:
+    """Return the pipeline file that is meant where none is named: one that is there."""
+    return QUICKSTART if QUICKSTART.exists() and not DEFAULT_CONFIG.exists() else DEFAULT_CONFIG
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +64,11 @@ class Request:
     def config(self) -> PipelineConfig:
         """The pipeline file with its overrides; its notices are printed on standard error."""
         types = {name: stage.settings for name, stage in self.known.items()}
-        config = load_pipeline(self.arguments.config, self.overrides, types)
+        path: Path = self.arguments.config
+        if path == DEFAULT_CONFIG and not path.exists():
+            what = f"there is no pipeline file here: no {DEFAULT_CONFIG}, and no {QUICKSTART} of a checkout"
+            raise RequestError(what, str(Path.cwd()), "rlhf init writes one, or name yours with --config")
+        config = load_pipeline(path, self.overrides, types)
         for notice in config.notices:
             print(printable_lines(notice), file=sys.stderr)
         return config
@@ -112,7 +124,7 @@ def command_line(request: Request, *words: str) -> str:
     program = Path(sys.argv[0]).absolute()
     shown = str(path_as_typed(program)) if program.name == "rlhf" and shutil.which("rlhf") is None else "rlhf"
     path: Path = request.arguments.config
-    option = [] if path == DEFAULT_CONFIG else ["--config", str(path)]
+    option = [] if path == default_config() else ["--config", str(path)]
     return shlex.join([shown, *words, *request.overrides, *option])
 
 

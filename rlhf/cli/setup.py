@@ -1,10 +1,12 @@
 """Commands before a first run: print the settings, check the machine."""
 
+import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +25,7 @@ from rlhf.config.pipeline import (
     TrackingSettings,
     resolved,
 )
+from rlhf.config.schema import json_schema
 from rlhf.config.yaml_tree import to_yaml
 from rlhf.errors import RequestError, RlhfError, size
 from rlhf.terminal import memory_table, plain_table, printable, printable_lines
@@ -39,13 +42,13 @@ def diagnose(store: Path, address: str | None) -> list[dict[str, Any]]:
     def add(name: str, found: str, *, ok: bool = True, then: str = "") -> None:
         checks.append({"name": name, "ok": ok, "found": found, "next": "" if ok else then})
 
-    fits = (3, 11) <= sys.version_info[:2] < (3, 13)
-    add("python", platform.python_version(), ok=fits, then="use Python 3.11 or 3.12")
+    fits = (3, 11) <= sys.version_info[:2] < (3, 14)
+    add("python", platform.python_version(), ok=fits, then="use Python 3.11, 3.12 or 3.13")
     for name in NEEDED:
         try:
             add(name, version(name))
         except PackageNotFoundError:
-            add(name, "not installed", ok=False, then="make setup")
+            add(name, "not installed", ok=False, then="make setup, or install the wheel anew")
     add("cpu cores", str(os.cpu_count()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     add("memory", f"{memory:.1f} GiB", ok=memory >= 6, then="the quickstart needs 6 GiB")
@@ -71,22 +74,62 @@ def diagnose(store: Path, address: str | None) -> list[dict[str, Any]]:
 
 
 def config(request: Request) -> None:
-    """Print the settings with every default filled in, or the meaning of each."""
-    if not request.arguments.fields:
+    """Print the settings with every default filled in, the meaning of each, or the schema of pipeline files."""
+    options = request.arguments
+    if options.markdown and not options.fields:
+        raise RequestError("--markdown is a form of --fields", "command line", "rlhf config --fields --markdown")
+    if options.fields and options.schema:
+        raise RequestError("--fields and --schema print different things", "command line", "name one")
+    if options.schema:
+        schema = json_schema({name: stage.settings for name, stage in request.known.items()})
+        print_exactly(json.dumps(schema, indent=2, ensure_ascii=False), lambda: json.dumps(schema, indent=2))
+    elif options.fields:
+        _print_fields(request)
+    else:
         values = resolved(request.config)
         print_exactly(to_yaml(values).rstrip("\n"), lambda: to_yaml(values, ascii_only=True).rstrip("\n"))
-        return
+
+
+def _print_fields(request: Request) -> None:
     sections: dict[str, type[Settings]] = {"store": StoreSettings, "cluster": ClusterSettings}
     sections |= {"tracking": TrackingSettings} | {name: stage.settings for name, stage in request.known.items()}
     for name in request.names:
         if name not in sections:
             raise RequestError(f"no section is named {name!r}", "command line", suggestion(name, sections))
     for name in request.names or sections:
-        for field in describe(sections[name]):
-            shown = f"{name}.{field.path}" + (f" with {field.form}" if field.form else "")
-            request.out.print(f"{shown}: {field.type}; default {field.default}; {field.role}", markup=False)
-            for line in field.help.splitlines():
-                request.out.print(f"    {line}", markup=False)
+        lines = _as_markdown if request.arguments.markdown else _as_text
+        for line in lines(name, sections[name], request.out.width):
+            request.out.print(line, markup=False, soft_wrap=True)
+
+
+def _as_text(section: str, model: type[Settings], width: int) -> Iterator[str]:
+    """Yield a line for each setting, and its meaning below it."""
+    for field in describe(model):
+        shown = f"{section}.{field.path}" + (f" with {field.form}" if field.form else "")
+        line = f"{shown}: {field.type}; default {field.default}; {field.role}"
+        yield from textwrap.wrap(line, width, subsequent_indent=" " * 8, **_WHOLE_WORDS)
+        for text in field.help.splitlines():
+            yield from textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 4, **_WHOLE_WORDS)
+
+
+_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def _as_markdown(section: str, model: type[Settings], _: int) -> Iterator[str]:
+    """Yield a section with a table of its settings."""
+    yield f"## {section}\n\n{_in_cell(model.__doc__ or '')}\n"
+    yield "| setting | takes | default | in the key | meaning |\n| --- | --- | --- | --- | --- |"
+    for field in describe(model):
+        name = f"`{field.path}`" + (f" with {field.form}" if field.form else "")
+        in_key = "no" if field.role == "runtime" else "yes"
+        meaning = "<br>".join(map(_in_cell, field.help.splitlines()))
+        yield f"| {name} | {_in_cell(field.type)} | {_in_cell(f'`{field.default}`')} | {in_key} | {meaning} |"
+    yield ""
+
+
+def _in_cell(text: str) -> str:
+    """Return a docstring's text as one line of Markdown that fits into a table."""
+    return " ".join(text.replace("``", "`").replace("|", "\\|").split())
 
 
 def doctor(request: Request) -> int:

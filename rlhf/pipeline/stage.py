@@ -128,12 +128,12 @@ def _each(roles: Mapping[str, str], *kinds: str) -> dict[str, Input]:
 
 
 OURS = (
-    Stage("data", 4, DataSettings, "stages.data:run", "data", inputs=taking(), sources=sources),
+    Stage("data", 4, DataSettings, "rlhf.stages.data:run", "data", inputs=taking(), sources=sources),
     Stage(
         "model",
         1,
         ModelSettings,
-        "stages.model:run",
+        "rlhf.stages.model:run",
         "model",
         inputs=lambda settings: {"demonstrations": Input("data/demonstrations")} if settings.base == "scratch" else {},
         sources=lambda settings: {"base": settings.base} if is_local(settings.base) else {},
@@ -142,19 +142,19 @@ OURS = (
         "collect",
         3,
         CollectSettings,
-        "stages.collect:run",
+        "rlhf.stages.collect:run",
         "responses",
         inputs=lambda settings: {"prompts": Input("data/prompts")} | _each(writer_inputs(settings), *_MODELS),
-        preflight="stages.checks:collect",
+        preflight="rlhf.stages.checks:collect",
     ),
     Stage(
         "compare",
         1,
         CompareSettings,
-        "stages.compare:run",
+        "rlhf.stages.compare:run",
         "data",
         inputs=taking(responses=Input("collect", ("responses",))),
-        preflight="stages.checks:compare",
+        preflight="rlhf.stages.checks:compare",
         sources=compare_sources,
         awaits=awaited,
     ),
@@ -162,7 +162,7 @@ OURS = (
         "rank",
         4,
         RankSettings,
-        "stages.rank:run",
+        "rlhf.stages.rank:run",
         "comparisons",
         inputs=lambda settings: _each({"comparisons": "data/comparisons"} | ranked_inputs(settings)),
     ),
@@ -170,18 +170,18 @@ OURS = (
         "sft",
         4,
         SftSettings,
-        "stages.sft:run",
+        "rlhf.stages.sft:run",
         "policy",
         inputs=taking(base=Input("model", _MODELS), demonstrations="data/demonstrations"),
         continues="base",
         disagrees=loses_virtual_tokens,
-        preflight="stages.checks:sft",
+        preflight="rlhf.stages.checks:sft",
     ),
     _on_workers(
         "rm",
         6,
         RmSettings,
-        "stages.rm:run",
+        "rlhf.stages.rm:run",
         "reward-model",
         inputs=taking(
             base=Input("model", (*_MODELS, "reward-model")),
@@ -190,13 +190,13 @@ OURS = (
         ),
         continues="base",
         disagrees=loses_virtual_tokens,
-        preflight="stages.checks:rm",
+        preflight="rlhf.stages.checks:rm",
     ),
     _on_workers(
         "ppo",
         4,
         PpoSettings,
-        "stages.ppo:run",
+        "rlhf.stages.ppo:run",
         "policy",
         inputs=lambda settings: (
             {"policy": Input("sft", _MODELS), "prompts": Input("data/prompts")}
@@ -204,7 +204,7 @@ OURS = (
             | ({"demonstrations": Input("data/demonstrations")} if settings.ptx.coef else {})
         ),
         continues="policy",
-        preflight="stages.checks:ppo",
+        preflight="rlhf.stages.checks:ppo",
         disagrees=lambda settings, makers: without_adapter(settings, makers) or loses_virtual_tokens(settings, makers),
         sources=lambda settings: reward_sources(settings.rewards),
     ),
@@ -212,14 +212,14 @@ OURS = (
         "evaluate",
         4,
         EvaluateSettings,
-        "stages.evaluate:run",
+        "rlhf.stages.evaluate:run",
         "report",
         inputs=lambda settings: (
             {"before": Input("sft", _MODELS), "after": Input("ppo", _MODELS), "prompts": Input("data/prompts")}
             | _each(reward_inputs(settings.rewards), "reward-model")
             | ({"judge": Input("data/judge")} if settings.judge else {})
         ),
-        preflight="stages.checks:evaluate",
+        preflight="rlhf.stages.checks:evaluate",
         sources=lambda settings: reward_sources(settings.rewards),
     ),
 )

@@ -110,5 +110,5 @@ class WandbSink:
         for each result, and the output of a run is the input of the next.
         """
         artifact = self._wandb.Artifact(f"{self._stage.pipeline}-{instance}", kind)
-        artifact.add_reference(address, name="result.json", checksum=False)
+        artifact.add_reference(address, name="record.json", checksum=False)
         return artifact

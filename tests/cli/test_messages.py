@@ -328,7 +328,7 @@ def test_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixtur
             main([command, "--help"])
         assert caught.value.code == 0
         assert "--config" in capsys.readouterr().out
-    assert Path("configs/quickstart.yaml") == DEFAULT_CONFIG
+    assert Path("rlhf.yaml") == DEFAULT_CONFIG
 
 
 @pytest.mark.parametrize("words", [["--help"], ["config"], ["config", "--fields"]])

@@ -233,7 +233,7 @@ def imports(context: Context[Any]) -> dict[str, float]:
     del context
     before = set(sys.modules)
     for stage in ("sft", "rm", "ppo", "evaluate"):
-        importlib.import_module(f"stages.{stage}")
+        importlib.import_module(f"rlhf.stages.{stage}")
     late = {name for name in sys.modules.keys() - before if name.split(".")[0] in LARGE}
     assert not late, late
     return {}

@@ -36,7 +36,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def collect(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
-    from stages import collect as stage
+    from rlhf.stages import collect as stage
 
     write_rows(tmp_path / "train.jsonl", [{"prompt": prompt} for prompt in TRAIN])
     write_rows(tmp_path / "heldout.jsonl", [{"prompt": prompt} for prompt in HELDOUT])

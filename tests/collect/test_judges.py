@@ -11,7 +11,7 @@ from rlhf.config.base import semantic_values
 from rlhf.config.collect import CollectSettings, CompareSettings, WriterSettings, awaited, writer_inputs
 from rlhf.data.records import ComparisonSet, ResponseSet, read_jsonl, write_jsonl
 from rlhf.errors import PreflightError, RecordError, RewardError
-from stages import compare
+from rlhf.stages import compare
 
 SETS = [
     ResponseSet(prompt="p", responses=["a", "bb", "ccc"], models=["x", "y", "z"]),

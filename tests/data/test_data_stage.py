@@ -9,7 +9,7 @@ from rlhf.config.data import DataSettings
 from rlhf.data.downloads import MOVIE_SNIPPETS_SDIST
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, read_jsonl
 from rlhf.errors import RecordError
-from stages.data import run
+from rlhf.stages.data import run
 
 
 def context_for(folder: Path, **settings: Any) -> Context[DataSettings]:

@@ -14,7 +14,7 @@ from rlhf.config.data import DataSettings
 from rlhf.data.mixture import Mixture, by_task
 from rlhf.data.records import read_rows
 from rlhf.errors import RecordError
-from stages.data import run
+from rlhf.stages.data import run
 from tests.data.test_data_stage import context_for, files_of
 
 tasks = st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0.5, 0.7, 1.0, 1.5, 2.0, 3.0])), min_size=1, max_size=3)

@@ -9,7 +9,7 @@ from rlhf.attempt.context import Context
 from rlhf.config.data import RankSettings
 from rlhf.errors import RecordError
 from rlhf.ranking.report import in_words
-from stages.rank import run
+from rlhf.stages.rank import run
 
 TRAIN: list[dict[str, Any]] = [
     {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [[3, 2, None], [1, 2, 0], [0, -1, 1]]},

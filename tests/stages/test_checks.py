@@ -19,7 +19,7 @@ from rlhf.models.layout import count_parameters
 from rlhf.models.packing import tokenised
 from rlhf.models.text import load_tokenizer, prompt_ids, response_ids, text_start
 from rlhf.pipeline import disk
-from stages import checks
+from rlhf.stages import checks
 from tests.models.tiny import TEXTS, make_tiny_adapter, make_tiny_llama, tiny_config
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from rlhf.attempt.context import Context
 from rlhf.config.stages import EvaluateSettings
 from rlhf.rollout.prompts import PromptBatch
+from rlhf.stages import evaluate
 from rlhf.textstats import distinct_ngrams, paired_interval
-from stages import evaluate
 
 BEFORE = ["a dull film", "a dull dull film", "an awful story"]
 AFTER = ["a wonderful film", "a wonderful film", "a moving story of love"]

@@ -13,7 +13,7 @@ from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.stages import ModelSettings
 from rlhf.models import base_models
-from stages import model
+from rlhf.stages import model
 from tests.models.tiny import SHAPE, TEXTS, make_tiny_llama
 
 HUB = {"base": "someone/some-model", "revision": "0" * 40}

@@ -227,7 +227,7 @@ def run(
     growth: float = 0.0,
     **more: Any,
 ) -> tuple[PpoSettings, MadeUpPolicy, MadeUpValue]:
-    from stages import ppo
+    from rlhf.stages import ppo
 
     folder = make_tiny_llama(tmp_path / "tiny")
     files = {

@@ -104,7 +104,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    from stages import rm
+    from rlhf.stages import rm
 
     for role, parts in (
         ("comparisons", {"train": TRAIN, "heldout": HELDOUT}),
@@ -247,8 +247,8 @@ def test_training_begins_at_the_base_or_at_random_weights_of_its_shape(
     start: Start, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a head drawn by the seed; of an adapter, what it adapts is folded in as a reward model or as none."""
+    from rlhf.stages import rm
     from rlhf.training import loading
-    from stages import rm
 
     loaded: list[tuple[Any, ...]] = []
     folded: list[tuple[Any, ...]] = []
@@ -290,7 +290,7 @@ def test_training_begins_at_the_base_or_at_random_weights_of_its_shape(
 
 def test_the_accuracies_of_a_task_are_those_of_its_sets_alone() -> None:
     """Beside those over all sets; a task whose sets order nothing has none."""
-    from stages.rm import accuracies
+    from rlhf.stages.rm import accuracies
 
     tasks = ["x", "y", "x", "flat"]
     sets = [a_set(number, "p", ["a", "b", "c"], [1.0, number, -2.0]) for number in range(3)]

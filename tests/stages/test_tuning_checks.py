@@ -17,7 +17,7 @@ from rlhf.config.stages import RmSettings, SftSettings
 from rlhf.errors import PreflightError, RequestError
 from rlhf.models.text import load_tokenizer
 from rlhf.rollout.speaker import Speaker
-from stages import checks
+from rlhf.stages import checks
 from tests.models.tiny import make_tiny_llama, tiny_config
 
 

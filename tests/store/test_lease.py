@@ -139,7 +139,7 @@ def test_a_waiter_without_a_timeout_gets_the_lease_when_it_is_released(place: Pl
         def release() -> None:
             if clock.now == 4 * POLL_SECONDS:
                 say(process)
-                until(lambda: place.files("leases") == {}, "the release")
+                until(lambda: store.holder(KEY) is None, "the release")
 
         clock.during_sleep = release
         with store.lease(KEY, timeout=None) as mine:

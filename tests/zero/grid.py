@@ -21,9 +21,9 @@ from torch import Tensor
 
 from rlhf.models import text, tuning
 from rlhf.rollout.speaker import Speaker
+from rlhf.stages import rm, sft
 from rlhf.training import policy, trl_trainers
 from rlhf.zero import engine, group
-from stages import rm, sft
 from tests.zero.inputs import ANSWER_TOKENS, PROMPT
 from tests.zero.resuming import STAGES, attempt_of, context_of, outcome
 

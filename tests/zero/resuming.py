@@ -26,11 +26,11 @@ from rlhf.models.layout import is_adapter
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 from rlhf.rollout.sequences import lay_out
+from rlhf.stages import ppo, rm, sft
 from rlhf.tracking import read_metrics
 from rlhf.training import checkpoint_writer
 from rlhf.training.policy import FrozenPolicy
 from rlhf.zero import group
-from stages import ppo, rm, sft
 from tests import accelerator
 from tests.pipeline.helpers import until
 from tests.zero.groups import TIMEOUT_S

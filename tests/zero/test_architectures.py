@@ -21,9 +21,9 @@ from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 from rlhf.rollout.sequences import lay_out
 from rlhf.rollout.speaker import Speaker
+from rlhf.stages import ppo, rm, sft
 from rlhf.tracking import read_metrics
 from rlhf.training.policy import FrozenPolicy
-from stages import ppo, rm, sft
 from tests import accelerator
 from tests.models import families
 from tests.models.tiny import tiny_config

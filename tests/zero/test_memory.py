@@ -23,9 +23,9 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.models import tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.micro_batches import MicroBatch
+from rlhf.stages import rm, sft
 from rlhf.tracking import read_metrics
 from rlhf.zero.engine import Engine, sharded_loading, whole_weights
-from stages import rm, sft
 from tests import accelerator
 from tests.models.tiny import make_tiny_llama, tiny_config
 

@@ -12,9 +12,9 @@ from rlhf.config.stages import SftSettings
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, PreflightError
 from rlhf.models.layout import count_parameters
+from rlhf.stages import checks
 from rlhf.zero import offloading
 from rlhf.zero.offloading import check_zero
-from stages import checks
 from tests.models.tiny import make_tiny_llama
 
 

@@ -20,7 +20,7 @@ from rlhf.data.records import read_rows
 from rlhf.models import folders, varlen
 from rlhf.models.packing import tokenised, training_demonstrations
 from rlhf.models.text import load_tokenizer
-from stages import sft
+from rlhf.stages import sft
 from tests.models.tiny import make_tiny_llama, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -144,8 +144,9 @@ def test_packed_demonstrations_are_learned_text_by_text(
     monkeypatch.setattr(varlen, "by_text_on_cpu", counted)
     found = trained(bases["llama"], demonstrations, tmp_path, micro_batch_size=3, activation_checkpointing=True)
     assert found["eval/loss"] == pytest.approx(expected, abs=1e-5)
-    # Two layers compute the two texts of the only step, and again for its gradients; then those held out.
-    assert texts == [2, 2, 2, 2, 5, 5]
+    # Two layers compute the two texts of the only step behind what both begin with, and again for its gradients; then
+    # those held out.
+    assert texts == [3, 3, 3, 3, 6, 6]
     assert varlen.NAME not in (tmp_path / "out" / "config.json").read_text()
 
 
@@ -157,7 +158,7 @@ from rlhf.config.stages import SftSettings
 from rlhf.models import varlen
 from rlhf.tracking import read_metrics
 from rlhf.training import trl_trainers
-from stages import sft
+from rlhf.stages import sft
 
 base, demonstrations, masked = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "masked"
 if masked:

@@ -1,0 +1,201 @@
+"""The command init: a commented pipeline file for your data, your model and your machine."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from rlhf.cli.run import DEFAULT_CONFIG, Request, command_line
+from rlhf.config.base import FILE_SUFFIXES, KNOWN_WORDS, MOVIE_SNIPPETS, is_local
+from rlhf.config.pipeline import NAME_PATTERN
+from rlhf.config.schema import json_schema
+from rlhf.config.stages import ModelSettings
+from rlhf.errors import RequestError, is_no_room
+from rlhf.pipeline.transfer import check_model
+from rlhf.terminal import printable_lines
+
+SCHEMA = "rlhf.schema.json"
+"""The file beside a pipeline file by which editors explain and check it."""
+MACHINES = ("cpu", "gpu", "cluster")
+DEFAULTS = {"data": MOVIE_SNIPPETS, "model": "smollm2-135m", "for": "cpu"}
+_READY = {"smollm2-135m": "quickstart", "scratch": "tiny"}
+"""The pipelines that come with the package, for movie snippets on a CPU, by their model."""
+_QUESTIONS = {
+    "data": f"your data: a folder with demonstrations, comparisons and prompts, or {MOVIE_SNIPPETS}",
+    "model": "your model: a folder, NAME@COMMIT of the hub, smollm2-135m, or scratch for a tiny new one",
+    "for": f"where it runs: {', '.join(MACHINES)}",
+}
+
+
+class _Model(NamedTuple):
+    base: str
+    revision: str | None
+
+
+def init(request: Request) -> None:
+    """Write a commented pipeline file for your data, model and machine: rlhf init [FILE]."""
+    path = _target(request)
+    data, model, machine = _answers(request)
+    name = path.stem if re.fullmatch(NAME_PATTERN, path.stem) else "mine"
+    if (data, machine) == (None, "cpu") and model.base in _READY:
+        text = files("rlhf").joinpath("configs", f"{_READY[model.base]}.yaml").read_text(encoding="utf-8")
+    else:
+        text = _filled(name, data, model, machine)
+    schema = json.dumps(json_schema({name: stage.settings for name, stage in request.known.items()}))
+    _write(path, f"# yaml-language-server: $schema={SCHEMA}\n{text}")
+    _write(path.with_name(SCHEMA), schema + "\n")
+    request.arguments.config = path
+    print(printable_lines(f"wrote {path}, and {SCHEMA} beside it for editors"))
+    print(printable_lines(f"next: {command_line(request, 'plan')}\n      {command_line(request, 'run')}"))
+
+
+def _target(request: Request) -> Path:
+    """Return the file to write.
+
+    Raises:
+        RequestError: several are named, settings are given, or the file is there and ``--force`` is not.
+    """
+    config: Path = request.arguments.config
+    named = [*map(Path, request.names), *([] if config == DEFAULT_CONFIG else [config])]
+    if request.overrides or len(named) > 1:
+        raise RequestError("init takes one file and no settings", "command line", "rlhf init FILE; settings go there")
+    path = named[0].expanduser() if named else DEFAULT_CONFIG
+    path = path / DEFAULT_CONFIG.name if path.is_dir() else path
+    if path.exists() and not request.arguments.force:
+        then = "--force replaces it, or name another: rlhf init FILE"
+        raise RequestError(f"{path} is there already", str(path), then)
+    return path
+
+
+def _answers(request: Request) -> tuple[dict[str, str] | None, _Model, str]:
+    """Return the sources of data (None for movie snippets), the model and the machine: as given, else as asked for."""
+    checks: dict[str, Callable[[str], object]] = {"data": _sources, "model": _model, "for": _machine}
+    given = {"data": request.arguments.data, "model": request.arguments.model, "for": request.arguments.for_}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and not request.arguments.yes and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        named = ", ".join(f"--{name}" for name in missing)
+        raise RequestError(
+            f"init asks for {', '.join(missing)}, and there is no terminal to ask at",
+            "standard input",
+            f"rlhf init --yes takes the defaults of what is not given by {named}",
+        )
+    for name, check in checks.items():
+        if given[name] is None:
+            given[name] = DEFAULTS[name] if request.arguments.yes else _asked(name, check)
+    data, model = _sources(given["data"]), _model(given["model"])
+    return data, model, _machine(given["for"])
+
+
+def _asked(name: str, check: Callable[[str], object]) -> str:
+    """Ask until the answer passes its check."""
+    print(_QUESTIONS[name])
+    while True:
+        try:
+            answer = input(f"--{name} [{DEFAULTS[name]}] ").strip() or DEFAULTS[name]
+        except EOFError:
+            print()
+            raise RequestError("the input ended before an answer", "standard input", "rlhf init --yes") from None
+        try:
+            check(answer)
+        except RequestError as error:
+            print(printable_lines(str(error)))
+        else:
+            return answer
+
+
+def _machine(answer: str) -> str:
+    if answer not in MACHINES:
+        raise RequestError(f"--for is {answer!r}", "command line", f"--for {' or '.join(MACHINES)}")
+    return answer
+
+
+def _model(answer: str) -> _Model:
+    """Split ``NAME@COMMIT``; raise a RequestError for a model that ``rlhf plan`` or the stage model would refuse."""
+    base, _, revision = answer.rpartition("@") if "@" in answer and not is_local(answer) else (answer, "", "")
+    if base not in KNOWN_WORDS and is_local(base):
+        if not Path(base).expanduser().is_dir():
+            raise RequestError(f"there is no folder {base}", "--model", "name a folder with a model, or NAME@COMMIT")
+        check_model(Path(base).expanduser())
+    try:
+        ModelSettings(base=base, revision=revision or None)
+    except ValidationError as error:
+        reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        raise RequestError(reason, "--model", "--model owner/name@COMMIT, or a folder") from None
+    return _Model(base, revision or None)
+
+
+def _sources(answer: str) -> dict[str, str] | None:
+    """Return the files of each kind of records in a folder; None for movie snippets.
+
+    Raises:
+        RequestError: there is no such folder, or it lacks a kind, or has two files of one.
+    """
+    if answer == MOVIE_SNIPPETS:
+        return None
+    folder = Path(answer).expanduser()
+    if not folder.is_dir():
+        raise RequestError(f"there is no folder {answer}", "--data", f"name a folder with data, or {MOVIE_SNIPPETS}")
+    found = {kind: _source(folder, kind) for kind in ("demonstrations", "comparisons", "prompts", "judge")}
+    lacking = [kind for kind in ("demonstrations", "comparisons") if found[kind] is None]
+    if lacking:
+        what = f"the folder has no {' and no '.join(lacking)}"
+        then = f"a file for each, such as {lacking[0]}.jsonl (or .json, .parquet, a folder {lacking[0]}/)"
+        raise RequestError(what, str(folder), then)
+    # Demonstrations have prompts, which is what PPO needs where nobody brought others.
+    found["prompts"] = found["prompts"] or found["demonstrations"]
+    return {kind: "null" if path is None else str(path) for kind, path in found.items()}
+
+
+def _source(folder: Path, kind: str) -> Path | None:
+    names = {kind + suffix for suffix in ("", *FILE_SUFFIXES)}
+    named = [path for path in sorted(folder.iterdir()) if path.name.casefold() in names]
+    paths = [path for path in named if path.is_file() or any(path.iterdir())]
+    if len(paths) > 1:
+        listed = ", ".join(path.name for path in paths)
+        raise RequestError(f"the folder has {kind} more than once: {listed}", str(folder), "leave one there")
+    return paths[0] if paths else None
+
+
+def _filled(name: str, data: dict[str, str] | None, model: _Model, machine: str) -> str:
+    """Return the template filled in; on a cluster with whole paths, since other nodes have other working folders."""
+    from jinja2 import Environment, StrictUndefined
+
+    def written(path: str) -> str:
+        local = path != "null" and path not in KNOWN_WORDS and Path(path).expanduser().exists()
+        path = str(Path(path).expanduser().absolute()) if local and machine == "cluster" else path
+        return path if re.fullmatch(r"[A-Za-z/.][\w./-]*", path, re.ASCII) else json.dumps(path)
+
+    template = files("rlhf").joinpath("cli", "init.yaml.jinja").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - writes YAML
+    return environment.from_string(template).render(
+        name=name,
+        machine=machine,
+        store=written(str(Path("store").absolute())),
+        sources=data and {kind: written(path) for kind, path in data.items()},
+        model=written(model.base),
+        revision=json.dumps(model.revision) if model.revision else None,
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        RequestError: the folder is not there or cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)  # noqa: PTH105 - Path.replace is the same
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if is_no_room(error):
+            raise
+        then = "name a file in a folder that you can write: rlhf init PATH"
+        raise RequestError(f"the file cannot be written: {error.strerror}", str(path), then) from error
