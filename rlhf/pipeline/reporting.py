@@ -25,7 +25,8 @@ class Reporter(Protocol):
 def outcome(stage: Stage, metrics: Mapping[str, float]) -> str:
     """Return the metrics that a finished stage is shown with."""
     # A group's first metrics tell most; of a task's dozens of row counts a few would tell nothing.
-    first = list(metrics.items())[:3] if stage.runs == "workers" or len(metrics) <= 3 else []
+    figures = [(name, value) for name, value in metrics.items() if not name.endswith(("_low", "_high"))]
+    first = figures[:3] if stage.runs == "workers" or len(figures) <= 3 else []
     return "  ".join(f"{metric} {value:.3g}" for metric, value in first)
 
 

@@ -26,7 +26,7 @@ def lines(rows: Sequence[Row], x: str, names: Mapping[str, str], marks: Sequence
             continue
         curve = (
             _base(points)
-            .mark_line(point=len(points) < 60, clip=True)
+            .mark_line(point=len(points) < 60)
             .encode(
                 alt.X("x:Q", title=x, axis=WHOLE),
                 alt.Y("y:Q", title=title, scale=alt.Scale(zero=False)),

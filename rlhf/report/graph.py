@@ -88,7 +88,8 @@ def _stage(history: StageHistory, plans: Mapping[str, Planned], store: Store) ->
     return {
         "name": history.name,
         "uses": history.planned.stage.name,
-        "state": history.state,
+        # To the reader of a finished run "cached" would mean that it was not this one's.
+        "state": "done" if history.state == "cached" else history.state,
         "why": shortened(_reason(history, plans, store), REASON),
         "cost": ", ".join(cost),
         "progress": f"{progress.done} of {progress.total}: {progress.message}" if progress else "",

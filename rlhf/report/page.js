@@ -4,7 +4,10 @@ const dark = matchMedia("(prefers-color-scheme: dark)").matches;
 const ink = dark ? "#e6edf3" : "#1b1f24", line = dark ? "#3d444d" : "#d1d9e0";
 const config = {
   background: "transparent", font: "system-ui, sans-serif", view: { stroke: line },
-  axis: { labelColor: ink, titleColor: ink, gridColor: line, domainColor: line, tickColor: line },
+  axis: {
+    labelColor: ink, titleColor: ink, gridColor: line, domainColor: line, tickColor: line,
+    labelOverlap: "greedy", labelSeparation: 6,
+  },
   legend: { labelColor: ink, titleColor: ink, orient: "bottom" },
   line: { color: dark ? "#79c0ff" : "#0550ae" }, point: { color: dark ? "#79c0ff" : "#0550ae" },
   bar: { color: dark ? "#79c0ff" : "#0550ae" }, rule: { color: ink },
@@ -38,6 +41,7 @@ function figures(rows) {
   return room;
 }
 
+const waiting = [];
 function draw(place, spec) {
   for (const panel of spec.panels) {
     const chart = element("div", "", { class: "chart" });
@@ -47,13 +51,22 @@ function draw(place, spec) {
     more.addEventListener("toggle", () => { if (more.open && !more.querySelector("table")) more.append(figures(rows)); });
     place.append(chart, more);
     const options = { actions: false, ast: true, renderer: "svg", config };
-    // A chart is drawn when it comes near the window: a page has many.
+    // A page has many charts: those near the window are drawn first, the others while the browser has nothing to do.
+    let drawn = false;
+    const once = () => { if (!drawn) { drawn = true; vegaEmbed(chart, panel, options); } };
+    waiting.push(once);
     new IntersectionObserver((seen, watch) => {
-      if (seen.some((one) => one.isIntersecting)) { watch.disconnect(); vegaEmbed(chart, panel, options); }
+      if (seen.some((one) => one.isIntersecting)) { watch.disconnect(); once(); }
     }, { rootMargin: "400px" }).observe(chart);
   }
 }
 document.querySelectorAll(".charts").forEach((place, number) => draw(place, data.specs[number]));
+const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 50));
+function drawNext() {
+  const next = waiting.shift();
+  if (next) { next(); idle(drawNext); }
+}
+addEventListener("load", () => idle(drawNext));
 
 const get = (name) => document.getElementById(name);
 if (get("controls")) {

@@ -238,7 +238,7 @@ def test_a_pipeline_that_never_ran_has_no_report_and_half_of_one_has(tmp_path: P
     text = out.read_text(encoding="utf-8")
     assert "1 damaged lines" in text
     assert [file.suffix for file in (store.root / "reports").iterdir()] == [".js"]
-    assert ">cached<" in text
+    assert ">done<" in text
     assert ">missing<" in text or ">blocked<" in text
 
 
