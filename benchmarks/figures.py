@@ -69,7 +69,7 @@ def photograph(chromium: str, out: Path) -> None:
         size = f"--window-size={WINDOW[0]},{WINDOW[1]}"
         # Root, which people often are in a container, has no sandbox there; the page is ours.
         flags = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", size)
-        command = [chromium, *flags, "--virtual-time-budget=10000", f"--screenshot={out.resolve()}", page.as_uri()]
+        command = [chromium, *flags, "--timeout=6000", f"--screenshot={out.resolve()}", page.as_uri()]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
 
 
