@@ -175,8 +175,12 @@ class TrainingSettings(ShardedSettings):
 
     @property
     def longest(self) -> int:
-        """Return the most tokens of what no micro batch divides, as far as the settings know."""
-        raise NotImplementedError
+        """Return the most tokens of what no micro batch divides, as far as the settings know.
+
+        Raises:
+            ValueError: the stage does not count tokens; each of ours does.
+        """
+        raise ValueError("this stage does not count the tokens of micro batches; write micro_batch_size instead")
 
     @property
     def micro_batch(self) -> int:

@@ -210,7 +210,7 @@ OURS = (
     ),
     _on_workers(
         "evaluate",
-        4,
+        5,
         EvaluateSettings,
         "rlhf.stages.evaluate:run",
         "report",

@@ -11,30 +11,30 @@ FIGURE = ".4g"
 WHOLE = alt.Axis(tickMinStep=1, format="d")
 
 
-def lines(rows: Sequence[Row], x: str, names: Mapping[str, str], marks: Sequence[Row] = ()) -> Spec:
+def lines(rows: Sequence[Row], unit: str, names: Mapping[str, str], marks: Sequence[Row] = ()) -> Spec:
     """Return curves above one another, one for each metric.
 
-    rows   of metrics
-    x      the metric on the common axis
+    rows   of metrics, each of a "step"
+    unit   what a step is, the title of the common axis
     names  of the metrics, to the titles of their axes
     marks  stretches of the axis, "from" and "to", in which an "alarm" was raised, with its "text"
     """
     panels: list[Spec] = []
     for name, title in names.items():
-        points = [{"x": row[x], "y": row[name]} for row in rows if x in row and name in row]
+        points = [{"x": row["step"], "y": row[name]} for row in rows if name in row]
         if not points:
             continue
         curve = (
             _base(points)
             .mark_line(point=len(points) < 60)
             .encode(
-                alt.X("x:Q", title=x, axis=WHOLE),
+                alt.X("x:Q", title=unit, axis=WHOLE),
                 alt.Y("y:Q", title=title, scale=alt.Scale(zero=False)),
-                tooltip=[alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=title, format=FIGURE)],
+                tooltip=[alt.Tooltip("x:Q", title=unit), alt.Tooltip("y:Q", title=title, format=FIGURE)],
             )
         )
-        described = f"{title} by {x}, from {points[0]['y']:.4g} to {points[-1]['y']:.4g}"
-        described += "".join(f"; alarm {mark['alarm']}, {x} {mark['from']} to {mark['to']}" for mark in marks)
+        described = f"{title} by {unit}, from {points[0]['y']:.4g} to {points[-1]['y']:.4g}"
+        described += "".join(f"; alarm {mark['alarm']}, {unit} {mark['from']} to {mark['to']}" for mark in marks)
         chart = alt.layer(*_stretches(marks), curve) if marks else curve
         panels.append(_sized(chart, 110, described))
     return {"panels": panels}

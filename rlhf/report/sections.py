@@ -100,7 +100,7 @@ def _ppo(history: StageHistory, store: Store) -> list[Part]:
         return []
     marks = alarm_stretches(history.metrics, _alarm_texts(history.attempts))
     text = "By iteration." + (" Where an alarm was raised, the curves are shaded." if marks else "")
-    parts = [_chart("Curves", text, charts.lines(history.metrics, "step", PPO_CURVES, marks))]
+    parts = [_chart("Curves", text, charts.lines(history.metrics, "iteration", PPO_CURVES, marks))]
     if marks:
         rows = [[mark["alarm"], f"{mark['from']} to {mark['to']}", mark["text"]] for mark in marks]
         parts.append(_table("Alarms", ("alarm", "iterations", "what it said first"), rows))

@@ -1,8 +1,7 @@
 """MLflow: the server that ``MLFLOW_TRACKING_URI`` names, or ``mlflow.db`` in the folder that all runs share.
 
 The run is found again by a tag with the attempt's key. A row and its step, a metric as well, are one transaction: a
-kill leaves both or none. MLflow has no histograms. Its databases keep infinite numbers as the
-largest finite ones.
+kill leaves both or none. MLflow has no histograms. Its databases keep infinite numbers as the largest finite ones.
 """
 
 import json
