@@ -77,6 +77,9 @@ def symptoms(run: Figures) -> list[Symptom]:
 def in_words(run: Figures, found: Sequence[Symptom]) -> str:
     """Return a paragraph: what happened, and what to look at first."""
     parts: list[str] = []
+    if run.sft and not (run.rm or run.ppo):
+        first, last = run.sft[0], run.sft[-1]
+        parts.append(f"SFT's loss went from {_n(first, 'loss')} to {_n(last, 'loss')} in {len(run.sft)} steps.")
     if run.ppo:
         first, last = run.ppo[0], run.ppo[-1]
         parts.append(

@@ -74,6 +74,8 @@ def test_what_was_not_measured_is_not_known() -> None:
     found = symptoms(Figures())
     assert {symptom.holds for symptom in found} == {None}
     assert in_words(Figures(), found) == "No stage has measured anything yet."
+    half = Figures(sft=[{"step": 1, "loss": 7.0}, {"step": 2, "loss": 6.5}])
+    assert in_words(half, symptoms(half)) == "SFT's loss went from 7 to 6.5 in 2 steps."
     diverged = Figures(ppo=[{"step": 1, "objective/kl": math.nan, "length/mean": 3.0}])
     assert [symptom.name for symptom in symptoms(diverged) if symptom.holds] == ["KL runs away"]
     assert "None of the symptoms" not in in_words(diverged, symptoms(diverged))
