@@ -116,6 +116,7 @@ def start(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     inputs = {"base": base, "comparisons": tmp_path / "comparisons", "demonstrations": tmp_path / "demonstrations"}
     monkeypatch.setattr(group, "is_main", lambda: True)
     monkeypatch.setattr(group, "barrier", lambda: None)
+    monkeypatch.setattr(group, "device", lambda: torch.device("cpu"))
 
     def started(*, given: Path = base, **values: Any) -> tuple[Training, Callable[[], dict[str, float]]]:
         settings = RmSettings.model_validate({"micro_batch_size": 3, "max_length": 32} | values)
