@@ -9,13 +9,14 @@ CONFIG ?= configs/quickstart.yaml
 ARGS   ?=
 BENCH  ?= ppo
 BIN    := .venv/bin
-STAGES := sft rm ppo
+STAGES := sft rm ppo dpo
 # uv, where it is, installs the same versions faster.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet \
            --disable-pip-version-check) --constraint constraints.txt
 GOALS  := $(filter $(STAGES),$(MAKECMDGOALS))
-# ppo alone then also measures what it did.
-TARGETS := $(GOALS) $(if $(filter ppo,$(GOALS)),evaluate)
+# The last stage, of those named the one that aligns a policy, is also measured.
+LAST   := $(lastword $(filter-out sft rm,$(GOALS)))
+TARGETS := $(GOALS) $(if $(LAST),evaluate evaluate.inputs.after=$(LAST))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup $(STAGES) run test types tests check golden bench docs-figures chaos wheel matrix format clean
