@@ -18,7 +18,7 @@ from rlhf.collect.judges import judge_of
 from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
-from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
+from rlhf.config.stages import DpoSettings, EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
 from rlhf.config.tuning import (
     BottomFrozenTuning,
     LoraTuning,
@@ -60,7 +60,7 @@ from rlhf.models.text import (
 from rlhf.models.tuning import anchors, experts_left_out
 from rlhf.pipeline import disk, fitting
 from rlhf.pipeline.memory import Texts
-from rlhf.ranking.lists import draw_lists
+from rlhf.ranking.lists import draw_lists, draw_pairs
 from rlhf.rewards import EndpointReward, load_function
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
 from rlhf.rollout.vllm_sampling import NOT_INSTALLED
@@ -139,6 +139,57 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
     steps = math.ceil(settings.epochs * math.ceil(len(lists) / settings.batch_size))
     check_offloading(context, [context.inputs["base"]])
     return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
+
+
+def dpo(context: Context[DpoSettings]) -> dict[str, float]:
+    """Check that the sets order pairs and each leaves something to learn; count what is left out and what is cut."""
+    policy, settings = context.inputs["policy"], context.settings
+    check_policy(policy)
+    check_supervised(context, "comparisons")
+    check_tuning(context, ["policy"])
+    if "comparisons" not in context.inputs:
+        return {}
+    tokenizer, over, prompts_only, longest, steps = load_tokenizer(policy), 0, 0, 0, 0
+    counts: dict[str, float] = {}
+    for part in ("train", "heldout"):
+        sets = read_rows(context.inputs["comparisons"] / f"{part}.jsonl")
+        tied = sum(len(set(row["strengths"])) == 1 for row in sets)
+        pairs, equal = draw_pairs(sets, settings.pairs_per_response, settings.seed)
+        if not pairs:
+            raise PreflightError(
+                f"none of the {len(sets)} sets orders two different responses ({tied} have responses of equal "
+                f"strength alone, {equal} pairs have equal texts), so there is no pair to learn from or to measure by",
+                f"comparisons/{part}.jsonl",
+                "check that ratings differ and rankings order responses; more annotators break ties",
+            )
+        if tied or equal:
+            context.note(
+                f"of the {len(sets)} sets of {part} {tied} are left out, since all their responses are of equal "
+                f"strength, and {equal} pairs, since their texts are equal"
+            )
+        for number, row in enumerate(sets, start=1):
+            before = len(prompt_ids(tokenizer, row["prompt"], f"comparisons/{part}.jsonl, row {number}"))
+            lengths = [before + len(response_ids(tokenizer, response)) for response in row["responses"]]
+            longest, prompts_only = max(longest, *lengths), prompts_only + (before >= settings.max_length)
+            over += sum(length > settings.max_length for length in lengths)
+        if part == "train":
+            steps = math.ceil(settings.epochs * math.ceil(len(pairs) / settings.batch_size))
+            counts = {"sets/tied": float(tied), "pairs/equal": float(equal)}
+    if prompts_only:
+        raise PreflightError(
+            f"{prompts_only} sets have prompts of {settings.max_length} tokens or more: nothing of their responses "
+            "would be learned",
+            f"{context.stage}.max_length",
+            f"raise {context.stage}.max_length above {longest}, or shorten those prompts",
+        )
+    if over:
+        context.note(
+            f"{over} responses are, with their prompts, longer than {settings.max_length} tokens: they are cut at the "
+            "end, and nothing is learned of how they end"
+        )
+    fitting.check(context, Texts(min(longest, settings.max_length), in_list=2))
+    check_offloading(context, [policy])
+    return counts | {"responses/too_long": float(over)} | disk.written(context, [policy], steps)
 
 
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
@@ -227,15 +278,15 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     role  of the input with the data; not checked while its artifact does not exist
     """
     settings, stage, ranks = context.settings, context.stage, context.settings.workers.ranks
-    virtual = virtual_tokens_of(settings.tuning)
-    length, limit = settings.max_length, context_length(config_of(context.inputs["base"]))
+    virtual, model = virtual_tokens_of(settings.tuning), _trained_model(context)
+    length, limit = settings.max_length, context_length(config_of(model))
     if length + virtual > limit:
         before = f", of which {virtual} are for virtual tokens" if virtual else ""
         what = f"max_length is {length}, and the model's context is {limit} tokens{before}"
         if limit - virtual < MIN_LENGTH:
             raise PreflightError(what, f"{stage}.tuning", "take fewer virtual tokens: 10 to 100 are usual")
         raise _fitting(stage, "max_length", limit - virtual, what)
-    check_virtual_tokens(context.inputs["base"], settings.tuning, length, stage)
+    check_virtual_tokens(model, settings.tuning, length, stage)
     if settings.batch_size % ranks:
         what = f"batch_size {settings.batch_size} is not a multiple of the {ranks} ranks"
         raise _fitting(stage, "batch_size", math.ceil(settings.batch_size / ranks) * ranks, what)
@@ -259,7 +310,7 @@ def check_tuning(context: Context[Any], roles: Sequence[str]) -> None:
     """
     settings, stage = context.settings, context.stage
     method = settings.tuning
-    folder = next(context.inputs[role] for role in ("base", "policy") if role in context.inputs)
+    folder = _trained_model(context)
     plain = folder / BASE if is_adapter(folder) else folder
     config = config_of(folder)
     config = config.get("text_config", config)
@@ -280,6 +331,10 @@ def check_tuning(context: Context[Any], roles: Sequence[str]) -> None:
             pass
     for role in roles:
         check_goes_on(stage, role, context.inputs[role], method)
+
+
+def _trained_model(context: Context[Any]) -> Path:
+    return next(context.inputs[role] for role in ("base", "policy") if role in context.inputs)
 
 
 def check_targets(stage: str, targets: Sequence[str], folder: Path, vocabulary: int | None) -> None:
@@ -370,7 +425,7 @@ def check_room(stage: str, model: Path, prompt: int, response: int, field: str, 
 
 
 def check_offloading(
-    context: Context[SftSettings] | Context[RmSettings] | Context[PpoSettings],
+    context: Context[SftSettings] | Context[RmSettings] | Context[DpoSettings] | Context[PpoSettings],
     models: Sequence[Path],
     frozen: Sequence[Path] = (),
 ) -> None:

@@ -10,7 +10,7 @@ from rlhf.attempt.context import Context
 from rlhf.cluster.devices import Device, device_of_ranks
 from rlhf.config.base import is_local
 from rlhf.config.ppo import PpoSettings, RolloutSettings
-from rlhf.config.stages import ModelSettings, RmSettings, SftSettings
+from rlhf.config.stages import ModelSettings
 from rlhf.config.tuning import LoraTuning
 from rlhf.errors import PreflightError, size
 from rlhf.models.footprint import Architecture
@@ -149,7 +149,7 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
     with tempfile.TemporaryDirectory() as scratch:
         for name, planned in stages.items():
             settings: Any = planned.instance.settings
-            if not isinstance(settings, SftSettings | RmSettings | PpoSettings):
+            if not isinstance(settings, Training):
                 continue
             inputs = {
                 role: folder

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.config.tuning import LowRankTuning, virtual_tokens
 from rlhf.config.zero import BUCKET
 from rlhf.errors import size
@@ -33,7 +33,7 @@ REUSE = 5 * 10**8
 TILE = 4096, 32768
 """Tokens and entries of the vocabulary whose logits sft has at a time: TRL's."""
 
-Training = SftSettings | RmSettings | PpoSettings
+Training = SftSettings | RmSettings | DpoSettings | PpoSettings
 T = TypeVar("T", bound=Training)
 Bytes = Mapping[str, float]
 
@@ -47,7 +47,7 @@ class Texts:
     response: int = 0
     """Of a response in ppo."""
     in_list: int = 1
-    """Most responses in a list of rm."""
+    """Most responses in a list of rm; two of a pair of dpo."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def limits(settings: Training) -> Texts:
             return Texts(settings.max_length)
         case RmSettings():
             return Texts(settings.max_length, in_list=settings.responses_per_list or 4)
+        case DpoSettings():
+            return Texts(settings.max_length, in_list=2)
         case PpoSettings():
             response, mixed = settings.sampling.max_new_tokens, settings.ptx.max_length if settings.ptx.coef else 0
             return Texts(settings.longest, max(response, mixed))
@@ -95,7 +97,8 @@ def predict(
     if isinstance(settings, PpoSettings):
         moments = list(_ppo(settings, models, texts, gpu))
     else:
-        moments = list(_supervised(settings, models["base"], texts, gpu))
+        model = models["policy" if isinstance(settings, DpoSettings) else "base"]
+        moments = list(_supervised(settings, model, texts, gpu))
     moment, parts = max(moments, key=lambda candidate: sum(candidate[1].values()))
     return Prediction(moment, {name: parts[name] for name in PARTS if parts.get(name)})
 
@@ -209,7 +212,7 @@ class Trained:
     def masked(self) -> bool:
         """Whether attention has a mask; packed texts are computed one by one where the GPU's kernel can."""
         settings = self.settings
-        packed = isinstance(settings, RmSettings) or settings.packing
+        packed = isinstance(settings, RmSettings) or (not isinstance(settings, DpoSettings) and settings.packing)
         return not (packed and self.gpu and self.width == 2 and self.model.by_text and not self.part.tokens)
 
     @property
@@ -295,9 +298,9 @@ class Trained:
 
 
 def _supervised(
-    settings: SftSettings | RmSettings, model: Architecture, texts: Texts, gpu: bool
+    settings: SftSettings | RmSettings | DpoSettings, model: Architecture, texts: Texts, gpu: bool
 ) -> Iterator[tuple[str, Bytes]]:
-    """Yield the moments of sft or rm."""
+    """Yield the moments of sft, rm or dpo, whose reference takes no memory."""
     scores = isinstance(settings, RmSettings)
     part = learned(model, settings.tuning, scores=scores)
     trained = Trained(settings, "the", model, part, scores, gpu)
@@ -317,7 +320,7 @@ def _tiled_logits(trained: Trained, tokens: int) -> float:
     """Return bytes of a tile of logits, of the gradients of hidden states and, where it trains, of the head."""
     model, width = trained.model, trained.width
     head = (4 + (width if width < 4 else 0)) * model.vocabulary * model.hidden if trained.part.head else 0
-    if not trained.gpu and trained.sharding.stage < 3:
+    if not trained.gpu and trained.sharding.stage < 3 and isinstance(trained.settings, SftSettings):
         # Logits in fp32, their distribution, and the terms of its entropy.
         return 12 * _in_chunk(trained, tokens) * model.vocabulary + head
     rows, entries = min(tokens, TILE[0]), min(model.vocabulary, TILE[1])

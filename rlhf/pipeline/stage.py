@@ -17,6 +17,7 @@ from rlhf.config.data import DataSettings, RankSettings, ranked_inputs, sources
 from rlhf.config.ppo import PpoSettings, without_adapter
 from rlhf.config.rewards import reward_inputs, reward_sources
 from rlhf.config.stages import (
+    DpoSettings,
     EvaluateSettings,
     ModelSettings,
     RmSettings,
@@ -110,6 +111,7 @@ _IMPORTS = (
     "datasets",
     "trl.trainer.sft_trainer",
     "trl.trainer.reward_trainer",
+    "trl.trainer.dpo_trainer",
     "scipy.stats",
     "sklearn.feature_extraction.text",
     "sklearn.linear_model",
@@ -207,6 +209,17 @@ OURS = (
         preflight="rlhf.stages.checks:ppo",
         disagrees=lambda settings, makers: without_adapter(settings, makers) or loses_virtual_tokens(settings, makers),
         sources=lambda settings: reward_sources(settings.rewards),
+    ),
+    _on_workers(
+        "dpo",
+        1,
+        DpoSettings,
+        "rlhf.stages.dpo:run",
+        "policy",
+        inputs=taking(policy=Input("sft", _MODELS), comparisons=Input("rank", ("comparisons",))),
+        continues="policy",
+        disagrees=loses_virtual_tokens,
+        preflight="rlhf.stages.checks:dpo",
     ),
     _on_workers(
         "evaluate",

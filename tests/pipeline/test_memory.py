@@ -24,7 +24,7 @@ from rlhf.cluster import causes
 from rlhf.cluster.devices import Device
 from rlhf.cluster.worker import Call
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.errors import PreflightError
 from rlhf.models import capacity, footprint
@@ -280,11 +280,17 @@ MODELS = {"base": BILLION, "policy": BILLION, "reward": BILLION}
 STAGES: dict[str, Any] = {
     "sft": SftSettings.model_validate({"precision": "bf16", "max_length": 2048, "micro_batch_size": 8}),
     "rm": RmSettings.model_validate({"precision": "bf16", "micro_batch_size": 8, "batch_size": 64}),
+    "dpo": DpoSettings.model_validate({"precision": "bf16", "micro_batch_size": 8, "batch_size": 64}),
     "ppo": ppo(precision="bf16", micro_batch_size=16, sampling={"max_new_tokens": 512}),
 }
 
 
-ROWS_OF = {"sft": ["batch_size=48"], "rm": ["batch_size=48"], "ppo": ["rollouts=96", "minibatches=2"]}
+ROWS_OF = {
+    "sft": ["batch_size=48"],
+    "rm": ["batch_size=48"],
+    "dpo": ["batch_size=48"],
+    "ppo": ["rollouts=96", "minibatches=2"],
+}
 """24 rows for each of two ranks."""
 
 
@@ -314,6 +320,12 @@ def test_memory_follows_the_settings(stage: str) -> None:
     assert by_ranks == sorted(by_ranks, reverse=True)
     if stage != "sft":  # which packs short texts into long sequences
         assert predict(settings, MODELS, Texts(100, 50)).total < total
+
+
+def test_the_reference_of_dpo_takes_no_memory() -> None:
+    """A pair is two texts: those of as many texts of sft, each padded, and nothing more."""
+    sft = changed(STAGES["sft"], "max_length=512", "packing=false", "micro_batch_size=16", "batch_size=128")
+    assert predict(STAGES["dpo"], MODELS) == predict(sft, MODELS)
 
 
 def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
@@ -483,8 +495,10 @@ def test_ppo_packs_where_a_gpu_s_kernel_computes_policy_and_value_model(tmp_path
     assert "stage.micro_batch_tokens=2270" in causes._less_memory(call)  # pyright: ignore[reportPrivateUsage]
 
 
-@pytest.mark.parametrize(("stage", "longest"), [("sft", 2048), ("sft, padded", 2048), ("rm", 4 * 512)])
-def test_tokens_stand_for_rows_of_sft_and_rm(gpu: Any, stage: str, longest: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "longest"), [("sft", 2048), ("sft, padded", 2048), ("rm", 4 * 512), ("dpo", 2 * 512)]
+)
+def test_tokens_stand_for_rows_of_sft_rm_and_dpo(gpu: Any, stage: str, longest: int, tmp_path: Path) -> None:
     """As many as they hold, no more than a rank's share; less of them is advised where they are too many."""
     plain = changed(STAGES[stage.partition(",")[0]], *(["packing=false"] if "padded" in stage else []))
     tokens, four = (

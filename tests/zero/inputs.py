@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-STAGE_NAMES = ("sft", "rm", "ppo", "ppo with adapters", "ppo with one base")
+STAGE_NAMES = ("sft", "rm", "dpo", "ppo", "ppo with adapters", "ppo with one base")
 MEMORY_STAGES = ("sft", "rm", "ppo")
 MICRO_BATCHES: dict[str, dict[str, Any]] = {
     "of 1": {"micro_batch_size": 1},

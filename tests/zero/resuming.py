@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.errors import DiskFullError, InterruptedRunError
 from rlhf.models import folders
 from rlhf.models.layout import is_adapter
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 from rlhf.rollout.sequences import lay_out
-from rlhf.stages import ppo, rm, sft
+from rlhf.stages import dpo, ppo, rm, sft
 from rlhf.tracking import read_metrics
 from rlhf.training import checkpoint_writer
 from rlhf.training.policy import FrozenPolicy
@@ -74,6 +74,12 @@ def _rm(_: Path) -> RmSettings:
     return RmSettings.model_validate(values | {"responses_per_list": 2, "optimizer": {"learning_rate": 1e-3}})
 
 
+def _dpo(_: Path) -> DpoSettings:
+    # Eleven pairs; every weight is trained, so that no adapter holds the reference.
+    values = {"epochs": 2, "batch_size": 4, "micro_batch_size": 2, "max_length": 64, "checkpoint_every": 1}
+    return DpoSettings.model_validate(values | {"beta": 0.5, "optimizer": {"learning_rate": 1e-3}})
+
+
 def _ppo(data: Path, **more: Any) -> PpoSettings:
     values: dict[str, Any] = {
         "rewards": [{"function": f"{data / 'reward.py'}:reward"}],
@@ -117,6 +123,8 @@ STAGES = {
         4,
         1,
     ),
+    # Inside the second epoch, where the weights are far from the reference's.
+    "dpo": Stage(dpo.run, _dpo, {"policy": "tiny", "comparisons": "comparisons"}, (4,), None, None),
     # While the value model alone is trained; then with everything.
     "ppo": Stage(ppo.run, _ppo, _PPO_ROLES, (), 4, 1),
     # When both models have taken steps.
