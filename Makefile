@@ -16,7 +16,7 @@ INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/py
 GOALS  := $(filter $(STAGES),$(MAKECMDGOALS))
 # The last stage, of those named the one that aligns a policy, is also measured.
 LAST   := $(lastword $(filter-out sft rm,$(GOALS)))
-TARGETS := $(GOALS) $(if $(LAST),evaluate evaluate.inputs.after=$(LAST))
+TARGETS := $(GOALS) $(if $(LAST),"evaluate.policies=[$(LAST)]" evaluate)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup $(STAGES) run test types tests check golden bench docs-figures chaos wheel matrix format clean

@@ -15,7 +15,7 @@ from typing import Any
 from rlhf.attempt.context import Context
 from rlhf.cluster.devices import device_of_ranks
 from rlhf.collect.judges import judge_of
-from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
+from rlhf.config.collect import CollectSettings, CompareSettings, SelectSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import DpoSettings, EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
@@ -240,8 +240,9 @@ def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
     """Check the rewards, and that held-out prompts and responses together fit the policy's context."""
     settings, inputs = context.settings, context.inputs
     check_rewards(settings.rewards, inputs)
-    for role in inputs.keys() & {"before", "after"}:
-        check_policy(inputs[role])
+    for role in ("before", *settings.compared):
+        if role in inputs:
+            check_policy(inputs[role])
     if "before" in inputs and "prompts" in inputs:
         tokenizer = load_tokenizer(inputs["before"])
         PromptStream(inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
@@ -269,6 +270,12 @@ def compare(context: Context[CompareSettings]) -> dict[str, float]:
     """Check that the judge exists."""
     judge_of(context.settings)
     return {}
+
+
+def select(context: Context[SelectSettings]) -> dict[str, float]:
+    """Check the rewards."""
+    check_rewards(context.settings.rewards, context.inputs)
+    return disk.written(context)
 
 
 def check_supervised(context: Context[SupervisedSettings], role: str) -> None:

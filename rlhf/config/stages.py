@@ -390,10 +390,18 @@ class DpoSettings(SupervisedSettings):
 
 
 class EvaluateSettings(ShardedSettings):
-    """The policy before and after PPO on the same held-out prompts."""
+    """Policies on the same held-out prompts: one before its last stage, and one or several after."""
 
     seed: Seed = semantic(0)
-    """Seeds the sampling and the intervals."""
+    """Seeds the sampling."""
+    policies: list[str] = semantic(["ppo"], min_length=1)
+    """Stages whose policies are compared with ``before`` and with each other. The figures of a single one are named
+    ``after``, those of several by their stages."""
+    responses: int = semantic(1, ge=1)
+    """Responses of each policy to each prompt, each with random numbers that all policies share."""
+    best_of_n: int | None = semantic(None, ge=2)
+    """Number of responses of the policy before of which the rewards pick the best, as one more policy to compare; null
+    for none."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
     """What scores responses: what PPO was given."""
     prompts: int = semantic(256, ge=2)
@@ -411,6 +419,21 @@ class EvaluateSettings(ShardedSettings):
     def _rewards_are_sound(self) -> "EvaluateSettings":
         rewards_are_sound(self.rewards)
         return self
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> "EvaluateSettings":
+        taken = {"before", "prompts", "judge", f"best_of_{self.best_of_n}"}
+        for name in self.policies:
+            if self.policies.count(name) > 1 or name in taken or name.startswith("reward"):
+                raise ValueError(
+                    f"policies names {name!r}, which names figures of something else; name each stage once"
+                )
+        return self
+
+    @property
+    def compared(self) -> dict[str, str]:
+        """Map the name of each policy to compare with ``before`` to the stage that makes it."""
+        return {"after": self.policies[0]} if len(self.policies) == 1 else {name: name for name in self.policies}
 
 
 def loses_virtual_tokens(settings: TrainingSettings, makers: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config.base import Settings, is_local
-from rlhf.config.collect import CollectSettings, CompareSettings, awaited, compare_sources, writer_inputs
+from rlhf.config.collect import (
+    CollectSettings,
+    CompareSettings,
+    SelectSettings,
+    awaited,
+    compare_sources,
+    writer_inputs,
+)
 from rlhf.config.data import DataSettings, RankSettings, ranked_inputs, sources
 from rlhf.config.ppo import PpoSettings, without_adapter
 from rlhf.config.rewards import reward_inputs, reward_sources
@@ -160,6 +167,18 @@ OURS = (
         sources=compare_sources,
         awaits=awaited,
     ),
+    _on_workers(
+        "select",
+        1,
+        SelectSettings,
+        "rlhf.stages.select:run",
+        "data",
+        inputs=lambda settings: (
+            {"responses": Input("collect", ("responses",))} | _each(reward_inputs(settings.rewards), "reward-model")
+        ),
+        preflight="rlhf.stages.checks:select",
+        sources=lambda settings: reward_sources(settings.rewards),
+    ),
     Stage(
         "rank",
         4,
@@ -228,7 +247,8 @@ OURS = (
         "rlhf.stages.evaluate:run",
         "report",
         inputs=lambda settings: (
-            {"before": Input("sft", _MODELS), "after": Input("ppo", _MODELS), "prompts": Input("data/prompts")}
+            {"before": Input("sft", _MODELS), "prompts": Input("data/prompts")}
+            | _each(settings.compared, *_MODELS)
             | _each(reward_inputs(settings.rewards), "reward-model")
             | ({"judge": Input("data/judge")} if settings.judge else {})
         ),

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from rlhf.attempt.context import Context
-from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
+from rlhf.config.collect import CollectSettings, SelectSettings, WriterSettings, writer_inputs
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision, RmSettings
 from rlhf.config.zero import ZeroSettings
@@ -158,21 +158,16 @@ def _plain_policy(context: Context[PpoSettings]) -> Path:
     return plain_folder(context.inputs["policy"], context.folder.policy, context.settings.precision, scores=False)
 
 
-def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, Rewards]:
-    """Load and shard the two policies to compare, and the rewards that score them. A collective."""
+def load_frozen(context: Context[EvaluateSettings], role: str) -> FrozenPolicy:
+    """Load and shard a policy to compare. A collective."""
     settings = context.settings
-    micro_batch = MicroBatch(settings.micro_batch_size)
-    before, after = (
-        FrozenPolicy(
-            context.inputs[role],
-            settings.precision,
-            settings.sampling.temperature,
-            micro_batch,
-            fp32_head=settings.sampling.fp32_head,
-        )
-        for role in ("before", "after")
+    return FrozenPolicy(
+        context.inputs[role],
+        settings.precision,
+        settings.sampling.temperature,
+        MicroBatch(settings.micro_batch_size),
+        fp32_head=settings.sampling.fp32_head,
     )
-    return before, after, load_rewards(context, micro_batch)
 
 
 def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Generator:
@@ -184,7 +179,7 @@ def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Ge
 
 
 def load_rewards(
-    context: Context[PpoSettings] | Context[EvaluateSettings],
+    context: Context[PpoSettings] | Context[EvaluateSettings] | Context[SelectSettings],
     micro_batch: MicroBatch,
     zero: ZeroSettings = STAGE_3,
 ) -> Rewards:

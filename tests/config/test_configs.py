@@ -24,7 +24,7 @@ def test_every_pipeline_in_configs_loads(path: Path) -> None:
     config = load(path)
     assert config.name == path.stem
     whole = path.name in ("quickstart.yaml", "tiny.yaml", "cluster.yaml")
-    assert not whole or set(config.instances) == set(stages()) - {"collect", "compare"}
+    assert not whole or {"data", "model", "rank", "sft", "rm", "ppo", "evaluate"} <= set(config.instances)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
