@@ -249,6 +249,13 @@ def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
         check_rewards_read(inputs, "heldout")
         response = settings.sampling.max_new_tokens
         check_room(context.stage, inputs["before"], settings.max_prompt_length, response, "sampling.max_new_tokens")
+        for role in settings.compared.keys() & inputs.keys():
+            if load_tokenizer(inputs[role]).get_vocab() != tokenizer.get_vocab():
+                raise PreflightError(
+                    f"the policies before and {role} have different tokenizers, so that their KL is not defined",
+                    f"{context.stage}.policies",
+                    "compare policies that were trained from one model",
+                )
     return disk.written(context)
 
 

@@ -226,6 +226,12 @@ def _tokens_of_longer(row: Any) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
+def _has_virtual_tokens(model: Any) -> bool:
+    """Return whether a model's routers, of a mixture of experts, are frozen, and their loss counts other tokens."""
+    base = unwrapped(model)
+    return has_virtual_tokens(getattr(base, base.base_model_prefix))
+
+
 def sft_trainer(
     context: Context[SftSettings],
     load: Callable[[], Any],
@@ -243,13 +249,11 @@ def sft_trainer(
     settings = context.settings
     arguments = SFTConfig(**common_arguments(context), max_length=settings.max_length, completion_only_loss=True)
     model = load()
-    base = unwrapped(model)
-    virtual = has_virtual_tokens(getattr(base, base.base_model_prefix))
+    virtual = _has_virtual_tokens(model)
     arguments.packing = settings.packing and keeps_texts_apart(model.config) and not virtual
     if arguments.packing:
-        read_beginnings_once(base)
+        read_beginnings_once(unwrapped(model))
     if virtual:
-        # The routers of a mixture of experts are frozen, and their loss knows of no tokens but the text's.
         arguments.router_aux_loss_coef = 0.0
     if settings.packing and not arguments.packing and group.is_main():
         apart = f"{model.config.model_type} models do not keep packed texts apart"
@@ -312,9 +316,12 @@ def dpo_trainer(
     smoothing = settings.label_smoothing if settings.loss == "robust" else 0.0
     more: dict[str, Any] = {"beta": settings.beta, "loss_type": [settings.loss], "label_smoothing": smoothing}
     arguments = DPOConfig(**common_arguments(context), **more, max_length=settings.max_length)
+    model = load()
+    if _has_virtual_tokens(model):
+        arguments.router_aux_loss_coef = 0.0
     return _DpoTrainer(
         context,
-        load(),
+        model,
         heldout,
         DataCollatorForPreference(tokenizer.pad_token_id, settings.max_length),
         args=arguments,

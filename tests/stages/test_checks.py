@@ -20,7 +20,7 @@ from rlhf.models.packing import tokenised
 from rlhf.models.text import load_tokenizer, prompt_ids, response_ids, text_start
 from rlhf.pipeline import disk
 from rlhf.stages import checks
-from tests.models.tiny import TEXTS, make_tiny_adapter, make_tiny_llama, tiny_config
+from tests.models.tiny import SHAPE, TEXTS, make_tiny_adapter, make_tiny_llama, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,18 @@ def test_what_evaluate_could_not_answer_is_refused_before_ppo_is_trained(base: P
     with pytest.raises(PreflightError, match="do not fit the policy's context of 64") as error:
         evaluate(max_prompt_length=32, sampling={"max_new_tokens": 1000})
     assert error.value.next_step == "evaluate.sampling.max_new_tokens=32"
+
+
+def test_policies_of_different_tokenizers_are_not_compared(base: Path, tmp_path: Path) -> None:
+    """One's log-probabilities of the other's tokens mean nothing."""
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"prompt": "a film of two halves"}) + "\n")
+    other = make_tiny_llama(tmp_path / "other", SHAPE.model_copy(update={"vocabulary": 310}))
+    settings = EvaluateSettings.model_validate(
+        {"policies": ["near", "far"], "max_prompt_length": 32, "sampling": {"max_new_tokens": 32}}
+    )
+    inputs = {"before": base, "near": base, "far": other, "prompts": tmp_path}
+    with pytest.raises(PreflightError, match="the policies before and far have different tokenizers"):
+        checks.evaluate(Context("evaluate", "key", settings, inputs, tmp_path, tmp_path, tmp_path))
 
 
 def test_a_length_beyond_the_models_context_is_refused(base: Path, tmp_path: Path) -> None:
