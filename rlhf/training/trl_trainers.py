@@ -166,8 +166,8 @@ class _DpoTrainer(Ordered, DPOTrainer):
 
     def before_first_step(self) -> None:
         """Measure the initial policy's log-probabilities of all pairs."""
-        self._reference = self._logprobs(self.train_dataset)
-        self._heldout_reference = self._logprobs(self._heldout)
+        self._reference = self._logprobs(self.train_dataset, "reference")
+        self._heldout_reference = self._logprobs(self._heldout, "reference of held-out pairs")
 
     def collated(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Return TRL's batch of training pairs, the offset as a part of the reference."""
@@ -178,8 +178,11 @@ class _DpoTrainer(Ordered, DPOTrainer):
         return batch | reference | {"preferences": preferences}
 
     @torch.no_grad()
-    def _logprobs(self, rows: Any) -> Tensor:
-        """Return log π ``[pair, 2]`` of chosen and rejected responses, in nats. A collective."""
+    def _logprobs(self, rows: Any, what: str) -> Tensor:
+        """Return log π ``[pair, 2]`` of chosen and rejected responses, in nats. A collective.
+
+        what  is measured, for the user
+        """
         engine = self.model_wrapped
         engine.eval()
         lengths = torch.tensor([_tokens_of_longer(row) for row in rows])
@@ -193,7 +196,7 @@ class _DpoTrainer(Ordered, DPOTrainer):
             labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
             outputs = engine(**batch, labels=labels, use_cache=False, fused_lm_head=True)
             found[place, : len(pairs)] = outputs.log_probs.sum(1).view(2, -1).T.cpu()
-            liveness.beat()
+            self._context.progress(f"{what}, batch {place + 1} of {len(mine)}", place + 1, len(mine))
         sorted_pairs = group.gather_rows(found, len(batches)).flatten(0, 1)[: len(order)]
         return torch.empty_like(sorted_pairs).index_copy_(0, order, sorted_pairs)
 
@@ -218,7 +221,7 @@ class _DpoTrainer(Ordered, DPOTrainer):
 
     def heldout_margins(self) -> Tensor:
         """Return the differences of the rewards of held-out pairs ``[pair]``, chosen less rejected. A collective."""
-        ratios = self._logprobs(self._heldout) - self._heldout_reference
+        ratios = self._logprobs(self._heldout, "held-out pairs") - self._heldout_reference
         return self.beta * (ratios[:, 0] - ratios[:, 1])
 
 
