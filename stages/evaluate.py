@@ -5,7 +5,7 @@ judge.  Out: every sample with its scores.
 All policies answer the same prompts with the same random numbers. KL is the mean over a policy's responses of
 log π(y | x) - log π_before(y | x), an unbiased estimate of KL(π ‖ before) in nats a response. Best of n is the policy
 before, of whose n responses the rewards pick the best; its KL is at most log n - (n - 1) / n (Beirami et al. 2024,
-arXiv:2401.01879, theorem 1).
+arXiv:2401.01879).
 Shapes: [P, R], P prompts with R responses each.
 """
 

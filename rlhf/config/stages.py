@@ -345,7 +345,7 @@ class DpoSettings(SupervisedSettings):
     """Strength of the pull to the initial policy, in 1 / nats; of ``ipo`` its τ."""
     loss: Literal["sigmoid", "ipo", "robust"] = semantic("sigmoid")
     """The loss of a pair, as TRL has it: DPO's own (eq. 7), that of IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17) by
-    the mean over a response's tokens, or robust DPO's (Ray Chowdhury et al. 2024, arXiv:2403.00409, eq. 12)."""
+    the mean over a response's tokens, or robust DPO's (Ray Chowdhury et al. 2024, arXiv:2403.00409)."""
     labels: Literal["order", "strengths", "share"] = semantic("order")
     """What ``sigmoid`` learns of a pair: that the stronger response is preferred, or with what probability, by the
     strengths or by the share of annotators. Pairs that no annotator compared have no share, and are left out."""
@@ -354,7 +354,7 @@ class DpoSettings(SupervisedSettings):
     ``robust`` its ε."""
     margin: float = semantic(0.0, ge=0)
     """Weight of the difference of strengths as an offset of the rewards' difference (Amini et al. 2024,
-    arXiv:2402.10571, eq. 6); 0 for none."""
+    arXiv:2402.10571); 0 for none."""
     pairs_per_response: float = semantic(1.0, gt=0)
     """Number of drawn pairs that each response is in, out of all on one scale, as far as there are different ones."""
     optimizer: OptimizerSettings = semantic(OptimizerSettings(learning_rate=1e-6, warmup_fraction=0.1))
