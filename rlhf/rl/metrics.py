@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.stages import Precision
 from rlhf.errors import DivergedError
 from rlhf.rl.kl import Estimator, kl_estimates
@@ -64,13 +64,16 @@ def mismatch_metrics(sampler_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -
     return {"rollout/kl_to_trained": gaps.sum(-1).mean().item(), "rollout/largest_gap": gaps.abs().max().item()}
 
 
-def update_metrics(policy: Sequence[PolicySums], value: Sequence[ValueSums]) -> dict[str, float]:
+def update_metrics(policy: Sequence[PolicySums], value: Sequence[ValueSums] = ()) -> dict[str, float]:
     """Measure an iteration's updates; means are over the real tokens of all its minibatches.
 
     policy  empty while the value model warms up
+    value   empty without a value model
     """
-    values = sum(value[1:], start=value[0])
-    metrics = {"loss/value_avg": values.mean_loss.item(), "val/clipfrac_avg": values.clip_fraction.item()}
+    metrics: dict[str, float] = {}
+    if value:
+        values = sum(value[1:], start=value[0])
+        metrics = {"loss/value_avg": values.mean_loss.item(), "val/clipfrac_avg": values.clip_fraction.item()}
     if not policy:
         return metrics | {"policy/updates": 0.0}
     policies = sum(policy[1:], start=policy[0])
@@ -113,7 +116,7 @@ class Watched:
     rollouts: int
 
     @classmethod
-    def of(cls, settings: PpoSettings, first: Metrics) -> "Watched":
+    def of(cls, settings: PolicyGradientSettings, first: Metrics) -> "Watched":
         """Take the values from a run's settings."""
         return cls(first, settings.precision, settings.sampling.max_new_tokens, settings.rollouts)
 

@@ -9,7 +9,7 @@ import pytest
 from datasets import disable_progress_bars
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rlhf.config.ppo import PtxSettings
+from rlhf.config.policy_gradient import PtxSettings
 from rlhf.errors import PreflightError, RecordError
 from rlhf.models import base_models, reward, templates, text
 from rlhf.models.micro_batches import MicroBatch
