@@ -9,13 +9,15 @@ CONFIG ?= configs/quickstart.yaml
 ARGS   ?=
 BENCH  ?= ppo
 BIN    := .venv/bin
-STAGES := sft rm ppo
+LAST   := ppo grpo rloo
+STAGES := sft rm $(LAST)
 # uv, where it is, installs the same versions faster.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet \
            --disable-pip-version-check) --constraint constraints.txt
 GOALS  := $(filter $(STAGES),$(MAKECMDGOALS))
-# ppo alone then also measures what it did.
-TARGETS := $(GOALS) $(if $(filter ppo,$(GOALS)),evaluate)
+# What the last stage did is measured then, of several that of the last named.
+AFTER   := $(lastword $(filter $(LAST),$(GOALS)))
+TARGETS := $(GOALS) $(if $(AFTER),evaluate evaluate.inputs.after=$(AFTER))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup $(STAGES) run test types tests check golden bench docs-figures chaos wheel matrix format clean

@@ -100,6 +100,12 @@ class PolicyGradientSettings(TrainingSettings):
     ``missing_eos_penalty``."""
     policy_clip: float | None = semantic(0.2, gt=0)
     """ε of the clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7); null leaves the ratio as it is."""
+    policy_clip_high: float | None = semantic(None, gt=0)
+    """ε above 1, where it is another than below: clip-higher (Yu et al. 2025, DAPO, arXiv:2503.14476, §3.1; 0.28
+    there). Null takes ``policy_clip`` on both sides."""
+    dual_clip: float | None = semantic(None, gt=1)
+    """c of dual clip (Ye et al. 2020, arXiv:1912.09729, eq. 5; 3 there): where an advantage is negative, the surrogate
+    is at least c times it, however large the ratio. Null for none."""
     importance_cap: float | None = semantic(None, gt=0)
     """Cap C of truncated importance sampling: each token's advantage is multiplied by min(π_trained / π_sampler, C)
     (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; 2 is usual). Null for
@@ -158,6 +164,8 @@ class PolicyGradientSettings(TrainingSettings):
     def _settings_fit_each_other(self) -> Self:
         if self.rollouts % self.minibatches:
             raise ValueError(f"rollouts {self.rollouts} is not a multiple of minibatches {self.minibatches}")
+        if self.policy_clip_high is not None and self.policy_clip is None:
+            raise ValueError("policy_clip_high needs policy_clip, the bound below; set both, or neither")
         if self.rollout.engine == "vllm" and (obstacle := self.obstacle_to_vllm()):
             raise ValueError(
                 f"rollout.engine vllm needs whole weights, and {obstacle}; write rollout: {{engine: native}}"

@@ -32,6 +32,9 @@ class PpoSettings(PolicyGradientSettings):
     """γ of GAE (Schulman et al. 2015, arXiv:1506.02438, eq. 16)."""
     gae_lambda: float = semantic(0.95, ge=0, le=1)
     """λ of GAE."""
+    value_lambda: float | None = semantic(None, ge=0, le=1)
+    """λ of the returns that the value model learns, where it is another than the advantages' (Yue et al. 2025, VAPO,
+    arXiv:2504.05118, §3.1: 1 there, so that the value model learns without bias). Null takes ``gae_lambda``."""
     whiten_advantages: bool = semantic(True)
     """Shift and scale advantages to mean 0 and variance 1 over the real tokens of all ranks."""
     value_clip: float | None = semantic(0.2, gt=0)

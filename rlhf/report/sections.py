@@ -32,7 +32,9 @@ PPO_CURVES = {
 
 def sections(history: StageHistory, store: Store) -> list[Part]:
     """Return the charts and tables of a stage, and what it told the user; none of a stage that has nothing to show."""
-    make = {"sft": _sft, "rm": _rm, "rank": _rank, "ppo": _ppo, "evaluate": _evaluate}.get(history.planned.stage.name)
+    make = {"sft": _sft, "rm": _rm, "rank": _rank, "ppo": _ppo, "grpo": _ppo, "rloo": _ppo, "evaluate": _evaluate}.get(
+        history.planned.stage.name
+    )
     parts = make(history, store) if make else []
     notes = dict.fromkeys(row["note"] for attempt in history.attempts for row in attempt.notes.rows)
     if parts and notes:

@@ -50,6 +50,23 @@ def rollout_metrics(
     }
 
 
+def group_metrics(rewards: Tensor, ended: Tensor, size: int) -> dict[str, float]:
+    """Measure groups of ``size`` responses to a prompt, which are next to each other.
+
+    ``groups/without_gradient`` is the share of groups whose rewards are all equal, so that no advantage differs from 0;
+    ``groups/none_ended`` the share in which every response was cut off; ``groups/deviation`` the mean standard
+    deviation of a group's rewards.
+
+    rewards  ``[sample]``, of whole responses, as the advantages are computed from
+    """
+    grouped = rewards.double().view(-1, size)
+    return {
+        "groups/without_gradient": (grouped == grouped[:, :1]).all(-1).double().mean().item(),
+        "groups/none_ended": (~ended.view(-1, size)).all(-1).double().mean().item(),
+        "groups/deviation": grouped.std(-1).mean().item(),
+    }
+
+
 def mismatch_metrics(sampler_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -> dict[str, float]:
     """Measure the distance of the distribution that was sampled from to the policy that is trained.
 
