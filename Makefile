@@ -9,7 +9,7 @@ CONFIG ?= configs/quickstart.yaml
 ARGS   ?=
 BENCH  ?= ppo
 BIN    := .venv/bin
-STAGES := sft rm ppo dpo
+STAGES := sft rm ppo grpo rloo dpo
 # uv, where it is, installs the same versions faster.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet \
            --disable-pip-version-check) --constraint constraints.txt

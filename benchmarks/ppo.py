@@ -45,7 +45,7 @@ from rlhf.pipeline.fitting import architectures
 from rlhf.rollout.prompts import PromptStream
 from rlhf.stages import ppo
 from rlhf.tracking import read_metrics
-from rlhf.training.limits import Ceilings, Part, PpoModels, ceilings, synchronise
+from rlhf.training.limits import Ceilings, IterationModels, Part, ceilings, synchronise
 from rlhf.training.loading import load_models, with_micro_batch
 from rlhf.training.loop import Journal
 from rlhf.training.policy import KlCoefficient
@@ -169,7 +169,7 @@ def main() -> None:
         models = architectures(inputs)
         assert models is not None
         rows = measured_iterations(context, lengths)
-    parts = PpoModels.of(context.settings, models).parts(context.settings, [given.prompt] * len(lengths), lengths)
+    parts = IterationModels.of(context.settings, models).parts(context.settings, [given.prompt] * len(lengths), lengths)
     counted = rows_of([part for name in TIMED for part in parts[name]], measured)
     times, memory = compared(rows, parts, measured), largest(rows)
     rates = {name: sum(lengths) / median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "all")}

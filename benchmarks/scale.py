@@ -30,7 +30,7 @@ from benchmarks.limits import SHAPES, Shape, table
 from rlhf.config.ppo import PpoSettings
 from rlhf.models.footprint import Architecture
 from rlhf.pipeline.memory import predict, with_micro_batch
-from rlhf.training.limits import Ceilings, Part, PpoModels
+from rlhf.training.limits import Ceilings, IterationModels, Part
 
 LARGE = {
     "8b": SHAPES["8b"],
@@ -94,7 +94,7 @@ def row(name: str, model: Architecture, ranks: int) -> dict[str, Any]:
     settings = with_micro_batch(settings_of(ranks), models, int(GPU_BYTES))
     memory = predict(settings, models)
     mine = settings.rollouts // ranks
-    parts = PpoModels(model, model, [model]).parts(settings, [PROMPT] * mine, [RESPONSE] * mine, ranks)
+    parts = IterationModels(model, model, [model]).parts(settings, [PROMPT] * mine, [RESPONSE] * mine, ranks)
     computed = {part: _seconds(of_part) / SHARES[part] for part, of_part in parts.items()}
     speed = INSIDE if ranks <= 8 else BETWEEN
     gathered = 2 * model.parameters * (ranks - 1) / ranks / speed

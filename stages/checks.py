@@ -16,6 +16,7 @@ from rlhf.attempt.context import Context
 from rlhf.cluster.devices import device_of_ranks
 from rlhf.collect.judges import judge_of
 from rlhf.config.collect import CollectSettings, CompareSettings, SelectSettings, writer_inputs
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
 from rlhf.config.stages import DpoSettings, EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
@@ -193,22 +194,32 @@ def dpo(context: Context[DpoSettings]) -> dict[str, float]:
 
 
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
-    """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks."""
+    """Check what :func:`policy_gradient` does, and that the value model can start where it shall."""
+    inputs = context.inputs
+    if context.settings.share_base:
+        check_adapters(inputs, context.stage)
+    from_reward = context.settings.value_init == "reward" and "reward" in inputs
+    if from_reward:
+        check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
+    return policy_gradient(context, value="reward" if from_reward else "policy")
+
+
+def policy_gradient(context: Context[PolicyGradientSettings], value: str | None = None) -> dict[str, float]:
+    """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks.
+
+    value  role of the model that a value model starts from; None without a value model
+    """
     settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.ranks
     check_rewards(settings.rewards, inputs)
     if settings.rollout.engine == "vllm" and find_spec("vllm") is None:
         raise PreflightError(NOT_INSTALLED[0], f"{context.stage}.rollout.engine", NOT_INSTALLED[1])
-    if settings.share_base:
-        check_adapters(inputs, context.stage)
     minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks
     if minibatch % ranks:
         what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"
         raise _fitting(context.stage, "rollouts", math.ceil(settings.rollouts / multiple) * multiple, what)
     check_policy(inputs["policy"])
-    from_reward = settings.value_init == "reward" and "reward" in inputs
-    if from_reward:
-        check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
-    for role in ("policy", *(["reward"] if from_reward else [])) if settings.packing else ():
+    starts = ["policy", *([value] if value else [])]
+    for role in dict.fromkeys(starts) if settings.packing else ():
         check_packing(inputs[role], context.stage)
     tokenizer, size = load_tokenizer(inputs["policy"]), settings.ptx.batch_size
     if settings.ptx.coef and size % ranks:
@@ -222,13 +233,13 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
         )
     prompts = PromptStream(inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     check_rewards_read(inputs, "train")
-    check_tuning(context, ["policy", "reward"] if from_reward else ["policy"])
+    check_tuning(context, list(dict.fromkeys(starts)))
     response, tokens = settings.sampling.max_new_tokens, virtual_tokens_of(settings.tuning)
     check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens", tokens)
     longest, mixed = max(map(len, prompts.first(UNBOUNDED).ids)), settings.ptx.max_length if settings.ptx.coef else 0
     fitting.check(context, Texts(max(longest + response, mixed), max(response, mixed)))
     check_virtual_tokens(inputs["policy"], settings.tuning, settings.max_prompt_length + response, context.stage)
-    models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
+    models = [inputs[role] for role in starts]
     frozen = [folder for role, folder in inputs.items() if role.startswith("reward")]
     check_offloading(
         context, models, frozen=frozen if results_in_adapter(settings.tuning) else [inputs["policy"], *frozen]
@@ -439,7 +450,7 @@ def check_room(stage: str, model: Path, prompt: int, response: int, field: str, 
 
 
 def check_offloading(
-    context: Context[SftSettings] | Context[RmSettings] | Context[DpoSettings] | Context[PpoSettings],
+    context: Context[SftSettings] | Context[RmSettings] | Context[DpoSettings] | Context[PolicyGradientSettings],
     models: Sequence[Path],
     frozen: Sequence[Path] = (),
 ) -> None:

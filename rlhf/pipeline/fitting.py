@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.attempt.context import Context
 from rlhf.cluster.devices import Device, device_of_ranks
 from rlhf.config.base import is_local
-from rlhf.config.ppo import PpoSettings, RolloutSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings, RolloutSettings
 from rlhf.config.stages import ModelSettings
 from rlhf.config.tuning import LoraTuning
 from rlhf.errors import PreflightError, size
@@ -114,14 +114,18 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
     cached = settings.tuning.method in ("prefix", "p-tuning-v2")
     if not (settings.activation_checkpointing or cached):
         checkpointing = [("activation_checkpointing=true", {"activation_checkpointing": True})]
-    if isinstance(settings, PpoSettings) and settings.rollout.engine == "vllm":
+    if isinstance(settings, PolicyGradientSettings) and settings.rollout.engine == "vllm":
         native = [("rollout.engine=native", {"rollout": RolloutSettings()})]
     elif settings.tuning.method == "full":
         lora = [("tuning.method=lora", {"tuning": LoraTuning()})]
     if device.gpu and settings.zero.offload_optimizer == "none":
         zero = settings.zero.model_copy(update={"offload_optimizer": "cpu"})
         offloading = [("zero.offload_optimizer=cpu", {"zero": zero})]
-    rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
+    rows = (
+        settings.rollouts // settings.minibatches
+        if isinstance(settings, PolicyGradientSettings)
+        else settings.batch_size
+    )
     counts = [settings.workers.ranks << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
     return [
         [(f"{unit}={half}", {unit: half}) for half in halves],

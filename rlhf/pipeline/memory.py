@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.config.tuning import LowRankTuning, virtual_tokens
@@ -33,7 +34,7 @@ REUSE = 5 * 10**8
 TILE = 4096, 32768
 """Tokens and entries of the vocabulary whose logits sft has at a time: TRL's."""
 
-Training = SftSettings | RmSettings | DpoSettings | PpoSettings
+Training = SftSettings | RmSettings | DpoSettings | PolicyGradientSettings
 T = TypeVar("T", bound=Training)
 Bytes = Mapping[str, float]
 
@@ -78,7 +79,7 @@ def limits(settings: Training) -> Texts:
             return Texts(settings.max_length, in_list=settings.responses_per_list or 4)
         case DpoSettings():
             return Texts(settings.max_length, in_list=2)
-        case PpoSettings():
+        case PolicyGradientSettings():
             response, mixed = settings.sampling.max_new_tokens, settings.ptx.max_length if settings.ptx.coef else 0
             return Texts(settings.longest, max(response, mixed))
 
@@ -94,8 +95,8 @@ def predict(
     """
     texts = texts or limits(settings)
     models = {role: replace(model, fused=model.fused and gpu) for role, model in models.items()}
-    if isinstance(settings, PpoSettings):
-        moments = list(_ppo(settings, models, texts, gpu))
+    if isinstance(settings, PolicyGradientSettings):
+        moments = list(_policy_gradient(settings, models, texts, gpu))
     else:
         model = models["policy" if isinstance(settings, DpoSettings) else "base"]
         moments = list(_supervised(settings, model, texts, gpu))
@@ -116,7 +117,7 @@ def with_micro_batch(
     gpu      bytes of the smallest GPU
     in_list  most responses in a list of rm
     """
-    if isinstance(settings, PpoSettings):
+    if isinstance(settings, PolicyGradientSettings):
         packing = packs(settings, models, gpu=True) if models else bool(settings.packing)
         settings = settings.model_copy(update={"packing": packing})
     if settings.micro_batch_tokens is not None:
@@ -131,11 +132,11 @@ def with_micro_batch(
     return next(enough, settings.model_copy(update={"micro_batch_size": 1}))
 
 
-def packs(settings: PpoSettings, models: Mapping[str, Architecture], *, gpu: bool) -> bool:
-    """Return whether ppo lays samples end to end: as ``packing`` says, else where a kernel keeps them apart."""
+def packs(settings: PolicyGradientSettings, models: Mapping[str, Architecture], *, gpu: bool) -> bool:
+    """Return whether samples are laid end to end: as ``packing`` says, else where a kernel keeps them apart."""
     if settings.packing is not None:
         return settings.packing
-    return gpu and all(computes_by_text(settings, one) for one in (models["policy"], _value_start(settings, models)))
+    return gpu and all(computes_by_text(settings, one) for one in _starts(settings, models))
 
 
 def computes_by_text(settings: Training, model: Architecture) -> bool:
@@ -143,13 +144,20 @@ def computes_by_text(settings: Training, model: Architecture) -> bool:
     return settings.precision == "bf16" and virtual_tokens(settings.tuning) is None and model.by_text
 
 
-def _value_start(settings: PpoSettings, models: Mapping[str, Architecture]) -> Architecture:
-    return models.get("reward", models["policy"]) if settings.value_init == "reward" else models["policy"]
+def _starts(settings: PolicyGradientSettings, models: Mapping[str, Architecture]) -> list[Architecture]:
+    """Return what the trained models start from: the policy, and the value model where there is one."""
+    if not isinstance(settings, PpoSettings):
+        return [models["policy"]]
+    return [models["policy"], models.get("reward" if settings.value_init == "reward" else "policy", models["policy"])]
 
 
 def share_of_rank(settings: Training) -> int:
     """Return the rows of an update that one rank computes."""
-    rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
+    rows = (
+        settings.rollouts // settings.minibatches
+        if isinstance(settings, PolicyGradientSettings)
+        else settings.batch_size
+    )
     return max(1, rows // settings.workers.ranks)
 
 
@@ -329,8 +337,8 @@ def _tiled_logits(trained: Trained, tokens: int) -> float:
     return rows * TILE[1] * width + steps + 4 * tokens * model.hidden + head
 
 
-def _ppo(
-    settings: PpoSettings, models: Mapping[str, Architecture], texts: Texts, gpu: bool
+def _policy_gradient(
+    settings: PolicyGradientSettings, models: Mapping[str, Architecture], texts: Texts, gpu: bool
 ) -> Iterator[tuple[str, Bytes]]:
     """Yield the moments of an iteration."""
     settings = settings.model_copy(update={"packing": packs(settings, models, gpu=gpu)})
@@ -338,23 +346,29 @@ def _ppo(
     rewards = [model for role, model in models.items() if role.startswith("reward")]
     tuning = settings.tuning
     if isinstance(tuning, LowRankTuning):
-        tuning = tuning.model_copy(update={"dropout": 0.0})  # PPO's models are never in training mode
+        tuning = tuning.model_copy(update={"dropout": 0.0})  # the models are never in training mode
     policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, gpu)
-    start = _value_start(settings, models)
-    value = Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, gpu)
+    values = [
+        Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, gpu)
+        for start in _starts(settings, models)[1:]
+    ]
     width, micro = policy.width, min(settings.micro_batch, share_of_rank(settings))
     frozen = sum(model.parameters * width for model in rewards)
     frozen += 0 if policy.part.keeps_base else given.parameters * width
     shares = ranks if policy.sharding.stage == 3 else 1
-    of_value, copied = dict(value.standing()), weight_bytes(given, policy.part, width, scores=False)
+    of_value, copied = (
+        _sum(*(value.standing() for value in values)),
+        weight_bytes(given, policy.part, width, scores=False),
+    )
     # vLLM always has a copy, which a GPU drops between rollouts; otherwise whole weights are sampled where they lie.
     engine = settings.rollout.engine
     if settings.obstacle_to_vllm() or (engine == "auto" and not gpu):
         engine = "native"
     stays = not gpu if engine == "vllm" else policy.sharding.stage == 3
     generation, dropped = copied * stays, {"generation": copied * (engine != "native" and not stays)}
-    if settings.share_base:
+    if isinstance(settings, PpoSettings) and settings.share_base:
         # Beside the policy's base there are adapters alone, and one engine with one buffer.
+        (value,) = values
         gradients = 4 * value.share if policy.sharding.stage == 3 else 0.0
         of_value |= {"weights": value.part.parameters * width / shares, "gradients": gradients}
         frozen = (1 + len(rewards)) * policy.part.parameters * width
@@ -373,8 +387,9 @@ def _ppo(
     shape = (1, micro * texts.longest) if settings.packing else (micro, texts.longest)
     logits = _policy_loss(settings, policy, tokens)
     others: list[tuple[str, Bytes]] = [("while responses are scored", _scoring(settings, policy, texts, micro))]
-    for trained, at_loss in ((policy, logits), (value, (4 + width) * tokens * start.hidden)):
-        others += trained.moments(*shape, at_loss)
+    others += policy.moments(*shape, logits)
+    for value in values:
+        others += value.moments(*shape, (4 + width) * tokens * value.model.hidden)
     # Sampling has as many rows as there is memory for: what fits otherwise fits with some.
     most = max(sum(parts.values()) for _, parts in others)
     rows, cache = _rows(settings, policy, texts, gpu=gpu)
@@ -390,7 +405,7 @@ def _ppo(
 
 def _logit_width(policy: Trained) -> int:
     settings = policy.settings
-    return 4 if isinstance(settings, PpoSettings) and settings.sampling.fp32_head else policy.width
+    return 4 if isinstance(settings, PolicyGradientSettings) and settings.sampling.fp32_head else policy.width
 
 
 def _head_work(policy: Trained, tokens: int, *, trained: bool = False) -> float:
@@ -406,7 +421,7 @@ def _in_chunk(policy: Trained, tokens: int) -> int:
     return min(tokens, max(capacity.FEWEST, capacity.CHUNK // policy.model.vocabulary))
 
 
-def _policy_loss(settings: PpoSettings, policy: Trained, tokens: int) -> float:
+def _policy_loss(settings: PolicyGradientSettings, policy: Trained, tokens: int) -> float:
     """Return the bytes at the loss of a micro batch's response tokens."""
     chunk, trained = _in_chunk(policy, tokens), policy.part.head
     # The logits and a tensor in fp32, another one of scaled logits, and one for the entropy's gradient.
@@ -416,7 +431,7 @@ def _policy_loss(settings: PpoSettings, policy: Trained, tokens: int) -> float:
     return max(copies * chunk * policy.model.vocabulary, _head_work(policy, chunk, trained=trained)) + added
 
 
-def _scoring(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
+def _scoring(settings: PolicyGradientSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
     """Return the bytes that a pass without gradients computes."""
     rows = min(capacity.AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.ranks))
     chunk = _in_chunk(policy, rows * texts.response)
@@ -430,7 +445,7 @@ def _scoring(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -
     }
 
 
-def _rows(settings: PpoSettings, policy: Trained, texts: Texts, *, gpu: bool) -> tuple[int, float]:
+def _rows(settings: PolicyGradientSettings, policy: Trained, texts: Texts, *, gpu: bool) -> tuple[int, float]:
     """Return the rows that a rank samples at a time where memory allows, and the bytes of a row's keys and values."""
     most = capacity.ROWS_ON_GPU if gpu else capacity.ROWS_ON_CPU
     places = capacity.rounded(texts.longest - 1, capacity.COLUMNS_ON_GPU if gpu else capacity.COLUMNS_ON_CPU)

@@ -21,6 +21,8 @@ from rlhf.config.collect import (
     writer_inputs,
 )
 from rlhf.config.data import DataSettings, RankSettings, ranked_inputs, sources
+from rlhf.config.grpo import GrpoSettings, RlooSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings, without_adapter
 from rlhf.config.rewards import reward_inputs, reward_sources
 from rlhf.config.stages import (
@@ -136,6 +138,14 @@ def _each(roles: Mapping[str, str], *kinds: str) -> dict[str, Input]:
     return {role: Input(default, kinds) for role, default in roles.items()}
 
 
+def _tuned_by_reward(settings: PolicyGradientSettings) -> dict[str, Input]:
+    return (
+        {"policy": Input("sft", _MODELS), "prompts": Input("data/prompts")}
+        | _each(reward_inputs(settings.rewards), "reward-model")
+        | ({"demonstrations": Input("data/demonstrations")} if settings.ptx.coef else {})
+    )
+
+
 OURS = (
     Stage("data", 4, DataSettings, "rlhf.stages.data:run", "data", inputs=taking(), sources=sources),
     Stage(
@@ -219,15 +229,26 @@ OURS = (
         PpoSettings,
         "rlhf.stages.ppo:run",
         "policy",
-        inputs=lambda settings: (
-            {"policy": Input("sft", _MODELS), "prompts": Input("data/prompts")}
-            | _each(reward_inputs(settings.rewards), "reward-model")
-            | ({"demonstrations": Input("data/demonstrations")} if settings.ptx.coef else {})
-        ),
+        inputs=_tuned_by_reward,
         continues="policy",
         preflight="rlhf.stages.checks:ppo",
         disagrees=lambda settings, makers: without_adapter(settings, makers) or loses_virtual_tokens(settings, makers),
         sources=lambda settings: reward_sources(settings.rewards),
+    ),
+    *(
+        _on_workers(
+            name,
+            1,
+            kind,
+            "rlhf.stages.grpo:run",
+            "policy",
+            inputs=_tuned_by_reward,
+            continues="policy",
+            preflight="rlhf.stages.checks:policy_gradient",
+            disagrees=loses_virtual_tokens,
+            sources=lambda settings: reward_sources(settings.rewards),
+        )
+        for name, kind in (("grpo", GrpoSettings), ("rloo", RlooSettings))
     ),
     _on_workers(
         "dpo",

@@ -33,7 +33,8 @@ PPO_CURVES = {
 
 def sections(history: StageHistory, store: Store) -> list[Part]:
     """Return the charts and tables of a stage, and what it told the user; none of a stage that has nothing to show."""
-    known = {"sft": _sft, "rm": _rm, "rank": _rank, "dpo": _dpo, "ppo": _ppo, "evaluate": _evaluate}
+    known = {"sft": _sft, "rm": _rm, "rank": _rank, "dpo": _dpo, "evaluate": _evaluate}
+    known |= dict.fromkeys(("ppo", "grpo", "rloo"), _ppo)
     make = known.get(history.planned.stage.name)
     parts = make(history, store) if make else []
     notes = dict.fromkeys(row["note"] for attempt in history.attempts for row in attempt.notes.rows)

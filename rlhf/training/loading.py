@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, SelectSettings, WriterSettings, writer_inputs
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision, RmSettings
 from rlhf.config.zero import ZeroSettings
@@ -45,15 +46,15 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
 def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context[T]:
     """Return the context with a number for ``micro_batch_size``, on GPUs the largest that fits them. A collective.
 
-    On GPUs ppo's ``packing`` is decided too, and rm, where it packs, has ``micro_batch_tokens`` in the number's place.
-    A group that starts again has the number that the attempt's folder says.
+    On GPUs ``packing`` of samples is decided too, and rm, where it packs, has ``micro_batch_tokens`` in the number's
+    place. A group that starts again has the number that the attempt's folder says.
 
     in_list  most responses in a list of rm
     """
     given, device = context.settings, group.device()
-    is_ppo = isinstance(given, PpoSettings)
+    may_pack = isinstance(given, PolicyGradientSettings)
     unset = given.micro_batch_size is None and given.micro_batch_tokens is None
-    if device.type == "cpu" or not (unset or is_ppo):
+    if device.type == "cpu" or not (unset or may_pack):
         return context
     # Before a collective: rank 0 writes it after that.
     kept = context.folder.micro_batch.get() if unset else None
@@ -73,7 +74,7 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
     return replace(context, settings=settings)
 
 
-def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
+def load_policy(context: Context[PolicyGradientSettings]) -> TrainedPolicy:
     """Load and shard the trained policy, with its reference. A collective."""
     settings, folder = context.settings, _plain_policy(context)
     return TrainedPolicy.load_folder(
@@ -95,7 +96,7 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
     )
 
 
-def rollout_by_vllm(context: Context[PpoSettings], folder: Path) -> Room | None:
+def rollout_by_vllm(context: Context[PolicyGradientSettings], folder: Path) -> Room | None:
     """Return the largest rollout of a rank where vLLM samples; None where responses are sampled natively. A collective.
 
     folder  of the policy's whole weights
@@ -154,7 +155,7 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
     )
 
 
-def _plain_policy(context: Context[PpoSettings]) -> Path:
+def _plain_policy(context: Context[PolicyGradientSettings]) -> Path:
     return plain_folder(context.inputs["policy"], context.folder.policy, context.settings.precision, scores=False)
 
 
@@ -179,7 +180,7 @@ def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Ge
 
 
 def load_rewards(
-    context: Context[PpoSettings] | Context[EvaluateSettings] | Context[SelectSettings],
+    context: Context[PolicyGradientSettings] | Context[EvaluateSettings] | Context[SelectSettings],
     micro_batch: MicroBatch,
     zero: ZeroSettings = STAGE_3,
 ) -> Rewards:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rlhf.config.ppo import KlSettings
+from rlhf.config.policy_gradient import KlSettings
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import Tuning
 from rlhf.config.zero import ZeroSettings

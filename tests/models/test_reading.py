@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.config.ppo import PtxSettings
+from rlhf.config.policy_gradient import PtxSettings
 from rlhf.errors import PreflightError, RecordError
 from rlhf.models import base_models, reward, templates, text
 from rlhf.models.micro_batches import MicroBatch

@@ -627,7 +627,7 @@ def test_an_engine_of_its_own_has_a_copy_while_it_samples() -> None:
     held: dict[tuple[str, int], tuple[float, float]] = {}
     for engine, ranks in product(("native", "vllm", "auto"), (1, 4)):
         settings = changed(STAGES["ppo"], *few, f"rollout.engine={engine}", f"workers.count={ranks}")
-        moments = dict(memory._ppo(settings, MODELS, limits(settings), gpu=True))  # pyright: ignore[reportPrivateUsage]
+        moments = dict(memory._policy_gradient(settings, MODELS, limits(settings), gpu=True))  # pyright: ignore[reportPrivateUsage]
         sampling = moments.pop(whole)["generation"]
         held[engine, ranks] = sampling, min(parts["generation"] for parts in moments.values())
     for ranks in (1, 4):
