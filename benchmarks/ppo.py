@@ -1,9 +1,9 @@
 """One iteration of PPO, or GRPO, beside the hardware's limit: ``python -m benchmarks.ppo [--shape tiny|135m|1b] …``.
 
 The stage ppo (or ``--stage grpo``) runs through its own code, as the only rank, in this process, on Llamas of random
-weights; the reward model has the policy's shape. Of the iterations the first is not counted; of the others the tables have the median and
-the range. Rollout, score and train are the stage's own ``time/…_s``; other is the rest of the iteration. What the limit
-counts is in :mod:`rlhf.training.limits`.
+weights; the reward model has the policy's shape. Of the iterations the first is not counted; of the others the tables
+have the median and the range. Rollout, score and train are the stage's own ``time/…_s``; other is the rest of the
+iteration. What the limit counts is in :mod:`rlhf.training.limits`.
 
 8b is one base with LoRA adapters (``share_base``). Prompts all have ``--prompt`` tokens. Responses have the length
 ``--response``, or with ``--lengths spread`` lengths from 32 to twice that. Random weights would end them anywhere:
