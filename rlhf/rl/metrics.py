@@ -1,4 +1,4 @@
-"""Metrics of policy-gradient stages by the names that TRL gave the field (docs/ppo.md), warnings about them, and checks that stop a run.
+"""Metrics of policy-gradient stages by TRL's names (docs/ppo.md), warnings about them, and checks that stop a run.
 
 Shapes: scores and ended ``[sample]``; everything else ``[sample, time]`` with the mask True on real tokens.
 """
