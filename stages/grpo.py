@@ -12,7 +12,6 @@ from functools import partial
 
 from rlhf.attempt.context import Context
 from rlhf.config.grpo import GrpoSettings
-from rlhf.models.micro_batches import MicroBatch
 from rlhf.rewards import Rewards
 from rlhf.rl.advantages import group_advantages, kl_penalised_rewards, shaped_scores, soft_overlong_penalty
 from rlhf.rl.kl import truncated_importance_weights
@@ -31,7 +30,7 @@ from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sequences import PolicyExperience, shuffled
 from rlhf.training.iterations import answer_watched_prompts, record
 from rlhf.training.limits import IterationLimit
-from rlhf.training.loading import load_policy, load_rewards, with_micro_batch
+from rlhf.training.loading import load_policy_and_rewards, with_micro_batch
 from rlhf.training.loop import Journal, learning_rate_share, resumable_steps
 from rlhf.training.policy import KlCoefficient, TrainedPolicy
 
@@ -40,8 +39,7 @@ def run(context: Context[GrpoSettings]) -> dict[str, float]:
     """Tune the policy; final metrics: ``objective/scores_first``, ``objective/scores`` and ``objective/kl``."""
     context = with_micro_batch(context)
     settings, limit = context.settings, IterationLimit.of(context)
-    policy = load_policy(context)
-    reward = load_rewards(context, MicroBatch.of(settings), settings.zero)
+    policy, reward = load_policy_and_rewards(context)
     file = context.inputs["prompts"] / "train.jsonl"
     prompts = PromptStream(file, policy.tokenizer, settings.max_prompt_length, settings.seed)
     demonstrations = DemonstrationStream.of(context, policy.tokenizer)
@@ -50,7 +48,7 @@ def run(context: Context[GrpoSettings]) -> dict[str, float]:
     journal = Journal(context, settings.iterations, unit="iteration", shown=shown, limit=limit)
 
     for iteration in resumable_steps(context, settings.iterations, settings.checkpoint_every, [policy, kl]):
-        iterate(iteration, settings, policy, reward, prompts, demonstrations, kl, journal)
+        iterate(iteration, settings, (policy, reward), prompts, demonstrations, kl, journal)
 
     journal.finish()
     policy.export(context.output)
@@ -61,14 +59,14 @@ def run(context: Context[GrpoSettings]) -> dict[str, float]:
 def iterate(
     iteration: int,
     settings: GrpoSettings,
-    policy: TrainedPolicy,
-    reward: Rewards,
+    models: tuple[TrainedPolicy, Rewards],
     prompts: PromptStream,
     demonstrations: DemonstrationStream | None,
     kl: KlCoefficient,
     journal: Journal,
 ) -> None:
     """Sample a group of responses to each prompt, compare each with its group, and update the policy."""
+    policy, reward = models
     size, longest = settings.responses_per_prompt, settings.sampling.max_new_tokens
     with journal.timed("rollout"):
         batch = prompts.batch(iteration, settings.rollouts, repeats=size)

@@ -117,8 +117,7 @@ def plan(
 ) -> dict[str, Planned]:
     """Plan the targets and the stages that they need; return them by name, producers before consumers.
 
-    targets  stages to bring up to date; without any, those that no other stage reads, but no policy where there are
-             reports: it is an alternative to the one that they read
+    targets  stages to bring up to date; without any the pipeline's, and without these those that no other stage reads
     settled  stages of an earlier plan that are not looked at again
 
     A stage that only imported stages read is *unused*: neither its sources nor its result are looked at.
@@ -136,12 +135,11 @@ def plan(
     graph = {name: [wire.instance for wire in wires[name].values()] for name in config.instances}
     waves = _waves(graph, config.path)
     order = [name for wave in waves for name in wave]
+    targets = targets or config.targets
     for target in targets:
         instance_of(config, target)
     read = {name for inputs in graph.values() for name in inputs}
-    kinds = {name: known[instance.uses].kind for name, instance in config.instances.items()}
-    alternatives = {name for name, kind in kinds.items() if kind == "policy"} if "report" in kinds.values() else set()
-    wanted = targets or [name for name in order if name not in read | alternatives]
+    wanted = targets or [name for name in order if name not in read]
     shown, needed = _upstream(graph, wanted, stop=()), _upstream(graph, wanted, stop=imported)
     for name in (one for one in order if one in needed):
         makers = {role: wire.instance for role, wire in wires[name].items() if wire.instance not in imported}

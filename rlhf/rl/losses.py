@@ -1,4 +1,4 @@
-"""PPO's losses and their measurements.
+"""Losses of policy and value model, and their measurements.
 
 Shapes: ``[batch, time]``, right-padded response tokens; the mask is True on real ones (see :mod:`rlhf.rl.masks`).
 Log-probabilities are in nats.

@@ -1,4 +1,4 @@
-"""Metrics of PPO by the names that TRL gave the field (docs/ppo.md), warnings about them, and checks that stop a run.
+"""Metrics of policy-gradient stages by TRL's names (docs/ppo.md), warnings about them, and checks that stop a run.
 
 Shapes: scores and ended ``[sample]``; everything else ``[sample, time]`` with the mask True on real tokens.
 """
@@ -252,11 +252,11 @@ def check_health(metrics: Metrics, first: Metrics, kl_limit: float) -> None:
         raise DivergedError(
             f"the policy drifted {kl:.1f} nats a response from its reference; the limit is {kl_limit:g}",
             "objective/kl",
-            "raise ppo.kl.coef or lower ppo.policy_learning_rate; ppo.kl.limit is the limit",
+            "raise kl.coef or lower policy_learning_rate; kl.limit is the limit",
         )
     if metrics["length/mean"] < min(1.5, first["length/mean"] / 2):
         raise DivergedError(
             "the policy collapsed: most responses are a lone EOS",
             "length/mean",
-            "lower ppo.policy_learning_rate, raise ppo.kl.coef, or look at what the reward model likes",
+            "lower policy_learning_rate, raise kl.coef, or look at what the reward model likes",
         )

@@ -37,10 +37,14 @@ def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedVa
     if context.settings.share_base:
         rollout_by_vllm(context, context.inputs["policy"])  # never; ``auto`` says why
         return shared_base.load_models(context, MicroBatch.of(context.settings))
-    policy = load_policy(context)
-    settings = context.settings
-    rewards = load_rewards(context, MicroBatch.of(settings), settings.zero)
+    policy, rewards = load_policy_and_rewards(context)
     return policy, load_value(context), rewards
+
+
+def load_policy_and_rewards(context: Context[PolicyGradientSettings]) -> tuple[TrainedPolicy, Rewards]:
+    """Load and shard the models of a stage without a value model. A collective."""
+    settings = context.settings
+    return load_policy(context), load_rewards(context, MicroBatch.of(settings), settings.zero)
 
 
 def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context[T]:

@@ -44,5 +44,5 @@ def test_minibatches_can_be_shared_among_the_ranks_that_a_pipeline_asks_for(path
         settings = instance.settings.model_dump()
         if instance.uses in ("sft", "rm"):
             assert settings["batch_size"] % settings["workers"]["count"] == 0
-        if instance.uses == "ppo":
+        if instance.uses in ("ppo", "grpo", "rloo"):
             assert settings["rollouts"] // settings["minibatches"] % settings["workers"]["count"] == 0

@@ -32,7 +32,7 @@ ADVANTAGES = drawn(4, ROWS)
 
 def of_trl(trainer: type, inputs: dict[str, Any], **settings: Any) -> float:
     """Return TRL's loss of a batch: its own code, with a model whose log-probabilities are given."""
-    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)  # noqa: ARG005
+    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
     arguments = SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
     itself = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (LOGPROBS, torch.zeros(ROWS, TIME), None),

@@ -179,7 +179,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(pipeline
     assert type(caught.value) is DivergedError
     assert caught.value.exit_status == 1
     assert "nats a response from its reference; the limit is 0.5" in caught.value.what
-    assert "raise ppo.kl.coef or lower ppo.policy_learning_rate" in caught.value.next_step
+    assert "raise kl.coef or lower policy_learning_rate" in caught.value.next_step
     assert "starting again" not in pipeline.output.getvalue()
 
     planned = plan(pipeline.config(*settings), stages(), pipeline.store)["ppo"]
