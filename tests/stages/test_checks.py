@@ -20,7 +20,7 @@ from rlhf.models.packing import tokenised
 from rlhf.models.text import load_tokenizer, prompt_ids, response_ids, text_start
 from rlhf.pipeline import disk
 from rlhf.stages import checks
-from tests.models.tiny import SHAPE, TEXTS, make_tiny_adapter, make_tiny_llama, tiny_config
+from tests.models.tiny import TEXTS, make_tiny_adapter, make_tiny_llama, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,12 @@ def test_what_evaluate_could_not_answer_is_refused_before_ppo_is_trained(base: P
 def test_policies_of_different_tokenizers_are_not_compared(base: Path, tmp_path: Path) -> None:
     """One's log-probabilities of the other's tokens mean nothing."""
     (tmp_path / "heldout.jsonl").write_text(json.dumps({"prompt": "a film of two halves"}) + "\n")
-    other = make_tiny_llama(tmp_path / "other", SHAPE.model_copy(update={"vocabulary": 310}))
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    read = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = read["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(read))
     settings = EvaluateSettings.model_validate(
         {"policies": ["near", "far"], "max_prompt_length": 32, "sampling": {"max_new_tokens": 32}}
     )
