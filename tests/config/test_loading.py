@@ -196,7 +196,8 @@ REFUSALS = {
     "unknown section": (
         "trian: {}",
         "trian is neither a stage nor a section of the pipeline\n  where: p.yaml:1\n  next:  did you mean train? "
-        "known: cluster, pipeline, read, seed, store, targets, tracking, train (another name for a stage needs uses: STAGE)",
+        "known: cluster, pipeline, read, seed, store, targets, tracking, train "
+        "(another name for a stage needs uses: STAGE)",
     ),
     "unknown stage": (
         "a:\n  uses: trian",
