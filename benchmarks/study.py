@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="stages that run at a time, on one GPU or on CPUs")
     parser.add_argument("--folder", type=Path, help="where inputs and store are (default: study-TASK)")
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.action == "run":
         if given.task is None:
             parser.error("run takes a task")

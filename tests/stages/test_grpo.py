@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_as_if_unbroken(tmp_path: Path, monkeypatch: pytest
     assert all(weight.equal(others[name]) for name, weight in ours.items())
     rows = [
         [
-            {name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))}
+            {name: value for name, value in row.items() if not name.startswith(("time", "perf/"))}
             for row in read_metrics(context.folder.metrics)
         ]
         for context in (broken, whole)
