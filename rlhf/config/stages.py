@@ -205,6 +205,8 @@ class TrainingSettings(ShardedSettings):
 
     @model_validator(mode="after")
     def _memory_settings_fit(self) -> "TrainingSettings":
+        if self.workers.count != "auto":
+            self.zero.check_ranks(self.workers.count)
         if self.zero.bf16 is not None and self.zero.bf16 != (self.precision == "bf16"):
             wanted = "bf16" if self.zero.bf16 else "fp32"
             raise ValueError(

@@ -99,8 +99,8 @@ def advice(
 def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[str, Any]]]]:
     """Return changes of settings as words and values, the cheapest kind first, and of each kind the mildest.
 
-    Small micro batches, checkpointing and sampling without vLLM's copy cost time, LoRA changes the result, offloading
-    costs much time, and ranks need GPUs.
+    Small micro batches, checkpointing and sampling without vLLM's copy cost time, LoRA changes the result, giving a
+    second copy of weights up costs time between nodes, offloading much of it, and ranks need GPUs.
     """
     unit, count, least = "micro_batch_size", settings.micro_batch, 1
     if settings.micro_batch_tokens is not None:
@@ -109,7 +109,7 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
     checkpointing: list[tuple[str, dict[str, Any]]] = []
     native: list[tuple[str, dict[str, Any]]] = []
     lora: list[tuple[str, dict[str, Any]]] = []
-    offloading: list[tuple[str, dict[str, Any]]] = []
+    sharding: list[tuple[str, dict[str, Any]]] = []
     # A cache of keys and values, as these methods learn, would be read anew by a layer that is computed again.
     cached = settings.tuning.method in ("prefix", "p-tuning-v2")
     if not (settings.activation_checkpointing or cached):
@@ -118,9 +118,12 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
         native = [("rollout.engine=native", {"rollout": RolloutSettings()})]
     elif settings.tuning.method == "full":
         lora = [("tuning.method=lora", {"tuning": LoraTuning()})]
+    if settings.zero.secondary_partition > 1:
+        zero = settings.zero.model_copy(update={"secondary_partition": 1})
+        sharding.append(("zero.secondary_partition=1", {"zero": zero}))
     if device.gpu and settings.zero.offload_optimizer == "none":
         zero = settings.zero.model_copy(update={"offload_optimizer": "cpu"})
-        offloading = [("zero.offload_optimizer=cpu", {"zero": zero})]
+        sharding.append(("zero.offload_optimizer=cpu", {"zero": zero}))
     rows = (
         settings.rollouts // settings.minibatches
         if isinstance(settings, PolicyGradientSettings)
@@ -132,11 +135,11 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
         checkpointing,
         native,
         lora,
-        offloading,
+        sharding,
         [
             (f"workers.count={count}", {"workers": settings.workers.model_copy(update={"count": count})})
             for count in counts
-            if count <= MOST_RANKS and rows % count == 0
+            if count <= MOST_RANKS and rows % count == 0 and settings.zero.takes_ranks(count)
         ],
     ]
 

@@ -175,11 +175,15 @@ class Sharding:
     own_linear: bool = True
     """Whether DeepSpeed's linear layers, which keep their inputs where they are frozen too, take the place of torch's;
     in stage 3 alone."""
+    held: float = 1.0
+    """Share of all weights that a rank holds, in stage 3 its own and that of its node's second copy."""
 
     @classmethod
     def of(cls, settings: Training) -> Self:
         """Read a stage's settings."""
-        zero = settings.zero.of_ranks(settings.workers.ranks)
+        ranks = settings.workers.ranks
+        zero = settings.zero.of_ranks(ranks)
+        second = 1 / zero.secondary_partition if zero.secondary_partition > 1 else 0.0
         return cls(
             zero.stage,
             zero.offload_optimizer != "none",
@@ -187,6 +191,7 @@ class Sharding:
             zero.sharding.get("reduce_bucket_size", cls.bucket),
             zero.sharding.get("sub_group_size", cls.sub_group),
             zero.stage == 3 and zero.sharding.get("memory_efficient_linear", cls.own_linear),
+            1 / ranks + second if zero.stage == 3 else 1.0,
         )
 
 
@@ -242,12 +247,12 @@ class Trained:
 
     def standing(self) -> Bytes:
         """Return the bytes that are there from the first step to the last."""
-        sharding, ranks = self.sharding, self.settings.workers.ranks
+        sharding = self.sharding
         whole = 0.0 if sharding.host_weights else self.whole
         copied = 4 if self.width < 4 or sharding.stage < 3 else 0
         buffer = 4 * (sharding.bucket if self.gpu else self.filled)
         return {
-            "weights": whole / ranks if sharding.stage == 3 else whole,
+            "weights": whole * sharding.held,
             "gradients": self._gradients() + buffer if sharding.stage == 3 else 0.0,
             "optimiser": 0.0 if sharding.host_optimiser else (copied + 8) * self.share,
         }
@@ -355,7 +360,7 @@ def _policy_gradient(
     width, micro = policy.width, min(settings.micro_batch, share_of_rank(settings))
     frozen = sum(model.parameters * width for model in rewards)
     frozen += 0 if policy.part.keeps_base else given.parameters * width
-    shares = ranks if policy.sharding.stage == 3 else 1
+    held = policy.sharding.held
     of_value, copied = (
         _sum(*(value.standing() for value in values)),
         weight_bytes(given, policy.part, width, scores=False),
@@ -370,14 +375,14 @@ def _policy_gradient(
         # Beside the policy's base there are adapters alone, and one engine with one buffer.
         (value,) = values
         gradients = 4 * value.share if policy.sharding.stage == 3 else 0.0
-        of_value |= {"weights": value.part.parameters * width / shares, "gradients": gradients}
+        of_value |= {"weights": value.part.parameters * width * held, "gradients": gradients}
         frozen = (1 + len(rewards)) * policy.part.parameters * width
         generation *= ranks > 1
     standing = _sum(
         policy.standing(),
         of_value,
         {
-            "frozen models": 0.0 if policy.sharding.host_weights else frozen / shares,
+            "frozen models": 0.0 if policy.sharding.host_weights else frozen * held,
             "generation": generation,
             "optimiser": 4 * policy.share if settings.average_decay is not None else 0.0,
         },

@@ -17,6 +17,7 @@ from rlhf.cluster.worker import Call
 from rlhf.config.base import semantic_values
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.stages import WorkerSettings
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import InterruptedRunError, LeaseLostError, PreflightError, RequestError, RlhfError, StageError
 from rlhf.pipeline.documents import provenance
 from rlhf.pipeline.plan import Planned
@@ -31,8 +32,9 @@ def needs_of(planned: Planned, resources: Resources) -> RankResources:
         return RankResources(1, resources.for_task(), gpu=False)
     settings: Any = planned.instance.settings
     workers: WorkerSettings = settings.workers
-    # Settings of other packages' stages need not say what is dealt out.
-    count = resources.ranks(planned.name, workers, getattr(settings, "dealt_out", ()))
+    # Settings of other packages' stages need not say what is dealt out, nor how models are sharded.
+    together = getattr(settings, "zero", ZeroSettings()).secondary_partition
+    count = resources.ranks(planned.name, workers, getattr(settings, "dealt_out", ()), together)
     return resources.per_rank(planned.name, count, workers.cpus, workers.gpu)
 
 

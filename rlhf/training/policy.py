@@ -239,7 +239,7 @@ class TrainedPolicy(Policy):
             Learner(engine, "policy"),
             generator,
             reference,
-            None if average_decay is None else MovingAverage(model, average_decay),
+            None if average_decay is None else MovingAverage(engine, model, average_decay),
             temperature,
             micro_batch,
             folder=folder,

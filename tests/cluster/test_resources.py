@@ -122,6 +122,16 @@ def test_what_auto_refuses_names_the_limit_and_what_there_is():
     assert (caught.value.where, caught.value.next_step) == ("ppo.workers.min", "add nodes, or ppo.workers.min=2")
     with pytest.raises(PreflightError, match="may have 3 to 4 ranks, and none of these numbers divides 10, which"):
         resources((8, 4)).ranks("ppo", AUTO.model_copy(update={"min": 3}), [10])
+    with pytest.raises(
+        PreflightError, match=r"none of these numbers that zero\.secondary_partition 4 allows divides 6, "
+    ):
+        resources((8, 4), (8, 3)).ranks("ppo", AUTO.model_copy(update={"min": 5}), [6], together=4)
+
+
+@pytest.mark.parametrize(("gpus", "taken"), [((4, 4), 8), ((4, 3), 4), ((4, 2), 4), ((3,), 3)])
+def test_auto_fills_nodes_that_keep_weights_twice(gpus: tuple[int, ...], taken: int):
+    """Whole ones, or a part of one alone."""
+    assert resources(*((8, count) for count in gpus)).ranks("ppo", AUTO, [24], together=4) == taken
 
 
 @pytest.mark.parametrize(

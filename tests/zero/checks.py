@@ -30,6 +30,7 @@ from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import folders, heads, text, tuning
 from rlhf.models.heads import TokenLogprobs
@@ -43,11 +44,12 @@ from rlhf.training import checkpoint_writer
 from rlhf.training.learner import Optimiser
 from rlhf.training.policy import TrainedPolicy
 from rlhf.zero import group, shards
-from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
+from rlhf.zero.engine import STAGE_3, Engine, gathered, sharded_loading, whole_weights
 from rlhf.zero.group import computable
 from tests.pipeline.helpers import until
 from tests.zero.groups import TIMEOUT_S
-from tests.zero.memory import memory
+from tests.zero.inputs import SIZES
+from tests.zero.memory import ON_NODES, counted_gathers, memory, on_nodes
 from tests.zero.resuming import (
     DONE,
     STAGES,
@@ -84,9 +86,9 @@ def share(_: Path) -> list[int]:
     return group.share_of(list(range(8)))
 
 
-def sharded(tiny: Path, method: Tuning) -> Any:
+def sharded(tiny: Path, method: Tuning, zero: ZeroSettings = STAGE_3) -> Any:
     """The tiny model, sharded as it is read."""
-    with sharded_loading("fp32"):
+    with sharded_loading("fp32", zero):
         model = folders.load_policy(tiny, torch.float32)
         return tuning.prepared(model, method, tiny, scores=False, seed=0)
 
@@ -94,9 +96,9 @@ def sharded(tiny: Path, method: Tuning) -> Any:
 class Learner:
     """An engine that learns a fixed batch by heart, each rank its share of it, one sequence a micro batch."""
 
-    def __init__(self, tiny: Path, method: Tuning) -> None:
-        self.model = sharded(tiny, method)
-        self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2)
+    def __init__(self, tiny: Path, method: Tuning, zero: ZeroSettings = STAGE_3) -> None:
+        self.model = sharded(tiny, method, zero)
+        self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2, zero=zero)
         tokens = len(text.load_tokenizer(tiny))
         self._ids = torch.randint(5, tokens, (BATCH, PROMPT + TIME), generator=torch.Generator().manual_seed(0))
 
@@ -108,6 +110,15 @@ class Learner:
             logprobs, _ = self.engine(ids, torch.ones_like(ids), TIME, 1.0, False)
             self.engine.backward(-logprobs.sum() / (BATCH * TIME), last=row == rows[-1])
         return self.engine.step(learning_rate)
+
+    @torch.no_grad()
+    def held(self) -> float:
+        """The share of all weights that this rank keeps once it has computed with them."""
+        ids = self._ids[:1]
+        self.engine(ids, torch.ones_like(ids), TIME, 1.0, False)
+        parameters: list[Any] = list(self.model.parameters())
+        kept = [kind for each in parameters for kind in (each.ds_tensor, each.ds_secondary_tensor) if kind is not None]
+        return sum(tensor.numel() for tensor in kept) / sum(each.ds_numel for each in parameters)
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights, on rank 0."""
@@ -433,6 +444,28 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
+def across_nodes(tiny: Path, folder: Path) -> dict[str, Any]:
+    """Steps of engines whose ranks keep the weights a second time on their nodes, and of one whose ranks do not; and
+    of one that goes on from what a single rank saved.
+    """
+    found: dict[str, Any] = {}
+    plain = ON_NODES.model_copy(update={"secondary_partition": 1})
+    theirs = folder.parent / "1" / "full"
+    until((theirs / DONE).exists, f"{theirs}: the save of one rank", TIMEOUT_S)
+    for name, zero in {"plain": plain, "nodes": ON_NODES, "continued": ON_NODES}.items():
+        learner, rates = Learner(tiny, FULL, zero), [1e-2, 1e-2, 5e-3]
+        if name == "continued":
+            learner.engine.load(theirs, "policy")
+            rates = [5e-3, 5e-3]
+        with counted_gathers() as gathers:
+            norms = [learner.step(rate) for rate in rates]
+        found[name] = {"norms": norms, "weights": learner.weights(), "gathers": dict(gathers), "held": learner.held()}
+        learner.engine.save(folder / name, "policy")
+        group.barrier()
+        found[name]["saved"] = saved(folder / name)
+    return found
+
+
 def gathering(tiny: Path) -> Tensor:
     """A weight that rank 0 alone has changed while it was whole, as every rank then sees it."""
     model = sharded(tiny, FULL)
@@ -442,6 +475,19 @@ def gathering(tiny: Path) -> Tensor:
             weight.data.fill_(7.0)
     with gathered([weight]):
         return weight.detach().clone()
+
+
+def of_stages(folder: Path, world_size: int) -> dict[str, Callable[[], Any]]:
+    """The checks that run stages."""
+    checks: dict[str, Callable[[], Any]] = {
+        "first_iterations": partial(first_iterations, folder.parent, folder / "first"),
+        "memory": partial(memory, folder.parent, folder / "memory"),
+    }
+    if world_size > 1:
+        checks["forms"] = partial(forms, folder.parent, folder / "forms")
+    for name in STAGES:
+        checks[name] = partial(unbroken_and_resumed, name, folder.parent, folder / name.replace(" ", "-"))
+    return checks
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:
@@ -471,12 +517,13 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "replica": partial(replica, tiny, folder),
         "policies": partial(policies, tiny, folder),
     }
-    checks["first_iterations"] = partial(first_iterations, folder.parent, folder / "first")
-    checks["memory"] = partial(memory, folder.parent, folder / "memory")
-    if world_size > 1:
-        checks["forms"] = partial(forms, folder.parent, folder / "forms")
-    for name in STAGES:
-        checks[name] = partial(unbroken_and_resumed, name, folder.parent, folder / name.replace(" ", "-"))
+    if world_size == SIZES[-1]:
+        # DeepSpeed keeps the groups of nodes that it has made: what comes after would have them too.
+        checks = {name: checks[name] for name in ("spread", "whole")}
+        checks["across_nodes"] = partial(across_nodes, tiny, folder)
+        checks["on_nodes"] = partial(on_nodes, folder.parent, folder / "nodes")
+    else:
+        checks |= of_stages(folder, world_size)
     results: dict[str, Any] = {}
     for name, check in checks.items():
         start = time.process_time()

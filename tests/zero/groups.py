@@ -1,6 +1,7 @@
-"""A module's groups of one rank and of two, side by side: ``python -m tests.zero.groups MODULE FOLDER``.
+"""A module's groups of ranks, side by side: ``python -m tests.zero.groups MODULE FOLDER``.
 
-The module has ``main(rank, world_size, folder)``, the folder being ``FOLDER/<world size>``. To import torch,
+The module has ``SIZES``, the groups' numbers of ranks, and ``main(rank, world_size, folder)``, the folder being
+``FOLDER/<world size>``. To import torch,
 transformers, TRL and DeepSpeed takes longer than most of what a rank then does, so one process imports them and forks
 the ranks, as the fork server does.
 """
@@ -26,7 +27,6 @@ TIMEOUT_S = 600
 
 # Threads of three processes would wait for each other's cores more than they compute on so small a model.
 ENVIRON = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-SIZES = (1, 2)
 
 
 def run_groups(module: str, folder: Path) -> None:
@@ -56,16 +56,16 @@ def start(main: Callable[[int, int, Path], None], rank: int, world_size: int, fo
 def run(module: str, folder: Path) -> None:
     """Run all ranks; end with the first that fails, since those of its group would wait for it."""
     gc.disable()
-    main = importlib.import_module(module).main
+    groups = importlib.import_module(module)
     gc.freeze()  # a rank's first collection would otherwise copy all memory that it shares
     gc.enable()
     forking = multiprocessing.get_context("fork")
     ranks: dict[int, BaseProcess] = {}
-    for size in SIZES:
+    for size in groups.SIZES:
         (folder / str(size)).mkdir()
         for rank in range(size):
             name = f"log-{size}-{rank}.txt"
-            process = forking.Process(target=start, args=(main, rank, size, folder), name=name, daemon=True)
+            process = forking.Process(target=start, args=(groups.main, rank, size, folder), name=name, daemon=True)
             process.start()
             ranks[process.sentinel] = process
     while ranks:

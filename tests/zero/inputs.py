@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+SIZES = (1, 2, 4)
+"""Ranks of the groups of ``tests.zero.checks``."""
 STAGE_NAMES = ("sft", "rm", "dpo", "ppo", "ppo with adapters", "ppo with one base")
 MEMORY_STAGES = ("sft", "rm", "ppo")
 MICRO_BATCHES: dict[str, dict[str, Any]] = {

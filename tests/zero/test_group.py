@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.config.stages import SftSettings
+from rlhf.pipeline.memory import Sharding
 from rlhf.training import checkpoint_writer
 from tests.zero.checks import COUNTS, FORMS, TIME, rows_of
 from tests.zero.conftest import Results
@@ -371,3 +373,37 @@ def test_a_resumed_stage_equals_an_unbroken_one_whatever_is_sharded(results: Res
     by_variant = results[2][0]["memory"][stage]
     assert_same_weights(by_variant[f"{variant}, resumed"]["weights"], by_variant[variant]["weights"])
     assert by_variant[f"{variant}, resumed"]["rows"] == by_variant[variant]["rows"]
+
+
+def test_ranks_that_keep_weights_twice_take_the_steps_of_those_that_do_not(results: Results) -> None:
+    """Bit for bit, though most weights come from the ranks of the same node alone."""
+    plain, nodes = (results[4][0]["across_nodes"][name] for name in ("plain", "nodes"))
+    assert_same_weights(plain["weights"], nodes["weights"])
+    assert plain["norms"] == nodes["norms"]
+    # The first step needs none but its own node's, for the weights were read with all ranks.
+    steps, whole = 3, sum(weight.numel() for weight in plain["weights"].values())
+    assert nodes["gathers"][4] == (steps - 1) * whole
+    assert plain["gathers"] == {4: nodes["gathers"][4] + nodes["gathers"][2]}
+    assert_same_weights(plain["saved"], nodes["saved"])
+
+
+def test_the_second_copy_takes_the_memory_that_is_predicted(results: Results) -> None:
+    """A quarter of the weights on each of four ranks, and with two nodes a half more; beside what fills weights up."""
+    for name, partition in (("plain", 1), ("nodes", 2)):
+        zero, workers = {"secondary_partition": partition}, {"count": 4}
+        predicted = Sharding.of(SftSettings.model_validate({"zero": zero, "workers": workers})).held
+        assert [ranks["across_nodes"][name]["held"] for ranks in results[4]] == pytest.approx([predicted] * 4, rel=1e-3)
+
+
+def test_ranks_that_keep_weights_twice_go_on_from_one_rank_s_checkpoint(results: Results) -> None:
+    """With the weights that were loaded, on the node too."""
+    ours, others = results[4][0]["across_nodes"]["continued"], results[1][0]["resume"]["full"]["unbroken"]
+    assert_same_weights(ours["weights"], others, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("stage", MEMORY_STAGES)
+def test_a_stage_on_nodes_learns_what_one_rank_learns(results: Results, stage: str) -> None:
+    """After a kill, too, of rm and ppo; and most weights come from the node."""
+    single, four = results[1][0]["memory"][stage]["stage 3"], results[4][0]["on_nodes"][stage]
+    assert_same_weights(single["weights"], four["weights"], tolerance=1e-5)
+    assert four["gathers"][2] >= four["gathers"][4] > 0
