@@ -35,6 +35,7 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.data.mixture import Mixture, by_task
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
+from rlhf.models import splittable
 from rlhf.models.architectures import check_packing, check_policy, check_scorer, check_virtual_tokens
 from rlhf.models.layout import (
     ADAPTER_CONFIG,
@@ -141,12 +142,22 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
     return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
+def check_split(context: Context[PpoSettings]) -> None:
+    """Refuse a policy that cannot be split over as many ranks as are to hold a copy of it."""
+    together = context.settings.rollout.tensor_parallel
+    if not isinstance(together, int) or together == 1:
+        return
+    if problem := splittable.obstacle(config_of(context.inputs["policy"]), together):
+        raise PreflightError(problem, f"{context.stage}.rollout.tensor_parallel", splittable.OTHERWISE)
+
+
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks."""
     settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.ranks
     check_rewards(settings.rewards, inputs)
     if settings.rollout.engine == "vllm" and find_spec("vllm") is None:
         raise PreflightError(NOT_INSTALLED[0], f"{context.stage}.rollout.engine", NOT_INSTALLED[1])
+    check_split(context)
     if settings.share_base:
         check_adapters(inputs, context.stage)
     minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks

@@ -1,9 +1,9 @@
 """Settings of PPO: docs/ppo.md has every equation, and the source of every default."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from rlhf.config.base import Seed, Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
@@ -78,6 +78,10 @@ class RolloutSettings(Settings):
     """``native`` samples by transformers' models, ``vllm`` by vLLM in each rank's process (the extra ``vllm``; not with
     adapters). They draw other tokens from the same distribution. ``auto`` takes vllm on GPUs where native
     has no CUDA graphs for the type of model, and vllm is installed and knows it; otherwise native. It says which."""
+    tensor_parallel: Annotated[int, Field(ge=1)] | Literal["auto", "gathered"] = runtime("auto")
+    """Ranks of a node that hold one copy of the policy together, each a part of every large matrix (docs/cluster.md).
+    ``auto`` takes 1 where a whole copy fits a GPU beside the rank's shards, otherwise the fewest that fit. With
+    ``gathered`` there is no copy: the ranks gather each layer for every token, which any model allows, slowly."""
 
 
 class PpoSettings(TrainingSettings):
@@ -225,6 +229,28 @@ class PpoSettings(TrainingSettings):
         return self
 
     @model_validator(mode="after")
+    def _copies_fit(self) -> "PpoSettings":
+        together, ranks = self.rollout.tensor_parallel, self.workers.count
+        if together in (1, "auto"):
+            return self
+        setting = f"rollout.tensor_parallel {together}"
+        if together == "gathered" and self.rollout.engine != "native":
+            raise ValueError(f"{setting} is for engine native, and it is {self.rollout.engine}")
+        if self.zero.stage != 3:
+            raise ValueError(
+                f"{setting} is for a policy in shards, and in zero.stage {self.zero.stage} every rank has it whole; "
+                "write zero: {stage: 3}, or leave tensor_parallel out"
+            )
+        if self.share_base:
+            raise ValueError(f"{setting} does not go with share_base, of whose base every rank holds a copy")
+        if isinstance(together, int):
+            if obstacle := self.obstacle_to_split():
+                raise ValueError(f"{setting} cannot be: {obstacle}; write rollout: {{tensor_parallel: gathered}}")
+            if isinstance(ranks, int) and ranks % together:
+                raise ValueError(f"{setting} does not divide the {ranks} rank(s) of workers.count")
+        return self
+
+    @model_validator(mode="after")
     def _packing_fits(self) -> "PpoSettings":
         if self.packing and virtual_tokens(self.tuning):
             raise ValueError(
@@ -232,6 +258,14 @@ class PpoSettings(TrainingSettings):
                 "row and not before each sample in it; leave packing out"
             )
         return self
+
+    def obstacle_to_split(self) -> str | None:
+        """Return why the policy cannot be split over ranks to be sampled from; None where its type may allow it."""
+        lora = isinstance(self.tuning, LoraTuning) and not self.tuning.dora
+        if not (lora or trains_own_weights(self.tuning)):
+            kind = "lora with dora" if isinstance(self.tuning, LoraTuning) else self.tuning.method
+            return f"the policy is split with whole weights or plain LoRA, and tuning.method is {kind}"
+        return None
 
     def obstacle_to_vllm(self) -> str | None:
         """Return why vLLM cannot take the policy's weights; None where it can.

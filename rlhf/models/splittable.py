@@ -38,6 +38,9 @@ SPLITTABLE = frozenset(
 )
 """The model types that are split as transformers' plans for them say, each with a test."""
 
+OTHERWISE = "write rollout: {tensor_parallel: gathered}, which any model allows, or leave it out"
+"""What to do where a model cannot be split."""
+
 
 def obstacle(config: Mapping[str, Any], ranks: int) -> str | None:
     """Return why a model cannot be split over ranks; None where it can.
@@ -46,14 +49,11 @@ def obstacle(config: Mapping[str, Any], ranks: int) -> str | None:
     """
     kind = config.get("model_type")
     if kind not in SPLITTABLE:
-        return f"models of the type {kind} are not among those that are split over ranks, which take a plan of transformers'"
+        return f"models of the type {kind} are not among those that are split over ranks by a plan of transformers'"
     heads = config["num_attention_heads"]
-    keys, inner = config.get("num_key_value_heads") or heads, config["intermediate_size"]
-    if not any(size % ranks for size in (heads, keys, inner)):
+    keys = config.get("num_key_value_heads") or heads
+    common = math.gcd(heads, keys)
+    if common % ranks == 0:
         return None
-    common = math.gcd(heads, keys, inner)
     divisors = ", ".join(str(count) for count in range(1, common + 1) if common % count == 0)
-    return (
-        f"{ranks} ranks do not divide the model's {heads} attention heads, {keys} key heads and {inner} inner features; "
-        f"these do: {divisors}"
-    )
+    return f"{ranks} ranks do not divide the model's {heads} attention heads and {keys} key heads; these do: {divisors}"

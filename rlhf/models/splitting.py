@@ -42,8 +42,9 @@ class Peers:
 
     def joined(self, values: Tensor, width: int) -> Tensor:
         """Return the ranks' values side by side in the last dimension, as far as ``width``."""
+        values = values.contiguous()
         parts = [torch.empty_like(values) for _ in range(self.ranks)]
-        dist.all_gather(parts, values.contiguous(), group=self.group)
+        dist.all_gather(parts, values, group=self.group)
         return torch.cat(parts, dim=-1)[..., :width]
 
     def least(self, value: int, device: torch.device) -> int:
@@ -66,25 +67,18 @@ class Part:
     first_alone: bool = False
     """Whether the first rank alone has the weight, and the others zeros: it is added to what is summed over ranks."""
 
-    def shape(self, whole: torch.Size) -> torch.Size:
-        """Return the shape of the part of a weight."""
-        sizes = list(whole)
-        if self.dim is not None:
-            sizes[self.dim] = -(-sizes[self.dim] // self.peers.ranks)
-        return torch.Size(sizes)
-
-    def fill(self, own: Tensor, whole: Tensor) -> None:
-        """Copy a whole weight's part."""
+    def of(self, whole: Tensor) -> Tensor:
+        """Return a copy of a whole weight's part."""
         if self.first_alone and self.peers.rank:
-            own.zero_()
-        elif self.dim is None:
-            own.copy_(whole)
-        else:
-            size = own.shape[self.dim]
-            start = min(self.peers.rank * size, whole.shape[self.dim])
-            there = min(size, whole.shape[self.dim] - start)
-            own.narrow(self.dim, 0, there).copy_(whole.narrow(self.dim, start, there))
-            own.narrow(self.dim, there, size - there).zero_()
+            return torch.zeros_like(whole)
+        if self.dim is None:
+            return whole.clone()
+        size = -(-whole.shape[self.dim] // self.peers.ranks)
+        start = min(self.peers.rank * size, whole.shape[self.dim])
+        own = whole.narrow(self.dim, start, min(size, whole.shape[self.dim] - start))
+        part = whole.new_zeros([*whole.shape[: self.dim], size, *whole.shape[self.dim + 1 :]])
+        part.narrow(self.dim, 0, own.shape[self.dim]).copy_(own)
+        return part
 
 
 def split(
@@ -92,22 +86,21 @@ def split(
 ) -> tuple[Any, dict[str, Part]]:
     """Return a copy of a model that computes with this rank's parts, and the part of each weight by name.
 
-    The parts are empty. The copy's forward pass is a collective, and returns the same logits on all ranks, to the bit.
+    The copy's weights are empty. With the parts in their place its forward pass is a collective, and returns the same
+    logits on all ranks, to the bit.
 
-    model     without an :func:`~rlhf.models.splittable.obstacle`, with an adapter of LoRA or without one; its weights may be sharded
+    model     of a type that is splittable, with an adapter of LoRA or without one; its weights may be sharded
     shape_of  returns the shape of a whole weight
     """
     styles, parts = _styles(model), dict[str, Part]()
-    empty: dict[int, Any] = {}
-    for name, weight in model.named_parameters():
+    for name, _ in model.named_parameters():
         owner = next((owner for owner in styles if name.startswith(f"{owner}.")), None)
-        parts[name] = part = Part(peers) if owner is None else _part(peers, styles[owner], name.removeprefix(owner))
-        own = torch.empty(part.shape(shape_of(weight)), dtype=weight.dtype, device=device)
-        empty[id(weight)] = nn.Parameter(own, requires_grad=False)
-    sizes = {owner: shape_of(_weight(model.get_submodule(owner)))[0] for owner in styles}
+        parts[name] = Part(peers) if owner is None else _part(peers, styles[owner], name.removeprefix(owner))
+    shapes = {owner: shape_of(_weight(model.get_submodule(owner))) for owner in styles}
+    empty = {id(weight): nn.Parameter(weight.new_empty(0), requires_grad=False) for weight in model.parameters()}
     copied = copy.deepcopy(model, empty).to(device).eval()
     for owner, style in styles.items():
-        _exchange(copied.get_submodule(owner), style, sizes[owner], peers)
+        _exchange(copied.get_submodule(owner), style, shapes[owner], peers)
     return copied, parts
 
 
@@ -141,18 +134,19 @@ def _part(peers: Peers, style: str, name: str) -> Part:
     return Part(peers, None if ".lora_A." in name else 0)
 
 
-def _exchange(module: Any, style: str, size: int, peers: Peers) -> None:
+def _exchange(module: Any, style: str, shape: torch.Size, peers: Peers) -> None:
     """Let a module's forward pass exchange what the ranks have of its inputs or outputs.
 
-    size  outputs of the whole module; of embeddings the tokens
+    shape  of the whole module's weight
     """
     if style == "embedding":
         module.padding_idx = None  # which torch would look for among this rank's rows; it matters to gradients alone
-        module.forward = partial(_looked_up, module.forward, peers, -(-size // peers.ranks))
+        module.forward = partial(_looked_up, module.forward, peers, -(-shape[0] // peers.ranks))
     elif style in ("head", "colwise_gather_output"):
-        module.forward = partial(_joined, module.forward, peers, size)
+        module.forward = partial(_joined, module.forward, peers, shape[0])
     elif style in _BY_INPUTS:
-        module.forward = partial(_summed, module.forward, peers, splits=style == "rowwise_split_input")
+        inputs = -(-shape[1] // peers.ranks) if style == "rowwise_split_input" else None
+        module.forward = partial(_summed, module.forward, peers, inputs)
 
 
 def _looked_up(forward: Callable[[Tensor], Tensor], peers: Peers, size: int, ids: Tensor) -> Tensor:
@@ -165,6 +159,12 @@ def _joined(forward: Callable[[Tensor], Tensor], peers: Peers, width: int, state
     return peers.joined(forward(states), width)
 
 
-def _summed(forward: Callable[[Tensor], Tensor], peers: Peers, states: Tensor, *, splits: bool) -> Tensor:
-    own = states.chunk(peers.ranks, dim=-1)[peers.rank] if splits else states
-    return peers.sum(forward(own).contiguous())
+def _summed(forward: Callable[[Tensor], Tensor], peers: Peers, inputs: int | None, states: Tensor) -> Tensor:
+    """Return the sum of the ranks' outputs.
+
+    inputs  of this rank, where ``states`` are those of all ranks
+    """
+    if inputs is not None:
+        own = states[..., peers.rank * inputs : (peers.rank + 1) * inputs]
+        states = nn.functional.pad(own, (0, inputs - own.shape[-1]))
+    return peers.sum(forward(states).contiguous())
