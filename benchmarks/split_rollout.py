@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks.limits import SHAPES
 from benchmarks.one_rank import (
@@ -130,7 +130,7 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with TemporaryDirectory(dir=given.scratch) as folder:
-        torch.multiprocessing.spawn(be_rank, (given, Path(folder), port), nprocs=given.ranks)
+        spawn(be_rank, (given, Path(folder), port), nprocs=given.ranks)
 
 
 if __name__ == "__main__":

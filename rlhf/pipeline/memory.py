@@ -155,7 +155,7 @@ def _together(
     if settings.rollout.engine != "native":
         return [1]
     node = node or ranks
-    split = [] if settings.obstacle_to_split() else range(2, min(node, MOST_TOGETHER) + 1)
+    split = range(0) if settings.obstacle_to_split() else range(2, min(node, MOST_TOGETHER) + 1)
     config = models["policy"].config
     fitting = [count for count in split if node % count == 0 and obstacle(config, count) is None]
     return [1, *fitting, "gathered"]

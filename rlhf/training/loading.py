@@ -115,7 +115,7 @@ def together(context: Context[PpoSettings], folder: Path) -> int | Literal["gath
         PreflightError: they do not divide the ranks of a node.
     """
     given = context.settings.rollout.tensor_parallel
-    if given in (1, "auto") or group.world_size() == 1:  # one rank samples from the weights where they lie
+    if given == "auto" or group.world_size() == 1:  # one rank samples from the weights where they lie
         return 1
     if given == "gathered":
         if group.is_main():

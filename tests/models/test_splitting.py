@@ -97,7 +97,7 @@ def test_bad_numbers_of_ranks_are_named_with_those_that_divide_the_heads() -> No
 @pytest.mark.parametrize("kind", sorted(SPLITTABLE))
 def test_transformers_has_a_plan_for_each_type(kind: str) -> None:
     """Its layers are split in ways that are known here."""
-    plan: dict[str, str] = AutoConfig.for_model(kind).base_model_tp_plan
+    plan: Any = AutoConfig.for_model(kind).base_model_tp_plan
     known = {"colwise", "colwise_gather_output", "rowwise", "rowwise_split_input", "embedding_rowwise"}
     assert set(plan.values()) <= known | {"replicate", "replicated_with_grad_allreduce"}
     assert sum(name.startswith("layers.*.") for name in plan) >= 4
