@@ -86,6 +86,7 @@ def settings_of(ranks: int, partition: int) -> PpoSettings:
             "max_prompt_length": PROMPT,
             "sampling": {"max_new_tokens": RESPONSE},
             "activation_checkpointing": True,
+            "rollout": {"tensor_parallel": 1},
             "workers": {"count": ranks, "gpu": True},
             "zero": {"secondary_partition": partition},
         }

@@ -36,6 +36,7 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.data.mixture import Mixture, by_task
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
+from rlhf.models import splittable
 from rlhf.models.architectures import check_packing, check_policy, check_scorer, check_virtual_tokens
 from rlhf.models.layout import (
     ADAPTER_CONFIG,
@@ -193,6 +194,15 @@ def dpo(context: Context[DpoSettings]) -> dict[str, float]:
     return counts | {"responses/too_long": float(over)} | disk.written(context, [policy], steps)
 
 
+def check_split(context: Context[PolicyGradientSettings]) -> None:
+    """Refuse a policy that cannot be split over as many ranks as are to hold a copy of it."""
+    together = context.settings.rollout.tensor_parallel
+    if not isinstance(together, int) or together == 1:
+        return
+    if problem := splittable.obstacle(config_of(context.inputs["policy"]), together):
+        raise PreflightError(problem, f"{context.stage}.rollout.tensor_parallel", splittable.OTHERWISE)
+
+
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     """Check what :func:`policy_gradient` does, and that the value model can start where it shall."""
     inputs = context.inputs
@@ -213,6 +223,7 @@ def policy_gradient(context: Context[PolicyGradientSettings], value: str | None 
     check_rewards(settings.rewards, inputs)
     if settings.rollout.engine == "vllm" and find_spec("vllm") is None:
         raise PreflightError(NOT_INSTALLED[0], f"{context.stage}.rollout.engine", NOT_INSTALLED[1])
+    check_split(context)
     minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks
     if minibatch % ranks:
         what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"

@@ -1,13 +1,13 @@
 """Settings that policy-gradient stages share, those that sample responses and learn from their rewards."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from rlhf.config.base import Seed, Settings, runtime, semantic
 from rlhf.config.rewards import RewardSettings, rewards_are_sound
 from rlhf.config.stages import SamplingSettings, TrainingSettings
-from rlhf.config.tuning import FULL, Tuning, trains_own_weights, virtual_tokens
+from rlhf.config.tuning import FULL, LoraTuning, Tuning, trains_own_weights, virtual_tokens
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -65,6 +65,10 @@ class RolloutSettings(Settings):
     """``native`` samples by transformers' models, ``vllm`` by vLLM in each rank's process (the extra ``vllm``; not with
     adapters). They draw other tokens from the same distribution. ``auto`` takes vllm on GPUs where native
     has no CUDA graphs for the type of model, and vllm is installed and knows it; otherwise native. It says which."""
+    tensor_parallel: Annotated[int, Field(ge=1)] | Literal["auto", "gathered"] = runtime("auto")
+    """Ranks of a node that hold one copy of the policy together, each a part of every large matrix (docs/cluster.md).
+    ``auto`` takes 1 where a whole copy fits a GPU beside the rank's shards, otherwise the fewest that fit. With
+    ``gathered`` there is no copy: the ranks gather each layer for every token, which any model allows, slowly."""
 
 
 class PolicyGradientSettings(TrainingSettings):
@@ -181,6 +185,34 @@ class PolicyGradientSettings(TrainingSettings):
                 "row and not before each sample in it; leave packing out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _copies_fit(self) -> Self:
+        together, ranks = self.rollout.tensor_parallel, self.workers.count
+        if together in (1, "auto"):
+            return self
+        setting = f"rollout.tensor_parallel {together}"
+        if together == "gathered" and self.rollout.engine != "native":
+            raise ValueError(f"{setting} is for engine native, and it is {self.rollout.engine}")
+        if self.zero.stage != 3:
+            raise ValueError(
+                f"{setting} is for a policy in shards, and in zero.stage {self.zero.stage} every rank has it whole; "
+                "write zero: {stage: 3}, or leave tensor_parallel out"
+            )
+        if isinstance(together, int):
+            if obstacle := self.obstacle_to_split():
+                raise ValueError(f"{setting} cannot be: {obstacle}; write rollout: {{tensor_parallel: gathered}}")
+            if isinstance(ranks, int) and ranks % together:
+                raise ValueError(f"{setting} does not divide the {ranks} rank(s) of workers.count")
+        return self
+
+    def obstacle_to_split(self) -> str | None:
+        """Return why the policy cannot be split over ranks to be sampled from; None where its type may allow it."""
+        lora = isinstance(self.tuning, LoraTuning) and not self.tuning.dora
+        if not (lora or trains_own_weights(self.tuning)):
+            kind = "lora with dora" if isinstance(self.tuning, LoraTuning) else self.tuning.method
+            return f"the policy is split with whole weights or plain LoRA, and tuning.method is {kind}"
+        return None
 
     def obstacle_to_vllm(self) -> str | None:
         """Return why vLLM cannot take the policy's weights; None where it can.

@@ -70,6 +70,11 @@ class PpoSettings(PolicyGradientSettings):
         if self.share_base and not (isinstance(self.tuning, LoraTuning) and self.tuning.init == "zero"):
             given = "pissa, which changes the base" if isinstance(self.tuning, LoraTuning) else self.tuning.method
             raise ValueError(f"share_base needs tuning {{method: lora}} with init zero, and it is {given}")
+        if self.share_base and self.rollout.tensor_parallel not in (1, "auto"):
+            raise ValueError(
+                f"rollout.tensor_parallel {self.rollout.tensor_parallel} does not go with share_base, of whose base "
+                "every rank holds a copy"
+            )
         return self
 
     def obstacle_to_vllm(self) -> str | None:

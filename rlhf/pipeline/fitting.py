@@ -148,9 +148,9 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
     """Predict the memory of a plan's training stages, for texts as long as their settings allow.
 
     Return for each ``stage``, ``ranks``, ``moment``, ``parts`` in bytes, ``total``, ``device`` (its bytes, null where
-    they are not known here), ``refused`` (whether preflight would refuse the stage) and ``change``, the settings to
-    change where it may not fit. Models come from results, or from what they will be trained from; without either
-    ``moment`` is null.
+    they are not known here), ``refused`` (whether preflight would refuse the stage), ``change``, the settings to change
+    where it may not fit, and ``tensor_parallel`` of ppo's rollouts, as it would be chosen. Models come from results, or
+    from what they will be trained from; without either ``moment`` is null.
     """
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,7 +169,8 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
 
 def _forecast(settings: Training, models: Mapping[str, Architecture] | None) -> dict[str, Any]:
     if models is None:
-        return {"moment": None, "parts": {}, "total": None, "device": None, "refused": False, "change": []}
+        unknown = {"moment": None, "parts": {}, "total": None, "device": None, "refused": False, "change": []}
+        return unknown | {"tensor_parallel": None}
     device = device_of_ranks(settings.workers.gpu)
     if device is not None and device.gpu:
         settings = with_micro_batch(settings, models, device.bytes)
@@ -182,6 +183,7 @@ def _forecast(settings: Training, models: Mapping[str, Architecture] | None) -> 
         "device": device.bytes if device else None,
         "refused": device is not None and _is_refused(predicted, device),
         "change": [] if device is None or enough else list(advice(settings, models, None, device)),
+        "tensor_parallel": settings.rollout.tensor_parallel if isinstance(settings, PolicyGradientSettings) else None,
     }
 
 

@@ -12,7 +12,7 @@ in fp32 (4), Adam's moments (8), gradients (4). Beside these a buffer for gradie
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
@@ -22,12 +22,15 @@ from rlhf.config.zero import BUCKET
 from rlhf.errors import size
 from rlhf.models import capacity, footprint
 from rlhf.models.footprint import Architecture, Learned, learned, weight_bytes
+from rlhf.models.splittable import obstacle
 
 PARTS = ("weights", "gradients", "optimiser", "activations", "logits", "generation", "frozen models")
 CONTEXT = 10**9
 """Bytes of a GPU that no tensor can have."""
 FILLED = 0.8
 """Share of a GPU's memory that is filled where the size of micro batches is not set."""
+MOST_TOGETHER = 8
+"""Ranks that a copy of the policy is spread over where their number is not set: more are seldom in one node."""
 REUSE = 5 * 10**8
 """Parameters of a rank's layers that stay gathered from the forward to the backward pass, half of DeepSpeed's
 ``max_reuse_distance``."""
@@ -105,10 +108,15 @@ def predict(
 
 
 def with_micro_batch(
-    settings: T, models: Mapping[str, Architecture] | None, gpu: int, *, in_list: int | None = None
+    settings: T,
+    models: Mapping[str, Architecture] | None,
+    gpu: int,
+    *,
+    in_list: int | None = None,
+    node: int | None = None,
 ) -> T:
     """Return the settings with a number for ``micro_batch_size``, unless ``micro_batch_tokens`` stands for it; where
-    both are null the largest that fits a GPU. In ppo ``packing`` is decided too.
+    both are null the largest that fits a GPU. In ppo ``packing`` and ``rollout.tensor_parallel`` are decided too.
 
     It divides a rank's share of an update. A prediction with it fills at most :data:`FILLED` of the smallest GPU, with
     texts as long as the settings allow: so the driver and all ranks agree, whatever each knows of the data.
@@ -116,10 +124,19 @@ def with_micro_batch(
     models   as for :func:`predict`; None where they are not known, which takes what a CPU would
     gpu      bytes of the smallest GPU
     in_list  most responses in a list of rm
+    node     ranks of a node; None where that is not known, which takes all to be on one
     """
     if isinstance(settings, PolicyGradientSettings):
         packing = packs(settings, models, gpu=True) if models else bool(settings.packing)
         settings = settings.model_copy(update={"packing": packing})
+        if settings.rollout.tensor_parallel == "auto":
+            sized = settings
+            for together in _together(settings, models, node):
+                rollout = settings.rollout.model_copy(update={"tensor_parallel": together})
+                sized = with_micro_batch(settings.model_copy(update={"rollout": rollout}), models, gpu)
+                if models is None or predict(sized, models).total + CONTEXT <= gpu:
+                    break
+            return sized
     if settings.micro_batch_tokens is not None:
         return settings
     if settings.micro_batch_size is not None or models is None:
@@ -130,6 +147,45 @@ def with_micro_batch(
     candidates = (settings.model_copy(update={"micro_batch_size": size}) for size in sizes)
     enough = (given for given in candidates if predict(given, models, texts).total + CONTEXT <= FILLED * gpu)
     return next(enough, settings.model_copy(update={"micro_batch_size": 1}))
+
+
+def _together(
+    settings: PolicyGradientSettings, models: Mapping[str, Architecture] | None, node: int | None
+) -> list[int | Literal["gathered"]]:
+    """Return what ``rollout.tensor_parallel`` may be, in the order of what it costs."""
+    ranks = settings.workers.ranks
+    if models is None or ranks == 1 or settings.zero.stage != 3 or shares_base(settings):
+        return [1]
+    if settings.rollout.engine != "native":
+        return [1]
+    node = node or ranks
+    split = range(0) if settings.obstacle_to_split() else range(2, min(node, MOST_TOGETHER) + 1)
+    config = models["policy"].config
+    fitting = [count for count in split if node % count == 0 and obstacle(config, count) is None]
+    return [1, *fitting, "gathered"]
+
+
+def why_together(
+    given: PolicyGradientSettings, chosen: PolicyGradientSettings, models: Mapping[str, Architecture], gpu: int
+) -> str | None:
+    """Return why ``rollout.tensor_parallel: auto`` is what was chosen; None where it was set, or is 1.
+
+    gpu  bytes of the smallest GPU
+    """
+    together = chosen.rollout.tensor_parallel
+    if given.rollout.tensor_parallel != "auto" or together == 1:
+        return None
+    whole = chosen.model_copy(update={"rollout": chosen.rollout.model_copy(update={"tensor_parallel": 1})})
+    needed, now = (size(predict(settings, models).total) for settings in (whole, chosen))
+    return (
+        f"rollout.tensor_parallel auto is {together}: with a whole copy of the policy a rank would take about {needed} "
+        f"of a GPU's {size(gpu)}, and so it takes {now}"
+    )
+
+
+def shares_base(settings: Training) -> bool:
+    """Return whether a stage's models are adapters on one base."""
+    return isinstance(settings, PpoSettings) and settings.share_base
 
 
 def packs(settings: PolicyGradientSettings, models: Mapping[str, Architecture], *, gpu: bool) -> bool:
@@ -370,8 +426,14 @@ def _policy_gradient(
     if settings.obstacle_to_vllm() or (engine == "auto" and not gpu):
         engine = "native"
     stays = not gpu if engine == "vllm" else policy.sharding.stage == 3
-    generation, dropped = copied * stays, {"generation": copied * (engine != "native" and not stays)}
-    if isinstance(settings, PpoSettings) and settings.share_base:
+    given = settings.rollout.tensor_parallel if policy.sharding.stage == 3 and ranks > 1 else 1
+    gathers, together = given == "gathered", given if isinstance(given, int) else 1
+    copied = _part_of_copy(policy, copied, together)
+    # A copy that several ranks hold natively is dropped between rollouts too.
+    stays = stays and not gathers and (together == 1 or engine == "vllm")
+    generation = copied * stays
+    dropped = {"generation": copied * (not stays and not gathers and (engine != "native" or together > 1))}
+    if shares_base(settings):
         # Beside the policy's base there are adapters alone, and one engine with one buffer.
         (value,) = values
         gradients = 4 * value.share if policy.sharding.stage == 3 else 0.0
@@ -397,10 +459,13 @@ def _policy_gradient(
         others += value.moments(*shape, (4 + width) * tokens * value.model.hidden)
     # Sampling has as many rows as there is memory for: what fits otherwise fits with some.
     most = max(sum(parts.values()) for _, parts in others)
-    rows, cache = _rows(settings, policy, texts, gpu=gpu)
-    kept = {"generation": cache * rows if gpu and engine != "vllm" and cache * rows <= capacity.KEPT else 0.0}
+    rows, cache = _rows(settings, policy, texts, gpu=gpu, together=together)
+    if gathers:
+        rows, dropped = min(rows, capacity.AT_ONCE * micro), {"weights": policy.gathered}
+    has_graphs = gpu and engine != "vllm" and together == 1 and not gathers
+    kept = {"generation": cache * rows if has_graphs and cache * rows <= capacity.KEPT else 0.0}
     wanted = _sum(dropped, _sampling(policy, texts, rows, cache, gpu=gpu))
-    while gpu and rows > 1 and sum(wanted.values()) > most + kept["generation"]:
+    while gpu and rows > 1 and not gathers and sum(wanted.values()) > most + kept["generation"]:
         rows //= 2
         wanted = _sum(dropped, _sampling(policy, texts, rows, cache, gpu=gpu))
     yield "while responses are sampled", _sum(standing, wanted)
@@ -450,12 +515,25 @@ def _scoring(settings: PolicyGradientSettings, policy: Trained, texts: Texts, mi
     }
 
 
-def _rows(settings: PolicyGradientSettings, policy: Trained, texts: Texts, *, gpu: bool) -> tuple[int, float]:
-    """Return the rows that a rank samples at a time where memory allows, and the bytes of a row's keys and values."""
+def _part_of_copy(policy: Trained, whole: float, ranks: int) -> float:
+    """Return the bytes of a rank's part of a copy; norms are whole on each rank."""
+    model = policy.model
+    norms = policy.width * model.layers * model.norms * model.hidden
+    return norms + (whole - norms) / ranks
+
+
+def _rows(
+    settings: PolicyGradientSettings, policy: Trained, texts: Texts, *, gpu: bool, together: int = 1
+) -> tuple[int, float]:
+    """Return the rows that a rank samples at a time where memory allows, and the bytes of a row's keys and values.
+
+    together  ranks that answer the same prompts
+    """
     most = capacity.ROWS_ON_GPU if gpu else capacity.ROWS_ON_CPU
     places = capacity.rounded(texts.longest - 1, capacity.COLUMNS_ON_GPU if gpu else capacity.COLUMNS_ON_CPU)
-    rows = min(most, math.ceil(settings.rollouts / settings.workers.ranks))
-    return rows, (places + policy.part.tokens) * policy.model.layers * 2 * policy.model.keys * policy.width
+    rows = min(most, math.ceil(settings.rollouts * together / settings.workers.ranks))
+    keys = policy.model.layers * 2 * policy.model.keys * policy.width / together
+    return rows, (places + policy.part.tokens) * keys
 
 
 def _sampling(policy: Trained, texts: Texts, rows: int, cache: float, *, gpu: bool) -> Bytes:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoConfig
@@ -13,9 +14,10 @@ from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision, RmSettings
 from rlhf.config.zero import ZeroSettings
-from rlhf.errors import PreflightError
+from rlhf.errors import PreflightError, size
 from rlhf.models import folders, safe_loading
-from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
+from rlhf.models.capacity import AT_ONCE
+from rlhf.models.layout import BASE, is_adapter, shapes, virtual_tokens_in
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.text import check_same_tokens
 from rlhf.pipeline import memory
@@ -24,6 +26,7 @@ from rlhf.pipeline.memory import T
 from rlhf.rewards import Rewards
 from rlhf.rollout.decoding import has_graphs
 from rlhf.rollout.rollout import Generator
+from rlhf.rollout.split import ranks_of_node
 from rlhf.rollout.vllm_sampling import Room, obstacle
 from rlhf.training import shared_base
 from rlhf.training.learner import Optimiser, TrainedValue
@@ -66,7 +69,13 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
         given = given.model_copy(update={"micro_batch_size": kept["size"]})
     smallest = -group.all_max(torch.tensor(-torch.cuda.get_device_properties(device).total_memory))
     models = architectures(context.inputs)
-    settings = memory.with_micro_batch(given, models, int(smallest), in_list=in_list)
+    settings = memory.with_micro_batch(
+        given, models, int(smallest), in_list=in_list, node=ranks_of_node() if may_pack else None
+    )
+    if isinstance(given, PolicyGradientSettings) and isinstance(settings, PolicyGradientSettings) and models:
+        why = memory.why_together(given, settings, models, int(smallest))
+        if why is not None and group.is_main():
+            context.note(why)
     if unset and kept is None and group.is_main():
         context.folder.micro_batch.write({"size": settings.micro_batch})
         why = "as many as fit" if models else "the default of CPUs, since the model's sizes are not known"
@@ -81,6 +90,7 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
 def load_policy(context: Context[PolicyGradientSettings]) -> TrainedPolicy:
     """Load and shard the trained policy, with its reference. A collective."""
     settings, folder = context.settings, _plain_policy(context)
+    copies = together(context, folder)
     return TrainedPolicy.load_folder(
         folder,
         settings.precision,
@@ -96,14 +106,55 @@ def load_policy(context: Context[PolicyGradientSettings]) -> TrainedPolicy:
         average_decay=settings.average_decay,
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
-        vllm=rollout_by_vllm(context, folder),
+        vllm=rollout_by_vllm(context, folder, copies if isinstance(copies, int) else 1),
+        tensor_parallel=copies,
     )
 
 
-def rollout_by_vllm(context: Context[PolicyGradientSettings], folder: Path) -> Room | None:
+def together(context: Context[PolicyGradientSettings], folder: Path) -> int | Literal["gathered"]:
+    """Return the ranks that hold a copy of the policy to sample from. A collective.
+
+    folder  of the policy's whole weights
+
+    Raises:
+        PreflightError: they do not divide the ranks of a node.
+    """
+    given = context.settings.rollout.tensor_parallel
+    if given == "auto" or group.world_size() == 1:  # one rank samples from the weights where they lie
+        return 1
+    if given == "gathered":
+        if group.is_main():
+            context.note(_cost_of_gathering(context.settings, folder))
+        return given
+    if (ranks := ranks_of_node()) % given:
+        numbers = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0)
+        raise PreflightError(
+            f"{given} ranks of a node are to hold a copy of the policy together, and {ranks} is the most that divides "
+            "the ranks of every node",
+            f"{context.stage}.rollout.tensor_parallel",
+            f"take one of {numbers}, or write rollout: {{tensor_parallel: gathered}}",
+        )
+    return given
+
+
+def _cost_of_gathering(settings: PolicyGradientSettings, folder: Path) -> str:
+    """Return a warning that names what ranks hand each other for a rollout."""
+    width = 2 if settings.precision == "bf16" else 4
+    weights = width * sum(map(math.prod, shapes(folder).values()))
+    rows = math.ceil(settings.rollouts / group.world_size())
+    batches = math.ceil(rows / (AT_ONCE * MicroBatch.of(settings).samples))
+    steps = batches * settings.sampling.max_new_tokens
+    return (
+        f"samples through gathered layers, without a copy of the policy: slow, since each rank receives "
+        f"{size(weights)} of weights for every token, up to {size(steps * weights)} in an iteration"
+    )
+
+
+def rollout_by_vllm(context: Context[PolicyGradientSettings], folder: Path, ranks: int = 1) -> Room | None:
     """Return the largest rollout of a rank where vLLM samples; None where responses are sampled natively. A collective.
 
     folder  of the policy's whole weights
+    ranks   that hold a copy, and answer the same prompts
 
     Raises:
         PreflightError: vLLM is asked for and cannot sample from this policy here.
@@ -123,7 +174,7 @@ def rollout_by_vllm(context: Context[PolicyGradientSettings], folder: Path) -> R
         why = why_not or ("native has no CUDA graphs for this type of model" if chosen else "another rank cannot")
         context.note(f"rollout.engine auto samples by {'vLLM' if chosen else 'native'}: {why}")
     room = settings.max_prompt_length + settings.sampling.max_new_tokens
-    return Room(math.ceil(settings.rollouts / group.world_size()), room) if chosen else None
+    return Room(math.ceil(settings.rollouts * ranks / group.world_size()), room) if chosen else None
 
 
 def _better_natively(folder: Path) -> str | None:

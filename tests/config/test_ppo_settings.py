@@ -51,6 +51,27 @@ def ppo(*overrides: str) -> PpoSettings:
             "rollout.engine vllm needs whole weights, and with share_base the policy is an adapter",
         ),
         ("ppo.share_base=true", "share_base needs tuning {method: lora} with init zero, and it is full"),
+        ("ppo.rollout.tensor_parallel=0", "ppo.rollout.tensor_parallel"),
+        (
+            "ppo={rollout: {tensor_parallel: 3}, workers: {count: 4}}",
+            "rollout.tensor_parallel 3 does not divide the 4 rank(s) of workers.count",
+        ),
+        (
+            "ppo={rollout: {tensor_parallel: gathered, engine: vllm}, workers: {count: 2}}",
+            "rollout.tensor_parallel gathered is for engine native, and it is vllm",
+        ),
+        (
+            "ppo={rollout: {tensor_parallel: 2}, workers: {count: 2}, zero: {stage: 2}}",
+            "rollout.tensor_parallel 2 is for a policy in shards, and in zero.stage 2 every rank has it whole",
+        ),
+        (
+            "ppo={rollout: {tensor_parallel: 2}, workers: {count: 2}, tuning: {method: lora, dora: true}}",
+            "the policy is split with whole weights or plain LoRA, and tuning.method is lora with dora",
+        ),
+        (
+            "ppo={rollout: {tensor_parallel: gathered}, share_base: true, tuning: {method: lora}}",
+            "rollout.tensor_parallel gathered does not go with share_base",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(override: str, words: str) -> None:

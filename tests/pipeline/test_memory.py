@@ -281,7 +281,7 @@ STAGES: dict[str, Any] = {
     "sft": SftSettings.model_validate({"precision": "bf16", "max_length": 2048, "micro_batch_size": 8}),
     "rm": RmSettings.model_validate({"precision": "bf16", "micro_batch_size": 8, "batch_size": 64}),
     "dpo": DpoSettings.model_validate({"precision": "bf16", "micro_batch_size": 8, "batch_size": 64}),
-    "ppo": ppo(precision="bf16", micro_batch_size=16, sampling={"max_new_tokens": 512}),
+    "ppo": ppo(precision="bf16", micro_batch_size=16, sampling={"max_new_tokens": 512}, rollout={"tensor_parallel": 1}),
 }
 
 
@@ -636,6 +636,55 @@ def test_an_engine_of_its_own_has_a_copy_while_it_samples() -> None:
         assert held["vllm", ranks][1] == 0
     assert held["native", 4][1] - held["native", 1][1] == copy
     assert held["auto", 4][1] == held["native", 4][1]
+
+
+SPLIT_BILLION = replace(
+    BILLION,
+    config={"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8},
+)
+
+
+def test_a_copy_that_ranks_hold_together_takes_its_part_of_each() -> None:
+    """While responses are sampled, and it is dropped then; without a copy layers are gathered instead."""
+    held: dict[Any, dict[str, Any]] = {}
+    for together in (1, 2, 4, "gathered"):
+        few = ["rollouts=4", "micro_batch_size=1", "workers.count=4"]
+        settings = changed(STAGES["ppo"], *few, f"rollout.tensor_parallel={together}")
+        moments = memory._ppo(settings, MODELS, limits(settings), gpu=True)  # pyright: ignore[reportPrivateUsage]
+        held[together] = dict(moments)
+    whole, norms = 2 * BILLION.parameters, 2 * 16 * 2 * 2048
+    sampling, loss = "while responses are sampled", "at the policy's loss"
+    assert held[1][loss]["generation"] > whole
+    for together in (2, 4):
+        # Beside a cache of one row or a few.
+        assert held[together][sampling]["generation"] == pytest.approx(norms + (whole - norms) / together, rel=0.1)
+        assert held[together][loss]["generation"] == 0
+    assert held["gathered"][sampling]["generation"] < 1e8
+    assert held["gathered"][sampling]["weights"] == held["gathered"][loss]["weights"] > held[2][sampling]["weights"]
+
+
+def test_the_fewest_ranks_whose_copy_fits_hold_it_together() -> None:
+    """Of those that divide a node's ranks and the heads; where none fits, or none can, layers are gathered."""
+    settings = changed(STAGES["ppo"], "workers.count=6", "rollout.tensor_parallel=auto")
+
+    def chosen(bytes_of_gpu: float, model: Architecture = SPLIT_BILLION, node: int | None = None) -> Any:
+        models = {"policy": model, "reward": model}
+        return with_micro_batch(settings, models, int(bytes_of_gpu), node=node).rollout.tensor_parallel
+
+    def needed(together: Any) -> float:
+        return predict(changed(settings, f"rollout.tensor_parallel={together}"), MODELS).total + memory.CONTEXT
+
+    assert needed(1) > needed(2) >= needed("gathered")
+    assert chosen(needed(1) + 1) == 1
+    assert chosen(needed(1) - 1) == 2
+    assert chosen(needed(1) - 1, node=3) == "gathered"  # three ranks do not divide 32 heads
+    assert chosen(needed(1) - 1, BILLION) == "gathered"
+    assert chosen(needed(2) - 1) == "gathered"
+    models, gpu = {"policy": SPLIT_BILLION, "reward": SPLIT_BILLION}, int(needed(1) - 1)
+    taken = with_micro_batch(settings, models, gpu)
+    why = memory.why_together(settings, taken, models, gpu) or ""
+    assert why.startswith("rollout.tensor_parallel auto is 2: with a whole copy of the policy a rank would take about ")
+    assert memory.why_together(taken, taken, models, gpu) is None
 
 
 def test_where_the_copy_does_not_fit_the_other_engine_is_advised(gpu: Any) -> None:

@@ -131,6 +131,21 @@ def test_policies_of_different_tokenizers_are_not_compared(base: Path, tmp_path:
         checks.evaluate(Context("evaluate", "key", settings, inputs, tmp_path, tmp_path, tmp_path))
 
 
+def test_a_policy_that_ranks_cannot_split_is_refused(base: Path, tmp_path: Path) -> None:
+    """With the numbers of ranks that could: the tiny model has two heads."""
+    rewards = [{"function": "a.py:f"}]
+    for together in (1, 2, 4):
+        given = {"rewards": rewards, "value_init": "policy", "workers": {"count": 4}, "zero": {"stage": 3}}
+        settings = PpoSettings.model_validate(given | {"rollout": {"tensor_parallel": together}})
+        context = Context("tuned", "key", settings, {"policy": base}, tmp_path, tmp_path, tmp_path)
+        if together < 4:
+            checks.check_split(context)
+            continue
+        with pytest.raises(PreflightError, match="4 ranks do not divide the model's 2 attention heads") as error:
+            checks.check_split(context)
+        assert error.value.where == "tuned.rollout.tensor_parallel"
+
+
 def test_a_length_beyond_the_models_context_is_refused(base: Path, tmp_path: Path) -> None:
     """The message names the longest that fits."""
     with pytest.raises(PreflightError, match="context is 64 tokens") as error:

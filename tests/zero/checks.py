@@ -40,7 +40,8 @@ from rlhf.rollout.drawing import uniforms
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Generator, roll_out
 from rlhf.rollout.sequences import Experience, Sequences, minibatches
-from rlhf.training import checkpoint_writer
+from rlhf.rollout.split import GatheredSampler, SplitGenerator
+from rlhf.training import checkpoint_writer, loading
 from rlhf.training.learner import Optimiser
 from rlhf.training.policy import TrainedPolicy
 from rlhf.zero import group, shards
@@ -96,8 +97,10 @@ def sharded(tiny: Path, method: Tuning, zero: ZeroSettings = STAGE_3) -> Any:
 class Learner:
     """An engine that learns a fixed batch by heart, each rank its share of it, one sequence a micro batch."""
 
-    def __init__(self, tiny: Path, method: Tuning, zero: ZeroSettings = STAGE_3) -> None:
+    def __init__(self, tiny: Path, method: Tuning, zero: ZeroSettings = STAGE_3, *, split: bool = False) -> None:
         self.model = sharded(tiny, method, zero)
+        if split:
+            self.split = SplitGenerator(tiny, self.model, "fp32", 1.0, 6, group.world_size())
         self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2, zero=zero)
         tokens = len(text.load_tokenizer(tiny))
         self._ids = torch.randint(5, tokens, (BATCH, PROMPT + TIME), generator=torch.Generator().manual_seed(0))
@@ -368,13 +371,15 @@ def replica(tiny: Path, folder: Path) -> dict[str, Any]:
     prompts = [[5 + row, 40, 41 + row] for row in range(6)]
 
     for form, method in FORMS.items():
-        learner = Learner(tiny, method)
+        learner = Learner(tiny, method, split=True)
         prepare = partial(tuning.prepared, tuning=method, source=tiny, scores=False, seed=0)
         copied = Generator(tiny, "fp32", 1.0, 6, prepare=prepare, source=learner.model)
-        before = copied.sample(prompts, noise).ids
+        gathered_layers = GatheredSampler(tiny, learner.engine.module, learner.model, 1.0, 2)
+        samplers = {"copied": copied, "split": learner.split, "gathered": gathered_layers}
+        before = {name: sampler.sample(prompts, noise) for name, sampler in samplers.items()}
         for _ in range(3):
             learner.step(0.05)
-        refreshed = copied.sample(prompts, noise).ids
+        refreshed = {name: sampler.sample(prompts, noise) for name, sampler in samplers.items()}
         exported, weights = folder / f"replica-{form}", learner.weights()
         if group.is_main():
             tuning.save(learner.model, weights, tiny, exported, method, scores=False)
@@ -382,6 +387,18 @@ def replica(tiny: Path, folder: Path) -> dict[str, Any]:
         plain = Generator(exported, "fp32", 1.0, 6).sample(prompts, noise).ids
         found[form] = {"before": before, "refreshed": refreshed, "exported": plain}
     return found
+
+
+def nodes(folder: Path) -> str:
+    """The ranks that hold a copy together, or the error where two would be on two nodes."""
+    given = {"rollout": {"tensor_parallel": 2}, "workers": {"count": "auto"}}
+    context = context_of(folder)
+    context = replace(context, settings=PpoSettings.model_validate(context.settings.model_dump() | given))
+    try:
+        with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "1"}):
+            return str(loading.together(context, folder))
+    except PreflightError as error:
+        return error.what
 
 
 def experience_of(sequences: Sequences, logprobs: Tensor) -> Experience:
@@ -514,6 +531,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "checkpointing": partial(checkpointing, folder),
         "other_groups": partial(other_groups, folder),
         "precision": partial(computed_precision, folder),
+        "nodes": partial(nodes, folder),
         "replica": partial(replica, tiny, folder),
         "policies": partial(policies, tiny, folder),
     }

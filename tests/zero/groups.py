@@ -48,7 +48,8 @@ def start(main: Callable[[int, int, Path], None], rank: int, world_size: int, fo
     with (folder / f"log-{world_size}-{rank}.txt").open("wb") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
+    known = {"RANK": rank, "LOCAL_RANK": rank}
+    known |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), world_size)
     os.environ |= {name: str(value) for name, value in known.items()}
     main(rank, world_size, folder / str(world_size))
 

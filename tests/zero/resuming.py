@@ -34,7 +34,7 @@ from rlhf.zero import group
 from tests import accelerator
 from tests.pipeline.helpers import until
 from tests.zero.groups import TIMEOUT_S
-from tests.zero.inputs import MICRO_BATCHES, STAGE_NAMES
+from tests.zero.inputs import MICRO_BATCHES, STAGE_NAMES, WITHOUT_COPIES
 
 DONE = "done"
 """The file of an attempt that has ended, for the other group."""
@@ -162,6 +162,9 @@ def first_iterations(data: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for size, settings in MICRO_BATCHES.items():
         once = {"iterations": 1, "value_warmup": 0, "warmup_fraction": 0.0} | settings
+        if group.world_size() > 1 and size in WITHOUT_COPIES:
+            once["rollout"] = {"tensor_parallel": WITHOUT_COPIES[size]}
+            once["workers"] = {"count": 2}
         stage = replace(STAGES["ppo"], settings=partial(_ppo, **once))
         found[size] = outcome(stage, attempt_of(context_of("ppo", stage, data, folder), folder / size, ()))
     return found

@@ -170,6 +170,7 @@ def test_two_ranks_learn_from_the_rows_that_one_learns_from(results: Results, st
 def test_ppo_s_first_iteration_is_the_same_however_it_is_split(results: Results) -> None:
     """The same rollouts to the last token, and updates within 1e-4, for any micro batch, on one rank and two.
 
+    Of the two some sample from one copy that they hold together, and from none.
     The first ratio is 1 but for rounding.
     """
     found = [results[size][0]["first_iterations"][micro] for size in (1, 2) for micro in MICRO_BATCHES]
@@ -300,8 +301,30 @@ def test_a_refreshed_replica_samples_as_the_exported_model_does(results: Results
     """With the trained weights, an adapter beside its base, and no longer as the model that training began with."""
     for found in results[size]:
         tokens = found["replica"][form]
-        assert torch.equal(tokens["refreshed"], tokens["exported"])
-        assert not torch.equal(tokens["refreshed"], tokens["before"])
+        assert torch.equal(tokens["refreshed"]["copied"].ids, tokens["exported"])
+        assert not torch.equal(tokens["refreshed"]["copied"].ids, tokens["before"]["copied"].ids)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sampler", ["split", "gathered"])
+def test_without_a_whole_copy_the_same_tokens_are_sampled(results: Results, sampler: str, form: str, size: int) -> None:
+    """From a copy that the ranks hold together, and from the sharded policy; before and after it was trained."""
+    for found in results[size]:
+        for when in ("before", "refreshed"):
+            ours, copied = (found["replica"][form][when][name] for name in (sampler, "copied"))
+            assert torch.equal(ours.ids, copied.ids)
+            torch.testing.assert_close(ours.logprobs, copied.logprobs, atol=1e-4, rtol=0)
+
+
+def test_a_copy_is_not_held_by_ranks_of_two_nodes(results: Results) -> None:
+    """The error names what divides the ranks of each node; one rank samples from its own weights."""
+    assert [found["nodes"] for found in results[1]] == ["1"]
+    for found in results[2]:
+        assert found["nodes"] == (
+            "2 ranks of a node are to hold a copy of the policy together, and 1 is the most that divides the ranks of "
+            "every node"
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)
