@@ -39,7 +39,10 @@ def test_what_demo_cannot_do_is_refused(here: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_demo_runs_and_then_has_nothing_to_run(here: Path, cluster: str):
     """Every stage, the curve, three prompts, figures with intervals, the report; edited settings stay."""
-    words = [sys.executable, "-m", "rlhf", "demo", *SHORT, f"cluster.address={cluster}"]
+    # Ray's processes of the shared cluster have another working folder.
+    kinds = ("demonstrations", "comparisons", "prompts", "judge")
+    sources = [f"data.{kind}={here / 'rlhf-demo' / kind}.jsonl" for kind in kinds]
+    words = [sys.executable, "-m", "rlhf", "demo", *SHORT, *sources, f"cluster.address={cluster}"]
     surroundings = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
     first, second = (
         subprocess.run(words, env=surroundings, capture_output=True, text=True, timeout=200) for _ in range(2)
