@@ -25,7 +25,7 @@ help:  ## This list.
 
 setup: .venv/ready  ## Make .venv with everything in it.
 
-demo: .venv/ready  ## In three minutes: a model made from nothing learns from rankings before your eyes.
+demo: .venv/ready  ## In a few minutes: a model made from nothing learns from rankings before your eyes.
 	@$(BIN)/rlhf demo $(ARGS)
 
 # CPU wheels of torch have no separate name on the package index: it is installed first and alone, so that nothing that

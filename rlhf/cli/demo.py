@@ -19,7 +19,7 @@ MEASURES = {"score": "score of the reward model", "judge": "rating by a judge th
 
 
 def demo(request: Request) -> None:
-    """Learn from rankings before your eyes, in three minutes on two cores: writes rlhf-demo/ and runs it."""
+    """Learn from rankings before your eyes, in a few minutes on two cores: writes rlhf-demo/ and runs it."""
     if request.names:
         raise RequestError("demo takes settings and no stages", "command line", "rlhf demo ppo.iterations=40")
     folder = DEMO.parent
