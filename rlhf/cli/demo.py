@@ -24,7 +24,7 @@ def demo(request: Request) -> None:
         raise RequestError("demo takes settings and no stages", "command line", "rlhf demo ppo.iterations=40")
     folder = DEMO.parent
     if not DEMO.exists():
-        _write(folder)
+        write_demo(folder)
     request.out.print(_introduction(folder))
     cached = all(planned.record for planned in request.planned([]).values())
     planned = bring_up_to_date(request, height=CURVE_LINES)
@@ -37,7 +37,7 @@ def demo(request: Request) -> None:
     request.out.print(what, soft_wrap=True, markup=False)
 
 
-def _write(folder: Path) -> None:
+def write_demo(folder: Path) -> None:
     """Write the records, and after them the pipeline file.
 
     Raises:
