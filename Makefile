@@ -19,12 +19,15 @@ LAST   := $(lastword $(filter-out sft rm,$(GOALS)))
 TARGETS := $(GOALS) $(if $(LAST),"evaluate.policies=[$(LAST)]" evaluate)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup $(STAGES) run test types tests check golden bench docs-figures chaos wheel matrix format clean
+.PHONY: help setup demo $(STAGES) run test types tests check golden bench docs-figures chaos wheel matrix format clean
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z $$()A-Z_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready  ## Make .venv with everything in it.
+
+demo: .venv/ready  ## In a few minutes: a model made from nothing learns from rankings before your eyes.
+	@$(BIN)/rlhf demo $(ARGS)
 
 # CPU wheels of torch have no separate name on the package index: it is installed first and alone, so that nothing that
 # needs "some torch" pulls in another build.

@@ -20,11 +20,22 @@ from rich.console import Console
 
 from rlhf.cli.comparing import compare
 from rlhf.cli.dashboard import dashboard
+from rlhf.cli.demo import demo
 from rlhf.cli.history import report, samples, watch
 from rlhf.cli.human_data import annotate, data
 from rlhf.cli.init import DEFAULTS, MACHINES, init
 from rlhf.cli.results import diff, explain, export, gc, import_, leaderboard, lineage, plan_, status, verify
-from rlhf.cli.run import DEFAULT_CONFIG, QUICKSTART, Parser, Request, command_line, default_config, run, single_name
+from rlhf.cli.run import (
+    DEFAULT_CONFIG,
+    DEMO,
+    QUICKSTART,
+    Parser,
+    Request,
+    command_line,
+    default_config,
+    run,
+    single_name,
+)
 from rlhf.cli.setup import config, doctor
 from rlhf.cli.talking import chat, generate
 from rlhf.config.base import suggestion
@@ -58,8 +69,9 @@ def completion(request: Request) -> None:
 COMMANDS: dict[str, Callable[[Request], int | None]] = {
     command.__name__.rstrip("_"): command
     for command in (
-        *(init, run, watch, samples, report, dashboard, plan_, status, explain, lineage, diff, leaderboard, verify),
-        *(gc, import_, export, chat, generate, compare, config, doctor, data, annotate, completion),
+        *(demo, init, run, watch, samples, report, dashboard, plan_, status, explain, lineage, diff),
+        *(leaderboard, verify, gc, import_, export, chat, generate, compare, config, doctor, data, annotate),
+        completion,
     )
 }
 WITH_JSON = (
@@ -67,7 +79,11 @@ WITH_JSON = (
 )
 
 
-WORDS = {"init": "the file to write (default: rlhf.yaml)", "completion": "bash, zsh or fish"}
+WORDS = {
+    "demo": "settings as section.field=value",
+    "init": "the file to write (default: rlhf.yaml)",
+    "completion": "bash, zsh or fish",
+}
 """What the words of a command are, where they are neither stages nor settings."""
 SHELLS = ("bash", "zsh", "fish")
 
@@ -183,9 +199,12 @@ def complete_parser(parser: Parser, command: str) -> Parser:
     """Give a parser the arguments of a command; return it."""
     words = "stages or folders, and settings as section.field=value"
     parser.add_argument("words", nargs="*", metavar="WORD", help=WORDS.get(command, words))
-    default = f"the pipeline file (default: {DEFAULT_CONFIG}, or else {QUICKSTART})"
-    meant = DEFAULT_CONFIG if command == "init" else default_config()
-    parser.add_argument("--config", type=Path, default=meant, metavar="FILE", help=default)
+    if command == "demo":
+        parser.set_defaults(config=DEMO)
+    else:
+        default = f"the pipeline file (default: {DEFAULT_CONFIG}, or else {QUICKSTART})"
+        meant = DEFAULT_CONFIG if command == "init" else default_config()
+        parser.add_argument("--config", type=Path, default=meant, metavar="FILE", help=default)
     parser.add_argument("--debug", **_flag("show the traceback of an error"))
     if command in WITH_JSON:
         parser.add_argument("--json", **_flag("print one JSON document on standard output"))
