@@ -35,9 +35,10 @@ def job(tmp_path: Path, cluster: str, site: Path, mark: str) -> dict[str, str]:
     host, _, port = cluster.rpartition(":")
     calls, tools, environment = tmp_path / "calls", tmp_path / "tools", tmp_path / "venv"
     write_program(tools / "scontrol", f'echo "scontrol $*" >> {calls}; [ "$1" != show ] || echo {host}')
-    # It passes signals on to its task, as SLURM's does.
-    srun = 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_PROCID=0 "$@" & trap "kill -USR1 $!" USR1; wait; wait'
-    write_program(tools / "srun", f'echo "srun $*" >> {calls}; {srun}')
+    # It passes SIGUSR1 on to its task, and ends at once by SIGTERM, as SLURM's does.
+    task = 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_PROCID=0 "$@" &'
+    signals = 'trap "kill -USR1 $!" USR1; trap "kill -KILL $!; exit 9" TERM; wait; wait'
+    write_program(tools / "srun", f"{task}\n{signals}")
     write_program(environment / "bin" / "ray", f'echo "ray $*" >> {calls}; exec sleep 600')
     write_program(environment / "bin" / "rlhf", f'exec {sys.executable} -m rlhf "$@"')
     write_program(environment / "bin" / "python", f'exec {sys.executable} "$@"')
@@ -45,7 +46,7 @@ def job(tmp_path: Path, cluster: str, site: Path, mark: str) -> dict[str, str]:
         "PATH": f"{tools}:{os.environ['PATH']}",
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{site}",
         MARK: mark,
-        "ENVIRONMENT": str(environment),
+        "VENV": str(environment),
         "HEAD_PORT": port,
         "RAY_AUTH_TOKEN": known_token() or "",
         "SLURM_JOB_ID": "7",
