@@ -51,7 +51,7 @@ def test_every_command_is_one_of_this_program() -> None:
     calls = re.findall(r"slurm\.sbatch (.*)", example("slurm.sbatch"))
     for name, *words in [*map(shlex.split, calls), *(call for each in found.values() for call in each)]:
         assert name in COMMANDS
-        parser_of(name).parse_args(words)
+        parser_of(name).parse_intermixed_args(words)
 
 
 def test_the_scripts_can_be_read_by_their_shells() -> None:
