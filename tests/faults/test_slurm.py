@@ -58,7 +58,7 @@ def job(tmp_path: Path, cluster: str, site: Path, mark: str) -> dict[str, str]:
 
 def test_a_preempted_job_saves_is_requeued_and_goes_on(toy: Toy, job: dict[str, str], mark: str, tmp_path: Path):
     """SIGTERM to the job's script, twice, as SLURM may: the step is saved, and the next start of the job ends well."""
-    words = ("run", "--config", str(toy.path), "steps.checkpoint_every=100", "steps.seconds=0.2")
+    words = ("run", "--config", str(toy.path), "steps.checkpoint_every=100", "steps.seconds=0.1")
 
     def started() -> "subprocess.Popen[str]":
         pipe = subprocess.PIPE
@@ -84,6 +84,8 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(toy: Toy, job: dict[str, 
     assert newest is not None
     assert step_of(newest) == len(toy.done()) < 12
 
+    # Whether the nodes are there was asked once.
+    write_program(tmp_path / "venv" / "bin" / "python", "exit 0")
     script = started()
     try:
         out, err = script.communicate(timeout=120)
