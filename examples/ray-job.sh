@@ -8,8 +8,8 @@
 # Environment `rlhf` is the cluster's own, not sent along; so is the pipeline file, at the path that is given.
 # Store       a path that all nodes see, or a bucket; a relative one would lie in a folder of the job's.
 # Token       RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, or ~/.ray/auth_token, here as on the cluster.
-# Preemption  `ray job stop ID` sends SIGTERM and, as it is set below, waits 60 s: every rank saves first. After the head
-#             was lost, or the job, run this again: what is done is not done again, and the rest goes on.
+# Preemption  `ray job stop ID` sends SIGTERM and, as it is set below, waits 60 s: every rank saves first. When the head
+#             or the job was lost, run this again: what is done is not done again, and the rest goes on.
 set -eu
 exec ray job submit \
   --no-wait \
