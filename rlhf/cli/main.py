@@ -146,7 +146,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--as": _value("the stage whose result the model is (default: sft)", "sft", metavar="STAGE", dest="as_"),
         "--forget": _flag("undo the import of a stage"),
     },
-    "export": {"--adapter": _flag("keep an adapter beside its base, not folded in")},
+    "export": {
+        "--merge": _flag("fold an adapter into the weights, in fp32; else it stays beside its base"),
+        "--gguf": _flag("write model.gguf too, by llama.cpp's convert_hf_to_gguf.py"),
+    },
     "chat": {"--score": _flag("show each answer's score by the pipeline's rewards"), **_sampling(256)},
     "generate": {**_prompts("the lines of standard input"), **_sampling(48)},
     "compare": {

@@ -22,11 +22,10 @@ from rlhf.config.pipeline import (
     load_pipeline,
 )
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
-from rlhf.models.layout import ADAPTER_CONFIG
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.reporting import Stop
 from rlhf.pipeline.stage import stages
-from rlhf.store import ActionRecord, Store
+from rlhf.store import Store
 from rlhf.terminal import Display, key_values, print_error, printable_lines, samples_table
 from rlhf.watching import detail
 
@@ -260,9 +259,8 @@ def print_places(request: Request, stages: dict[str, Planned]) -> None:
     policies = [(planned.name, record) for planned, record in made if planned.stage.kind == "policy"]
     if policies:
         name, record = policies[-1]
-        option = " --adapter" if _has_virtual_tokens(record, store) else ""
         lines.append(f"next: {command_line(request, 'generate', name)} --prompt '…'")
-        lines.append(f"      {command_line(request, 'export', name, 'DIR')}{option}")
+        lines.append(f"      {command_line(request, 'export', name, 'DIR')}")
     try:
         lines.insert(0, f"report: {path_as_typed(reported(request, stages))}")
     except Exception as error:  # noqa: BLE001 - the run has succeeded, whatever a picture of it meets
@@ -279,10 +277,3 @@ def reported(request: Request, stages: dict[str, Planned], path: Path | None = N
     path = path or folder_of(store) / f"{request.config.name}.html"
     write_report(request.config, stages, store, path)
     return path
-
-
-def _has_virtual_tokens(record: ActionRecord, store: Store) -> bool:
-    """Return whether a policy is an adapter that no weights can hold."""
-    if all(file.path != ADAPTER_CONFIG for file in store.manifest(record.artifact).files):
-        return False
-    return bool(json.loads(store.read_file(record.artifact, ADAPTER_CONFIG)).get("num_virtual_tokens"))

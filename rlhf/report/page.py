@@ -203,7 +203,7 @@ def _samples(histories: Mapping[str, StageHistory], store: Store) -> list[dict[s
 
 def _evaluated(history: StageHistory, store: Store) -> list[Row]:
     try:
-        return [row | {"stage": history.name} for row in evaluated_samples(history, store).rows]
+        return [row | {"stage": history.name} for row in evaluated_samples(history.record, store).rows]
     except (OSError, RlhfError):  # the artifact was collected or damaged
         return []
 
