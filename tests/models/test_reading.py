@@ -373,7 +373,7 @@ def test_a_reward_model_s_card_reads_as_all_stages_do(name: str, sees: str, tmp_
 
 
 def test_the_table_of_families_is_what_their_templates_write(tmp_path: Path) -> None:
-    """docs/models.md says of each family what a prompt looks like, what closes a turn, and whether it takes a system."""
+    """docs/models.md: what a prompt looks like, what closes a turn, and whether there is a role `system`."""
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     rows = [row.replace("\\|", "\0").split(" | ") for row in page.splitlines() if row.startswith("| ")][2:]
     assert len(rows) >= 20
