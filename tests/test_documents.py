@@ -37,7 +37,7 @@ NOT_RUN = {
     r"(ray start|RAY_ADDRESS=)|rlhf doctor --cluster": "a cluster of machines; tests/faults/test_hosts.py starts one",
     r"rlhf annotate ": "serves until it is interrupted; tests/collect/test_server.py",
     r"rlhf compare .*--blind": "asks a person at a terminal; tests/cli/test_talking.py",
-    r"rlhf (plan|run) --config configs/cluster.yaml": "its data lies on the cluster; tests/config/test_configs.py loads it",
+    r"rlhf (plan|run) --config configs/cluster.yaml": "data of a cluster; tests/config/test_configs.py loads it",
     r"rlhf doctor --config billion.yaml": "a GPU; tests/pipeline/test_memory.py has its figures",
     r"rlhf run store.uri=s3:": "a bucket; tests/store runs against a server of S3",
     r"rlhf data convert export.json": "an export of a tool; tests/data/test_argilla.py has some",
@@ -185,6 +185,7 @@ def test_every_other_command_runs(
     """Where the pipeline has results; `rlhf run`, which could train for minutes, as `rlhf plan` of the same words."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setenv("COLUMNS", "160")
     ran = 0
     for document, line in commands():
         if not line.startswith("rlhf ") or any(re.match(beginning, line) for beginning in NOT_RUN):
