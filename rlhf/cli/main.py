@@ -24,6 +24,7 @@ from rlhf.cli.demo import demo
 from rlhf.cli.history import report, samples, watch
 from rlhf.cli.human_data import annotate, data
 from rlhf.cli.init import DEFAULTS, MACHINES, init
+from rlhf.cli.manual import SUMMARY, manual
 from rlhf.cli.results import diff, explain, export, gc, import_, leaderboard, lineage, plan_, status, verify
 from rlhf.cli.run import (
     DEFAULT_CONFIG,
@@ -53,6 +54,7 @@ def completion(request: Request) -> None:
         raise RequestError(f"there is no completion for {shell!r}", "command line", f"rlhf completion {SHELLS[0]}")
     whole = Parser(prog="rlhf")
     whole.add_argument("--version", **_flag("print the version"))
+    whole.add_argument("--man", **_flag("print the manual page"))
     commands = whole.add_subparsers()
     for name, command in COMMANDS.items():
         parser = complete_parser(commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0]), name)
@@ -222,8 +224,8 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     commands = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return (
-        "usage: rlhf COMMAND [STAGE ...] [section.field=value ...] [--config FILE]\n       rlhf --version\n\n"
-        "From a language model, demonstrations and human rankings to an aligned model.\n\n"
+        "usage: rlhf COMMAND [STAGE ...] [section.field=value ...] [--config FILE]\n       rlhf --version | --man\n\n"
+        f"{SUMMARY.capitalize()}.\n\n"
         + "\n".join(commands)
         + "\n\nrlhf COMMAND --help explains a command; rlhf config --fields every setting."
     )
@@ -278,6 +280,10 @@ def _dispatch(words: Sequence[str]) -> int:
         return 0
     if words[0] == "--version":
         print(f"rlhf-pipeline {version('rlhf-pipeline')}, Python {platform.python_version()}")
+        return 0
+    if words[0] == "--man":
+        parsers = {name: parser_of(name) for name in COMMANDS}
+        print(manual(parsers, version("rlhf-pipeline")), end="")
         return 0
     if words[0] not in COMMANDS:
         raise RequestError(
