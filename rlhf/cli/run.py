@@ -25,7 +25,7 @@ from rlhf.errors import InterruptedRunError, RequestError, RlhfError
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.reporting import Stop
 from rlhf.pipeline.stage import stages
-from rlhf.store import Store
+from rlhf.store import ActionRecord, Store
 from rlhf.terminal import Display, key_values, print_error, printable_lines, samples_table
 from rlhf.watching import detail
 
@@ -256,9 +256,9 @@ def print_places(request: Request, stages: dict[str, Planned]) -> None:
     lines = [f"  {name}: {path_as_typed(attempt)}" for name, attempt in attempts.items()]
     if lines:
         lines.insert(0, "metrics, logs and W&B files:")
-    policies = [(planned.name, record) for planned, record in made if planned.stage.kind == "policy"]
+    policies = [planned.name for planned, _ in made if planned.stage.kind == "policy"]
     if policies:
-        name, record = policies[-1]
+        name = policies[-1]
         lines.append(f"next: {command_line(request, 'generate', name)} --prompt '…'")
         lines.append(f"      {command_line(request, 'export', name, 'DIR')}")
     try:
