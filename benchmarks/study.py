@@ -82,7 +82,7 @@ def walks_task(folder: Path) -> Task:
     """Return the random walks: a reward for each walk of how short it is."""
     _, known = walks.task()
     demonstrations = [(walk[0], walk[1:]) for walk in known]
-    save_gpt2(walks.LETTERS, folder / "base", layers=6, width=144, heads=12, context=16, spread=0.02)
+    save_gpt2(walks.LETTERS, folder / "base", layers=6, width=144, heads=12, context=24, spread=0.02)
     return _known_answers(folder, "walks", demonstrations, walks.STARTS, walks.STARTS, responses=64)
 
 
@@ -147,7 +147,7 @@ def run(name: str, folder: Path, seeds: int, jobs: int, overrides: Sequence[str]
         files[-1].write_text(yaml.safe_dump(task.pipeline | settings, sort_keys=False))
     _rlhf(files[0], task.before, overrides)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda one: _rlhf(*one, overrides), [(f, [p]) for f in files for p in task.policies]))
+        list(pool.map(lambda one: _rlhf(one[0], [one[1]], overrides), [(f, p) for f in files for p in task.policies]))
         list(pool.map(lambda file: _rlhf(file, ["evaluate"], overrides), files))
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[name] = [_figures(file, task.policies, overrides) for file in files]

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ def sampled(
     return rollout, Answers([rollout.texts], scores[:, None], lengths[:, None])
 
 
-def samples(batch: PromptBatch, answers: dict[str, Answers]) -> list[dict[str, object]]:
+def samples(batch: PromptBatch, answers: dict[str, Answers]) -> list[dict[str, Any]]:
     """Return a row for each policy after, prompt and response, beside that of the policy before."""
     before = answers["before"]
     return [

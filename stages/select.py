@@ -20,7 +20,7 @@ def run(context: Context[SelectSettings]) -> dict[str, float]:
     parts = {part: list(read_jsonl(folder / f"{part}.jsonl", ResponseSet)) for part in ("train", "heldout")}
     reward = load_rewards(context, MicroBatch(context.settings.micro_batch_size))
     sets = [row for rows in parts.values() for row in rows]
-    prompts = [row.prompt for row in sets for _ in row.responses]
+    prompts = [prompt for row in sets for prompt in [row.model_dump()["prompt"]] * len(row.responses)]
     scores = reward.score(prompts, [response for row in sets for response in row.responses])
 
     of_sets = scores.split([len(row.responses) for row in sets])

@@ -6,7 +6,7 @@ cards come from). A card is made to be published: it holds no host, user, path o
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def model_card(planned: Planned, pipeline: str, store: Store, folder: Path) -> s
     samples_of, samples = _samples(record, evaluations, store)
     # It is Markdown, and no page of ours: the hub escapes what it shows.
     environment = Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
-    environment.filters["row"] = lambda cells: " | ".join(map(_cell, cells))
+    environment.filters["row"] = _row
     template = environment.from_string((files("rlhf.report") / "card.jinja").read_text(encoding="utf-8"))
     text = template.render(
         head=head.to_yaml(),
@@ -209,13 +209,17 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
+def _row(cells: Iterable[object]) -> str:
+    return " | ".join(map(_cell, cells))
+
+
 def _cell(text: object) -> str:
     """Return a text as a cell of a table."""
     return re.sub(r"[|<>]", lambda sign: f"\\{sign[0]}", " ".join(shown_text(str(text)).split()))
 
 
 def _result_row(record: ActionRecord) -> list[str]:
-    read = [f"{role} {entry['digest'][:12]}" for role, entry in record.inputs.items()]
+    read = [f"{role} {(entry['digest'] or '')[:12]}" for role, entry in record.inputs.items()]
     return [record.stage, str(record.version), record.key, record.artifact[:12], ", ".join(read)]
 
 

@@ -650,7 +650,7 @@ def test_a_copy_that_ranks_hold_together_takes_its_part_of_each() -> None:
     for together in (1, 2, 4, "gathered"):
         few = ["rollouts=4", "micro_batch_size=1", "workers.count=4"]
         settings = changed(STAGES["ppo"], *few, f"rollout.tensor_parallel={together}")
-        moments = memory._ppo(settings, MODELS, limits(settings), gpu=True)  # pyright: ignore[reportPrivateUsage]
+        moments = memory._policy_gradient(settings, MODELS, limits(settings), gpu=True)  # pyright: ignore[reportPrivateUsage]
         held[together] = dict(moments)
     whole, norms = 2 * BILLION.parameters, 2 * 16 * 2 * 2048
     sampling, loss = "while responses are sampled", "at the policy's loss"

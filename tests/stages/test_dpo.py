@@ -108,7 +108,7 @@ def of_plain_trl(
     rows = [{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in directed]
 
     class Plain(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             return dataset
 
     arguments = DPOConfig(
