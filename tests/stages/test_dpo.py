@@ -158,6 +158,7 @@ def test_the_loss_curve_is_that_of_a_plain_script_of_trl_s(
     """On the same order, to 1e-6: under DeepSpeed, and with no second model. A soft label is a pair's two orders, each
     as often as it says.
     """
+    accelerator.forget()
     with monkeypatch.context() as plainly:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
             plainly.delenv(name)
