@@ -3,10 +3,10 @@
     python -m benchmarks.study run reviews [--seeds 3] [--jobs 1] [section.field=value ...]
     python -m benchmarks.study run walks
     python -m benchmarks.study run sums
-    python -m benchmarks.study show                     the tables of docs/which-last-stage.md
-    python -m benchmarks.study draw                     its picture
+    python -m benchmarks.study show                     the tables of what has run
+    python -m benchmarks.study draw                     score and judge of reviews over KL
 
-``reviews`` is configs/study.yaml, each method with several strengths of its pull to the SFT model, so that methods can
+``reviews`` is study_reviews.yaml, each method with several strengths of its pull to the SFT model, so that methods can
 be compared at equal KL. ``walks`` (:mod:`benchmarks.walks`) and ``sums`` (:mod:`benchmarks.sums`) have known answers: a
 score of 1 is the best there is. A seed changes the last stages and what they sample, not what is before them.
 """
@@ -38,9 +38,8 @@ from rlhf.store import Store
 from rlhf.tracking import read_metrics
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
-RESULTS = DOCS / "data" / "study.json"
-PICTURE = DOCS / "which-last-stage.svg"
+RESULTS = Path("study.json")
+PICTURE = Path("study.svg")
 METHODS = ("ppo", "grpo", "rloo", "dpo", "imitate")
 BEFORE = ("sft", "rm", "collect", "rank", "select")
 STRENGTHS: Mapping[str, tuple[str, Sequence[float]]] = {
@@ -65,8 +64,8 @@ class Task:
 
 
 def reviews(folder: Path) -> Task:  # noqa: ARG001 - a task's signature
-    """Return configs/study.yaml with each method in all its strengths."""
-    pipeline = yaml.safe_load((HERE.parent / "configs" / "study.yaml").read_text())
+    """Return study_reviews.yaml with each method in all its strengths."""
+    pipeline = yaml.safe_load((HERE / "study_reviews.yaml").read_text())
     policies = ["imitate"]
     for method, (field, values) in STRENGTHS.items():
         given = pipeline.pop(method)
