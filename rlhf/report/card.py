@@ -156,7 +156,7 @@ def _evaluations(record: ActionRecord, pipeline: str, store: Store) -> list[Acti
         for one in records
         if one is not None
         and one.stage == "evaluate"
-        and record.artifact in [one.inputs[role]["artifact"] for role in ("before", "after")]
+        and record.artifact in [entry["artifact"] for entry in one.inputs.values()]
     ]
 
 
