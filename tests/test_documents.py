@@ -44,7 +44,7 @@ NOT_RUN = {
     r"rlhf init": "asks, or writes the file that is here already; tests/cli/test_init.py and tests/test_wheel.py",
     r"python -m benchmarks\.": "measures for minutes or needs a GPU; tests/benchmarks runs the parts",
 }
-"""What is not run here, by how it begins, and why; such a command of `rlhf` is still read by its parser."""
+"""What cannot be run where tests run, by how it begins, and why. Of `rlhf` all commands are read by their parsers."""
 
 
 class Command(NamedTuple):
