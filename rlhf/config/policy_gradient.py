@@ -159,6 +159,11 @@ class PolicyGradientSettings(TrainingSettings):
         return (self.rollouts // self.minibatches, *([self.ptx.batch_size] if self.ptx.coef else []))
 
     @property
+    def updates(self) -> int:
+        """Return the optimiser steps of an iteration."""
+        return self.epochs * self.minibatches
+
+    @property
     def longest(self) -> int:
         """Return the tokens of the longest sample, or demonstration, that the settings allow."""
         mixed = self.ptx.max_length if self.ptx.coef else 0
