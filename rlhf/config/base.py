@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -260,16 +261,23 @@ def texts_under_fields(model: type[Settings]) -> dict[str, str]:
     """
     texts: dict[str, str] = {}
     for parent in reversed(model.__mro__):
-        if not issubclass(parent, Settings):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, under in pairwise(body.body):
-            match field, under:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    texts[name] = text
-                case _:
-                    pass
+        if issubclass(parent, Settings):
+            texts |= _own_texts(parent)
+    return texts
+
+
+@cache
+def _own_texts(model: type[Settings]) -> dict[str, str]:
+    """Return the texts under the fields that a class itself has; to find a class, its whole file is parsed."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(model))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for field, under in pairwise(body.body):
+        match field, under:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                texts[name] = text
+            case _:
+                pass
     return texts
 
 

@@ -24,6 +24,7 @@ from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import stages
 from rlhf.pipeline.transfer import export_artifact
 from rlhf.report.card import model_card
+from rlhf.report.page import shown_text
 from rlhf.store import ActionRecord, Store
 from rlhf.training.checkpoint_writer import newest_complete
 from tests.small import TINY, Pipeline
@@ -209,7 +210,8 @@ def test_a_model_s_card_says_what_the_records_say(
     assert "| judge/delta_low |" not in text
     report = pipeline.store.checkout(evaluation.artifact, tmp_path / "report")
     for row in read_rows(report / "samples.jsonl")[:3]:
-        assert f"Answer, score {row['score_after']:.2f}:\n\n```text\n{row['after']}\n```" in text
+        assert f"Answer, score {row['score_after']:.2f}:\n\n```" in text
+        assert f"text\n{shown_text(row['after'])}\n```" in text
     assert "A judge that no stage was trained against has rated it" in text
     assert "Hutto" in text
     assert "| judge | movie" not in text, "it was not made from the judge's ratings"
