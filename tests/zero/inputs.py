@@ -7,7 +7,7 @@ from typing import Any
 
 SIZES = (1, 2, 4)
 """Ranks of the groups of ``tests.zero.checks``."""
-STAGE_NAMES = ("sft", "rm", "dpo", "ppo", "ppo with adapters", "ppo with one base")
+STAGE_NAMES = ("sft", "rm", "dpo", "ppo", "ppo with adapters", "ppo with one base", "grpo")
 MEMORY_STAGES = ("sft", "rm", "ppo")
 MICRO_BATCHES: dict[str, dict[str, Any]] = {
     "of 1": {"micro_batch_size": 1},
@@ -21,6 +21,9 @@ WORDS = ("a", "film", "of", "two", "halves", "joy", "dull", "the", "is", ",")
 REWARD = """
 def reward(prompts, responses):
     return [response.count("a") - 0.1 * len(response) for response in responses]
+
+def coarse(prompts, responses):
+    return [float("a" in response) for response in responses]
 """
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.attempt.context import Context
+from rlhf.config.grpo import GrpoSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.errors import DiskFullError, InterruptedRunError
@@ -26,7 +27,7 @@ from rlhf.models.layout import is_adapter
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 from rlhf.rollout.sequences import lay_out
-from rlhf.stages import dpo, ppo, rm, sft
+from rlhf.stages import dpo, grpo, ppo, rm, sft
 from rlhf.tracking import read_metrics
 from rlhf.training import checkpoint_writer
 from rlhf.training.policy import FrozenPolicy
@@ -103,6 +104,14 @@ def _ppo(data: Path, **more: Any) -> PpoSettings:
     return PpoSettings.model_validate(values | more)
 
 
+def _grpo(data: Path) -> GrpoSettings:
+    of_ppo = _ppo(data, iterations=4, epochs=1)
+    shared = of_ppo.model_fields_set & GrpoSettings.model_fields.keys()
+    # Groups are so small, and rewards so coarse, that some groups score the same.
+    own = {"responses_per_prompt": 2, "dynamic_sampling": 2, "rewards": [{"function": f"{data / 'reward.py'}:coarse"}]}
+    return GrpoSettings.model_validate({name: getattr(of_ppo, name) for name in shared} | own)
+
+
 _PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
 
 PROMPTS, RESPONSES = ["a film", "the"], ["a joy", "dull , dull"]
@@ -153,6 +162,7 @@ STAGES = {
         None,
         None,
     ),
+    "grpo": Stage(grpo.run, _grpo, _PPO_ROLES, (2,), None, None),
 }
 assert tuple(STAGES) == STAGE_NAMES
 

@@ -218,6 +218,14 @@ def test_the_last_step_is_not_saved(results: Results, stage: str) -> None:
         assert found["newest"] == f"checkpoint-{last - 1}"
 
 
+def test_groups_are_replaced_alike_on_any_number_of_ranks(results: Results) -> None:
+    """And some are; without this the tests above would not see a resumed run draw as it would have."""
+    one, two = (results[ranks][0]["grpo"]["unbroken"]["rows"] for ranks in (1, 2))
+    assert 0 < sum(row["groups/replaced"] for row in one) < 4 * 2 * 4
+    for name in ("groups/draws", "groups/replaced", "groups/without_gradient"):
+        assert [row[name] for row in one] == [row[name] for row in two]
+
+
 def test_the_stages_epochs_end_at_the_steps_that_they_are_stopped_at(results: Results) -> None:
     """Two epochs of three steps each; without this the test above would not see an epoch's boundary."""
     for name in ("sft", "rm"):
