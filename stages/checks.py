@@ -143,15 +143,16 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
 
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
     """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks."""
-    settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.ranks
+    settings, inputs, ranks = context.settings, context.inputs, context.settings.trainers
     check_rewards(settings.rewards, inputs)
     if settings.rollout.engine == "vllm" and find_spec("vllm") is None:
         raise PreflightError(NOT_INSTALLED[0], f"{context.stage}.rollout.engine", NOT_INSTALLED[1])
     if settings.share_base:
         check_adapters(inputs, context.stage)
+    that_train = " that train" if settings.set_apart else ""
     minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks
     if minibatch % ranks:
-        what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"
+        what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks{that_train}"
         raise _fitting(context.stage, "rollouts", math.ceil(settings.rollouts / multiple) * multiple, what)
     check_policy(inputs["policy"])
     from_reward = settings.value_init == "reward" and "reward" in inputs
@@ -161,7 +162,7 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
         check_packing(inputs[role], context.stage)
     tokenizer, size = load_tokenizer(inputs["policy"]), settings.ptx.batch_size
     if settings.ptx.coef and size % ranks:
-        what = f"ptx.batch_size {size} cannot be shared among {ranks} ranks"
+        what = f"ptx.batch_size {size} cannot be shared among {ranks} ranks{that_train}"
         raise _fitting(context.stage, "ptx.batch_size", math.ceil(size / ranks) * ranks, what)
     stream = DemonstrationStream.of(context, tokenizer)
     if stream is not None and stream.cut:

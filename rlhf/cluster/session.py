@@ -326,10 +326,11 @@ class Resources:
         cost = sum(group.count * max(-(-group.cpus // wanted.cpus), group.gpu and wanted.gpu) for group in beside)
         return not beside or self._fitting(wanted.cpus, wanted.gpu) - cost >= wanted.count
 
-    def ranks(self, stage: str, workers: WorkerSettings, dealt_out: Sequence[int]) -> int:
+    def ranks(self, stage: str, workers: WorkerSettings, dealt_out: Sequence[int], set_apart: int = 0) -> int:
         """Return how many ranks a group has: as many as are set, or with ``auto`` as the cluster has room for.
 
         dealt_out  numbers that the ranks must divide, for ``auto``
+        set_apart  ranks among whom nothing is dealt out
 
         Raises:
             PreflightError: fewer than ``min`` have room, or no number that may be taken divides the batch.
@@ -348,10 +349,12 @@ class Resources:
         most = room if gpu or cpus else max(workers.min, sum(node > 0 for node in self.cpus))
         most = min(most, workers.max or most)
         counts = range(most, workers.min - 1, -1)
-        found = next((count for count in counts if all(not number % count for number in dealt_out)), None)
+        found = next((n for n in counts if n > set_apart and not any(x % (n - set_apart) for x in dealt_out)), None)
         if found is None:
             raise PreflightError(
-                f"{stage} may have {workers.min} to {most} ranks, and none of these numbers divides "
+                f"{stage} may have {workers.min} to {most} ranks"
+                + (f", {set_apart} of which do not train" if set_apart else "")
+                + ", and none of these numbers divides "
                 f"{' and '.join(map(str, dealt_out))}, which are dealt out among them in each update",
                 f"{stage}.workers.min",
                 f"lower {stage}.workers.min, or change the batch",

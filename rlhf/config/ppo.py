@@ -163,6 +163,14 @@ class PpoSettings(TrainingSettings):
     """Gradients of either model are scaled down to this norm."""
     max_prompt_length: int = semantic(256, ge=1)
     """Longest prompt in tokens; one longer stops the run before it starts."""
+    placement: Literal["together", "apart"] = runtime("together")
+    """Where the reference and the rewards are: ``together`` with what trains, on all ranks, or ``apart``, on ranks of
+    their own, which score one part of the responses while the next is sampled (docs/cluster.md, "Placement")."""
+    scorers: int = runtime(1, ge=1)
+    """With placement apart, how many of ``workers.count`` score; the others train."""
+    parts: int = runtime(2, ge=1)
+    """With placement apart, in how many parts an iteration's responses are sampled: all but the last are scored
+    meanwhile, and sampling takes longer, since each part has fewer rows."""
     micro_batch_size: int | None = runtime(None, ge=1)
     """Samples of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 16. With
     ``packing`` a forward pass has as many tokens as this number of samples of the longest length."""
@@ -185,6 +193,11 @@ class PpoSettings(TrainingSettings):
     def dealt_out(self) -> tuple[int, ...]:
         """The samples of a minibatch, and the demonstrations beside them."""
         return (self.rollouts // self.minibatches, *([self.ptx.batch_size] if self.ptx.coef else []))
+
+    @property
+    def set_apart(self) -> int:
+        """The ranks that score and do not train."""
+        return self.scorers if self.placement == "apart" else 0
 
     @property
     def longest(self) -> int:
@@ -222,6 +235,27 @@ class PpoSettings(TrainingSettings):
                 f"rollout.engine vllm needs whole weights, and {obstacle}; write rollout: {{engine: native}}"
             )
         rewards_are_sound(self.rewards)
+        return self
+
+    @model_validator(mode="after")
+    def _placement_fits(self) -> "PpoSettings":
+        if self.placement == "together":
+            return self
+        if self.share_base:
+            raise ValueError(
+                "placement apart puts reference and reward models on other ranks than the policy, and with share_base "
+                "they are adapters on its base; write placement: together, or share_base: false"
+            )
+        if self.trainers < 1:
+            name, needed = "min" if self.workers.count == "auto" else "count", self.scorers + 1
+            raise ValueError(
+                f"placement apart leaves no rank that trains: workers.{name} is {self.workers.ranks}, and scorers "
+                f"{self.scorers}; raise workers.{name} to {needed} or more"
+                + ("" if self.scorers == 1 else ", or lower scorers")
+                + ", or write placement: together"
+            )
+        if self.parts > self.rollouts:
+            raise ValueError(f"parts {self.parts} is more than rollouts {self.rollouts}; lower parts")
         return self
 
     @model_validator(mode="after")

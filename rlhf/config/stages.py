@@ -144,8 +144,18 @@ class ShardedSettings(Settings):
 
     @property
     def dealt_out(self) -> tuple[int, ...]:
-        """What each update deals out among the ranks, whose number must divide it."""
+        """What each update deals out among the ranks that train, whose number must divide it."""
         return ()
+
+    @property
+    def set_apart(self) -> int:
+        """How many of the ranks, the last ones, are a group of their own, which trains nothing."""
+        return 0
+
+    @property
+    def trainers(self) -> int:
+        """How many ranks train."""
+        return self.workers.ranks - self.set_apart
 
 
 class TrainingSettings(ShardedSettings):

@@ -122,7 +122,7 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
         zero = settings.zero.model_copy(update={"offload_optimizer": "cpu"})
         offloading = [("zero.offload_optimizer=cpu", {"zero": zero})]
     rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
-    counts = [settings.workers.ranks << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
+    counts = [settings.trainers << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
     return [
         [(f"{unit}={half}", {unit: half}) for half in halves],
         checkpointing,
@@ -131,8 +131,8 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
         offloading,
         [
             (f"workers.count={count}", {"workers": settings.workers.model_copy(update={"count": count})})
-            for count in counts
-            if count <= MOST_RANKS and rows % count == 0
+            for count in (trainers + settings.set_apart for trainers in counts if rows % trainers == 0)
+            if count <= MOST_RANKS
         ],
     ]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.stages import RmSettings, SftSettings, WorkerSettings
 from rlhf.config.tuning import LowRankTuning, virtual_tokens
 from rlhf.config.zero import BUCKET
 from rlhf.errors import size
@@ -147,7 +147,7 @@ def _value_start(settings: PpoSettings, models: Mapping[str, Architecture]) -> A
 def share_of_rank(settings: Training) -> int:
     """Return the rows of an update that one rank computes."""
     rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
-    return max(1, rows // settings.workers.ranks)
+    return max(1, rows // settings.trainers)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Sharding:
     @classmethod
     def of(cls, settings: Training) -> Self:
         """Read a stage's settings."""
-        zero = settings.zero.of_ranks(settings.workers.ranks)
+        zero = settings.zero.of_ranks(settings.trainers)
         return cls(
             zero.stage,
             zero.offload_optimizer != "none",
@@ -198,7 +198,7 @@ class Trained:
     @property
     def share(self) -> float:
         """Trained parameters of a rank."""
-        return self.part.parameters / self.settings.workers.ranks
+        return self.part.parameters / self.settings.trainers
 
     @property
     def whole(self) -> float:
@@ -221,7 +221,7 @@ class Trained:
     def gathered(self) -> float:
         """Bytes of whole weights that a rank has beside its share while it computes; one rank's share is the whole."""
         at_work = (REUSE + self.model.layer) * self.width
-        alone = self.settings.workers.ranks == 1 and not self.sharding.host_weights
+        alone = self.settings.trainers == 1 and not self.sharding.host_weights
         return 0.0 if alone or self.sharding.stage < 3 else min(self.whole, at_work)
 
     @property
@@ -231,7 +231,7 @@ class Trained:
 
     def standing(self) -> Bytes:
         """Return the bytes that are there from the first step to the last."""
-        sharding, ranks = self.sharding, self.settings.workers.ranks
+        sharding, ranks = self.sharding, self.settings.trainers
         whole = 0.0 if sharding.host_weights else self.whole
         copied = 4 if self.width < 4 or sharding.stage < 3 else 0
         buffer = 4 * (sharding.bucket if self.gpu else self.filled)
@@ -287,7 +287,7 @@ class Trained:
 
     def _step(self) -> Bytes:
         """Return what an optimiser step takes: a copy of its gradients; AdamW, fused, has no tensors of its own."""
-        stage, ranks = self.sharding.stage, self.settings.workers.ranks
+        stage, ranks = self.sharding.stage, self.settings.trainers
         stepped = min(self.share, self.sharding.sub_group + self.model.layer / ranks) if stage == 3 else self.share
         # Stages 1 and 2 have them in one piece, and those of the model's precision too.
         narrow = self.width % 4
@@ -331,7 +331,7 @@ def _ppo(
 ) -> Iterator[tuple[str, Bytes]]:
     """Yield the moments of an iteration."""
     settings = settings.model_copy(update={"packing": packs(settings, models, gpu=gpu)})
-    ranks, given = settings.workers.ranks, models["policy"]
+    ranks, given = settings.trainers, models["policy"]
     rewards = [model for role, model in models.items() if role.startswith("reward")]
     tuning = settings.tuning
     if isinstance(tuning, LowRankTuning):
@@ -340,8 +340,8 @@ def _ppo(
     start = _value_start(settings, models)
     value = Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, gpu)
     width, micro = policy.width, min(settings.micro_batch, share_of_rank(settings))
-    frozen = sum(model.parameters * width for model in rewards)
-    frozen += 0 if policy.part.keeps_base else given.parameters * width
+    apart, scored = settings.placement == "apart", sum(model.parameters * width for model in rewards)
+    frozen = 0.0 if apart else scored + (0 if policy.part.keeps_base else given.parameters * width)
     shares = ranks if policy.sharding.stage == 3 else 1
     of_value, copied = dict(value.standing()), weight_bytes(given, policy.part, width, scores=False)
     # vLLM always has a copy, which a GPU drops between rollouts; otherwise whole weights are sampled where they lie.
@@ -383,6 +383,24 @@ def _ppo(
     yield "while responses are sampled", _sum(standing, wanted)
     for moment, parts in others:
         yield moment, _sum(standing, kept, parts)
+    if apart:
+        yield _on_scorers(policy, texts, micro, scored + copied)
+
+
+def _on_scorers(policy: Trained, texts: Texts, micro: int, frozen: float) -> tuple[str, Bytes]:
+    """Return what a rank holds that scores alone.
+
+    frozen  bytes of its models on all ranks that score
+    """
+    settings = policy.settings
+    assert isinstance(settings, PpoSettings)
+    on_scorers = settings.model_copy(
+        update={"placement": "together", "workers": WorkerSettings(count=settings.scorers)}
+    )
+    alike = replace(policy, settings=on_scorers)
+    whole = alike.sharding.stage < 3
+    held = 0.0 if alike.sharding.host_weights else frozen / (1 if whole else settings.scorers)
+    return "while others score", _sum({"frozen models": held}, _scoring(on_scorers, alike, texts, micro))
 
 
 def _logit_width(policy: Trained) -> int:
@@ -415,7 +433,7 @@ def _policy_loss(settings: PpoSettings, policy: Trained, tokens: int) -> float:
 
 def _scoring(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
     """Return the bytes that a pass without gradients computes."""
-    rows = min(capacity.AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.ranks))
+    rows = min(capacity.AT_ONCE * micro, math.ceil(settings.rollouts / settings.trainers))
     chunk = _in_chunk(policy, rows * texts.response)
     rows, time = (1, rows * texts.longest) if settings.packing else (rows, texts.longest)
     masked = policy.masked
@@ -431,7 +449,7 @@ def _rows(settings: PpoSettings, policy: Trained, texts: Texts, *, gpu: bool) ->
     """Return the rows that a rank samples at a time where memory allows, and the bytes of a row's keys and values."""
     most = capacity.ROWS_ON_GPU if gpu else capacity.ROWS_ON_CPU
     places = capacity.rounded(texts.longest - 1, capacity.COLUMNS_ON_GPU if gpu else capacity.COLUMNS_ON_CPU)
-    rows = min(most, math.ceil(settings.rollouts / settings.workers.ranks))
+    rows = min(most, math.ceil(settings.rollouts / settings.trainers))
     return rows, (places + policy.part.tokens) * policy.model.layers * 2 * policy.model.keys * policy.width
 
 

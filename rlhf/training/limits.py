@@ -218,7 +218,7 @@ class PpoModels:
     def parts(
         self, settings: PpoSettings, prompts: Sequence[int], lengths: Sequence[int], ranks: int = 1
     ) -> dict[str, list[Part]]:
-        """Return what an iteration must cost a rank: the parts of rollout, score and train.
+        """Return what an iteration must cost a rank that trains: the parts of rollout, score and train.
 
         Every model's texts count as those of the policy; demonstrations that are mixed in are left out.
 
@@ -236,6 +236,8 @@ class PpoModels:
         ]
         steps = adamw(sum(part.parameters for part, _, _ in learn) / ranks, settings.precision)
         trained = [Work(settings.epochs * passes(model, part) * work.operations) for part, model, work in learn]
+        frozen = [Part("score reference", [language])]
+        frozen += [Part("score reward", [forward(Sizes.of(one), tokens, 0, pairs, width)]) for one in self.rewards]
         return {
             "rollout": [
                 Part("prefill", [prefill(policy, prompts, width)]),
@@ -243,9 +245,8 @@ class PpoModels:
             ],
             "score": [
                 Part("score policy", [language]),
-                Part("score reference", [language]),
                 Part("score value", [values]),
-                *(Part("score reward", [forward(Sizes.of(one), tokens, 0, pairs, width)]) for one in self.rewards),
+                *([] if settings.placement == "apart" else frozen),
             ],
             "train": [
                 Part("train policy", [trained[0]]),

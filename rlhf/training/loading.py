@@ -1,7 +1,8 @@
-"""Load what trains: the size of its micro batches, PPO's four models, and the folder that training starts from."""
+"""Load what trains: the size of its micro batches, PPO's models, and the folder that training starts from."""
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision, RmSettings
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError
-from rlhf.models import folders, safe_loading
+from rlhf.models import folders, safe_loading, tuning
 from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.text import check_same_tokens
@@ -27,19 +28,53 @@ from rlhf.rollout.vllm_sampling import Room, obstacle
 from rlhf.training import shared_base
 from rlhf.training.learner import Optimiser, TrainedValue
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
+from rlhf.training.scoring import SETTINGS, Apart, Scoring, Together
 from rlhf.zero import group
+from rlhf.zero.apart import Messages
 from rlhf.zero.engine import DTYPES, STAGE_3
 
 
-def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
+def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Scoring]:
     """Load and shard the models of PPO; errors are those of :func:`load_value`. A collective."""
-    if context.settings.share_base:
-        rollout_by_vllm(context, context.inputs["policy"])  # never; ``auto`` says why
-        return shared_base.load_models(context, MicroBatch.of(context.settings))
-    policy = load_policy(context)
     settings = context.settings
+    if settings.share_base:
+        rollout_by_vllm(context, context.inputs["policy"])  # never; ``auto`` says why
+        policy, value, rewards = shared_base.load_models(context, MicroBatch.of(settings))
+        return policy, value, Together(policy, rewards)
+    if settings.placement == "apart":
+        _plain_policy(context)  # the others read it from now on
+        scoring = Apart(settings)
+        return load_policy(context, with_reference=False), load_value(context), scoring
+    policy = load_policy(context)
     rewards = load_rewards(context, MicroBatch.of(settings), settings.zero)
-    return policy, load_value(context), rewards
+    return policy, load_value(context), Together(policy, rewards)
+
+
+def load_scorers(context: Context[PpoSettings]) -> tuple[Messages, FrozenPolicy, Rewards]:
+    """Load and shard the models of ranks that are set apart: the policy that the others begin with, and the rewards.
+
+    A collective; it waits until the others have decided on settings that they leave open.
+    """
+    messages = Messages()
+    settings = context.settings.model_copy(update=messages.receive(SETTINGS))
+    context = replace(context, settings=settings)
+    reference = FrozenPolicy(
+        _plain_policy(context),
+        settings.precision,
+        settings.sampling.temperature,
+        MicroBatch.of(settings),
+        fp32_head=settings.sampling.fp32_head,
+        zero=settings.zero,
+        method=settings.tuning,
+        prepare=partial(
+            tuning.prepared,
+            tuning=settings.tuning,
+            source=context.inputs["policy"],
+            scores=False,
+            seed=settings.seed,
+        ),
+    )
+    return messages, reference, load_rewards(context, MicroBatch.of(settings), settings.zero)
 
 
 def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context[T]:
@@ -73,8 +108,8 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
     return replace(context, settings=settings)
 
 
-def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
-    """Load and shard the trained policy, with its reference. A collective."""
+def load_policy(context: Context[PpoSettings], *, with_reference: bool = True) -> TrainedPolicy:
+    """Load and shard the trained policy, by default with its reference. A collective."""
     settings, folder = context.settings, _plain_policy(context)
     return TrainedPolicy.load_folder(
         folder,
@@ -92,6 +127,7 @@ def load_policy(context: Context[PpoSettings]) -> TrainedPolicy:
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
         vllm=rollout_by_vllm(context, folder),
+        with_reference=with_reference,
     )
 
 

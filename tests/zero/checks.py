@@ -48,6 +48,7 @@ from rlhf.zero.group import computable
 from tests.pipeline.helpers import until
 from tests.zero.groups import TIMEOUT_S
 from tests.zero.memory import memory
+from tests.zero.placement import CASES, apart, together
 from tests.zero.resuming import (
     DONE,
     STAGES,
@@ -472,6 +473,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "policies": partial(policies, tiny, folder),
     }
     checks["first_iterations"] = partial(first_iterations, folder.parent, folder / "first")
+    checks["together"] = partial(together, folder.parent, folder / "together")
     checks["memory"] = partial(memory, folder.parent, folder / "memory")
     if world_size > 1:
         checks["forms"] = partial(forms, folder.parent, folder / "forms")

@@ -74,7 +74,7 @@ def _rm(_: Path) -> RmSettings:
     return RmSettings.model_validate(values | {"responses_per_list": 2, "optimizer": {"learning_rate": 1e-3}})
 
 
-def _ppo(data: Path, **more: Any) -> PpoSettings:
+def ppo_settings(data: Path, **more: Any) -> PpoSettings:
     values: dict[str, Any] = {
         "rewards": [{"function": f"{data / 'reward.py'}:reward"}],
         "value_init": "policy",
@@ -97,7 +97,7 @@ def _ppo(data: Path, **more: Any) -> PpoSettings:
     return PpoSettings.model_validate(values | more)
 
 
-_PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
+PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
 
 PROMPTS, RESPONSES = ["a film", "the"], ["a joy", "dull , dull"]
 METHODS: dict[str, Any] = {
@@ -118,19 +118,19 @@ STAGES = {
         1,
     ),
     # While the value model alone is trained; then with everything.
-    "ppo": Stage(ppo.run, _ppo, _PPO_ROLES, (), 4, 1),
+    "ppo": Stage(ppo.run, ppo_settings, PPO_ROLES, (), 4, 1),
     # When both models have taken steps.
     "ppo with adapters": Stage(
         ppo.run,
-        lambda data: _ppo(data, tuning={"method": "lora", "rank": 4}, iterations=4, epochs=1),
-        _PPO_ROLES,
+        lambda data: ppo_settings(data, tuning={"method": "lora", "rank": 4}, iterations=4, epochs=1),
+        PPO_ROLES,
         (2,),
         None,
         None,
     ),
     "ppo with one base": Stage(
         ppo.run,
-        lambda data: _ppo(
+        lambda data: ppo_settings(
             data,
             share_base=True,
             packing=True,
@@ -140,7 +140,7 @@ STAGES = {
             iterations=4,
             epochs=1,
         ),
-        _PPO_ROLES | {"policy": "policy", "reward": "reward"},
+        PPO_ROLES | {"policy": "policy", "reward": "reward"},
         (2,),
         None,
         None,
@@ -154,7 +154,7 @@ def first_iterations(data: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for size, settings in MICRO_BATCHES.items():
         once = {"iterations": 1, "value_warmup": 0, "warmup_fraction": 0.0} | settings
-        stage = replace(STAGES["ppo"], settings=partial(_ppo, **once))
+        stage = replace(STAGES["ppo"], settings=partial(ppo_settings, **once))
         found[size] = outcome(stage, attempt_of(context_of("ppo", stage, data, folder), folder / size, ()))
     return found
 

@@ -1,0 +1,78 @@
+"""PPO with the models that never learn on ranks of their own, and with all models together: the same in both."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops import __compatible_ops__
+
+from rlhf.models import heads
+from rlhf.stages import ppo
+from rlhf.tracking import read_metrics
+from rlhf.zero import group
+from rlhf.zero.apart import is_set_apart
+from tests.zero.resuming import PPO_ROLES, Stage, attempt_of, context_of, outcome, ppo_settings
+
+
+@dataclass(frozen=True)
+class Case:
+    """A number of ranks that train, of ranks that score, and how the policy is tuned."""
+
+    trainers: int
+    scorers: int
+    tuning: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.trainers}+{self.scorers}"
+
+
+CASES = (Case(1, 1, {"method": "lora", "rank": 4, "init": "pissa"}), Case(2, 2, {"method": "full"}))
+"""One for each number of ranks that the groups with all models together have."""
+
+
+def _stage(case: Case, data: Path, *, apart: bool) -> Stage:
+    values: dict[str, Any] = {
+        "tuning": case.tuning,
+        "rewards": [{}, {"function": f"{data / 'reward.py'}:reward", "weight": 0.5}],
+        "value_init": "reward",
+        "iterations": 2,
+        "value_warmup": 0,
+        "epochs": 1,
+        "workers": {"count": case.trainers + (case.scorers if apart else 0)},
+    }
+    if apart:
+        # Parts of three, three and two responses.
+        values |= {"placement": "apart", "scorers": case.scorers, "parts": 3}
+    settings = ppo_settings(data, **values)
+    return Stage(ppo.run, lambda _: settings, PPO_ROLES | {"policy": "policy", "reward": "reward"}, (), None, None)
+
+
+def together(data: Path, folder: Path) -> dict[str, Any]:
+    """What PPO makes with all models on as many ranks as train in a case."""
+    (case,) = [case for case in CASES if case.trainers == group.world_size()]
+    stage = _stage(case, data, apart=False)
+    return outcome(stage, attempt_of(context_of("ppo", stage, data, folder), folder, ()))
+
+
+def apart(number: int, case: Case, folder: Path) -> None:
+    """Run a rank of a case, whose process group its environment says; rank 0 writes what was made."""
+    torch.set_num_threads(1)
+    if case.trainers > 1:
+        heads.CHUNK, heads.FEWEST = 1, 5
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    stage = _stage(case, folder.parent, apart=True)
+    context = context_of("ppo", stage, folder.parent, folder)
+    context = replace(context, output=folder / "output", attempt=folder / "attempt", attempts=(folder / "attempt",))
+    if is_set_apart():
+        assert number >= case.trainers
+        assert ppo.run(context) == {}
+        return
+    found = outcome(stage, context)
+    if group.is_main():
+        rows = read_metrics(context.attempt / "metrics.jsonl")
+        torch.save(found | {"all": rows}, folder / "apart.pt")
+    group.barrier()
