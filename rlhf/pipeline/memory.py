@@ -394,9 +394,8 @@ def _on_scorers(policy: Trained, texts: Texts, micro: int, frozen: float) -> tup
     """
     settings = policy.settings
     assert isinstance(settings, PpoSettings)
-    on_scorers = settings.model_copy(
-        update={"placement": "together", "workers": WorkerSettings(count=settings.scorers)}
-    )
+    workers, rollouts = WorkerSettings(count=settings.scorers), math.ceil(settings.rollouts / settings.parts)
+    on_scorers = settings.model_copy(update={"placement": "together", "workers": workers, "rollouts": rollouts})
     alike = replace(policy, settings=on_scorers)
     whole = alike.sharding.stage < 3
     held = 0.0 if alike.sharding.host_weights else frozen / (1 if whole else settings.scorers)

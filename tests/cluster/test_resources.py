@@ -124,6 +124,15 @@ def test_what_auto_refuses_names_the_limit_and_what_there_is():
         resources((8, 4)).ranks("ppo", AUTO.model_copy(update={"min": 3}), [10])
 
 
+def test_what_auto_deals_out_is_shared_by_ranks_that_are_not_set_apart():
+    """Of five ranks with one apart four share eight rows; with two apart three cannot, and of four two can."""
+    least = AUTO.model_copy(update={"min": 3})
+    assert resources((8, 5)).ranks("ppo", least, [8], 1) == 5
+    assert resources((8, 5)).ranks("ppo", least, [8], 2) == 4
+    with pytest.raises(PreflightError, match="may have 3 to 3 ranks, 1 of which do not train, and none of these"):
+        resources((8, 3)).ranks("ppo", least, [7], 1)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

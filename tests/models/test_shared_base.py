@@ -33,8 +33,8 @@ from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.rollout.sequences import Experience, minibatch_of
 from rlhf.training.loading import load_models
-from rlhf.training.scoring import Together
 from rlhf.training.policy import FrozenPolicy
+from rlhf.training.scoring import Together
 from rlhf.training.shared_base import VALUE, check_adapters
 from rlhf.zero.engine import ADAM_EPSILON, whole_weights
 from tests.models.tiny import NORMALISER, TEXTS, make_tiny_adapter

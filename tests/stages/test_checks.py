@@ -317,6 +317,15 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_instal
     checks.ppo(ppo(base, tmp_path, rollout={"engine": "auto"}))
 
 
+def test_rollouts_are_shared_among_the_ranks_that_train(base: Path, tmp_path: Path) -> None:
+    """Of three ranks with one apart two; of four three, which cannot share minibatches of 64."""
+    apart = {"placement": "apart", "rollouts": 64, "minibatches": 1}
+    checks.ppo(ppo(base, tmp_path, **apart, workers={"count": 3}))
+    with pytest.raises(PreflightError, match="rollouts cannot be shared among 3 ranks that train") as error:
+        checks.ppo(ppo(base, tmp_path, **apart, workers={"count": 4}))
+    assert error.value.next_step == "stage.rollouts=66"
+
+
 def test_ppos_demonstrations_are_shared_among_ranks_and_cut_aloud(base: Path, tmp_path: Path) -> None:
     """Only where they are mixed in at all."""
     ptx = {"coef": 0.5, "batch_size": 3, "max_length": 64}

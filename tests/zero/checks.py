@@ -46,9 +46,9 @@ from rlhf.zero import group, shards
 from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
 from rlhf.zero.group import computable
 from tests.pipeline.helpers import until
+from tests.zero import placement
 from tests.zero.groups import TIMEOUT_S
 from tests.zero.memory import memory
-from tests.zero.placement import CASES, apart, together
 from tests.zero.resuming import (
     DONE,
     STAGES,
@@ -64,6 +64,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
 LORA = LoraTuning(rank=4)
+CASES, apart = placement.CASES, placement.apart
 FORMS: dict[str, Tuning] = {"full": FULL, "lora": LORA}
 COUNTS = (1, 2, 3, 5, 8)
 BATCH, PROMPT, TIME = 4, 3, 5
@@ -473,7 +474,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "policies": partial(policies, tiny, folder),
     }
     checks["first_iterations"] = partial(first_iterations, folder.parent, folder / "first")
-    checks["together"] = partial(together, folder.parent, folder / "together")
+    checks["together"] = partial(placement.together, folder.parent, folder / "together")
     checks["memory"] = partial(memory, folder.parent, folder / "memory")
     if world_size > 1:
         checks["forms"] = partial(forms, folder.parent, folder / "forms")

@@ -1,9 +1,9 @@
 """A module's groups of one rank and of two, side by side: ``python -m tests.zero.groups MODULE FOLDER``.
 
 The module has ``main(rank, world_size, folder)``, the folder being ``FOLDER/<world size>``. It may have ``CASES``, of
-groups whose last ranks are set apart, and ``apart(rank, case, folder)``, the folder being ``FOLDER/<name>``. To import torch,
-transformers, TRL and DeepSpeed takes longer than most of what a rank then does, so one process imports them and forks
-the ranks, as the fork server does.
+groups whose last ranks are set apart, and ``apart(rank, case, folder)``, the folder being ``FOLDER/<name>``. To import
+torch, transformers, TRL and DeepSpeed takes longer than most of what a rank then does, so one process imports them and
+forks the ranks, as the fork server does.
 """
 
 import gc
@@ -21,9 +21,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from rlhf.cluster.session import ENVIRONMENT
 from rlhf.cluster.worker import Location
 from rlhf.cluster.worker_group import environments
-from rlhf.cluster.session import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 # An idle machine takes a fifth of it.
