@@ -323,7 +323,7 @@ def test_rollouts_are_shared_among_the_ranks_that_train(base: Path, tmp_path: Pa
     checks.ppo(ppo(base, tmp_path, **apart, workers={"count": 3}))
     with pytest.raises(PreflightError, match="rollouts cannot be shared among 3 ranks that train") as error:
         checks.ppo(ppo(base, tmp_path, **apart, workers={"count": 4}))
-    assert error.value.next_step == "stage.rollouts=66"
+    assert error.value.next_step == "ppo.rollouts=66"
 
 
 def test_ppos_demonstrations_are_shared_among_ranks_and_cut_aloud(base: Path, tmp_path: Path) -> None:
