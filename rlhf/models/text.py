@@ -197,8 +197,10 @@ def scored_ids(
 
 def text_start(tokenizer: Tokenizer) -> list[int]:
     """Return the ids that the tokenizer begins every text with: a BOS token, or none."""
-    # An empty text does not do: its only token may be the token that every text ends with.
-    ids, text = list(tokenizer("a")["input_ids"]), _text_ids(tokenizer, "a")
+    # An empty text does not do: its only token may be the token that every text ends with. A tokenizer of few letters
+    # may not know "a".
+    known = next(known for known in ("a", *tokenizer.get_vocab()) if _text_ids(tokenizer, known))
+    ids, text = list(tokenizer(known)["input_ids"]), _text_ids(tokenizer, known)
     return ids[: next(start for start in range(len(ids)) if ids[start : start + len(text)] == text)]
 
 

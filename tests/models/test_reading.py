@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from datasets import disable_progress_bars
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.config.ppo import PtxSettings
 from rlhf.errors import PreflightError, RecordError
@@ -370,3 +373,16 @@ def test_a_reward_model_s_card_reads_as_all_stages_do(name: str, sees: str, tmp_
             prompt = text.plain_text(prompt)
         expected = text.scored_ids(tokenizer, prompt if sees == "conversation" else None, response, 1000)
         assert card["ids"](prompt, response) == expected
+
+
+@pytest.mark.parametrize("start", [[], ["<bos>"]])
+def test_a_tokenizer_of_digits_alone_is_read(start: list[str]) -> None:
+    """The ids that every text begins with do not depend on letters that a tokenizer happens to know."""
+    vocabulary = {token: number for number, token in enumerate(["<bos>", "<eos>", *"0123456789"])}
+    digits = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    if start:
+        digits.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=digits, bos_token="<bos>", eos_token="<eos>")
+    before = [vocabulary[token] for token in start]
+    assert text.text_start(tokenizer) == before
+    assert text.prompt_ids(tokenizer, "12") == [*before, vocabulary["1"], vocabulary["2"]]
