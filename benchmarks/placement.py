@@ -74,8 +74,8 @@ def settings_of(given: argparse.Namespace, placement: Mapping[str, Any]) -> PpoS
             "policy_learning_rate": 1e-6,
             "value_learning_rate": 1e-6,
             "workers": {"count": given.ranks},
+            **placement,
         }
-        | placement
     )
 
 

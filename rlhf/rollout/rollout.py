@@ -237,12 +237,14 @@ def _laid_out(
 
 def _joined(parts: Sequence[Rollout]) -> Rollout:
     of_parts = [part.sequences for part in parts]
-    names = ("ids", "attention_mask", "mask")
-    tensors = {name: torch.cat([getattr(sequences, name) for sequences in of_parts]) for name in names}
     return Rollout(
         prompts=[prompt for part in parts for prompt in part.prompts],
         texts=[one for part in parts for one in part.texts],
-        sequences=Sequences(**tensors),
+        sequences=Sequences(
+            ids=torch.cat([one.ids for one in of_parts]),
+            attention_mask=torch.cat([one.attention_mask for one in of_parts]),
+            mask=torch.cat([one.mask for one in of_parts]),
+        ),
         ended=torch.cat([part.ended for part in parts]),
         logprobs=torch.cat([part.logprobs for part in parts]),
     )

@@ -36,7 +36,8 @@ class Messages:
 
     def __init__(self) -> None:
         address, port = os.environ["TRAINERS_ADDR"], int(os.environ["TRAINERS_PORT"])
-        self._store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        store: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage] - it is documented there
+        self._store = store(address, port, is_master=False, wait_for_workers=False)
 
     def send(self, name: str, content: Any) -> None:
         """Leave a message for the other group. Each name is used once."""
@@ -45,7 +46,7 @@ class Messages:
         whole = buffer.getvalue()
         pieces = [whole[start : start + PIECE] for start in range(0, len(whole), PIECE)]
         for number, piece in enumerate(pieces):
-            self._store.set(f"{name}/{number}", piece)  # pyright: ignore[reportArgumentType] - it takes bytes too
+            self._store.set(f"{name}/{number}", piece)
         self._store.set(name, str(len(pieces)))  # last: it says that the others are there
 
     def receive(self, name: str) -> Any:

@@ -319,7 +319,7 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_instal
 
 def test_rollouts_are_shared_among_the_ranks_that_train(base: Path, tmp_path: Path) -> None:
     """Of three ranks with one apart two; of four three, which cannot share minibatches of 64."""
-    apart = {"placement": "apart", "rollouts": 64, "minibatches": 1}
+    apart: dict[str, Any] = {"placement": "apart", "rollouts": 64, "minibatches": 1}
     checks.ppo(ppo(base, tmp_path, **apart, workers={"count": 3}))
     with pytest.raises(PreflightError, match="rollouts cannot be shared among 3 ranks that train") as error:
         checks.ppo(ppo(base, tmp_path, **apart, workers={"count": 4}))

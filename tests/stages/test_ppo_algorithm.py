@@ -240,7 +240,8 @@ def run(
         (tmp_path / role / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policy = MadeUpPolicy(text.load_tokenizer(folder), drift)
     value = MadeUpValue(policy)
-    monkeypatch.setattr(ppo, "load_models", lambda _: (policy, value, Together(policy, MadeUpReward(scale, growth))))
+    made_up: Any = policy, MadeUpReward(scale, growth)
+    monkeypatch.setattr(ppo, "load_models", lambda _: (policy, value, Together(*made_up)))
     values: dict[str, Any] = {
         "rewards": [{"function": "unused.py:reward"}],
         "value_init": "policy",

@@ -192,7 +192,7 @@ def test_models_on_ranks_of_their_own_score_what_those_beside_the_policy_do(resu
     for ours, other in zip(apart["rows"], together["rows"], strict=True):
         assert ours == pytest.approx(other, abs=1e-5)
     ours, others = ([json.loads(line) for line in found["samples"].splitlines()] for found in (apart, together))
-    assert len(ours) == 16 + 8  # of two iterations, and answers to four watched prompts at begin and end
+    assert len(ours) == 2 * 8 + 3 * 4  # of two iterations, and answers to the watched prompts in both and at the end
     for sample, other in zip(ours, others, strict=True):
         assert (sample["step"], sample["response"]) == (other["step"], other["response"])
         assert sample["score"] == pytest.approx(other["score"], abs=1e-5)
