@@ -49,7 +49,7 @@ def ppo(*overrides: str) -> PpoSettings:
             "they are adapters on its base; write placement: together, or share_base: false",
         ),
         ("ppo={placement: apart, workers: {count: 2}, parts: 65}", "parts 65 is more than rollouts 64"),
-        ("ppo.scorers=0", "ppo.scorers is 0 and must be a number of at least 1"),
+        ("ppo.scorers=0", "ppo.scorers is 0 and must be a whole number of at least 1"),
         ("ppo.value_warmup=12", "leaves none of 12 iterations"),
         ("ppo.average_decay=1", "must be a number above 0 and below 1"),
         ("ppo.algorithm=a2c", "algorithm a2c needs epochs 1, and it is 2"),

@@ -403,10 +403,10 @@ def test_models_that_are_apart_are_counted_where_they_are() -> None:
     assert trains.moment == alone.moment
     assert "frozen models" not in trains.parts
     assert trains.total == alone.total - alone.parts["frozen models"]
-    large = MODELS | {"reward": replace(BILLION, parameters=40 * BILLION.parameters)}
+    large = MODELS | {"reward": replace(BILLION, parameters=80 * BILLION.parameters)}
     scores = predict(changed(apart, "value_init=policy"), large)
     assert scores.moment == "while others score"
-    assert scores.parts["frozen models"] == 2 * (1 + 40) * BILLION.parameters
+    assert scores.parts["frozen models"] == 2 * (1 + 80) * BILLION.parameters
     shared = predict(changed(apart, "workers.count=3", "scorers=2", "value_init=policy"), large)
     assert shared.parts["frozen models"] == scores.parts["frozen models"] / 2
 
