@@ -9,21 +9,26 @@ CONFIG ?= configs/quickstart.yaml
 ARGS   ?=
 BENCH  ?= ppo
 BIN    := .venv/bin
-STAGES := sft rm ppo
+STAGES := sft rm ppo grpo rloo dpo
 # uv, where it is, installs the same versions faster.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet \
            --disable-pip-version-check) --constraint constraints.txt
 GOALS  := $(filter $(STAGES),$(MAKECMDGOALS))
-# ppo alone then also measures what it did.
-TARGETS := $(GOALS) $(if $(filter ppo,$(GOALS)),evaluate)
+# The last stage, of those named the one that aligns a policy, is also measured.
+LAST   := $(lastword $(filter-out sft rm,$(GOALS)))
+TARGETS := $(GOALS) $(if $(LAST),"evaluate.policies=[$(LAST)]" evaluate)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup $(STAGES) run test types tests check golden bench docs-figures chaos wheel matrix format clean
+.PHONY: help setup demo $(STAGES) run test types tests check golden bench docs docs-figures chaos wheel matrix format \
+        clean
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z $$()A-Z_-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready  ## Make .venv with everything in it.
+
+demo: .venv/ready  ## In a few minutes: a model made from nothing learns from rankings before your eyes.
+	@$(BIN)/rlhf demo $(ARGS)
 
 # CPU wheels of torch have no separate name on the package index: it is installed first and alone, so that nothing that
 # needs "some torch" pulls in another build.
@@ -69,6 +74,12 @@ golden: .venv/ready  ## Compare 20 steps of sft, rm and ppo with the recorded on
 
 bench: .venv/ready  ## A PPO iteration beside the hardware's limit; BENCH=rollout, BENCH=sft, ARGS="--shape 1b".
 	@$(BIN)/python -m benchmarks.$(BENCH) --shape tiny $(ARGS)
+
+# Zensical is kept by the makers of Material for MkDocs, which is no longer developed; its strict mode checks links and
+# anchors, and it needs eight small packages.
+docs: .venv/ready  ## The site: build/site/index.html.
+	@$(BIN)/python docs/pages.py build/docs
+	@$(BIN)/zensical build --strict --clean
 
 docs-figures: .venv/ready  ## Draw the pictures of docs/ from docs/data; that of the report needs chromium.
 	@$(BIN)/python -m benchmarks.figures $(ARGS)

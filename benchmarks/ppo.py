@@ -1,9 +1,9 @@
-"""One PPO iteration beside the hardware's limit: ``python -m benchmarks.ppo [--shape tiny|135m|1b|3b|8b] …``.
+"""One iteration of PPO, or GRPO, beside the hardware's limit: ``python -m benchmarks.ppo [--shape tiny|135m|1b] …``.
 
-The stage ppo runs through its own code, as the only rank, in this process, on Llamas of random weights; the reward
-model has the policy's shape. Of the iterations the first is not counted; of the others the tables have the median and
-the range. Rollout, score and train are the stage's own ``time/…_s``; other is the rest of the iteration. What the limit
-counts is in :mod:`rlhf.training.limits`.
+The stage ppo (or ``--stage grpo``) runs through its own code, as the only rank, in this process, on Llamas of random
+weights; the reward model has the policy's shape. Of the iterations the first is not counted; of the others the tables
+have the median and the range. Rollout, score and train are the stage's own ``time/…_s``; other is the rest of the
+iteration. What the limit counts is in :mod:`rlhf.training.limits`.
 
 8b is one base with LoRA adapters (``share_base``). Prompts all have ``--prompt`` tokens. Responses have the length
 ``--response``, or with ``--lengths spread`` lengths from 32 to twice that. Random weights would end them anywhere:
@@ -12,7 +12,7 @@ the benchmark changes the random numbers that the policy samples with (``one_ran
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,19 +39,22 @@ from benchmarks.one_rank import (
     write_prompts,
 )
 from rlhf.attempt.context import Context
+from rlhf.config.grpo import GrpoSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.pipeline.fitting import architectures
 from rlhf.rollout.prompts import PromptStream
-from rlhf.stages import ppo
+from rlhf.stages import grpo, ppo
 from rlhf.tracking import read_metrics
-from rlhf.training.limits import Ceilings, Part, PpoModels, ceilings, synchronise
-from rlhf.training.loading import load_models, with_micro_batch
+from rlhf.training.limits import Ceilings, IterationModels, Part, ceilings, synchronise
+from rlhf.training.loading import load_models, load_policy_and_scoring, with_micro_batch
 from rlhf.training.loop import Journal
 from rlhf.training.policy import KlCoefficient
 from rlhf.zero import group
 
 TIMED = ("rollout", "score", "train")
+SETTINGS: dict[str, type[PpoSettings | GrpoSettings]] = {"ppo": PpoSettings, "grpo": GrpoSettings}
 
 
 def saved_inputs(given: argparse.Namespace, folder: Path, response: int) -> dict[str, Path]:
@@ -70,17 +73,18 @@ def saved_inputs(given: argparse.Namespace, folder: Path, response: int) -> dict
     return {"policy": policy, "reward": reward, "prompts": prompts}
 
 
-def settings_of(given: argparse.Namespace, response: int) -> PpoSettings:
+def settings_of(given: argparse.Namespace, response: int) -> PpoSettings | GrpoSettings:
     """Return the stage's settings; what no flag names has the default of the settings file."""
     flags: dict[str, Any] = {"packing": False} if given.padded else {}
     if given.micro_batch is not None:
         flags["micro_batch_size"] = given.micro_batch
     if given.micro_batch_tokens is not None:
         flags["micro_batch_tokens"] = given.micro_batch_tokens
-    return PpoSettings.model_validate(
+    if given.stage == "ppo":
+        flags |= {"share_base": given.shape == "8b", "value_learning_rate": 1e-6}
+    return SETTINGS[given.stage].model_validate(
         flags
         | {
-            "share_base": given.shape == "8b",
             "tuning": LoraTuning() if given.method == "lora" else FULL,
             "precision": given.precision,
             "iterations": given.iterations,
@@ -95,16 +99,22 @@ def settings_of(given: argparse.Namespace, response: int) -> PpoSettings:
             "samples_kept": 0,
             # Small, so that the weights stay as good as random.
             "policy_learning_rate": 1e-6,
-            "value_learning_rate": 1e-6,
         }
     )
 
 
-def measured_iterations(context: Context[PpoSettings], lengths: Sequence[int]) -> list[dict[str, float]]:
+def loaded(context: Context[Any]) -> tuple[tuple[Any, ...], Callable[..., None]]:
+    """Load a stage's models, the policy first; return them, and what runs one of its iterations."""
+    if isinstance(context.settings, GrpoSettings):
+        return load_policy_and_scoring(context), grpo.iterate
+    return load_models(context), ppo.iterate
+
+
+def measured_iterations(context: Context[PolicyGradientSettings], lengths: Sequence[int]) -> list[dict[str, float]]:
     """Run the stage's iterations; return the metrics of all but the first, with ``time/all_s``."""
     settings = context.settings
     with announced("models loaded in"):
-        models = load_models(context)
+        models, iterate = loaded(context)
     force_lengths(models[0], lengths)
     prompts = PromptStream(context.inputs["prompts"] / "train.jsonl", models[0].tokenizer, settings.max_prompt_length)
     journal, kl = Journal(context, settings.iterations, unit="iteration", shown=()), KlCoefficient(settings.kl)
@@ -112,7 +122,7 @@ def measured_iterations(context: Context[PpoSettings], lengths: Sequence[int]) -
     for iteration in range(settings.iterations):
         synchronise(group.device())
         start = time.perf_counter()
-        ppo.iterate(iteration, settings, models, prompts, None, kl, journal)
+        iterate(iteration, settings, models, prompts, None, kl, journal)
         synchronise(group.device())
         times.append(time.perf_counter() - start)
         print(f"iteration {iteration + 1}/{settings.iterations}: {times[-1]:.2f} s", flush=True)
@@ -139,6 +149,7 @@ def arguments() -> argparse.Namespace:
     sizes = {"rollouts": None, "prompt": None, "response": None, "epochs": 1, "minibatches": 1, "iterations": 4}
     made = parser(__doc__, **sizes, micro_batch=None, micro_batch_tokens=None)
     add_engine(made)
+    made.add_argument("--stage", choices=tuple(SETTINGS), default="ppo", help="8b: ppo, and nothing else")
     made.add_argument("--lengths", choices=("uniform", "spread"), default="uniform", help="of responses")
     made.add_argument("--method", choices=("full", "lora"), help="8b: lora, and nothing else; otherwise full")
     made.add_argument("--activation-checkpointing", action="store_true")
@@ -160,16 +171,16 @@ def main() -> None:
     lengths = drawn_lengths(given.lengths, given.response, given.rollouts)
     with alone(given.scratch) as folder:
         settings = settings_of(given, response)
-        context = group.computable(context_of("ppo", settings, {}, folder))
+        context = group.computable(context_of(given.stage, settings, {}, folder))
         measured = ceilings(context.settings.precision, group.device())
         with announced("models made in"):
             inputs = saved_inputs(given, folder, response)
         free_memory()
-        context = with_micro_batch(context_of("ppo", context.settings, inputs, folder))
+        context = with_micro_batch(context_of(given.stage, context.settings, inputs, folder))
         models = architectures(inputs)
         assert models is not None
         rows = measured_iterations(context, lengths)
-    parts = PpoModels.of(context.settings, models).parts(context.settings, [given.prompt] * len(lengths), lengths)
+    parts = IterationModels.of(context.settings, models).parts(context.settings, [given.prompt] * len(lengths), lengths)
     counted = rows_of([part for name in TIMED for part in parts[name]], measured)
     times, memory = compared(rows, parts, measured), largest(rows)
     rates = {name: sum(lengths) / median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "all")}

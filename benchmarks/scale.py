@@ -7,7 +7,8 @@ An iteration's seconds are
 - those of :mod:`rlhf.training.limits` for a rank's share of the samples on one H200's measured ceilings, divided by
   the share of the limit that one GPU reached (docs/performance.md);
 - those of gathering weights: each rank receives a model once for a scoring pass, once for the copy that it samples
-  from, and for each micro batch twice, before it sends its gradients once;
+  from, and for each micro batch twice, before it sends its gradients once. With ``secondary_partition`` these come from
+  its own node, but for the copy that samples and for the first pass after an optimiser step;
 - those of saving a checkpoint, spread over the iterations between two.
 
 The speeds of the network and of the store are assumptions, and named in the output: no machine of several nodes was
@@ -32,7 +33,7 @@ from benchmarks.limits import SHAPES, Shape, table
 from rlhf.config.ppo import PpoSettings
 from rlhf.models.footprint import Architecture
 from rlhf.pipeline.memory import predict, with_micro_batch
-from rlhf.training.limits import Ceilings, Part, PpoModels
+from rlhf.training.limits import Ceilings, IterationModels, Part
 
 LARGE = {
     "8b": SHAPES["8b"],
@@ -41,6 +42,8 @@ LARGE = {
     "405b": Shape(16384, 126, 53248, 128, 8, 128256, head_dim=128, tied=False),
 }
 GPUS = (8, 64, 256, 1024)
+NODE = 8
+"""GPUs of a node."""
 MEASURED = Ceilings("H200", 760e12, 4.1e12)
 """Of one H200, ``python -m benchmarks.ppo``."""
 SHARES = {"rollout": 0.45, "score": 0.58, "train": 0.59}
@@ -73,7 +76,7 @@ def architecture(shape: Shape) -> Architecture:
         return Architecture.of(Path(folder))
 
 
-def settings_of(ranks: int) -> PpoSettings:
+def settings_of(ranks: int, partition: int) -> PpoSettings:
     """Return ppo's settings: full fine-tuning in bf16, minibatches of ``ROLLOUTS / MINIBATCHES`` over all ranks."""
     return PpoSettings.model_validate(
         {
@@ -85,39 +88,52 @@ def settings_of(ranks: int) -> PpoSettings:
             "max_prompt_length": PROMPT,
             "sampling": {"max_new_tokens": RESPONSE},
             "activation_checkpointing": True,
+            "rollout": {"tensor_parallel": 1},
             "workers": {"count": ranks, "gpu": True},
+            "zero": {"secondary_partition": partition},
         }
     )
 
 
-def row(name: str, model: Architecture, ranks: int) -> dict[str, Any]:
-    """Return memory and seconds of one model on so many GPUs."""
+def row(name: str, model: Architecture, ranks: int, partition: int) -> dict[str, Any]:
+    """Return memory and seconds of one model on so many GPUs.
+
+    partition  ``secondary_partition``: a node's GPUs, or 1
+    """
     models = {"policy": model, "reward": model}
-    settings = with_micro_batch(settings_of(ranks), models, int(GPU_BYTES))
+    settings = with_micro_batch(settings_of(ranks, partition), models, int(GPU_BYTES))
     memory = predict(settings, models)
     mine = settings.rollouts // ranks
-    parts = PpoModels(model, model, [model]).parts(settings, [PROMPT] * mine, [RESPONSE] * mine, ranks)
+    parts = IterationModels(model, model, [model]).parts(settings, [PROMPT] * mine, [RESPONSE] * mine, ranks)
     computed = {part: _seconds(of_part) / SHARES[part] for part, of_part in parts.items()}
-    speed = INSIDE if ranks <= 8 else BETWEEN
-    gathered = 2 * model.parameters * (ranks - 1) / ranks / speed
     updates = mine / settings.micro_batch  # micro batches of all minibatches
-    network = {"rollout": gathered, "score": 4 * gathered, "train": 2 * (2 * updates + MINIBATCHES) * gathered}
+    # The copy that samples, four models that score, and policy and value model that train; their gradients.
+    gathers, sent = 1 + 4 + 2 * 2 * updates, 2 * MINIBATCHES
+    # After each step of the value model a pass, of the policy a pass or the copy that samples.
+    near = gathers - 2 * MINIBATCHES if partition > 1 else 0
+    network = near * _gathered(model, NODE, INSIDE)
+    network += (gathers - near + sent) * _gathered(model, ranks, INSIDE if ranks <= NODE else BETWEEN)
     saved = 2 * 16 * model.parameters / STORE / BETWEEN_CHECKPOINTS
-    whole = sum(computed.values()) + sum(network.values()) + saved
+    whole = sum(computed.values()) + network + saved
     return {
         "model": name,
         "GPUs": ranks,
+        "kept on nodes": "yes" if partition > 1 else "no",
         "rollouts": settings.rollouts,
         "micro batch": settings.micro_batch,
         "GB a rank": memory.total / 1e9,
         "of it whole copy": memory.parts.get("generation", 0.0) / 1e9,
         "fits 141 GB": "yes" if memory.total < GPU_BYTES else "no",
         **{f"{part}, s": seconds for part, seconds in computed.items()},
-        "network, s": sum(network.values()),
+        "network, s": network,
         "checkpoint, s": saved,
         "whole, s": whole,
         "computing": f"{sum(computed.values()) / whole:.0%}",
     }
+
+
+def _gathered(model: Architecture, ranks: int, speed: float) -> float:
+    return 2 * model.parameters * (ranks - 1) / ranks / speed
 
 
 def _seconds(parts: Sequence[Part]) -> float:
@@ -140,30 +156,30 @@ def placed(policy: Architecture, reward: Architecture, ranks: int, scorers: int,
     """
     models = {"policy": policy, "reward": reward}
     apart = {"placement": "apart", "scorers": scorers, "parts": parts} if scorers else {}
-    settings = settings_of(ranks).model_copy(update={"value_init": "policy"} | apart)
+    settings = settings_of(ranks, 1).model_copy(update={"value_init": "policy"} | apart)
     settings = with_micro_batch(settings, models, int(GPU_BYTES))
-    trainers, speed = ranks - scorers, INSIDE if ranks <= 8 else BETWEEN
+    trainers, speed = ranks - scorers, INSIDE if ranks <= NODE else BETWEEN
     mine = math.ceil(settings.rollouts / trainers)
     rows = math.ceil(mine / parts)
-    all_models = PpoModels(policy, policy, [reward])
+    all_models = IterationModels(policy, policy, [reward])
     of_mine = all_models.parts(settings, [PROMPT] * mine, [RESPONSE] * mine, trainers)
     of_part = all_models.parts(settings, [PROMPT] * rows, [RESPONSE] * rows, trainers)
-    gathered = 2 * policy.parameters * (trainers - 1) / trainers / speed
+    gathered = _gathered(policy, trainers, speed)
     sampled = gathered + parts * _seconds(of_part["rollout"]) / SHARES["rollout"]
     own = _seconds(of_mine["score"]) / SHARES["score"] + 2 * gathered
-    of_frozen = 2 * (policy.parameters + reward.parameters) / speed  # bytes of both, over the network
     if scorers:
         each = math.ceil(settings.rollouts / scorers)
         together = settings.model_copy(update={"placement": "together"})
         texts = [PROMPT] * each, [RESPONSE] * each
         frozen = [one for one in all_models.parts(together, *texts, scorers)["score"] if one.name in FROZEN]
-        frozen_s = _seconds(frozen) / SHARES["score"] / parts + of_frozen * (scorers - 1) / scorers
+        frozen_s = _seconds(frozen) / SHARES["score"] / parts
+        frozen_s += _gathered(policy, scorers, speed) + _gathered(reward, scorers, speed)
         done = 0.0
         for part in range(1, parts + 1):
             done = max(done, sampled * part / parts) + frozen_s
         score = max(sampled + own, done) - sampled
     else:
-        score = own + of_frozen * (trainers - 1) / trainers
+        score = own + gathered + _gathered(reward, trainers, speed)
     micro_batches = math.ceil(mine / settings.micro_batch)
     train = _seconds(of_mine["train"]) / SHARES["train"] + 2 * (2 * micro_batches + MINIBATCHES) * gathered
     return {"rollout": sampled, "score": score, "train": train, "memory": predict(settings, models).total}
@@ -210,7 +226,12 @@ def main() -> None:
     if options.placement:
         rows = [row_of_placement(pair, (models[pair[0]], models[pair[1]]), n) for pair in PAIRS for n in GPUS]
     else:
-        rows = [row(name, model, ranks) for name, model in models.items() for ranks in GPUS]
+        rows = [
+            row(name, model, ranks, partition)
+            for name, model in models.items()
+            for ranks in GPUS
+            for partition in ((1, NODE) if ranks > NODE else (1,))
+        ]
     print(f"{ROLLOUTS} x ({PROMPT} + {RESPONSE}) tokens or one sample a rank and minibatch, whichever is more")
     print(
         f"assumed: {INSIDE / 1e9:.0f} GB/s in a node, {BETWEEN / 1e9:.0f} between nodes, {STORE / 1e9:.0f} to the store"

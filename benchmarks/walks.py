@@ -88,3 +88,8 @@ def reward_for_stopping(prompts: Sequence[str], responses: Sequence[str]) -> lis
     """
     walks = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     return [optimality(walk) if ends_at_goal(walk) else 0.0 for walk in walks]
+
+
+def judge(prompt: str, responses: Sequence[str]) -> list[float]:
+    """Return the reward of several walks from one start, for the stage ``compare``."""
+    return reward([prompt] * len(responses), responses)

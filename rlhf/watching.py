@@ -48,8 +48,11 @@ VANISHED_SECONDS = 10.0
 # ---- a running stage
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """Return a curve of at most ``width`` characters, each the mean of a stretch of values, or ``!`` if not finite."""
+def curve(values: Sequence[float], width: int, height: int = 1) -> str:
+    """Return a curve of ``height`` lines of at most ``width`` characters.
+
+    A column is the mean of a stretch of values, or ``!`` if that is not finite.
+    """
     count = min(width, len(values))
     stretches = [values[len(values) * n // count : len(values) * (n + 1) // count] for n in range(count)]
     # Divided first: the sum of finite numbers may be infinite.
@@ -58,28 +61,37 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     flat = not high / 2 - low / 2 > 1e-12 * max(-low, high)  # equal values differ by the rounding of their means
 
-    def bar(mean: float) -> str:
+    def column(mean: float) -> str:
+        """Return a column from its top to its bottom."""
         if not math.isfinite(mean):
-            return "!"
+            return "!".rjust(height)
         share = (mean / 2 - low / 2) / (high / 2 - low / 2) if not flat else 0.5
-        return _BARS[min(int(share * len(_BARS)), len(_BARS) - 1)]
+        full, part = divmod(min(int(share * len(_BARS) * height), len(_BARS) * height - 1), len(_BARS))
+        return (_BARS[part] + _BARS[-1] * full).rjust(height)
 
-    return "".join(map(bar, means))
+    return "\n".join(map("".join, zip(*map(column, means), strict=True)))
 
 
-def stage_block(attempts: Sequence[AttemptHistory], width: int) -> RenderableType | None:
+def curves(rows: Sequence[Row], width: int, height: int = 1) -> RenderableType:
+    """Return a curve of each metric in `CURVES`, with its last value; the first one is of ``height`` lines."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
+    for _ in range(3):
+        table.add_column(no_wrap=True)
+    for label, metric in CURVES.items():
+        if values := [float(row[metric]) for row in rows if metric in row]:
+            lines = height if not table.row_count else 1
+            drawn = curve(values, max(4, min(_LONGEST, width - 22)), lines)
+            first = "\n" * (lines - 1) + f"from {values[0]:.4g}" if lines > 1 else ""
+            table.add_row(Text(f"  {label}", "dim"), Text(drawn, "cyan"), f"{values[-1]:.4g}{first}")
+    return table
+
+
+def stage_block(attempts: Sequence[AttemptHistory], width: int, height: int = 1) -> RenderableType | None:
     """Return curves, alarms and the latest sample of a stage that runs; None before its first step."""
     rows = joined([attempt.metrics.rows for attempt in attempts])
     if not rows:
         return None
-    curves = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
-    for _ in range(3):
-        curves.add_column(no_wrap=True)
-    for label, metric in CURVES.items():
-        if values := [float(row[metric]) for row in rows if metric in row]:
-            line = sparkline(values, max(4, min(_LONGEST, width - 22)))
-            curves.add_row(Text(f"  {label}", "dim"), Text(line, "cyan"), f"{values[-1]:.4g}")
-    parts: list[RenderableType] = [curves]
+    parts: list[RenderableType] = [curves(rows, width, height)]
     parts += [_indented(Text(f"! {line}", "bold red"), 2) for line in raised_alarms(rows)]
     samples = next((found for attempt in reversed(attempts) if (found := attempt.newest_samples)), ())
     if samples:
@@ -115,10 +127,13 @@ def _score(score: Any) -> str:
     return f"{score:+.2f}" if abs(score) < 1e6 else f"{score:+.3g}"
 
 
-def detail(store: Store, width: Callable[[], int], *, here: bool) -> Callable[[StageRow], RenderableType | None]:
+def detail(
+    store: Store, width: Callable[[], int], *, here: bool, height: int = 1
+) -> Callable[[StageRow], RenderableType | None]:
     """Return the ``detail`` of a `Display`: the block of a running stage.
 
-    here  look for attempts on this machine only, and do not ask a bucket
+    here    look for attempts on this machine only, and do not ask a bucket
+    height  lines of the first curve
     """
 
     def block(row: StageRow) -> RenderableType | None:
@@ -126,7 +141,7 @@ def detail(store: Store, width: Callable[[], int], *, here: bool) -> Callable[[S
             if row.key is None:
                 return None
             local = [AttemptHistory(store, row.key, path.name) for path in store.attempts(row.key)]
-            return stage_block(local if here else attempts_at(row.key, store), width())
+            return stage_block(local if here else attempts_at(row.key, store), width(), height)
         return None
 
     return block

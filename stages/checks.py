@@ -15,10 +15,11 @@ from typing import Any
 from rlhf.attempt.context import Context
 from rlhf.cluster.devices import device_of_ranks
 from rlhf.collect.judges import judge_of
-from rlhf.config.collect import CollectSettings, CompareSettings, writer_inputs
+from rlhf.config.collect import CollectSettings, CompareSettings, SelectSettings, writer_inputs
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.rewards import RewardSettings
-from rlhf.config.stages import EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
+from rlhf.config.stages import DpoSettings, EvaluateSettings, RmSettings, SftSettings, SupervisedSettings
 from rlhf.config.tuning import (
     BottomFrozenTuning,
     LoraTuning,
@@ -35,6 +36,7 @@ from rlhf.config.zero import ZeroSettings
 from rlhf.data.mixture import Mixture, by_task
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
+from rlhf.models import splittable
 from rlhf.models.architectures import check_packing, check_policy, check_scorer, check_virtual_tokens
 from rlhf.models.layout import (
     ADAPTER_CONFIG,
@@ -60,7 +62,7 @@ from rlhf.models.text import (
 from rlhf.models.tuning import anchors, experts_left_out
 from rlhf.pipeline import disk, fitting
 from rlhf.pipeline.memory import Texts
-from rlhf.ranking.lists import draw_lists
+from rlhf.ranking.lists import draw_lists, draw_pairs
 from rlhf.rewards import EndpointReward, load_function
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream, read_prompts
 from rlhf.rollout.vllm_sampling import NOT_INSTALLED
@@ -141,24 +143,95 @@ def rm(context: Context[RmSettings]) -> dict[str, float]:
     return {"responses/too_long": float(over)} | disk.written(context, [context.inputs["base"]], steps)
 
 
+def dpo(context: Context[DpoSettings]) -> dict[str, float]:
+    """Check that the sets order pairs and each leaves something to learn; count what is left out and what is cut."""
+    policy, settings = context.inputs["policy"], context.settings
+    check_policy(policy)
+    check_supervised(context, "comparisons")
+    check_tuning(context, ["policy"])
+    if "comparisons" not in context.inputs:
+        return {}
+    tokenizer, over, prompts_only, longest, steps = load_tokenizer(policy), 0, 0, 0, 0
+    counts: dict[str, float] = {}
+    for part in ("train", "heldout"):
+        sets = read_rows(context.inputs["comparisons"] / f"{part}.jsonl")
+        tied = sum(len(set(row["strengths"])) == 1 for row in sets)
+        pairs, equal = draw_pairs(sets, settings.pairs_per_response, settings.seed)
+        if not pairs:
+            raise PreflightError(
+                f"none of the {len(sets)} sets orders two different responses ({tied} have responses of equal "
+                f"strength alone, {equal} pairs have equal texts), so there is no pair to learn from or to measure by",
+                f"comparisons/{part}.jsonl",
+                "check that ratings differ and rankings order responses; more annotators break ties",
+            )
+        if tied or equal:
+            context.note(
+                f"of the {len(sets)} sets of {part} {tied} are left out, since all their responses are of equal "
+                f"strength, and {equal} pairs, since their texts are equal"
+            )
+        for number, row in enumerate(sets, start=1):
+            before = len(prompt_ids(tokenizer, row["prompt"], f"comparisons/{part}.jsonl, row {number}"))
+            lengths = [before + len(response_ids(tokenizer, response)) for response in row["responses"]]
+            longest, prompts_only = max(longest, *lengths), prompts_only + (before >= settings.max_length)
+            over += sum(length > settings.max_length for length in lengths)
+        if part == "train":
+            steps = math.ceil(settings.epochs * math.ceil(len(pairs) / settings.batch_size))
+            counts = {"sets/tied": float(tied), "pairs/equal": float(equal)}
+    if prompts_only:
+        raise PreflightError(
+            f"{prompts_only} sets have prompts of {settings.max_length} tokens or more: nothing of their responses "
+            "would be learned",
+            f"{context.stage}.max_length",
+            f"raise {context.stage}.max_length above {longest}, or shorten those prompts",
+        )
+    if over:
+        context.note(
+            f"{over} responses are, with their prompts, longer than {settings.max_length} tokens: they are cut at the "
+            "end, and nothing is learned of how they end"
+        )
+    fitting.check(context, Texts(min(longest, settings.max_length), in_list=2))
+    check_offloading(context, [policy])
+    return counts | {"responses/too_long": float(over)} | disk.written(context, [policy], steps)
+
+
+def check_split(context: Context[PolicyGradientSettings]) -> None:
+    """Refuse a policy that cannot be split over as many ranks as are to hold a copy of it."""
+    together = context.settings.rollout.tensor_parallel
+    if not isinstance(together, int) or together == 1:
+        return
+    if problem := splittable.obstacle(config_of(context.inputs["policy"]), together):
+        raise PreflightError(problem, f"{context.stage}.rollout.tensor_parallel", splittable.OTHERWISE)
+
+
 def ppo(context: Context[PpoSettings]) -> dict[str, float]:
-    """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks."""
+    """Check what :func:`policy_gradient` does, and that the value model can start where it shall."""
+    inputs = context.inputs
+    if context.settings.share_base:
+        check_adapters(inputs, context.stage)
+    from_reward = context.settings.value_init == "reward" and "reward" in inputs
+    if from_reward:
+        check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
+    return policy_gradient(context, value="reward" if from_reward else "policy")
+
+
+def policy_gradient(context: Context[PolicyGradientSettings], value: str | None = None) -> dict[str, float]:
+    """Check rewards, models, prompts and demonstrations, and that each batch divides among the ranks.
+
+    value  role of the model that a value model starts from; None without a value model
+    """
     settings, inputs, ranks = context.settings, context.inputs, context.settings.trainers
     check_rewards(settings.rewards, inputs)
     if settings.rollout.engine == "vllm" and find_spec("vllm") is None:
         raise PreflightError(NOT_INSTALLED[0], f"{context.stage}.rollout.engine", NOT_INSTALLED[1])
-    if settings.share_base:
-        check_adapters(inputs, context.stage)
+    check_split(context)
     that_train = " that train" if settings.set_apart else ""
     minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks
     if minibatch % ranks:
         what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks{that_train}"
         raise _fitting(context.stage, "rollouts", math.ceil(settings.rollouts / multiple) * multiple, what)
     check_policy(inputs["policy"])
-    from_reward = settings.value_init == "reward" and "reward" in inputs
-    if from_reward:
-        check_same_tokens(inputs["reward"], inputs["policy"], context.stage)
-    for role in ("policy", *(["reward"] if from_reward else [])) if settings.packing else ():
+    starts = ["policy", *([value] if value else [])]
+    for role in dict.fromkeys(starts) if settings.packing else ():
         check_packing(inputs[role], context.stage)
     tokenizer, size = load_tokenizer(inputs["policy"]), settings.ptx.batch_size
     if settings.ptx.coef and size % ranks:
@@ -172,13 +245,13 @@ def ppo(context: Context[PpoSettings]) -> dict[str, float]:
         )
     prompts = PromptStream(inputs["prompts"] / "train.jsonl", tokenizer, settings.max_prompt_length, settings.seed)
     check_rewards_read(inputs, "train")
-    check_tuning(context, ["policy", "reward"] if from_reward else ["policy"])
+    check_tuning(context, list(dict.fromkeys(starts)))
     response, tokens = settings.sampling.max_new_tokens, virtual_tokens_of(settings.tuning)
     check_room(context.stage, inputs["policy"], settings.max_prompt_length, response, "sampling.max_new_tokens", tokens)
     longest, mixed = max(map(len, prompts.first(UNBOUNDED).ids)), settings.ptx.max_length if settings.ptx.coef else 0
     fitting.check(context, Texts(max(longest + response, mixed), max(response, mixed)))
     check_virtual_tokens(inputs["policy"], settings.tuning, settings.max_prompt_length + response, context.stage)
-    models = [inputs["policy"], inputs["reward" if from_reward else "policy"]]
+    models = [inputs[role] for role in starts]
     frozen = [folder for role, folder in inputs.items() if role.startswith("reward")]
     check_offloading(
         context, models, frozen=frozen if results_in_adapter(settings.tuning) else [inputs["policy"], *frozen]
@@ -190,14 +263,22 @@ def evaluate(context: Context[EvaluateSettings]) -> dict[str, float]:
     """Check the rewards, and that held-out prompts and responses together fit the policy's context."""
     settings, inputs = context.settings, context.inputs
     check_rewards(settings.rewards, inputs)
-    for role in inputs.keys() & {"before", "after"}:
-        check_policy(inputs[role])
+    for role in ("before", *settings.compared):
+        if role in inputs:
+            check_policy(inputs[role])
     if "before" in inputs and "prompts" in inputs:
         tokenizer = load_tokenizer(inputs["before"])
         PromptStream(inputs["prompts"] / "heldout.jsonl", tokenizer, settings.max_prompt_length)
         check_rewards_read(inputs, "heldout")
         response = settings.sampling.max_new_tokens
         check_room(context.stage, inputs["before"], settings.max_prompt_length, response, "sampling.max_new_tokens")
+        for role in settings.compared.keys() & inputs.keys():
+            if load_tokenizer(inputs[role]).get_vocab() != tokenizer.get_vocab():
+                raise PreflightError(
+                    f"the policies before and {role} have different tokenizers, so that their KL is not defined",
+                    f"{context.stage}.policies",
+                    "compare policies that were trained from one model",
+                )
     return disk.written(context)
 
 
@@ -221,6 +302,12 @@ def compare(context: Context[CompareSettings]) -> dict[str, float]:
     return {}
 
 
+def select(context: Context[SelectSettings]) -> dict[str, float]:
+    """Check the rewards."""
+    check_rewards(context.settings.rewards, context.inputs)
+    return disk.written(context)
+
+
 def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     """Refuse a ``max_length`` beyond the model's context, a batch that the ranks cannot share, and data of which no
     rows are held out.
@@ -228,15 +315,15 @@ def check_supervised(context: Context[SupervisedSettings], role: str) -> None:
     role  of the input with the data; not checked while its artifact does not exist
     """
     settings, stage, ranks = context.settings, context.stage, context.settings.workers.ranks
-    virtual = virtual_tokens_of(settings.tuning)
-    length, limit = settings.max_length, context_length(config_of(context.inputs["base"]))
+    virtual, model = virtual_tokens_of(settings.tuning), _trained_model(context)
+    length, limit = settings.max_length, context_length(config_of(model))
     if length + virtual > limit:
         before = f", of which {virtual} are for virtual tokens" if virtual else ""
         what = f"max_length is {length}, and the model's context is {limit} tokens{before}"
         if limit - virtual < MIN_LENGTH:
             raise PreflightError(what, f"{stage}.tuning", "take fewer virtual tokens: 10 to 100 are usual")
         raise _fitting(stage, "max_length", limit - virtual, what)
-    check_virtual_tokens(context.inputs["base"], settings.tuning, length, stage)
+    check_virtual_tokens(model, settings.tuning, length, stage)
     if settings.batch_size % ranks:
         what = f"batch_size {settings.batch_size} is not a multiple of the {ranks} ranks"
         raise _fitting(stage, "batch_size", math.ceil(settings.batch_size / ranks) * ranks, what)
@@ -260,7 +347,7 @@ def check_tuning(context: Context[Any], roles: Sequence[str]) -> None:
     """
     settings, stage = context.settings, context.stage
     method = settings.tuning
-    folder = next(context.inputs[role] for role in ("base", "policy") if role in context.inputs)
+    folder = _trained_model(context)
     plain = folder / BASE if is_adapter(folder) else folder
     config = config_of(folder)
     config = config.get("text_config", config)
@@ -281,6 +368,10 @@ def check_tuning(context: Context[Any], roles: Sequence[str]) -> None:
             pass
     for role in roles:
         check_goes_on(stage, role, context.inputs[role], method)
+
+
+def _trained_model(context: Context[Any]) -> Path:
+    return next(context.inputs[role] for role in ("base", "policy") if role in context.inputs)
 
 
 def check_targets(stage: str, targets: Sequence[str], folder: Path, vocabulary: int | None) -> None:
@@ -371,7 +462,7 @@ def check_room(stage: str, model: Path, prompt: int, response: int, field: str, 
 
 
 def check_offloading(
-    context: Context[SftSettings] | Context[RmSettings] | Context[PpoSettings],
+    context: Context[SftSettings] | Context[RmSettings] | Context[DpoSettings] | Context[PolicyGradientSettings],
     models: Sequence[Path],
     frozen: Sequence[Path] = (),
 ) -> None:

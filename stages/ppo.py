@@ -14,19 +14,11 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.rl.advantages import generalised_advantages, kl_penalised_rewards, masked_moments, shaped_scores, whiten
 from rlhf.rl.kl import truncated_importance_weights
 from rlhf.rl.losses import Penalties, PolicySums, ValueSums, clipped_policy_loss, clipped_value_loss
-from rlhf.rl.metrics import (
-    Watched,
-    alarm_metrics,
-    alarms,
-    check_finite,
-    check_health,
-    mismatch_metrics,
-    rollout_metrics,
-    update_metrics,
-)
+from rlhf.rl.metrics import check_finite, check_health, mismatch_metrics, rollout_metrics, update_metrics
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sequences import Experience, shuffled
+from rlhf.training.iterations import answer_watched_prompts, record
 from rlhf.training.learner import TrainedValue
 from rlhf.training.limits import IterationLimit
 from rlhf.training.loading import load_models, load_scorers, with_micro_batch
@@ -105,6 +97,8 @@ def iterate(
     if settings.whiten_rewards:
         rewards = whiten(rewards, mask, masked_moments(rewards, mask), shift_mean=False)
     advantages, returns = generalised_advantages(rewards, values, mask, settings.discount, settings.gae_lambda)
+    if settings.value_lambda is not None:
+        _, returns = generalised_advantages(rewards, values, mask, settings.discount, settings.value_lambda)
     if settings.whiten_advantages:
         advantages = whiten(advantages, mask, masked_moments(advantages, mask))
     if settings.importance_cap:
@@ -126,39 +120,8 @@ def iterate(
 
     if iteration >= settings.value_warmup:
         kl.adapt(metrics["objective/kl"], settings.rollouts)
-    metrics["episode"] = (iteration + 1) * settings.rollouts
-    raised = alarms(metrics, Watched.of(settings, first=journal.first_row(metrics)))
-    journal.log(iteration + 1, metrics | alarm_metrics(raised), rollout.sequences)
-    journal.alarm(iteration + 1, raised)
     drift = logprobs - reference_logprobs
-    kept = rollout.samples_by_token(settings.samples_kept, scores, policy.tokenizer, drift, advantages)
-    journal.keep_samples(iteration + 1, kept)
-    journal.distributions(iteration + 1, scores=scores, lengths=mask.sum(-1), advantages=advantages[mask])
-
-
-def answer_watched_prompts(
-    iteration: int,
-    settings: PpoSettings,
-    policy: TrainedPolicy,
-    scoring: Scoring,
-    prompts: PromptStream,
-    journal: Journal,
-    *,
-    finished: bool = False,
-) -> None:
-    """Keep the policy's answers to the same few prompts, which people compare through the run; no model learns them.
-
-    finished  after the last update, where the answers are those of the policy that is exported
-    """
-    with journal.timed("watched"):
-        rollout = roll_out(
-            policy, prompts.watched(), settings.seed, settings.sampling.max_new_tokens, sampled=scoring.begin
-        )
-        logprobs, _ = policy.logprobs_and_entropies(rollout.sequences)
-        scores, reference_logprobs, _ = scoring.finish()
-        drift = logprobs - reference_logprobs
-    kept = rollout.samples_by_token(len(rollout.prompts), scores, policy.tokenizer, drift)
-    journal.keep_watched(iteration + 1, kept, finished=finished)
+    record(iteration, settings, journal, metrics, rollout, policy, scores=scores, drift=drift, advantages=advantages)
 
 
 def update(
@@ -181,7 +144,13 @@ def update(
     penalties = Penalties(
         kl.in_loss, settings.kl.estimator, settings.kl.importance_weights, entropy_bonus=settings.entropy_bonus
     )
-    policy_loss = partial(clipped_policy_loss, clip=settings.policy_clip, penalties=penalties)
+    policy_loss = partial(
+        clipped_policy_loss,
+        clip=settings.policy_clip,
+        clip_high=settings.policy_clip_high,
+        dual_clip=settings.dual_clip,
+        penalties=penalties,
+    )
     value_loss = partial(clipped_value_loss, clip=settings.value_clip)
     policy_sums: list[PolicySums] = []
     value_sums: list[ValueSums] = []

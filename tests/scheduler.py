@@ -13,6 +13,7 @@ FILES_OF_THE_PIPELINE = frozenset(
         "tests/faults/test_stages.py",
         "tests/stages/test_flywheel.py",
         "tests/stages/test_pipeline.py",
+        "tests/test_documents.py",
     }
 )
 # Each computes on three processes for minutes. Tests on Ray wait for most of their time, so these go beside them.

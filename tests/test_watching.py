@@ -19,7 +19,7 @@ from rlhf.history.reading import attempts_at
 from rlhf.store import Store
 from rlhf.terminal import Display
 from rlhf.tracking import MetricsLog
-from rlhf.watching import Follower, prompt_text, raised_alarms, samples_view, sparkline, stage_block
+from rlhf.watching import Follower, curve, prompt_text, raised_alarms, samples_view, stage_block
 from tests.pipeline.helpers import made, planned, write_pipeline
 from tests.test_terminal import CONTROL, Clock, make_console, render
 
@@ -28,21 +28,27 @@ HOSTILE = "\x1b[2J\u202egro\u05e9\u05dc\u05d5\u05dd 👩‍👩‍👧 [bold]\r\
 
 
 @given(st.lists(st.floats(width=64), min_size=1, max_size=200), st.integers(1, 80))
-def test_a_sparkline_has_a_bar_for_each_stretch_and_shows_what_is_not_finite(values: list[float], width: int):
+def test_a_curve_has_a_bar_for_each_stretch_and_shows_what_is_not_finite(values: list[float], width: int):
     """Never wider than asked, whatever the numbers; equal or rising values never fall."""
-    line = sparkline(values, width)
+    line = curve(values, width)
     assert len(line) == min(width, len(values))
     assert ("!" in line) == (not all(map(math.isfinite, values)))
-    rising = sparkline(sorted(filter(math.isfinite, values)), width)
+    rising = curve(sorted(filter(math.isfinite, values)), width)
     assert list(rising) == sorted(rising)
 
 
 def test_the_highest_and_the_lowest_value_are_the_highest_and_the_lowest_bar():
     """The curve fills its height; a constant is a line in the middle."""
-    assert sparkline([1, 2, 1.5, 1], 10) == "▁█▅▁"
-    assert sparkline([0.1] * 50, 7) == "▅" * 7
-    assert sparkline([-1.7e308, 1.7e308, math.nan], 3) == "▁█!"
-    assert sparkline([0, 2, 9, 9], 2) == "▁█"
+    assert curve([1, 2, 1.5, 1], 10) == "▁█▅▁"
+    assert curve([0.1] * 50, 7) == "▅" * 7
+    assert curve([-1.7e308, 1.7e308, math.nan], 3) == "▁█!"
+    assert curve([0, 2, 9, 9], 2) == "▁█"
+
+
+def test_a_curve_of_several_lines_is_the_same_curve_with_finer_bars():
+    """Each line goes on where the one below is full; what is not finite stands at the bottom."""
+    assert curve([0, 4, 8, 16, math.inf], 10, height=2) == "  ▁█ \n▁▅██!"
+    assert curve([1.0, 1.0], 10, height=3) == "  \n▅▅\n██"
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])

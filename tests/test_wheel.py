@@ -80,6 +80,7 @@ def test_only_names_that_begin_with_rlhf_are_installed(environment: Path) -> Non
     own = {*(ROOT / "rlhf").glob("**/*"), *(ROOT / "rlhf" / "stages").glob("*.py")}
     paths = {str(path.relative_to(ROOT)) for path in own if path.is_file() and path.parent.name != "__pycache__"}
     assert {path for path in installed if "__pycache__" not in path} == paths | {
+        "rlhf/configs/demo.yaml",
         "rlhf/configs/quickstart.yaml",
         "rlhf/configs/tiny.yaml",
     }

@@ -38,11 +38,12 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from rlhf.errors import RlhfError
+from rlhf.store.lease import machine
 
 T = TypeVar("T")
 
@@ -85,10 +86,16 @@ class Pulse:
     beat: int
     at: float
     """Seconds since 1970 by the rank's clock."""
+    machine: str = field(default_factory=machine)
+    """What tells apart hosts of one name, such as containers; a rank of an older version writes none."""
+
+    def is_of_this_host(self) -> bool:
+        """Return whether the rank began on this host."""
+        return (self.host, self.machine) == (socket.gethostname(), machine())
 
     def is_here(self) -> bool:
         """Return whether the rank's process runs on this host."""
-        if self.host != socket.gethostname():
+        if not self.is_of_this_host():
             return False
         with suppress(OSError):
             # Ray renames its workers' processes; another process may have the number by now.

@@ -69,7 +69,7 @@ def _kept(request: Request) -> tuple[StageHistory, Sequence[Row]]:
         if history.samples:
             return history, history.samples
     for history in reversed(histories):
-        if history.planned.stage.kind == "report" and (rows := evaluated_samples(history, store).rows):
+        if history.planned.stage.kind == "report" and (rows := evaluated_samples(history.record, store).rows):
             return history, rows
     what = f"{name} has kept no samples" if name else "no stage has kept samples yet"
     why = f"{name} {histories[0].why}" if name else f"pipeline {request.config.name}"

@@ -20,11 +20,23 @@ from rich.console import Console
 
 from rlhf.cli.comparing import compare
 from rlhf.cli.dashboard import dashboard
+from rlhf.cli.demo import demo
 from rlhf.cli.history import report, samples, watch
 from rlhf.cli.human_data import annotate, data
 from rlhf.cli.init import DEFAULTS, MACHINES, init
+from rlhf.cli.manual import SUMMARY, manual
 from rlhf.cli.results import diff, explain, export, gc, import_, leaderboard, lineage, plan_, status, verify
-from rlhf.cli.run import DEFAULT_CONFIG, QUICKSTART, Parser, Request, command_line, default_config, run, single_name
+from rlhf.cli.run import (
+    DEFAULT_CONFIG,
+    DEMO,
+    QUICKSTART,
+    Parser,
+    Request,
+    command_line,
+    default_config,
+    run,
+    single_name,
+)
 from rlhf.cli.setup import config, doctor
 from rlhf.cli.talking import chat, generate
 from rlhf.config.base import suggestion
@@ -42,6 +54,7 @@ def completion(request: Request) -> None:
         raise RequestError(f"there is no completion for {shell!r}", "command line", f"rlhf completion {SHELLS[0]}")
     whole = Parser(prog="rlhf")
     whole.add_argument("--version", **_flag("print the version"))
+    whole.add_argument("--man", **_flag("print the manual page"))
     commands = whole.add_subparsers()
     for name, command in COMMANDS.items():
         parser = complete_parser(commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0]), name)
@@ -58,8 +71,9 @@ def completion(request: Request) -> None:
 COMMANDS: dict[str, Callable[[Request], int | None]] = {
     command.__name__.rstrip("_"): command
     for command in (
-        *(init, run, watch, samples, report, dashboard, plan_, status, explain, lineage, diff, leaderboard, verify),
-        *(gc, import_, export, chat, generate, compare, config, doctor, data, annotate, completion),
+        *(demo, init, run, watch, samples, report, dashboard, plan_, status, explain, lineage, diff),
+        *(leaderboard, verify, gc, import_, export, chat, generate, compare, config, doctor, data, annotate),
+        completion,
     )
 }
 WITH_JSON = (
@@ -67,7 +81,11 @@ WITH_JSON = (
 )
 
 
-WORDS = {"init": "the file to write (default: rlhf.yaml)", "completion": "bash, zsh or fish"}
+WORDS = {
+    "demo": "settings as section.field=value",
+    "init": "the file to write (default: rlhf.yaml)",
+    "completion": "bash, zsh or fish",
+}
 """What the words of a command are, where they are neither stages nor settings."""
 SHELLS = ("bash", "zsh", "fish")
 
@@ -130,7 +148,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--as": _value("the stage whose result the model is (default: sft)", "sft", metavar="STAGE", dest="as_"),
         "--forget": _flag("undo the import of a stage"),
     },
-    "export": {"--adapter": _flag("keep an adapter beside its base, not folded in")},
+    "export": {
+        "--merge": _flag("fold an adapter into the weights, in fp32; else it stays beside its base"),
+        "--gguf": _flag("write model.gguf too, by llama.cpp's convert_hf_to_gguf.py"),
+    },
     "chat": {"--score": _flag("show each answer's score by the pipeline's rewards"), **_sampling(256)},
     "generate": {**_prompts("the lines of standard input"), **_sampling(48)},
     "compare": {
@@ -183,9 +204,12 @@ def complete_parser(parser: Parser, command: str) -> Parser:
     """Give a parser the arguments of a command; return it."""
     words = "stages or folders, and settings as section.field=value"
     parser.add_argument("words", nargs="*", metavar="WORD", help=WORDS.get(command, words))
-    default = f"the pipeline file (default: {DEFAULT_CONFIG}, or else {QUICKSTART})"
-    meant = DEFAULT_CONFIG if command == "init" else default_config()
-    parser.add_argument("--config", type=Path, default=meant, metavar="FILE", help=default)
+    if command == "demo":
+        parser.set_defaults(config=DEMO)
+    else:
+        default = f"the pipeline file (default: {DEFAULT_CONFIG}, or else {QUICKSTART})"
+        meant = DEFAULT_CONFIG if command == "init" else default_config()
+        parser.add_argument("--config", type=Path, default=meant, metavar="FILE", help=default)
     parser.add_argument("--debug", **_flag("show the traceback of an error"))
     if command in WITH_JSON:
         parser.add_argument("--json", **_flag("print one JSON document on standard output"))
@@ -200,8 +224,8 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     commands = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return (
-        "usage: rlhf COMMAND [STAGE ...] [section.field=value ...] [--config FILE]\n       rlhf --version\n\n"
-        "From a language model, demonstrations and human rankings to an aligned model.\n\n"
+        "usage: rlhf COMMAND [STAGE ...] [section.field=value ...] [--config FILE]\n       rlhf --version | --man\n\n"
+        f"{SUMMARY.capitalize()}.\n\n"
         + "\n".join(commands)
         + "\n\nrlhf COMMAND --help explains a command; rlhf config --fields every setting."
     )
@@ -256,6 +280,10 @@ def _dispatch(words: Sequence[str]) -> int:
         return 0
     if words[0] == "--version":
         print(f"rlhf-pipeline {version('rlhf-pipeline')}, Python {platform.python_version()}")
+        return 0
+    if words[0] == "--man":
+        parsers = {name: parser_of(name) for name in COMMANDS}
+        print(manual(parsers, version("rlhf-pipeline")), end="")
         return 0
     if words[0] not in COMMANDS:
         raise RequestError(

@@ -135,10 +135,17 @@ def import_(request: Request) -> None:
 
 
 def export(request: Request) -> None:
-    """Write a stage's result to a folder."""
+    """Write a model that a stage made to a folder, with its card: rlhf export STAGE DIR."""
     from rlhf.pipeline.transfer import export_artifact
+
+    def card(folder: Path) -> str:
+        from rlhf.report.card import model_card
+
+        return model_card(planned, request.config.name, store, folder)
 
     if len(request.names) != 2:
         raise RequestError("export takes a stage and a folder", "command line", "rlhf export STAGE DIR")
-    planned, target = request.planned_stage(request.names[0]), Path(request.names[1])
-    request.out.print(f"wrote {export_artifact(planned, target, request.store(), adapter=request.arguments.adapter)}")
+    planned, target, store = request.planned_stage(request.names[0]), Path(request.names[1]), request.store()
+    merge, gguf = request.arguments.merge, request.arguments.gguf
+    export_artifact(planned, target, store, card, merge=merge, gguf=gguf)
+    request.out.print(f"wrote {target}; its README.md says how to load, serve and publish it", soft_wrap=True)

@@ -22,7 +22,6 @@ from rlhf.config.pipeline import (
     load_pipeline,
 )
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
-from rlhf.models.layout import ADAPTER_CONFIG
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.reporting import Stop
 from rlhf.pipeline.stage import stages
@@ -34,6 +33,8 @@ DEFAULT_CONFIG = Path("rlhf.yaml")
 """What `rlhf init` writes."""
 QUICKSTART = Path("configs/quickstart.yaml")
 """The default in a checkout, where no other file was written."""
+DEMO = Path("rlhf-demo/demo.yaml")
+"""What `rlhf demo` writes and runs."""
 
 
 def default_config() -> Path:
@@ -124,7 +125,7 @@ def command_line(request: Request, *words: str) -> str:
     program = Path(sys.argv[0]).absolute()
     shown = str(path_as_typed(program)) if program.name == "rlhf" and shutil.which("rlhf") is None else "rlhf"
     path: Path = request.arguments.config
-    option = [] if path == default_config() else ["--config", str(path)]
+    option = [] if path == (DEMO if words[0] == "demo" else default_config()) else ["--config", str(path)]
     return shlex.join([shown, *words, *request.overrides, *option])
 
 
@@ -143,6 +144,16 @@ SECONDS_TO_STOP = 30.0
 
 def run(request: Request) -> None:
     """Bring stages up to date."""
+    planned = bring_up_to_date(request)
+    print_samples(request, planned)
+    print_places(request, planned)
+
+
+def bring_up_to_date(request: Request, *, height: int = 1) -> dict[str, Planned]:
+    """Run the stages that the command line names, and those that they need; return their plan.
+
+    height  lines of the first curve of a running stage
+    """
     from rlhf.cluster.session import Session
     from rlhf.pipeline.runner import Runner
 
@@ -152,21 +163,21 @@ def run(request: Request) -> None:
     stop = Stop()
 
     def interrupted(what: str) -> InterruptedRunError:
-        again = command_line(request, "run", *targets)
+        again = command_line(request, request.arguments.command, *targets)
         return InterruptedRunError(f"{what}; what was committed and the checkpoints stay", store.address, again)
 
+    block = detail(store, lambda: request.out.width, here=True, height=height)
     try:
         with (
             ended_by_signals(interrupted("interrupted"), stop),
             Session(request.config.cluster) as session,
-            Display(request.out, names, detail=detail(store, lambda: request.out.width, here=True)) as display,
+            Display(request.out, names, detail=block) as display,
         ):
-            planned = Runner(request.config, request.known, store, session, display, stop).run(targets)
+            return Runner(request.config, request.known, store, session, display, stop).run(targets)
     except KeyboardInterrupt as error:
         raise interrupted("interrupted") from error
     except InterruptedRunError as error:
         raise interrupted(error.what) from error
-    _summary(request, planned, store)
 
 
 @contextmanager
@@ -217,16 +228,25 @@ def ended_by_signals(message: RlhfError, stopping: Stop) -> Generator[None]:
             signal.signal(signal_, handler)
 
 
-def _summary(request: Request, stages: dict[str, Planned], store: Store) -> None:
-    """Print samples and metrics of the reports, where logs and metrics are, and what to do with the last policy."""
-    made = [(planned, planned.record) for planned in stages.values() if planned.record is not None]
-    for planned, record in made:
-        if planned.stage.kind == "report":
-            # Split as bytes: a text that a model wrote may contain line ends of other alphabets.
-            samples = [json.loads(line) for line in store.read_file(record.artifact, "samples.jsonl").splitlines()[:5]]
+def print_samples(request: Request, stages: dict[str, Planned]) -> None:
+    """Print samples and metrics of the reports."""
+    for planned in stages.values():
+        if planned.record is not None and planned.stage.kind == "report":
             request.out.print()
-            request.out.print(samples_table(samples))
-            request.out.print(key_values(record.metrics))
+            request.out.print(samples_table(samples_of(planned.record, request.store())[:5]))
+            request.out.print(key_values(planned.record.metrics))
+
+
+def samples_of(report: ActionRecord, store: Store) -> list[dict[str, Any]]:
+    """Return the rows of a report's samples, for `samples_table`."""
+    # Split as bytes: a text that a model wrote may contain line ends of other alphabets.
+    return [json.loads(line) for line in store.read_file(report.artifact, "samples.jsonl").splitlines()]
+
+
+def print_places(request: Request, stages: dict[str, Planned]) -> None:
+    """Print where the report, logs and metrics are, and what to do with the last policy."""
+    store = request.store()
+    made = [(planned, planned.record) for planned in stages.values() if planned.record is not None]
     attempts = {
         planned.name: attempt
         for planned, record in made
@@ -236,12 +256,11 @@ def _summary(request: Request, stages: dict[str, Planned], store: Store) -> None
     lines = [f"  {name}: {path_as_typed(attempt)}" for name, attempt in attempts.items()]
     if lines:
         lines.insert(0, "metrics, logs and W&B files:")
-    policies = [(planned.name, record) for planned, record in made if planned.stage.kind == "policy"]
+    policies = [planned.name for planned, _ in made if planned.stage.kind == "policy"]
     if policies:
-        name, record = policies[-1]
-        option = " --adapter" if _has_virtual_tokens(record, store) else ""
+        name = policies[-1]
         lines.append(f"next: {command_line(request, 'generate', name)} --prompt '…'")
-        lines.append(f"      {command_line(request, 'export', name, 'DIR')}{option}")
+        lines.append(f"      {command_line(request, 'export', name, 'DIR')}")
     try:
         lines.insert(0, f"report: {path_as_typed(reported(request, stages))}")
     except Exception as error:  # noqa: BLE001 - the run has succeeded, whatever a picture of it meets
@@ -258,10 +277,3 @@ def reported(request: Request, stages: dict[str, Planned], path: Path | None = N
     path = path or folder_of(store) / f"{request.config.name}.html"
     write_report(request.config, stages, store, path)
     return path
-
-
-def _has_virtual_tokens(record: ActionRecord, store: Store) -> bool:
-    """Return whether a policy is an adapter that no weights can hold."""
-    if all(file.path != ADAPTER_CONFIG for file in store.manifest(record.artifact).files):
-        return False
-    return bool(json.loads(store.read_file(record.artifact, ADAPTER_CONFIG)).get("num_virtual_tokens"))

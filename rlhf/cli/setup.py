@@ -217,5 +217,9 @@ def _memory_check(row: Mapping[str, Any]) -> dict[str, Any]:
     memory = f"{size(row['total'])} on each of {ranks} ranks" if ranks > 1 else size(row["total"])
     if row["device"] is not None:
         memory += f" of {size(row['device'])}"
+    if row["tensor_parallel"] == "gathered":
+        memory += ", without a copy of the policy to sample from"
+    elif isinstance(row["tensor_parallel"], int) and row["tensor_parallel"] > 1:
+        memory += f", {row['tensor_parallel']} of which hold a copy of the policy together"
     change = " ".join(f"{row['stage']}.{setting}" for setting in row["change"])
     return {"name": name, "ok": not row["refused"], "found": memory, "next": change}

@@ -15,7 +15,7 @@ from rich.console import Console
 from rlhf.cli.run import Request, single_name
 from rlhf.config.base import FILE_SUFFIXES
 from rlhf.config.pipeline import StageInstance
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.rewards import RewardSettings, reward_inputs
 from rlhf.config.stages import EvaluateSettings
 from rlhf.errors import RecordError, RequestError
@@ -150,8 +150,8 @@ def checked(prompt: str, place: str) -> str:
 def scoring_stage(request: Request) -> StageInstance | None:
     """Return the pipeline's stage that evaluates policies, else one that trains them by rewards, else None."""
     instances = request.config.instances.values()
-    scoring = [one for one in instances if isinstance(one.settings, EvaluateSettings | PpoSettings)]
-    return min(scoring, key=lambda one: isinstance(one.settings, PpoSettings), default=None)
+    scoring = [one for one in instances if isinstance(one.settings, EvaluateSettings | PolicyGradientSettings)]
+    return min(scoring, key=lambda one: isinstance(one.settings, PolicyGradientSettings), default=None)
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def pipeline_rewards(request: Request, scratch: Path) -> "Generator[Rewards]":
     stage = scoring_stage(request)
     settings = [RewardSettings()]
     if stage is not None:
-        assert isinstance(stage.settings, EvaluateSettings | PpoSettings)
+        assert isinstance(stage.settings, EvaluateSettings | PolicyGradientSettings)
         settings = stage.settings.rewards
     makers = {role: (stage.inputs if stage else {}).get(role, name) for role, name in reward_inputs(settings).items()}
     records = {role: result_of(request.planned_stage(maker)) for role, maker in makers.items()}

@@ -1,7 +1,6 @@
 """What the end of a stage's processes means to the user, and after which ends the group is started again."""
 
 import re
-import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -116,7 +115,7 @@ def cause_of(call: Call, rank_errors: RankErrors, failures: Sequence[Failure]) -
     if signal := signal or _SIGNALS.get(name.strip()):
         return errors.KilledError(f"{who} crashed ({signal})", where, f"less +G {pulse.log}")
     # The kernel's count of a rank that ran on another host is unknown here.
-    if pulse.host == socket.gethostname() and oom_kills() > pulse.oom_kills:
+    if pulse.is_of_this_host() and oom_kills() > pulse.oom_kills:
         what = f"{who} was killed (SIGKILL) while the kernel killed for want of memory"
         return errors.OutOfMemoryError(what, where, _less_memory(call))
     # Any other signal that ends a process leaves a line in its log; Ray does not report the status of one that exits.

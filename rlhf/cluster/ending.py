@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +38,7 @@ def end_everywhere(attempt: Path) -> list[Pulse]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     remaining = end_here(attempt)
-    elsewhere = [pulse for pulse in AttemptFolder(attempt).pulses().values() if pulse.host != socket.gethostname()]
+    elsewhere = [pulse for pulse in AttemptFolder(attempt).pulses().values() if not pulse.is_of_this_host()]
     task = ray.remote(num_cpus=0, max_retries=0)(end_here)
     answers: dict[str, Any] = {}
     for node in {pulse.node for pulse in elsewhere} & _alive():

@@ -337,6 +337,7 @@ def environments(locations: Sequence[Location], set_apart: int = 0) -> list[tupl
     numbered: list[tuple[int, dict[str, str]]] = []
     for node in nodes.values():
         gpus = [gpu for index in node for gpu in locations[index].gpus]
+        here = min(len(node), max(0, trainers - len(numbered)))
         for local_rank, index in enumerate(node):
             rank, first = len(numbered), locations[order[0]]
             trains = rank < trainers
@@ -345,7 +346,7 @@ def environments(locations: Sequence[Location], set_apart: int = 0) -> list[tupl
                 "RANK": str(rank if trains else rank - trainers),
                 "WORLD_SIZE": str(trainers if trains else set_apart),
                 "LOCAL_RANK": str(local_rank),
-                "LOCAL_WORLD_SIZE": str(len(node)),
+                "LOCAL_WORLD_SIZE": str(here if trains else len(node) - here),
                 # Without it DeepSpeed on a CPU counts NUMA nodes by a program of its own at every backward pass.
                 "LOCAL_SIZE": str(len(node)),
                 "MASTER_ADDR": meeting.address,

@@ -1,4 +1,4 @@
-"""Settings of the stages collect and compare: responses of several models, and the judge that compares them."""
+"""Settings of the stages collect, compare and select: responses of several models, and what judges or picks them."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import field_validator, model_validator
 
 from rlhf.config.base import Seed, Settings, is_local, runtime, semantic, source
-from rlhf.config.rewards import ServiceSettings, names_a_function
+from rlhf.config.rewards import RewardSettings, ServiceSettings, names_a_function, rewards_are_sound
 from rlhf.config.stages import Precision, ShardedSettings
 
 
@@ -65,6 +65,20 @@ def writer_inputs(settings: CollectSettings) -> dict[str, str]:
     """Return the models of a stage that writes, role to instance. A model that writes twice is one input."""
     names = dict.fromkeys(writer.model for writer in settings.models)
     return {"model" if number == 1 else f"model_{number}": name for number, name in enumerate(names, start=1)}
+
+
+class SelectSettings(ShardedSettings):
+    """The best of the collected responses to each prompt, as demonstrations."""
+
+    rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
+    """What scores responses."""
+    micro_batch_size: int = runtime(32, ge=1)
+    """Responses of one forward pass of one rank."""
+
+    @model_validator(mode="after")
+    def _rewards_are_sound(self) -> "SelectSettings":
+        rewards_are_sound(self.rewards)
+        return self
 
 
 INSTRUCTIONS = """\

@@ -73,6 +73,8 @@ class PipelineSettings(Settings):
     seed: Seed = runtime(0)
     """Fills in ``seed`` in every stage instance that has such a setting and does not set it itself. It enters the keys
     through those."""
+    targets: tuple[str, ...] = runtime(())
+    """Stages that are brought up to date where none are named; empty takes those that no other stage reads."""
     store: StoreSettings = runtime(StoreSettings())
     """The artifact store."""
     cluster: ClusterSettings = runtime(ClusterSettings())
@@ -107,6 +109,8 @@ class PipelineConfig:
     tracking: TrackingSettings
     instances: Mapping[str, StageInstance]
     """By name, in the file's order."""
+    targets: tuple[str, ...] = ()
+    """Brought up to date where no stages are named; empty are those that no other stage reads."""
     notices: Sequence[str] = ()
     """What the user should write otherwise from now on, a line each."""
 
@@ -115,6 +119,7 @@ def resolved(config: PipelineConfig) -> dict[str, Any]:
     """Return the whole pipeline as JSON values with every default; written as YAML it loads to the same pipeline."""
     sections = {"store": config.store, "cluster": config.cluster, "tracking": config.tracking}
     values: dict[str, Any] = {"pipeline": config.name, "seed": config.seed}
+    values |= {"targets": list(config.targets)} if config.targets else {}
     values |= {name: section.model_dump(mode="json") for name, section in sections.items()}
     for instance in config.instances.values():
         wiring = {"uses": instance.uses, "inputs": dict(instance.inputs)}
@@ -210,6 +215,7 @@ def load_pipeline(path: Path, overrides: Sequence[str], settings_types: Mapping[
         cluster=top_level.cluster,
         tracking=top_level.tracking,
         instances={instance.name: instance for instance in loaded if instance},
+        targets=top_level.targets,
         notices=tuple(tree.notices),
     )
 

@@ -159,7 +159,7 @@ class ShardedSettings(Settings):
 
 
 class TrainingSettings(ShardedSettings):
-    """What all stages share that train a model: sft, rm and ppo."""
+    """What all stages share that train a model."""
 
     ON_CPU: ClassVar[int] = 16
     """The micro batch of a CPU where none is set."""
@@ -215,6 +215,9 @@ class TrainingSettings(ShardedSettings):
 
     @model_validator(mode="after")
     def _memory_settings_fit(self) -> "TrainingSettings":
+        if self.workers.count != "auto":
+            self.zero.check_ranks(self.trainers, "that train" if self.set_apart else "of workers.count")
+        self.zero.check_ranks(self.set_apart, "that are set apart")
         if self.zero.bf16 is not None and self.zero.bf16 != (self.precision == "bf16"):
             wanted = "bf16" if self.zero.bf16 else "fp32"
             raise ValueError(
@@ -231,7 +234,7 @@ class TrainingSettings(ShardedSettings):
 
 
 class SupervisedSettings(TrainingSettings):
-    """What stages share that train in epochs over a data set: sft and rm."""
+    """What stages share that train in epochs over a data set: sft, rm and dpo."""
 
     optimizer: OptimizerSettings = semantic(OptimizerSettings())
     """The optimiser."""
@@ -346,11 +349,72 @@ class RmSettings(SupervisedSettings):
         return self
 
 
-class EvaluateSettings(ShardedSettings):
-    """The policy before and after PPO on the same held-out prompts."""
+class DpoSettings(SupervisedSettings):
+    """A policy learned from pairs of ranked responses: Rafailov et al. 2023 (arXiv:2305.18290)."""
 
     seed: Seed = semantic(0)
-    """Seeds the sampling and the intervals."""
+    """Seeds the adapter, the choice of pairs and the order of the data."""
+    beta: float = semantic(0.1, gt=0)
+    """Strength of the pull to the initial policy, in 1 / nats; of ``ipo`` its τ."""
+    loss: Literal["sigmoid", "ipo", "robust"] = semantic("sigmoid")
+    """The loss of a pair, as TRL has it: DPO's own (eq. 7), that of IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17) by
+    the mean over a response's tokens, or robust DPO's (Ray Chowdhury et al. 2024, arXiv:2403.00409)."""
+    labels: Literal["order", "strengths", "share"] = semantic("order")
+    """What ``sigmoid`` learns of a pair: that the stronger response is preferred, or with what probability, by the
+    strengths or by the share of annotators. Pairs that no annotator compared have no share, and are left out."""
+    label_smoothing: float = semantic(0.0, ge=0, lt=0.5)
+    """Probability that annotators mean the opposite: of ``sigmoid`` that is conservative DPO (Mitchell 2023), of
+    ``robust`` its ε."""
+    margin: float = semantic(0.0, ge=0)
+    """Weight of the difference of strengths as an offset of the rewards' difference (Amini et al. 2024,
+    arXiv:2402.10571); 0 for none."""
+    pairs_per_response: float = semantic(1.0, gt=0)
+    """Number of drawn pairs that each response is in, out of all on one scale, as far as there are different ones."""
+    optimizer: OptimizerSettings = semantic(OptimizerSettings(learning_rate=1e-6, warmup_fraction=0.1))
+    """The optimiser; a learning rate of 1e-6 is usual for all weights, 1e-5 to 1e-4 for adapters."""
+    epochs: float = semantic(1.0, gt=0)
+    """Passes over the pairs."""
+    batch_size: int = semantic(32, ge=1)
+    """Pairs of an optimiser step, over all ranks."""
+    max_length: int = semantic(512, ge=8)
+    """Longest prompt and response in tokens; longer ones are cut at the end and counted."""
+    micro_batch_size: int | None = runtime(None, ge=1)
+    """Pairs of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 16."""
+    micro_batch_tokens: int | None = runtime(None, ge=1)
+    """Tokens of one forward pass of one rank, padding included, in place of ``micro_batch_size``; at least those of the
+    longest pair."""
+
+    LONGEST = "pair (max_length times two)"
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest pair."""
+        return 2 * self.max_length
+
+    @model_validator(mode="after")
+    def _loss_uses_what_is_set(self) -> "DpoSettings":
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("label_smoothing belongs to the losses sigmoid and robust, and loss is ipo")
+        if self.margin and self.loss == "ipo":
+            raise ValueError("margin belongs to the losses sigmoid and robust, and loss is ipo")
+        if self.labels != "order" and self.loss != "sigmoid":
+            raise ValueError(f"labels {self.labels} belong to the loss sigmoid, and loss is {self.loss}")
+        return self
+
+
+class EvaluateSettings(ShardedSettings):
+    """Policies on the same held-out prompts: one before its last stage, and one or several after."""
+
+    seed: Seed = semantic(0)
+    """Seeds the sampling."""
+    policies: list[str] = semantic(["ppo"], min_length=1)
+    """Stages whose policies are compared with ``before`` and with each other. The figures of a single one are named
+    ``after``, those of several by their stages."""
+    responses: int = semantic(1, ge=1)
+    """Responses of each policy to each prompt, each with random numbers that all policies share."""
+    best_of_n: int | None = semantic(None, ge=2)
+    """Number of responses of the policy before of which the rewards pick the best, as one more policy to compare; null
+    for none."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
     """What scores responses: what PPO was given."""
     prompts: int = semantic(256, ge=2)
@@ -368,6 +432,21 @@ class EvaluateSettings(ShardedSettings):
     def _rewards_are_sound(self) -> "EvaluateSettings":
         rewards_are_sound(self.rewards)
         return self
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> "EvaluateSettings":
+        taken = {"before", "prompts", "judge", f"best_of_{self.best_of_n}"}
+        for name in self.policies:
+            if self.policies.count(name) > 1 or name in taken or name.startswith("reward"):
+                raise ValueError(
+                    f"policies names {name!r}, which names figures of something else; name each stage once"
+                )
+        return self
+
+    @property
+    def compared(self) -> dict[str, str]:
+        """Map the name of each policy to compare with ``before`` to the stage that makes it."""
+        return {"after": self.policies[0]} if len(self.policies) == 1 else {name: name for name in self.policies}
 
 
 def loses_virtual_tokens(settings: TrainingSettings, makers: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -69,8 +69,16 @@ BUCKET = 50_000_000
 2 GB more."""
 _SHARDING_WITHOUT_EFFECT = ("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save")
 """How transformers would write the result, which we write."""
+_WITHOUT = {
+    "mics_shard_size": "DeepSpeed 0.19 has no MiCS any more; write secondary_partition, or zero_hpz_partition_size",
+    "tensor_parallel": "DeepSpeed's AutoTP does not go with our models, for which docs/cluster.md has the reasons",
+    "sequence_parallel_size": "Ulysses does not go with our models, for which docs/cluster.md has the reasons",
+}
+"""What somebody may well ask for, and why it is refused."""
 _OFFLOADS = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}
 """DeepSpeed's section to our setting."""
+_HPZ = "zero_hpz_partition_size"
+"""DeepSpeed's field of ``secondary_partition``."""
 _OFFLOAD_TAKEN = ("buffer_count", "buffer_size", "max_in_cpu", "pin_memory", "pipeline_read", "pipeline_write")
 
 
@@ -87,6 +95,11 @@ class ZeroSettings(Settings):
     """Where the optimiser's state lies, and its step is computed: on the GPU, in the host's memory, or on disk."""
     offload_parameters: Device = runtime("none")
     """Where weights lie while they are not computed with; needs stage 3."""
+    secondary_partition: int = runtime(1, ge=1)
+    """Ranks that keep the weights a second time among themselves, such as the 8 GPUs of a node (hpZ of ZeRO++, Wang et
+    al. 2023, arXiv:2306.10209). Between two optimiser steps weights cross the network between nodes once, those of
+    frozen models never. Needs stage 3, and must divide the number of ranks; 1, or as many as there are ranks, is
+    no second copy."""
     nvme_path: Path | None = runtime(None)
     """Folder for what is offloaded to ``nvme``, 12 to 16 bytes a trained weight; on every node a local disk."""
     config: Path | dict[str, Any] | None = runtime(None)
@@ -113,6 +126,16 @@ class ZeroSettings(Settings):
     def _parts_fit(self) -> "ZeroSettings":
         if self.offload_parameters != "none" and self.stage != 3:
             raise ValueError(f"offload_parameters needs stage 3, in which weights are sharded; stage is {self.stage}")
+        if self.secondary_partition > 1 and self.stage != 3:
+            raise ValueError(
+                f"secondary_partition {self.secondary_partition} needs stage 3, in which weights are sharded; stage is "
+                f"{self.stage}, in which every rank has them all"
+            )
+        if self.secondary_partition > 1 and self.offload_parameters == "nvme":
+            raise ValueError(
+                "secondary_partition does not go with offload_parameters: nvme, since DeepSpeed cannot keep the second "
+                "copy on disk; write offload_parameters: cpu, or leave secondary_partition out"
+            )
         uses_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
         if uses_nvme and self.nvme_path is None:
             raise ValueError("offloading to nvme needs nvme_path, a folder on a local disk")
@@ -125,10 +148,32 @@ class ZeroSettings(Settings):
     def of_ranks(self, count: int) -> "ZeroSettings":
         """Return the settings by which a group of ``count`` ranks computes.
 
-        Stage 3 gathers each layer's weights by hooks; where one rank has them all, the hooks cost time alone.
+        Stage 3 gathers each layer's weights by hooks; where one rank has them all, the hooks cost time alone. A second
+        copy among all ranks would be the first again.
         """
         sharded = count > 1 or self.offload_parameters != "none" or self.offload_optimizer == "nvme"
-        return self if sharded or self.stage != 3 else self.model_copy(update={"stage": 2})
+        update: dict[str, int] = {} if sharded or self.stage != 3 else {"stage": 2}
+        update |= {"secondary_partition": 1} if self.secondary_partition >= count else {}
+        return self.model_copy(update=update)
+
+    def takes_ranks(self, count: int) -> bool:
+        """Return whether ``secondary_partition`` divides the ranks, or all of them are in one."""
+        return count <= self.secondary_partition or count % self.secondary_partition == 0
+
+    def check_ranks(self, count: int, which: str) -> None:
+        """Refuse a number of ranks that the second copy of weights cannot be dealt out among.
+
+        which  they are, for the user
+
+        Raises:
+            ValueError: :meth:`takes_ranks` says no.
+        """
+        if not self.takes_ranks(count):
+            fitting = max(size for size in range(1, self.secondary_partition) if count % size == 0)
+            raise ValueError(
+                f"zero.secondary_partition {self.secondary_partition} does not divide the {count} ranks {which}; "
+                f"write secondary_partition: {fitting}, or another count"
+            )
 
     @property
     def sharding(self) -> dict[str, Any]:
@@ -230,8 +275,8 @@ def _sharding(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     rest: dict[str, Any] = {}
     for name, value in content.items():
         path = f"{_SHARDING}.{name}"
-        if name == "stage":
-            settings["stage"] = value
+        if name in ("stage", _HPZ):
+            settings["stage" if name == "stage" else "secondary_partition"] = value
         elif name in _OFFLOADS:
             device, more = _offload(path, value)
             settings |= {_OFFLOADS[name]: device["device"]} if "device" in device else {}
@@ -241,7 +286,7 @@ def _sharding(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
             continue
         elif name not in _SHARDING_TAKEN:
             raise ValueError(
-                f"config: {path} cannot be given: {_not_taken(name, (*_SHARDING_TAKEN, 'stage', *_OFFLOADS))}"
+                f"config: {path} cannot be given: {_not_taken(name, (*_SHARDING_TAKEN, 'stage', _HPZ, *_OFFLOADS))}"
             )
         elif value == _AUTO:
             raise ValueError(f'config: {path} is "auto", and nothing fills it in; write a value, or take it out')
@@ -267,10 +312,13 @@ def _offload(path: str, value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _path_in_file(setting: str) -> str:
-    fields = {ours: f"{_SHARDING}.{name}" for name, ours in _OFFLOADS.items()}
+    theirs = {**_OFFLOADS, _HPZ: "secondary_partition"}
+    fields = {ours: f"{_SHARDING}.{name}" for name, ours in theirs.items()}
     return fields.get(setting, f"{_SHARDING}.{setting}")
 
 
 def _not_taken(name: str, known: tuple[str, ...]) -> str:
+    if name in _WITHOUT:
+        return _WITHOUT[name]
     hint = suggestion(name, known)
     return f"it may change the result, or DeepSpeed has no such field; take it out{'; ' + hint if hint else ''}"

@@ -188,12 +188,11 @@ def stage_history(planned: Planned, store: Store) -> StageHistory:
     return StageHistory(planned, state, why, attempts_at(planned.key, store))
 
 
-def evaluated_samples(history: StageHistory, store: Store) -> Lines:
+def evaluated_samples(record: ActionRecord | None, store: Store) -> Lines:
     """Return the samples of a report's result, each with those after training as "response" and "score" too.
 
     Other fields are "prompt", "before", "score_before" and what the stage adds, such as "kl". Empty for other stages.
     """
-    record = history.record
     if record is None or all(file.path != SAMPLES for file in store.manifest(record.artifact).files):
         return Lines()
     lines = Lines.parse(store.read_file(record.artifact, SAMPLES))

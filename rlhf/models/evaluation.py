@@ -7,7 +7,8 @@ errors gains nothing here. Tf-idf weights over words (1-2-grams) measure content
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rlhf.config.stages import Precision, RmSettings
 from rlhf.data.records import read_rows
 from rlhf.errors import RecordError, StageError
 from rlhf.ranking.quality import Document, quality
-from rlhf.textstats import distinct_ngrams, paired_interval
+from rlhf.textstats import Floats, distinct_ngrams, paired_interval, win_rate
 from rlhf.zero import group
 
 _FOLDS = 5
@@ -76,21 +77,55 @@ def load_judge(folder: Path) -> TextJudge:
     return TextJudge([row["text"] for row in rows], [row["rating"] for row in rows])
 
 
-def before_and_after(name: str, before: npt.ArrayLike, after: npt.ArrayLike) -> dict[str, float]:
-    """Return means of paired figures and of their difference, with 95 % intervals; the difference's is paired."""
-    old, new = np.asarray(before), np.asarray(after)
+def ratings(judge: TextJudge, texts: Sequence[Sequence[str]]) -> Floats:
+    """Return a judge's ratings ``[P, R]`` of texts ``[R][P]``."""
+    return np.stack([judge.rate(of_prompts) for of_prompts in texts], axis=1)
+
+
+def side_by_side(name: str, values: Mapping[str, Floats]) -> dict[str, float]:
+    """Return each policy's mean of a figure, and the mean of its difference from ``before``, with 95 % intervals.
+
+    The difference of ``after`` is ``<name>/delta``, that of another policy ``<name>/<policy>_delta``. Intervals are
+    Student's t over prompts, whose responses are averaged first, and paired for differences.
+
+    values  ``[P, R]`` of each policy, ``before`` among them
+    """
+    of_prompts = {policy: np.mean(figures, axis=1) for policy, figures in values.items()}
     metrics: dict[str, float] = {}
-    for side, base, values in (("before", 0 * old, old), ("after", 0 * new, new), ("delta", old, new)):
-        metrics[f"{name}/{side}"] = float(np.mean(values - base))
-        if len(values) > 1:  # a single prompt has no interval
-            interval = paired_interval(base, values)
-            metrics |= {f"{name}/{side}_low": interval.low, f"{name}/{side}_high": interval.high}
+    for policy, figures in of_prompts.items():
+        differences = {} if policy == "before" else {"delta" if policy == "after" else f"{policy}_delta": "before"}
+        for side, base in {policy: None, **differences}.items():
+            less = 0 * figures if base is None else of_prompts[base]
+            metrics[f"{name}/{side}"] = float(np.mean(figures - less))
+            if len(figures) > 1:  # a single prompt has no interval
+                interval = paired_interval(less, figures)
+                metrics |= {f"{name}/{side}_low": interval.low, f"{name}/{side}_high": interval.high}
     return metrics
 
 
-def diversity(before: list[str], after: list[str]) -> dict[str, float]:
-    """Return the distinct bigrams of equally many texts."""
-    return {"distinct_2/before": distinct_ngrams(before, 2), "distinct_2/after": distinct_ngrams(after, 2)}
+def win_rates(values: Mapping[str, Floats]) -> dict[str, float]:
+    """Return how often a later policy's response is the better one than an earlier policy's, for each two of them.
+
+    ``win/<later>_over_<earlier>``, a tie counted as half, with intervals ``_low`` and ``_high`` that hold together:
+    with 95 % confidence all m true rates lie in theirs, since each misses its own with probability 0.05 / m at most
+    (Bonferroni's inequality; Dunn 1961, Journal of the American Statistical Association 56:52). A prompt is one
+    observation, the mean over its responses with the same random numbers.
+
+    values  ``[P, R]`` of each policy, the higher the better
+    """
+    pairs = list(combinations(values, 2))
+    metrics: dict[str, float] = {}
+    for earlier, later in pairs:
+        difference = np.sign(values[later] - values[earlier])
+        rate = win_rate(((difference + 1) / 2).mean(axis=1).tolist(), 1 - 0.05 / len(pairs))
+        name = f"win/{later}_over_{earlier}"
+        metrics |= {name: rate.mean, f"{name}_low": rate.low, f"{name}_high": rate.high}
+    return metrics
+
+
+def diversity(texts: Mapping[str, list[str]]) -> dict[str, float]:
+    """Return the distinct bigrams of each policy's texts, equally many of each."""
+    return {f"distinct_2/{policy}": distinct_ngrams(of_policy, 2) for policy, of_policy in texts.items()}
 
 
 def write_samples(file: Path, rows: list[dict[str, Any]]) -> None:

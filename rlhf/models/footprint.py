@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,6 +77,8 @@ class Architecture:
     """Whether a GPU can compute packed texts one by one (:mod:`rlhf.models.varlen`), without a mask."""
     fused: bool = False
     """Whether Liger's kernels compute norms and gates, each of which keeps its inputs alone."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What the folder says of the model, as transformers writes it."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:
@@ -139,6 +141,7 @@ class Architecture:
             inputs_first=inputs_first,
             by_text=attends_to_whole_texts(config),
             fused=has_fused_kernels(str(config.get("model_type"))),
+            config=config,
         )
 
 

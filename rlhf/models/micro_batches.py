@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.models.packing import bins
 from rlhf.zero import group
 
@@ -26,7 +26,7 @@ class MicroBatch:
     """Whether samples lie end to end, so that there is no padding to count."""
 
     @classmethod
-    def of(cls, settings: PpoSettings) -> Self:
+    def of(cls, settings: PolicyGradientSettings) -> Self:
         """Return what the settings say: at most a rank's share of a minibatch, in tokens where samples are packed."""
         samples = min(settings.micro_batch, max(1, settings.rollouts // settings.minibatches // settings.trainers))
         tokens, packed = settings.micro_batch_tokens, bool(settings.packing)

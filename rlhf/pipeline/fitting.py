@@ -9,8 +9,8 @@ from typing import Any
 from rlhf.attempt.context import Context
 from rlhf.cluster.devices import Device, device_of_ranks
 from rlhf.config.base import is_local
-from rlhf.config.ppo import PpoSettings, RolloutSettings
-from rlhf.config.stages import ModelSettings, RmSettings, SftSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings, RolloutSettings
+from rlhf.config.stages import ModelSettings
 from rlhf.config.tuning import LoraTuning
 from rlhf.errors import PreflightError, size
 from rlhf.models.footprint import Architecture
@@ -99,8 +99,8 @@ def advice(
 def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[str, Any]]]]:
     """Return changes of settings as words and values, the cheapest kind first, and of each kind the mildest.
 
-    Small micro batches, checkpointing and sampling without vLLM's copy cost time, LoRA changes the result, offloading
-    costs much time, and ranks need GPUs.
+    Small micro batches, checkpointing and sampling without vLLM's copy cost time, LoRA changes the result, giving a
+    second copy of weights up costs time between nodes, offloading much of it, and ranks need GPUs.
     """
     unit, count, least = "micro_batch_size", settings.micro_batch, 1
     if settings.micro_batch_tokens is not None:
@@ -109,30 +109,37 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
     checkpointing: list[tuple[str, dict[str, Any]]] = []
     native: list[tuple[str, dict[str, Any]]] = []
     lora: list[tuple[str, dict[str, Any]]] = []
-    offloading: list[tuple[str, dict[str, Any]]] = []
+    sharding: list[tuple[str, dict[str, Any]]] = []
     # A cache of keys and values, as these methods learn, would be read anew by a layer that is computed again.
     cached = settings.tuning.method in ("prefix", "p-tuning-v2")
     if not (settings.activation_checkpointing or cached):
         checkpointing = [("activation_checkpointing=true", {"activation_checkpointing": True})]
-    if isinstance(settings, PpoSettings) and settings.rollout.engine == "vllm":
+    if isinstance(settings, PolicyGradientSettings) and settings.rollout.engine == "vllm":
         native = [("rollout.engine=native", {"rollout": RolloutSettings()})]
     elif settings.tuning.method == "full":
         lora = [("tuning.method=lora", {"tuning": LoraTuning()})]
+    if settings.zero.secondary_partition > 1:
+        zero = settings.zero.model_copy(update={"secondary_partition": 1})
+        sharding.append(("zero.secondary_partition=1", {"zero": zero}))
     if device.gpu and settings.zero.offload_optimizer == "none":
         zero = settings.zero.model_copy(update={"offload_optimizer": "cpu"})
-        offloading = [("zero.offload_optimizer=cpu", {"zero": zero})]
-    rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
+        sharding.append(("zero.offload_optimizer=cpu", {"zero": zero}))
+    rows = (
+        settings.rollouts // settings.minibatches
+        if isinstance(settings, PolicyGradientSettings)
+        else settings.batch_size
+    )
     counts = [settings.trainers << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
     return [
         [(f"{unit}={half}", {unit: half}) for half in halves],
         checkpointing,
         native,
         lora,
-        offloading,
+        sharding,
         [
             (f"workers.count={count}", {"workers": settings.workers.model_copy(update={"count": count})})
             for count in (trainers + settings.set_apart for trainers in counts if rows % trainers == 0)
-            if count <= MOST_RANKS
+            if count <= MOST_RANKS and settings.zero.takes_ranks(count - settings.set_apart)
         ],
     ]
 
@@ -141,15 +148,15 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
     """Predict the memory of a plan's training stages, for texts as long as their settings allow.
 
     Return for each ``stage``, ``ranks``, ``moment``, ``parts`` in bytes, ``total``, ``device`` (its bytes, null where
-    they are not known here), ``refused`` (whether preflight would refuse the stage) and ``change``, the settings to
-    change where it may not fit. Models come from results, or from what they will be trained from; without either
-    ``moment`` is null.
+    they are not known here), ``refused`` (whether preflight would refuse the stage), ``change``, the settings to change
+    where it may not fit, and ``tensor_parallel`` of ppo's rollouts, as it would be chosen. Models come from results, or
+    from what they will be trained from; without either ``moment`` is null.
     """
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, planned in stages.items():
             settings: Any = planned.instance.settings
-            if not isinstance(settings, SftSettings | RmSettings | PpoSettings):
+            if not isinstance(settings, Training):
                 continue
             inputs = {
                 role: folder
@@ -162,7 +169,8 @@ def forecasts(stages: Mapping[str, Planned], store: Store) -> list[dict[str, Any
 
 def _forecast(settings: Training, models: Mapping[str, Architecture] | None) -> dict[str, Any]:
     if models is None:
-        return {"moment": None, "parts": {}, "total": None, "device": None, "refused": False, "change": []}
+        unknown = {"moment": None, "parts": {}, "total": None, "device": None, "refused": False, "change": []}
+        return unknown | {"tensor_parallel": None}
     device = device_of_ranks(settings.workers.gpu)
     if device is not None and device.gpu:
         settings = with_micro_batch(settings, models, device.bytes)
@@ -175,6 +183,7 @@ def _forecast(settings: Training, models: Mapping[str, Architecture] | None) -> 
         "device": device.bytes if device else None,
         "refused": device is not None and _is_refused(predicted, device),
         "change": [] if device is None or enough else list(advice(settings, models, None, device)),
+        "tensor_parallel": settings.rollout.tensor_parallel if isinstance(settings, PolicyGradientSettings) else None,
     }
 
 

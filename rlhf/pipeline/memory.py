@@ -12,28 +12,32 @@ in fp32 (4), Adam's moments (8), gradients (4). Beside these a buffer for gradie
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import RmSettings, SftSettings, WorkerSettings
+from rlhf.config.stages import DpoSettings, RmSettings, SftSettings, WorkerSettings
 from rlhf.config.tuning import LowRankTuning, virtual_tokens
 from rlhf.config.zero import BUCKET
 from rlhf.errors import size
 from rlhf.models import capacity, footprint
 from rlhf.models.footprint import Architecture, Learned, learned, weight_bytes
+from rlhf.models.splittable import obstacle
 
 PARTS = ("weights", "gradients", "optimiser", "activations", "logits", "generation", "frozen models")
 CONTEXT = 10**9
 """Bytes of a GPU that no tensor can have."""
 FILLED = 0.8
 """Share of a GPU's memory that is filled where the size of micro batches is not set."""
+MOST_TOGETHER = 8
+"""Ranks that a copy of the policy is spread over where their number is not set: more are seldom in one node."""
 REUSE = 5 * 10**8
 """Parameters of a rank's layers that stay gathered from the forward to the backward pass, half of DeepSpeed's
 ``max_reuse_distance``."""
 TILE = 4096, 32768
 """Tokens and entries of the vocabulary whose logits sft has at a time: TRL's."""
 
-Training = SftSettings | RmSettings | PpoSettings
+Training = SftSettings | RmSettings | DpoSettings | PolicyGradientSettings
 T = TypeVar("T", bound=Training)
 Bytes = Mapping[str, float]
 
@@ -47,7 +51,7 @@ class Texts:
     response: int = 0
     """Of a response in ppo."""
     in_list: int = 1
-    """Most responses in a list of rm."""
+    """Most responses in a list of rm; two of a pair of dpo."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ def limits(settings: Training) -> Texts:
             return Texts(settings.max_length)
         case RmSettings():
             return Texts(settings.max_length, in_list=settings.responses_per_list or 4)
-        case PpoSettings():
+        case DpoSettings():
+            return Texts(settings.max_length, in_list=2)
+        case PolicyGradientSettings():
             response, mixed = settings.sampling.max_new_tokens, settings.ptx.max_length if settings.ptx.coef else 0
             return Texts(settings.longest, max(response, mixed))
 
@@ -92,19 +98,25 @@ def predict(
     """
     texts = texts or limits(settings)
     models = {role: replace(model, fused=model.fused and gpu) for role, model in models.items()}
-    if isinstance(settings, PpoSettings):
-        moments = list(_ppo(settings, models, texts, gpu))
+    if isinstance(settings, PolicyGradientSettings):
+        moments = list(_policy_gradient(settings, models, texts, gpu))
     else:
-        moments = list(_supervised(settings, models["base"], texts, gpu))
+        model = models["policy" if isinstance(settings, DpoSettings) else "base"]
+        moments = list(_supervised(settings, model, texts, gpu))
     moment, parts = max(moments, key=lambda candidate: sum(candidate[1].values()))
     return Prediction(moment, {name: parts[name] for name in PARTS if parts.get(name)})
 
 
 def with_micro_batch(
-    settings: T, models: Mapping[str, Architecture] | None, gpu: int, *, in_list: int | None = None
+    settings: T,
+    models: Mapping[str, Architecture] | None,
+    gpu: int,
+    *,
+    in_list: int | None = None,
+    node: int | None = None,
 ) -> T:
     """Return the settings with a number for ``micro_batch_size``, unless ``micro_batch_tokens`` stands for it; where
-    both are null the largest that fits a GPU. In ppo ``packing`` is decided too.
+    both are null the largest that fits a GPU. In ppo ``packing`` and ``rollout.tensor_parallel`` are decided too.
 
     It divides a rank's share of an update. A prediction with it fills at most :data:`FILLED` of the smallest GPU, with
     texts as long as the settings allow: so the driver and all ranks agree, whatever each knows of the data.
@@ -112,10 +124,19 @@ def with_micro_batch(
     models   as for :func:`predict`; None where they are not known, which takes what a CPU would
     gpu      bytes of the smallest GPU
     in_list  most responses in a list of rm
+    node     ranks of a node; None where that is not known, which takes all to be on one
     """
-    if isinstance(settings, PpoSettings):
+    if isinstance(settings, PolicyGradientSettings):
         packing = packs(settings, models, gpu=True) if models else bool(settings.packing)
         settings = settings.model_copy(update={"packing": packing})
+        if settings.rollout.tensor_parallel == "auto":
+            sized = settings
+            for together in _together(settings, models, node):
+                rollout = settings.rollout.model_copy(update={"tensor_parallel": together})
+                sized = with_micro_batch(settings.model_copy(update={"rollout": rollout}), models, gpu)
+                if models is None or predict(sized, models).total + CONTEXT <= gpu:
+                    break
+            return sized
     if settings.micro_batch_tokens is not None:
         return settings
     if settings.micro_batch_size is not None or models is None:
@@ -128,11 +149,50 @@ def with_micro_batch(
     return next(enough, settings.model_copy(update={"micro_batch_size": 1}))
 
 
-def packs(settings: PpoSettings, models: Mapping[str, Architecture], *, gpu: bool) -> bool:
-    """Return whether ppo lays samples end to end: as ``packing`` says, else where a kernel keeps them apart."""
+def _together(
+    settings: PolicyGradientSettings, models: Mapping[str, Architecture] | None, node: int | None
+) -> list[int | Literal["gathered"]]:
+    """Return what ``rollout.tensor_parallel`` may be, in the order of what it costs."""
+    ranks = settings.trainers
+    if models is None or ranks == 1 or settings.zero.stage != 3 or shares_base(settings):
+        return [1]
+    if settings.rollout.engine != "native":
+        return [1]
+    node = node or ranks
+    split = range(0) if settings.obstacle_to_split() else range(2, min(node, MOST_TOGETHER) + 1)
+    config = models["policy"].config
+    fitting = [count for count in split if node % count == 0 and obstacle(config, count) is None]
+    return [1, *fitting, "gathered"]
+
+
+def why_together(
+    given: PolicyGradientSettings, chosen: PolicyGradientSettings, models: Mapping[str, Architecture], gpu: int
+) -> str | None:
+    """Return why ``rollout.tensor_parallel: auto`` is what was chosen; None where it was set, or is 1.
+
+    gpu  bytes of the smallest GPU
+    """
+    together = chosen.rollout.tensor_parallel
+    if given.rollout.tensor_parallel != "auto" or together == 1:
+        return None
+    whole = chosen.model_copy(update={"rollout": chosen.rollout.model_copy(update={"tensor_parallel": 1})})
+    needed, now = (size(predict(settings, models).total) for settings in (whole, chosen))
+    return (
+        f"rollout.tensor_parallel auto is {together}: with a whole copy of the policy a rank would take about {needed} "
+        f"of a GPU's {size(gpu)}, and so it takes {now}"
+    )
+
+
+def shares_base(settings: Training) -> bool:
+    """Return whether a stage's models are adapters on one base."""
+    return isinstance(settings, PpoSettings) and settings.share_base
+
+
+def packs(settings: PolicyGradientSettings, models: Mapping[str, Architecture], *, gpu: bool) -> bool:
+    """Return whether samples are laid end to end: as ``packing`` says, else where a kernel keeps them apart."""
     if settings.packing is not None:
         return settings.packing
-    return gpu and all(computes_by_text(settings, one) for one in (models["policy"], _value_start(settings, models)))
+    return gpu and all(computes_by_text(settings, one) for one in _starts(settings, models))
 
 
 def computes_by_text(settings: Training, model: Architecture) -> bool:
@@ -140,13 +200,20 @@ def computes_by_text(settings: Training, model: Architecture) -> bool:
     return settings.precision == "bf16" and virtual_tokens(settings.tuning) is None and model.by_text
 
 
-def _value_start(settings: PpoSettings, models: Mapping[str, Architecture]) -> Architecture:
-    return models.get("reward", models["policy"]) if settings.value_init == "reward" else models["policy"]
+def _starts(settings: PolicyGradientSettings, models: Mapping[str, Architecture]) -> list[Architecture]:
+    """Return what the trained models start from: the policy, and the value model where there is one."""
+    if not isinstance(settings, PpoSettings):
+        return [models["policy"]]
+    return [models["policy"], models.get("reward" if settings.value_init == "reward" else "policy", models["policy"])]
 
 
 def share_of_rank(settings: Training) -> int:
     """Return the rows of an update that one rank computes."""
-    rows = settings.rollouts // settings.minibatches if isinstance(settings, PpoSettings) else settings.batch_size
+    rows = (
+        settings.rollouts // settings.minibatches
+        if isinstance(settings, PolicyGradientSettings)
+        else settings.batch_size
+    )
     return max(1, rows // settings.trainers)
 
 
@@ -164,11 +231,15 @@ class Sharding:
     own_linear: bool = True
     """Whether DeepSpeed's linear layers, which keep their inputs where they are frozen too, take the place of torch's;
     in stage 3 alone."""
+    held: float = 1.0
+    """Share of all weights that a rank holds, in stage 3 its own and that of its node's second copy."""
 
     @classmethod
     def of(cls, settings: Training) -> Self:
         """Read a stage's settings."""
-        zero = settings.zero.of_ranks(settings.trainers)
+        ranks = settings.trainers
+        zero = settings.zero.of_ranks(ranks)
+        second = 1 / zero.secondary_partition if zero.secondary_partition > 1 else 0.0
         return cls(
             zero.stage,
             zero.offload_optimizer != "none",
@@ -176,6 +247,7 @@ class Sharding:
             zero.sharding.get("reduce_bucket_size", cls.bucket),
             zero.sharding.get("sub_group_size", cls.sub_group),
             zero.stage == 3 and zero.sharding.get("memory_efficient_linear", cls.own_linear),
+            1 / ranks + second if zero.stage == 3 else 1.0,
         )
 
 
@@ -209,7 +281,7 @@ class Trained:
     def masked(self) -> bool:
         """Whether attention has a mask; packed texts are computed one by one where the GPU's kernel can."""
         settings = self.settings
-        packed = isinstance(settings, RmSettings) or settings.packing
+        packed = isinstance(settings, RmSettings) or (not isinstance(settings, DpoSettings) and settings.packing)
         return not (packed and self.gpu and self.width == 2 and self.model.by_text and not self.part.tokens)
 
     @property
@@ -231,12 +303,12 @@ class Trained:
 
     def standing(self) -> Bytes:
         """Return the bytes that are there from the first step to the last."""
-        sharding, ranks = self.sharding, self.settings.trainers
+        sharding = self.sharding
         whole = 0.0 if sharding.host_weights else self.whole
         copied = 4 if self.width < 4 or sharding.stage < 3 else 0
         buffer = 4 * (sharding.bucket if self.gpu else self.filled)
         return {
-            "weights": whole / ranks if sharding.stage == 3 else whole,
+            "weights": whole * sharding.held,
             "gradients": self._gradients() + buffer if sharding.stage == 3 else 0.0,
             "optimiser": 0.0 if sharding.host_optimiser else (copied + 8) * self.share,
         }
@@ -295,9 +367,9 @@ class Trained:
 
 
 def _supervised(
-    settings: SftSettings | RmSettings, model: Architecture, texts: Texts, gpu: bool
+    settings: SftSettings | RmSettings | DpoSettings, model: Architecture, texts: Texts, gpu: bool
 ) -> Iterator[tuple[str, Bytes]]:
-    """Yield the moments of sft or rm."""
+    """Yield the moments of sft, rm or dpo, whose reference takes no memory."""
     scores = isinstance(settings, RmSettings)
     part = learned(model, settings.tuning, scores=scores)
     trained = Trained(settings, "the", model, part, scores, gpu)
@@ -317,7 +389,7 @@ def _tiled_logits(trained: Trained, tokens: int) -> float:
     """Return bytes of a tile of logits, of the gradients of hidden states and, where it trains, of the head."""
     model, width = trained.model, trained.width
     head = (4 + (width if width < 4 else 0)) * model.vocabulary * model.hidden if trained.part.head else 0
-    if not trained.gpu and trained.sharding.stage < 3:
+    if not trained.gpu and trained.sharding.stage < 3 and isinstance(trained.settings, SftSettings):
         # Logits in fp32, their distribution, and the terms of its entropy.
         return 12 * _in_chunk(trained, tokens) * model.vocabulary + head
     rows, entries = min(tokens, TILE[0]), min(model.vocabulary, TILE[1])
@@ -326,8 +398,8 @@ def _tiled_logits(trained: Trained, tokens: int) -> float:
     return rows * TILE[1] * width + steps + 4 * tokens * model.hidden + head
 
 
-def _ppo(
-    settings: PpoSettings, models: Mapping[str, Architecture], texts: Texts, gpu: bool
+def _policy_gradient(
+    settings: PolicyGradientSettings, models: Mapping[str, Architecture], texts: Texts, gpu: bool
 ) -> Iterator[tuple[str, Bytes]]:
     """Yield the moments of an iteration."""
     settings = settings.model_copy(update={"packing": packs(settings, models, gpu=gpu)})
@@ -335,32 +407,44 @@ def _ppo(
     rewards = [model for role, model in models.items() if role.startswith("reward")]
     tuning = settings.tuning
     if isinstance(tuning, LowRankTuning):
-        tuning = tuning.model_copy(update={"dropout": 0.0})  # PPO's models are never in training mode
+        tuning = tuning.model_copy(update={"dropout": 0.0})  # the models are never in training mode
     policy = Trained(settings, "the policy's", given, learned(given, tuning, scores=False), False, gpu)
-    start = _value_start(settings, models)
-    value = Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, gpu)
+    values = [
+        Trained(settings, "the value model's", start, learned(start, tuning, scores=True), True, gpu)
+        for start in _starts(settings, models)[1:]
+    ]
     width, micro = policy.width, min(settings.micro_batch, share_of_rank(settings))
     apart, scored = settings.placement == "apart", sum(model.parameters * width for model in rewards)
     frozen = 0.0 if apart else scored + (0 if policy.part.keeps_base else given.parameters * width)
-    shares = ranks if policy.sharding.stage == 3 else 1
-    of_value, copied = dict(value.standing()), weight_bytes(given, policy.part, width, scores=False)
+    held = policy.sharding.held
+    of_value, whole = (
+        _sum(*(value.standing() for value in values)),
+        weight_bytes(given, policy.part, width, scores=False),
+    )
     # vLLM always has a copy, which a GPU drops between rollouts; otherwise whole weights are sampled where they lie.
     engine = settings.rollout.engine
     if settings.obstacle_to_vllm() or (engine == "auto" and not gpu):
         engine = "native"
     stays = not gpu if engine == "vllm" else policy.sharding.stage == 3
-    generation, dropped = copied * stays, {"generation": copied * (engine != "native" and not stays)}
-    if settings.share_base:
+    given = settings.rollout.tensor_parallel if policy.sharding.stage == 3 and ranks > 1 else 1
+    gathers, together = given == "gathered", given if isinstance(given, int) else 1
+    copied = _part_of_copy(policy, whole, together)
+    # A copy that several ranks hold natively is dropped between rollouts too.
+    stays = stays and not gathers and (together == 1 or engine == "vllm")
+    generation = copied * stays
+    dropped = {"generation": copied * (not stays and not gathers and (engine != "native" or together > 1))}
+    if shares_base(settings):
         # Beside the policy's base there are adapters alone, and one engine with one buffer.
+        (value,) = values
         gradients = 4 * value.share if policy.sharding.stage == 3 else 0.0
-        of_value |= {"weights": value.part.parameters * width / shares, "gradients": gradients}
+        of_value |= {"weights": value.part.parameters * width * held, "gradients": gradients}
         frozen = (1 + len(rewards)) * policy.part.parameters * width
         generation *= ranks > 1
     standing = _sum(
         policy.standing(),
         of_value,
         {
-            "frozen models": 0.0 if policy.sharding.host_weights else frozen / shares,
+            "frozen models": 0.0 if policy.sharding.host_weights else frozen * held,
             "generation": generation,
             "optimiser": 4 * policy.share if settings.average_decay is not None else 0.0,
         },
@@ -370,21 +454,25 @@ def _ppo(
     shape = (1, micro * texts.longest) if settings.packing else (micro, texts.longest)
     logits = _policy_loss(settings, policy, tokens)
     others: list[tuple[str, Bytes]] = [("while responses are scored", _scoring(settings, policy, texts, micro))]
-    for trained, at_loss in ((policy, logits), (value, (4 + width) * tokens * start.hidden)):
-        others += trained.moments(*shape, at_loss)
+    others += policy.moments(*shape, logits)
+    for value in values:
+        others += value.moments(*shape, (4 + width) * tokens * value.model.hidden)
     # Sampling has as many rows as there is memory for: what fits otherwise fits with some.
     most = max(sum(parts.values()) for _, parts in others)
-    rows, cache = _rows(settings, policy, texts, gpu=gpu)
-    kept = {"generation": cache * rows if gpu and engine != "vllm" and cache * rows <= capacity.KEPT else 0.0}
+    rows, cache = _rows(settings, policy, texts, gpu=gpu, together=together)
+    if gathers:
+        rows, dropped = min(rows, capacity.AT_ONCE * micro), {"weights": policy.gathered}
+    has_graphs = gpu and engine != "vllm" and together == 1 and not gathers
+    kept = {"generation": cache * rows if has_graphs and cache * rows <= capacity.KEPT else 0.0}
     wanted = _sum(dropped, _sampling(policy, texts, rows, cache, gpu=gpu))
-    while gpu and rows > 1 and sum(wanted.values()) > most + kept["generation"]:
+    while gpu and rows > 1 and not gathers and sum(wanted.values()) > most + kept["generation"]:
         rows //= 2
         wanted = _sum(dropped, _sampling(policy, texts, rows, cache, gpu=gpu))
     yield "while responses are sampled", _sum(standing, wanted)
     for moment, parts in others:
         yield moment, _sum(standing, kept, parts)
     if apart:
-        yield _on_scorers(policy, texts, micro, scored + copied)
+        yield _on_scorers(policy, texts, micro, scored + whole)
 
 
 def _on_scorers(policy: Trained, texts: Texts, micro: int, frozen: float) -> tuple[str, Bytes]:
@@ -393,18 +481,17 @@ def _on_scorers(policy: Trained, texts: Texts, micro: int, frozen: float) -> tup
     frozen  bytes of its models on all ranks that score
     """
     settings = policy.settings
-    assert isinstance(settings, PpoSettings)
+    assert isinstance(settings, PolicyGradientSettings)
     workers, rollouts = WorkerSettings(count=settings.scorers), math.ceil(settings.rollouts / settings.parts)
     on_scorers = settings.model_copy(update={"placement": "together", "workers": workers, "rollouts": rollouts})
     alike = replace(policy, settings=on_scorers)
-    whole = alike.sharding.stage < 3
-    held = 0.0 if alike.sharding.host_weights else frozen / (1 if whole else settings.scorers)
+    held = 0.0 if alike.sharding.host_weights else frozen * alike.sharding.held
     return "while others score", _sum({"frozen models": held}, _scoring(on_scorers, alike, texts, micro))
 
 
 def _logit_width(policy: Trained) -> int:
     settings = policy.settings
-    return 4 if isinstance(settings, PpoSettings) and settings.sampling.fp32_head else policy.width
+    return 4 if isinstance(settings, PolicyGradientSettings) and settings.sampling.fp32_head else policy.width
 
 
 def _head_work(policy: Trained, tokens: int, *, trained: bool = False) -> float:
@@ -420,7 +507,7 @@ def _in_chunk(policy: Trained, tokens: int) -> int:
     return min(tokens, max(capacity.FEWEST, capacity.CHUNK // policy.model.vocabulary))
 
 
-def _policy_loss(settings: PpoSettings, policy: Trained, tokens: int) -> float:
+def _policy_loss(settings: PolicyGradientSettings, policy: Trained, tokens: int) -> float:
     """Return the bytes at the loss of a micro batch's response tokens."""
     chunk, trained = _in_chunk(policy, tokens), policy.part.head
     # The logits and a tensor in fp32, another one of scaled logits, and one for the entropy's gradient.
@@ -430,7 +517,7 @@ def _policy_loss(settings: PpoSettings, policy: Trained, tokens: int) -> float:
     return max(copies * chunk * policy.model.vocabulary, _head_work(policy, chunk, trained=trained)) + added
 
 
-def _scoring(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
+def _scoring(settings: PolicyGradientSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
     """Return the bytes that a pass without gradients computes."""
     rows = min(capacity.AT_ONCE * micro, math.ceil(settings.rollouts / settings.trainers))
     chunk = _in_chunk(policy, rows * texts.response)
@@ -444,12 +531,25 @@ def _scoring(settings: PpoSettings, policy: Trained, texts: Texts, micro: int) -
     }
 
 
-def _rows(settings: PpoSettings, policy: Trained, texts: Texts, *, gpu: bool) -> tuple[int, float]:
-    """Return the rows that a rank samples at a time where memory allows, and the bytes of a row's keys and values."""
+def _part_of_copy(policy: Trained, whole: float, ranks: int) -> float:
+    """Return the bytes of a rank's part of a copy; norms are whole on each rank."""
+    model = policy.model
+    norms = policy.width * model.layers * model.norms * model.hidden
+    return norms + (whole - norms) / ranks
+
+
+def _rows(
+    settings: PolicyGradientSettings, policy: Trained, texts: Texts, *, gpu: bool, together: int = 1
+) -> tuple[int, float]:
+    """Return the rows that a rank samples at a time where memory allows, and the bytes of a row's keys and values.
+
+    together  ranks that answer the same prompts
+    """
     most = capacity.ROWS_ON_GPU if gpu else capacity.ROWS_ON_CPU
     places = capacity.rounded(texts.longest - 1, capacity.COLUMNS_ON_GPU if gpu else capacity.COLUMNS_ON_CPU)
-    rows = min(most, math.ceil(settings.rollouts / settings.trainers))
-    return rows, (places + policy.part.tokens) * policy.model.layers * 2 * policy.model.keys * policy.width
+    rows = min(most, math.ceil(settings.rollouts * together / settings.trainers))
+    keys = policy.model.layers * 2 * policy.model.keys * policy.width / together
+    return rows, (places + policy.part.tokens) * keys
 
 
 def _sampling(policy: Trained, texts: Texts, rows: int, cache: float, *, gpu: bool) -> Bytes:

@@ -117,7 +117,7 @@ def plan(
 ) -> dict[str, Planned]:
     """Plan the targets and the stages that they need; return them by name, producers before consumers.
 
-    targets  stages to bring up to date; without any, those that no other stage reads
+    targets  stages to bring up to date; without any the pipeline's, and without these those that no other stage reads
     settled  stages of an earlier plan that are not looked at again
 
     A stage that only imported stages read is *unused*: neither its sources nor its result are looked at.
@@ -135,6 +135,7 @@ def plan(
     graph = {name: [wire.instance for wire in wires[name].values()] for name in config.instances}
     waves = _waves(graph, config.path)
     order = [name for wave in waves for name in wave]
+    targets = targets or config.targets
     for target in targets:
         instance_of(config, target)
     read = {name for inputs in graph.values() for name in inputs}

@@ -17,6 +17,7 @@ from rlhf.cluster.worker import Call
 from rlhf.config.base import semantic_values
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.stages import WorkerSettings
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import InterruptedRunError, LeaseLostError, PreflightError, RequestError, RlhfError, StageError
 from rlhf.pipeline.documents import provenance
 from rlhf.pipeline.plan import Planned
@@ -31,9 +32,10 @@ def needs_of(planned: Planned, resources: Resources) -> RankResources:
         return RankResources(1, resources.for_task(), gpu=False)
     settings: Any = planned.instance.settings
     workers: WorkerSettings = settings.workers
-    # Settings of other packages' stages need not say what is dealt out, and to whom not.
+    # Settings of other packages' stages need not say what is dealt out, to whom not, nor how models are sharded.
     dealt_out, set_apart = getattr(settings, "dealt_out", ()), getattr(settings, "set_apart", 0)
-    count = resources.ranks(planned.name, workers, dealt_out, set_apart)
+    together = getattr(settings, "zero", ZeroSettings()).secondary_partition
+    count = resources.ranks(planned.name, workers, dealt_out, together, set_apart)
     return resources.per_rank(planned.name, count, workers.cpus, workers.gpu)
 
 

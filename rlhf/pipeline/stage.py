@@ -12,11 +12,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config.base import Settings, is_local
-from rlhf.config.collect import CollectSettings, CompareSettings, awaited, compare_sources, writer_inputs
+from rlhf.config.collect import (
+    CollectSettings,
+    CompareSettings,
+    SelectSettings,
+    awaited,
+    compare_sources,
+    writer_inputs,
+)
 from rlhf.config.data import DataSettings, RankSettings, ranked_inputs, sources
+from rlhf.config.grpo import GrpoSettings, RlooSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings, without_adapter
 from rlhf.config.rewards import reward_inputs, reward_sources
 from rlhf.config.stages import (
+    DpoSettings,
     EvaluateSettings,
     ModelSettings,
     RmSettings,
@@ -110,6 +120,7 @@ _IMPORTS = (
     "datasets",
     "trl.trainer.sft_trainer",
     "trl.trainer.reward_trainer",
+    "trl.trainer.dpo_trainer",
     "scipy.stats",
     "sklearn.feature_extraction.text",
     "sklearn.linear_model",
@@ -125,6 +136,14 @@ _on_workers = partial(Stage, runs="workers", imports=_IMPORTS)
 
 def _each(roles: Mapping[str, str], *kinds: str) -> dict[str, Input]:
     return {role: Input(default, kinds) for role, default in roles.items()}
+
+
+def _tuned_by_reward(settings: PolicyGradientSettings) -> dict[str, Input]:
+    return (
+        {"policy": Input("sft", _MODELS), "prompts": Input("data/prompts")}
+        | _each(reward_inputs(settings.rewards), "reward-model")
+        | ({"demonstrations": Input("data/demonstrations")} if settings.ptx.coef else {})
+    )
 
 
 OURS = (
@@ -157,6 +176,18 @@ OURS = (
         preflight="rlhf.stages.checks:compare",
         sources=compare_sources,
         awaits=awaited,
+    ),
+    _on_workers(
+        "select",
+        1,
+        SelectSettings,
+        "rlhf.stages.select:run",
+        "data",
+        inputs=lambda settings: (
+            {"responses": Input("collect", ("responses",))} | _each(reward_inputs(settings.rewards), "reward-model")
+        ),
+        preflight="rlhf.stages.checks:select",
+        sources=lambda settings: reward_sources(settings.rewards),
     ),
     Stage(
         "rank",
@@ -198,15 +229,37 @@ OURS = (
         PpoSettings,
         "rlhf.stages.ppo:run",
         "policy",
-        inputs=lambda settings: (
-            {"policy": Input("sft", _MODELS), "prompts": Input("data/prompts")}
-            | _each(reward_inputs(settings.rewards), "reward-model")
-            | ({"demonstrations": Input("data/demonstrations")} if settings.ptx.coef else {})
-        ),
+        inputs=_tuned_by_reward,
         continues="policy",
         preflight="rlhf.stages.checks:ppo",
         disagrees=lambda settings, makers: without_adapter(settings, makers) or loses_virtual_tokens(settings, makers),
         sources=lambda settings: reward_sources(settings.rewards),
+    ),
+    *(
+        _on_workers(
+            name,
+            1,
+            kind,
+            "rlhf.stages.grpo:run",
+            "policy",
+            inputs=_tuned_by_reward,
+            continues="policy",
+            preflight="rlhf.stages.checks:policy_gradient",
+            disagrees=loses_virtual_tokens,
+            sources=lambda settings: reward_sources(settings.rewards),
+        )
+        for name, kind in (("grpo", GrpoSettings), ("rloo", RlooSettings))
+    ),
+    _on_workers(
+        "dpo",
+        1,
+        DpoSettings,
+        "rlhf.stages.dpo:run",
+        "policy",
+        inputs=taking(policy=Input("sft", _MODELS), comparisons=Input("rank", ("comparisons",))),
+        continues="policy",
+        disagrees=loses_virtual_tokens,
+        preflight="rlhf.stages.checks:dpo",
     ),
     _on_workers(
         "evaluate",
@@ -215,7 +268,8 @@ OURS = (
         "rlhf.stages.evaluate:run",
         "report",
         inputs=lambda settings: (
-            {"before": Input("sft", _MODELS), "after": Input("ppo", _MODELS), "prompts": Input("data/prompts")}
+            {"before": Input("sft", _MODELS), "prompts": Input("data/prompts")}
+            | _each(settings.compared, *_MODELS)
             | _each(reward_inputs(settings.rewards), "reward-model")
             | ({"judge": Input("data/judge")} if settings.judge else {})
         ),

@@ -4,14 +4,16 @@ import errno
 import json
 import math
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.errors import NextCommand, RequestError, is_no_room
+from rlhf.errors import NextCommand, RequestError, is_no_room, shortened
 from rlhf.models.layout import (
     BASE,
     UNBOUNDED,
@@ -33,6 +35,11 @@ IMPORT = "import"
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 """Files of which a tokenizer has at least one."""
 KINDS = {"sft": "policy", "rm": "reward-model"}
+MODELS = ("model", "policy", "reward-model")
+"""Kinds of artifacts that are models."""
+CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
+"""llama.cpp's converter from model folders to GGUF, by its name there and in a package."""
+GGUF = "model.gguf"
 
 
 def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: Stage, store: Store) -> ActionRecord:
@@ -174,50 +181,152 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def export_artifact(planned: Planned, target: Path, store: Store, *, adapter: bool = False) -> Path:
-    """Write a stage's result to a folder of the user's, which can be moved anywhere.
+def export_artifact(
+    planned: Planned,
+    target: Path,
+    store: Store,
+    card: Callable[[Path], str],
+    *,
+    merge: bool = False,
+    gguf: bool = False,
+) -> Path:
+    """Write a model that a stage made to a folder of the user's, which can be moved anywhere; all of it or nothing.
 
-    adapter  whether an adapter stays beside its base; else it is folded into the weights, in fp32: bf16 would lose
-             updates below half a step of a weight
+    card   returns the text of ``README.md`` for a folder that is otherwise complete
+    merge  whether an adapter is folded into the weights, in fp32, since bf16 would lose updates below half a step of a
+           weight; else it stays beside its base
+    gguf   whether llama.cpp's converter also writes ``model.gguf``
 
     Raises:
-        RequestError: there is no result yet, the folder is not empty or cannot be written, or virtual tokens are to be
-            folded.
+        RequestError: the stage makes no model, or has no result yet; the folder is not empty or cannot be written; no
+            adapter is there to fold, or one that no weights can hold; there is no converter, or it fails.
+        DiskFullError: there is no room.
     """
+    if planned.stage.kind not in MODELS:
+        raise RequestError(
+            f"{planned.name} makes a {planned.stage.kind}, which is no model",
+            f"stage {planned.name}",
+            "name a stage that makes a model, such as ppo; rlhf status lists the stages",
+        )
     record = result_of(planned)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RequestError("the folder to export to is not empty", str(target), "name a folder that does not exist")
+    converter = _converter() if gguf else None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target and not in the store, which the user may have no right to write.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            folder = store.checkout(record.artifact, Path(scratch) / "linked")
-            if not adapter and (tokens := virtual_tokens_in(folder)):
-                raise RequestError(
-                    f"the result of {planned.name} is an adapter of {tokens} virtual tokens, which no weights can hold",
-                    f"stage {planned.name}",
-                    NextCommand("export", (planned.name, str(target), "--adapter")),
-                )
-            if is_adapter(folder) and not adapter:
-                import torch
-                from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-                from rlhf.models import folders, reward
-
-                disable_progress_bar()
-                # transformers reports that a base has no score head, which the adapter has.
-                set_verbosity_error()
-                scores = planned.stage.kind == "reward-model"
-                folders.write_plain(folder, target, scores=scores, dtype=torch.float32)
-                if (folder / "README.md").exists():
-                    reward.write_card(target)
+            linked, folder = Path(scratch) / "linked", Path(scratch) / "exported"
+            store.checkout(record.artifact, linked)
+            _check_form(planned, linked, target, merge=merge, gguf=gguf)
+            _check_room(linked, target.parent, merge=merge, gguf=gguf)
+            if merge:
+                _fold(linked, folder, scores=planned.stage.kind == "reward-model")
             else:
                 # Copies, not links: a change to an exported file must not reach the store.
-                shutil.copytree(folder, target, dirs_exist_ok=True)
-        for path in target.rglob("*"):
-            path.chmod((0o755 if path.is_dir() else 0o644) & ~umask())
+                shutil.copytree(linked, folder)
+            _write_generation_settings(folder, record.settings)
+            if converter:
+                _convert(converter, folder)
+            (folder / "README.md").write_text(card(folder), encoding="utf-8")
+            for path in (folder, *folder.rglob("*")):
+                path.chmod((0o755 if path.is_dir() else 0o644) & ~umask())
+            folder.rename(target.resolve())
     except OSError as error:
+        if is_no_room(error):
+            error.filename = error.filename or str(target)  # a write, unlike an opening, does not name its file
+            raise
         raise RequestError(
             f"the folder to export to cannot be written: {error.strerror or error}", str(target), "name another folder"
         ) from error
     return target
+
+
+def _check_form(planned: Planned, folder: Path, target: Path, *, merge: bool, gguf: bool) -> None:
+    """Refuse to fold what is no adapter, or one that no weights can hold, and to convert an adapter."""
+    where, plain = f"stage {planned.name}", NextCommand("export", (planned.name, str(target)))
+    if merge and not is_adapter(folder):
+        raise RequestError(f"the result of {planned.name} is no adapter: there is nothing to merge", where, plain)
+    if merge and (tokens := virtual_tokens_in(folder)):
+        what = f"the result of {planned.name} is an adapter of {tokens} virtual tokens, which no weights can hold"
+        raise RequestError(what, where, plain)
+    if gguf and is_adapter(folder) and not merge:
+        raise RequestError(
+            f"the result of {planned.name} is an adapter, and a GGUF file holds whole weights",
+            where,
+            NextCommand("export", (*plain.names, "--merge", "--gguf")),
+        )
+
+
+def _check_room(folder: Path, parent: Path, *, merge: bool, gguf: bool) -> None:
+    """Raise a DiskFullError where the files that are about to be written do not fit."""
+    base = folder / BASE if merge else folder
+    weights = (
+        4 * count_parameters(base) if merge else sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    )
+    others = sum(path.stat().st_size for path in base.iterdir() if path.is_file() and path.suffix != ".safetensors")
+    needed = weights + others + (2 * count_parameters(base) if gguf else 0)
+    if needed > free_bytes_at(parent):
+        raise no_room(parent, needed)
+
+
+def _fold(source: Path, target: Path, *, scores: bool) -> None:
+    """Write an adapter's folder as a plain one, a reward model's ``README.md`` included."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from rlhf.models import folders, reward
+
+    disable_progress_bar()
+    # transformers reports that a base has no score head, which the adapter has.
+    set_verbosity_error()
+    folders.write_plain(source, target, scores=scores, dtype=torch.float32)
+    if (source / "README.md").exists():
+        reward.write_card(target)
+
+
+def _write_generation_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make ``generation_config.json`` sample as the stage did, if it sampled: from the whole vocabulary.
+
+    Else the file stays what it is: the base model's, with the token that ends a turn.
+    """
+    sampling = settings.get("sampling")
+    if not isinstance(sampling, Mapping) or not {"temperature", "max_new_tokens"} <= sampling.keys():
+        return
+    sampled = {"do_sample": True, "top_k": 0, "top_p": 1.0}
+    sampled |= {name: sampling[name] for name in ("temperature", "max_new_tokens")}
+    # An adapter's users generate with its base's configuration.
+    for path in {place / "generation_config.json" for place in (folder, config_file(folder).parent)}:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        tokens = {name: value for name, value in content.items() if name.endswith("_token_id")}
+        path.write_text(json.dumps(tokens | sampled, indent=2), encoding="utf-8")
+
+
+def _converter() -> str:
+    """Return the program that converts to GGUF.
+
+    Raises:
+        RequestError: there is none on the path.
+    """
+    programs = (program for name in CONVERTERS if (program := shutil.which(name)))
+    if (program := next(programs, None)) is None:
+        raise RequestError(
+            "--gguf needs llama.cpp's converter, which is not on PATH",
+            CONVERTERS[0],
+            "brew install llama.cpp; or git clone https://github.com/ggml-org/llama.cpp, install its "
+            "requirements/requirements-convert_hf_to_gguf.txt, and add the folder to PATH",
+        )
+    return program
+
+
+def _convert(program: str, folder: Path) -> None:
+    """Write ``model.gguf`` beside a plain folder's weights; a RequestError where the converter fails."""
+    command = [program, str(folder), "--outfile", str(folder / GGUF)]
+    ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if ended.returncode or not (folder / GGUF).is_file():
+        said = (ended.stderr.strip() or ended.stdout.strip() or f"status {ended.returncode}").splitlines()[-1]
+        raise RequestError(
+            f"llama.cpp's converter wrote no {GGUF}: {shortened(said, 300)}",
+            program,
+            "leave --gguf out; or update llama.cpp: not all architectures can be converted",
+        )

@@ -49,6 +49,29 @@ def draw_lists(
     return [ordered[index] for index in Mixture(sets[members[0].set] for members in ordered).epoch(seed)]
 
 
+class Pair(NamedTuple):
+    """Two responses to one prompt, of which people prefer the first."""
+
+    chosen: ResponseIndex
+    rejected: ResponseIndex
+
+
+def draw_pairs(sets: Sequence[Mapping[str, Any]], pairs_per_response: float, seed: int) -> tuple[list[Pair], int]:
+    """Return pairs of responses of different strengths, and how many more are of equal texts, which teach nothing.
+
+    Drawn as the lists of two of :func:`draw_lists`.
+    """
+    pairs: list[Pair] = []
+    equal = 0
+    for members in draw_lists(sets, 2, pairs_per_response, seed):
+        rejected, chosen = sorted(members, key=lambda place: sets[place.set]["strengths"][place.response])
+        if sets[chosen.set]["responses"][chosen.response] == sets[rejected.set]["responses"][rejected.response]:
+            equal += 1
+        else:
+            pairs.append(Pair(chosen, rejected))
+    return pairs, equal
+
+
 def _groups(count: int, size: int, per_item: float, rng: np.random.Generator) -> list[tuple[int, ...]]:
     """Draw distinct groups of ``size`` of ``count`` items, about ``per_item`` · count / size of them, spread evenly."""
     wanted = min(max(1, round(per_item * count / size)), math.comb(count, size))

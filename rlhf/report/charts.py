@@ -50,10 +50,11 @@ def _stretches(marks: Sequence[Row]) -> list[alt.Chart]:
     ]
 
 
-def frontier(runs: Mapping[str, Sequence[Row]]) -> Spec:
+def frontier(runs: Mapping[str, Sequence[Row]], unit: str = "mean score") -> Spec:
     """Return mean score against KL, an iteration a point, one curve for each run.
 
     runs  names to rows of metrics, the present run last
+    unit  what is shown as the score
     """
     rows = [
         {"run": name, "kl": row["objective/kl"], "score": row["objective/scores"], "iteration": row["step"]}
@@ -67,14 +68,14 @@ def frontier(runs: Mapping[str, Sequence[Row]]) -> Spec:
         .mark_line(point=True)
         .encode(
             alt.X("kl:Q", title="KL, nats a response"),
-            alt.Y("score:Q", title="mean score", scale=alt.Scale(zero=False)),
+            alt.Y("score:Q", title=unit, scale=alt.Scale(zero=False)),
             alt.Color("run:N", title="run", sort=list(runs)),
             alt.Order("iteration:Q"),
             tooltip=["run:N", "iteration:Q", *figures],
         )
     )
     ends = {row["run"]: f"{row['run']} ends at KL {row['kl']:.4g}, score {row['score']:.4g}" for row in rows}
-    return {"panels": [_sized(chart, 260, f"mean score against KL: {'; '.join(ends.values())}")]}
+    return {"panels": [_sized(chart, 260, f"{unit} against KL: {'; '.join(ends.values())}")]}
 
 
 def bars(rows: Sequence[Row], x: str, y: str, x_title: str, y_title: str) -> Spec:

@@ -89,6 +89,10 @@ def content(config: PipelineConfig, histories: Mapping[str, StageHistory], store
     }
 
 
+LAST = ("ppo", "grpo", "rloo")
+"""Stages that tune a policy by rewards; the first that has measured something is judged."""
+
+
 def _of_stage(histories: Mapping[str, StageHistory], stage: str) -> StageHistory | None:
     """Return the last instance of a stage that has measured something."""
     instances = [history for history in histories.values() if history.planned.stage.name == stage]
@@ -96,14 +100,17 @@ def _of_stage(histories: Mapping[str, StageHistory], stage: str) -> StageHistory
 
 
 def _figures(histories: Mapping[str, StageHistory], store: Store) -> Figures:
-    of = {stage: _of_stage(histories, stage) for stage in ("sft", "rm", "ppo", "evaluate")}
+    of = {stage: _of_stage(histories, stage) for stage in ("sft", "rm", *LAST, "evaluate")}
     rows = {stage: history.metrics if history else () for stage, history in of.items()}
     finals = {stage: history.record.metrics if history and history.record else {} for stage, history in of.items()}
-    ppo, rm = of["ppo"], of["rm"]
+    rm = of["rm"]
+    ppo = next((of[stage] for stage in LAST if of[stage]), None)
     quality = result_file(rm.record, QUALITY, store) if rm else None
     settings = ppo.planned.settings if ppo else {}
     samples = ppo.samples if ppo else ()
-    return Figures(rows["sft"], rows["ppo"], finals["rm"], finals["evaluate"], quality or {}, samples, settings)
+    return Figures(
+        rows["sft"], ppo.metrics if ppo else (), finals["rm"], finals["evaluate"], quality or {}, samples, settings
+    )
 
 
 def _changes(history: StageHistory, store: Store) -> list[dict[str, Any]]:
@@ -196,7 +203,7 @@ def _samples(histories: Mapping[str, StageHistory], store: Store) -> list[dict[s
 
 def _evaluated(history: StageHistory, store: Store) -> list[Row]:
     try:
-        return [row | {"stage": history.name} for row in evaluated_samples(history, store).rows]
+        return [row | {"stage": history.name} for row in evaluated_samples(history.record, store).rows]
     except (OSError, RlhfError):  # the artifact was collected or damaged
         return []
 

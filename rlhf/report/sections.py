@@ -22,6 +22,7 @@ EARLIER = 5
 QUALITY, LEADERBOARD = "quality.json", "leaderboard.json"
 SFT_CURVES = {"loss": "loss", "mean_token_accuracy": "accuracy"}
 RM_CURVES = {"loss": "loss", "accuracy": "accuracy"}
+DPO_CURVES = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "difference of rewards"}
 PPO_CURVES = {
     "objective/scores": "mean score",
     "objective/kl": "KL, nats",
@@ -32,7 +33,9 @@ PPO_CURVES = {
 
 def sections(history: StageHistory, store: Store) -> list[Part]:
     """Return the charts and tables of a stage, and what it told the user; none of a stage that has nothing to show."""
-    make = {"sft": _sft, "rm": _rm, "rank": _rank, "ppo": _ppo, "evaluate": _evaluate}.get(history.planned.stage.name)
+    known = {"sft": _sft, "rm": _rm, "rank": _rank, "dpo": _dpo, "evaluate": _evaluate}
+    known |= dict.fromkeys(("ppo", "grpo", "rloo"), _ppo)
+    make = known.get(history.planned.stage.name)
     parts = make(history, store) if make else []
     notes = dict.fromkeys(row["note"] for attempt in history.attempts for row in attempt.notes.rows)
     if parts and notes:
@@ -54,6 +57,16 @@ def _sft(history: StageHistory, store: Store) -> list[Part]:  # noqa: ARG001 - a
     final = history.record.metrics.get("eval/loss") if history.record else None
     held_out = "" if final is None else f" Held-out loss at the end: {final:.3f}."
     return [_chart("Loss", f"Of demonstrations, by step.{held_out}", charts.lines(history.metrics, "step", SFT_CURVES))]
+
+
+def _dpo(history: StageHistory, store: Store) -> list[Part]:  # noqa: ARG001 - as the others
+    if not history.metrics:
+        return []
+    final = history.record.metrics.get("eval/accuracy") if history.record else None
+    held_out = "" if final is None else f" Of held-out pairs it orders {final:.0%} as people do."
+    return [
+        _chart("Pairs", f"Of training pairs, by step.{held_out}", charts.lines(history.metrics, "step", DPO_CURVES))
+    ]
 
 
 def _rm(history: StageHistory, store: Store) -> list[Part]:
@@ -148,16 +161,41 @@ def _metrics_of(attempts: Sequence[AttemptHistory]) -> Sequence[Row]:
 def _evaluate(history: StageHistory, store: Store) -> list[Part]:  # noqa: ARG001 - as the others
     metrics = history.record.metrics if history.record else {}
     names = {"judge": "judge", "score": "score", "length, tokens": "length", "distinct bigrams": "distinct_2"}
+    policies = [name.removeprefix("length/") for name in metrics if name.startswith("length/")]
+    if "before" not in policies:
+        return []
+    deltas = [("delta", "difference, prompt by prompt")] if policies == ["before", "after"] else []
+    columns = [*((policy, policy) for policy in policies), *deltas]
     rows = [
-        [name, *(_with_interval(metrics, f"{stem}/{side}") for side in ("before", "after", "delta"))]
+        [name, *(_with_interval(metrics, f"{stem}/{side}") for side, _ in columns)]
         for name, stem in names.items()
         if f"{stem}/before" in metrics
     ]
-    if not rows:
-        return []
-    header = ("", "before", "after", "difference, prompt by prompt")
-    parts = [_table("Before and after, with 95 % intervals", header, rows)]
-    sides = [{"name": side, **_interval(metrics, f"judge/{side}")} for side in ("before", "after")]
+    distances = {name: metrics.get("kl/response" if name == "after" else f"kl/{name}") for name in policies}
+    rows.append(["KL, nats a response", *("" if kl is None else f"{kl:.2f}" for kl in distances.values())])
+    rows[-1] += [""] * len(deltas)
+    title = "Before and after, with 95 % intervals" if deltas else "Policies side by side, with 95 % intervals"
+    parts = [_table(title, ("", *(shown for _, shown in columns)), rows)]
+    wins = [name for name in metrics if name.startswith("win/") and f"{name}_low" in metrics]
+    if wins:
+        shown = [
+            [name.removeprefix("win/").replace("_over_", " over "), _with_interval(metrics, name)] for name in wins
+        ]
+        parts.append(_table("Win rates, with intervals that hold together at 95 %", ("", "wins"), shown))
+    figure, unit = ("judge", "mean rating") if "judge/before" in metrics else ("score", "mean score")
+    points = [
+        {
+            "run": name,
+            "objective/kl": distances[name] or 0.0,
+            "objective/scores": metrics[f"{figure}/{name}"],
+            "step": 0,
+        }
+        for name in policies
+    ]
+    if len(points) > 2:
+        text = f"The {figure} over the KL from the policy before; of the best of n the KL is a bound."
+        parts.append(_chart("Frontier", text, charts.frontier({str(point["run"]): [point] for point in points}, unit)))
+    sides = [{"name": side, **_interval(metrics, f"judge/{side}")} for side in policies]
     if all(side["value"] is not None for side in sides):
         text = "Mean rating by the judge, which no model was trained on."
         parts.append(_chart("The judge", text, charts.intervals(sides, "mean rating")))

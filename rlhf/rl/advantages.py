@@ -7,6 +7,7 @@ Shapes: scores ``[batch]``; log-probabilities and rewards ``[batch, time]``, rig
 import torch
 from torch import Tensor
 
+from rlhf.config.grpo import Baseline, Deviation
 from rlhf.rl.kl import Estimator, kl_estimates
 from rlhf.rl.masks import last_token_mask, masked
 
@@ -52,6 +53,45 @@ def kl_penalised_rewards(
     """
     penalties = -kl_coef * kl_estimates(logprobs, reference_logprobs, mask, estimator)
     return penalties + masked(scores.unsqueeze(-1).expand(mask.shape), last_token_mask(mask))
+
+
+def soft_overlong_penalty(lengths: Tensor, longest: int, buffer: int) -> Tensor:
+    """Return the penalty of Yu et al. 2025 (DAPO, arXiv:2503.14476), Eq. 13, ``[batch]`` in [-1, 0]:
+
+        0 up to a length of longest - buffer, from there (longest - buffer - length) / buffer
+
+    lengths  ``[batch]``, real tokens of each response, at most ``longest``
+    buffer   tokens over which it grows, above 0
+    """
+    return -((lengths - (longest - buffer)).clamp(min=0) / buffer)
+
+
+# Keeps the division by a group's deviation finite; TRL and verl add the same.
+DEVIATION_FLOOR = 1e-4
+
+
+@torch.no_grad()
+def group_advantages(rewards: Tensor, size: int, *, baseline: Baseline, deviation: Deviation) -> Tensor:
+    """Compare each response with the others to its prompt, ``[sample]``; exactly 0 where a group's rewards are equal.
+
+        A_i = (r_i - mean r) / (s + 1e-4)           baseline ``mean``: Shao et al. 2024 (arXiv:2402.03300), §4.1.2
+        A_i = r_i - mean over j of r_j, j not i     baseline ``leave-one-out``, without deviation: Ahmadian et al. 2024
+                                                    (arXiv:2402.14740), Eq. 8; G / (G - 1) times r_i - mean r
+
+    s is the sample standard deviation (denominator G - 1) of the group's rewards, or with ``batch`` of all.
+
+    rewards  ``[sample]``, of whole responses; those to a prompt are next to each other
+    size     G, responses to a prompt, at least 2
+    """
+    # In float64 the mean of equal float32 numbers is that number.
+    grouped = rewards.double().view(-1, size)
+    advantages = grouped - grouped.mean(-1, keepdim=True)
+    if baseline == "leave-one-out":
+        advantages = advantages * (size / (size - 1))
+    if deviation != "none":
+        spread = grouped.std(-1, keepdim=True) if deviation == "group" else grouped.std()
+        advantages = advantages / (spread + DEVIATION_FLOOR)
+    return advantages.flatten().to(rewards.dtype)
 
 
 # Keeps the division finite where all values are equal; lm-human-preferences and TRL add the same.

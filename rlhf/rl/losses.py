@@ -1,4 +1,4 @@
-"""PPO's losses and their measurements.
+"""Losses of policy and value model, and their measurements.
 
 Shapes: ``[batch, time]``, right-padded response tokens; the mask is True on real ones (see :mod:`rlhf.rl.masks`).
 Log-probabilities are in nats.
@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from rlhf.config.grpo import Average, Ratio
 from rlhf.rl.kl import Estimator, kl_estimates
 from rlhf.rl.masks import masked, masked_sum
 
@@ -101,6 +102,45 @@ class Penalties:
     """Weight of the mean entropy a token."""
 
 
+@dataclass(frozen=True)
+class Averaging:
+    """How the losses of tokens make that of a minibatch."""
+
+    kind: Average = "token"
+    """``token`` the mean over all real tokens, ``sequence`` the mean over each response and then over responses,
+    ``constant`` the sum over ``responses`` times ``longest``."""
+    responses: int = 1
+    """Responses of the global minibatch."""
+    longest: int = 1
+    """The most tokens that a response may have."""
+
+    def __call__(self, losses: Tensor, mask: Tensor, num_tokens: int | Tensor) -> Tensor:
+        """Return the share of tokens ``[batch, time]`` in the minibatch's loss; shares of micro batches add up.
+
+        num_tokens  real tokens in the global minibatch
+        """
+        if self.kind == "token":
+            return masked_sum(losses, mask) / num_tokens
+        if self.kind == "constant":
+            return masked_sum(losses, mask) / (self.responses * self.longest)
+        return (masked_sum(losses, mask, dim=-1) / mask.sum(-1).clamp(min=1)).sum() / self.responses
+
+
+def policy_ratios(log_ratio: Tensor, mask: Tensor, ratio: Ratio) -> Tensor:
+    """Return the log-ratio that each token's surrogate is of, ``[batch, time]``, 0 on padding.
+
+    log_ratio  ``[batch, time]``, of each token's probability now to that when it was sampled, 0 on padding
+    ratio      ``token`` leaves it; ``sequence`` is the mean over a response (Zheng et al. 2025, GSPO, arXiv:2507.18071,
+               Eq. 7), ``response`` the sum, the log-ratio of the response as one action
+    """
+    if ratio == "token":
+        return log_ratio
+    total = log_ratio.sum(-1, keepdim=True)
+    if ratio == "sequence":
+        total = total / mask.sum(-1, keepdim=True).clamp(min=1)
+    return masked(total.expand(mask.shape), mask)
+
+
 def clipped_policy_loss(
     logprobs: Tensor,
     entropies: Tensor,
@@ -111,6 +151,10 @@ def clipped_policy_loss(
     *,
     clip: float | None,
     num_tokens: int | Tensor,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    ratio_of: Ratio = "token",
+    average: Averaging = Averaging(),
     penalties: Penalties = Penalties(),
 ) -> tuple[Tensor, PolicySums]:
     """Return the negative of Schulman et al. 2017 (arXiv:1707.06347), Eqs. 7 and 9, and this part's sums:
@@ -130,36 +174,49 @@ def clipped_policy_loss(
     advantages          ``[batch, time]``
     clip                at least 0; 0.2 is usual; None leaves the ratio as it is
     num_tokens          real tokens in the global minibatch
+    clip_high           in place of ``clip`` above 1 (Yu et al. 2025, DAPO, arXiv:2503.14476, Eq. 10); None is ``clip``
+    dual_clip           c, above 1: where A is negative, its token's surrogate is at least c * A (Ye et al. 2020,
+                        arXiv:1912.09729, Eq. 5); None for none
+    ratio_of            what r is the ratio of: :func:`policy_ratios`; w is always the token's own
+    average             in place of the mean over tokens; the sums are of tokens whatever it is
     """
     advantages = masked(advantages.detach(), mask)
     # Masked before exp, so that padding's ratio is 1 and its gradient 0 rather than 0 * inf.
     log_ratio = masked(logprobs - old_logprobs.detach(), mask)
-    ratio = log_ratio.exp()
-    unclipped_losses = -ratio * advantages
-    clipped_losses = unclipped_losses if clip is None else -ratio.clamp(1 - clip, 1 + clip) * advantages
-    loss = masked_sum(torch.maximum(unclipped_losses, clipped_losses), mask)
-    kl_term = entropy_term = torch.zeros_like(loss)
+    token_ratio, ratio = log_ratio.exp(), policy_ratios(log_ratio, mask, ratio_of).exp()
+    unclipped_losses = clipped_losses = -ratio * advantages
+    if clip is not None:
+        clipped_losses = -ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high)) * advantages
+    surrogates = torch.maximum(unclipped_losses, clipped_losses)
+    if dual_clip is not None:
+        surrogates = torch.where(advantages < 0, surrogates.minimum(-dual_clip * advantages), surrogates)
+    terms = [surrogates]
+    kl_terms = entropy_terms = torch.zeros_like(surrogates)
     if penalties.kl_coef:
         estimates = kl_estimates(logprobs, reference_logprobs.detach(), mask, penalties.kl_estimator)
         if penalties.kl_importance_weights:
             # k2 is biased; with a constant weight its gradient is right. k3 is unbiased, and its gradient needs r's.
-            estimates = estimates * (ratio.detach() if penalties.kl_estimator == "k2" else ratio)
-        kl_term = penalties.kl_coef * estimates.sum()
+            weights = token_ratio.detach() if penalties.kl_estimator == "k2" else token_ratio
+            estimates = estimates * weights
+        kl_terms = penalties.kl_coef * estimates
+        terms.append(kl_terms)
     if penalties.entropy_bonus:
-        entropy_term = -penalties.entropy_bonus * masked_sum(entropies, mask)
+        entropy_terms = -penalties.entropy_bonus * entropies
+        terms.append(entropy_terms)
     with torch.no_grad():
         sums = PolicySums(
             tokens=mask.sum().double(),
-            loss=loss.detach().double(),
+            loss=masked_sum(surrogates, mask).double(),
             clipped=(clipped_losses > unclipped_losses).sum().double(),
             squared_log_ratio=log_ratio.double().square().sum(),
             ratio=masked_sum(ratio.double(), mask),
             squared_ratio=masked_sum(ratio.double().square(), mask),
-            kl_term=kl_term.detach().double(),
-            entropy_term=entropy_term.detach().double(),
-            demonstrations=torch.zeros((), dtype=torch.float64, device=loss.device),
+            kl_term=masked_sum(kl_terms, mask).double(),
+            entropy_term=masked_sum(entropy_terms, mask).double(),
+            demonstrations=torch.zeros((), dtype=torch.float64, device=mask.device),
         )
-    return (loss + kl_term + entropy_term) / num_tokens, sums
+    shares = [average(term, mask, num_tokens) for term in terms]
+    return sum(shares[1:], start=shares[0]), sums
 
 
 def demonstration_loss(logprobs: Tensor, mask: Tensor, *, coef: float, num_tokens: int) -> tuple[Tensor, PolicySums]:

@@ -1,4 +1,4 @@
-"""Metrics of PPO by the names that TRL gave the field (docs/ppo.md), warnings about them, and checks that stop a run.
+"""Metrics of policy-gradient stages by TRL's names (docs/ppo.md), warnings about them, and checks that stop a run.
 
 Shapes: scores and ended ``[sample]``; everything else ``[sample, time]`` with the mask True on real tokens.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.stages import Precision
 from rlhf.errors import DivergedError
 from rlhf.rl.kl import Estimator, kl_estimates
@@ -50,6 +50,23 @@ def rollout_metrics(
     }
 
 
+def group_metrics(rewards: Tensor, ended: Tensor, size: int) -> dict[str, float]:
+    """Measure groups of ``size`` responses to a prompt, which are next to each other.
+
+    ``groups/without_gradient`` is the share of groups whose rewards are all equal, so that no advantage differs from 0;
+    ``groups/none_ended`` the share in which every response was cut off; ``groups/deviation`` the mean standard
+    deviation of a group's rewards.
+
+    rewards  ``[sample]``, of whole responses, as the advantages are computed from
+    """
+    grouped = rewards.double().view(-1, size)
+    return {
+        "groups/without_gradient": (grouped == grouped[:, :1]).all(-1).double().mean().item(),
+        "groups/none_ended": (~ended.view(-1, size)).all(-1).double().mean().item(),
+        "groups/deviation": grouped.std(-1).mean().item(),
+    }
+
+
 def mismatch_metrics(sampler_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -> dict[str, float]:
     """Measure the distance of the distribution that was sampled from to the policy that is trained.
 
@@ -64,13 +81,16 @@ def mismatch_metrics(sampler_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -
     return {"rollout/kl_to_trained": gaps.sum(-1).mean().item(), "rollout/largest_gap": gaps.abs().max().item()}
 
 
-def update_metrics(policy: Sequence[PolicySums], value: Sequence[ValueSums]) -> dict[str, float]:
+def update_metrics(policy: Sequence[PolicySums], value: Sequence[ValueSums] = ()) -> dict[str, float]:
     """Measure an iteration's updates; means are over the real tokens of all its minibatches.
 
     policy  empty while the value model warms up
+    value   empty without a value model
     """
-    values = sum(value[1:], start=value[0])
-    metrics = {"loss/value_avg": values.mean_loss.item(), "val/clipfrac_avg": values.clip_fraction.item()}
+    metrics: dict[str, float] = {}
+    if value:
+        values = sum(value[1:], start=value[0])
+        metrics = {"loss/value_avg": values.mean_loss.item(), "val/clipfrac_avg": values.clip_fraction.item()}
     if not policy:
         return metrics | {"policy/updates": 0.0}
     policies = sum(policy[1:], start=policy[0])
@@ -113,7 +133,7 @@ class Watched:
     rollouts: int
 
     @classmethod
-    def of(cls, settings: PpoSettings, first: Metrics) -> "Watched":
+    def of(cls, settings: PolicyGradientSettings, first: Metrics) -> "Watched":
         """Take the values from a run's settings."""
         return cls(first, settings.precision, settings.sampling.max_new_tokens, settings.rollouts)
 
@@ -232,11 +252,11 @@ def check_health(metrics: Metrics, first: Metrics, kl_limit: float) -> None:
         raise DivergedError(
             f"the policy drifted {kl:.1f} nats a response from its reference; the limit is {kl_limit:g}",
             "objective/kl",
-            "raise ppo.kl.coef or lower ppo.policy_learning_rate; ppo.kl.limit is the limit",
+            "raise kl.coef or lower policy_learning_rate; kl.limit is the limit",
         )
     if metrics["length/mean"] < min(1.5, first["length/mean"] / 2):
         raise DivergedError(
             "the policy collapsed: most responses are a lone EOS",
             "length/mean",
-            "lower ppo.policy_learning_rate, raise ppo.kl.coef, or look at what the reward model likes",
+            "lower policy_learning_rate, raise kl.coef, or look at what the reward model likes",
         )

@@ -22,6 +22,7 @@ from rlhf.errors import PreflightError, size
 from rlhf.models import capacity, text, varlen
 from rlhf.models.heads import body_of, unwrapped
 from rlhf.models.packable import keeps_texts_apart
+from rlhf.models.splitting import Peers
 from rlhf.models.virtual_tokens import has_virtual_tokens
 from rlhf.rollout import grouped
 from rlhf.rollout.drawing import Responses, drawn
@@ -119,10 +120,18 @@ class Decoder:
     """Samples responses from a model that :func:`decodes_in_slots`.
 
     Graphs and a small cache stay for the next call, as long as the model's weights stay where they are.
+
+    peers  of a model that is split, whose steps are no graphs: all its ranks must sample the same
     """
 
     def __init__(
-        self, model: Any, pace: Pace | None = None, most_rows: int | None = None, *, use_grouped: bool | None = None
+        self,
+        model: Any,
+        pace: Pace | None = None,
+        most_rows: int | None = None,
+        *,
+        use_grouped: bool | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self._model = unwrapped(model)
         _, self._body = body_of(self._model)
@@ -130,11 +139,12 @@ class Decoder:
         on_gpu = self._device.type == "cuda"
         self._pace = pace or (ON_GPU if on_gpu else ON_CPU)
         self._most_rows = most_rows or (capacity.ROWS_ON_GPU if on_gpu else capacity.ROWS_ON_CPU)
-        self._captures = on_gpu and has_graphs(self._model.config)
+        self._peers = peers
+        self._captures = on_gpu and peers is None and has_graphs(self._model.config)
         self._space: Space | None = None
         self._key: tuple[Any, ...] = ()
         self._probe()
-        heads = self._model.config.num_attention_heads
+        heads = self._model.config.num_attention_heads // (1 if peers is None else peers.ranks)
         self._grouped = grouped.fits(self._model) and (
             grouped.computes(heads, self._shapes, self._dtype, self._device) if use_grouped is None else use_grouped
         )
@@ -202,6 +212,8 @@ class Decoder:
             return wanted
         free = torch.cuda.mem_get_info(self._device)[0]
         free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        if self._peers is not None:
+            free = self._peers.least(free, self._device)
         place = sum(heads * width for shape in self._shapes for heads, width in shape) * self._dtype.itemsize
         logits = capacity.LOGIT_BYTES * self._vocabulary
         room = int(SHARE * free)

@@ -1,4 +1,4 @@
-"""Prompts and demonstrations that PPO draws in each iteration."""
+"""Prompts and demonstrations that a policy-gradient stage draws in each iteration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from rlhf.attempt.context import Context
-from rlhf.config.ppo import PpoSettings, PtxSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings, PtxSettings
 from rlhf.data.mixture import Mixture
 from rlhf.data.records import read_rows
 from rlhf.errors import PreflightError
@@ -48,10 +48,15 @@ class PromptStream:
         ]
         check_lengths(self._ids, place, max_length)
 
-    def batch(self, iteration: int, size: int) -> PromptBatch:
-        """Return the ``size`` prompts of an iteration."""
+    def batch(self, iteration: int, size: int, repeats: int = 1) -> PromptBatch:
+        """Return the ``size`` prompts of an iteration.
+
+        repeats  how often each prompt follows itself, every time with random numbers of its own; divides ``size``
+        """
         samples = range(iteration * size, (iteration + 1) * size)
-        rows = _rows_of_passes("prompts", self._seed, self._mixture, samples)
+        places = range(samples.start // repeats, samples.stop // repeats)
+        drawn = _rows_of_passes("prompts", self._seed, self._mixture, places)
+        rows = [row for row in drawn for _ in range(repeats)]
         return PromptBatch([self._prompts[row] for row in rows], [self._ids[row] for row in rows], list(samples))
 
     def watched(self) -> PromptBatch:
@@ -136,7 +141,7 @@ class DemonstrationStream:
         self._settings, self._seed, self._micro_batch = settings, seed, micro_batch
 
     @classmethod
-    def of(cls, context: Context[PpoSettings], tokenizer: Tokenizer) -> "DemonstrationStream | None":
+    def of(cls, context: Context[PolicyGradientSettings], tokenizer: Tokenizer) -> "DemonstrationStream | None":
         """Return the stream for a run of PPO, or None where it mixes no demonstrations in."""
         settings = context.settings
         if not settings.ptx.coef:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import FULL, Tuning
 from rlhf.models import folders, text
+from rlhf.models.splitting import Peers
 from rlhf.models.templates import Tokenizer
 from rlhf.models.text import Prompt
 from rlhf.rl.masks import ended, response_mask
@@ -36,6 +37,8 @@ class Sampler(ABC):
     """Samples responses from a policy on all ranks, by an engine: take these weights, answer these prompts."""
 
     tokenizer: Tokenizer
+    ranks: int = 1
+    """Ranks that hold one copy of the policy together, and answer the same prompts."""
 
     @property
     def holds_weights(self) -> bool:
@@ -51,11 +54,11 @@ class Sampler(ABC):
         """
         if not (unchanged and self.holds_weights):
             self.take_weights()
-        mine = group.my_rows(len(prompts))
+        mine = group.my_rows(len(prompts), self.ranks)
         sampled = self.answer([prompts[row] for row in mine.tolist()], noise[mine])
         # One exchange for both: float64 holds every id and every float32 exactly.
         both = torch.stack([sampled.ids.double(), sampled.logprobs.double()], dim=1)
-        both = group.gather_rows(both, len(prompts))
+        both = group.gather_rows(both, len(prompts), self.ranks)
         return Responses(both[:, 0].long(), both[:, 1].float())
 
     @abstractmethod
@@ -64,7 +67,10 @@ class Sampler(ABC):
 
     @abstractmethod
     def answer(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
-        """Sample a response to each prompt, on this rank alone; the arguments are those of :meth:`sample`."""
+        """Sample a response to each prompt, on this rank alone, or with those that hold the copy together.
+
+        The arguments are those of :meth:`sample`.
+        """
 
 
 class Generator(Sampler):
@@ -99,6 +105,7 @@ class Generator(Sampler):
         self._copy: Any = None
         self._model: Any = None
         self._decoder: Decoder | None = None
+        self._peers: Peers | None = None
 
     def take_weights(self) -> None:
         """Take the policy's present weights. A collective."""
@@ -107,7 +114,7 @@ class Generator(Sampler):
     def answer(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
         """Sample a response to each prompt, on this rank alone."""
         if self._decoder is None and decodes_in_slots(self._model):
-            self._decoder = Decoder(self._model)
+            self._decoder = Decoder(self._model, peers=self._peers)
         sample = partial(sample_in_batch, self._model) if self._decoder is None else self._decoder.sample
         ends = {"eos_token_id": self.tokenizer.eos_token_id, "pad": self.tokenizer.pad_token_id}
         at_once = self._at_once if self._decoder is None else len(prompts)

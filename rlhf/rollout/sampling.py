@@ -4,7 +4,7 @@ Each token of each sample has a uniform number of its own; the token is where th
 logits' rounding, and with it the token, may differ with the other rows of a batch: docs/ppo.md says how often.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,19 @@ def sample_responses(
 
 @torch.no_grad()
 def sample_in_batch(
-    model: Any, prompts: Sequence[list[int]], numbers: Tensor, temperature: float, *, eos_token_id: int, pad: int
+    model: Any,
+    prompts: Sequence[list[int]],
+    numbers: Tensor,
+    temperature: float,
+    *,
+    eos_token_id: int,
+    pad: int,
+    goes_on: Callable[[bool], bool] = bool,
 ) -> Responses:
-    """Sample as :func:`sample_responses`, from any model that has transformers' cache, in one padded batch."""
+    """Sample as :func:`sample_responses`, from any model that has transformers' cache, in one padded batch.
+
+    goes_on  returns whether to go on, told whether any response still runs
+    """
     responses = torch.full(numbers.shape, pad, device=model.device)
     logprobs = torch.zeros(numbers.shape, device=model.device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
@@ -54,7 +64,7 @@ def sample_in_batch(
         responses[:, step] = torch.where(running, tokens, pad)
         running &= tokens != eos_token_id
         liveness.beat()
-        if (step + 1) % look == 0 and not running.any():
+        if (step + 1) % look == 0 and not goes_on(bool(running.any())):
             break
     return Responses(responses.cpu(), logprobs.cpu())
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf.attempt import liveness
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.models import text
 from rlhf.models.capacity import AT_ONCE
 from rlhf.models.micro_batches import MicroBatch, PackedSamples, in_order
@@ -153,7 +153,7 @@ class Minibatch(Generic[S_co]):
     """Real response tokens of the whole minibatch, over all ranks."""
 
 
-def shuffled(experience: S, settings: PpoSettings, iteration: int) -> Iterator[tuple[int, Minibatch[S]]]:
+def shuffled(experience: S, settings: PolicyGradientSettings, iteration: int) -> Iterator[tuple[int, Minibatch[S]]]:
     """Yield the minibatches of an iteration's epochs, numbered; a new order each epoch."""
     micro_batch = MicroBatch.of(settings)
     for epoch in range(settings.epochs):

@@ -87,12 +87,21 @@ class VllmSampler(Sampler):
 
     folder  the plain folder that the policy was loaded from
     source  the policy
+    ranks   that hold a copy together, which vLLM splits itself; they divide those of a node
     """
 
     def __init__(
-        self, folder: Path, precision: Precision, temperature: float, room: Room, *, fp32_head: bool, source: Any
+        self,
+        folder: Path,
+        precision: Precision,
+        temperature: float,
+        room: Room,
+        *,
+        fp32_head: bool,
+        source: Any,
+        ranks: int = 1,
     ) -> None:
-        self.tokenizer = text.load_tokenizer(folder)
+        self.tokenizer, self.ranks = text.load_tokenizer(folder), ranks
         self._folder, self._precision, self._fp32_head = folder, precision, fp32_head
         self._temperature, self._room, self._source = temperature, room, source
         self._engine: Any = None
@@ -184,6 +193,7 @@ class VllmSampler(Sampler):
             generation_config="vllm",  # its own: the model's would change what is sampled from
             logprobs_mode="processed_logprobs",
             distributed_executor_backend="external_launcher",
+            tensor_parallel_size=self.ranks,
             # Graphs of a step, without a compiler: ranks run without torch's.
             compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY" if on_gpu else "NONE"},
             enable_sleep_mode=on_gpu,
@@ -213,7 +223,8 @@ class VllmSampler(Sampler):
         return min(self._room.rows, most)
 
     def _weight_bytes(self) -> int:
-        return sum(whole_shape(weight).numel() * weight.element_size() for weight in self._source.parameters())
+        whole = sum(whole_shape(weight).numel() * weight.element_size() for weight in self._source.parameters())
+        return whole // self.ranks
 
     def _cache_bytes(self, weights: int) -> int:
         """Return the bytes of the cache: for all rows at once, or as many as fit.
@@ -226,13 +237,14 @@ class VllmSampler(Sampler):
         config = self._source.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        place = 2 * config.num_hidden_layers * heads * width * self._source.dtype.itemsize
+        place = 2 * config.num_hidden_layers * heads * width * self._source.dtype.itemsize // self.ranks
         row = place * capacity.rounded(self._room.length, BLOCK)
         wanted = (self._rows() + 1) * row  # one block is vLLM's own
         if group.device().type == "cpu":
             return wanted
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info()[0] - weights
+        # The ranks of a copy must have caches of one size.
+        free = -int(group.all_max(torch.tensor(-torch.cuda.mem_get_info()[0]))) - weights
         if SHARE * free < 2 * row:
             raise PreflightError(
                 f"vLLM needs {size(weights)} for a copy of the policy and {size(2 * row)} for the keys and values of "

@@ -57,7 +57,7 @@ class Holder:
             user = str(os.getuid())
         return cls(
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=machine(),
             pid=os.getpid(),
             started=_process_started(os.getpid()) or "",
             user=user,
@@ -80,7 +80,7 @@ class Holder:
 
     def is_gone(self) -> bool:
         """Tell whether the holder was a process of this machine that has ended; False if that cannot be known."""
-        return self.machine == _machine() and _process_started(self.pid) not in (self.started, "")
+        return self.machine == machine() and _process_started(self.pid) not in (self.started, "")
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.user} on {self.host}, since {self.since}"
@@ -211,7 +211,11 @@ class _Heart:
         return holder is not None and holder.token == self._token
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Return what a process's number means here: the kernel since its start, and its namespace of such numbers.
+
+    Hosts that share a name, such as containers, differ in it.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

@@ -23,7 +23,7 @@ from rlhf.models.shared_beginnings import read_beginnings_once
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
 from rlhf.zero import group
-from rlhf.zero.engine import DTYPES, STAGE_3, Engine, gathered, sharded_loading, trained_shards, whole_from_shards
+from rlhf.zero.engine import DTYPES, STAGE_3, Engine, gathered, sharded_loading, whole_from_shards
 
 
 class MovingAverage:
@@ -32,18 +32,20 @@ class MovingAverage:
     Polyak and Juditsky 1992 average a stochastic approximation's iterates; the exponential window is that of Kingma and
     Ba 2015 (arXiv:1412.6980), section 7.2. Without its bias correction: the first weights are not zeros, and count.
 
-    module  under ZeRO already
+    engine  which trains it
+    module  the engine's, or a part of it, by whose names weights are returned
     part    the part of it that is averaged, where it has several
     """
 
-    def __init__(self, module: nn.Module, decay: float, part: str = "") -> None:
-        self._module, self._decay, self._part = module, decay, part
-        self._shards: dict[str, Tensor] = {name: shard.detach().clone() for name, shard in trained_shards(module, part)}
+    def __init__(self, engine: Engine, module: nn.Module, decay: float, part: str = "") -> None:
+        self._engine, self._module, self._decay, self._part = engine, module, decay, part
+        found = engine.trained_shards(module, part)
+        self._shards: dict[str, Tensor] = {name: shard.detach().clone() for name, shard in found}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the present weights in."""
-        for name, shard in trained_shards(self._module, self._part):
+        for name, shard in self._engine.trained_shards(self._module, self._part):
             self._shards[name].lerp_(shard, 1 - self._decay)
 
     def weights(self) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from rlhf.attempt.context import Context
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import Precision
 from rlhf.models.footprint import Architecture, Learned, learned
@@ -201,22 +202,25 @@ def passes(model: Architecture, part: Learned) -> float:
 
 
 @dataclass(frozen=True)
-class PpoModels:
+class IterationModels:
     """The models of an iteration, as one rank has them."""
 
     policy: Architecture
-    value: Architecture
+    value: Architecture | None
+    """None in a stage without a value model."""
     rewards: Sequence[Architecture]
 
     @classmethod
-    def of(cls, settings: PpoSettings, models: Mapping[str, Architecture]) -> Self:
+    def of(cls, settings: PolicyGradientSettings, models: Mapping[str, Architecture]) -> Self:
         """Take them from the stage's inputs, by role."""
         rewards = [model for role, model in models.items() if role.startswith("reward")]
+        if not isinstance(settings, PpoSettings):
+            return cls(models["policy"], None, rewards)
         start = rewards[0] if settings.value_init == "reward" and rewards else models["policy"]
         return cls(models["policy"], start, rewards)
 
     def parts(
-        self, settings: PpoSettings, prompts: Sequence[int], lengths: Sequence[int], ranks: int = 1
+        self, settings: PolicyGradientSettings, prompts: Sequence[int], lengths: Sequence[int], ranks: int = 1
     ) -> dict[str, list[Part]]:
         """Return what an iteration must cost a rank that trains: the parts of rollout, score and train.
 
@@ -226,16 +230,15 @@ class PpoModels:
         lengths  of their responses, EOS included
         """
         width = 2 if settings.precision == "bf16" else 4
-        policy, value = Sizes.of(self.policy), Sizes.of(self.value)
+        policy = Sizes.of(self.policy)
         whole = [prompt + length for prompt, length in zip(prompts, lengths, strict=True)]
         tokens, responses, pairs = sum(whole), sum(lengths), causal(whole)
-        language, values = forward(policy, tokens, responses, pairs, width), forward(value, tokens, 0, pairs, width)
-        learn = [
-            (learned(self.policy, settings.tuning, scores=False), self.policy, language),
-            (learned(self.value, settings.tuning, scores=True), self.value, values),
-        ]
-        steps = adamw(sum(part.parameters for part, _, _ in learn) / ranks, settings.precision)
-        trained = [Work(settings.epochs * passes(model, part) * work.operations) for part, model, work in learn]
+        language = forward(policy, tokens, responses, pairs, width)
+        learn = {"policy": (learned(self.policy, settings.tuning, scores=False), self.policy, language)}
+        if self.value is not None:
+            values = forward(Sizes.of(self.value), tokens, 0, pairs, width)
+            learn["value"] = (learned(self.value, settings.tuning, scores=True), self.value, values)
+        steps = adamw(sum(part.parameters for part, _, _ in learn.values()) / ranks, settings.precision)
         frozen = [Part("score reference", [language])]
         frozen += [Part("score reward", [forward(Sizes.of(one), tokens, 0, pairs, width)]) for one in self.rewards]
         return {
@@ -245,12 +248,14 @@ class PpoModels:
             ],
             "score": [
                 Part("score policy", [language]),
-                Part("score value", [values]),
+                *(Part("score value", [work]) for name, (_, _, work) in learn.items() if name == "value"),
                 *([] if settings.placement == "apart" else frozen),
             ],
             "train": [
-                Part("train policy", [trained[0]]),
-                Part("train value", [trained[1]]),
+                *(
+                    Part(f"train {name}", [Work(settings.epochs * passes(model, part) * work.operations)])
+                    for name, (part, model, work) in learn.items()
+                ),
                 Part("AdamW", [steps.times(settings.epochs * settings.minibatches)]),
             ],
         }
@@ -259,18 +264,18 @@ class PpoModels:
 class IterationLimit:
     """The least seconds that this rank's share of an iteration takes on its GPU."""
 
-    def __init__(self, models: PpoModels, settings: PpoSettings, measured: Ceilings) -> None:
+    def __init__(self, models: IterationModels, settings: PolicyGradientSettings, measured: Ceilings) -> None:
         self._models, self._settings, self._measured = models, settings, measured
 
     @classmethod
-    def of(cls, context: Context[PpoSettings]) -> Self | None:
+    def of(cls, context: Context[PolicyGradientSettings]) -> Self | None:
         """Measure this rank's GPU, before models fill it; None without one, or where the models' sizes are unknown."""
         models = architectures(context.inputs)
         if group.device().type == "cpu" or models is None:
             return None
         measured = ceilings(context.settings.precision, group.device())
         torch.cuda.empty_cache()
-        return cls(PpoModels.of(context.settings, models), context.settings, measured)
+        return cls(IterationModels.of(context.settings, models), context.settings, measured)
 
     def seconds(self, sequences: Sequences) -> float:
         """Return the least seconds for the samples of all ranks, of which this rank has its share."""

@@ -4,18 +4,21 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoConfig
 
 from rlhf.attempt.context import Context
-from rlhf.config.collect import CollectSettings, WriterSettings, writer_inputs
+from rlhf.config.collect import CollectSettings, SelectSettings, WriterSettings, writer_inputs
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import EvaluateSettings, Precision, RmSettings
 from rlhf.config.zero import ZeroSettings
-from rlhf.errors import PreflightError
+from rlhf.errors import PreflightError, size
 from rlhf.models import folders, safe_loading, tuning
-from rlhf.models.layout import BASE, is_adapter, virtual_tokens_in
+from rlhf.models.capacity import AT_ONCE
+from rlhf.models.layout import BASE, is_adapter, shapes, virtual_tokens_in
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.text import check_same_tokens
 from rlhf.pipeline import memory
@@ -24,6 +27,7 @@ from rlhf.pipeline.memory import T
 from rlhf.rewards import Rewards
 from rlhf.rollout.decoding import has_graphs
 from rlhf.rollout.rollout import Generator
+from rlhf.rollout.split import ranks_of_node
 from rlhf.rollout.vllm_sampling import Room, obstacle
 from rlhf.training import shared_base
 from rlhf.training.learner import Optimiser, TrainedValue
@@ -36,21 +40,26 @@ from rlhf.zero.engine import DTYPES, STAGE_3
 
 def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Scoring]:
     """Load and shard the models of PPO; errors are those of :func:`load_value`. A collective."""
-    settings = context.settings
-    if settings.share_base:
+    if context.settings.share_base:
         rollout_by_vllm(context, context.inputs["policy"])  # never; ``auto`` says why
-        policy, value, rewards = shared_base.load_models(context, MicroBatch.of(settings))
+        policy, value, rewards = shared_base.load_models(context, MicroBatch.of(context.settings))
         return policy, value, Together(policy, rewards)
+    policy, scoring = load_policy_and_scoring(context)
+    return policy, load_value(context), scoring
+
+
+def load_policy_and_scoring(context: Context[PolicyGradientSettings]) -> tuple[TrainedPolicy, Scoring]:
+    """Load and shard the models of a stage without a value model. A collective."""
+    settings = context.settings
     if settings.placement == "apart":
         _plain_policy(context)  # the others read it from now on
         scoring = Apart(settings)
-        return load_policy(context, with_reference=False), load_value(context), scoring
+        return load_policy(context, with_reference=False), scoring
     policy = load_policy(context)
-    rewards = load_rewards(context, MicroBatch.of(settings), settings.zero)
-    return policy, load_value(context), Together(policy, rewards)
+    return policy, Together(policy, load_rewards(context, MicroBatch.of(settings), settings.zero))
 
 
-def load_scorers(context: Context[PpoSettings]) -> tuple[Messages, FrozenPolicy, Rewards]:
+def load_scorers(context: Context[PolicyGradientSettings]) -> tuple[Messages, FrozenPolicy, Rewards]:
     """Load and shard the models of ranks that are set apart: the policy that the others begin with, and the rewards.
 
     A collective; it waits until the others have decided on settings that they leave open.
@@ -80,15 +89,15 @@ def load_scorers(context: Context[PpoSettings]) -> tuple[Messages, FrozenPolicy,
 def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context[T]:
     """Return the context with a number for ``micro_batch_size``, on GPUs the largest that fits them. A collective.
 
-    On GPUs ppo's ``packing`` is decided too, and rm, where it packs, has ``micro_batch_tokens`` in the number's place.
-    A group that starts again has the number that the attempt's folder says.
+    On GPUs ``packing`` of samples is decided too, and rm, where it packs, has ``micro_batch_tokens`` in the number's
+    place. A group that starts again has the number that the attempt's folder says.
 
     in_list  most responses in a list of rm
     """
     given, device = context.settings, group.device()
-    is_ppo = isinstance(given, PpoSettings)
+    may_pack = isinstance(given, PolicyGradientSettings)
     unset = given.micro_batch_size is None and given.micro_batch_tokens is None
-    if device.type == "cpu" or not (unset or is_ppo):
+    if device.type == "cpu" or not (unset or may_pack):
         return context
     # Before a collective: rank 0 writes it after that.
     kept = context.folder.micro_batch.get() if unset else None
@@ -96,7 +105,13 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
         given = given.model_copy(update={"micro_batch_size": kept["size"]})
     smallest = -group.all_max(torch.tensor(-torch.cuda.get_device_properties(device).total_memory))
     models = architectures(context.inputs)
-    settings = memory.with_micro_batch(given, models, int(smallest), in_list=in_list)
+    settings = memory.with_micro_batch(
+        given, models, int(smallest), in_list=in_list, node=ranks_of_node() if may_pack else None
+    )
+    if isinstance(given, PolicyGradientSettings) and isinstance(settings, PolicyGradientSettings) and models:
+        why = memory.why_together(given, settings, models, int(smallest))
+        if why is not None and group.is_main():
+            context.note(why)
     if unset and kept is None and group.is_main():
         context.folder.micro_batch.write({"size": settings.micro_batch})
         why = "as many as fit" if models else "the default of CPUs, since the model's sizes are not known"
@@ -108,9 +123,10 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
     return replace(context, settings=settings)
 
 
-def load_policy(context: Context[PpoSettings], *, with_reference: bool = True) -> TrainedPolicy:
+def load_policy(context: Context[PolicyGradientSettings], *, with_reference: bool = True) -> TrainedPolicy:
     """Load and shard the trained policy, by default with its reference. A collective."""
     settings, folder = context.settings, _plain_policy(context)
+    copies = together(context, folder)
     return TrainedPolicy.load_folder(
         folder,
         settings.precision,
@@ -126,15 +142,56 @@ def load_policy(context: Context[PpoSettings], *, with_reference: bool = True) -
         average_decay=settings.average_decay,
         zero=settings.zero,
         activation_checkpointing=settings.activation_checkpointing,
-        vllm=rollout_by_vllm(context, folder),
+        vllm=rollout_by_vllm(context, folder, copies if isinstance(copies, int) else 1),
+        tensor_parallel=copies,
         with_reference=with_reference,
     )
 
 
-def rollout_by_vllm(context: Context[PpoSettings], folder: Path) -> Room | None:
+def together(context: Context[PolicyGradientSettings], folder: Path) -> int | Literal["gathered"]:
+    """Return the ranks that hold a copy of the policy to sample from. A collective.
+
+    folder  of the policy's whole weights
+
+    Raises:
+        PreflightError: they do not divide the ranks of a node.
+    """
+    given = context.settings.rollout.tensor_parallel
+    if given == "auto" or group.world_size() == 1:  # one rank samples from the weights where they lie
+        return 1
+    if given == "gathered":
+        if group.is_main():
+            context.note(_cost_of_gathering(context.settings, folder))
+        return given
+    if (ranks := ranks_of_node()) % given:
+        numbers = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0)
+        raise PreflightError(
+            f"{given} ranks of a node are to hold a copy of the policy together, and {ranks} is the most that divides "
+            "the ranks of every node",
+            f"{context.stage}.rollout.tensor_parallel",
+            f"take one of {numbers}, or write rollout: {{tensor_parallel: gathered}}",
+        )
+    return given
+
+
+def _cost_of_gathering(settings: PolicyGradientSettings, folder: Path) -> str:
+    """Return a warning that names what ranks hand each other for a rollout."""
+    width = 2 if settings.precision == "bf16" else 4
+    weights = width * sum(map(math.prod, shapes(folder).values()))
+    rows = math.ceil(settings.rollouts / group.world_size())
+    batches = math.ceil(rows / (AT_ONCE * MicroBatch.of(settings).samples))
+    steps = batches * settings.sampling.max_new_tokens
+    return (
+        f"samples through gathered layers, without a copy of the policy: slow, since each rank receives "
+        f"{size(weights)} of weights for every token, up to {size(steps * weights)} in an iteration"
+    )
+
+
+def rollout_by_vllm(context: Context[PolicyGradientSettings], folder: Path, ranks: int = 1) -> Room | None:
     """Return the largest rollout of a rank where vLLM samples; None where responses are sampled natively. A collective.
 
     folder  of the policy's whole weights
+    ranks   that hold a copy, and answer the same prompts
 
     Raises:
         PreflightError: vLLM is asked for and cannot sample from this policy here.
@@ -154,7 +211,7 @@ def rollout_by_vllm(context: Context[PpoSettings], folder: Path) -> Room | None:
         why = why_not or ("native has no CUDA graphs for this type of model" if chosen else "another rank cannot")
         context.note(f"rollout.engine auto samples by {'vLLM' if chosen else 'native'}: {why}")
     room = settings.max_prompt_length + settings.sampling.max_new_tokens
-    return Room(math.ceil(settings.rollouts / group.world_size()), room) if chosen else None
+    return Room(math.ceil(settings.rollouts * ranks / group.world_size()), room) if chosen else None
 
 
 def _better_natively(folder: Path) -> str | None:
@@ -190,25 +247,20 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
     )
 
 
-def _plain_policy(context: Context[PpoSettings]) -> Path:
+def _plain_policy(context: Context[PolicyGradientSettings]) -> Path:
     return plain_folder(context.inputs["policy"], context.folder.policy, context.settings.precision, scores=False)
 
 
-def load_frozen(context: Context[EvaluateSettings]) -> tuple[FrozenPolicy, FrozenPolicy, Rewards]:
-    """Load and shard the two policies to compare, and the rewards that score them. A collective."""
+def load_frozen(context: Context[EvaluateSettings], role: str) -> FrozenPolicy:
+    """Load and shard a policy to compare. A collective."""
     settings = context.settings
-    micro_batch = MicroBatch(settings.micro_batch_size)
-    before, after = (
-        FrozenPolicy(
-            context.inputs[role],
-            settings.precision,
-            settings.sampling.temperature,
-            micro_batch,
-            fp32_head=settings.sampling.fp32_head,
-        )
-        for role in ("before", "after")
+    return FrozenPolicy(
+        context.inputs[role],
+        settings.precision,
+        settings.sampling.temperature,
+        MicroBatch(settings.micro_batch_size),
+        fp32_head=settings.sampling.fp32_head,
     )
-    return before, after, load_rewards(context, micro_batch)
 
 
 def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Generator:
@@ -220,7 +272,7 @@ def load_writer(context: Context[CollectSettings], writer: WriterSettings) -> Ge
 
 
 def load_rewards(
-    context: Context[PpoSettings] | Context[EvaluateSettings],
+    context: Context[PolicyGradientSettings] | Context[EvaluateSettings] | Context[SelectSettings],
     micro_batch: MicroBatch,
     zero: ZeroSettings = STAGE_3,
 ) -> Rewards:

@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rlhf.config.ppo import KlSettings
+from rlhf.config.policy_gradient import KlSettings
 from rlhf.config.stages import Precision
 from rlhf.config.tuning import FULL, Tuning
 from rlhf.config.zero import ZeroSettings
@@ -24,6 +24,7 @@ from rlhf.rl.losses import PolicySums, demonstration_loss
 from rlhf.rollout.rollout import Generator, Sampler
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Minibatch, PolicyExperience, Sequences
+from rlhf.rollout.split import GatheredSampler, SplitGenerator
 from rlhf.rollout.vllm_sampling import Room, VllmSampler
 from rlhf.training.learner import Learner, MovingAverage, Optimiser
 from rlhf.zero import group
@@ -200,14 +201,16 @@ class TrainedPolicy(Policy):
         zero: ZeroSettings = STAGE_3,
         activation_checkpointing: bool = False,
         vllm: Room | None = None,
+        tensor_parallel: int | Literal["gathered"] = 1,
         with_reference: bool = True,
     ) -> Self:
         """Load and shard a policy. A collective.
 
-        folder          a plain folder
-        source          the folder that it was made from, which may have virtual tokens
-        vllm            the largest rollout of a rank where vLLM samples
-        with_reference  whether it can be asked for the reference's log-probabilities
+        folder           a plain folder
+        source           the folder that it was made from, which may have virtual tokens
+        vllm             the largest rollout of a rank where vLLM samples
+        tensor_parallel  ranks that hold a copy to sample from together, if the policy is sharded
+        with_reference   whether it can be asked for the reference's log-probabilities
         """
         with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
@@ -215,6 +218,11 @@ class TrainedPolicy(Policy):
             model = prepare(model)
             model = tuning.with_reference(model) if with_reference else model
         read_beginnings_once(unwrapped(model))
+        at_once, together = AT_ONCE * micro_batch.samples, 1 if tensor_parallel == "gathered" else tensor_parallel
+        generator: Sampler | None = None
+        if vllm is None and together > 1:
+            # Its copy is made of modules that no engine has changed yet.
+            generator = SplitGenerator(folder, model, precision, temperature, at_once, together)
         engine = Engine(
             TokenLogprobs(model),
             precision,
@@ -222,20 +230,23 @@ class TrainedPolicy(Policy):
             zero=zero,
             activation_checkpointing=activation_checkpointing,
         )
-        generator = (
-            Generator(
+        if vllm is not None:
+            generator = VllmSampler(
+                folder, precision, temperature, vllm, fp32_head=fp32_head, source=model, ranks=together
+            )
+        elif tensor_parallel == "gathered":
+            generator = GatheredSampler(folder, engine.module, model, temperature, at_once)
+        elif generator is None:
+            generator = Generator(
                 folder,
                 precision,
                 temperature,
-                AT_ONCE * micro_batch.samples,
+                at_once,
                 fp32_head=fp32_head,
                 tuning=method,
                 prepare=prepare,
                 source=model,
             )
-            if vllm is None
-            else VllmSampler(folder, precision, temperature, vllm, fp32_head=fp32_head, source=model)
-        )
         reference = (
             None
             if isinstance(model, PeftModel) or not with_reference
@@ -246,7 +257,7 @@ class TrainedPolicy(Policy):
             Learner(engine, "policy"),
             generator,
             reference,
-            None if average_decay is None else MovingAverage(model, average_decay),
+            None if average_decay is None else MovingAverage(engine, model, average_decay),
             temperature,
             micro_batch,
             folder=folder,

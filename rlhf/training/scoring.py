@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.attempt import liveness
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.rewards import Rewards, out_of_known_range
 from rlhf.rollout.rollout import Rollout
 from rlhf.rollout.sequences import Sequences
@@ -88,7 +88,7 @@ class Apart:
     settings  as the ranks have decided on them
     """
 
-    def __init__(self, settings: PpoSettings) -> None:
+    def __init__(self, settings: PolicyGradientSettings) -> None:
         self.parts = settings.parts
         self._sent = self._received = 0
         self._known_range: tuple[float, float, float] | None = None

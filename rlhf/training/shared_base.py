@@ -325,7 +325,9 @@ def load_models(context: Context[PpoSettings], micro_batch: MicroBatch) -> tuple
         Learner(AdapterEngine(shared, TRAINED), "policy"),
         generator,
         Policy(AdapterEngine(shared, INITIAL), generator, temperature, micro_batch),
-        None if settings.average_decay is None else MovingAverage(model, settings.average_decay, PARTS[TRAINED]),
+        None
+        if settings.average_decay is None
+        else MovingAverage(shared.engine, model, settings.average_decay, PARTS[TRAINED]),
         temperature,
         micro_batch,
         folder=_base(inputs["policy"]),

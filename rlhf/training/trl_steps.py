@@ -1,4 +1,4 @@
-"""What sft's and rm's trainers share: arguments, the order of rows, micro batches, journal and checkpoints."""
+"""What the trainers of sft, rm and dpo share: arguments, the order of rows, micro batches, journal and checkpoints."""
 
 import json
 import math
@@ -43,7 +43,7 @@ SHARDS = "model"
 
 
 def common_arguments(context: Context[SupervisedSettings]) -> dict[str, Any]:
-    """Return both trainers' arguments: batch arithmetic, optimiser, precision, ZeRO, checkpoints.
+    """Return all trainers' arguments: batch arithmetic, optimiser, precision, ZeRO, checkpoints.
 
     The batch is a multiple of the ranks, which the stages' preflight checks.
     """
@@ -163,7 +163,7 @@ def micro_batch_of(settings: SupervisedSettings, *, packed: bool) -> MicroBatch:
 
 
 class Ordered:
-    """Mixin of both trainers; list it first among the bases. The rows of all epochs come in our order, cut into micro
+    """Mixin of all trainers; list it first among the bases. The rows of all epochs come in our order, cut into micro
     batches of our size.
 
     Checkpoints need room, are complete or ignored, and hold TRL's count of tokens.
@@ -256,10 +256,16 @@ class Ordered:
         """Count tokens from where the checkpoint's run was: TRL would count from 0 again."""
         self._total_train_tokens = json.loads((checkpoint / TOKENS).read_text())["tokens"]
 
+    def before_first_step(self) -> None:
+        """Measure what needs the initial weights, which a resumed run has too before it reads its checkpoint. A
+        collective.
+        """
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Read weights and optimiser from our shards, which any number of ranks may have written. A collective."""
         above: Any = super()
         prepared = above._prepare_for_training(max_steps, train_dataloader, None)
+        self.before_first_step()
         if resume_from_checkpoint is not None:
             shards.load(self.model_wrapped, trained(self.model), Path(resume_from_checkpoint), SHARDS)
             above._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed it reads the schedule alone

@@ -1,12 +1,12 @@
-"""sft and rm through TRL: with :mod:`rlhf.training.trl_steps` all that knows TRL's trainers, transformers' Trainer and
-accelerate.
+"""sft, rm and dpo through TRL: with :mod:`rlhf.training.trl_steps` all that knows TRL's trainers, transformers' Trainer
+and accelerate.
 
 TRL and transformers give the training loop with its AdamW, learning-rate schedule and mixed precision, DeepSpeed's
-set-up, adapters, sft's loss and packing, and of a checkpoint's content the schedule, random numbers, and how many rows
-were learned from.
-Ours are the order of the rows, rm's lists, loss and metrics, the weights and the optimiser's state in a checkpoint,
-the count of tokens after a resume, when a checkpoint is written and when it is complete, stopping, the journal,
-measurements after training, and the exported folder.
+set-up, adapters, sft's loss and packing, dpo's loss, and of a checkpoint's content the schedule, random numbers, and
+how many rows were learned from.
+Ours are the order of the rows, rm's lists, loss and metrics, dpo's reference and soft labels, the weights and the
+optimiser's state in a checkpoint, the count of tokens after a resume, when a checkpoint is written and when it is
+complete, stopping, the journal, measurements after training, and the exported folder.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,8 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
@@ -26,7 +28,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf.attempt import liveness
 from rlhf.attempt.context import Context
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.models import folders, reward_losses, tuning
 from rlhf.models.heads import body_of, compute_in_fp32, learned_tokens, packs_texts, unwrapped
 from rlhf.models.micro_batches import MicroBatch
@@ -119,6 +121,120 @@ class _RewardTrainer(Ordered, RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class _DpoTrainer(Ordered, DPOTrainer):
+    """TRL's trainer with the initial policy's log-probabilities measured once, by the model before its first step.
+
+    So there is no second model, whatever the way of fine-tuning; TRL would copy the model, or an adapter.
+
+    heldout  pairs whose log-probabilities are also measured
+    collate  TRL's
+    """
+
+    def __init__(
+        self,
+        context: Context[DpoSettings],
+        model: Any,
+        heldout: Dataset,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        **named: Any,
+    ) -> None:
+        self._heldout, self._collate = heldout, collate
+        self._reference = self._heldout_reference = torch.empty(0)
+        super().__init__(
+            context,
+            model,
+            _tokens_of_longer,
+            lambda row: 2 * _tokens_of_longer(row),
+            packed=False,
+            shown=("loss", "rewards/accuracies"),
+            data_collator=self.collated,
+            ref_model=object(),  # TRL makes no reference where it is given one
+            **named,
+        )
+        self.precompute_ref_logps = True
+
+    @property
+    def ref_model(self) -> None:
+        """None: what TRL is given in its place is forgotten."""
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        del model
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:  # noqa: ARG002 - TRL's signature
+        return dataset
+
+    def before_first_step(self) -> None:
+        """Measure the initial policy's log-probabilities of all pairs."""
+        self._reference = self._logprobs(self.train_dataset, "reference")
+        self._heldout_reference = self._logprobs(self._heldout, "reference of held-out pairs")
+
+    def collated(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return TRL's batch of training pairs, the offset as a part of the reference."""
+        batch = self._collate(rows)
+        chosen, rejected = self._reference[[row["number"] for row in rows]].unbind(-1)
+        offsets, preferences = (torch.tensor([row[name] for row in rows]) for name in ("offset", "preference"))
+        reference = {"ref_chosen_logps": chosen + offsets / self.beta, "ref_rejected_logps": rejected}
+        return batch | reference | {"preferences": preferences}
+
+    @torch.no_grad()
+    def _logprobs(self, rows: Any, what: str) -> Tensor:
+        """Return log π ``[pair, 2]`` of chosen and rejected responses, in nats. A collective.
+
+        what  is measured, for the user
+        """
+        engine = self.model_wrapped
+        engine.eval()
+        lengths = torch.tensor([_tokens_of_longer(row) for row in rows])
+        order = lengths.argsort(stable=True)
+        batches = order.split(self._context.settings.micro_batch)
+        mine = group.my_rows(len(batches)).tolist()
+        found = torch.zeros(len(mine), len(batches[0]), 2)
+        for place, number in enumerate(mine):
+            pairs = [rows[row] for row in batches[number].tolist()]
+            batch = {name: value.to(group.device()) for name, value in self._collate(pairs).items()}
+            labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+            outputs = engine(**batch, labels=labels, use_cache=False, fused_lm_head=True)
+            found[place, : len(pairs)] = outputs.log_probs.sum(1).view(2, -1).T.cpu()
+            self._context.progress(f"{what}, batch {place + 1} of {len(mine)}", place + 1, len(mine))
+        sorted_pairs = group.gather_rows(found, len(batches)).flatten(0, 1)[: len(order)]
+        return torch.empty_like(sorted_pairs).index_copy_(0, order, sorted_pairs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Return TRL's loss, and of soft labels what makes a part 1 - p of each pair one of the opposite order:
+
+            -p log σ(z) - (1 - p) log σ(-z) = -log σ(z) + (1 - p) z
+
+        with z the difference of rewards, which is 0 where p is 1.
+        """
+        preferences = inputs.pop("preferences")
+        seen: list[Any] = []
+
+        def forward(**named: Any) -> Any:
+            seen.append(model(**named))
+            return seen[0]
+
+        loss = super()._compute_loss(forward, inputs, return_outputs)
+        chosen, rejected = seen[0].log_probs.sum(1).chunk(2)
+        rewards = self.beta * (chosen - inputs["ref_chosen_logps"] - rejected + inputs["ref_rejected_logps"])
+        return loss + ((1 - preferences) * rewards).mean()
+
+    def heldout_margins(self) -> Tensor:
+        """Return the differences of the rewards of held-out pairs ``[pair]``, chosen less rejected. A collective."""
+        ratios = self._logprobs(self._heldout, "held-out pairs") - self._heldout_reference
+        return self.beta * (ratios[:, 0] - ratios[:, 1])
+
+
+def _tokens_of_longer(row: Any) -> int:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def _has_virtual_tokens(model: Any) -> bool:
+    """Return whether a model's routers, of a mixture of experts, are frozen, and their loss counts other tokens."""
+    base = unwrapped(model)
+    return has_virtual_tokens(getattr(base, base.base_model_prefix))
+
+
 def sft_trainer(
     context: Context[SftSettings],
     load: Callable[[], Any],
@@ -136,13 +252,11 @@ def sft_trainer(
     settings = context.settings
     arguments = SFTConfig(**common_arguments(context), max_length=settings.max_length, completion_only_loss=True)
     model = load()
-    base = unwrapped(model)
-    virtual = has_virtual_tokens(getattr(base, base.base_model_prefix))
+    virtual = _has_virtual_tokens(model)
     arguments.packing = settings.packing and keeps_texts_apart(model.config) and not virtual
     if arguments.packing:
-        read_beginnings_once(base)
+        read_beginnings_once(unwrapped(model))
     if virtual:
-        # The routers of a mixture of experts are frozen, and their loss knows of no tokens but the text's.
         arguments.router_aux_loss_coef = 0.0
     if settings.packing and not arguments.packing and group.is_main():
         apart = f"{model.config.model_type} models do not keep packed texts apart"
@@ -188,6 +302,33 @@ def reward_trainer(
         args=arguments,
         train_dataset=lists,
         data_collator=partial(collate, padding=tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+
+
+def dpo_trainer(
+    context: Context[DpoSettings], load: Callable[[], Any], tokenizer: Tokenizer, pairs: Dataset, heldout: Dataset
+) -> Any:
+    """Make TRL's DPOTrainer over tokenised pairs, whose reference is the model before its first step.
+
+    load   as for :func:`sft_trainer`
+    pairs  columns ``number``, ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, and of training pairs ``offset`` and
+           ``preference``
+    """
+    settings = context.settings
+    smoothing = settings.label_smoothing if settings.loss == "robust" else 0.0
+    more: dict[str, Any] = {"beta": settings.beta, "loss_type": [settings.loss], "label_smoothing": smoothing}
+    arguments = DPOConfig(**common_arguments(context), **more, max_length=settings.max_length)
+    model = load()
+    if _has_virtual_tokens(model):
+        arguments.router_aux_loss_coef = 0.0
+    return _DpoTrainer(
+        context,
+        model,
+        heldout,
+        DataCollatorForPreference(tokenizer.pad_token_id, settings.max_length),
+        args=arguments,
+        train_dataset=pairs,
         processing_class=tokenizer,
     )
 

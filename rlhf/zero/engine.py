@@ -16,7 +16,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, set_z3_leaf_modules
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import safe_get_local_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -34,6 +35,18 @@ DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.
 # Keeps early, tiny second moments from making huge steps: Huang et al. 2024 (arXiv:2403.17031).
 ADAM_EPSILON = 1e-5
 
+_groups: Any = deepspeed_groups
+_make_secondary_group = _groups._create_zero_param_parallel_group
+
+
+def _make_secondary_group_once(ranks: int) -> None:
+    if _groups._get_zero_param_intra_parallel_group() is None:
+        _make_secondary_group(ranks)
+
+
+# DeepSpeed makes the ranks' group of a secondary partition for every model that is read, and refuses the second time.
+_groups._create_zero_param_parallel_group = _make_secondary_group_once
+
 
 def deepspeed_config(precision: Precision, zero: ZeroSettings, **overrides: Any) -> dict[str, Any]:
     """Return DeepSpeed's configuration for this group of ranks; ``overrides`` are top-level fields."""
@@ -49,6 +62,8 @@ def deepspeed_config(precision: Precision, zero: ZeroSettings, **overrides: Any)
         if device != "none":
             path = {"nvme_path": str(zero.nvme_path)} if device == "nvme" else {}
             sharding[name] = more | {"device": device} | path
+    if zero.secondary_partition > 1:
+        sharding["zero_hpz_partition_size"] = zero.secondary_partition
     own = {
         "zero_optimization": sharding,
         "bf16": {"enabled": precision == "bf16"},
@@ -304,6 +319,24 @@ class Engine:
         self._follow_schedule()
         return norm
 
+    def trained_shards(self, module: nn.Module, part: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of every trained weight, as :func:`trained`, and this rank's fp32 shard of it, flat and of one
+        length on all ranks.
+
+        A collective in stages 1 and 2, where DeepSpeed cuts the weights at other places.
+
+        module  the engine's, or a part of it, whose names are meant
+        """
+        for name, parameter in trained(module, part):
+            if hasattr(parameter, "ds_id"):
+                begun = parameter.requires_grad
+                parameter.requires_grad_(True)  # DeepSpeed returns nothing of a weight that does not train yet
+                shard = safe_get_local_fp32_param(parameter)
+                parameter.requires_grad_(begun)
+            else:
+                shard = shards.equal_shard(self._engine.optimizer, parameter)
+            yield name, shard
+
     def checkpoint_bytes(self) -> int:
         """Return about how many bytes all ranks write in :meth:`save`."""
         return checkpoint_bytes(self.module)
@@ -371,30 +404,10 @@ def whole_weight(parameter: Any) -> Tensor:
         return parameter.detach().clone()
 
 
-def trained_shards(module: nn.Module, part: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the name of every trained weight, as :func:`trained`, and this rank's fp32 shard of it, flat and of one
-    length on all ranks.
-
-    A collective in stages 1 and 2, where DeepSpeed cuts the weights at other places.
-    """
-    ranks = group.world_size()
-    for name, parameter in trained(module, part):
-        begun = parameter.requires_grad
-        parameter.requires_grad_(True)  # DeepSpeed returns nothing of a weight that does not train yet
-        if hasattr(parameter, "ds_id"):
-            shard = safe_get_local_fp32_param(parameter)
-        else:
-            whole: Any = safe_get_full_fp32_param(parameter)
-            whole = whole.flatten()
-            shard = nn.functional.pad(whole, (0, -len(whole) % ranks)).chunk(ranks)[group.rank()]
-        parameter.requires_grad_(begun)
-        yield name, shard
-
-
 def whole_from_shards(module: nn.Module, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights in the model's type, whole and on the CPU, on rank 0, from all ranks' shards. A collective.
 
-    shards  laid out as those of :func:`trained_shards`
+    shards  laid out as those of :meth:`Engine.trained_shards`
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():

@@ -115,17 +115,19 @@ def spread(count: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
     return gather_rows(compute(my_rows(count)), count)
 
 
-def my_rows(count: int) -> Tensor:
+def my_rows(count: int, together: int = 1) -> Tensor:
     """Return this rank's share of ``count`` row indices: every W-th, from its rank on.
 
     Every rank has equally many; the last row is repeated where W does not divide ``count``.
+
+    together  so many ranks that follow each other have the same share, and count as one
     """
-    world = world_size()
+    world = world_size() // together
     padded = -(-count // world) * world
-    return torch.arange(padded).clamp(max=count - 1)[rank() :: world]
+    return torch.arange(padded).clamp(max=count - 1)[rank() // together :: world]
 
 
-def gather_rows(rows: Tensor, count: int) -> Tensor:
+def gather_rows(rows: Tensor, count: int, together: int = 1) -> Tensor:
     """Return all ranks' rows ``[count, ...]`` in order, on the CPU. A collective.
 
     rows  this rank's, at the indices of :func:`my_rows`
@@ -133,7 +135,7 @@ def gather_rows(rows: Tensor, count: int) -> Tensor:
     rows = rows.to(device()).contiguous()
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:count].cpu()
+    return torch.stack(parts[::together], dim=1).flatten(0, 1)[:count].cpu()
 
 
 def share_of(items: list[T]) -> list[T]:

@@ -103,6 +103,19 @@ def _of_stage_3(optimizer: Any, parameter: Any) -> Fragment:
     return Fragment(optimizer.fp32_partitioned_groups_flat[number], place, start, length)
 
 
+def equal_shard(optimizer: Any, parameter: Tensor) -> Tensor:
+    """Return this rank's shard of a weight in fp32, flat and filled up to one length on all ranks. A collective.
+
+    optimizer  DeepSpeed's, of stages 1 and 2
+    """
+    fragment, ranks = _of_stages_1_and_2(optimizer, parameter), group.world_size()
+    size = -(-parameter.numel() // ranks)
+    whole = torch.zeros(size * ranks, device=group.device())
+    if fragment.length > 0:
+        whole[fragment.start :][: fragment.length].copy_(fragment.of(fragment.flat))
+    return group.all_sum(whole)[size * group.rank() :][:size]
+
+
 def _of_stages_1_and_2(optimizer: Any, parameter: Tensor) -> Fragment:
     """Find a weight by its address: DeepSpeed's own tables do not know of ``round_robin_gradients``."""
     in_bf16 = hasattr(optimizer, "bf16_groups_flat")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import socket
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from rlhf.attempt.folder import AttemptFolder, Failure, JsonFile, Progress, Pulse
 from rlhf.errors import NextCommand, RlhfError
 from rlhf.store import SCRATCH
+from tests.pipeline.helpers import until
 
 ROOT = Path(__file__).parents[2]
 NAMES = re.compile(
@@ -88,3 +91,19 @@ def test_the_ranks_files_are_read_by_rank_and_by_time_and_a_torn_one_is_left_out
         "output",
         "resources.json",
     ]
+
+
+def test_a_rank_of_another_host_of_this_name_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Containers may share a name, and each numbers its processes from 1: another's rank must not be killed here."""
+    process = subprocess.Popen(["bash", "-c", "exec -a ray::Rank.run sleep 60"])
+    try:
+        pulse = Pulse(0, socket.gethostname(), "", process.pid, "log", 0, None, 1, 0.0)
+        AttemptFolder(tmp_path).rank(0).pulse.write(pulse)
+        read = AttemptFolder(tmp_path).pulses()[0]
+        until(read.is_here, "the process's name")
+        monkeypatch.setattr("rlhf.attempt.folder.machine", lambda: "another boot pid:[4026531836]")
+        assert not read.is_here()
+        assert not read.is_of_this_host()
+    finally:
+        process.kill()
+        process.wait()

@@ -1,6 +1,7 @@
 """The pictures of docs/ are those of the figures in docs/data."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,17 @@ import pytest
 from benchmarks import figures
 
 
+def drawn(file: Path) -> str:
+    """What an SVG shows: processors differ in the last digits of places, and so in the names that are made of them."""
+    named = re.sub(r"#?\b[mp][0-9a-f]{10}\b", "name", file.read_text())
+    return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.2f}", named)
+
+
 def test_the_pictures_are_drawn_from_the_recorded_figures(tmp_path: Path):
-    """Byte for byte, and that of the report where there is a browser."""
+    """All marks at their places, and that of the report where there is a browser."""
     figures.main(["--out", str(tmp_path)])
     for name in figures.DRAWN:
-        assert (tmp_path / name).read_bytes() == (figures.DOCS / name).read_bytes(), f"make docs-figures for {name}"
+        assert drawn(tmp_path / name) == drawn(figures.DOCS / name), f"make docs-figures for {name}"
     if shutil.which("chromium") or os.environ.get("CI") == "true":
         picture = (tmp_path / "report.png").read_bytes()
         assert picture.startswith(b"\x89PNG")

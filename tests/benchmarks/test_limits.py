@@ -16,8 +16,8 @@ from rlhf.rollout.sequences import Sequences
 from rlhf.training.limits import (
     Ceilings,
     IterationLimit,
+    IterationModels,
     Part,
-    PpoModels,
     Sizes,
     Work,
     causal,
@@ -144,7 +144,7 @@ def ppo(**values: Any) -> PpoSettings:
 
 def test_an_iteration_costs_its_samples(group: None, architecture: Architecture) -> None:
     """A real batch through three language models' and a value's passes; padding costs nothing, two ranks have half."""
-    models = PpoModels.of(ppo(), {"policy": architecture})
+    models = IterationModels.of(ppo(), {"policy": architecture})
     machine = Ceilings("", operations=1e9, bytes=1e9)
     prompts, lengths = [3, 5], [4, 2]
     mask = torch.tensor([[True] * 4 + [False], [True] * 2 + [False] * 3])

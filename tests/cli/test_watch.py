@@ -86,9 +86,9 @@ def test_samples_of_an_evaluation_are_those_of_its_result(made: Path, tmp_path: 
     (folder / "samples.jsonl").write_text(f"{json.dumps(row | scores)}\n{json.dumps(row)}\n")
     history = stage_history(planned(made)["total"], store)
     assert history.record is not None
-    assert evaluated_samples(history, store).rows == ()
+    assert evaluated_samples(history.record, store).rows == ()
     history.record.__dict__["artifact"] = store.put_artifact(folder, "report").digest
-    lines = evaluated_samples(history, store)
+    lines = evaluated_samples(history.record, store)
     assert lines.rows == (row | scores | {"response": "a", "score": 2.0},)
     assert lines.damaged == 1
 

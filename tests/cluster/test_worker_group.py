@@ -44,6 +44,7 @@ def test_ranks_that_are_set_apart_are_a_group_of_their_own():
     assert [one["RANK"] for one in found] == ["0", "1", "2", "0"]
     assert [one["WORLD_SIZE"] for one in found] == ["3", "3", "3", "1"]
     assert [one["LOCAL_RANK"] for one in found] == ["0", "1", "0", "1"]
+    assert [one["LOCAL_WORLD_SIZE"] for one in found] == ["2", "2", "1", "1"]
     assert {(one["TRAINERS_ADDR"], one["TRAINERS_PORT"]) for one in found} == {("address of a", str(1000 + ord("a")))}
     assert [one["MASTER_ADDR"] for one in found] == ["address of a"] * 3 + ["address of b"]
     assert all("TRAINERS_ADDR" not in one for _, one in environments(places))

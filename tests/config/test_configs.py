@@ -24,7 +24,7 @@ def test_every_pipeline_in_configs_loads(path: Path) -> None:
     config = load(path)
     assert config.name == path.stem
     whole = path.name in ("quickstart.yaml", "tiny.yaml", "cluster.yaml")
-    assert not whole or set(config.instances) == set(stages()) - {"collect", "compare"}
+    assert not whole or {"data", "model", "rank", "sft", "rm", "ppo", "evaluate"} <= set(config.instances)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -44,5 +44,5 @@ def test_minibatches_can_be_shared_among_the_ranks_that_a_pipeline_asks_for(path
         settings = instance.settings.model_dump()
         if instance.uses in ("sft", "rm"):
             assert settings["batch_size"] % settings["workers"]["count"] == 0
-        if instance.uses == "ppo":
+        if instance.uses in ("ppo", "grpo", "rloo"):
             assert settings["rollouts"] // settings["minibatches"] % settings["workers"]["count"] == 0

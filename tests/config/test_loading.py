@@ -196,7 +196,8 @@ REFUSALS = {
     "unknown section": (
         "trian: {}",
         "trian is neither a stage nor a section of the pipeline\n  where: p.yaml:1\n  next:  did you mean train? "
-        "known: cluster, pipeline, read, seed, store, tracking, train (another name for a stage needs uses: STAGE)",
+        "known: cluster, pipeline, read, seed, store, targets, tracking, train "
+        "(another name for a stage needs uses: STAGE)",
     ),
     "unknown stage": (
         "a:\n  uses: trian",
@@ -308,11 +309,11 @@ OVERRIDE_REFUSALS = {
     ),
     "trian.rollouts=1": (
         "p.yaml has no section trian\n  where: override trian.rollouts=1\n"
-        "  next:  did you mean train? known: cluster, pipeline, seed, store, tracking, train"
+        "  next:  did you mean train? known: cluster, pipeline, seed, store, targets, tracking, train"
     ),
     "read.file=x": (
         "p.yaml has no section read\n  where: override read.file=x\n"
-        "  next:  known: cluster, pipeline, seed, store, tracking, train"
+        "  next:  known: cluster, pipeline, seed, store, targets, tracking, train"
     ),
     "train.rollouts": (
         "'train.rollouts' is not an override\n  where: override train.rollouts\n  next:  write section.field=value"

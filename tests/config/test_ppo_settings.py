@@ -49,6 +49,18 @@ def ppo(*overrides: str) -> PpoSettings:
             "they are adapters on its base; write placement: together, or share_base: false",
         ),
         ("ppo={placement: apart, workers: {count: 2}, parts: 65}", "parts 65 is more than rollouts 64"),
+        (
+            "ppo={placement: apart, workers: {count: 4}, rollout: {tensor_parallel: 2}}",
+            "rollout.tensor_parallel 2 does not divide the 3 rank(s) that train",
+        ),
+        (
+            "ppo={placement: apart, scorers: 2, workers: {count: 8}, zero: {secondary_partition: 4}}",
+            "secondary_partition 4 does not divide the 6 ranks that train; write secondary_partition: 3",
+        ),
+        (
+            "ppo={placement: apart, scorers: 3, workers: {count: auto, min: 4}, zero: {secondary_partition: 2}}",
+            "secondary_partition 2 does not divide the 3 ranks that are set apart; write secondary_partition: 1",
+        ),
         ("ppo.scorers=0", "ppo.scorers is 0 and must be a whole number of at least 1"),
         ("ppo.value_warmup=12", "leaves none of 12 iterations"),
         ("ppo.average_decay=1", "must be a number above 0 and below 1"),
@@ -66,6 +78,27 @@ def ppo(*overrides: str) -> PpoSettings:
             "rollout.engine vllm needs whole weights, and with share_base the policy is an adapter",
         ),
         ("ppo.share_base=true", "share_base needs tuning {method: lora} with init zero, and it is full"),
+        ("ppo.rollout.tensor_parallel=0", "ppo.rollout.tensor_parallel"),
+        (
+            "ppo={rollout: {tensor_parallel: 3}, workers: {count: 4}}",
+            "rollout.tensor_parallel 3 does not divide the 4 rank(s) of workers.count",
+        ),
+        (
+            "ppo={rollout: {tensor_parallel: gathered, engine: vllm}, workers: {count: 2}}",
+            "rollout.tensor_parallel gathered is for engine native, and it is vllm",
+        ),
+        (
+            "ppo={rollout: {tensor_parallel: 2}, workers: {count: 2}, zero: {stage: 2}}",
+            "rollout.tensor_parallel 2 is for a policy in shards, and in zero.stage 2 every rank has it whole",
+        ),
+        (
+            "ppo={rollout: {tensor_parallel: 2}, workers: {count: 2}, tuning: {method: lora, dora: true}}",
+            "the policy is split with whole weights or plain LoRA, and tuning.method is lora with dora",
+        ),
+        (
+            "ppo={rollout: {tensor_parallel: gathered}, share_base: true, tuning: {method: lora}}",
+            "rollout.tensor_parallel gathered does not go with share_base",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(override: str, words: str) -> None:

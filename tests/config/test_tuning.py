@@ -164,8 +164,8 @@ REFUSALS = {
     ),
     "a stage that trains nothing": (
         "evaluate: {lora: null}",
-        "evaluate has no setting lora\n  where: p.yaml:1\n  next:  known: inputs, judge, max_prompt_length, "
-        "micro_batch_size, precision, prompts, rewards, sampling, seed, uses, workers",
+        "evaluate has no setting lora\n  where: p.yaml:1\n  next:  known: seed, precision, workers, policies, "
+        "responses, best_of_n, rewards, prompts, max_prompt_length, judge, sampling, micro_batch_size, uses, inputs",
     ),
 }
 

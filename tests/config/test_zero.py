@@ -93,6 +93,14 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "parameters in stage 2": (sharding(offload_param={"device": "cpu"}), {}, "offload_parameters needs stage 3"),
     "quantised": (sharding(zero_quantized_weights=True), {}, "zero_quantized_weights cannot be given: it may change"),
     "misspelt": (sharding(reduce_bucket_sise=3), {}, "did you mean reduce_bucket_size?"),
+    "second copy twice": (
+        sharding(stage=3, zero_hpz_partition_size=8),
+        {"zero": {"secondary_partition": 4}},
+        "config has zero_optimization.zero_hpz_partition_size 8, and secondary_partition is 4",
+    ),
+    "second copy in stage 2": (sharding(zero_hpz_partition_size=8), {}, "secondary_partition 8 needs stage 3"),
+    "MiCS": (sharding(stage=3, mics_shard_size=8), {}, "has no MiCS any more; write secondary_partition"),
+    "AutoTP": (changed(tensor_parallel={"autotp_size": 2}), {}, "AutoTP does not go with our models"),
     "types of sums": (changed(communication_data_type="bf16"), {}, 'is "bf16", and here it is always "fp32"'),
     "other section": (changed(curriculum_learning={}), {}, "curriculum_learning cannot be given"),
     "their checkpointing": (changed(activation_checkpointing={}), {}, "instead write activation_checkpointing: true"),
@@ -122,6 +130,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ("values", "said"),
     [
         ({"stage": 2, "offload_parameters": "cpu"}, "offload_parameters needs stage 3"),
+        ({"stage": 1, "secondary_partition": 2}, "secondary_partition 2 needs stage 3"),
+        (
+            {"secondary_partition": 2, "offload_parameters": "nvme", "nvme_path": "/x"},
+            "does not go with offload_parameters: nvme",
+        ),
+        ({"secondary_partition": 0}, "greater than or equal to 1"),
         ({"offload_optimizer": "nvme"}, "offloading to nvme needs nvme_path"),
         ({"offload_optimizer": "cpu", "nvme_path": "/x"}, "nvme_path is for offloading to nvme"),
         ({"offload_optimizer": "nvme", "nvme_path": "x"}, "nvme_path is x; write it from / on"),
@@ -131,6 +145,32 @@ def test_contradictions_of_the_block_are_refused(values: dict[str, Any], said: s
     """When settings are read."""
     with pytest.raises(ValueError, match=said):
         ZeroSettings.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("partition", "ranks", "fitting"),
+    [(8, 16, None), (8, 8, None), (8, 4, None), (2, 1, None), (8, 12, 6), (8, 13, 1), (3, 4, 2)],
+)
+def test_a_second_copy_is_dealt_out_evenly_or_refused_with_what_fits(
+    partition: int, ranks: int, fitting: int | None
+) -> None:
+    """Up to so many ranks are one node's, and there is none; with ``auto`` the number of ranks is chosen to fit."""
+    values = {"workers": {"count": ranks}, "zero": {"secondary_partition": partition}}
+    if fitting is None:
+        zero = SftSettings.model_validate(values).zero
+        assert zero.of_ranks(ranks).secondary_partition == (partition if ranks > partition else 1)
+    else:
+        said = f"does not divide the {ranks} ranks of workers.count; write secondary_partition: {fitting}, or"
+        with pytest.raises(ValueError, match=said):
+            SftSettings.model_validate(values)
+    SftSettings.model_validate(values | {"workers": {"count": "auto"}})
+
+
+def test_a_file_s_second_copy_is_a_setting(tmp_path: Path) -> None:
+    """By DeepSpeed's name there."""
+    file = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    zero = settings(tmp_path, file, workers={"count": 16}).zero
+    assert (zero.secondary_partition, zero.sharding) == (8, {})
 
 
 @pytest.mark.parametrize("method", ["prefix", "p-tuning-v2"])

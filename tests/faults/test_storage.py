@@ -63,7 +63,7 @@ def test_a_store_mounted_read_only_answers_everything_and_runs_nothing(tmp_path:
         "gc": 75,
         "run": 75,
     }
-    assert told["exported"] == ["config.json"]
+    assert told["exported"] == ["README.md", "config.json"]
     assert "cached" in answers["plan"]["out"]
     for refused in ("run", "gc"):
         assert str(store) in answers[refused]["err"]

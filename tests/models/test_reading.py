@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.config.ppo import PtxSettings
+from rlhf.config.policy_gradient import PtxSettings
 from rlhf.errors import PreflightError, RecordError
 from rlhf.models import base_models, reward, templates, text
 from rlhf.models.micro_batches import MicroBatch
@@ -373,6 +373,26 @@ def test_a_reward_model_s_card_reads_as_all_stages_do(name: str, sees: str, tmp_
             prompt = text.plain_text(prompt)
         expected = text.scored_ids(tokenizer, prompt if sees == "conversation" else None, response, 1000)
         assert card["ids"](prompt, response) == expected
+
+
+def test_the_table_of_families_is_what_their_templates_write(tmp_path: Path) -> None:
+    """docs/models.md: what a prompt looks like, what closes a turn, and whether there is a role `system`."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [row.replace("\\|", "\0").split(" | ") for row in page.splitlines() if row.startswith("| ")][2:]
+    assert len(rows) >= 20
+    for cells in rows:
+        name, prompt, ends, eos, system = (cell.strip("|` ").replace("\0", "|") for cell in cells)
+        family = FAMILIES[name]
+        tokenizer = text.load_tokenizer(write(family, tmp_path / name))
+        assert templates.as_text(tokenizer, messages((USER, "Why?")), generation=True).replace("\n", "⏎") == prompt
+        assert (tokenizer.eos_token, ends if eos == "the same" else eos) == (ends, family.eos)
+        try:
+            shown = templates.as_text(tokenizer, messages((SYSTEM, "Be short."), (USER, "Why?")), generation=True)
+        except templates.REFUSALS:
+            assert system == "refused"
+        else:
+            assert system == "yes"
+            assert "Be short." in shown
 
 
 @pytest.mark.parametrize("start", [[], ["<bos>"]])

@@ -66,7 +66,7 @@ def test_padded_texts_are_read_as_alone(kind: str, side: str, read: list[tuple[i
     torch.testing.assert_close(states[1], states[0], atol=1e-5, rtol=1e-4)
     for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         if one.grad is not None:
-            torch.testing.assert_close(other.grad, one.grad, atol=1e-5, rtol=1e-4, msg=name)
+            torch.testing.assert_close(other.grad, one.grad, atol=5e-5, rtol=1e-4, msg=name)
 
 
 def test_packed_rows_are_read_as_padded_ones(read: list[tuple[int, int]]) -> None:

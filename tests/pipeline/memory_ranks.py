@@ -14,6 +14,8 @@ from rlhf.models.heads import TokenLogprobs, compute_in_fp32
 from rlhf.zero.engine import Engine, sharded_loading
 from tests.pipeline.live_bytes import LiveBytes
 
+SIZES = (1, 2)
+"""Ranks of the groups."""
 ROWS, TIME, RESPONSE = 4, 64, 32
 
 

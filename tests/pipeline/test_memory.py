@@ -24,7 +24,7 @@ from rlhf.cluster import causes
 from rlhf.cluster.devices import Device
 from rlhf.cluster.worker import Call
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.errors import PreflightError
 from rlhf.models import capacity, footprint
@@ -280,11 +280,17 @@ MODELS = {"base": BILLION, "policy": BILLION, "reward": BILLION}
 STAGES: dict[str, Any] = {
     "sft": SftSettings.model_validate({"precision": "bf16", "max_length": 2048, "micro_batch_size": 8}),
     "rm": RmSettings.model_validate({"precision": "bf16", "micro_batch_size": 8, "batch_size": 64}),
-    "ppo": ppo(precision="bf16", micro_batch_size=16, sampling={"max_new_tokens": 512}),
+    "dpo": DpoSettings.model_validate({"precision": "bf16", "micro_batch_size": 8, "batch_size": 64}),
+    "ppo": ppo(precision="bf16", micro_batch_size=16, sampling={"max_new_tokens": 512}, rollout={"tensor_parallel": 1}),
 }
 
 
-ROWS_OF = {"sft": ["batch_size=48"], "rm": ["batch_size=48"], "ppo": ["rollouts=96", "minibatches=2"]}
+ROWS_OF = {
+    "sft": ["batch_size=48"],
+    "rm": ["batch_size=48"],
+    "dpo": ["batch_size=48"],
+    "ppo": ["rollouts=96", "minibatches=2"],
+}
 """24 rows for each of two ranks."""
 
 
@@ -314,6 +320,12 @@ def test_memory_follows_the_settings(stage: str) -> None:
     assert by_ranks == sorted(by_ranks, reverse=True)
     if stage != "sft":  # which packs short texts into long sequences
         assert predict(settings, MODELS, Texts(100, 50)).total < total
+
+
+def test_the_reference_of_dpo_takes_no_memory() -> None:
+    """A pair is two texts: those of as many texts of sft, each padded, and nothing more."""
+    sft = changed(STAGES["sft"], "max_length=512", "packing=false", "micro_batch_size=16", "batch_size=128")
+    assert predict(STAGES["dpo"], MODELS) == predict(sft, MODELS)
 
 
 def test_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
@@ -499,8 +511,10 @@ def test_ppo_packs_where_a_gpu_s_kernel_computes_policy_and_value_model(tmp_path
     assert "stage.micro_batch_tokens=2270" in causes._less_memory(call)  # pyright: ignore[reportPrivateUsage]
 
 
-@pytest.mark.parametrize(("stage", "longest"), [("sft", 2048), ("sft, padded", 2048), ("rm", 4 * 512)])
-def test_tokens_stand_for_rows_of_sft_and_rm(gpu: Any, stage: str, longest: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "longest"), [("sft", 2048), ("sft, padded", 2048), ("rm", 4 * 512), ("dpo", 2 * 512)]
+)
+def test_tokens_stand_for_rows_of_sft_rm_and_dpo(gpu: Any, stage: str, longest: int, tmp_path: Path) -> None:
     """As many as they hold, no more than a rank's share; less of them is advised where they are too many."""
     plain = changed(STAGES[stage.partition(",")[0]], *(["packing=false"] if "padded" in stage else []))
     tokens, four = (
@@ -596,7 +610,7 @@ def test_doctors_table_shows_each_part_and_their_sum(gpu: Any) -> None:
     lines = {line[:16].strip(): line[16:].split() for line in console.export_text().splitlines()}
     assert lines["GB on each rank"] == list(STAGES)
     assert lines["sum"] == [f"{row['total'] / 1e9:.2f}" for row in rows]
-    assert lines["available"] == ["40.00"] * 3
+    assert lines["available"] == ["40.00"] * len(STAGES)
     assert lines["weights"] == [f"{row['parts']['weights'] / 1e9:.2f}" for row in rows]
 
 
@@ -629,7 +643,7 @@ def test_an_engine_of_its_own_has_a_copy_while_it_samples() -> None:
     held: dict[tuple[str, int], tuple[float, float]] = {}
     for engine, ranks in product(("native", "vllm", "auto"), (1, 4)):
         settings = changed(STAGES["ppo"], *few, f"rollout.engine={engine}", f"workers.count={ranks}")
-        moments = dict(memory._ppo(settings, MODELS, limits(settings), gpu=True))  # pyright: ignore[reportPrivateUsage]
+        moments = dict(memory._policy_gradient(settings, MODELS, limits(settings), gpu=True))  # pyright: ignore[reportPrivateUsage]
         sampling = moments.pop(whole)["generation"]
         held[engine, ranks] = sampling, min(parts["generation"] for parts in moments.values())
     for ranks in (1, 4):
@@ -638,6 +652,55 @@ def test_an_engine_of_its_own_has_a_copy_while_it_samples() -> None:
         assert held["vllm", ranks][1] == 0
     assert held["native", 4][1] - held["native", 1][1] == copy
     assert held["auto", 4][1] == held["native", 4][1]
+
+
+SPLIT_BILLION = replace(
+    BILLION,
+    config={"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8},
+)
+
+
+def test_a_copy_that_ranks_hold_together_takes_its_part_of_each() -> None:
+    """While responses are sampled, and it is dropped then; without a copy layers are gathered instead."""
+    held: dict[Any, dict[str, Any]] = {}
+    for together in (1, 2, 4, "gathered"):
+        few = ["rollouts=4", "micro_batch_size=1", "workers.count=4"]
+        settings = changed(STAGES["ppo"], *few, f"rollout.tensor_parallel={together}")
+        moments = memory._policy_gradient(settings, MODELS, limits(settings), gpu=True)  # pyright: ignore[reportPrivateUsage]
+        held[together] = dict(moments)
+    whole, norms = 2 * BILLION.parameters, 2 * 16 * 2 * 2048
+    sampling, loss = "while responses are sampled", "at the policy's loss"
+    assert held[1][loss]["generation"] > whole
+    for together in (2, 4):
+        # Beside a cache of one row or a few.
+        assert held[together][sampling]["generation"] == pytest.approx(norms + (whole - norms) / together, rel=0.1)
+        assert held[together][loss]["generation"] == 0
+    assert held["gathered"][sampling]["generation"] < 1e8
+    assert held["gathered"][sampling]["weights"] == held["gathered"][loss]["weights"] > held[2][sampling]["weights"]
+
+
+def test_the_fewest_ranks_whose_copy_fits_hold_it_together() -> None:
+    """Of those that divide a node's ranks and the heads; where none fits, or none can, layers are gathered."""
+    settings = changed(STAGES["ppo"], "workers.count=6", "rollout.tensor_parallel=auto")
+
+    def chosen(bytes_of_gpu: float, model: Architecture = SPLIT_BILLION, node: int | None = None) -> Any:
+        models = {"policy": model, "reward": model}
+        return with_micro_batch(settings, models, int(bytes_of_gpu), node=node).rollout.tensor_parallel
+
+    def needed(together: Any) -> float:
+        return predict(changed(settings, f"rollout.tensor_parallel={together}"), MODELS).total + memory.CONTEXT
+
+    assert needed(1) > needed(2) >= needed("gathered")
+    assert chosen(needed(1) + 1) == 1
+    assert chosen(needed(1) - 1) == 2
+    assert chosen(needed(1) - 1, node=3) == "gathered"  # three ranks do not divide 32 heads
+    assert chosen(needed(1) - 1, BILLION) == "gathered"
+    assert chosen(needed(2) - 1) == "gathered"
+    models, gpu = {"policy": SPLIT_BILLION, "reward": SPLIT_BILLION}, int(needed(1) - 1)
+    taken = with_micro_batch(settings, models, gpu)
+    why = memory.why_together(settings, taken, models, gpu) or ""
+    assert why.startswith("rollout.tensor_parallel auto is 2: with a whole copy of the policy a rank would take about ")
+    assert memory.why_together(taken, taken, models, gpu) is None
 
 
 def test_where_the_copy_does_not_fit_the_other_engine_is_advised(gpu: Any) -> None:

@@ -230,6 +230,15 @@ def test_targets_bring_what_they_need_and_no_more(path: Path):
     assert list(planned(path)) == ["words", "count", "total"]
 
 
+def test_a_pipeline_names_what_a_run_without_names_brings_up_to_date(tmp_path: Path):
+    """So that one file may hold several last stages."""
+    sections = "words: {}\ncount: {}\nother: {uses: count}\ntotal: {}\n"
+    path = write_pipeline(tmp_path, sections + "targets: [total]\n")
+    assert "other" not in planned(path)
+    assert list(planned(path, targets=["other"])) == ["words", "other"]
+    assert "other" in planned(write_pipeline(tmp_path, sections))
+
+
 DIAMOND = """
 words: {}
 count: {}

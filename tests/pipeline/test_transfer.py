@@ -1,14 +1,15 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rlhf.errors import RequestError
+from rlhf.errors import DiskFullError, RequestError
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.transfer import export_artifact, import_folder
 from rlhf.store import ActionRecord, Store
@@ -30,6 +31,11 @@ def model_folder(folder: Path, **config: object) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     write_weights(folder)
     return folder
+
+
+def no_card(folder: Path) -> str:
+    assert (folder / "config.json").exists(), "it is asked for last"
+    return "a card"
 
 
 def imported(path: Path, folder: Path) -> ActionRecord:
@@ -119,12 +125,9 @@ def test_an_export_is_a_copy_that_may_be_changed(path: Path, tmp_path: Path):
     make(path)
     target = tmp_path / "deep" / "out"
     work = sorted((tmp_path / "store" / "work").rglob("*"))
-    export_artifact(one(path, "words"), target, Store.open(tmp_path / "store", create=False))
-    assert sorted(file.relative_to(target).as_posix() for file in target.rglob("*.txt")) == [
-        "left/text.txt",
-        "right/text.txt",
-    ]
-    (target / "left" / "text.txt").write_text("changed")
+    export_artifact(one(path, "total"), target, Store.open(tmp_path / "store", create=False), no_card)
+    assert {file.name: file.read_text() for file in target.iterdir()} == {"config.json": "2.0", "README.md": "a card"}
+    (target / "config.json").write_text("changed")
     assert list(target.parent.iterdir()) == [target]
     assert sorted((tmp_path / "store" / "work").rglob("*")) == work
     assert Store.open(tmp_path / "store").verify().damaged == []
@@ -134,18 +137,82 @@ def test_an_export_never_mixes_with_what_is_there(path: Path, tmp_path: Path):
     """A folder that holds something, and a file in the way, are refused; an empty folder is filled."""
     store = Store.open(tmp_path / "store")
     with pytest.raises(RequestError, match="no result yet"):
-        export_artifact(one(path, "words"), tmp_path / "out", store)
+        export_artifact(one(path, "total"), tmp_path / "out", store, no_card)
     make(path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     for target in (tmp_path / "full", path):
         with pytest.raises(RequestError, match="not empty"):
-            export_artifact(one(path, "words"), target, store)
+            export_artifact(one(path, "total"), target, store, no_card)
+    with pytest.raises(RequestError, match="is no adapter: there is nothing to merge"):
+        export_artifact(one(path, "total"), tmp_path / "out", store, no_card, merge=True)
     with pytest.raises(RequestError, match="cannot be written"):
-        export_artifact(one(path, "words"), path / "below", store)
+        export_artifact(one(path, "total"), path / "below", store, no_card)
     (tmp_path / "empty").mkdir()
-    export_artifact(one(path, "words"), tmp_path / "empty", store)
-    assert (tmp_path / "empty" / "left" / "text.txt").read_text() == "one two"
+    export_artifact(one(path, "total"), tmp_path / "empty", store, no_card)
+    assert (tmp_path / "empty" / "config.json").read_text() == "2.0"
+
+
+def test_an_export_that_fails_leaves_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whether what follows the copying fails, there is no room, or what was asked for is no model."""
+    make(path)
+    store, target = Store.open(tmp_path / "store"), tmp_path / "deep" / "out"
+
+    def interrupted(folder: Path) -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_artifact(one(path, "total"), target, store, interrupted)
+    with pytest.raises(RequestError, match="words makes a data, which is no model"):
+        export_artifact(one(path, "words"), target, store, no_card)
+    monkeypatch.setattr("rlhf.pipeline.transfer.free_bytes_at", lambda _: 2)
+    with pytest.raises(DiskFullError, match="No room for a file: 3 bytes needed"):
+        export_artifact(one(path, "total"), target, store, no_card)
+    assert list(target.parent.iterdir()) == []
+
+
+CONVERTER = """#!/bin/sh
+test "$2" = --outfile || exit 3
+test -f "$1/config.json" && echo "of $1" > "$3" && echo said >&2 && exit $(cat {status})
+"""
+
+
+def test_gguf_is_what_llama_cpps_converter_writes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By either of its names. Without it, or when it fails, the reason is told, and nothing is left."""
+    imported(path, model_folder(tmp_path / "model"))
+    store, status, target = Store.open(tmp_path / "store"), tmp_path / "status", tmp_path / "out" / "model"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(RequestError, match=r"llama\.cpp's converter, which is not on PATH") as error:
+        export_artifact(one(path, "total"), target, store, no_card, gguf=True)
+    assert "llama.cpp" in error.value.next_step
+    for name in ("convert-hf-to-gguf", "convert_hf_to_gguf.py"):
+        program = tmp_path / name
+        program.write_text(CONVERTER.format(status=status))
+        program.chmod(0o755)
+        status.write_text("1")
+        with pytest.raises(RequestError, match=r"converter wrote no model\.gguf: said") as error:
+            export_artifact(one(path, "total"), target, store, no_card, gguf=True)
+        assert error.value.where == str(program)
+        assert list(target.parent.iterdir()) == []
+    status.write_text("0")
+    export_artifact(one(path, "total"), target, store, no_card, gguf=True)
+    assert (target / "model.gguf").read_text().startswith(f"of {target.parent}/.model-")
+
+
+def test_an_export_samples_as_its_stage_did(path: Path, tmp_path: Path):
+    """From the whole vocabulary, at its temperature, with the tokens that end a turn; nothing of the base's remains."""
+    folder = model_folder(tmp_path / "model")
+    base = {"eos_token_id": [7, 2], "repetition_penalty": 1.1, "top_k": 50}
+    (folder / "generation_config.json").write_text(json.dumps(base))
+    record = imported(path, folder)
+    store, planned_total = Store.open(tmp_path / "store"), one(path, "total")
+    export_artifact(planned_total, tmp_path / "as-it-is", store, no_card)
+    assert json.loads((tmp_path / "as-it-is" / "generation_config.json").read_text()) == base
+    sampled = replace(record, settings={"sampling": {"temperature": 0.8, "max_new_tokens": 32, "fp32_head": True}})
+    export_artifact(replace(planned_total, record=sampled), tmp_path / "out", store, no_card)
+    config = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (config.temperature, config.max_new_tokens, config.do_sample, config.eos_token_id) == (0.8, 32, True, [7, 2])
+    assert (config.top_k, config.top_p, config.repetition_penalty) == (0, 1.0, None)
 
 
 def test_virtual_tokens_are_exported_beside_their_base_alone(path: Path, tmp_path: Path):
@@ -161,15 +228,17 @@ def test_virtual_tokens_are_exported_beside_their_base_alone(path: Path, tmp_pat
     imported(path, adapter)
     store = Store.open(tmp_path / "store")
     with pytest.raises(RequestError, match="an adapter of 4 virtual tokens") as error:
-        export_artifact(one(path, "total"), tmp_path / "out", store)
-    assert error.value.next_step == f"rlhf export total {tmp_path / 'out'} --adapter"
-    assert (export_artifact(one(path, "total"), tmp_path / "out", store, adapter=True) / "base").is_dir()
+        export_artifact(one(path, "total"), tmp_path / "out", store, lambda _: "", merge=True)
+    assert error.value.next_step == f"rlhf export total {tmp_path / 'out'}"
+    assert (export_artifact(one(path, "total"), tmp_path / "out", store, lambda _: "") / "base").is_dir()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @torch.no_grad()
-def test_an_exported_adapter_is_the_trained_model_wherever_it_is_moved(path: Path, tmp_path: Path):
-    """By default folded into a base in bf16 without losing what bf16 could not hold; with `adapter` beside its base."""
+def test_an_exported_adapter_is_the_trained_model_wherever_it_is_moved(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Beside its base; or folded into a base in bf16 without losing what bf16 could not hold."""
     base = make_tiny_llama(tmp_path / "tiny")
     plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     plain.save_pretrained(tmp_path / "adapter" / "base")
@@ -184,8 +253,12 @@ def test_an_exported_adapter_is_the_trained_model_wherever_it_is_moved(path: Pat
     model.save_pretrained(tmp_path / "adapter")
     imported(path, tmp_path / "adapter")
     store, ids = Store.open(tmp_path / "store"), torch.tensor([[5, 17, 40, 41, 99, 60]])
+    monkeypatch.setattr("rlhf.pipeline.transfer.shutil.which", lambda name: name)
+    with pytest.raises(RequestError, match="a GGUF file holds whole weights") as error:
+        export_artifact(one(path, "total"), tmp_path / "first", store, lambda _: "", gguf=True)
+    assert error.value.next_step == f"rlhf export total {tmp_path / 'first'} --merge --gguf"
     for adapter in (False, True):
-        export_artifact(one(path, "total"), tmp_path / "first", store, adapter=adapter)
+        export_artifact(one(path, "total"), tmp_path / "first", store, lambda _: "", merge=not adapter)
         moved = (tmp_path / "first").rename(tmp_path / f"moved-{adapter}")
         whole = AutoModelForCausalLM.from_pretrained(moved / "base" if adapter else moved, dtype="auto").float()
         found: Any = PeftModel.from_pretrained(whole, str(moved)) if adapter else whole

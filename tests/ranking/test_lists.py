@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.ranking.lists import ResponseIndex, draw_lists
+from rlhf.ranking.lists import ResponseIndex, draw_lists, draw_pairs
 
 
 def ranked_sets(sizes: list[int], pools: list[int], levels: int = 1000) -> list[dict[str, Any]]:
@@ -101,3 +101,21 @@ def test_lists_of_a_task_come_as_often_as_its_weight_says(size: int | None) -> N
     assert [counts[places] for places in plain if places[0].set < 4] == [2] * (len(plain) - len(of_b))
     assert sum(counts[places] for places in of_b) == len(of_b) / 2
     assert max(counts[places] for places in of_b) == 1
+
+
+@given(shapes, st.floats(0.5, 12), st.integers(0, 5), st.sampled_from([2, 1000]))
+def test_of_a_pair_the_stronger_response_is_chosen(
+    shapes: list[tuple[int, int]], per_response: float, seed: int, levels: int
+) -> None:
+    """It answers the same prompt; pairs are the lists of two, but for those of equal texts, which are counted."""
+    sets = ranked_sets([size for size, _ in shapes], [pool for _, pool in shapes], levels)
+    sets[0]["responses"] = ["equal"] * len(sets[0]["responses"])
+    pairs, equal = draw_pairs(sets, per_response, seed)
+    for chosen, rejected in pairs:
+        better, worse = (sets[place.set]["strengths"][place.response] for place in (chosen, rejected))
+        assert better > worse
+        assert sets[chosen.set]["prompt"] == sets[rejected.set]["prompt"]
+    lists = {frozenset(places) for places in draw_lists(sets, 2, per_response, seed)}
+    alike = {places for places in lists if {place.set for place in places} == {0}}
+    assert {frozenset(pair) for pair in pairs} == lists - alike
+    assert equal == len(alike)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config.ppo import PtxSettings
+from rlhf.config.policy_gradient import PtxSettings
 from rlhf.errors import PreflightError
 from rlhf.models import text
 from rlhf.models.micro_batches import MicroBatch

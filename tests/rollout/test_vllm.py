@@ -17,6 +17,7 @@ from rlhf.rollout.vllm_sampling import Room, VllmSampler, obstacle
 from rlhf.zero import group as ranks
 from rlhf.zero.engine import DTYPES
 from tests.models.tiny import make_tiny_llama
+from tests.zero.groups import run_groups
 
 pytestmark = [
     pytest.mark.vllm,
@@ -115,6 +116,23 @@ def test_a_sample_does_not_depend_on_those_beside_it(sampler: VllmSampler, polic
     alone = sampler.sample(PROMPTS[1:2], NOISE[1:2])
     assert torch.equal(whole.ids[1:2], alone.ids)
     assert not torch.equal(whole.ids[0], whole.ids[2])
+
+
+def test_ranks_that_hold_one_copy_sample_as_one_with_its_own(tmp_path: Path) -> None:
+    """The same tokens in fp32, before and after an update of sharded weights."""
+    if torch.cuda.is_available():
+        pytest.skip("its ranks are processes on a CPU")
+    make_tiny_llama(tmp_path / "tiny", SHAPE)
+    run_groups("tests.rollout.vllm_ranks", tmp_path)
+    one, *two = (
+        torch.load(tmp_path / str(size) / f"found-{rank}.pt", weights_only=False)
+        for size, rank in ((1, 0), (2, 0), (2, 1))
+    )
+    assert not torch.equal(one[0].ids, one[1].ids)
+    for others in two:
+        for ours, other in zip(one, others, strict=True):
+            assert torch.equal(ours.ids, other.ids)
+            torch.testing.assert_close(ours.logprobs, other.logprobs, atol=1e-4, rtol=0)
 
 
 def test_responses_end_with_eos_or_at_the_limit(sampler: VllmSampler, policy: Any, precision: Precision) -> None:

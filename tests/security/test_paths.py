@@ -222,6 +222,7 @@ def test_a_checkpoint_that_is_a_link_is_refused(checkpoint: Path, tmp_path: Path
 
 WRITE = """
 import os, sys
+from dataclasses import replace
 from pathlib import Path
 os.umask(int(sys.argv[2], 8))
 from tests.pipeline.helpers import make, planned, write_pipeline
@@ -231,7 +232,8 @@ folder = Path(sys.argv[1])
 path = write_pipeline(folder)
 make(path)
 one = planned(path)["total"]
-export_artifact(one, folder / "out", Store.open(folder / "store"))
+model = replace(one, stage=replace(one.stage, kind="model"))
+export_artifact(model, folder / "out", Store.open(folder / "store"), lambda _: "")
 """
 
 

@@ -8,12 +8,12 @@ from benchmarks import arms
 from benchmarks.closed_form import PROMPT, save_reference
 from benchmarks.exact import distance_to_optimum
 from rlhf.attempt.context import Context
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 
 BETA = 0.5
 
 
-def bandit(tmp_path: Path, kind: type[PpoSettings], **settings: Any) -> Context[Any]:
+def bandit(tmp_path: Path, kind: type[PolicyGradientSettings], **settings: Any) -> Context[Any]:
     """Return a run of one token a response, with two arms that pay and a KL coefficient of ``BETA``."""
     reference, prompts, attempt, output = (tmp_path / name for name in ("reference", "prompts", "attempt", "output"))
     for folder in (prompts, attempt, output):
@@ -26,7 +26,6 @@ def bandit(tmp_path: Path, kind: type[PpoSettings], **settings: Any) -> Context[
         "rewards": [{"function": f"{arms.__file__}:bandit"}],
         "kl": {"coef": BETA},
         "missing_eos_penalty": 0,
-        "value_init": "policy",
         "policy_learning_rate": 1e-2,
         "micro_batch_size": 512,
         "checkpoint_every": 1000,

@@ -9,7 +9,7 @@ import torch
 
 from rlhf.attempt.context import Context
 from rlhf.config.base import semantic
-from rlhf.config.ppo import PpoSettings
+from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.pipeline.stage import Input, Stage, taking
 from rlhf.rl.losses import clipped_policy_loss
@@ -22,8 +22,8 @@ from rlhf.training.loop import Journal, resumable_steps
 from rlhf.zero import group
 
 
-class ReinforceSettings(PpoSettings):
-    """REINFORCE; settings of a value model have no effect."""
+class ReinforceSettings(PolicyGradientSettings):
+    """REINFORCE."""
 
     baseline_decay: float = semantic(0.9, ge=0, lt=1)
     """Share of the old baseline that an iteration keeps."""

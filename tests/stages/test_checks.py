@@ -114,6 +114,38 @@ def test_what_evaluate_could_not_answer_is_refused_before_ppo_is_trained(base: P
     assert error.value.next_step == "evaluate.sampling.max_new_tokens=32"
 
 
+def test_policies_of_different_tokenizers_are_not_compared(base: Path, tmp_path: Path) -> None:
+    """One's log-probabilities of the other's tokens mean nothing."""
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"prompt": "a film of two halves"}) + "\n")
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    read = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = read["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(read))
+    settings = EvaluateSettings.model_validate(
+        {"policies": ["near", "far"], "max_prompt_length": 32, "sampling": {"max_new_tokens": 32}}
+    )
+    inputs = {"before": base, "near": base, "far": other, "prompts": tmp_path}
+    with pytest.raises(PreflightError, match="the policies before and far have different tokenizers"):
+        checks.evaluate(Context("evaluate", "key", settings, inputs, tmp_path, tmp_path, tmp_path))
+
+
+def test_a_policy_that_ranks_cannot_split_is_refused(base: Path, tmp_path: Path) -> None:
+    """With the numbers of ranks that could: the tiny model has two heads."""
+    rewards = [{"function": "a.py:f"}]
+    for together in (1, 2, 4):
+        given = {"rewards": rewards, "value_init": "policy", "workers": {"count": 4}, "zero": {"stage": 3}}
+        settings = PpoSettings.model_validate(given | {"rollout": {"tensor_parallel": together}})
+        context = Context("tuned", "key", settings, {"policy": base}, tmp_path, tmp_path, tmp_path)
+        if together < 4:
+            checks.check_split(context)
+            continue
+        with pytest.raises(PreflightError, match="4 ranks do not divide the model's 2 attention heads") as error:
+            checks.check_split(context)
+        assert error.value.where == "tuned.rollout.tensor_parallel"
+
+
 def test_a_length_beyond_the_models_context_is_refused(base: Path, tmp_path: Path) -> None:
     """The message names the longest that fits."""
     with pytest.raises(PreflightError, match="context is 64 tokens") as error:

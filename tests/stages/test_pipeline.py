@@ -1,14 +1,21 @@
 """The whole pipeline with real parts, Ray, DeepSpeed ZeRO-3, TRL and PPO, with one rank and with two."""
 
 import json
+import re
+import socket
+import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.data.records import read_rows
@@ -16,6 +23,7 @@ from rlhf.errors import DivergedError
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.stage import stages
 from rlhf.pipeline.transfer import export_artifact
+from rlhf.report.card import model_card
 from rlhf.store import ActionRecord, Store
 from rlhf.training.checkpoint_writer import newest_complete
 from tests.small import TINY, Pipeline
@@ -132,36 +140,76 @@ def test_rewards_of_several_kinds_add_up(pipeline: Pipeline, unbroken: dict[str,
     planned = pipeline.run("evaluate", settings=settings, file=file)
     assert planned["rm"].key == unbroken["rm"].key
 
-    models = {name: export_artifact(planned[name], tmp_path / name, pipeline.store) for name in ("rm", "pmp")}
-
-    def expected(prompt: str, response: str) -> float:
-        scores = {name: score_alone(folder, prompt, response) for name, folder in models.items()}
-        return 0.5 * scores["rm"] + 2 * scores["pmp"] + len(response) / 40
-
     ppo = record_of(planned, "ppo")
     samples = read_rows(pipeline.store.root / "work" / ppo.key / ppo.attempt / "samples.jsonl")[-4:]
-    for row in samples:
-        assert row["score"] == pytest.approx(expected(row["prompt"], row["response"]), abs=1e-3)
     report = pipeline.store.checkout(record_of(planned, "evaluate").artifact, tmp_path / "report")
-    for row in read_rows(report / "samples.jsonl")[:4]:
-        assert row["score_before"] == pytest.approx(expected(row["prompt"], row["before"]), abs=1e-3)
-    assert {row["score"] for row in samples} != {0.0}
+    rows = [(row["prompt"], row["response"], row["score"]) for row in samples]
+    rows += [(row["prompt"], row["before"], row["score_before"]) for row in read_rows(report / "samples.jsonl")[:4]]
+    for name in ("rm", "pmp", "ppo"):
+        exported(pipeline, planned[name], tmp_path / "exports" / name, merge=name == "pmp")
+    alone = asked_in_a_fresh_environment(tmp_path, [row[:2] for row in rows])
+    for number, (_, response, score) in enumerate(rows):
+        expected = 0.5 * alone["rm"][number] + 2 * alone["pmp"][number] + len(response) / 40
+        assert score == pytest.approx(expected, abs=1e-3)
+    assert {score for *_, score in rows} != {0.0}
+    assert 0 < alone["ppo"]["tokens"] <= 12, "as generation_config.json says"
 
 
-@torch.no_grad()
-def score_alone(folder: Path, prompt: str, response: str) -> float:
-    """The normalised score by transformers alone."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
-    before: list[int] = []
-    if model.config.sees == "conversation":
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        before = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    ids = [*before, *tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    raw = model(torch.tensor([ids])).logits.item()
-    return (raw - model.config.score_mean) / model.config.score_std
+def exported(pipeline: Pipeline, one: Planned, target: Path, **options: bool) -> Path:
+    return export_artifact(one, target, pipeline.store, partial(model_card, one, "tiny", pipeline.store), **options)
+
+
+# Nothing of this package can be imported, and what is run is what the cards say, in their folders.
+FRESH = """
+import importlib.util, json, os, sys
+from pathlib import Path
+sys.path.append(sys.argv[1])
+assert importlib.util.find_spec("rlhf") is None
+answers, pairs = {}, json.loads(sys.argv[3])
+for name in ("rm", "pmp", "ppo"):
+    os.chdir(Path(sys.argv[2], name))
+    card = {}
+    exec(Path("README.md").read_text().split("```python\\n")[1].split("```")[0], card)
+    if name == "ppo":
+        answers[name] = {"tokens": card["ids"].shape[1] - card["inputs"]["input_ids"].shape[1]}
+    else:
+        answers[name] = card["score"](*zip(*pairs)).tolist()
+print(json.dumps(answers))
+"""
+
+
+def asked_in_a_fresh_environment(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """Scores of pairs of prompt and response by the reward models in ``exports``, and a length of the policy's."""
+    packages = folder / "packages"
+    packages.mkdir()
+    for path in Path(transformers.__file__).parents[1].iterdir():
+        if not path.name.startswith(("rlhf", "__editable__")):
+            (packages / path.name).symlink_to(path)
+    words = [str(packages), str(folder / "exports"), json.dumps(pairs)]
+    ended = subprocess.run([sys.executable, "-I", "-S", "-c", FRESH, *words], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def test_a_model_s_card_says_what_the_records_say(
+    pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path
+) -> None:
+    """Metrics with intervals, samples, sources, keys, settings that a pipeline file takes; nothing of this machine."""
+    text = (exported(pipeline, unbroken["ppo"], tmp_path / "out") / "README.md").read_text()
+    head = ModelCard(text).data.to_dict()
+    assert head["tags"] == ["rlhf", "ppo", "sft"]
+    assert (head["library_name"], head["pipeline_tag"], "license" in head) == ("transformers", "text-generation", False)
+    for name in ("data", "model", "rank", "sft", "rm", "ppo"):
+        assert f"| {name} | {record_of(unbroken, name).version} | {record_of(unbroken, name).key} |" in text
+    assert "| judge/delta_low |" not in text
+    assert "Hutto" in text
+    assert "| judge | movie" not in text, "it was not made from the judge's ratings"
+    assert "responses of up to 12 tokens" in text
+    for settings in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        ((name, section),) = yaml.safe_load(settings).items()
+        assert section == dict(record_of(unbroken, name).settings)
+    private = (socket.gethostname(), str(pipeline.store.root), str(pipeline.sdist.parent), str(tmp_path))
+    assert [word for word in private if word in text] == []
 
 
 def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -179,7 +227,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint_and_is_no_result(pipeline
     assert type(caught.value) is DivergedError
     assert caught.value.exit_status == 1
     assert "nats a response from its reference; the limit is 0.5" in caught.value.what
-    assert "raise ppo.kl.coef or lower ppo.policy_learning_rate" in caught.value.next_step
+    assert "raise kl.coef or lower policy_learning_rate" in caught.value.next_step
     assert "starting again" not in pipeline.output.getvalue()
 
     planned = plan(pipeline.config(*settings), stages(), pipeline.store)["ppo"]

@@ -21,7 +21,13 @@ def test_ppo_finds_the_optimum_of_a_bandit(tmp_path: Path) -> None:
     """The exported policy is the reference times exp(reward / β), normalised: over every response, exactly."""
     from rlhf.stages import ppo
 
-    learning = {"whiten_advantages": False, "gae_lambda": 1, "value_clip": None, "value_learning_rate": 1e-2}
+    learning = {
+        "value_init": "policy",
+        "whiten_advantages": False,
+        "gae_lambda": 1,
+        "value_clip": None,
+        "value_learning_rate": 1e-2,
+    }
     context = bandit(tmp_path, PpoSettings, iterations=60, **learning)
     assert distance(context.inputs["policy"], context) > 0.2
     ppo.run(context)

@@ -30,6 +30,7 @@ from rlhf.attempt.context import Context
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
+from rlhf.config.zero import ZeroSettings
 from rlhf.errors import DiskFullError, DivergedError, PreflightError
 from rlhf.models import folders, heads, text, tuning
 from rlhf.models.heads import TokenLogprobs
@@ -39,16 +40,18 @@ from rlhf.rollout.drawing import uniforms
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Generator, roll_out
 from rlhf.rollout.sequences import Experience, Sequences, minibatches
-from rlhf.training import checkpoint_writer
+from rlhf.rollout.split import GatheredSampler, SplitGenerator
+from rlhf.training import checkpoint_writer, loading
 from rlhf.training.learner import Optimiser
 from rlhf.training.policy import TrainedPolicy
 from rlhf.zero import group, shards
-from rlhf.zero.engine import Engine, gathered, sharded_loading, whole_weights
+from rlhf.zero.engine import STAGE_3, Engine, gathered, sharded_loading, whole_weights
 from rlhf.zero.group import computable
 from tests.pipeline.helpers import until
 from tests.zero import placement
 from tests.zero.groups import TIMEOUT_S
-from tests.zero.memory import memory
+from tests.zero.inputs import SIZES
+from tests.zero.memory import ON_NODES, counted_gathers, memory, on_nodes
 from tests.zero.resuming import (
     DONE,
     STAGES,
@@ -86,9 +89,9 @@ def share(_: Path) -> list[int]:
     return group.share_of(list(range(8)))
 
 
-def sharded(tiny: Path, method: Tuning) -> Any:
+def sharded(tiny: Path, method: Tuning, zero: ZeroSettings = STAGE_3) -> Any:
     """The tiny model, sharded as it is read."""
-    with sharded_loading("fp32"):
+    with sharded_loading("fp32", zero):
         model = folders.load_policy(tiny, torch.float32)
         return tuning.prepared(model, method, tiny, scores=False, seed=0)
 
@@ -96,9 +99,11 @@ def sharded(tiny: Path, method: Tuning) -> Any:
 class Learner:
     """An engine that learns a fixed batch by heart, each rank its share of it, one sequence a micro batch."""
 
-    def __init__(self, tiny: Path, method: Tuning) -> None:
-        self.model = sharded(tiny, method)
-        self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2)
+    def __init__(self, tiny: Path, method: Tuning, zero: ZeroSettings = STAGE_3, *, split: bool = False) -> None:
+        self.model = sharded(tiny, method, zero)
+        if split:
+            self.split = SplitGenerator(tiny, self.model, "fp32", 1.0, 6, group.world_size())
+        self.engine = Engine(TokenLogprobs(self.model), "fp32", learning_rate=1e-2, zero=zero)
         tokens = len(text.load_tokenizer(tiny))
         self._ids = torch.randint(5, tokens, (BATCH, PROMPT + TIME), generator=torch.Generator().manual_seed(0))
 
@@ -110,6 +115,15 @@ class Learner:
             logprobs, _ = self.engine(ids, torch.ones_like(ids), TIME, 1.0, False)
             self.engine.backward(-logprobs.sum() / (BATCH * TIME), last=row == rows[-1])
         return self.engine.step(learning_rate)
+
+    @torch.no_grad()
+    def held(self) -> float:
+        """The share of all weights that this rank keeps once it has computed with them."""
+        ids = self._ids[:1]
+        self.engine(ids, torch.ones_like(ids), TIME, 1.0, False)
+        parameters: list[Any] = list(self.model.parameters())
+        kept = [kind for each in parameters for kind in (each.ds_tensor, each.ds_secondary_tensor) if kind is not None]
+        return sum(tensor.numel() for tensor in kept) / sum(each.ds_numel for each in parameters)
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights, on rank 0."""
@@ -359,13 +373,15 @@ def replica(tiny: Path, folder: Path) -> dict[str, Any]:
     prompts = [[5 + row, 40, 41 + row] for row in range(6)]
 
     for form, method in FORMS.items():
-        learner = Learner(tiny, method)
+        learner = Learner(tiny, method, split=True)
         prepare = partial(tuning.prepared, tuning=method, source=tiny, scores=False, seed=0)
         copied = Generator(tiny, "fp32", 1.0, 6, prepare=prepare, source=learner.model)
-        before = copied.sample(prompts, noise).ids
+        gathered_layers = GatheredSampler(tiny, learner.engine.module, learner.model, 1.0, 2)
+        samplers = {"copied": copied, "split": learner.split, "gathered": gathered_layers}
+        before = {name: sampler.sample(prompts, noise) for name, sampler in samplers.items()}
         for _ in range(3):
             learner.step(0.05)
-        refreshed = copied.sample(prompts, noise).ids
+        refreshed = {name: sampler.sample(prompts, noise) for name, sampler in samplers.items()}
         exported, weights = folder / f"replica-{form}", learner.weights()
         if group.is_main():
             tuning.save(learner.model, weights, tiny, exported, method, scores=False)
@@ -373,6 +389,18 @@ def replica(tiny: Path, folder: Path) -> dict[str, Any]:
         plain = Generator(exported, "fp32", 1.0, 6).sample(prompts, noise).ids
         found[form] = {"before": before, "refreshed": refreshed, "exported": plain}
     return found
+
+
+def nodes(folder: Path) -> str:
+    """The ranks that hold a copy together, or the error where two would be on two nodes."""
+    given = {"rollout": {"tensor_parallel": 2}, "workers": {"count": "auto"}}
+    context = context_of(folder)
+    context = replace(context, settings=PpoSettings.model_validate(context.settings.model_dump() | given))
+    try:
+        with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "1"}):
+            return str(loading.together(context, folder))
+    except PreflightError as error:
+        return error.what
 
 
 def experience_of(sequences: Sequences, logprobs: Tensor) -> Experience:
@@ -435,6 +463,28 @@ def policies(tiny: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
+def across_nodes(tiny: Path, folder: Path) -> dict[str, Any]:
+    """Steps of engines whose ranks keep the weights a second time on their nodes, and of one whose ranks do not; and
+    of one that goes on from what a single rank saved.
+    """
+    found: dict[str, Any] = {}
+    plain = ON_NODES.model_copy(update={"secondary_partition": 1})
+    theirs = folder.parent / "1" / "full"
+    until((theirs / DONE).exists, f"{theirs}: the save of one rank", TIMEOUT_S)
+    for name, zero in {"plain": plain, "nodes": ON_NODES, "continued": ON_NODES}.items():
+        learner, rates = Learner(tiny, FULL, zero), [1e-2, 1e-2, 5e-3]
+        if name == "continued":
+            learner.engine.load(theirs, "policy")
+            rates = [5e-3, 5e-3]
+        with counted_gathers() as gathers:
+            norms = [learner.step(rate) for rate in rates]
+        found[name] = {"norms": norms, "weights": learner.weights(), "gathers": dict(gathers), "held": learner.held()}
+        learner.engine.save(folder / name, "policy")
+        group.barrier()
+        found[name]["saved"] = saved(folder / name)
+    return found
+
+
 def gathering(tiny: Path) -> Tensor:
     """A weight that rank 0 alone has changed while it was whole, as every rank then sees it."""
     model = sharded(tiny, FULL)
@@ -444,6 +494,20 @@ def gathering(tiny: Path) -> Tensor:
             weight.data.fill_(7.0)
     with gathered([weight]):
         return weight.detach().clone()
+
+
+def of_stages(folder: Path, world_size: int) -> dict[str, Callable[[], Any]]:
+    """The checks that run stages."""
+    checks: dict[str, Callable[[], Any]] = {
+        "first_iterations": partial(first_iterations, folder.parent, folder / "first"),
+        "memory": partial(memory, folder.parent, folder / "memory"),
+        "together": partial(placement.together, folder.parent, folder / "together"),
+    }
+    if world_size > 1:
+        checks["forms"] = partial(forms, folder.parent, folder / "forms")
+    for name in STAGES:
+        checks[name] = partial(unbroken_and_resumed, name, folder.parent, folder / name.replace(" ", "-"))
+    return checks
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:
@@ -470,16 +534,17 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         "checkpointing": partial(checkpointing, folder),
         "other_groups": partial(other_groups, folder),
         "precision": partial(computed_precision, folder),
+        "nodes": partial(nodes, folder),
         "replica": partial(replica, tiny, folder),
         "policies": partial(policies, tiny, folder),
     }
-    checks["first_iterations"] = partial(first_iterations, folder.parent, folder / "first")
-    checks["together"] = partial(placement.together, folder.parent, folder / "together")
-    checks["memory"] = partial(memory, folder.parent, folder / "memory")
-    if world_size > 1:
-        checks["forms"] = partial(forms, folder.parent, folder / "forms")
-    for name in STAGES:
-        checks[name] = partial(unbroken_and_resumed, name, folder.parent, folder / name.replace(" ", "-"))
+    if world_size == SIZES[-1]:
+        # DeepSpeed keeps the groups of nodes that it has made: what comes after would have them too.
+        checks = {name: checks[name] for name in ("spread", "whole")}
+        checks["across_nodes"] = partial(across_nodes, tiny, folder)
+        checks["on_nodes"] = partial(on_nodes, folder.parent, folder / "nodes")
+    else:
+        checks |= of_stages(folder, world_size)
     results: dict[str, Any] = {}
     for name, check in checks.items():
         start = time.process_time()

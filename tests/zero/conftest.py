@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from rlhf.config.tuning import LoraTuning
 from tests.models.tiny import SHAPE, make_tiny_adapter, make_tiny_llama
 from tests.zero.groups import ENVIRON, ROOT, TIMEOUT_S, run_groups
-from tests.zero.inputs import ANSWER_TOKENS, write_inputs
+from tests.zero.inputs import ANSWER_TOKENS, SIZES, write_inputs
 from tests.zero.placement import CASES
 
 Results = dict[int, list[dict[str, Any]]]
@@ -19,7 +19,7 @@ Grid = dict[int, dict[tuple[str, str], dict[str, Any]]]
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the checks of ``tests.zero.checks`` found: by world size, by rank. Both groups run once, side by side."""
+    """What the checks of ``tests.zero.checks`` found: by world size, by rank. All groups run once, side by side."""
     folder = tmp_path_factory.mktemp("groups")
     make_tiny_llama(folder / "tiny")
     make_tiny_adapter(folder / "tiny", folder / "policy", LoraTuning(rank=4), scores=False)
@@ -29,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     # Written by our own processes a moment ago.
     found: Results = {
         size: [torch.load(folder / str(size) / f"result-{rank}.pt", weights_only=False) for rank in range(size)]
-        for size in (1, 2)
+        for size in SIZES
     }
     for case in CASES:
         apart = torch.load(folder / case.name / "apart.pt", weights_only=False)

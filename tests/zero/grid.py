@@ -30,6 +30,7 @@ from tests.zero.resuming import STAGES, attempt_of, context_of, outcome
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
+SIZES = (1, 2)
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "top": {"method": "top", "blocks": 1},

@@ -1,9 +1,9 @@
-"""A module's groups of one rank and of two, side by side: ``python -m tests.zero.groups MODULE FOLDER``.
+"""A module's groups of ranks, side by side: ``python -m tests.zero.groups MODULE FOLDER``.
 
-The module has ``main(rank, world_size, folder)``, the folder being ``FOLDER/<world size>``. It may have ``CASES``, of
-groups whose last ranks are set apart, and ``apart(rank, case, folder)``, the folder being ``FOLDER/<name>``. To import
-torch, transformers, TRL and DeepSpeed takes longer than most of what a rank then does, so one process imports them and
-forks the ranks, as the fork server does.
+The module has ``SIZES``, the groups' numbers of ranks, and ``main(rank, world_size, folder)``, the folder being
+``FOLDER/<world size>``. It may have ``CASES``, of groups whose last ranks are set apart, and ``apart(rank, case,
+folder)``, the folder being ``FOLDER/<name>``. To import torch, transformers, TRL and DeepSpeed takes longer than most
+of what a rank then does, so one process imports them and forks the ranks, as the fork server does.
 """
 
 import gc
@@ -31,7 +31,6 @@ TIMEOUT_S = 600
 
 # Threads of three processes would wait for each other's cores more than they compute on so small a model.
 ENVIRON = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-SIZES = (1, 2)
 
 
 def run_groups(module: str, folder: Path) -> None:
@@ -53,7 +52,8 @@ def start(main: Callable[[int, int, Path], None], rank: int, world_size: int, fo
     with (folder / f"log-{world_size}-{rank}.txt").open("wb") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
+    known = {"RANK": rank, "LOCAL_RANK": rank}
+    known |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), world_size)
     os.environ |= {name: str(value) for name, value in known.items()}
     main(rank, world_size, folder / str(world_size))
 
@@ -77,16 +77,15 @@ def run(name: str, folder: Path) -> None:
     """Run all ranks; end with the first that fails, since those of its group would wait for it."""
     gc.disable()
     module = importlib.import_module(name)
-    main = module.main
     gc.freeze()  # a rank's first collection would otherwise copy all memory that it shares
     gc.enable()
     forking = multiprocessing.get_context("fork")
     ranks: dict[int, BaseProcess] = {}
-    for size in SIZES:
+    for size in module.SIZES:
         (folder / str(size)).mkdir()
         for rank in range(size):
             log = f"log-{size}-{rank}.txt"
-            process = forking.Process(target=start, args=(main, rank, size, folder), name=log, daemon=True)
+            process = forking.Process(target=start, args=(module.main, rank, size, folder), name=log, daemon=True)
             process.start()
             ranks[process.sentinel] = process
     for case in getattr(module, "CASES", ()):

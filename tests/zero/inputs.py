@@ -5,7 +5,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-STAGE_NAMES = ("sft", "rm", "ppo", "ppo with adapters", "ppo with one base")
+SIZES = (1, 2, 4)
+"""Ranks of the groups of ``tests.zero.checks``."""
+STAGE_NAMES = ("sft", "rm", "dpo", "ppo", "ppo with adapters", "ppo with one base")
 MEMORY_STAGES = ("sft", "rm", "ppo")
 MICRO_BATCHES: dict[str, dict[str, Any]] = {
     "of 1": {"micro_batch_size": 1},
@@ -13,6 +15,8 @@ MICRO_BATCHES: dict[str, dict[str, Any]] = {
     "of 150 tokens, padded": {"micro_batch_size": None, "micro_batch_tokens": 150},
     "of 100 tokens, packed": {"micro_batch_size": None, "micro_batch_tokens": 100, "packing": True},
 }
+WITHOUT_COPIES: dict[str, Any] = {"of 1": 2, "of 4": "gathered"}
+"""Of these, in the group of two: ``rollout.tensor_parallel``."""
 WORDS = ("a", "film", "of", "two", "halves", "joy", "dull", "the", "is", ",")
 REWARD = """
 def reward(prompts, responses):

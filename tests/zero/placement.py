@@ -1,4 +1,4 @@
-"""PPO with the models that never learn on ranks of their own, and with all models together: the same in both."""
+"""Stages with the models that never learn on ranks of their own, and with all models together: the same in both."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,53 +8,57 @@ import deepspeed
 import torch
 from deepspeed.ops import __compatible_ops__
 
+from rlhf.config.grpo import GrpoSettings
+from rlhf.config.ppo import PpoSettings
 from rlhf.models import heads
-from rlhf.stages import ppo
+from rlhf.stages import grpo, ppo
 from rlhf.tracking import read_metrics
 from rlhf.zero import group
 from rlhf.zero.apart import is_set_apart
-from tests.zero.resuming import PPO_ROLES, Stage, attempt_of, context_of, outcome, ppo_settings
+from tests.zero.resuming import POLICY_ROLES, Stage, attempt_of, context_of, outcome, policy_values
 
 
 @dataclass(frozen=True)
 class Case:
-    """A number of ranks that train, of ranks that score, and how the policy is tuned."""
+    """A number of ranks that train, of ranks that score, and what they do."""
 
     trainers: int
     scorers: int
-    tuning: dict[str, Any]
+    stage: str
+    settings: dict[str, Any]
 
     @property
     def name(self) -> str:
         return f"{self.trainers}+{self.scorers}"
 
 
-CASES = (Case(1, 1, {"method": "lora", "rank": 4, "init": "pissa"}), Case(2, 2, {"method": "full"}))
+CASES = (
+    Case(1, 1, "grpo", {"responses_per_prompt": 4, "tuning": {"method": "lora", "rank": 4, "init": "pissa"}}),
+    Case(2, 2, "ppo", {"value_init": "reward", "value_learning_rate": 1e-3, "rollout": {"tensor_parallel": 2}}),
+)
 """One for each number of ranks that the groups with all models together have."""
 
 
 def _stage(case: Case, data: Path, *, apart: bool) -> Stage:
-    values: dict[str, Any] = {
-        "tuning": case.tuning,
+    values = policy_values(data) | {
         "rewards": [{}, {"function": f"{data / 'reward.py'}:reward", "weight": 0.5}],
-        "value_init": "reward",
         "iterations": 2,
-        "value_warmup": 0,
         "epochs": 1,
         "workers": {"count": case.trainers + (case.scorers if apart else 0)},
     }
     if apart:
         # Parts of three, three and two responses.
         values |= {"placement": "apart", "scorers": case.scorers, "parts": 3}
-    settings = ppo_settings(data, **values)
-    return Stage(ppo.run, lambda _: settings, PPO_ROLES | {"policy": "policy", "reward": "reward"}, (), None, None)
+    run, kind = {"ppo": (ppo.run, PpoSettings), "grpo": (grpo.run, GrpoSettings)}[case.stage]
+    settings = kind.model_validate(values | case.settings)
+    return Stage(run, lambda _: settings, POLICY_ROLES | {"policy": "policy", "reward": "reward"}, (), None, None)
 
 
 def together(data: Path, folder: Path) -> dict[str, Any]:
-    """What PPO makes with all models on as many ranks as train in a case."""
+    """What a case's stage makes with all models on as many ranks as train in it."""
     (case,) = [case for case in CASES if case.trainers == group.world_size()]
     stage = _stage(case, data, apart=False)
-    return outcome(stage, attempt_of(context_of("ppo", stage, data, folder), folder, ()))
+    return outcome(stage, attempt_of(context_of(case.stage, stage, data, folder), folder, ()))
 
 
 def apart(number: int, case: Case, folder: Path) -> None:
@@ -65,11 +69,11 @@ def apart(number: int, case: Case, folder: Path) -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     stage = _stage(case, folder.parent, apart=True)
-    context = context_of("ppo", stage, folder.parent, folder)
+    context = context_of(case.stage, stage, folder.parent, folder)
     context = replace(context, output=folder / "output", attempt=folder / "attempt", attempts=(folder / "attempt",))
     if is_set_apart():
         assert number >= case.trainers
-        assert ppo.run(context) == {}
+        assert stage.run(context) == {}
         return
     found = outcome(stage, context)
     if group.is_main():

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.errors import DiskFullError, InterruptedRunError
 from rlhf.models import folders
 from rlhf.models.layout import is_adapter
 from rlhf.models.micro_batches import MicroBatch
 from rlhf.models.reward import FrozenReward
 from rlhf.rollout.sequences import lay_out
-from rlhf.stages import ppo, rm, sft
+from rlhf.stages import dpo, ppo, rm, sft
 from rlhf.tracking import read_metrics
 from rlhf.training import checkpoint_writer
 from rlhf.training.policy import FrozenPolicy
@@ -34,7 +34,7 @@ from rlhf.zero import group
 from tests import accelerator
 from tests.pipeline.helpers import until
 from tests.zero.groups import TIMEOUT_S
-from tests.zero.inputs import MICRO_BATCHES, STAGE_NAMES
+from tests.zero.inputs import MICRO_BATCHES, STAGE_NAMES, WITHOUT_COPIES
 
 DONE = "done"
 """The file of an attempt that has ended, for the other group."""
@@ -74,10 +74,16 @@ def _rm(_: Path) -> RmSettings:
     return RmSettings.model_validate(values | {"responses_per_list": 2, "optimizer": {"learning_rate": 1e-3}})
 
 
-def ppo_settings(data: Path, **more: Any) -> PpoSettings:
-    values: dict[str, Any] = {
+def _dpo(_: Path) -> DpoSettings:
+    # Eleven pairs; every weight is trained, so that no adapter holds the reference.
+    values = {"epochs": 2, "batch_size": 4, "micro_batch_size": 2, "max_length": 64, "checkpoint_every": 1}
+    return DpoSettings.model_validate(values | {"beta": 0.5, "optimizer": {"learning_rate": 1e-3}})
+
+
+def policy_values(data: Path) -> dict[str, Any]:
+    """Settings of a stage that updates a policy on its rewards."""
+    return {
         "rewards": [{"function": f"{data / 'reward.py'}:reward"}],
-        "value_init": "policy",
         "iterations": 5,
         "rollouts": 8,
         "minibatches": 2,
@@ -86,18 +92,20 @@ def ppo_settings(data: Path, **more: Any) -> PpoSettings:
         "kl": {"coef": 0.05, "target": 0.5, "horizon": 20},
         "ptx": {"coef": 0.5, "batch_size": 4, "max_length": 64},
         "average_decay": 0.8,
-        "value_warmup": 1,
         "warmup_fraction": 0.2,
         "policy_learning_rate": 1e-3,
-        "value_learning_rate": 1e-3,
         "max_prompt_length": 32,
         "micro_batch_size": 2,
         "checkpoint_every": 1,
     }
-    return PpoSettings.model_validate(values | more)
 
 
-PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
+def _ppo(data: Path, **more: Any) -> PpoSettings:
+    values = {"value_init": "policy", "value_warmup": 1, "value_learning_rate": 1e-3}
+    return PpoSettings.model_validate(policy_values(data) | values | more)
+
+
+POLICY_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
 
 PROMPTS, RESPONSES = ["a film", "the"], ["a joy", "dull , dull"]
 METHODS: dict[str, Any] = {
@@ -117,20 +125,22 @@ STAGES = {
         4,
         1,
     ),
+    # Inside the second epoch, where the weights are far from the reference's.
+    "dpo": Stage(dpo.run, _dpo, {"policy": "tiny", "comparisons": "comparisons"}, (4,), None, None),
     # While the value model alone is trained; then with everything.
-    "ppo": Stage(ppo.run, ppo_settings, PPO_ROLES, (), 4, 1),
+    "ppo": Stage(ppo.run, _ppo, POLICY_ROLES, (), 4, 1),
     # When both models have taken steps.
     "ppo with adapters": Stage(
         ppo.run,
-        lambda data: ppo_settings(data, tuning={"method": "lora", "rank": 4}, iterations=4, epochs=1),
-        PPO_ROLES,
+        lambda data: _ppo(data, tuning={"method": "lora", "rank": 4}, iterations=4, epochs=1),
+        POLICY_ROLES,
         (2,),
         None,
         None,
     ),
     "ppo with one base": Stage(
         ppo.run,
-        lambda data: ppo_settings(
+        lambda data: _ppo(
             data,
             share_base=True,
             packing=True,
@@ -140,7 +150,7 @@ STAGES = {
             iterations=4,
             epochs=1,
         ),
-        PPO_ROLES | {"policy": "policy", "reward": "reward"},
+        POLICY_ROLES | {"policy": "policy", "reward": "reward"},
         (2,),
         None,
         None,
@@ -154,7 +164,10 @@ def first_iterations(data: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for size, settings in MICRO_BATCHES.items():
         once = {"iterations": 1, "value_warmup": 0, "warmup_fraction": 0.0} | settings
-        stage = replace(STAGES["ppo"], settings=partial(ppo_settings, **once))
+        if group.world_size() > 1 and size in WITHOUT_COPIES:
+            once["rollout"] = {"tensor_parallel": WITHOUT_COPIES[size]}
+            once["workers"] = {"count": 2}
+        stage = replace(STAGES["ppo"], settings=partial(_ppo, **once))
         found[size] = outcome(stage, attempt_of(context_of("ppo", stage, data, folder), folder / size, ()))
     return found
 

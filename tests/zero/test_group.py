@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.config.stages import SftSettings
+from rlhf.pipeline.memory import Sharding
 from rlhf.training import checkpoint_writer
 from tests.zero.checks import COUNTS, FORMS, TIME, rows_of
 from tests.zero.conftest import Results
@@ -102,7 +104,7 @@ def test_an_engine_goes_on_with_what_another_number_of_ranks_saved(results: Resu
 
 def test_one_rank_s_nan_stops_every_rank_before_the_step(results: Results) -> None:
     """A rank that went on alone would wait for the others for ever."""
-    for ranks in results.values():
+    for ranks in (results[1], results[2]):
         for found in ranks:
             assert "not a finite number" in found["not_a_number"]["error"]
         assert_same_weights(ranks[0]["not_a_number"]["before"], ranks[0]["not_a_number"]["after"])
@@ -111,7 +113,7 @@ def test_one_rank_s_nan_stops_every_rank_before_the_step(results: Results) -> No
 def test_the_two_newest_checkpoints_are_kept_and_what_was_cut_off_is_swept(results: Results) -> None:
     """Of four, the second cut off; an earlier attempt's are not touched, for somebody may still write there."""
     left = ["checkpoints/checkpoint-3", "checkpoints/checkpoint-4", "earlier/checkpoints/checkpoint-1"]
-    for ranks in results.values():
+    for ranks in (results[1], results[2]):
         for found in ranks:
             assert found["checkpointing"]["left"] == left
 
@@ -120,7 +122,7 @@ def test_there_is_a_complete_checkpoint_at_every_moment_since_the_first(results:
     """An earlier attempt's until this attempt has one, though a newer one was begun and cut off."""
     earlier = "earlier/checkpoints/checkpoint-1"
     newest = [earlier, earlier, "checkpoints/checkpoint-3", "checkpoints/checkpoint-4"]
-    for ranks in results.values():
+    for ranks in (results[1], results[2]):
         for found in ranks:
             assert found["checkpointing"]["newest"] == newest
 
@@ -169,6 +171,7 @@ def test_two_ranks_learn_from_the_rows_that_one_learns_from(results: Results, st
 def test_ppo_s_first_iteration_is_the_same_however_it_is_split(results: Results) -> None:
     """The same rollouts to the last token, and updates within 1e-4, for any micro batch, on one rank and two.
 
+    Of the two some sample from one copy that they hold together, and from none.
     The first ratio is 1 but for rounding.
     """
     found = [results[size][0]["first_iterations"][micro] for size in (1, 2) for micro in MICRO_BATCHES]
@@ -181,7 +184,8 @@ def test_ppo_s_first_iteration_is_the_same_however_it_is_split(results: Results)
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_models_on_ranks_of_their_own_score_what_those_beside_the_policy_do(results: Results, size: int) -> None:
-    """With one rank that scores, and with two that shard the models: the same samples, metrics, and updated weights.
+    """In grpo with one rank that scores, and in ppo with two that shard the models while two hold a copy to sample from
+    together: the same samples, metrics, and updated weights.
 
     Scores and the reference's log-probabilities are computed in other micro batches, so that they differ by rounding.
     """
@@ -244,7 +248,7 @@ def test_a_stage_goes_on_with_another_number_of_ranks(results: Results, stage: s
 @pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_the_last_step_is_not_saved(results: Results, stage: str) -> None:
     """The result is all that is left of it: the newest checkpoint is that of the step before."""
-    for found in (ranks[0][stage]["unbroken"] for ranks in results.values()):
+    for found in (ranks[0][stage]["unbroken"] for ranks in (results[1], results[2])):
         last = found["rows"][-1]["step"]
         assert found["newest"] == f"checkpoint-{last - 1}"
 
@@ -285,7 +289,7 @@ def test_the_resumed_ppo_has_state_to_lose(results: Results, name: str) -> None:
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_no_room_for_a_checkpoint_stops_every_rank_before_it_is_begun(results: Results, stage: str) -> None:
     """PPO's and TRL's alike, with the sizes, and with the last one to go on from."""
-    for ranks in results.values():
+    for ranks in (results[1], results[2]):
         for found in (rank[stage]["full"] for rank in ranks):
             step = int(found["newest"].removeprefix("checkpoint-")) + 1
             assert re.fullmatch(
@@ -297,7 +301,7 @@ def test_no_room_for_a_checkpoint_stops_every_rank_before_it_is_begun(results: R
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_a_stage_that_is_asked_to_stop_saves_the_step_and_says_which(results: Results, stage: str) -> None:
     """PPO's loop and TRL's alike, on every rank; that it goes on from there is part of the resumed runs above."""
-    for ranks in results.values():
+    for ranks in (results[1], results[2]):
         for found in (rank[stage]["asked"] for rank in ranks):
             step = int(found["newest"].removeprefix("checkpoint-"))
             assert found["what"] == f"interrupted; saved at step {step}"
@@ -332,8 +336,30 @@ def test_a_refreshed_replica_samples_as_the_exported_model_does(results: Results
     """With the trained weights, an adapter beside its base, and no longer as the model that training began with."""
     for found in results[size]:
         tokens = found["replica"][form]
-        assert torch.equal(tokens["refreshed"], tokens["exported"])
-        assert not torch.equal(tokens["refreshed"], tokens["before"])
+        assert torch.equal(tokens["refreshed"]["copied"].ids, tokens["exported"])
+        assert not torch.equal(tokens["refreshed"]["copied"].ids, tokens["before"]["copied"].ids)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sampler", ["split", "gathered"])
+def test_without_a_whole_copy_the_same_tokens_are_sampled(results: Results, sampler: str, form: str, size: int) -> None:
+    """From a copy that the ranks hold together, and from the sharded policy; before and after it was trained."""
+    for found in results[size]:
+        for when in ("before", "refreshed"):
+            ours, copied = (found["replica"][form][when][name] for name in (sampler, "copied"))
+            assert torch.equal(ours.ids, copied.ids)
+            torch.testing.assert_close(ours.logprobs, copied.logprobs, atol=1e-4, rtol=0)
+
+
+def test_a_copy_is_not_held_by_ranks_of_two_nodes(results: Results) -> None:
+    """The error names what divides the ranks of each node; one rank samples from its own weights."""
+    assert [found["nodes"] for found in results[1]] == ["1"]
+    for found in results[2]:
+        assert found["nodes"] == (
+            "2 ranks of a node are to hold a copy of the policy together, and 1 is the most that divides the ranks of "
+            "every node"
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -405,3 +431,37 @@ def test_a_resumed_stage_equals_an_unbroken_one_whatever_is_sharded(results: Res
     by_variant = results[2][0]["memory"][stage]
     assert_same_weights(by_variant[f"{variant}, resumed"]["weights"], by_variant[variant]["weights"])
     assert by_variant[f"{variant}, resumed"]["rows"] == by_variant[variant]["rows"]
+
+
+def test_ranks_that_keep_weights_twice_take_the_steps_of_those_that_do_not(results: Results) -> None:
+    """Bit for bit, though most weights come from the ranks of the same node alone."""
+    plain, nodes = (results[4][0]["across_nodes"][name] for name in ("plain", "nodes"))
+    assert_same_weights(plain["weights"], nodes["weights"])
+    assert plain["norms"] == nodes["norms"]
+    # The first step needs none but its own node's, for the weights were read with all ranks.
+    steps, whole = 3, sum(weight.numel() for weight in plain["weights"].values())
+    assert nodes["gathers"][4] == (steps - 1) * whole
+    assert plain["gathers"] == {4: nodes["gathers"][4] + nodes["gathers"][2]}
+    assert_same_weights(plain["saved"], nodes["saved"])
+
+
+def test_the_second_copy_takes_the_memory_that_is_predicted(results: Results) -> None:
+    """A quarter of the weights on each of four ranks, and with two nodes a half more; beside what fills weights up."""
+    for name, partition in (("plain", 1), ("nodes", 2)):
+        zero, workers = {"secondary_partition": partition}, {"count": 4}
+        predicted = Sharding.of(SftSettings.model_validate({"zero": zero, "workers": workers})).held
+        assert [ranks["across_nodes"][name]["held"] for ranks in results[4]] == pytest.approx([predicted] * 4, rel=1e-3)
+
+
+def test_ranks_that_keep_weights_twice_go_on_from_one_rank_s_checkpoint(results: Results) -> None:
+    """With the weights that were loaded, on the node too."""
+    ours, others = results[4][0]["across_nodes"]["continued"], results[1][0]["resume"]["full"]["unbroken"]
+    assert_same_weights(ours["weights"], others, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("stage", MEMORY_STAGES)
+def test_a_stage_on_nodes_learns_what_one_rank_learns(results: Results, stage: str) -> None:
+    """After a kill, too, of rm and ppo; and most weights come from the node."""
+    single, four = results[1][0]["memory"][stage]["stage 3"], results[4][0]["on_nodes"][stage]
+    assert_same_weights(single["weights"], four["weights"], tolerance=1e-5)
+    assert four["gathers"][2] >= four["gathers"][4] > 0

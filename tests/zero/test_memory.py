@@ -17,13 +17,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
-from rlhf.config.stages import RmSettings, SftSettings
+from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning, Tuning
 from rlhf.config.zero import ZeroSettings
 from rlhf.models import tuning
 from rlhf.models.heads import TokenLogprobs
 from rlhf.models.micro_batches import MicroBatch
-from rlhf.stages import rm, sft
+from rlhf.stages import dpo, rm, sft
 from rlhf.tracking import read_metrics
 from rlhf.zero.engine import Engine, sharded_loading, whole_weights
 from tests import accelerator
@@ -180,7 +180,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("stage", "tokens"), [("sft", 110), ("sft, packed", 150), ("rm", 110)])
+@pytest.mark.parametrize(("stage", "tokens"), [("sft", 110), ("sft, packed", 150), ("rm", 110), ("dpo", 130)])
 def test_trainers_make_one_update_of_micro_batches_of_any_size(
     tiny: Path, data: Path, tmp_path: Path, stage: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,16 +189,16 @@ def test_trainers_make_one_update_of_micro_batches_of_any_size(
     """
     values: dict[str, Any] = {"batch_size": 4, "max_length": 48, "epochs": 1}
     values |= {"optimizer": {"learning_rate": 1e-3, "max_grad_norm": 0.1}}
-    values |= {} if stage == "rm" else {"packing": stage == "sft, packed"}
+    values |= {"packing": stage == "sft, packed"} if "sft" in stage else {}
     results: list[tuple[dict[str, Tensor], list[Any]]] = []
     sizes: list[list[int]] = []
     monkeypatch.setattr(MicroBatch, "cut", counting(MicroBatch.cut, sizes))
     for micro in ({"micro_batch_size": 1}, {"micro_batch_size": 4}, {"micro_batch_tokens": tokens}):
         folder = tmp_path / "-".join(map(str, *micro.items()))
         (folder / "out").mkdir(parents=True)
-        kind, run = (RmSettings, rm.run) if stage == "rm" else (SftSettings, sft.run)
+        kind, run = {"rm": (RmSettings, rm.run), "dpo": (DpoSettings, dpo.run)}.get(stage, (SftSettings, sft.run))
         settings: Any = kind.model_validate(values | micro)
-        inputs = {role: data / role for role in ("demonstrations", "comparisons")} | {"base": tiny}
+        inputs = {role: data / role for role in ("demonstrations", "comparisons")} | {"base": tiny, "policy": tiny}
         tracking = {"mode": "disabled"}
         accelerator.forget()
         run(Context("s", "0" * 64, settings, inputs, folder / "out", folder, folder, (folder,), tracking))

@@ -1,0 +1,82 @@
+"""Direct preference optimisation: Rafailov et al. 2023 (arXiv:2305.18290), eq. 7.
+
+In: a policy, ranked comparison sets with strengths.  Out: the tuned policy.
+No reward model is trained, and nothing is sampled. Of a pair of responses to prompt x,
+
+    loss = -log σ( r(chosen) - r(rejected) ),   r(y) = β log( π(y | x) / π_initial(y | x) )
+
+with the sum over a response's tokens, EOS included. docs/dpo.md has the other losses, soft labels and the offset.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from rlhf.attempt.context import Context
+from rlhf.config.stages import DpoSettings
+from rlhf.data.records import read_rows
+from rlhf.models import kernels
+from rlhf.models.folders import loading_options
+from rlhf.models.templates import Tokenizer
+from rlhf.models.text import load_tokenizer, prompt_ids, response_ids
+from rlhf.models.tuning import prepared
+from rlhf.ranking.lists import Pair, by_share, by_strength, draw_pairs
+from rlhf.training import loading, trl_trainers
+from rlhf.zero.engine import DTYPES
+
+
+def run(context: Context[DpoSettings]) -> dict[str, float]:
+    """Tune the policy; final metrics: ``eval/accuracy`` and ``eval/margin`` of held-out pairs, and ``pairs``."""
+    context = loading.with_micro_batch(context)
+    settings, given, comparisons = context.settings, context.inputs["policy"], context.inputs["comparisons"]
+    base = loading.plain_folder(given, context.folder.policy, settings.precision, scores=False)
+    tokenizer = load_tokenizer(base)
+
+    def load() -> Any:
+        kernels.fuse(base)
+        model = AutoModelForCausalLM.from_pretrained(
+            base, **loading_options(settings.tuning, DTYPES[settings.precision])
+        )
+        return prepared(model, settings.tuning, given, scores=False, seed=settings.seed)
+
+    train, heldout = (read_rows(comparisons / f"{part}.jsonl") for part in ("train", "heldout"))
+    rows = training_rows(settings, train, tokenizer)
+    unseen, _ = draw_pairs(heldout, settings.pairs_per_response, settings.seed)
+    trainer = trl_trainers.dpo_trainer(
+        context, load, tokenizer, Dataset.from_list(rows), Dataset.from_list(tokenised(heldout, unseen, tokenizer))
+    )
+    trl_trainers.train(trainer, context)
+    margins = trainer.heldout_margins()
+    trl_trainers.export(trainer, base, context, scores=False)
+    accuracy = (margins > 0).double().mean() + (margins == 0).double().mean() / 2
+    return {"eval/accuracy": accuracy.item(), "eval/margin": margins.mean().item(), "pairs": float(len(rows))}
+
+
+def training_rows(settings: DpoSettings, sets: Sequence[Any], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return tokenised pairs with their offset and the probability that the chosen response is preferred."""
+    pairs, _ = draw_pairs(sets, settings.pairs_per_response, settings.seed)
+    rows = tokenised(sets, pairs, tokenizer)
+    preferred = {"strengths": by_strength, "share": by_share}.get(settings.labels, lambda _: None)(sets)
+    smoothing = settings.label_smoothing if settings.loss == "sigmoid" else 0.0
+    for pair, row in zip(pairs, rows, strict=True):
+        stronger, weaker = (sets[place.set]["strengths"][place.response] for place in pair)
+        share = 1.0 if preferred is None else float(preferred(pair)[0, 1])
+        row["offset"] = settings.margin * (stronger - weaker)
+        row["preference"] = share * (1 - smoothing) + (1 - share) * smoothing
+    known = [row for row in rows if not np.isnan(row["preference"])]
+    return [row | {"number": number} for number, row in enumerate(known)]
+
+
+def tokenised(sets: Sequence[Any], pairs: Sequence[Pair], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return the token ids of pairs: what the policy reads, and what it would have to write, EOS included."""
+    return [
+        {
+            "prompt_ids": prompt_ids(tokenizer, sets[chosen.set]["prompt"]),
+            "chosen_ids": response_ids(tokenizer, sets[chosen.set]["responses"][chosen.response]),
+            "rejected_ids": response_ids(tokenizer, sets[rejected.set]["responses"][rejected.response]),
+        }
+        for chosen, rejected in pairs
+    ]
