@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from rlhf.config.tuning import LoraTuning
 from tests.models.tiny import SHAPE, make_tiny_adapter, make_tiny_llama
 from tests.zero.groups import ENVIRON, ROOT, TIMEOUT_S, run_groups
-from tests.zero.inputs import ANSWER_TOKENS, SIZES, write_inputs
-from tests.zero.placement import CASES
+from tests.zero.inputs import ANSWER_TOKENS, CASES, SIZES, write_inputs
 
 Results = dict[int, list[dict[str, Any]]]
 Grid = dict[int, dict[tuple[str, str], dict[str, Any]]]

@@ -1,6 +1,6 @@
 """Stages with the models that never learn on ranks of their own, and with all models together: the same in both."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,8 @@ from rlhf.stages import grpo, ppo
 from rlhf.tracking import read_metrics
 from rlhf.zero import group
 from rlhf.zero.apart import is_set_apart
+from tests.zero.inputs import CASES, Case
 from tests.zero.resuming import POLICY_ROLES, Stage, attempt_of, context_of, outcome, policy_values
-
-
-@dataclass(frozen=True)
-class Case:
-    """A number of ranks that train, of ranks that score, and what they do."""
-
-    trainers: int
-    scorers: int
-    stage: str
-    settings: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.trainers}+{self.scorers}"
-
-
-CASES = (
-    Case(1, 1, "grpo", {"responses_per_prompt": 4, "tuning": {"method": "lora", "rank": 4, "init": "pissa"}}),
-    Case(2, 2, "ppo", {"value_init": "reward", "value_learning_rate": 1e-3, "rollout": {"tensor_parallel": 2}}),
-)
-"""One for each number of ranks that the groups with all models together have."""
 
 
 def _stage(case: Case, data: Path, *, apart: bool) -> Stage:
