@@ -1,4 +1,4 @@
-"""A stage in this process, as its only rank, on models of random weights and random words: what benchmarks share."""
+"""A stage in this process, or on the ranks of a group, on models of random weights and random words."""
 
 import argparse
 import copy
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from benchmarks.limits import SHAPES, described, nominal
@@ -31,6 +32,7 @@ from rlhf.rl.masks import response_mask
 from rlhf.rollout.sampling import Responses
 from rlhf.rollout.vllm_sampling import VllmSampler
 from rlhf.training.limits import Ceilings
+from rlhf.zero import group
 
 NORMALISER = {"score_mean": 0.0, "score_std": 1.0, "sees": "conversation", "score_max_length": 512}
 FLOOR = 1 / 16
@@ -41,17 +43,47 @@ S = TypeVar("S", bound=Settings)
 @contextmanager
 def alone(scratch: str | None = None) -> Generator[Path]:
     """Make this process a group of one rank, set up as a worker is; yield a folder that is removed afterwards."""
+    with TemporaryDirectory(dir=scratch) as folder, _joined(0, 1, _free_port(), Path(folder)):
+        yield Path(folder)
+
+
+def in_group(given: argparse.Namespace, act: Callable[[argparse.Namespace, Path], None]) -> None:
+    """Run ``act(given, folder)`` on each of ``given.ranks`` ranks of a group on this machine, one on each GPU.
+
+    act     a function of a module; one rank is this process
+    folder  the same for all, and removed afterwards
+    """
+    with TemporaryDirectory(dir=given.scratch) as folder:
+        arguments = given.ranks, _free_port(), Path(folder), given, act
+        if given.ranks == 1:
+            _act_as_rank(0, *arguments)
+        else:
+            spawn(_act_as_rank, arguments, nprocs=given.ranks)
+
+
+def _act_as_rank(number: int, ranks: int, port: int, folder: Path, given: argparse.Namespace, act: Any) -> None:
+    with _joined(number, ranks, port, folder):
+        act(given, folder)
+
+
+@contextmanager
+def _joined(number: int, ranks: int, port: int, folder: Path) -> Generator[None]:
+    known = {"RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    known |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), ranks)
+    os.environ |= {name: str(value) for name, value in known.items()}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number)
+    prepare_deepspeed(Call("", context_of("", Settings(), {}, folder), gpu=torch.cuda.is_available()))
+    # As a worker: DeepSpeed collects garbage again and again.
+    gc.freeze()
+    yield
+    dist.destroy_process_group()
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | meeting
-    with TemporaryDirectory(dir=scratch) as folder:
-        prepare_deepspeed(Call("", context_of("", Settings(), {}, Path(folder)), gpu=torch.cuda.is_available()))
-        # As a worker: DeepSpeed collects garbage again and again.
-        gc.freeze()
-        yield Path(folder)
-    dist.destroy_process_group()
+        return free.getsockname()[1]
 
 
 def context_of(stage: str, settings: S, inputs: Mapping[str, Path], folder: Path) -> Context[S]:
@@ -264,7 +296,8 @@ def in_words(memory: Mapping[str, float]) -> str:
 
 @contextmanager
 def announced(what: str) -> Generator[None]:
-    """Print how many seconds something took."""
+    """Print how many seconds something took, on a group's first rank."""
     start = time.perf_counter()
     yield
-    print(f"{what} {time.perf_counter() - start:.1f} s", flush=True)
+    if group.is_main():
+        print(f"{what} {time.perf_counter() - start:.1f} s", flush=True)

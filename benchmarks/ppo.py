@@ -1,9 +1,10 @@
 """One iteration of PPO, or GRPO, beside the hardware's limit: ``python -m benchmarks.ppo [--shape tiny|135m|1b] …``.
 
-The stage ppo (or ``--stage grpo``) runs through its own code, as the only rank, in this process, on Llamas of random
-weights; the reward model has the policy's shape. Of the iterations the first is not counted; of the others the tables
-have the median and the range. Rollout, score and train are the stage's own ``time/…_s``; other is the rest of the
-iteration. What the limit counts is in :mod:`rlhf.training.limits`.
+The stage ppo (or ``--stage grpo``) runs through its own code, on Llamas of random weights, in this process as the only
+rank, or on ``--ranks`` GPUs of this machine, whose limit is that of each rank's share; the reward model has the
+policy's shape. Of the iterations the first is not counted; of the others the tables have the median and the range.
+Rollout, score and train are the stage's own ``time/…_s``; other is the rest of the iteration. What the limit counts is
+in :mod:`rlhf.training.limits`.
 
 8b is one base with LoRA adapters (``share_base``). Prompts all have ``--prompt`` tokens. Responses have the length
 ``--response``, or with ``--lengths spread`` lengths from 32 to twice that. Random weights would end them anywhere:
@@ -21,13 +22,13 @@ from benchmarks.limits import SHAPES, row_of, rows_of, table
 from benchmarks.one_rank import (
     NORMALISER,
     add_engine,
-    alone,
     announced,
     context_of,
     drawn_lengths,
     fill_in,
     force_lengths,
     free_memory,
+    in_group,
     in_words,
     largest,
     longest,
@@ -95,6 +96,7 @@ def settings_of(given: argparse.Namespace, response: int) -> PpoSettings | GrpoS
             "rollout": {"engine": given.engine},
             "max_prompt_length": given.prompt,
             "activation_checkpointing": given.activation_checkpointing,
+            "workers": {"count": given.ranks},
             # No watched prompts: their answers' lengths are not drawn.
             "samples_kept": 0,
             # Small, so that the weights stay as good as random.
@@ -111,7 +113,9 @@ def loaded(context: Context[Any]) -> tuple[tuple[Any, ...], Callable[..., None]]
 
 
 def measured_iterations(context: Context[PolicyGradientSettings], lengths: Sequence[int]) -> list[dict[str, float]]:
-    """Run the stage's iterations; return the metrics of all but the first, with ``time/all_s``."""
+    """Run the stage's iterations; on the first rank return the metrics of all but the
+    first, with ``time/all_s``.
+    """
     settings = context.settings
     with announced("models loaded in"):
         models, iterate = loaded(context)
@@ -125,7 +129,10 @@ def measured_iterations(context: Context[PolicyGradientSettings], lengths: Seque
         iterate(iteration, settings, models, prompts, None, kl, journal)
         synchronise(group.device())
         times.append(time.perf_counter() - start)
-        print(f"iteration {iteration + 1}/{settings.iterations}: {times[-1]:.2f} s", flush=True)
+        if group.is_main():
+            print(f"iteration {iteration + 1}/{settings.iterations}: {times[-1]:.2f} s", flush=True)
+    if not group.is_main():
+        return []
     rows = read_metrics(context.folder.metrics)
     return [row | {"time/all_s": seconds} for row, seconds in zip(rows, times, strict=True)][1:]
 
@@ -147,7 +154,7 @@ def compared(
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     sizes = {"rollouts": None, "prompt": None, "response": None, "epochs": 1, "minibatches": 1, "iterations": 4}
-    made = parser(__doc__, **sizes, micro_batch=None, micro_batch_tokens=None)
+    made = parser(__doc__, **sizes, ranks=1, micro_batch=None, micro_batch_tokens=None)
     add_engine(made)
     made.add_argument("--stage", choices=tuple(SETTINGS), default="ppo", help="8b: ppo, and nothing else")
     made.add_argument("--lengths", choices=("uniform", "spread"), default="uniform", help="of responses")
@@ -161,33 +168,38 @@ def arguments() -> argparse.Namespace:
     if given.iterations < 2:
         made.error("--iterations must be 2 or more: the first is not counted")
     fill_in(given, rollouts=16, prompt=64, response=64)
+    if given.rollouts % given.ranks:
+        made.error("--ranks must divide --rollouts")
     return given
 
 
-def main() -> None:
-    """Print the tables."""
-    given = arguments()
+def measure(given: argparse.Namespace, folder: Path) -> None:
+    """Print the tables, as the first rank of a group or one of the others, which print nothing."""
     response = longest(given.lengths, given.response)
     lengths = drawn_lengths(given.lengths, given.response, given.rollouts)
-    with alone(given.scratch) as folder:
-        settings = settings_of(given, response)
-        context = group.computable(context_of(given.stage, settings, {}, folder))
-        measured = ceilings(context.settings.precision, group.device())
-        with announced("models made in"):
-            inputs = saved_inputs(given, folder, response)
-        free_memory()
-        context = with_micro_batch(context_of(given.stage, context.settings, inputs, folder))
-        models = architectures(inputs)
-        assert models is not None
-        rows = measured_iterations(context, lengths)
-    parts = IterationModels.of(context.settings, models).parts(context.settings, [given.prompt] * len(lengths), lengths)
+    mine = [lengths[row] for row in group.my_rows(given.rollouts).tolist()]
+    settings = settings_of(given, response)
+    context = group.computable(context_of(given.stage, settings, {}, folder))
+    measured = ceilings(context.settings.precision, group.device())
+    with announced("models made in"):
+        inputs = group.from_main(lambda: saved_inputs(given, folder, response))
+    free_memory()
+    context = with_micro_batch(context_of(given.stage, context.settings, inputs, folder))
+    models = architectures(inputs)
+    assert models is not None
+    rows = measured_iterations(context, lengths)
+    if not group.is_main():
+        return
+    limit = IterationModels.of(context.settings, models)
+    parts = limit.parts(context.settings, [given.prompt] * len(mine), mine, given.ranks)
     counted = rows_of([part for name in TIMED for part in parts[name]], measured)
     times, memory = compared(rows, parts, measured), largest(rows)
     rates = {name: sum(lengths) / median(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "all")}
     lines = [
         f"{sizes(given, context.settings.precision, lengths)}, {given.method}, {given.epochs} x {given.minibatches} "
         f"updates, micro_batch_size {context.settings.micro_batch}, "
-        f"{'packed' if context.settings.packing else 'padded'}, sampled by {given.engine}; {len(rows)} iterations",
+        f"{'packed' if context.settings.packing else 'padded'}, sampled by {given.engine}; ranks {given.ranks}; "
+        f"{len(rows)} iterations",
         table(times),
         f"response tokens/s: {rates['all']:.4g} over the iteration, {rates['rollout']:.4g} over the rollout"
         + in_words(memory),
@@ -196,6 +208,11 @@ def main() -> None:
     figures = {"precision": context.settings.precision, "parts": times, "limit": counted, "tokens_per_s": rates}
     figures |= {"memory": memory, "lengths": lengths, "iterations": rows}
     publish(given, measured, "\n\n".join(lines), figures)
+
+
+def main() -> None:
+    """Start the ranks."""
+    in_group(arguments(), measure)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,13 @@ first is not counted; the others' medians are shown.
 """
 
 import argparse
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from benchmarks.limits import SHAPES
 from benchmarks.one_rank import (
@@ -28,12 +23,11 @@ from benchmarks.one_rank import (
     fill_in,
     force_lengths,
     free_memory,
+    in_group,
     parser,
     save_model,
     write_prompts,
 )
-from rlhf.cluster.worker import Call, prepare_deepspeed
-from rlhf.config.base import Settings
 from rlhf.config.ppo import PpoSettings
 from rlhf.models import folders
 from rlhf.models.heads import TokenLogprobs
@@ -90,16 +84,9 @@ def timed(act: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def be_rank(number: int, given: argparse.Namespace, folder: Path, port: int) -> None:
-    """Be a rank, set up as a worker is; the first prints the table."""
-    known = {"RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    known |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), given.ranks)
-    os.environ |= {name: str(value) for name, value in known.items()}
-    if torch.cuda.is_available():
-        torch.cuda.set_device(number)
-    own = folder / str(number)
-    prepare_deepspeed(Call("", context_of("", Settings(), {}, own), gpu=torch.cuda.is_available()))
-    precision = group.computable(context_of("rollout", PpoSettings(precision=given.precision), {}, own))
+def measure(given: argparse.Namespace, folder: Path) -> None:
+    """Measure each way in turn, as a rank; the first prints the table."""
+    precision = group.computable(context_of("rollout", PpoSettings(precision=given.precision), {}, folder))
     shape = SHAPES[given.shape]
     if group.is_main():
         with announced("model made in"):
@@ -112,7 +99,6 @@ def be_rank(number: int, given: argparse.Namespace, folder: Path, port: int) -> 
         print(f"\n{given.shape}, {precision.settings.precision}, {sizes}; torch {torch.__version__}\n")
         for row in (COLUMNS, *rows):
             print("".join(f"{cell!s:>17}" for cell in row), flush=True)
-    dist.destroy_process_group()
 
 
 def kind(word: str) -> Together:
@@ -126,11 +112,7 @@ def main() -> None:
     made.add_argument("--tensor-parallel", type=kind, nargs="+", default=[1, 2], metavar="N|gathered")
     given = made.parse_args()
     fill_in(given, rollouts=16, prompt=64, response=64)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with TemporaryDirectory(dir=given.scratch) as folder:
-        spawn(be_rank, (given, Path(folder), port), nprocs=given.ranks)
+    in_group(given, measure)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,22 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 VIRTUAL = ("prompt", "p-tuning", "prefix", "p-tuning-v2")
 LEARNING_RATE = 1e-2
+NAMES = ("sft", "rm", "ppo")
+
+
+def cells(size: int) -> list[tuple[str, str]]:
+    """Stages and methods that a group of so many ranks runs.
+
+    Two ranks run each method in one of the stages, in turn, and the two that most people use in all.
+    """
+    return [
+        (name, method)
+        for number, method in enumerate(METHODS)
+        for place, name in enumerate(NAMES)
+        if size == 1 or method in ("full", "lora") or number % len(NAMES) == place
+    ]
+
+
 _SUPERVISED = {
     "epochs": 2,
     "batch_size": 8,
@@ -164,18 +180,16 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     meeting = f"file://{folder / 'meeting'}"
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=meeting, rank=rank, world_size=world_size)
-    cells: dict[tuple[str, str], dict[str, Any]] = {}
-    for label, method in METHODS.items():
-        results: dict[str, Path] = {}
-        for name in SHORT:
-            start = time.process_time()
-            cell = folder / f"{name}-{label}".replace(" ", "-")
-            cells[name, label] = run(name, method, folder.parent, cell)
-            results[name] = cells[name, label]["folder"]
-            if world_size == 1:
-                cells[name, label]["next"] = go_on(name, method, folder.parent, cell / "next", results)
-            # The machine may be busy with other things.
-            print(f"{name}, {label}: {time.process_time() - start:.1f} s of this process", flush=True)
+    done: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, label in cells(world_size):
+        start, method = time.process_time(), METHODS[label]
+        cell = folder / f"{name}-{label}".replace(" ", "-")
+        done[name, label] = run(name, method, folder.parent, cell)
+        if world_size == 1:
+            results = {stage: done[stage, label]["folder"] for stage in NAMES if (stage, label) in done}
+            done[name, label]["next"] = go_on(name, method, folder.parent, cell / "next", results)
+        # The machine may be busy with other things.
+        print(f"{name}, {label}: {time.process_time() - start:.1f} s of this process", flush=True)
     if group.is_main():
-        torch.save(cells, folder / "grid.pt")
+        torch.save(done, folder / "grid.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Every way of fine-tuning in every stage, on one rank and two: ``tests.zero.grid`` runs them."""
+"""Every way of fine-tuning in every stage on one rank, and in some on two: ``tests.zero.grid`` runs them."""
 
 import re
 from pathlib import Path
@@ -12,25 +12,18 @@ from torch import Tensor
 from rlhf.cli.main import main
 from rlhf.models.layout import is_adapter
 from tests.zero.conftest import Grid
-from tests.zero.grid import LEARNING_RATE, METHODS
+from tests.zero.grid import LEARNING_RATE, cells
 from tests.zero.inputs import PROMPT
 
 # The groups run while the first of these tests waits.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(660)]
 
-STAGES = ("sft", "rm", "ppo")
 WHOLE = ("full", "top", "bottom-frozen", "gradual", "transfer")
-cells = [
-    pytest.mark.parametrize("size", [1, 2]),
-    pytest.mark.parametrize("stage", STAGES),
-    pytest.mark.parametrize("method", METHODS),
-]
-
-
-def every_cell(test: Any) -> Any:
-    for mark in cells:
-        test = mark(test)
-    return test
+CELLS = [(size, stage, method) for size in (1, 2) for stage, method in cells(size)]
+every_cell = pytest.mark.parametrize(("size", "stage", "method"), CELLS)
+of_ppo = pytest.mark.parametrize(
+    ("size", "method"), [(size, method) for size, stage, method in CELLS if stage == "ppo"]
+)
 
 
 def trains(name: str, method: str, stage: str) -> bool:
@@ -88,8 +81,7 @@ def test_what_should_not_train_is_the_base_s_in_the_result(grid: Grid, method: s
         assert torch.equal(written[name], weight) != trains(name, method, stage), name
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize(("size", "stage"), [cell[:2] for cell in CELLS if cell[1] != "ppo" and cell[2] == "gradual"])
 def test_a_block_s_first_step_is_adam_s_first(grid: Grid, stage: str, size: int) -> None:
     """Its size is the learning rate times its share, 1/4: moments that other blocks' steps had aged give 0.74 of it."""
     cell = grid[size][stage, "gradual"]
@@ -113,17 +105,14 @@ def test_a_resumed_run_is_the_unbroken_one(grid: Grid, method: str, stage: str, 
     assert resumed["metrics"] == unbroken["metrics"]
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", ["sft", "rm"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("size", "stage", "method"), [cell for cell in CELLS if cell[1] != "ppo"])
 def test_the_loss_falls(grid: Grid, method: str, stage: str, size: int) -> None:
     """Of the same rows, all of them, after the first step."""
     first, second = grid[size][stage, method]["unbroken"]["rows"]
     assert second["loss"] < first["loss"]
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@of_ppo
 def test_ppo_begins_at_its_reference_and_moves(grid: Grid, method: str, size: int) -> None:
     """The KL is exactly 0 before the first update, adapters and virtual tokens included, and then it is not."""
     first, second = (row["objective/kl"] for row in grid[size]["ppo", method]["unbroken"]["rows"])
@@ -131,8 +120,7 @@ def test_ppo_begins_at_its_reference_and_moves(grid: Grid, method: str, size: in
     assert abs(second) > 1e-3
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@of_ppo
 def test_samples_come_from_the_policy_that_is_trained(grid: Grid, method: str, size: int) -> None:
     """After an update too: the sampler's log-probabilities are the training engine's but for rounding."""
     for row in grid[size]["ppo", method]["unbroken"]["rows"]:
@@ -155,8 +143,7 @@ def test_a_fresh_process_with_transformers_and_peft_alone_reads_the_trained_mode
         assert cell["answer"] == answer
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("stage", "method"), cells(1))
 def test_a_result_is_the_base_of_a_next_stage(grid: Grid, method: str, stage: str) -> None:
     """By the same method: virtual tokens go on, other adapters are folded in. The first loss is below that of the run
     before, but with a head that is drawn anew. PPO starts from ppo's policy and rm's reward model, at a KL of 0.
