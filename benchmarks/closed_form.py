@@ -68,13 +68,14 @@ def inputs(folder: Path, stage: str, engine: str) -> list[str]:
 
 def distance(pipeline: Pipeline, stage: str, case: Case, beta: float, sources: list[str]) -> float:
     """Train, and measure how far from the optimum."""
+    # Of those that do not run too: a reward that is not set is a stage that the file lacks.
+    rewards = [f"{name}.rewards={function('arms.py', case.reward.__name__)}" for name in LARGEST_DISTANCE]
     settings = [
-        f"rewards={function('arms.py', case.reward.__name__)}",
         f"sampling.max_new_tokens={case.limit}",
         f"kl.coef={beta}",
         *case.overrides,
     ]
-    overrides = [*sources, *(f"{stage}.{setting}" for setting in settings)]
+    overrides = [*sources, *rewards, *(f"{stage}.{setting}" for setting in settings)]
     reference, policy = pipeline.run(overrides, "model", stage)
     return distance_to_optimum(policy, reference, PROMPT, case.limit, case.reward, beta)
 

@@ -9,7 +9,6 @@ responses have one length. The first iteration is not counted; of the others the
 import argparse
 import multiprocessing
 import os
-import socket
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.one_rank import (
     context_of,
     fill_in,
     free_memory,
+    free_port,
     parser,
     publish,
     save_model,
@@ -94,13 +94,6 @@ def be_rank(names: dict[str, str], settings: PpoSettings, inputs: dict[str, Path
     rollout.uniforms = of_full_length
     ppo.run(group.computable(context))
     group.barrier()
-
-
-def free_port() -> int:
-    """Return a port that nothing listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def measured(settings: PpoSettings, inputs: dict[str, Path], folder: Path) -> list[dict[str, float]]:

@@ -3,36 +3,23 @@
 The stage rm runs through its own code, as the only rank, in this process, on a Llama of random weights, all of which
 train, and lists of ``--responses`` random responses of ``--response`` tokens to a prompt of ``--prompt`` tokens. What
 no flag names has the default of the settings file. A step lasts from one row of the metrics to the next; the first is
-not counted. The limit counts each prompt once; ``--apart`` reads it before each response.
+not counted. The limit counts each prompt once; tokens/s count it before each response, where ``--apart`` reads it.
 """
 
 import argparse
 import json
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
 import numpy as np
 
-from benchmarks.limits import SHAPES, Shape, row_of, rows_of, table
-from benchmarks.one_rank import (
-    alone,
-    announced,
-    context_of,
-    free_memory,
-    in_words,
-    largest,
-    parser,
-    publish,
-    save_model,
-    words,
-)
-from benchmarks.sft import steps_of
+from benchmarks import steps
+from benchmarks.limits import SHAPES
+from benchmarks.one_rank import parser, save_model, words
 from rlhf.config.stages import RmSettings
 from rlhf.models import shared_beginnings
 from rlhf.stages import rm
-from rlhf.training.limits import Part, Work, adamw, causal, ceilings, forward
-from rlhf.zero import group
+from rlhf.training.limits import causal, forward
 
 
 def arguments() -> argparse.Namespace:
@@ -45,24 +32,6 @@ def arguments() -> argparse.Namespace:
     given.prompt = given.prompt or (64 if given.shape == "tiny" else 256)
     given.response = given.response or (16 if given.shape == "tiny" else 64)
     return given
-
-
-def settings_of(given: argparse.Namespace) -> RmSettings:
-    """Return the stage's settings."""
-    flags = {
-        "batch_size": given.batch_size,
-        "micro_batch_size": given.micro_batch,
-        "micro_batch_tokens": given.micro_tokens,
-    }
-    return RmSettings.model_validate(
-        {name: value for name, value in flags.items() if value is not None}
-        | {
-            "precision": given.precision,
-            "max_length": given.prompt + given.response + 8,
-            "optimizer": {"learning_rate": 1e-5},
-            "checkpoint_every": 1_000_000,
-        }
-    )
 
 
 def write_comparisons(folder: Path, given: argparse.Namespace, vocabulary: int, lists: int) -> dict[str, Path]:
@@ -87,50 +56,34 @@ def write_comparisons(folder: Path, given: argparse.Namespace, vocabulary: int, 
     return {role: folder / role for role in ("comparisons", "demonstrations")}
 
 
-def limit_parts(shape: Shape, given: argparse.Namespace, settings: RmSettings) -> list[Part]:
-    """Return what a step must cost."""
-    tokens = given.prompt + given.responses * (given.response + 1)
-    pairs = causal([given.prompt]) + given.responses * (
-        causal([given.prompt + given.response + 1]) - causal([given.prompt])
-    )
-    work = forward(shape.sizes, settings.batch_size * tokens, 0, settings.batch_size * pairs)
-    return [
-        Part("forward and backward", [Work(3 * work.operations)]),
-        Part("AdamW", [adamw(shape.parameters, settings.precision)]),
-    ]
-
-
 def main() -> None:
     """Print the tables."""
     given = arguments()
     if given.apart:
         shared_beginnings.FEWEST = 10**9
-    shape, settings = SHAPES[given.shape], settings_of(given)
-    with alone(given.scratch) as folder:
-        settings = group.computable(context_of("rm", settings, {}, folder)).settings
-        measured = ceilings(settings.precision, group.device())
-        with announced("model and comparisons made in"):
-            inputs = {"base": save_model(shape.config(settings.max_length), folder / "base")}
-            inputs |= write_comparisons(folder / "rows", given, shape.vocabulary, given.steps * settings.batch_size)
-        free_memory()
-        context = context_of("rm", settings, inputs, folder)
-        with announced("the stage ran for"):
-            rm.run(context)
-        steps, chosen = steps_of(context.folder.metrics), context.folder.micro_batch.get()
-    parts = limit_parts(shape, given, settings)
-    row, counted = row_of("step", [step["s"] for step in steps], parts, measured), rows_of(parts, measured)
-    rate, memory = median(step["tokens"] / step["s"] for step in steps), largest(steps)
-    micro = f"micro_batch_size {chosen['size'] if chosen else settings.micro_batch}"
-    if settings.micro_batch_tokens is not None:
-        micro = f"micro_batch_tokens {settings.micro_batch_tokens}"
-    lines = [
-        f"{given.shape}, {settings.precision}, {settings.batch_size} lists of {given.responses} x ({given.prompt} + "
-        f"{given.response}) tokens, prompts {'apart' if given.apart else 'shared'}, {micro}; {len(steps)} steps of "
-        f"{mean(step['tokens'] for step in steps):.0f} tokens",
-        f"{table([row])}\n\n{table(counted)}",
-        f"tokens/s, prompts counted for each response: {rate:.4g}{in_words(memory)}",
-    ]
-    publish(given, measured, "\n\n".join(lines), {"step": row, "limit": counted, "tokens_per_s": rate, "steps": steps})
+    shape = SHAPES[given.shape]
+    settings = steps.settings_of(
+        RmSettings,
+        given,
+        micro_batch_tokens=given.micro_tokens,
+        max_length=given.prompt + given.response + 8,
+        optimizer={"learning_rate": 1e-5},
+    )
+
+    def make(folder: Path) -> dict[str, Path]:
+        base = save_model(shape.config(settings.max_length), folder / "base")
+        lists = given.steps * settings.batch_size
+        return {"base": base, **write_comparisons(folder / "rows", given, shape.vocabulary, lists)}
+
+    found = steps.measure("rm", rm.run, given, settings, make)
+    tokens, whole = given.prompt + given.responses * (given.response + 1), given.prompt + given.response + 1
+    pairs = causal([given.prompt]) + given.responses * (causal([whole]) - causal([given.prompt]))
+    work = forward(shape.sizes, settings.batch_size * tokens, 0, settings.batch_size * pairs)
+    batch = (
+        f"{settings.batch_size} lists of {given.responses} x ({given.prompt} + {given.response}) tokens, prompts "
+        f"{'apart' if given.apart else 'shared'}"
+    )
+    steps.report(given, found, steps.limit_parts(shape, found.settings, work.operations), batch)
 
 
 if __name__ == "__main__":

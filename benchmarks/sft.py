@@ -9,34 +9,17 @@ data set's averages are taken for every step.
 
 import argparse
 import json
-from collections.abc import Sequence
-from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
-from typing import Any
 
 import numpy as np
 
-from benchmarks.limits import SHAPES, Shape, row_of, rows_of, table
-from benchmarks.one_rank import (
-    alone,
-    announced,
-    context_of,
-    free_memory,
-    in_words,
-    largest,
-    parser,
-    publish,
-    save_model,
-    words,
-)
+from benchmarks import steps
+from benchmarks.limits import SHAPES
+from benchmarks.one_rank import parser, save_model, words
 from rlhf.config.stages import SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.stages import sft
-from rlhf.tracking import read_metrics
-from rlhf.training.limits import Part, Work, adamw, causal, ceilings, forward
-from rlhf.zero import group
+from rlhf.training.limits import causal, forward
 
 
 def write_demonstrations(folder: Path, vocabulary: int, length: int, tokens: int) -> list[tuple[int, int]]:
@@ -54,35 +37,6 @@ def write_demonstrations(folder: Path, vocabulary: int, length: int, tokens: int
     return sizes
 
 
-def limit_parts(shape: Shape, texts: Sequence[tuple[int, int]], tokens: float, settings: SftSettings) -> list[Part]:
-    """Return what a step of ``tokens`` tokens must cost."""
-    lengths = [prompt + completion for prompt, completion in texts]
-    language = forward(shape.sizes, sum(lengths), sum(completion for _, completion in texts), causal(lengths))
-    lora = isinstance(settings.tuning, LoraTuning)
-    trained = shape.adapter(settings.tuning.rank) if isinstance(settings.tuning, LoraTuning) else shape.parameters
-    operations = (2 if lora else 3) * language.operations * tokens / sum(lengths)
-    return [
-        Part("forward and backward", [Work(operations)]),
-        Part("AdamW", [adamw(trained, settings.precision)]),
-    ]
-
-
-def settings_of(given: argparse.Namespace) -> SftSettings:
-    """Return the stage's settings."""
-    flags = {"batch_size": given.batch_size, "micro_batch_size": given.micro_batch}
-    return SftSettings.model_validate(
-        {name: value for name, value in flags.items() if value is not None}
-        | {
-            "tuning": LoraTuning() if given.method == "lora" else FULL,
-            "precision": given.precision,
-            "max_length": given.length,
-            "optimizer": {"learning_rate": 1e-5},
-            "checkpoint_every": 1_000_000,
-            "activation_checkpointing": given.activation_checkpointing,
-        }
-    )
-
-
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     made = parser(__doc__, steps=6, length=None, batch_size=None, micro_batch=None)
@@ -94,51 +48,32 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def steps_of(metrics: Path) -> list[dict[str, Any]]:
-    """Return seconds, real tokens and memory of each step behind the first."""
-    rows = [row for row in read_metrics(metrics) if "num_tokens" in row]
-    return [
-        {
-            "s": (datetime.fromisoformat(row["time"]) - datetime.fromisoformat(before["time"])).total_seconds(),
-            "tokens": row["num_tokens"] - before["num_tokens"],
-        }
-        | {name: value for name, value in row.items() if name.startswith("memory/")}
-        for before, row in pairwise(rows)
-    ]
-
-
 def main() -> None:
     """Print the tables."""
     given = arguments()
-    shape, settings = SHAPES[given.shape], settings_of(given)
-    with alone(given.scratch) as folder:
-        settings = group.computable(context_of("sft", settings, {}, folder)).settings
-        measured = ceilings(settings.precision, group.device())
-        with announced("model and demonstrations made in"):
-            inputs = {
-                "base": save_model(shape.config(given.length), folder / "base"),
-                "demonstrations": folder / "rows",
-            }
-            tokens = given.steps * settings.batch_size * given.length
-            texts = write_demonstrations(inputs["demonstrations"], shape.vocabulary, given.length, tokens)
-        free_memory()
-        context = context_of("sft", settings, inputs, folder)
-        with announced("the stage ran for"):
-            sft.run(context)
-        steps, chosen = steps_of(context.folder.metrics), context.folder.micro_batch.get()
-    parts = limit_parts(shape, texts, mean(step["tokens"] for step in steps), settings)
-    row, counted = row_of("step", [step["s"] for step in steps], parts, measured), rows_of(parts, measured)
-    rate, memory = median(step["tokens"] / step["s"] for step in steps), largest(steps)
-    micro = chosen["size"] if chosen else settings.micro_batch
-    filled = mean(step["tokens"] for step in steps) / settings.batch_size / given.length
-    lines = [
-        f"{given.shape}, {given.method}, {settings.precision}, {settings.batch_size} packed rows of {given.length} "
-        f"tokens, {filled:.1%} filled, micro_batch_size {micro}; {len(steps)} steps",
-        f"{table([row])}\n\n{table(counted)}",
-        f"real tokens/s: {rate:.4g}{in_words(memory)}",
-    ]
-    figures = {"precision": settings.precision, "step": row, "limit": counted, "tokens_per_s": rate, "memory": memory}
-    publish(given, measured, "\n\n".join(lines), figures | {"steps": steps})
+    shape = SHAPES[given.shape]
+    settings = steps.settings_of(
+        SftSettings,
+        given,
+        tuning=LoraTuning() if given.method == "lora" else FULL,
+        max_length=given.length,
+        optimizer={"learning_rate": 1e-5},
+        activation_checkpointing=given.activation_checkpointing,
+    )
+    texts: list[tuple[int, int]] = []
+
+    def make(folder: Path) -> dict[str, Path]:
+        tokens = given.steps * settings.batch_size * given.length
+        texts.extend(write_demonstrations(folder / "rows", shape.vocabulary, given.length, tokens))
+        return {"base": save_model(shape.config(given.length), folder / "base"), "demonstrations": folder / "rows"}
+
+    found = steps.measure("sft", sft.run, given, settings, make)
+    lengths = [prompt + completion for prompt, completion in texts]
+    work = forward(shape.sizes, sum(lengths), sum(completion for _, completion in texts), causal(lengths))
+    operations = work.operations * found.tokens / sum(lengths)
+    filled = found.tokens / settings.batch_size / given.length
+    batch = f"{settings.batch_size} packed rows of {given.length} tokens, {filled:.1%} filled"
+    steps.report(given, found, steps.limit_parts(shape, found.settings, operations), batch)
 
 
 if __name__ == "__main__":

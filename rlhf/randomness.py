@@ -15,6 +15,7 @@ Domain = Literal[
     "bridges",
     "collected prompts",
     "demonstrations in PPO",
+    "further prompts",
     "learning order",
     "lists",
     "minibatches",

@@ -13,35 +13,21 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
 from rlhf.config.stages import DpoSettings
 from rlhf.data.records import read_rows
-from rlhf.models import kernels
-from rlhf.models.folders import loading_options
 from rlhf.models.templates import Tokenizer
-from rlhf.models.text import load_tokenizer, prompt_ids, response_ids
-from rlhf.models.tuning import prepared
+from rlhf.models.text import prompt_ids, response_ids
 from rlhf.ranking.lists import Pair, by_share, by_strength, draw_pairs
 from rlhf.training import loading, trl_trainers
-from rlhf.zero.engine import DTYPES
 
 
 def run(context: Context[DpoSettings]) -> dict[str, float]:
     """Tune the policy; final metrics: ``eval/accuracy`` and ``eval/margin`` of held-out pairs, and ``pairs``."""
     context = loading.with_micro_batch(context)
-    settings, given, comparisons = context.settings, context.inputs["policy"], context.inputs["comparisons"]
-    base = loading.plain_folder(given, context.folder.policy, settings.precision, scores=False)
-    tokenizer = load_tokenizer(base)
-
-    def load() -> Any:
-        kernels.fuse(base)
-        model = AutoModelForCausalLM.from_pretrained(
-            base, **loading_options(settings.tuning, DTYPES[settings.precision])
-        )
-        return prepared(model, settings.tuning, given, scores=False, seed=settings.seed)
-
+    settings, comparisons = context.settings, context.inputs["comparisons"]
+    base, tokenizer, load = loading.language_model(context, context.inputs["policy"])
     train, heldout = (read_rows(comparisons / f"{part}.jsonl") for part in ("train", "heldout"))
     rows = training_rows(settings, train, tokenizer)
     unseen, _ = draw_pairs(heldout, settings.pairs_per_response, settings.seed)

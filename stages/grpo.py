@@ -8,13 +8,21 @@ Log-probabilities and KL are in nats. docs/grpo.md has every equation, source, d
 rloo's settings have other defaults.
 """
 
-from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
 
 from rlhf.attempt.context import Context
 from rlhf.config.grpo import GrpoSettings
-from rlhf.rl.advantages import group_advantages, kl_penalised_rewards, shaped_scores, soft_overlong_penalty
+from rlhf.rl.advantages import (
+    equal_groups,
+    group_advantages,
+    kl_penalised_rewards,
+    shaped_scores,
+    soft_overlong_penalty,
+)
 from rlhf.rl.kl import truncated_importance_weights
-from rlhf.rl.losses import Averaging, Penalties, PolicySums, clipped_policy_loss
+from rlhf.rl.losses import Averaging, PolicySums
 from rlhf.rl.masks import masked
 from rlhf.rl.metrics import (
     check_finite,
@@ -24,13 +32,13 @@ from rlhf.rl.metrics import (
     rollout_metrics,
     update_metrics,
 )
-from rlhf.rollout.prompts import DemonstrationStream, PromptStream
-from rlhf.rollout.rollout import roll_out
+from rlhf.rollout.prompts import DemonstrationStream, PromptBatch, PromptStream
+from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.rollout.sequences import PolicyExperience, shuffled
-from rlhf.training.iterations import answer_watched_prompts, record
+from rlhf.training.iterations import answer_watched_prompts, learning_rates, record, surrogate
 from rlhf.training.limits import IterationLimit
 from rlhf.training.loading import load_policy_and_scoring, load_scorers, with_micro_batch
-from rlhf.training.loop import Journal, learning_rate_share, resumable_steps
+from rlhf.training.loop import Journal, resumable_steps
 from rlhf.training.policy import KlCoefficient, TrainedPolicy
 from rlhf.training.scoring import Scoring, score_for_trainers
 from rlhf.zero.apart import is_set_apart
@@ -71,16 +79,11 @@ def iterate(
     journal: Journal,
 ) -> None:
     """Sample a group of responses to each prompt, compare each with its group, and update the policy."""
-    policy, scoring = models
-    size, longest = settings.responses_per_prompt, settings.sampling.max_new_tokens
-    # Where others score, they do so from the first part of the responses on.
-    with journal.timed("rollout"):
-        batch = prompts.batch(iteration, settings.rollouts, repeats=size)
-        rollout = roll_out(policy, batch, settings.seed, longest, parts=scoring.parts, sampled=scoring.begin)
-
-    with journal.timed("score"):
-        logprobs, entropies = policy.logprobs_and_entropies(rollout.sequences)
-        scores, reference_logprobs, times = scoring.finish()
+    (policy, scoring), size = models, settings.responses_per_prompt
+    batch = prompts.batch(iteration, settings.rollouts, repeats=size)
+    scored = sample_and_score(settings, models, batch, journal)
+    scored, counts = replace_equal_groups(iteration, settings, models, prompts, scored, journal)
+    rollout, scores, logprobs, entropies, reference_logprobs, times = scored
 
     if settings.samples_kept and journal.watches(iteration + 1):
         answer_watched_prompts(iteration, settings, policy, scoring, prompts, journal)
@@ -90,21 +93,13 @@ def iterate(
     metrics = rollout_metrics(
         scores, rollout.ended, logprobs, reference_logprobs, entropies, mask, kl.in_reward, settings.kl.estimator
     )
-    metrics |= mismatch_metrics(rollout.logprobs, logprobs, mask) | {"kl/coef": kl.value} | times
+    metrics |= mismatch_metrics(rollout.logprobs, logprobs, mask) | {"kl/coef": kl.value} | times | counts
     metrics |= scoring.out_of_range(scores)
     check_health(metrics, journal.first_row(metrics), settings.kl.limit)
 
-    shaped = shaped_scores(
-        scores,
-        rollout.ended,
-        clip=settings.score_clip,
-        missing_eos_penalty=settings.missing_eos_penalty,
-        missing_eos_score=settings.missing_eos_score,
-    )
-    if settings.overlong_buffer is not None:
-        shaped = shaped + soft_overlong_penalty(mask.sum(-1), longest, settings.overlong_buffer)
     # A response is judged as a whole: the penalties of its tokens are summed.
-    rewards = kl_penalised_rewards(shaped, logprobs, reference_logprobs, mask, kl.in_reward, settings.kl.estimator)
+    judged = penalised(settings, rollout, scores)
+    rewards = kl_penalised_rewards(judged, logprobs, reference_logprobs, mask, kl.in_reward, settings.kl.estimator)
     rewards = rewards.sum(-1)
     metrics |= group_metrics(rewards, rollout.ended, size)
     advantages = group_advantages(rewards, size, baseline=settings.baseline, deviation=settings.deviation)
@@ -126,6 +121,82 @@ def iterate(
     record(iteration, settings, journal, metrics, rollout, policy, scores=scores, drift=drift, advantages=advantages)
 
 
+class Sampled(NamedTuple):
+    """Responses, and what is computed of them before the update."""
+
+    rollout: Rollout
+    scores: Tensor
+    """``[sample]``"""
+    logprobs: Tensor
+    entropies: Tensor
+    reference_logprobs: Tensor
+    """``[sample, time]``, nats, as the two before."""
+    times: dict[str, float]
+    """Metrics of who waited."""
+
+
+def sample_and_score(
+    settings: GrpoSettings, models: tuple[TrainedPolicy, Scoring], batch: PromptBatch, journal: Journal
+) -> Sampled:
+    """Sample a response to each prompt of a batch, and score it."""
+    policy, scoring = models
+    # Where others score, they do so from the first part of the responses on.
+    with journal.timed("rollout"):
+        longest = settings.sampling.max_new_tokens
+        rollout = roll_out(policy, batch, settings.seed, longest, parts=scoring.parts, sampled=scoring.begin)
+    with journal.timed("score"):
+        logprobs, entropies = policy.logprobs_and_entropies(rollout.sequences)
+        scores, reference_logprobs, times = scoring.finish()
+    return Sampled(rollout, scores, logprobs, entropies, reference_logprobs, times)
+
+
+def replace_equal_groups(
+    iteration: int,
+    settings: GrpoSettings,
+    models: tuple[TrainedPolicy, Scoring],
+    prompts: PromptStream,
+    scored: Sampled,
+    journal: Journal,
+) -> tuple[Sampled, dict[str, float]]:
+    """Put responses to further prompts in the place of groups that all score the same, a bounded number of times.
+
+    Dynamic sampling: Yu et al. 2025 (DAPO, arXiv:2503.14476), §3.2. Return also how often and how many.
+    """
+    size, pad = settings.responses_per_prompt, models[0].tokenizer.pad_token_id
+    draws, replaced = 0, 0
+    for draw in range(settings.dynamic_sampling):
+        equal = equal_groups(penalised(settings, scored.rollout, scored.scores), size)
+        rows = equal.repeat_interleave(size).nonzero().flatten()
+        if not len(rows):
+            break
+        number = iteration * settings.dynamic_sampling + draw
+        further = sample_and_score(
+            settings, models, prompts.further(number, len(rows), settings.rollouts, size), journal
+        )
+        names = ("scores", "logprobs", "entropies", "reference_logprobs")
+        computed = {name: getattr(scored, name).index_copy(0, rows, getattr(further, name)) for name in names}
+        times = {name: seconds + further.times[name] for name, seconds in scored.times.items()}
+        rollout = scored.rollout.with_samples(rows, further.rollout, pad)
+        scored = scored._replace(rollout=rollout, times=times, **computed)
+        draws, replaced = draws + 1, replaced + len(rows) // size
+    return scored, {"groups/draws": float(draws), "groups/replaced": float(replaced)}
+
+
+def penalised(settings: GrpoSettings, rollout: Rollout, scores: Tensor) -> Tensor:
+    """Return the rewards ``[sample]`` but for the KL: scores that are clipped, less the penalties for their lengths."""
+    shaped = shaped_scores(
+        scores,
+        rollout.ended,
+        clip=settings.score_clip,
+        missing_eos_penalty=settings.missing_eos_penalty,
+        missing_eos_score=settings.missing_eos_score,
+    )
+    if settings.overlong_buffer is None:
+        return shaped
+    longest = settings.sampling.max_new_tokens
+    return shaped + soft_overlong_penalty(rollout.mask.sum(-1), longest, settings.overlong_buffer)
+
+
 def update(
     iteration: int,
     settings: GrpoSettings,
@@ -135,33 +206,16 @@ def update(
     kl: KlCoefficient,
 ) -> dict[str, float]:
     """Update the policy on an iteration's experience, in epochs of minibatches; return its metrics."""
-    updates = settings.epochs * settings.minibatches
-    rate = partial(
-        learning_rate_share,
-        total=settings.iterations * updates,
-        schedule=settings.schedule,
-        warmup_fraction=settings.warmup_fraction,
-    )
-    penalties = Penalties(
-        kl.in_loss, settings.kl.estimator, settings.kl.importance_weights, entropy_bonus=settings.entropy_bonus
-    )
-    loss = partial(
-        clipped_policy_loss,
-        clip=settings.policy_clip,
-        clip_high=settings.policy_clip_high,
-        dual_clip=settings.dual_clip,
-        ratio_of=settings.ratio,
-        average=Averaging(
-            settings.average, settings.rollouts // settings.minibatches, settings.sampling.max_new_tokens
-        ),
-        penalties=penalties,
+    rate = learning_rates(settings)
+    minibatch_size, longest = settings.rollouts // settings.minibatches, settings.sampling.max_new_tokens
+    loss = surrogate(
+        settings, kl, ratio_of=settings.ratio, average=Averaging(settings.average, minibatch_size, longest)
     )
     measured: list[PolicySums] = []
     for number, minibatch in shuffled(experience, settings, iteration):
-        done = iteration * updates + number
-        examples = demonstrations.minibatch(done) if demonstrations else None
-        sums = policy.update(minibatch, loss, settings.policy_learning_rate * rate(done), examples)
+        examples = demonstrations.minibatch(number) if demonstrations else None
+        sums = policy.update(minibatch, loss, settings.policy_learning_rate * rate(number), examples)
         measured.append(sums)
         if settings.early_stop_kl and sums.approximate_kl > settings.early_stop_kl:
             break
-    return update_metrics(measured) | {"lr": settings.policy_learning_rate * rate(iteration * updates)}
+    return update_metrics(measured) | {"lr": settings.policy_learning_rate * rate(iteration * settings.updates)}

@@ -13,16 +13,16 @@ from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.rl.advantages import generalised_advantages, kl_penalised_rewards, masked_moments, shaped_scores, whiten
 from rlhf.rl.kl import truncated_importance_weights
-from rlhf.rl.losses import Penalties, PolicySums, ValueSums, clipped_policy_loss, clipped_value_loss
+from rlhf.rl.losses import PolicySums, ValueSums, clipped_value_loss
 from rlhf.rl.metrics import check_finite, check_health, mismatch_metrics, rollout_metrics, update_metrics
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from rlhf.rollout.rollout import roll_out
-from rlhf.rollout.sequences import Experience, shuffled
-from rlhf.training.iterations import answer_watched_prompts, record
+from rlhf.rollout.sequences import Experience, shuffled, whitened
+from rlhf.training.iterations import answer_watched_prompts, learning_rates, record, surrogate
 from rlhf.training.learner import TrainedValue
 from rlhf.training.limits import IterationLimit
 from rlhf.training.loading import load_models, load_scorers, with_micro_batch
-from rlhf.training.loop import Journal, learning_rate_share, resumable_steps
+from rlhf.training.loop import Journal, resumable_steps
 from rlhf.training.policy import KlCoefficient, TrainedPolicy
 from rlhf.training.scoring import Scoring, score_for_trainers
 from rlhf.zero.apart import is_set_apart
@@ -99,7 +99,7 @@ def iterate(
     advantages, returns = generalised_advantages(rewards, values, mask, settings.discount, settings.gae_lambda)
     if settings.value_lambda is not None:
         _, returns = generalised_advantages(rewards, values, mask, settings.discount, settings.value_lambda)
-    if settings.whiten_advantages:
+    if settings.whiten_advantages is True:
         advantages = whiten(advantages, mask, masked_moments(advantages, mask))
     if settings.importance_cap:
         cap = settings.importance_cap
@@ -134,35 +134,19 @@ def update(
     kl: KlCoefficient,
 ) -> dict[str, float]:
     """Update policy and value model on an iteration's experience, in epochs of minibatches; return its metrics."""
-    updates = settings.epochs * settings.minibatches
-    rate = partial(
-        learning_rate_share,
-        total=settings.iterations * updates,
-        schedule=settings.schedule,
-        warmup_fraction=settings.warmup_fraction,
-    )
-    penalties = Penalties(
-        kl.in_loss, settings.kl.estimator, settings.kl.importance_weights, entropy_bonus=settings.entropy_bonus
-    )
-    policy_loss = partial(
-        clipped_policy_loss,
-        clip=settings.policy_clip,
-        clip_high=settings.policy_clip_high,
-        dual_clip=settings.dual_clip,
-        penalties=penalties,
-    )
-    value_loss = partial(clipped_value_loss, clip=settings.value_clip)
+    rate = learning_rates(settings)
+    policy_loss, value_loss = surrogate(settings, kl), partial(clipped_value_loss, clip=settings.value_clip)
     policy_sums: list[PolicySums] = []
     value_sums: list[ValueSums] = []
-    for number, minibatch in shuffled(experience, settings, iteration):
-        done = iteration * updates + number
-        value_sums.append(value.update(minibatch, value_loss, settings.value_learning_rate * rate(done)))
+    by_minibatch = {"prepare": whitened} if settings.whiten_advantages == "minibatch" else {}
+    for number, minibatch in shuffled(experience, settings, iteration, **by_minibatch):
+        value_sums.append(value.update(minibatch, value_loss, settings.value_learning_rate * rate(number)))
         if iteration < settings.value_warmup:
             continue
-        examples = demonstrations.minibatch(done) if demonstrations else None
-        sums = policy.update(minibatch, policy_loss, settings.policy_learning_rate * rate(done), examples)
+        examples = demonstrations.minibatch(number) if demonstrations else None
+        sums = policy.update(minibatch, policy_loss, settings.policy_learning_rate * rate(number), examples)
         policy_sums.append(sums)
         if settings.early_stop_kl and sums.approximate_kl > settings.early_stop_kl:
             break
-    learning_rate = settings.policy_learning_rate * rate(iteration * updates)
+    learning_rate = settings.policy_learning_rate * rate(iteration * settings.updates)
     return update_metrics(policy_sums, value_sums) | {"lr": learning_rate}

@@ -1,4 +1,5 @@
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ def new_accelerator() -> Iterator[None]:
 
     yield
     accelerator.forget()
+    # A trainer under DeepSpeed sets it, and a plain one asks it.
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 @pytest.fixture

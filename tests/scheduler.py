@@ -13,6 +13,7 @@ FILES_OF_THE_PIPELINE = frozenset(
         "tests/faults/test_stages.py",
         "tests/stages/test_flywheel.py",
         "tests/stages/test_pipeline.py",
+        "tests/test_documented_commands.py",
         "tests/test_documents.py",
     }
 )

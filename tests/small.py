@@ -31,8 +31,8 @@ SMALL = (
     "rm={sees: response, epochs: 1, batch_size: 4, micro_batch_size: 2, max_length: 128, responses_per_list: 4, "
     "checkpoint_every: 2, optimizer: {learning_rate: 1e-2}}",
     "ppo={iterations: 4, rollouts: 16, minibatches: 2, epochs: 2, sampling: {max_new_tokens: 12}, "
-    "max_prompt_length: 128, policy_learning_rate: 3e-4, value_learning_rate: 1e-3, micro_batch_size: 4, "
-    "checkpoint_every: 1}",
+    "kl: {coef: 0.02}, max_prompt_length: 128, policy_learning_rate: 3e-4, value_learning_rate: 1e-3, "
+    "micro_batch_size: 4, checkpoint_every: 1}",
     "evaluate={prompts: 8, sampling: {max_new_tokens: 12}, max_prompt_length: 128, micro_batch_size: 4}",
 )
 

@@ -5,7 +5,7 @@ from rlhf.errors import PreflightError, TryAgainError
 
 OBJECTIVE, KL = "objective/scores", "objective/kl"
 LAYOUT: dict[str, list[tuple[str, str]]] = {
-    "PPO: reward against KL": [
+    "policy: reward against KL": [
         (KL, OBJECTIVE),
         ("episode", OBJECTIVE),
         ("episode", KL),
@@ -13,7 +13,7 @@ LAYOUT: dict[str, list[tuple[str, str]]] = {
         ("episode", "objective/rlhf_reward"),
         ("episode", "kl/coef"),
     ],
-    "PPO: responses": [
+    "policy: responses": [
         ("episode", "length/mean"),
         ("episode", "objective/entropy"),
         ("episode", "val/num_eos_tokens"),
@@ -21,7 +21,7 @@ LAYOUT: dict[str, list[tuple[str, str]]] = {
         ("episode", "rollout/kl_to_trained"),
         ("episode", "perf/tokens_per_s"),
     ],
-    "PPO: updates": [
+    "policy: updates": [
         ("step", "loss/policy_avg"),
         ("step", "loss/value_avg"),
         ("step", "policy/clipfrac_avg"),

@@ -74,7 +74,9 @@ def _kept(request: Request) -> tuple[StageHistory, Sequence[Row]]:
     what = f"{name} has kept no samples" if name else "no stage has kept samples yet"
     why = f"{name} {histories[0].why}" if name else f"pipeline {request.config.name}"
     done = name is not None and histories[0].record is not None
-    following = "name ppo or evaluate" if done else NextCommand("run", (name,) if name else ())
+    following = (
+        "name evaluate, or the stage that tuned the policy" if done else NextCommand("run", (name,) if name else ())
+    )
     raise RequestError(what, f"{why}; store {store.address}", following)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -48,8 +49,9 @@ def init(request: Request) -> None:
     else:
         text = _filled(name, data, model, machine)
     schema = json.dumps(json_schema({name: stage.settings for name, stage in request.known.items()}))
-    _write(path, f"# yaml-language-server: $schema={SCHEMA}\n{text}")
+    # The pipeline file last: where it is, all was written.
     _write(path.with_name(SCHEMA), schema + "\n")
+    _write(path, f"# yaml-language-server: $schema={SCHEMA}\n{text}")
     request.arguments.config = path
     print(printable_lines(f"wrote {path}, and {SCHEMA} beside it for editors"))
     print(printable_lines(f"next: {command_line(request, 'plan')}\n      {command_line(request, 'run')}"))
@@ -67,7 +69,7 @@ def _target(request: Request) -> Path:
         raise RequestError("init takes one file and no settings", "command line", "rlhf init FILE; settings go there")
     path = named[0].expanduser() if named else DEFAULT_CONFIG
     path = path / DEFAULT_CONFIG.name if path.is_dir() else path
-    if path.exists() and not request.arguments.force:
+    if (path.exists() or path.is_symlink()) and not request.arguments.force:
         then = "--force replaces it, or name another: rlhf init FILE"
         raise RequestError(f"{path} is there already", str(path), then)
     return path
@@ -194,7 +196,8 @@ def _write(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)  # noqa: PTH105 - Path.replace is the same
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing is left to remove
+            part.unlink(missing_ok=True)
         if is_no_room(error):
             raise
         then = "name a file in a folder that you can write: rlhf init PATH"

@@ -130,7 +130,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--out": _value("the page's file (default: reports/<pipeline>.html in the store)", metavar="FILE"),
     },
     "samples": {
-        "--iteration": {"type": int, "help": "of this iteration of ppo (default: the last)"},
+        "--iteration": {"type": int, "help": "of this iteration of ppo, grpo or rloo (default: the last)"},
         "--worst": _flag("the lowest scores of all iterations, or of the one given"),
         "--best": _flag("the highest scores of all iterations, or of the one given"),
         "--prompt": _value("of prompts that contain a text, through all iterations", metavar="TEXT"),

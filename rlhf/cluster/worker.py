@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +47,8 @@ class Call:
     """Modules that are imported ahead of its ranks."""
     set_apart: int = 0
     """How many of its ranks, the last ones, are a process group of their own."""
+    working_folder: Path = field(default_factory=Path.cwd)
+    """The driver's, where relative paths of the settings begin. Processes of a cluster were started in another."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,10 @@ def perform(call: Call, rank: int = 0, prepare: Callable[[], Context[Any]] | Non
         try:
             # A crash below Python leaves its signal in the log.
             faulthandler.enable(file=2)
+            if call.working_folder.is_dir():
+                os.chdir(call.working_folder)
+            else:
+                print(f"there is no {call.working_folder} here: relative paths begin at {Path.cwd()}", flush=True)
             with _importing():
                 context = call.context if prepare is None else prepare()
                 device = "CPU" if context is call.context else "CPU in fp32"

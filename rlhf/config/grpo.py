@@ -37,6 +37,11 @@ class GrpoSettings(PolicyGradientSettings):
     """Last tokens before ``max_new_tokens`` over which a penalty grows from 0 to 1 (DAPO, arXiv:2503.14476, eq. 13);
     null for none. ``missing_eos_penalty`` is beside it."""
 
+    dynamic_sampling: int = semantic(0, ge=0)
+    """Most further draws of an iteration, each of new prompts in the place of those whose responses all score the same,
+    penalties included, and so teach nothing (DAPO, arXiv:2503.14476, §3.2). What is still so after the last of them
+    stays. 0 for none."""
+
     @model_validator(mode="after")
     def _groups_fit(self) -> Self:
         size = self.responses_per_prompt

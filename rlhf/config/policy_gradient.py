@@ -172,6 +172,11 @@ class PolicyGradientSettings(TrainingSettings):
         return self.scorers if self.placement == "apart" else 0
 
     @property
+    def updates(self) -> int:
+        """Return the optimiser steps of an iteration."""
+        return self.epochs * self.minibatches
+
+    @property
     def longest(self) -> int:
         """Return the tokens of the longest sample, or demonstration, that the settings allow."""
         mixed = self.ptx.max_length if self.ptx.coef else 0

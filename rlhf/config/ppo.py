@@ -35,8 +35,9 @@ class PpoSettings(PolicyGradientSettings):
     value_lambda: float | None = semantic(None, ge=0, le=1)
     """λ of the returns that the value model learns, where it is another than the advantages' (Yue et al. 2025, VAPO,
     arXiv:2504.05118, §3.1: 1 there, so that the value model learns without bias). Null takes ``gae_lambda``."""
-    whiten_advantages: bool = semantic(True)
-    """Shift and scale advantages to mean 0 and variance 1 over the real tokens of all ranks."""
+    whiten_advantages: bool | Literal["minibatch"] = semantic(True)
+    """Shift and scale advantages to mean 0 and variance 1 over the real tokens of all ranks: those of the iteration, or
+    with ``minibatch`` of each minibatch alone (Huang et al. 2022, "The 37 implementation details of PPO", no. 7)."""
     value_clip: float | None = semantic(0.2, gt=0)
     """How far a value may move from its old value before its loss is clipped; null leaves it unclipped."""
     value_init: Literal["reward", "policy"] = semantic("reward")
@@ -61,6 +62,11 @@ class PpoSettings(PolicyGradientSettings):
                 if (given := getattr(self, name)) != value:
                     wanted = "null" if value is None else value
                     raise ValueError(f"algorithm a2c needs {name} {wanted}, and it is {given}; leave it out")
+        if self.whiten_advantages == "minibatch" and self.importance_cap:
+            raise ValueError(
+                "importance_cap weighs advantages that are whitened already, and whiten_advantages minibatch comes "
+                "after it; leave one of them out"
+            )
         if self.value_warmup >= self.iterations:
             raise ValueError(
                 f"value_warmup {self.value_warmup} leaves none of {self.iterations} iterations to the policy"

@@ -416,7 +416,7 @@ class EvaluateSettings(ShardedSettings):
     """Number of responses of the policy before of which the rewards pick the best, as one more policy to compare; null
     for none."""
     rewards: list[RewardSettings] = semantic([RewardSettings()], min_length=1)
-    """What scores responses: what PPO was given."""
+    """What scores responses: what the policies were tuned by."""
     prompts: int = semantic(256, ge=2)
     """Number of held-out prompts, the first ones; all where there are fewer."""
     max_prompt_length: int = semantic(256, ge=1)
@@ -424,7 +424,7 @@ class EvaluateSettings(ShardedSettings):
     judge: bool = semantic(True)
     """Fit a judge on ratings that took no part in training, and have it compare too; needs ``data.judge``."""
     sampling: SamplingSettings = semantic(SamplingSettings())
-    """How responses are sampled; the temperature and length that PPO trained with make the comparison fair."""
+    """How responses are sampled; the temperature and length that training sampled with make the comparison fair."""
     micro_batch_size: int = runtime(32, ge=1)
     """Sequences of one forward pass of one rank."""
 

@@ -18,13 +18,13 @@ Device = Literal["none", "cpu", "nvme"]
 
 _AUTO = "auto"
 _SHARDING = "zero_optimization"
-_LINEAR = "optimizer.warmup_fraction (in ppo schedule and warmup_fraction)"
+_LINEAR = "optimizer.warmup_fraction (in ppo, grpo and rloo schedule and warmup_fraction)"
 _OURS = {
-    "train_batch_size": "batch_size (in ppo rollouts and minibatches)",
+    "train_batch_size": "batch_size (in ppo, grpo and rloo rollouts and minibatches)",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "batch_size and micro_batch_size, from which it follows",
-    "gradient_clipping": "optimizer.max_grad_norm (in ppo max_grad_norm)",
-    "optimizer": "optimizer (in ppo policy_learning_rate and value_learning_rate); it is AdamW",
+    "gradient_clipping": "optimizer.max_grad_norm (in ppo, grpo and rloo max_grad_norm)",
+    "optimizer": "optimizer (in ppo, grpo and rloo policy_learning_rate, and ppo's value_learning_rate); it is AdamW",
     "scheduler": _LINEAR,
     "activation_checkpointing": "activation_checkpointing: true",
     "amp": "precision: bf16",

@@ -1,4 +1,4 @@
-"""Say from a pipeline's figures what happened, and whether reward model, PPO or data are to be looked at.
+"""Say from a pipeline's figures what happened, and whether reward model, last stage or data are to be looked at.
 
 Pure: figures in, symptoms out. A symptom holds or not, or is not known where its figures are missing.
 """
@@ -6,14 +6,13 @@ Pure: figures in, symptoms out. A symptom holds or not, or is not known where it
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 Row = Mapping[str, Any]
-Where = Literal["reward model", "PPO", "SFT or its data"]
 KL_PER_TOKEN = 2.0
-"""Nats a token beyond which responses have little to do with the policy that PPO began with."""
+"""Nats a token beyond which responses have little to do with the policy that training began with."""
 ENDS_RARELY = 0.1
 """Share of responses that end, below which a policy has not learned to."""
 FOLLOWS_LENGTH = 0.6
@@ -30,16 +29,26 @@ class Figures:
     """What a pipeline's stages measured; empty where a stage has no result and no metrics yet."""
 
     sft: Sequence[Row] = ()
-    ppo: Sequence[Row] = ()
-    """Rows of metrics, by step."""
+    iterations: Sequence[Row] = ()
+    """Rows of metrics, by step; of the last stage where it samples."""
     rm: Mapping[str, float] = field(default_factory=dict[str, float])
     evaluate: Mapping[str, float] = field(default_factory=dict[str, float])
     """Final metrics."""
     quality: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The reward model's quality.json."""
     samples: Sequence[Row] = ()
-    """PPO's, with "step", "response" and "score"."""
-    ppo_settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The last stage's, with "step", "response" and "score"."""
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The last stage's."""
+    method: str = "PPO"
+    """The last stage, in prose."""
+    instance: str = "ppo"
+    """Its name in the pipeline."""
+
+    @property
+    def pull(self) -> str:
+        """Return the setting that holds the policy near where it began."""
+        return f"{self.instance}.{'beta' if self.method == 'DPO' else 'kl.coef'}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,8 @@ class Symptom:
     """None where its figures are missing."""
     figures: str
     meaning: str
-    where: Where
+    where: str
+    """What to look at."""
     following: str
     """What to do next."""
 
@@ -77,14 +87,15 @@ def symptoms(run: Figures) -> list[Symptom]:
 def in_words(run: Figures, found: Sequence[Symptom]) -> str:
     """Return a paragraph: what happened, and what to look at first."""
     parts: list[str] = []
-    if run.sft and not (run.rm or run.ppo):
+    if run.sft and not (run.rm or run.iterations):
         first, last = run.sft[0], run.sft[-1]
         parts.append(f"SFT's loss went from {_n(first, 'loss')} to {_n(last, 'loss')} in {len(run.sft)} steps.")
-    if run.ppo:
-        first, last = run.ppo[0], run.ppo[-1]
+    if run.iterations:
+        first, last = run.iterations[0], run.iterations[-1]
         parts.append(
-            f"Over {len(run.ppo)} iterations PPO's mean score went from {_n(first, 'objective/scores')} to "
-            f"{_n(last, 'objective/scores')}, at a KL of {_n(last, 'objective/kl')} nats a response from its start."
+            f"Over {len(run.iterations)} iterations {run.method}'s mean score went from "
+            f"{_n(first, 'objective/scores')} to {_n(last, 'objective/scores')}, "
+            f"at a KL of {_n(last, 'objective/kl')} nats a response from its start."
         )
     if (delta := run.evaluate.get("judge/delta")) is not None:
         low, high = run.evaluate.get("judge/delta_low", math.nan), run.evaluate.get("judge/delta_high", math.nan)
@@ -93,17 +104,17 @@ def in_words(run: Figures, found: Sequence[Symptom]) -> str:
             f"The judge, which no model was trained on, finds its responses {verdict}: {delta:+.2f} "
             f"(95 % interval {low:+.2f} to {high:+.2f})."
         )
-    if (accuracy := run.rm.get("eval/accuracy")) is not None and not run.ppo:
+    if (accuracy := run.rm.get("eval/accuracy")) is not None and not run.iterations:
         parts.append(f"The reward model orders {accuracy:.0%} of the held-out pairs as people do.")
     wrong = [symptom for symptom in found if symptom.holds]
     if wrong:
         parts.append(f"Look first at {wrong[0].where}: {wrong[0].meaning} Next: {wrong[0].following}.")
-    elif run.ppo:
+    elif run.iterations:
         unseen = (
             "" if "judge/delta" in run.evaluate else ", but no judge has looked: rankings may be the wrong way round"
         )
         parts.append(f"None of the symptoms below holds{unseen}.")
-    raised = {name for row in run.ppo for name, value in row.items() if name.startswith("alarm/") and value}
+    raised = {name for row in run.iterations for name, value in row.items() if name.startswith("alarm/") and value}
     if raised:
         names = ", ".join(sorted(name.removeprefix("alarm/") for name in raised))
         parts.append(f"Alarms were raised: {names}.")
@@ -116,16 +127,18 @@ def _n(row: Row, name: str) -> str:
 
 
 def _never_ends(run: Figures) -> Symptom:
-    rollouts = run.ppo_settings.get("rollouts")
-    shares = [row["val/num_eos_tokens"] / rollouts for row in run.ppo if rollouts and "val/num_eos_tokens" in row]
-    limit = run.ppo_settings.get("sampling", {}).get("max_new_tokens")
+    rollouts = run.settings.get("rollouts")
+    shares = [
+        row["val/num_eos_tokens"] / rollouts for row in run.iterations if rollouts and "val/num_eos_tokens" in row
+    ]
+    limit = run.settings.get("sampling", {}).get("max_new_tokens")
     return Symptom(
         "Responses do not end",
         min(shares[0], shares[-1]) < ENDS_RARELY if shares else None,
         f"{shares[0]:.0%} ended within {limit} tokens at first, {shares[-1]:.0%} at last" if shares else "",
         "the policy does not write EOS: SFT has not learned it, or the room is too small.",
         "SFT or its data",
-        "train sft for longer on completions that are whole, or raise ppo.sampling.max_new_tokens",
+        f"train sft for longer on completions that are whole, or raise {run.instance}.sampling.max_new_tokens",
     )
 
 
@@ -137,16 +150,16 @@ def _score_against_judge(run: Figures) -> Symptom:
         "Score up, judge down",
         after > before and high < 0 if known else None,
         f"score {before:+.2f} to {after:+.2f}, judge {delta:+.2f} (at most {high:+.2f})" if known else "",
-        "what the reward model likes is not what the judge likes: its rankings may be the wrong way round, or PPO has "
-        "found its holes.",
+        "what the reward model likes is not what the judge likes: its rankings may be the wrong way round, or "
+        f"{run.method} has found its holes.",
         "reward model",
-        "look at rm's rankings (which response is `chosen`) and at the best samples, then raise ppo.kl.coef",
+        f"look at rm's rankings (which response is `chosen`) and at the best samples, then raise {run.pull}",
     )
 
 
 def _kl_runs_away(run: Figures) -> Symptom:
-    kl, length = _last(run.ppo, "objective/kl"), _last(run.ppo, "length/mean")
-    coef = run.ppo_settings.get("kl", {}).get("coef")
+    kl, length = _last(run.iterations, "objective/kl"), _last(run.iterations, "length/mean")
+    coef = run.settings.get("kl", {}).get("coef")
     rate = kl / max(1.0, length) if kl is not None and length is not None else None
     free = coef == 0 and kl is not None and kl > 1
     return Symptom(
@@ -156,14 +169,14 @@ def _kl_runs_away(run: Figures) -> Symptom:
         "nothing or too little holds the policy near where it began, so that it forgets how to write."
         if coef != 0
         else "kl.coef is 0: nothing holds the policy near where it began.",
-        "PPO",
-        "raise ppo.kl.coef, or set a target for it (docs/ppo.md)",
+        run.method,
+        f"raise {run.pull}, or set a target for it (docs/ppo.md)",
     )
 
 
 def _score_follows_length(run: Figures) -> Symptom:
     together = _correlation_with_length(run.samples)
-    lengths = [row["length/mean"] for row in run.ppo if "length/mean" in row]
+    lengths = [row["length/mean"] for row in run.iterations if "length/mean" in row]
     growth = lengths[-1] / max(1.0, lengths[0]) if lengths else None
     return Symptom(
         "Score follows length",
@@ -226,38 +239,38 @@ def _reward_model_guesses(run: Figures) -> Symptom:
 
 
 def _outside_of_its_data(run: Figures) -> Symptom:
-    share = _last(run.ppo, "score/out_of_range")
+    share = _last(run.iterations, "score/out_of_range")
     return Symptom(
         "Scores beyond the reward model's data",
         None if share is None else share > 0.1,
         "" if share is None else f"{share:.0%} of the last iteration's scores",
         "the policy writes what the reward model has seen nothing like, and its scores are guesses there.",
-        "PPO",
-        "take an earlier iteration, raise ppo.kl.coef, or set ppo.score_clip",
+        run.method,
+        f"take an earlier iteration, raise {run.pull}, or set {run.instance}.score_clip",
     )
 
 
 def _entropy_collapses(run: Figures) -> Symptom:
-    entropies = [row["policy/entropy_avg"] for row in run.ppo if "policy/entropy_avg" in row]
+    entropies = [row["policy/entropy_avg"] for row in run.iterations if "policy/entropy_avg" in row]
     return Symptom(
         "Entropy collapses",
         not entropies[-1] >= 0.1 * entropies[0] if entropies else None,
         f"{entropies[0]:.2g} to {entropies[-1]:.2g} nats a token" if entropies else "",
         "the policy gives nearly the same response to every prompt.",
-        "PPO",
-        "lower ppo.policy_learning_rate, raise ppo.kl.coef, or set ppo.entropy_bonus",
+        run.method,
+        f"lower {run.instance}.policy_learning_rate, raise {run.pull}, or set {run.instance}.entropy_bonus",
     )
 
 
 def _score_stands_still(run: Figures) -> Symptom:
-    means = _first_and_last_third(run.ppo, "objective/scores")
+    means = _first_and_last_third(run.iterations, "objective/scores")
     return Symptom(
         "Score stands still",
         None if means is None else not means[1] > means[0],
         _from_third_to_third(means),
-        "PPO does not raise the score.",
-        "PPO",
-        "raise ppo.policy_learning_rate or ppo.rollouts, and lower ppo.kl.coef",
+        f"{run.method} does not raise the score.",
+        run.method,
+        f"raise {run.instance}.policy_learning_rate or {run.instance}.rollouts, and lower {run.pull}",
     )
 
 

@@ -192,7 +192,7 @@ def write_quality(
         if ours is not None and people is not None and abs(ours) > abs(people) + 0.2:
             context.note(
                 f"scores follow a response's length (Spearman {ours:+.2f}) more than people's ratings do "
-                f"({people:+.2f}): PPO may learn to write to a length"
+                f"({people:+.2f}): a policy may learn to write to a length"
             )
     group.barrier()
     metrics = {

@@ -173,7 +173,8 @@ def _joined_ids(tokenizer: Tokenizer, pieces: Sequence[str], prefix: str) -> lis
     """Return the ids of a text's pieces, each tokenised by itself, the first behind ``prefix``."""
     ids: list[int] = []
     for piece in pieces:
-        before, both = _split_ids(tokenizer, prefix), _split_ids(tokenizer, prefix + piece)
+        before = _split_ids(tokenizer, prefix) if prefix else []
+        both = _split_ids(tokenizer, prefix + piece)
         ids += both[len(before) :] if both[: len(before)] == before else _split_ids(tokenizer, piece)
         prefix = "\n"  # behind which SentencePiece's tokenizers put no space
     return ids
@@ -195,6 +196,7 @@ def scored_ids(
     return [*before, *response_ids(tokenizer, response)][-max_length:]
 
 
+@templates.cached
 def text_start(tokenizer: Tokenizer) -> list[int]:
     """Return the ids that the tokenizer begins every text with: a BOS token, or none."""
     # An empty text does not do: its only token may be the token that every text ends with. A tokenizer of few letters

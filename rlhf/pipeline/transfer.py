@@ -136,7 +136,7 @@ def _check_reward_model(folder: Path) -> None:
     missing = [name for name in ("score_mean", "score_std", "sees", "score_max_length") if name not in config]
     if missing:
         raise RequestError(
-            f"the reward model's config.json lacks {', '.join(missing)}: PPO could not tell what its scores mean",
+            f"the reward model's config.json lacks {', '.join(missing)}: no stage could tell what its scores mean",
             str(path),
             f"add, for example, {example}",
         )

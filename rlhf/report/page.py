@@ -11,6 +11,7 @@ import math
 import re
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -79,6 +80,7 @@ def content(config: PipelineConfig, histories: Mapping[str, StageHistory], store
         "pipeline": config.name,
         "store": store.address,
         "words": in_words(figures, found),
+        "method": figures.method,
         "symptoms": found,
         "graph": graph(histories, store),
         "sections": [section for history in histories.values() for section in sections(history, store)],
@@ -89,8 +91,8 @@ def content(config: PipelineConfig, histories: Mapping[str, StageHistory], store
     }
 
 
-LAST = ("ppo", "grpo", "rloo")
-"""Stages that tune a policy by rewards; the first that has measured something is judged."""
+LAST = ("ppo", "grpo", "rloo", "dpo")
+"""Stages that tune a policy; the first of them that has measured something is judged."""
 
 
 def _of_stage(histories: Mapping[str, StageHistory], stage: str) -> StageHistory | None:
@@ -99,17 +101,34 @@ def _of_stage(histories: Mapping[str, StageHistory], stage: str) -> StageHistory
     return next((history for history in reversed(instances) if history.record or history.metrics), None)
 
 
+def _tuned(histories: Mapping[str, StageHistory]) -> StageHistory | None:
+    """Return the stage that is judged, preferably one that evaluate compares."""
+    evaluate = _of_stage(histories, "evaluate")
+    compared = evaluate.planned.settings["policies"] if evaluate else ()
+    known = {stage: history for stage in LAST if (history := _of_stage(histories, stage))}
+    return min(known.values(), key=lambda history: history.name not in compared, default=None)
+
+
 def _figures(histories: Mapping[str, StageHistory], store: Store) -> Figures:
-    of = {stage: _of_stage(histories, stage) for stage in ("sft", "rm", *LAST, "evaluate")}
-    rows = {stage: history.metrics if history else () for stage, history in of.items()}
+    of = {stage: _of_stage(histories, stage) for stage in ("sft", "rm", "evaluate")}
     finals = {stage: history.record.metrics if history and history.record else {} for stage, history in of.items()}
-    rm = of["rm"]
-    ppo = next((of[stage] for stage in LAST if of[stage]), None)
-    quality = result_file(rm.record, QUALITY, store) if rm else None
-    settings = ppo.planned.settings if ppo else {}
-    samples = ppo.samples if ppo else ()
-    return Figures(
-        rows["sft"], ppo.metrics if ppo else (), finals["rm"], finals["evaluate"], quality or {}, samples, settings
+    sft, rm, tuned = of["sft"], of["rm"], _tuned(histories)
+    figures = Figures(
+        sft=sft.metrics if sft else (),
+        rm=finals["rm"],
+        evaluate=finals["evaluate"],
+        quality=(result_file(rm.record, QUALITY, store) if rm else None) or {},
+    )
+    if tuned is None:
+        return figures
+    method = tuned.planned.stage.name
+    return replace(
+        figures,
+        iterations=() if method == "dpo" else tuned.metrics,
+        samples=tuned.samples,
+        settings=tuned.planned.settings,
+        method=method.upper(),
+        instance=tuned.name,
     )
 
 

@@ -70,6 +70,12 @@ def soft_overlong_penalty(lengths: Tensor, longest: int, buffer: int) -> Tensor:
 DEVIATION_FLOOR = 1e-4
 
 
+def equal_groups(values: Tensor, size: int) -> Tensor:
+    """Mark the groups of ``size`` responses whose values ``[sample]`` are all equal: bool ``[group]``."""
+    grouped = values.view(-1, size)
+    return (grouped == grouped[:, :1]).all(-1)
+
+
 @torch.no_grad()
 def group_advantages(rewards: Tensor, size: int, *, baseline: Baseline, deviation: Deviation) -> Tensor:
     """Compare each response with the others to its prompt, ``[sample]``; exactly 0 where a group's rewards are equal.

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.stages import Precision
 from rlhf.errors import DivergedError
+from rlhf.rl.advantages import equal_groups
 from rlhf.rl.kl import Estimator, kl_estimates
 from rlhf.rl.losses import PolicySums, ValueSums
 from rlhf.rl.masks import masked, masked_mean, masked_sum
@@ -61,7 +62,7 @@ def group_metrics(rewards: Tensor, ended: Tensor, size: int) -> dict[str, float]
     """
     grouped = rewards.double().view(-1, size)
     return {
-        "groups/without_gradient": (grouped == grouped[:, :1]).all(-1).double().mean().item(),
+        "groups/without_gradient": equal_groups(rewards, size).double().mean().item(),
         "groups/none_ended": (~ended.view(-1, size)).all(-1).double().mean().item(),
         "groups/deviation": grouped.std(-1).mean().item(),
     }

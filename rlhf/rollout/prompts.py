@@ -59,6 +59,21 @@ class PromptStream:
         rows = [row for row in drawn for _ in range(repeats)]
         return PromptBatch([self._prompts[row] for row in rows], [self._ids[row] for row in rows], list(samples))
 
+    def further(self, draw: int, size: int, most: int, repeats: int) -> PromptBatch:
+        """Return prompts beside those of the iterations, whose order stays as it is: a function of the draw's number.
+
+        draw     its number in the run, from 0
+        size     responses of this draw
+        most     responses that a draw may have
+        repeats  as of :meth:`batch`
+        """
+        start = draw * (most // repeats)
+        rows = _rows_of_passes("further prompts", self._seed, self._mixture, range(start, start + size // repeats))
+        rows = [row for row in rows for _ in range(repeats)]
+        # Those of iterations count up from 0.
+        samples = [-1 - draw * most - number for number in range(size)]
+        return PromptBatch([self._prompts[row] for row in rows], [self._ids[row] for row in rows], samples)
+
     def watched(self) -> PromptBatch:
         """Return a few prompts that people see answered again and again, with the same random numbers."""
         rows = stream("watched prompts", self._seed).permutation(len(self._prompts))[:WATCHED].tolist()
@@ -72,7 +87,7 @@ class PromptStream:
 
 
 def _rows_of_passes(
-    name: Literal["prompts", "demonstrations in PPO"], seed: int, mixture: Mixture, places: range
+    name: Literal["prompts", "further prompts", "demonstrations in PPO"], seed: int, mixture: Mixture, places: range
 ) -> list[int]:
     """Return the rows at ``places`` of endless shuffled passes over a mixture, a new order each pass."""
     count = mixture.size

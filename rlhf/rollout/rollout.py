@@ -172,6 +172,37 @@ class Rollout:
         """Return ``[sample, time]``, True on real response tokens, EOS included."""
         return self.sequences.mask
 
+    def with_samples(self, rows: Tensor, others: "Rollout", pad: int) -> "Rollout":
+        """Return the rollout with other samples in the place of some of its own.
+
+        rows  ``[sample]``, where the others belong, in their order
+        pad   the id of padding: longer prompts may come in
+        """
+        mine, theirs = self.sequences, others.sequences
+        width = max(mine.ids.shape[1], theirs.ids.shape[1])
+
+        def put(name: str, padding: int) -> Tensor:
+            ours, other = (
+                torch.nn.functional.pad(tensor, (width - tensor.shape[1], 0), value=padding)
+                for tensor in (getattr(mine, name), getattr(theirs, name))
+            )
+            return ours.index_copy(0, rows, other)
+
+        prompts, texts = list(self.prompts), list(self.texts)
+        for row, prompt, written in zip(rows.tolist(), others.prompts, others.texts, strict=True):
+            prompts[row], texts[row] = prompt, written
+        return Rollout(
+            prompts=prompts,
+            texts=texts,
+            sequences=Sequences(
+                ids=put("ids", pad),
+                attention_mask=put("attention_mask", 0),
+                mask=mine.mask.index_copy(0, rows, theirs.mask),
+            ),
+            ended=self.ended.index_copy(0, rows, others.ended),
+            logprobs=self.logprobs.index_copy(0, rows, others.logprobs),
+        )
+
     def samples(self, scores: Tensor) -> list[dict[str, Any]]:
         """Return prompts and responses with their scores, for people to read."""
         rows = zip(self.prompts, self.texts, scores.tolist(), self.ended.tolist(), strict=True)

@@ -20,6 +20,7 @@ from rlhf.models import text
 from rlhf.models.capacity import AT_ONCE
 from rlhf.models.micro_batches import MicroBatch, PackedSamples, in_order
 from rlhf.randomness import stream
+from rlhf.rl.advantages import masked_moments, whiten
 from rlhf.zero import group
 
 
@@ -143,6 +144,16 @@ class Experience(PolicyExperience):
     returns: Tensor
 
 
+E = TypeVar("E", bound=PolicyExperience)
+
+
+def whitened(experience: E, rows: Tensor) -> E:
+    """Return the experience with advantages that are whitened over the samples at ``rows``."""
+    advantages, mask = experience.advantages, experience.mask
+    moments = masked_moments(advantages[rows], mask[rows])
+    return replace(experience, advantages=whiten(advantages, mask, moments))
+
+
 @dataclass(frozen=True)
 class Minibatch(Generic[S_co]):
     """This rank's share of the samples of one optimiser step."""
@@ -153,20 +164,37 @@ class Minibatch(Generic[S_co]):
     """Real response tokens of the whole minibatch, over all ranks."""
 
 
-def shuffled(experience: S, settings: PolicyGradientSettings, iteration: int) -> Iterator[tuple[int, Minibatch[S]]]:
-    """Yield the minibatches of an iteration's epochs, numbered; a new order each epoch."""
+def shuffled(
+    experience: S,
+    settings: PolicyGradientSettings,
+    iteration: int,
+    prepare: Callable[[S, Tensor], S] = lambda experience, _: experience,
+) -> Iterator[tuple[int, Minibatch[S]]]:
+    """Yield the minibatches of an iteration's epochs with their numbers in the run; a new order each epoch.
+
+    prepare  as of :func:`minibatches`
+    """
     micro_batch = MicroBatch.of(settings)
     for epoch in range(settings.epochs):
         order = (settings.seed, iteration, epoch)
-        parts = minibatches(experience, settings.minibatches, micro_batch, *order)
-        yield from enumerate(parts, start=epoch * settings.minibatches)
+        parts = minibatches(experience, settings.minibatches, micro_batch, *order, prepare=prepare)
+        yield from enumerate(parts, start=iteration * settings.updates + epoch * settings.minibatches)
 
 
-def minibatches(experience: S, count: int, micro_batch: MicroBatch, *seed: int) -> Iterator[Minibatch[S]]:
-    """Split the samples, shuffled by ``seed`` alone, into ``count`` minibatches; each rank gets its share of each."""
+def minibatches(
+    experience: S,
+    count: int,
+    micro_batch: MicroBatch,
+    *seed: int,
+    prepare: Callable[[S, Tensor], S] = lambda experience, _: experience,
+) -> Iterator[Minibatch[S]]:
+    """Split the samples, shuffled by ``seed`` alone, into ``count`` minibatches; each rank gets its share of each.
+
+    prepare  changes the experience for the minibatch of the samples at some indices, the ranks' all together
+    """
     order = stream("minibatches", *seed).permutation(len(experience.ids))
     for indices in np.split(order, count):
-        yield minibatch_of(experience, indices.tolist(), micro_batch)
+        yield minibatch_of(prepare(experience, torch.from_numpy(indices)), indices.tolist(), micro_batch)
 
 
 def minibatch_of(sequences: S, indices: Sequence[int], micro_batch: MicroBatch) -> Minibatch[S]:

@@ -1,16 +1,41 @@
-"""What policy-gradient stages do in an iteration beside learning: they keep samples, warn, and log."""
+"""What policy-gradient stages share of an iteration: the policy's loss and rate, and samples, warnings and the log."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from rlhf.config.policy_gradient import PolicyGradientSettings
+from rlhf.rl.losses import Penalties, clipped_policy_loss
 from rlhf.rl.metrics import Watched, alarm_metrics, alarms
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import Rollout, roll_out
-from rlhf.training.loop import Journal
-from rlhf.training.policy import TrainedPolicy
+from rlhf.training.loop import Journal, learning_rate_share
+from rlhf.training.policy import KlCoefficient, PolicyLoss, TrainedPolicy
 from rlhf.training.scoring import Scoring
+
+
+def learning_rates(settings: PolicyGradientSettings) -> Callable[[int], float]:
+    """Return the share of its peak that a learning rate has at an update of the run, numbered from 0."""
+    return partial(
+        learning_rate_share,
+        total=settings.iterations * settings.updates,
+        schedule=settings.schedule,
+        warmup_fraction=settings.warmup_fraction,
+    )
+
+
+def surrogate(settings: PolicyGradientSettings, kl: KlCoefficient, **more: Any) -> PolicyLoss:
+    """Return the policy's loss: :func:`clipped_policy_loss` as the settings say.
+
+    more  arguments of it that a stage has settings of its own for
+    """
+    penalties = Penalties(
+        kl.in_loss, settings.kl.estimator, settings.kl.importance_weights, entropy_bonus=settings.entropy_bonus
+    )
+    clips = {"clip": settings.policy_clip, "clip_high": settings.policy_clip_high, "dual_clip": settings.dual_clip}
+    return partial(clipped_policy_loss, **clips, penalties=penalties, **more)
 
 
 def answer_watched_prompts(

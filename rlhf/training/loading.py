@@ -1,26 +1,28 @@
 """Load what trains: the size of its micro batches, PPO's models, and the folder that training starts from."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.attempt.context import Context
 from rlhf.config.collect import CollectSettings, SelectSettings, WriterSettings, writer_inputs
 from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import EvaluateSettings, Precision, RmSettings
+from rlhf.config.stages import DpoSettings, EvaluateSettings, Precision, RmSettings, SftSettings
 from rlhf.config.zero import ZeroSettings
 from rlhf.errors import PreflightError, size
-from rlhf.models import folders, safe_loading, tuning
+from rlhf.models import folders, kernels, safe_loading, tuning
 from rlhf.models.capacity import AT_ONCE
 from rlhf.models.layout import BASE, is_adapter, shapes, virtual_tokens_in
 from rlhf.models.micro_batches import MicroBatch
-from rlhf.models.text import check_same_tokens
+from rlhf.models.templates import Tokenizer
+from rlhf.models.text import check_same_tokens, load_tokenizer
 from rlhf.pipeline import memory
 from rlhf.pipeline.fitting import architectures
 from rlhf.pipeline.memory import T
@@ -280,6 +282,26 @@ def load_rewards(
     settings = context.settings
     models = {role: folder for role, folder in context.inputs.items() if role.startswith("reward")}
     return Rewards(settings.rewards, models, settings.precision, micro_batch, zero)
+
+
+def language_model(
+    context: Context[SftSettings] | Context[DpoSettings], given: Path, *, fresh_head: bool = False
+) -> tuple[Path, Tokenizer, Callable[[], Any]]:
+    """Return the plain folder that TRL's training starts from, its tokenizer, and what loads the model. A collective.
+
+    given       the stage's input
+    fresh_head  whether the method ``transfer`` draws a language head anew
+    """
+    settings = context.settings
+    base = plain_folder(given, context.folder.policy, settings.precision, scores=False)
+
+    def load() -> Any:
+        kernels.fuse(base)
+        options = folders.loading_options(settings.tuning, DTYPES[settings.precision])
+        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        return tuning.prepared(model, settings.tuning, given, scores=False, seed=settings.seed, fresh_head=fresh_head)
+
+    return base, load_tokenizer(base), load
 
 
 def plain_folder(folder: Path, target: Path, precision: Precision, *, scores: bool) -> Path:

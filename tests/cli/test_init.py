@@ -89,6 +89,15 @@ def test_nothing_is_replaced_unless_that_is_asked_for(here: Path, capsys: pytest
     assert init("--yes", "--config", "other.yaml") == 0
     assert init("--yes", "--force") == 0
     assert planned().name == planned("other.yaml").name == "quickstart"
+    (here / "link.yaml").symlink_to("not yet there")
+    assert init("--yes", "link.yaml") == 2
+
+
+def test_a_pipeline_file_is_written_last(here: Path) -> None:
+    """Where its schema cannot be written, the next try is not told that it is there already."""
+    (here / "rlhf.schema.json").mkdir()
+    assert init("--yes") == 2
+    assert [path.name for path in here.iterdir()] == ["rlhf.schema.json"]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +112,7 @@ def test_nothing_is_replaced_unless_that_is_asked_for(here: Path, capsys: pytest
         (["--model", "scratch@" + "0" * 40], "revision is for hub models"),
         (["nosuch/rlhf.yaml"], "cannot be written: No such file"),
         (["/proc/rlhf.yaml"], "cannot be written"),
+        (["/dev/null/rlhf.yaml"], "cannot be written: Not a directory"),
         (["a.yaml", "b.yaml"], "init takes one file"),
         (["a.yaml", "--config", "b.yaml"], "init takes one file"),
         (["seed=1"], "init takes one file and no settings"),

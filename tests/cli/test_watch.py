@@ -61,7 +61,7 @@ def test_samples_are_chosen_by_iteration_score_and_prompt(ask: Ask, kept: Path, 
 @pytest.mark.parametrize(
     ("words", "what", "following"),
     [
-        (("total",), "total has kept no samples", "name ppo or evaluate"),
+        (("total",), "total has kept no samples", "name evaluate, or the stage that tuned the policy"),
         (("--iteration", "7"), "no sample of count fits", "another --iteration"),
         (("--worst", "--best"), "exclude each other", "give one of them"),
         (("count", "total"), "one stage", "rlhf samples ppo"),

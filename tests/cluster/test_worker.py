@@ -41,6 +41,10 @@ def loud(context: Context[Any]) -> dict[str, float]:
     return {"value": 1}
 
 
+def reading(context: Context[Any]) -> dict[str, float]:
+    return {"value": float(Path("here.txt").read_text())}
+
+
 def crowded(context: Context[Any]) -> dict[str, float]:
     raise torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` …\n")
 

@@ -2,6 +2,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from rlhf.cluster.session import Session
 from rlhf.cluster.worker import Location, Rank
-from rlhf.cluster.worker_group import WorkerGroup, environments
+from rlhf.cluster.worker_group import WorkerGroup, environments, run_task
 from rlhf.errors import StageError
 from tests.cluster.test_worker import attempt, call
 
@@ -87,6 +88,25 @@ def test_an_ended_group_gives_its_room_back(session: Session, attempt: Path):
     assert group.is_over(60)
     assert group.outcome() is None
     assert (attempt / "log-1.txt").read_text().endswith("from python\nfrom below\nfrom a child\n")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_relative_paths_begin_at_the_driver_s_folder_wherever_ray_was_started(
+    session: Session, attempt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """In a task and in a rank of a session that began elsewhere; a node without that folder says so in its log."""
+    session.start()
+    (tmp_path / "here.txt").write_text("7")
+    monkeypatch.chdir(tmp_path)
+    assert run_task(call(attempt, "reading"), 1, lambda: None) == {"value": 7}
+    group = WorkerGroup(call(attempt, "reading"), session.resources().per_rank("total", 1, 1, None))
+    assert group.is_over(60)
+    assert group.outcome() is None
+    elsewhere = replace(call(attempt, "loud"), working_folder=tmp_path / "nowhere")
+    assert run_task(elsewhere, 1, lambda: None) == {"value": 1}
+    assert f"there is no {tmp_path}/nowhere here" in (attempt / "log-0.txt").read_text()
 
 
 class Misplaced(Rank):

@@ -73,7 +73,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "batch size": (changed(train_batch_size=8), {}, "train_batch_size is 8; instead write batch_size"),
     "micro batch": (changed(train_micro_batch_size_per_gpu=1), {}, "instead write micro_batch_size"),
     "accumulation": (changed(gradient_accumulation_steps=4), {}, "instead write batch_size and micro_batch_size"),
-    "clipping": (changed(gradient_clipping=1.0), {}, "instead write optimizer.max_grad_norm (in ppo max_grad_norm)"),
+    "clipping": (
+        changed(gradient_clipping=1.0),
+        {},
+        "instead write optimizer.max_grad_norm (in ppo, grpo and rloo max_grad_norm)",
+    ),
     "optimizer": (changed(optimizer={"type": "AdamW", "params": {"lr": 1e-4}}), {}, "instead write optimizer"),
     "other optimizer": (changed(optimizer={"type": "Lamb", "params": {"lr": "auto"}}), {}, "it is AdamW"),
     "scheduler": (changed(scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}), {}, "instead write"),

@@ -56,7 +56,9 @@ def test_a_healthy_run_has_no_symptom() -> None:
     assert {symptom.holds for symptom in found} == {False}
     assert "finds its responses better" in in_words(run, found)
     assert in_words(run, found).endswith("None of the symptoms below holds.")
-    alone = replace(run, evaluate={}, ppo=[*run.ppo, {**run.ppo[-1], "alarm/eos": 1.0, "alarm/ratio": 0.0}])
+    alone = replace(
+        run, evaluate={}, iterations=[*run.iterations, {**run.iterations[-1], "alarm/eos": 1.0, "alarm/ratio": 0.0}]
+    )
     words = in_words(alone, symptoms(alone))
     assert words.endswith("no judge has looked: rankings may be the wrong way round. Alarms were raised: eos.")
 
@@ -76,12 +78,12 @@ def test_what_was_not_measured_is_not_known() -> None:
     assert in_words(Figures(), found) == "No stage has measured anything yet."
     half = Figures(sft=[{"step": 1, "loss": 7.0}, {"step": 2, "loss": 6.5}])
     assert in_words(half, symptoms(half)) == "SFT's loss went from 7 to 6.5 in 2 steps."
-    diverged = Figures(ppo=[{"step": 1, "objective/kl": math.nan, "length/mean": 3.0}])
+    diverged = Figures(iterations=[{"step": 1, "objective/kl": math.nan, "length/mean": 3.0}])
     assert [symptom.name for symptom in symptoms(diverged) if symptom.holds] == ["KL runs away"]
     assert "None of the symptoms" not in in_words(diverged, symptoms(diverged))
     values = [1.0, 2.0, 3.0, math.nan]
     lost = Figures(
-        ppo=[{"step": step, "objective/scores": x, "policy/entropy_avg": x} for step, x in enumerate(values)]
+        iterations=[{"step": step, "objective/scores": x, "policy/entropy_avg": x} for step, x in enumerate(values)]
     )
     assert {symptom.name for symptom in symptoms(lost) if symptom.holds} == {"Entropy collapses", "Score stands still"}
 
@@ -89,8 +91,22 @@ def test_what_was_not_measured_is_not_known() -> None:
 def test_scores_that_are_no_numbers_are_left_out() -> None:
     """A sample whose score is not finite says nothing about length."""
     rows = [{"step": 1, "score": score, "response": "x"} for score in (math.nan, "NaN", None, math.inf)]
-    run = Figures(ppo=[{"step": 1, "length/mean": 3.0}], samples=rows)
+    run = Figures(iterations=[{"step": 1, "length/mean": 3.0}], samples=rows)
     assert next(one for one in symptoms(run) if one.name == "Score follows length").holds is None
     huge = [{"step": 1, "score": score, "response": "x" * place} for place, score in enumerate((1e300, 2e300, 3e300))]
-    follows = symptoms(Figures(ppo=[{"step": 1, "length/mean": 3.0}], samples=huge))
+    follows = symptoms(Figures(iterations=[{"step": 1, "length/mean": 3.0}], samples=huge))
     assert "correlation of score and length 1.00" in next(one for one in follows if one.holds is False).figures
+
+
+@pytest.mark.parametrize(("method", "setting"), [("GRPO", "mine.kl.coef"), ("DPO", "mine.beta")])
+def test_what_is_said_names_the_last_stage_that_ran(method: str, setting: str) -> None:
+    """And the settings of its instance; of DPO that which holds the policy near where it began."""
+    fallen = {"judge/delta": -1.0, "judge/delta_low": -1.3, "judge/delta_high": -0.7}
+    run = replace(figures_of("healthy"), method=method, instance="mine")
+    run = replace(run, evaluate={**run.evaluate, **fallen})
+    found = symptoms(run)
+    words = in_words(run, found)
+    assert f"iterations {method}'s mean score" in words
+    assert f"or {method} has found its holes." in words
+    assert words.endswith(f"then raise {setting}.")
+    assert not any("ppo." in symptom.following.replace("docs/ppo.md", "") for symptom in found)

@@ -23,9 +23,11 @@ from rlhf.attempt.folder import AttemptFolder
 from rlhf.cluster import causes
 from rlhf.cluster.devices import Device
 from rlhf.cluster.worker import Call
+from rlhf.config.grpo import GrpoSettings
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
+from rlhf.config.zero import BUCKET
 from rlhf.errors import PreflightError
 from rlhf.models import capacity, footprint
 from rlhf.models.folders import copy_tokenizer
@@ -379,6 +381,21 @@ def test_gradients_of_one_model_are_there_at_a_time() -> None:
     for ranks, models in ((1, 1), (2, 2)):
         kept = predict(changed(STAGES["ppo"], f"workers.count={ranks}"), MODELS).parts["gradients"]
         assert kept == pytest.approx(4 * models * BILLION.parameters / ranks, abs=1.3e9)
+
+
+def test_grpo_is_ppo_without_a_value_model() -> None:
+    """Of as many ranks, a model's share of weights, gradients and optimiser less, and nothing else that stays."""
+    of_ppo = changed(STAGES["ppo"], "workers.count=4")
+    shared = GrpoSettings.model_fields.keys() & of_ppo.model_fields_set
+    of_grpo = GrpoSettings.model_validate({name: getattr(of_ppo, name) for name in shared})
+    ppo, grpo = (predict(settings, MODELS) for settings in (of_ppo, of_grpo))
+    assert ppo.moment == grpo.moment
+    less = {name: size - grpo.parts[name] for name, size in ppo.parts.items() if size != grpo.parts[name]}
+    share = BILLION.parameters / 4
+    # bf16 weights; gradients, with a buffer of each engine, and of AdamW weights and two moments in fp32.
+    assert less == pytest.approx(
+        {"weights": 2 * share, "gradients": 4 * share + 4 * BUCKET, "optimiser": 12 * share}, rel=1e-5
+    )
 
 
 def test_adapters_on_one_base_are_counted_with_one_base() -> None:

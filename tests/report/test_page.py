@@ -44,7 +44,7 @@ def iterations(count: int) -> list[dict[str, Any]]:
 def page(count: int, samples: list[dict[str, Any]], name: str = "a pipeline") -> str:
     rows = iterations(count)
     rows[0]["objective/kl"] = math.nan
-    figures = Figures(ppo=rows, ppo_settings={"rollouts": 8, "kl": {"coef": 0.1}})
+    figures = Figures(iterations=rows, settings={"rollouts": 8, "kl": {"coef": 0.1}})
     found = symptoms(figures)
     marks = [{"alarm": name, "from": 2, "to": 3, "text": name}]
     bins = [{"predicted": share, "observed": share, "comparisons": 9} for share in (0.5, 0.9)]
@@ -79,6 +79,7 @@ def page(count: int, samples: list[dict[str, Any]], name: str = "a pipeline") ->
             "pipeline": name,
             "store": name,
             "words": in_words(figures, found),
+            "method": figures.method,
             "symptoms": found,
             "graph": graph,
             "sections": [{"name": name, "parts": parts}],

@@ -1,4 +1,6 @@
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from rlhf.models.text import load_tokenizer
 from rlhf.rollout.drawing import Responses
 from rlhf.rollout.prompts import PromptBatch
 from rlhf.rollout.rollout import Rollout, roll_out
-from rlhf.rollout.sequences import Experience, minibatches
+from rlhf.rollout.sequences import Experience, minibatches, whitened
 from tests.models.tiny import make_tiny_llama
 
 Lengths = list[tuple[int, int]]
@@ -71,6 +73,27 @@ def test_minibatches_cover_every_sample_once(lengths: Lengths, count: int, micro
     for minibatch in drawn:
         assert len(minibatch.parts[0].ids) <= len(lengths)
         assert minibatch.num_tokens == sum(int(part.mask.sum()) for part in minibatch.parts)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_minibatch_is_whitened_by_itself(count: int) -> None:
+    """Over its real tokens, in slow float64; another epoch mixes other samples, from the same advantages."""
+    experience = experience_of([(2, 1 + number % 4) for number in range(12)], extra=1)
+    experience = replace(experience, advantages=(experience.advantages - 3000).square())
+    for epoch in range(2):
+        parts = minibatches(experience, count, MicroBatch(2), 5, epoch, prepare=whitened)
+        plain = minibatches(experience, count, MicroBatch(2), 5, epoch)
+        for minibatch, as_it_was in zip(parts, plain, strict=True):
+            pairs = [
+                (found.item(), given.item())
+                for part, before in zip(minibatch.parts, as_it_was.parts, strict=True)
+                for found, given in zip(part.advantages[part.mask], before.advantages[before.mask], strict=True)
+            ]
+            middle = sum(given for _, given in pairs) / len(pairs)
+            spread = math.sqrt(sum((given - middle) ** 2 for _, given in pairs) / len(pairs))
+            expected = [(given - middle) / spread for _, given in pairs]
+            assert [found for found, _ in pairs] == pytest.approx(expected, abs=1e-6)
+            assert all(not part.advantages[~part.mask].any() for part in minibatch.parts)
 
 
 def test_the_order_follows_from_the_seeds_alone() -> None:

@@ -47,6 +47,23 @@ def test_an_iteration_s_prompts_depend_on_the_seed_and_its_number_alone(tmp_path
     assert other.batch(8, 6) != before[8]
 
 
+def test_further_prompts_depend_on_the_seed_and_the_draw_alone(tmp_path: Path, tokenizer: Any) -> None:
+    """However many the draws before took; all prompts are drawn as often, with random numbers that nothing else has."""
+    file = write(tmp_path, [f"prompt {number}" for number in range(40)])
+    stream = PromptStream(file, tokenizer, 64, seed=3)
+    whole = [stream.further(draw, size=12, most=12, repeats=2) for draw in range(20)]
+    assert PromptStream(file, tokenizer, 64, seed=3).further(7, size=12, most=12, repeats=2) == whole[7]
+    fewer = stream.further(7, size=4, most=12, repeats=2)
+    assert fewer.prompts == whole[7].prompts[:4]
+    assert fewer.samples == whole[7].samples[:4]
+    assert all(batch.prompts[::2] == batch.prompts[1::2] for batch in whole)
+    assert set(Counter(str(prompt) for batch in whole for prompt in batch.prompts).values()) == {6}
+    samples = [sample for batch in whole for sample in batch.samples]
+    assert len(set(samples)) == 240
+    assert max(samples) < 0
+    assert whole[0].prompts != stream.batch(0, 12, repeats=2).prompts
+
+
 def test_the_first_prompts_are_those_of_the_file(tmp_path: Path, tokenizer: Any) -> None:
     """In their order, and fewer where there are fewer."""
     stream = PromptStream(write(tmp_path, PROMPTS), tokenizer, 64)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,13 @@ def trained(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **settings: Any) -
     return [row["loss"] for row in read_metrics(context.folder.metrics) if "loss" in row], metrics
 
 
+@cache  # two cases have one script
 def of_plain_trl(
     policy: Path, comparisons: Path, folder: Path, *, swapped: tuple[int, int] = (1, 0), **more: Any
 ) -> list[float]:
     """The losses of a script as TRL's page has it: a second model as the reference, no DeepSpeed.
 
+    folder   that it may write to
     swapped  how often a pair is in its batch as it is, and the other way round
     """
     settings: Any = DpoSettings.model_validate(VALUES)
@@ -158,12 +161,8 @@ def test_the_loss_curve_is_that_of_a_plain_script_of_trl_s(
     """On the same order, to 1e-6: under DeepSpeed, and with no second model. A soft label is a pair's two orders, each
     as often as it says.
     """
-    accelerator.forget()
-    with monkeypatch.context() as plainly:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
-            plainly.delenv(name)
-        expected = of_plain_trl(policy, comparisons, tmp_path, **theirs)
-    accelerator.forget()
+    with accelerator.of_a_plain_script():
+        expected = of_plain_trl(policy, comparisons, comparisons, **theirs)
     losses, _ = trained(monkeypatch, policy, comparisons, tmp_path / "ours", **ours)
     assert len(losses) == len(expected) == 6
     assert losses == pytest.approx(expected, abs=1e-6, rel=0)

@@ -195,13 +195,22 @@ def test_a_model_s_card_says_what_the_records_say(
     pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path: Path
 ) -> None:
     """Metrics with intervals, samples, sources, keys, settings that a pipeline file takes; nothing of this machine."""
+    evaluation = record_of(unbroken, "evaluate")
+    # A card quotes the evaluations that the refs name, and other tests leave those of other policies there.
+    assert pipeline.store.set_ref("tiny", "evaluate", evaluation.key)
     text = (exported(pipeline, unbroken["ppo"], tmp_path / "out") / "README.md").read_text()
     head = ModelCard(text).data.to_dict()
     assert head["tags"] == ["rlhf", "ppo", "sft"]
     assert (head["library_name"], head["pipeline_tag"], "license" in head) == ("transformers", "text-generation", False)
     for name in ("data", "model", "rank", "sft", "rm", "ppo"):
         assert f"| {name} | {record_of(unbroken, name).version} | {record_of(unbroken, name).key} |" in text
+    delta, low, high = (evaluation.metrics[f"judge/delta{end}"] for end in ("", "_low", "_high"))
+    assert f"| evaluate | judge/delta | {delta:.4g} | {low:.4g} to {high:.4g} |" in text
     assert "| judge/delta_low |" not in text
+    report = pipeline.store.checkout(evaluation.artifact, tmp_path / "report")
+    for row in read_rows(report / "samples.jsonl")[:3]:
+        assert f"Answer, score {row['score_after']:.2f}:\n\n```text\n{row['after']}\n```" in text
+    assert "A judge that no stage was trained against has rated it" in text
     assert "Hutto" in text
     assert "| judge | movie" not in text, "it was not made from the judge's ratings"
     assert "responses of up to 12 tokens" in text

@@ -210,7 +210,7 @@ def written_out(ids: Tensor, eos: int, settings: PpoSettings, beta: float) -> Wr
             after = value[row][t]
         advantages.append(found)
     returns = [[a + v for a, v in zip(row, value[number], strict=False)] for number, row in enumerate(advantages)]
-    if settings.whiten_advantages:
+    if settings.whiten_advantages is True:
         mean, deviation = spread(advantages)
         advantages = [[(one - mean) / deviation for one in row] for row in advantages]
     gaps = [[s - p for s, p in zip(sampler[n], policy[n], strict=True)][:length] for n, length in enumerate(lengths)]
@@ -281,6 +281,12 @@ def parts_of(updates: Sequence[Update], iteration: int) -> list[Experience]:
     return [part for update in updates if update.iteration == iteration for part in update.minibatch.parts]
 
 
+def place_of(part: Experience, ids: Tensor) -> int:
+    """Of a micro batch of one sample, among the responses of its iteration."""
+    length = int(part.mask.sum())
+    return next(n for n, one in enumerate(ids) if torch.equal(one[:length], part.ids[0, -part.time :][:length]))
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -292,6 +298,7 @@ def parts_of(updates: Sequence[Update], iteration: int) -> list[Experience]:
         {"kl": {"coef": 0.4, "estimator": "k2", "place": "loss", "importance_weights": False}},
         {"kl": {"coef": 0.4, "target": 0.3, "horizon": 20}},
         {"importance_cap": 1.1},
+        {"whiten_advantages": "minibatch"},
     ],
 )
 def test_both_models_learn_from_what_the_definition_says(
@@ -304,16 +311,18 @@ def test_both_models_learn_from_what_the_definition_says(
         expected = written_out(ids, policy.tokenizer.eos_token_id, settings, beta)
         for updates in (policy.updates, value.updates):
             seen: list[int] = []
-            for part in parts_of(updates, iteration):
-                length = int(part.mask.sum())
-                row = next(
-                    n for n, one in enumerate(ids) if torch.equal(one[:length], part.ids[0, -part.time :][:length])
-                )
-                seen.append(row)
-                for found, written in ((part.advantages, expected.advantages), (part.returns, expected.returns)):
-                    torch.testing.assert_close(
-                        found[0, :length].double(), torch.tensor(written[row]).double(), atol=1e-4, rtol=1e-4
-                    )
+            for update in (one for one in updates if one.iteration == iteration):
+                parts = {place_of(part, ids): part for part in update.minibatch.parts}
+                seen += parts
+                mean, deviation = spread([expected.advantages[row] for row in parts])
+                for row, part in parts.items():
+                    advantages, length = expected.advantages[row], int(part.mask.sum())
+                    if settings.whiten_advantages == "minibatch":
+                        advantages = [(one - mean) / deviation for one in advantages]
+                    for found, written in ((part.advantages, advantages), (part.returns, expected.returns[row])):
+                        torch.testing.assert_close(
+                            found[0, :length].double(), torch.tensor(written).double(), atol=1e-4, rtol=1e-4
+                        )
             for epoch in range(settings.epochs):
                 assert sorted(seen[epoch * ROLLOUTS : (epoch + 1) * ROLLOUTS]) == list(range(ROLLOUTS))
         for update in (one for one in policy.updates if one.iteration == iteration):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf.models import text, tuning
 from rlhf.rollout.speaker import Speaker
-from rlhf.stages import rm, sft
+from rlhf.stages import rm
 from rlhf.training import policy, trl_trainers
 from rlhf.zero import engine, group
 from tests.zero.inputs import ANSWER_TOKENS, PROMPT
@@ -124,7 +124,6 @@ def watching(ids: Tensor) -> Generator[Watched]:
         return whole_weights(model, **named)
 
     with (
-        patch.object(sft, "prepared", prepare),
         patch.object(rm, "prepared", prepare),
         patch.object(tuning, "prepared", prepare),
         patch.object(trl_trainers, "whole_weights", export),
