@@ -170,7 +170,8 @@ def test_what_other_programs_are_given_is_there() -> None:
             subprocess.run([*shlex.split(line), "--dry-run"], cwd=ROOT, check=True, capture_output=True, timeout=20)
         elif module := re.match(r"python -m (benchmarks\.\w+)", line):
             assert find_spec(module[1]) is not None, line
-            assert all(f'"{option}"' in benchmarks for option in re.findall(r"--[\w-]+", line)), line
+            for option in re.findall(r"--([\w-]+)", line):
+                assert re.search(f'"(--)?{option}"|given\\.{option}\\b', benchmarks), line
         elif extra := re.search(r"rlhf-pipeline\[(\w+)\]", line):
             assert extra[1] in extras, line
         for file in re.findall(r"examples/[\w.-]+", line):
