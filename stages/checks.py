@@ -74,11 +74,13 @@ MIN_LENGTH = 8
 
 def sft(context: Context[SftSettings]) -> dict[str, float]:
     """Check that every demonstration leaves a completion to learn, and count those that are cut."""
-    settings, file = context.settings, context.inputs["demonstrations"] / "train.jsonl"
     check_policy(context.inputs["base"])
-    tokenizer = load_tokenizer(context.inputs["base"])
+    settings, tokenizer = context.settings, load_tokenizer(context.inputs["base"])
     check_supervised(context, "demonstrations")
     check_tuning(context, ["base"])
+    if "demonstrations" not in context.inputs:
+        return {}
+    file = context.inputs["demonstrations"] / "train.jsonl"
     rows = tokenised(file, tokenizer)
     tokenised(file.with_name("heldout.jsonl"), tokenizer)
     lengths = [row.length for row in rows]
@@ -236,7 +238,7 @@ def policy_gradient(context: Context[PolicyGradientSettings], value: str | None 
     if settings.ptx.coef and size % ranks:
         what = f"ptx.batch_size {size} cannot be shared among {ranks} ranks"
         raise _fitting(context.stage, "ptx.batch_size", math.ceil(size / ranks) * ranks, what)
-    stream = DemonstrationStream.of(context, tokenizer)
+    stream = DemonstrationStream.of(context, tokenizer) if "demonstrations" in inputs else None
     if stream is not None and stream.cut:
         context.note(
             f"{stream.cut} demonstrations are longer than {settings.ptx.max_length} tokens and are cut at the end, "

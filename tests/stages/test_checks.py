@@ -250,6 +250,14 @@ def test_nothing_is_said_of_responses_that_are_whole_or_are_yet_to_be_written(ba
     assert checks.rm(Context("rm", "key", settings, {"base": base}, tmp_path, tmp_path, tmp_path)) == {}
 
 
+def test_demonstrations_that_are_yet_to_be_written_are_not_looked_for(base: Path, tmp_path: Path) -> None:
+    """As those that `select` picks for a second sft, or mixes into ppo."""
+    assert checks.sft(Context("sft", "key", SftSettings(max_length=32), {"base": base}, *[tmp_path] * 3)) == {}
+    whole = ppo(base, tmp_path, ptx={"coef": 0.5, "batch_size": 2, "max_length": 32})
+    mixed = replace(whole, inputs={role: path for role, path in whole.inputs.items() if role != "demonstrations"})
+    assert checks.ppo(mixed) == checks.ppo(whole)
+
+
 @pytest.mark.parametrize(("epochs", "checkpoints"), [(1.0, 0), (1.4, 1), (2.5, 2)])
 def test_steps_are_counted_over_all_epochs_and_lists(
     base: Path, tmp_path: Path, epochs: float, checkpoints: int
