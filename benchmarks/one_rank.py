@@ -43,7 +43,7 @@ S = TypeVar("S", bound=Settings)
 @contextmanager
 def alone(scratch: str | None = None) -> Generator[Path]:
     """Make this process a group of one rank, set up as a worker is; yield a folder that is removed afterwards."""
-    with TemporaryDirectory(dir=scratch) as folder, _joined(0, 1, _free_port(), Path(folder)):
+    with TemporaryDirectory(dir=scratch) as folder, _joined(0, 1, free_port(), Path(folder)):
         yield Path(folder)
 
 
@@ -54,7 +54,7 @@ def in_group(given: argparse.Namespace, act: Callable[[argparse.Namespace, Path]
     folder  the same for all, and removed afterwards
     """
     with TemporaryDirectory(dir=given.scratch) as folder:
-        arguments = given.ranks, _free_port(), Path(folder), given, act
+        arguments = given.ranks, free_port(), Path(folder), given, act
         if given.ranks == 1:
             _act_as_rank(0, *arguments)
         else:
@@ -80,7 +80,8 @@ def _joined(number: int, ranks: int, port: int, folder: Path) -> Generator[None]
     dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

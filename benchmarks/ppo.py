@@ -49,7 +49,7 @@ from rlhf.rollout.prompts import PromptStream
 from rlhf.stages import grpo, ppo
 from rlhf.tracking import read_metrics
 from rlhf.training.limits import Ceilings, IterationModels, Part, ceilings, synchronise
-from rlhf.training.loading import load_models, load_policy_and_rewards, with_micro_batch
+from rlhf.training.loading import load_models, load_policy_and_scoring, with_micro_batch
 from rlhf.training.loop import Journal
 from rlhf.training.policy import KlCoefficient
 from rlhf.zero import group
@@ -108,7 +108,7 @@ def settings_of(given: argparse.Namespace, response: int) -> PpoSettings | GrpoS
 def loaded(context: Context[Any]) -> tuple[tuple[Any, ...], Callable[..., None]]:
     """Load a stage's models, the policy first; return them, and what runs one of its iterations."""
     if isinstance(context.settings, GrpoSettings):
-        return load_policy_and_rewards(context), grpo.iterate
+        return load_policy_and_scoring(context), grpo.iterate
     return load_models(context), ppo.iterate
 
 

@@ -1,4 +1,4 @@
-"""Predict ppo on large clusters, on paper: ``python -m benchmarks.scale [--json FILE]``.
+"""Predict ppo on large clusters, on paper: ``python -m benchmarks.scale [--placement] [--json FILE]``.
 
 For models of 8 B to 405 B parameters on 8 to 1,024 GPUs: the memory of a rank, which is ``rlhf doctor``'s prediction,
 and the seconds of an iteration, in which policy, value, reward model and reference have one size and ZeRO-3 shards all.
@@ -13,6 +13,8 @@ An iteration's seconds are
 
 The speeds of the network and of the store are assumptions, and named in the output: no machine of several nodes was
 there to measure them.
+
+``--placement`` compares ``ppo.placement``: together, and apart with the number of ranks that score which is the best.
 """
 
 import argparse
@@ -138,18 +140,98 @@ def _seconds(parts: Sequence[Part]) -> float:
     return sum(part.seconds(MEASURED) for part in parts)
 
 
+PAIRS = (("8b", "8b"), ("8b", "32b"), ("8b", "70b"), ("32b", "8b"))
+"""Shapes of policy, reference and value model, and of the reward model."""
+SCORE_ON = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+"""Shares of the ranks."""
+
+
+def placed(policy: Architecture, reward: Architecture, ranks: int, scorers: int, parts: int) -> dict[str, float]:
+    """Return the seconds of an iteration's parts, and the bytes of the fullest rank.
+
+    A part of the responses is scored as soon as it is sampled and those before it are scored; the ranks that train
+    compute log-probabilities and values meanwhile.
+
+    scorers  ranks that score alone; 0 for ``placement: together``
+    """
+    models = {"policy": policy, "reward": reward}
+    apart = {"placement": "apart", "scorers": scorers, "parts": parts} if scorers else {}
+    settings = settings_of(ranks, 1).model_copy(update={"value_init": "policy"} | apart)
+    settings = with_micro_batch(settings, models, int(GPU_BYTES))
+    trainers, speed = ranks - scorers, INSIDE if ranks <= NODE else BETWEEN
+    mine = math.ceil(settings.rollouts / trainers)
+    rows = math.ceil(mine / parts)
+    all_models = IterationModels(policy, policy, [reward])
+    of_mine = all_models.parts(settings, [PROMPT] * mine, [RESPONSE] * mine, trainers)
+    of_part = all_models.parts(settings, [PROMPT] * rows, [RESPONSE] * rows, trainers)
+    gathered = _gathered(policy, trainers, speed)
+    sampled = gathered + parts * _seconds(of_part["rollout"]) / SHARES["rollout"]
+    own = _seconds(of_mine["score"]) / SHARES["score"] + 2 * gathered
+    if scorers:
+        each = math.ceil(settings.rollouts / scorers)
+        together = settings.model_copy(update={"placement": "together"})
+        texts = [PROMPT] * each, [RESPONSE] * each
+        frozen = [one for one in all_models.parts(together, *texts, scorers)["score"] if one.name in FROZEN]
+        frozen_s = _seconds(frozen) / SHARES["score"] / parts
+        frozen_s += _gathered(policy, scorers, speed) + _gathered(reward, scorers, speed)
+        done = 0.0
+        for part in range(1, parts + 1):
+            done = max(done, sampled * part / parts) + frozen_s
+        score = max(sampled + own, done) - sampled
+    else:
+        score = own + gathered + _gathered(reward, trainers, speed)
+    micro_batches = math.ceil(mine / settings.micro_batch)
+    train = _seconds(of_mine["train"]) / SHARES["train"] + 2 * (2 * micro_batches + MINIBATCHES) * gathered
+    return {"rollout": sampled, "score": score, "train": train, "memory": predict(settings, models).total}
+
+
+FROZEN = ("score reference", "score reward")
+
+
+def row_of_placement(names: tuple[str, str], models: tuple[Architecture, Architecture], ranks: int) -> dict[str, Any]:
+    """Return seconds together, and apart with the best number of ranks that score and of parts."""
+
+    def whole(seconds: dict[str, float]) -> float:
+        return seconds["rollout"] + seconds["score"] + seconds["train"]
+
+    together = placed(*models, ranks, 0, 1)
+    numbers = sorted({max(1, round(share * ranks)) for share in SCORE_ON})
+    options = [(scorers, parts, placed(*models, ranks, scorers, parts)) for scorers in numbers for parts in (1, 2, 4)]
+    fitting = [option for option in options if option[2]["memory"] < GPU_BYTES] or options
+    scorers, parts, best = min(fitting, key=lambda option: whole(option[2]))
+    return {
+        "policy": names[0],
+        "reward": names[1],
+        "GPUs": ranks,
+        "together, s": whole(together),
+        "GB a rank": together["memory"] / 1e9,
+        "apart, s": whole(best),
+        "of it rollout": best["rollout"],
+        "score": best["score"],
+        "train": best["train"],
+        "score on": scorers,
+        "parts": parts,
+        "GB of the fullest": best["memory"] / 1e9,
+        "apart / together": whole(best) / whole(together),
+    }
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--placement", action="store_true", help="compare ppo.placement together and apart")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [
-        row(name, model, ranks, partition)
-        for name, shape in LARGE.items()
-        for model in [architecture(shape)]
-        for ranks in GPUS
-        for partition in ((1, NODE) if ranks > NODE else (1,))
-    ]
+    models = {name: architecture(shape) for name, shape in LARGE.items()}
+    if options.placement:
+        rows = [row_of_placement(pair, (models[pair[0]], models[pair[1]]), n) for pair in PAIRS for n in GPUS]
+    else:
+        rows = [
+            row(name, model, ranks, partition)
+            for name, model in models.items()
+            for ranks in GPUS
+            for partition in ((1, NODE) if ranks > NODE else (1,))
+        ]
     print(f"{ROLLOUTS} x ({PROMPT} + {RESPONSE}) tokens or one sample a rank and minibatch, whichever is more")
     print(
         f"assumed: {INSIDE / 1e9:.0f} GB/s in a node, {BETWEEN / 1e9:.0f} between nodes, {STORE / 1e9:.0f} to the store"

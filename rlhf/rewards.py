@@ -353,11 +353,24 @@ class Rewards:
 
         Empty unless a single reward model scores, and recorded that range.
         """
+        return out_of_known_range(scores, self.known_range)
+
+    @property
+    def known_range(self) -> tuple[float, float, float] | None:
+        """The weight of the reward model, and the range of its scores on its own data; None as for the share."""
         match self._parts:
             case [FrozenReward(range=(low, high))]:
-                return out_of_range(scores / self._settings[0].weight, low, high)
+                return self._settings[0].weight, low, high
             case _:
-                return {}
+                return None
+
+
+def out_of_known_range(scores: Tensor, known: tuple[float, float, float] | None) -> dict[str, float]:
+    """Return :meth:`Rewards.out_of_range` of rewards with a ``known_range``."""
+    if known is None:
+        return {}
+    weight, low, high = known
+    return out_of_range(scores / weight, low, high)
 
 
 def load_whole(settings: Sequence[RewardSettings], folders: Mapping[str, Path]) -> Rewards:

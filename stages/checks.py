@@ -221,14 +221,15 @@ def policy_gradient(context: Context[PolicyGradientSettings], value: str | None 
 
     value  role of the model that a value model starts from; None without a value model
     """
-    settings, inputs, ranks = context.settings, context.inputs, context.settings.workers.ranks
+    settings, inputs, ranks = context.settings, context.inputs, context.settings.trainers
     check_rewards(settings.rewards, inputs)
     if settings.rollout.engine == "vllm" and find_spec("vllm") is None:
         raise PreflightError(NOT_INSTALLED[0], f"{context.stage}.rollout.engine", NOT_INSTALLED[1])
     check_split(context)
+    that_train = " that train" if settings.set_apart else ""
     minibatch, multiple = settings.rollouts // settings.minibatches, settings.minibatches * ranks
     if minibatch % ranks:
-        what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks"
+        what = f"a minibatch of {minibatch} rollouts cannot be shared among {ranks} ranks{that_train}"
         raise _fitting(context.stage, "rollouts", math.ceil(settings.rollouts / multiple) * multiple, what)
     check_policy(inputs["policy"])
     starts = ["policy", *([value] if value else [])]
@@ -236,7 +237,7 @@ def policy_gradient(context: Context[PolicyGradientSettings], value: str | None 
         check_packing(inputs[role], context.stage)
     tokenizer, size = load_tokenizer(inputs["policy"]), settings.ptx.batch_size
     if settings.ptx.coef and size % ranks:
-        what = f"ptx.batch_size {size} cannot be shared among {ranks} ranks"
+        what = f"ptx.batch_size {size} cannot be shared among {ranks} ranks{that_train}"
         raise _fitting(context.stage, "ptx.batch_size", math.ceil(size / ranks) * ranks, what)
     stream = DemonstrationStream.of(context, tokenizer) if "demonstrations" in inputs else None
     if stream is not None and stream.cut:

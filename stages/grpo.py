@@ -8,11 +8,12 @@ Log-probabilities and KL are in nats. docs/grpo.md has every equation, source, d
 rloo's settings have other defaults.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from rlhf.attempt.context import Context
 from rlhf.config.grpo import GrpoSettings
-from rlhf.rewards import Rewards
 from rlhf.rl.advantages import (
     equal_groups,
     group_advantages,
@@ -31,21 +32,26 @@ from rlhf.rl.metrics import (
     rollout_metrics,
     update_metrics,
 )
-from rlhf.rollout.prompts import DemonstrationStream, PromptStream
+from rlhf.rollout.prompts import DemonstrationStream, PromptBatch, PromptStream
 from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.rollout.sequences import PolicyExperience, shuffled
 from rlhf.training.iterations import answer_watched_prompts, learning_rates, record, surrogate
 from rlhf.training.limits import IterationLimit
-from rlhf.training.loading import load_policy_and_rewards, with_micro_batch
+from rlhf.training.loading import load_policy_and_scoring, load_scorers, with_micro_batch
 from rlhf.training.loop import Journal, resumable_steps
 from rlhf.training.policy import KlCoefficient, TrainedPolicy
+from rlhf.training.scoring import Scoring, score_for_trainers
+from rlhf.zero.apart import is_set_apart
 
 
 def run(context: Context[GrpoSettings]) -> dict[str, float]:
     """Tune the policy; final metrics: ``objective/scores_first``, ``objective/scores`` and ``objective/kl``."""
+    if is_set_apart():
+        score_for_trainers(*load_scorers(context))
+        return {}
     context = with_micro_batch(context)
     settings, limit = context.settings, IterationLimit.of(context)
-    policy, reward = load_policy_and_rewards(context)
+    policy, scoring = load_policy_and_scoring(context)
     file = context.inputs["prompts"] / "train.jsonl"
     prompts = PromptStream(file, policy.tokenizer, settings.max_prompt_length, settings.seed)
     demonstrations = DemonstrationStream.of(context, policy.tokenizer)
@@ -54,8 +60,9 @@ def run(context: Context[GrpoSettings]) -> dict[str, float]:
     journal = Journal(context, settings.iterations, unit="iteration", shown=shown, limit=limit)
 
     for iteration in resumable_steps(context, settings.iterations, settings.checkpoint_every, [policy, kl]):
-        iterate(iteration, settings, (policy, reward), prompts, demonstrations, kl, journal)
+        iterate(iteration, settings, (policy, scoring), prompts, demonstrations, kl, journal)
 
+    scoring.end()
     journal.finish()
     policy.export(context.output)
     first = {"objective/scores_first": journal.first("objective/scores")}
@@ -65,42 +72,36 @@ def run(context: Context[GrpoSettings]) -> dict[str, float]:
 def iterate(
     iteration: int,
     settings: GrpoSettings,
-    models: tuple[TrainedPolicy, Rewards],
+    models: tuple[TrainedPolicy, Scoring],
     prompts: PromptStream,
     demonstrations: DemonstrationStream | None,
     kl: KlCoefficient,
     journal: Journal,
 ) -> None:
     """Sample a group of responses to each prompt, compare each with its group, and update the policy."""
-    policy, reward = models
-    size, longest = settings.responses_per_prompt, settings.sampling.max_new_tokens
-    with journal.timed("rollout"):
-        batch = prompts.batch(iteration, settings.rollouts, repeats=size)
-        rollout = roll_out(policy, batch, settings.seed, longest)
+    (policy, scoring), size = models, settings.responses_per_prompt
+    batch = prompts.batch(iteration, settings.rollouts, repeats=size)
+    scored = sample_and_score(settings, models, batch, journal)
+    scored, counts = replace_equal_groups(iteration, settings, models, prompts, scored, journal)
+    rollout, scores, logprobs, entropies, reference_logprobs, times = scored
 
     if settings.samples_kept and journal.watches(iteration + 1):
-        answer_watched_prompts(iteration, settings, policy, reward, prompts, journal)
-
-    with journal.timed("score"):
-        scores = reward.score(rollout.prompts, rollout.texts)
-    rollout, scores, counts = replace_equal_groups(iteration, settings, models, prompts, rollout, scores, journal)
-    with journal.timed("score"):
-        logprobs, entropies = policy.logprobs_and_entropies(rollout.sequences)
-        reference_logprobs = policy.reference_logprobs(rollout.sequences)
+        answer_watched_prompts(iteration, settings, policy, scoring, prompts, journal)
 
     mask = rollout.mask
     check_finite(mask, scores=scores, logprobs=logprobs, reference_logprobs=reference_logprobs)
     metrics = rollout_metrics(
         scores, rollout.ended, logprobs, reference_logprobs, entropies, mask, kl.in_reward, settings.kl.estimator
     )
-    metrics |= mismatch_metrics(rollout.logprobs, logprobs, mask) | {"kl/coef": kl.value} | reward.out_of_range(scores)
+    metrics |= mismatch_metrics(rollout.logprobs, logprobs, mask) | {"kl/coef": kl.value} | times | counts
+    metrics |= scoring.out_of_range(scores)
     check_health(metrics, journal.first_row(metrics), settings.kl.limit)
 
     # A response is judged as a whole: the penalties of its tokens are summed.
     judged = penalised(settings, rollout, scores)
     rewards = kl_penalised_rewards(judged, logprobs, reference_logprobs, mask, kl.in_reward, settings.kl.estimator)
     rewards = rewards.sum(-1)
-    metrics |= group_metrics(rewards, rollout.ended, size) | counts
+    metrics |= group_metrics(rewards, rollout.ended, size)
     advantages = group_advantages(rewards, size, baseline=settings.baseline, deviation=settings.deviation)
     advantages = masked(advantages[:, None].expand(mask.shape), mask)
     if settings.importance_cap:
@@ -113,42 +114,72 @@ def iterate(
         )
         metrics |= update(iteration, settings, policy, experience, demonstrations, kl)
     if settings.samples_kept and iteration + 1 == settings.iterations:
-        answer_watched_prompts(iteration, settings, policy, reward, prompts, journal, finished=True)
+        answer_watched_prompts(iteration, settings, policy, scoring, prompts, journal, finished=True)
 
     kl.adapt(metrics["objective/kl"], settings.rollouts)
     drift = logprobs - reference_logprobs
     record(iteration, settings, journal, metrics, rollout, policy, scores=scores, drift=drift, advantages=advantages)
 
 
+class Sampled(NamedTuple):
+    """Responses, and what is computed of them before the update."""
+
+    rollout: Rollout
+    scores: Tensor
+    """``[sample]``"""
+    logprobs: Tensor
+    entropies: Tensor
+    reference_logprobs: Tensor
+    """``[sample, time]``, nats, as the two before."""
+    times: dict[str, float]
+    """Metrics of who waited."""
+
+
+def sample_and_score(
+    settings: GrpoSettings, models: tuple[TrainedPolicy, Scoring], batch: PromptBatch, journal: Journal
+) -> Sampled:
+    """Sample a response to each prompt of a batch, and score it."""
+    policy, scoring = models
+    # Where others score, they do so from the first part of the responses on.
+    with journal.timed("rollout"):
+        longest = settings.sampling.max_new_tokens
+        rollout = roll_out(policy, batch, settings.seed, longest, parts=scoring.parts, sampled=scoring.begin)
+    with journal.timed("score"):
+        logprobs, entropies = policy.logprobs_and_entropies(rollout.sequences)
+        scores, reference_logprobs, times = scoring.finish()
+    return Sampled(rollout, scores, logprobs, entropies, reference_logprobs, times)
+
+
 def replace_equal_groups(
     iteration: int,
     settings: GrpoSettings,
-    models: tuple[TrainedPolicy, Rewards],
+    models: tuple[TrainedPolicy, Scoring],
     prompts: PromptStream,
-    rollout: Rollout,
-    scores: Tensor,
+    scored: Sampled,
     journal: Journal,
-) -> tuple[Rollout, Tensor, dict[str, float]]:
+) -> tuple[Sampled, dict[str, float]]:
     """Put responses to further prompts in the place of groups that all score the same, a bounded number of times.
 
     Dynamic sampling: Yu et al. 2025 (DAPO, arXiv:2503.14476), §3.2. Return also how often and how many.
     """
-    (policy, reward), size = models, settings.responses_per_prompt
+    size, pad = settings.responses_per_prompt, models[0].tokenizer.pad_token_id
     draws, replaced = 0, 0
     for draw in range(settings.dynamic_sampling):
-        equal = equal_groups(penalised(settings, rollout, scores), size)
+        equal = equal_groups(penalised(settings, scored.rollout, scored.scores), size)
         rows = equal.repeat_interleave(size).nonzero().flatten()
         if not len(rows):
             break
-        with journal.timed("rollout"):
-            number = iteration * settings.dynamic_sampling + draw
-            batch = prompts.further(number, len(rows), settings.rollouts, size)
-            further = roll_out(policy, batch, settings.seed, settings.sampling.max_new_tokens)
-        with journal.timed("score"):
-            scores = scores.index_copy(0, rows, reward.score(further.prompts, further.texts))
-        rollout = rollout.with_samples(rows, further, policy.tokenizer.pad_token_id)
+        number = iteration * settings.dynamic_sampling + draw
+        further = sample_and_score(
+            settings, models, prompts.further(number, len(rows), settings.rollouts, size), journal
+        )
+        names = ("scores", "logprobs", "entropies", "reference_logprobs")
+        computed = {name: getattr(scored, name).index_copy(0, rows, getattr(further, name)) for name in names}
+        times = {name: seconds + further.times[name] for name, seconds in scored.times.items()}
+        rollout = scored.rollout.with_samples(rows, further.rollout, pad)
+        scored = scored._replace(rollout=rollout, times=times, **computed)
         draws, replaced = draws + 1, replaced + len(rows) // size
-    return rollout, scores, {"groups/draws": float(draws), "groups/replaced": float(replaced)}
+    return scored, {"groups/draws": float(draws), "groups/replaced": float(replaced)}
 
 
 def penalised(settings: GrpoSettings, rollout: Rollout, scores: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from functools import partial
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.rewards import Rewards
 from rlhf.rl.advantages import generalised_advantages, kl_penalised_rewards, masked_moments, shaped_scores, whiten
 from rlhf.rl.kl import truncated_importance_weights
 from rlhf.rl.losses import PolicySums, ValueSums, clipped_value_loss
@@ -22,16 +21,21 @@ from rlhf.rollout.sequences import Experience, shuffled, whitened
 from rlhf.training.iterations import answer_watched_prompts, learning_rates, record, surrogate
 from rlhf.training.learner import TrainedValue
 from rlhf.training.limits import IterationLimit
-from rlhf.training.loading import load_models, with_micro_batch
+from rlhf.training.loading import load_models, load_scorers, with_micro_batch
 from rlhf.training.loop import Journal, resumable_steps
 from rlhf.training.policy import KlCoefficient, TrainedPolicy
+from rlhf.training.scoring import Scoring, score_for_trainers
+from rlhf.zero.apart import is_set_apart
 
 
 def run(context: Context[PpoSettings]) -> dict[str, float]:
     """Tune the policy; final metrics: ``objective/scores_first``, ``objective/scores`` and ``objective/kl``."""
+    if is_set_apart():
+        score_for_trainers(*load_scorers(context))
+        return {}
     context = with_micro_batch(context)
     settings, limit = context.settings, IterationLimit.of(context)
-    policy, value, reward = load_models(context)
+    policy, value, scoring = load_models(context)
     file = context.inputs["prompts"] / "train.jsonl"
     prompts = PromptStream(file, policy.tokenizer, settings.max_prompt_length, settings.seed)
     demonstrations = DemonstrationStream.of(context, policy.tokenizer)
@@ -40,8 +44,9 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
     journal = Journal(context, settings.iterations, unit="iteration", shown=shown, limit=limit)
 
     for iteration in resumable_steps(context, settings.iterations, settings.checkpoint_every, [policy, value, kl]):
-        iterate(iteration, settings, (policy, value, reward), prompts, demonstrations, kl, journal)
+        iterate(iteration, settings, (policy, value, scoring), prompts, demonstrations, kl, journal)
 
+    scoring.end()
     journal.finish()
     policy.export(context.output)
     first = {"objective/scores_first": journal.first("objective/scores")}
@@ -51,33 +56,34 @@ def run(context: Context[PpoSettings]) -> dict[str, float]:
 def iterate(
     iteration: int,
     settings: PpoSettings,
-    models: tuple[TrainedPolicy, TrainedValue, Rewards],
+    models: tuple[TrainedPolicy, TrainedValue, Scoring],
     prompts: PromptStream,
     demonstrations: DemonstrationStream | None,
     kl: KlCoefficient,
     journal: Journal,
 ) -> None:
     """Sample responses to an iteration's prompts, score them, and update policy and value model on them."""
-    policy, value, reward = models
+    policy, value, scoring = models
+    # Where others score, they do so from the first part of the responses on.
     with journal.timed("rollout"):
-        batch = prompts.batch(iteration, settings.rollouts)
-        rollout = roll_out(policy, batch, settings.seed, settings.sampling.max_new_tokens)
-
-    if settings.samples_kept and journal.watches(iteration + 1):
-        answer_watched_prompts(iteration, settings, policy, reward, prompts, journal)
+        batch, longest = prompts.batch(iteration, settings.rollouts), settings.sampling.max_new_tokens
+        rollout = roll_out(policy, batch, settings.seed, longest, parts=scoring.parts, sampled=scoring.begin)
 
     with journal.timed("score"):
-        scores = reward.score(rollout.prompts, rollout.texts)
         logprobs, entropies = policy.logprobs_and_entropies(rollout.sequences)
-        reference_logprobs = policy.reference_logprobs(rollout.sequences)
         values = value.values(rollout.sequences)
+        scores, reference_logprobs, times = scoring.finish()
+
+    if settings.samples_kept and journal.watches(iteration + 1):
+        answer_watched_prompts(iteration, settings, policy, scoring, prompts, journal)
 
     mask = rollout.mask
     check_finite(mask, scores=scores, logprobs=logprobs, reference_logprobs=reference_logprobs, values=values)
     metrics = rollout_metrics(
         scores, rollout.ended, logprobs, reference_logprobs, entropies, mask, kl.in_reward, settings.kl.estimator
     )
-    metrics |= mismatch_metrics(rollout.logprobs, logprobs, mask) | {"kl/coef": kl.value} | reward.out_of_range(scores)
+    metrics |= mismatch_metrics(rollout.logprobs, logprobs, mask) | {"kl/coef": kl.value} | times
+    metrics |= scoring.out_of_range(scores)
     check_health(metrics, journal.first_row(metrics), settings.kl.limit)
 
     shaped = shaped_scores(
@@ -110,7 +116,7 @@ def iterate(
         )
         metrics |= update(iteration, settings, policy, value, experience, demonstrations, kl)
     if settings.samples_kept and iteration + 1 == settings.iterations:
-        answer_watched_prompts(iteration, settings, policy, reward, prompts, journal, finished=True)
+        answer_watched_prompts(iteration, settings, policy, scoring, prompts, journal, finished=True)
 
     if iteration >= settings.value_warmup:
         kl.adapt(metrics["objective/kl"], settings.rollouts)

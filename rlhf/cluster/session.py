@@ -326,11 +326,19 @@ class Resources:
         cost = sum(group.count * max(-(-group.cpus // wanted.cpus), group.gpu and wanted.gpu) for group in beside)
         return not beside or self._fitting(wanted.cpus, wanted.gpu) - cost >= wanted.count
 
-    def ranks(self, stage: str, workers: WorkerSettings, dealt_out: Sequence[int], together: int = 1) -> int:
+    def ranks(
+        self,
+        stage: str,
+        workers: WorkerSettings,
+        dealt_out: Sequence[int],
+        together: int = 1,
+        set_apart: int = 0,
+    ) -> int:
         """Return how many ranks a group has: as many as are set, or with ``auto`` as the cluster has room for.
 
         dealt_out  numbers that the ranks must divide, for ``auto``
         together   more ranks than these must be a multiple of them, for ``auto``
+        set_apart  ranks beside those, among whom nothing is dealt out
 
         Raises:
             PreflightError: fewer than ``min`` have room, or no number that may be taken divides the batch.
@@ -348,11 +356,14 @@ class Resources:
         # On CPUs a node's ranks would share its cores, and one with all of them is faster.
         most = room if gpu or cpus else max(workers.min, sum(node > 0 for node in self.cpus))
         most = min(most, workers.max or most)
-        counts = [count for count in range(most, workers.min - 1, -1) if count <= together or not count % together]
-        found = next((count for count in counts if all(not number % count for number in dealt_out)), None)
+        counts = [count for count in range(most, workers.min - 1, -1) if count > set_apart]
+        counts = [count for count in counts if count - set_apart <= together or not (count - set_apart) % together]
+        found = next((n for n in counts if not any(number % (n - set_apart) for number in dealt_out)), None)
         if found is None:
             raise PreflightError(
-                f"{stage} may have {workers.min} to {most} ranks, and none of these numbers "
+                f"{stage} may have {workers.min} to {most} ranks"
+                + (f", {set_apart} of which do not train" if set_apart else "")
+                + ", and none of these numbers "
                 + (f"that zero.secondary_partition {together} allows " if together > 1 else "")
                 + f"divides {' and '.join(map(str, dealt_out))}, which are dealt out among them in each update",
                 f"{stage}.workers.min",

@@ -45,6 +45,8 @@ class Call:
     have no steps: one fit of strengths may take hours."""
     imports: tuple[str, ...] = ()
     """Modules that are imported ahead of its ranks."""
+    set_apart: int = 0
+    """How many of its ranks, the last ones, are a process group of their own."""
     working_folder: Path = field(default_factory=Path.cwd)
     """The driver's, where relative paths of the settings begin. Processes of a cluster were started in another."""
 
@@ -80,8 +82,8 @@ class Rank:
         gpus = here.get_accelerator_ids()["GPU"]
         return Location(here.get_node_id(), ray.util.get_node_ip_address(), port, tuple(gpus))
 
-    def run(self, call: Call, environment: dict[str, str]) -> None:
-        """Run a stage as the rank that the environment names."""
+    def run(self, call: Call, rank: int, environment: dict[str, str]) -> None:
+        """Run a stage as a rank of the worker group; the environment says which of its process group it is."""
 
         def join_group() -> Context[Any]:
             import ray
@@ -98,7 +100,7 @@ class Rank:
             return computable(call.context)
 
         os.environ |= environment
-        perform(call, int(environment["RANK"]), join_group)
+        perform(call, rank, join_group)
 
 
 def prepare_deepspeed(call: Call) -> None:

@@ -23,6 +23,8 @@ from rlhf.errors import ClusterLostError, HangError, OutOfMemoryError, RlhfError
 POLL_SECONDS = 0.25
 START_MINUTES = 60.0
 """How long a stage may wait for its first process: other work may hold the cluster's room."""
+_WAITING = ("torch/distributed/", "rlhf/zero/apart.py")
+"""A rank with a frame in one of these files waits for another one."""
 # A frame of our code, or a test's, but not of its caller.
 _FRAME = re.compile(r'File "[^"]*?((?:rlhf/(?!cluster/worker)|stages/|tests/)[^"]+)", line (\d+) in (\S+)')
 
@@ -181,8 +183,8 @@ class Watchdog:
             with suppress(OSError):
                 stacks[rank] = folder.rank(rank).stack.read_text(errors="replace")
         culprits = [rank for rank, stack in stacks.items() if not stack]  # the process itself is stopped
-        if not culprits:  # a rank inside torch.distributed waits for another one
-            culprits = [rank for rank, stack in stacks.items() if "torch/distributed/" not in stack]
+        if not culprits:
+            culprits = [rank for rank, stack in stacks.items() if not any(file in stack for file in _WAITING)]
         if not culprits:
             least = min(pulse.beat for pulse in pulses.values())
             culprits = [rank for rank, pulse in pulses.items() if pulse.beat == least]
@@ -269,7 +271,10 @@ class WorkerGroup:
         locations, errors = self._wait([actor.locate.remote() for actor in self._actors])
         if errors or self._stopping.is_set():
             return [(None, error) for _, error in errors]
-        calls = [self._actors[index].run.remote(self._call, names) for index, names in environments(locations)]
+        numbered = environments(locations, self._call.set_apart)
+        calls = [
+            self._actors[index].run.remote(self._call, rank, names) for rank, (index, names) in enumerate(numbered)
+        ]
         return self._wait(calls)[1]
 
     def _wait(self, references: Sequence[Any]) -> tuple[list[Any], RankErrors]:
@@ -314,29 +319,40 @@ class WorkerGroup:
             )
 
 
-def environments(locations: Sequence[Location]) -> list[tuple[int, dict[str, str]]]:
+def environments(locations: Sequence[Location], set_apart: int = 0) -> list[tuple[int, dict[str, str]]]:
     """Number the ranks; return by rank the index of its location and the variables by which libraries know it.
 
     Ranks of a node follow each other, by their GPUs, all of which each of them sees: they reach each other directly.
+
+    set_apart  how many of the last ranks are a process group of their own; ``TRAINERS_ADDR`` and ``TRAINERS_PORT`` then
+               tell all ranks where the others meet (:mod:`rlhf.zero.apart`)
     """
     nodes: dict[str, list[int]] = {}
     for index, location in enumerate(locations):
         nodes.setdefault(location.node, []).append(index)
     for node in nodes.values():
         node.sort(key=lambda index: [(len(gpu), gpu) for gpu in locations[index].gpus])
+    order = [index for node in nodes.values() for index in node]
+    trainers = len(order) - set_apart
     numbered: list[tuple[int, dict[str, str]]] = []
     for node in nodes.values():
         gpus = [gpu for index in node for gpu in locations[index].gpus]
+        here = min(len(node), max(0, trainers - len(numbered)))
         for local_rank, index in enumerate(node):
+            rank, first = len(numbered), locations[order[0]]
+            trains = rank < trainers
+            meeting = first if trains else locations[order[trainers]]
             environment = {
-                "RANK": str(len(numbered)),
-                "WORLD_SIZE": str(len(locations)),
+                "RANK": str(rank if trains else rank - trainers),
+                "WORLD_SIZE": str(trainers if trains else set_apart),
                 "LOCAL_RANK": str(local_rank),
-                "LOCAL_WORLD_SIZE": str(len(node)),
+                "LOCAL_WORLD_SIZE": str(here if trains else len(node) - here),
                 # Without it DeepSpeed on a CPU counts NUMA nodes by a program of its own at every backward pass.
                 "LOCAL_SIZE": str(len(node)),
-                "MASTER_ADDR": locations[0].address,
-                "MASTER_PORT": str(locations[0].port),
+                "MASTER_ADDR": meeting.address,
+                "MASTER_PORT": str(meeting.port),
             }
+            if set_apart:
+                environment |= {"TRAINERS_ADDR": first.address, "TRAINERS_PORT": str(first.port)}
             numbered.append((index, environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})))
     return numbered

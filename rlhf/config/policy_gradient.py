@@ -135,6 +135,14 @@ class PolicyGradientSettings(TrainingSettings):
     """Gradients of either model are scaled down to this norm."""
     max_prompt_length: int = semantic(256, ge=1)
     """Longest prompt in tokens; one longer stops the run before it starts."""
+    placement: Literal["together", "apart"] = runtime("together")
+    """Where the reference and the rewards are: ``together`` with what trains, on all ranks, or ``apart``, on ranks of
+    their own, which score one part of the responses while the next is sampled (docs/cluster.md, "Placement")."""
+    scorers: int = runtime(1, ge=1)
+    """With placement apart, how many of ``workers.count`` score; the others train."""
+    parts: int = runtime(2, ge=1)
+    """With placement apart, in how many parts an iteration's responses are sampled: all but the last are scored
+    meanwhile, and sampling takes longer, since each part has fewer rows."""
     micro_batch_size: int | None = runtime(None, ge=1)
     """Samples of one forward pass of one rank; null takes as many as fit into a GPU's memory, and on a CPU 16. With
     ``packing`` a forward pass has as many tokens as this number of samples of the longest length."""
@@ -157,6 +165,11 @@ class PolicyGradientSettings(TrainingSettings):
     def dealt_out(self) -> tuple[int, ...]:
         """The samples of a minibatch, and the demonstrations beside them."""
         return (self.rollouts // self.minibatches, *([self.ptx.batch_size] if self.ptx.coef else []))
+
+    @property
+    def set_apart(self) -> int:
+        """The ranks that score and do not train."""
+        return self.scorers if self.placement == "apart" else 0
 
     @property
     def updates(self) -> int:
@@ -183,6 +196,22 @@ class PolicyGradientSettings(TrainingSettings):
         return self
 
     @model_validator(mode="after")
+    def _placement_fits(self) -> Self:
+        if self.placement == "together":
+            return self
+        if self.trainers < 1:
+            name, needed = "min" if self.workers.count == "auto" else "count", self.scorers + 1
+            raise ValueError(
+                f"placement apart leaves no rank that trains: workers.{name} is {self.workers.ranks}, and scorers "
+                f"{self.scorers}; raise workers.{name} to {needed} or more"
+                + ("" if self.scorers == 1 else ", or lower scorers")
+                + ", or write placement: together"
+            )
+        if self.parts > self.rollouts:
+            raise ValueError(f"parts {self.parts} is more than rollouts {self.rollouts}; lower parts")
+        return self
+
+    @model_validator(mode="after")
     def _packing_fits(self) -> Self:
         if self.packing and virtual_tokens(self.tuning):
             raise ValueError(
@@ -193,7 +222,7 @@ class PolicyGradientSettings(TrainingSettings):
 
     @model_validator(mode="after")
     def _copies_fit(self) -> Self:
-        together, ranks = self.rollout.tensor_parallel, self.workers.count
+        together = self.rollout.tensor_parallel
         if together in (1, "auto"):
             return self
         setting = f"rollout.tensor_parallel {together}"
@@ -207,8 +236,9 @@ class PolicyGradientSettings(TrainingSettings):
         if isinstance(together, int):
             if obstacle := self.obstacle_to_split():
                 raise ValueError(f"{setting} cannot be: {obstacle}; write rollout: {{tensor_parallel: gathered}}")
-            if isinstance(ranks, int) and ranks % together:
-                raise ValueError(f"{setting} does not divide the {ranks} rank(s) of workers.count")
+            if self.workers.count != "auto" and self.trainers % together:
+                which = "that train" if self.set_apart else "of workers.count"
+                raise ValueError(f"{setting} does not divide the {self.trainers} rank(s) {which}")
         return self
 
     def obstacle_to_split(self) -> str | None:

@@ -81,6 +81,11 @@ class PpoSettings(PolicyGradientSettings):
                 f"rollout.tensor_parallel {self.rollout.tensor_parallel} does not go with share_base, of whose base "
                 "every rank holds a copy"
             )
+        if self.share_base and self.placement == "apart":
+            raise ValueError(
+                "placement apart puts reference and reward models on other ranks than the policy, and with share_base "
+                "they are adapters on its base; write placement: together, or share_base: false"
+            )
         return self
 
     def obstacle_to_vllm(self) -> str | None:

@@ -144,8 +144,18 @@ class ShardedSettings(Settings):
 
     @property
     def dealt_out(self) -> tuple[int, ...]:
-        """What each update deals out among the ranks, whose number must divide it."""
+        """What each update deals out among the ranks that train, whose number must divide it."""
         return ()
+
+    @property
+    def set_apart(self) -> int:
+        """How many of the ranks, the last ones, are a group of their own, which trains nothing."""
+        return 0
+
+    @property
+    def trainers(self) -> int:
+        """How many ranks train."""
+        return self.workers.ranks - self.set_apart
 
 
 class TrainingSettings(ShardedSettings):
@@ -206,7 +216,8 @@ class TrainingSettings(ShardedSettings):
     @model_validator(mode="after")
     def _memory_settings_fit(self) -> "TrainingSettings":
         if self.workers.count != "auto":
-            self.zero.check_ranks(self.workers.count)
+            self.zero.check_ranks(self.trainers, "that train" if self.set_apart else "of workers.count")
+        self.zero.check_ranks(self.set_apart, "that are set apart")
         if self.zero.bf16 is not None and self.zero.bf16 != (self.precision == "bf16"):
             wanted = "bf16" if self.zero.bf16 else "fp32"
             raise ValueError(

@@ -160,8 +160,10 @@ class ZeroSettings(Settings):
         """Return whether ``secondary_partition`` divides the ranks, or all of them are in one."""
         return count <= self.secondary_partition or count % self.secondary_partition == 0
 
-    def check_ranks(self, count: int) -> None:
+    def check_ranks(self, count: int, which: str) -> None:
         """Refuse a number of ranks that the second copy of weights cannot be dealt out among.
+
+        which  they are, for the user
 
         Raises:
             ValueError: :meth:`takes_ranks` says no.
@@ -169,8 +171,8 @@ class ZeroSettings(Settings):
         if not self.takes_ranks(count):
             fitting = max(size for size in range(1, self.secondary_partition) if count % size == 0)
             raise ValueError(
-                f"zero.secondary_partition {self.secondary_partition} does not divide the {count} ranks of "
-                f"workers.count; write secondary_partition: {fitting}, or another count"
+                f"zero.secondary_partition {self.secondary_partition} does not divide the {count} ranks {which}; "
+                f"write secondary_partition: {fitting}, or another count"
             )
 
     @property

@@ -28,7 +28,7 @@ class MicroBatch:
     @classmethod
     def of(cls, settings: PolicyGradientSettings) -> Self:
         """Return what the settings say: at most a rank's share of a minibatch, in tokens where samples are packed."""
-        samples = min(settings.micro_batch, max(1, settings.rollouts // settings.minibatches // settings.workers.ranks))
+        samples = min(settings.micro_batch, max(1, settings.rollouts // settings.minibatches // settings.trainers))
         tokens, packed = settings.micro_batch_tokens, bool(settings.packing)
         return cls(samples, samples * settings.longest if packed and tokens is None else tokens, packed)
 

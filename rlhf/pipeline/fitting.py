@@ -129,7 +129,7 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
         if isinstance(settings, PolicyGradientSettings)
         else settings.batch_size
     )
-    counts = [settings.workers.ranks << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
+    counts = [settings.trainers << power for power in range(1, MOST_RANKS.bit_length())] if device.gpu else []
     return [
         [(f"{unit}={half}", {unit: half}) for half in halves],
         checkpointing,
@@ -138,8 +138,8 @@ def _changes(settings: Training, device: Device) -> list[list[tuple[str, dict[st
         sharding,
         [
             (f"workers.count={count}", {"workers": settings.workers.model_copy(update={"count": count})})
-            for count in counts
-            if count <= MOST_RANKS and rows % count == 0 and settings.zero.takes_ranks(count)
+            for count in (trainers + settings.set_apart for trainers in counts if rows % trainers == 0)
+            if count <= MOST_RANKS and settings.zero.takes_ranks(count - settings.set_apart)
         ],
     ]
 

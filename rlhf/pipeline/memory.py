@@ -16,7 +16,7 @@ from typing import Literal, Self, TypeVar
 
 from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.config.ppo import PpoSettings
-from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
+from rlhf.config.stages import DpoSettings, RmSettings, SftSettings, WorkerSettings
 from rlhf.config.tuning import LowRankTuning, virtual_tokens
 from rlhf.config.zero import BUCKET
 from rlhf.errors import size
@@ -153,7 +153,7 @@ def _together(
     settings: PolicyGradientSettings, models: Mapping[str, Architecture] | None, node: int | None
 ) -> list[int | Literal["gathered"]]:
     """Return what ``rollout.tensor_parallel`` may be, in the order of what it costs."""
-    ranks = settings.workers.ranks
+    ranks = settings.trainers
     if models is None or ranks == 1 or settings.zero.stage != 3 or shares_base(settings):
         return [1]
     if settings.rollout.engine != "native":
@@ -214,7 +214,7 @@ def share_of_rank(settings: Training) -> int:
         if isinstance(settings, PolicyGradientSettings)
         else settings.batch_size
     )
-    return max(1, rows // settings.workers.ranks)
+    return max(1, rows // settings.trainers)
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Sharding:
     @classmethod
     def of(cls, settings: Training) -> Self:
         """Read a stage's settings."""
-        ranks = settings.workers.ranks
+        ranks = settings.trainers
         zero = settings.zero.of_ranks(ranks)
         second = 1 / zero.secondary_partition if zero.secondary_partition > 1 else 0.0
         return cls(
@@ -270,7 +270,7 @@ class Trained:
     @property
     def share(self) -> float:
         """Trained parameters of a rank."""
-        return self.part.parameters / self.settings.workers.ranks
+        return self.part.parameters / self.settings.trainers
 
     @property
     def whole(self) -> float:
@@ -293,7 +293,7 @@ class Trained:
     def gathered(self) -> float:
         """Bytes of whole weights that a rank has beside its share while it computes; one rank's share is the whole."""
         at_work = (REUSE + self.model.layer) * self.width
-        alone = self.settings.workers.ranks == 1 and not self.sharding.host_weights
+        alone = self.settings.trainers == 1 and not self.sharding.host_weights
         return 0.0 if alone or self.sharding.stage < 3 else min(self.whole, at_work)
 
     @property
@@ -359,7 +359,7 @@ class Trained:
 
     def _step(self) -> Bytes:
         """Return what an optimiser step takes: a copy of its gradients; AdamW, fused, has no tensors of its own."""
-        stage, ranks = self.sharding.stage, self.settings.workers.ranks
+        stage, ranks = self.sharding.stage, self.settings.trainers
         stepped = min(self.share, self.sharding.sub_group + self.model.layer / ranks) if stage == 3 else self.share
         # Stages 1 and 2 have them in one piece, and those of the model's precision too.
         narrow = self.width % 4
@@ -403,7 +403,7 @@ def _policy_gradient(
 ) -> Iterator[tuple[str, Bytes]]:
     """Yield the moments of an iteration."""
     settings = settings.model_copy(update={"packing": packs(settings, models, gpu=gpu)})
-    ranks, given = settings.workers.ranks, models["policy"]
+    ranks, given = settings.trainers, models["policy"]
     rewards = [model for role, model in models.items() if role.startswith("reward")]
     tuning = settings.tuning
     if isinstance(tuning, LowRankTuning):
@@ -414,10 +414,10 @@ def _policy_gradient(
         for start in _starts(settings, models)[1:]
     ]
     width, micro = policy.width, min(settings.micro_batch, share_of_rank(settings))
-    frozen = sum(model.parameters * width for model in rewards)
-    frozen += 0 if policy.part.keeps_base else given.parameters * width
+    apart, scored = settings.placement == "apart", sum(model.parameters * width for model in rewards)
+    frozen = 0.0 if apart else scored + (0 if policy.part.keeps_base else given.parameters * width)
     held = policy.sharding.held
-    of_value, copied = (
+    of_value, whole = (
         _sum(*(value.standing() for value in values)),
         weight_bytes(given, policy.part, width, scores=False),
     )
@@ -428,7 +428,7 @@ def _policy_gradient(
     stays = not gpu if engine == "vllm" else policy.sharding.stage == 3
     given = settings.rollout.tensor_parallel if policy.sharding.stage == 3 and ranks > 1 else 1
     gathers, together = given == "gathered", given if isinstance(given, int) else 1
-    copied = _part_of_copy(policy, copied, together)
+    copied = _part_of_copy(policy, whole, together)
     # A copy that several ranks hold natively is dropped between rollouts too.
     stays = stays and not gathers and (together == 1 or engine == "vllm")
     generation = copied * stays
@@ -471,6 +471,22 @@ def _policy_gradient(
     yield "while responses are sampled", _sum(standing, wanted)
     for moment, parts in others:
         yield moment, _sum(standing, kept, parts)
+    if apart:
+        yield _on_scorers(policy, texts, micro, scored + whole)
+
+
+def _on_scorers(policy: Trained, texts: Texts, micro: int, frozen: float) -> tuple[str, Bytes]:
+    """Return what a rank holds that scores alone.
+
+    frozen  bytes of its models on all ranks that score
+    """
+    settings = policy.settings
+    assert isinstance(settings, PolicyGradientSettings)
+    workers, rollouts = WorkerSettings(count=settings.scorers), math.ceil(settings.rollouts / settings.parts)
+    on_scorers = settings.model_copy(update={"placement": "together", "workers": workers, "rollouts": rollouts})
+    alike = replace(policy, settings=on_scorers)
+    held = 0.0 if alike.sharding.host_weights else frozen * alike.sharding.held
+    return "while others score", _sum({"frozen models": held}, _scoring(on_scorers, alike, texts, micro))
 
 
 def _logit_width(policy: Trained) -> int:
@@ -503,7 +519,7 @@ def _policy_loss(settings: PolicyGradientSettings, policy: Trained, tokens: int)
 
 def _scoring(settings: PolicyGradientSettings, policy: Trained, texts: Texts, micro: int) -> Bytes:
     """Return the bytes that a pass without gradients computes."""
-    rows = min(capacity.AT_ONCE * micro, math.ceil(settings.rollouts / settings.workers.ranks))
+    rows = min(capacity.AT_ONCE * micro, math.ceil(settings.rollouts / settings.trainers))
     chunk = _in_chunk(policy, rows * texts.response)
     rows, time = (1, rows * texts.longest) if settings.packing else (rows, texts.longest)
     masked = policy.masked
@@ -531,7 +547,7 @@ def _rows(
     """
     most = capacity.ROWS_ON_GPU if gpu else capacity.ROWS_ON_CPU
     places = capacity.rounded(texts.longest - 1, capacity.COLUMNS_ON_GPU if gpu else capacity.COLUMNS_ON_CPU)
-    rows = min(most, math.ceil(settings.rollouts * together / settings.workers.ranks))
+    rows = min(most, math.ceil(settings.rollouts * together / settings.trainers))
     keys = policy.model.layers * 2 * policy.model.keys * policy.width / together
     return rows, (places + policy.part.tokens) * keys
 

@@ -32,9 +32,10 @@ def needs_of(planned: Planned, resources: Resources) -> RankResources:
         return RankResources(1, resources.for_task(), gpu=False)
     settings: Any = planned.instance.settings
     workers: WorkerSettings = settings.workers
-    # Settings of other packages' stages need not say what is dealt out, nor how models are sharded.
+    # Settings of other packages' stages need not say what is dealt out, to whom not, nor how models are sharded.
+    dealt_out, set_apart = getattr(settings, "dealt_out", ()), getattr(settings, "set_apart", 0)
     together = getattr(settings, "zero", ZeroSettings()).secondary_partition
-    count = resources.ranks(planned.name, workers, getattr(settings, "dealt_out", ()), together)
+    count = resources.ranks(planned.name, workers, dealt_out, together, set_apart)
     return resources.per_rank(planned.name, count, workers.cpus, workers.gpu)
 
 
@@ -209,7 +210,9 @@ class Production:
                 needs = replace(before, count=workers.min)
         assert needs is not None
         context = with_ranks(context, needs)
-        return Call(planned.stage.code, context, needs.gpu, workers.timeout_minutes, planned.stage.imports), needs
+        set_apart = getattr(context.settings, "set_apart", 0)
+        minutes, imports = workers.timeout_minutes, planned.stage.imports
+        return Call(planned.stage.code, context, needs.gpu, minutes, imports, set_apart), needs
 
     def _fits(self, context: Context[Any], needs: RankResources) -> bool:
         """Return whether a group that has not begun may wait for its places; without them fewer ranks could begin."""

@@ -40,13 +40,20 @@ class Sampler(ABC):
     ranks: int = 1
     """Ranks that hold one copy of the policy together, and answer the same prompts."""
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the weights that were taken last are still there."""
+        return True
+
     @torch.no_grad()
-    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor, *, unchanged: bool = False) -> Responses:
         """Sample a response to each prompt, each rank its share of them. A collective.
 
-        noise  ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
+        noise      ``[sample, time]``, see :mod:`rlhf.rollout.sampling`; its width is the longest response
+        unchanged  whether the policy has the weights that it had at the last call
         """
-        self.take_weights()
+        if not (unchanged and self.holds_weights):
+            self.take_weights()
         mine = group.my_rows(len(prompts), self.ranks)
         sampled = self.answer([prompts[row] for row in mine.tolist()], noise[mine])
         # One exchange for both: float64 holds every id and every float32 exactly.
@@ -139,8 +146,11 @@ class Samples(Protocol):
 
     tokenizer: Tokenizer
 
-    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
-        """Sample a response to each prompt. A collective."""
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor, *, unchanged: bool = False) -> Responses:
+        """Sample a response to each prompt. A collective.
+
+        unchanged  whether the policy has the weights that it had at the last call
+        """
         ...
 
 
@@ -219,15 +229,39 @@ class Rollout:
         return samples
 
 
-def roll_out(policy: Samples, batch: PromptBatch, seed: int, max_new_tokens: int) -> Rollout:
-    """Sample a response to each prompt. A collective."""
-    tokenizer = policy.tokenizer
-    responses, logprobs = policy.sample(batch.ids, uniforms(seed, batch.samples, max_new_tokens))
+def roll_out(
+    policy: Samples,
+    batch: PromptBatch,
+    seed: int,
+    max_new_tokens: int,
+    *,
+    parts: int = 1,
+    sampled: Callable[[Rollout], None] = lambda _: None,
+) -> Rollout:
+    """Sample a response to each prompt. A collective.
+
+    parts    in how many parts the prompts are answered, one after the other; fewer where there are fewer prompts
+    sampled  is given each part as soon as it is there
+    """
+    numbers = uniforms(seed, batch.samples, max_new_tokens)
+    prompt_ids, prompt_mask = text.pad(batch.ids, policy.tokenizer.pad_token_id, "left")
+    done: list[Rollout] = []
+    for rows in torch.arange(len(batch.ids)).chunk(parts):
+        part, again = slice(int(rows[0]), int(rows[-1]) + 1), {"unchanged": True} if done else {}
+        responses = policy.sample(batch.ids[part], numbers[part], **again)
+        done.append(_laid_out(policy.tokenizer, batch.prompts[part], prompt_ids[part], prompt_mask[part], responses))
+        sampled(done[-1])
+    return done[0] if len(done) == 1 else _joined(done)
+
+
+def _laid_out(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], prompt_ids: Tensor, prompt_mask: Tensor, sampled: Responses
+) -> Rollout:
+    responses, logprobs = sampled
     mask = response_mask(responses, tokenizer.eos_token_id)
     responses = torch.where(mask, responses, tokenizer.pad_token_id)
-    prompt_ids, prompt_mask = text.pad(batch.ids, tokenizer.pad_token_id, "left")
     return Rollout(
-        prompts=batch.prompts,
+        prompts=prompts,
         texts=[text.response_text(tokenizer, row[real].tolist()) for row, real in zip(responses, mask, strict=True)],
         sequences=Sequences(
             ids=torch.cat([prompt_ids, responses], dim=1),
@@ -236,4 +270,19 @@ def roll_out(policy: Samples, batch: PromptBatch, seed: int, max_new_tokens: int
         ),
         ended=ended(responses, tokenizer.eos_token_id),
         logprobs=logprobs,
+    )
+
+
+def _joined(parts: Sequence[Rollout]) -> Rollout:
+    of_parts = [part.sequences for part in parts]
+    return Rollout(
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        texts=[one for part in parts for one in part.texts],
+        sequences=Sequences(
+            ids=torch.cat([one.ids for one in of_parts]),
+            attention_mask=torch.cat([one.attention_mask for one in of_parts]),
+            mask=torch.cat([one.mask for one in of_parts]),
+        ),
+        ended=torch.cat([part.ended for part in parts]),
+        logprobs=torch.cat([part.logprobs for part in parts]),
     )

@@ -58,6 +58,11 @@ class SplitGenerator(Generator):
         self.ranks, self._peers = ranks, peers_of(ranks)
         self._copy, self._parts = splitting.split(model, whole_shape, self._peers, group.device())
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the weights that were taken last are still there."""
+        return False
+
     def answer(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
         """Sample a response to each prompt, with the ranks that hold the copy. A collective."""
         responses = super().answer(prompts, noise)

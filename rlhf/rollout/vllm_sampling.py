@@ -107,6 +107,11 @@ class VllmSampler(Sampler):
         self._engine: Any = None
         self._sleeps = False
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the weights that were taken last are still there; after an answer a GPU has their memory back."""
+        return not self._sleeps
+
     def take_weights(self) -> None:
         """Take the policy's present weights. A collective."""
         if self._engine is None:

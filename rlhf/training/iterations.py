@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from rlhf.config.policy_gradient import PolicyGradientSettings
-from rlhf.rewards import Rewards
 from rlhf.rl.losses import Penalties, clipped_policy_loss
 from rlhf.rl.metrics import Watched, alarm_metrics, alarms
 from rlhf.rollout.prompts import PromptStream
 from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.training.loop import Journal, learning_rate_share
 from rlhf.training.policy import KlCoefficient, PolicyLoss, TrainedPolicy
+from rlhf.training.scoring import Scoring
 
 
 def learning_rates(settings: PolicyGradientSettings) -> Callable[[int], float]:
@@ -42,7 +42,7 @@ def answer_watched_prompts(
     iteration: int,
     settings: PolicyGradientSettings,
     policy: TrainedPolicy,
-    reward: Rewards,
+    scoring: Scoring,
     prompts: PromptStream,
     journal: Journal,
     *,
@@ -53,10 +53,11 @@ def answer_watched_prompts(
     finished  after the last update, where the answers are those of the policy that is exported
     """
     with journal.timed("watched"):
-        rollout = roll_out(policy, prompts.watched(), settings.seed, settings.sampling.max_new_tokens)
-        scores = reward.score(rollout.prompts, rollout.texts)
+        batch, longest = prompts.watched(), settings.sampling.max_new_tokens
+        rollout = roll_out(policy, batch, settings.seed, longest, sampled=scoring.begin)
         logprobs, _ = policy.logprobs_and_entropies(rollout.sequences)
-        drift = logprobs - policy.reference_logprobs(rollout.sequences)
+        scores, reference_logprobs, _ = scoring.finish()
+        drift = logprobs - reference_logprobs
     kept = rollout.samples_by_token(len(rollout.prompts), scores, policy.tokenizer, drift)
     journal.keep_watched(iteration + 1, kept, finished=finished)
 

@@ -222,7 +222,7 @@ class IterationModels:
     def parts(
         self, settings: PolicyGradientSettings, prompts: Sequence[int], lengths: Sequence[int], ranks: int = 1
     ) -> dict[str, list[Part]]:
-        """Return what an iteration must cost a rank: the parts of rollout, score and train.
+        """Return what an iteration must cost a rank that trains: the parts of rollout, score and train.
 
         Every model's texts count as those of the policy; demonstrations that are mixed in are left out.
 
@@ -239,6 +239,8 @@ class IterationModels:
             values = forward(Sizes.of(self.value), tokens, 0, pairs, width)
             learn["value"] = (learned(self.value, settings.tuning, scores=True), self.value, values)
         steps = adamw(sum(part.parameters for part, _, _ in learn.values()) / ranks, settings.precision)
+        frozen = [Part("score reference", [language])]
+        frozen += [Part("score reward", [forward(Sizes.of(one), tokens, 0, pairs, width)]) for one in self.rewards]
         return {
             "rollout": [
                 Part("prefill", [prefill(policy, prompts, width)]),
@@ -246,9 +248,8 @@ class IterationModels:
             ],
             "score": [
                 Part("score policy", [language]),
-                Part("score reference", [language]),
                 *(Part("score value", [work]) for name, (_, _, work) in learn.items() if name == "value"),
-                *(Part("score reward", [forward(Sizes.of(one), tokens, 0, pairs, width)]) for one in self.rewards),
+                *([] if settings.placement == "apart" else frozen),
             ],
             "train": [
                 *(

@@ -1,8 +1,9 @@
-"""Load what trains: the size of its micro batches, PPO's four models, and the folder that training starts from."""
+"""Load what trains: the size of its micro batches, PPO's models, and the folder that training starts from."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,23 +34,58 @@ from rlhf.rollout.vllm_sampling import Room, obstacle
 from rlhf.training import shared_base
 from rlhf.training.learner import Optimiser, TrainedValue
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
+from rlhf.training.scoring import SETTINGS, Apart, Scoring, Together
 from rlhf.zero import group
+from rlhf.zero.apart import Messages
 from rlhf.zero.engine import DTYPES, STAGE_3
 
 
-def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Rewards]:
+def load_models(context: Context[PpoSettings]) -> tuple[TrainedPolicy, TrainedValue, Scoring]:
     """Load and shard the models of PPO; errors are those of :func:`load_value`. A collective."""
     if context.settings.share_base:
         rollout_by_vllm(context, context.inputs["policy"])  # never; ``auto`` says why
-        return shared_base.load_models(context, MicroBatch.of(context.settings))
-    policy, rewards = load_policy_and_rewards(context)
-    return policy, load_value(context), rewards
+        policy, value, rewards = shared_base.load_models(context, MicroBatch.of(context.settings))
+        return policy, value, Together(policy, rewards)
+    policy, scoring = load_policy_and_scoring(context)
+    return policy, load_value(context), scoring
 
 
-def load_policy_and_rewards(context: Context[PolicyGradientSettings]) -> tuple[TrainedPolicy, Rewards]:
+def load_policy_and_scoring(context: Context[PolicyGradientSettings]) -> tuple[TrainedPolicy, Scoring]:
     """Load and shard the models of a stage without a value model. A collective."""
     settings = context.settings
-    return load_policy(context), load_rewards(context, MicroBatch.of(settings), settings.zero)
+    if settings.placement == "apart":
+        _plain_policy(context)  # the others read it from now on
+        scoring = Apart(settings)
+        return load_policy(context, with_reference=False), scoring
+    policy = load_policy(context)
+    return policy, Together(policy, load_rewards(context, MicroBatch.of(settings), settings.zero))
+
+
+def load_scorers(context: Context[PolicyGradientSettings]) -> tuple[Messages, FrozenPolicy, Rewards]:
+    """Load and shard the models of ranks that are set apart: the policy that the others begin with, and the rewards.
+
+    A collective; it waits until the others have decided on settings that they leave open.
+    """
+    messages = Messages()
+    settings = context.settings.model_copy(update=messages.receive(SETTINGS))
+    context = replace(context, settings=settings)
+    reference = FrozenPolicy(
+        _plain_policy(context),
+        settings.precision,
+        settings.sampling.temperature,
+        MicroBatch.of(settings),
+        fp32_head=settings.sampling.fp32_head,
+        zero=settings.zero,
+        method=settings.tuning,
+        prepare=partial(
+            tuning.prepared,
+            tuning=settings.tuning,
+            source=context.inputs["policy"],
+            scores=False,
+            seed=settings.seed,
+        ),
+    )
+    return messages, reference, load_rewards(context, MicroBatch.of(settings), settings.zero)
 
 
 def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context[T]:
@@ -89,8 +125,8 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
     return replace(context, settings=settings)
 
 
-def load_policy(context: Context[PolicyGradientSettings]) -> TrainedPolicy:
-    """Load and shard the trained policy, with its reference. A collective."""
+def load_policy(context: Context[PolicyGradientSettings], *, with_reference: bool = True) -> TrainedPolicy:
+    """Load and shard the trained policy, by default with its reference. A collective."""
     settings, folder = context.settings, _plain_policy(context)
     copies = together(context, folder)
     return TrainedPolicy.load_folder(
@@ -110,6 +146,7 @@ def load_policy(context: Context[PolicyGradientSettings]) -> TrainedPolicy:
         activation_checkpointing=settings.activation_checkpointing,
         vllm=rollout_by_vllm(context, folder, copies if isinstance(copies, int) else 1),
         tensor_parallel=copies,
+        with_reference=with_reference,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf.config.policy_gradient import KlSettings
 from rlhf.config.stages import Precision
-from rlhf.config.tuning import Tuning
+from rlhf.config.tuning import FULL, Tuning
 from rlhf.config.zero import ZeroSettings
 from rlhf.models import folders, tuning
 from rlhf.models.capacity import AT_ONCE
@@ -88,9 +88,9 @@ class Policy:
         self.tokenizer = generator.tokenizer
         self._temperature, self._micro_batch = temperature, micro_batch
 
-    def sample(self, prompts: Sequence[list[int]], noise: Tensor) -> Responses:
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor, *, unchanged: bool = False) -> Responses:
         """Sample a response to each prompt, as :meth:`Sampler.sample`. A collective."""
-        return self._generator.sample(prompts, noise)
+        return self._generator.sample(prompts, noise, unchanged=unchanged)
 
     def forward(
         self, part: Sequences, *, entropies: bool = False, temperature: float | None = None
@@ -122,7 +122,9 @@ class Policy:
 class FrozenPolicy(Policy):
     """A policy that is not trained: a reference, or one to compare.
 
-    folder  a plain folder or an adapter's
+    folder   a plain folder or an adapter's
+    method   by which the policy trains that begins as this one
+    prepare  turns the folder's model into that policy
     """
 
     def __init__(
@@ -134,9 +136,11 @@ class FrozenPolicy(Policy):
         *,
         fp32_head: bool = True,
         zero: ZeroSettings = STAGE_3,
+        method: Tuning = FULL,
+        prepare: Callable[[Any], Any] = lambda model: model,
     ) -> None:
         with sharded_loading(precision, zero):
-            model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head)
+            model = prepare(folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method))
         read_beginnings_once(unwrapped(model))
         # Sharded, it would be copied anew for each rollout, though it never changes.
         source = None if is_sharded(model) else model
@@ -152,7 +156,7 @@ class TrainedPolicy(Policy):
     model      under the learner's engine
     learner    of a :class:`rlhf.models.heads.TokenLogprobs`
     generator  samples from the same weights
-    reference  None where the model's adapter as at the start is the reference
+    reference  None where the model's adapter as at the start is the reference, or other ranks have it
     average    of the model's weights
     folder     the plain folder that the model was loaded from
     """
@@ -198,19 +202,21 @@ class TrainedPolicy(Policy):
         activation_checkpointing: bool = False,
         vllm: Room | None = None,
         tensor_parallel: int | Literal["gathered"] = 1,
+        with_reference: bool = True,
     ) -> Self:
         """Load and shard a policy. A collective.
 
-        folder  a plain folder
-        source  the folder that it was made from, which may have virtual tokens
-        vllm    the largest rollout of a rank where vLLM samples
-
+        folder           a plain folder
+        source           the folder that it was made from, which may have virtual tokens
+        vllm             the largest rollout of a rank where vLLM samples
         tensor_parallel  ranks that hold a copy to sample from together, if the policy is sharded
+        with_reference   whether it can be asked for the reference's log-probabilities
         """
         with sharded_loading(precision, zero):
             model = folders.load_policy(folder, DTYPES[precision], fp32_head=fp32_head, tuning=method)
             prepare = partial(tuning.prepared, tuning=method, source=source, scores=False, seed=seed)
-            model = tuning.with_reference(prepare(model))
+            model = prepare(model)
+            model = tuning.with_reference(model) if with_reference else model
         read_beginnings_once(unwrapped(model))
         at_once, together = AT_ONCE * micro_batch.samples, 1 if tensor_parallel == "gathered" else tensor_parallel
         generator: Sampler | None = None
@@ -243,7 +249,7 @@ class TrainedPolicy(Policy):
             )
         reference = (
             None
-            if isinstance(model, PeftModel)
+            if isinstance(model, PeftModel) or not with_reference
             else FrozenPolicy(folder, precision, temperature, micro_batch, fp32_head=fp32_head, zero=zero)
         )
         return cls(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.attempt.context import Context
+from rlhf.zero.apart import is_set_apart
 
 T = TypeVar("T")
 
@@ -162,6 +163,6 @@ def computable(context: Context[Any]) -> Context[Any]:
     capabilities = torch.cpu.get_capabilities() if device().type == "cpu" else {}
     if all_true(device().type != "cpu" or any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)):
         return context
-    if is_main():
+    if is_main() and not is_set_apart():
         context.note("computes in fp32, since this CPU has no instructions for bf16")
     return replace(context, settings=context.settings.model_copy(update={"precision": "fp32"}))

@@ -134,6 +134,19 @@ def test_auto_fills_nodes_that_keep_weights_twice(gpus: tuple[int, ...], taken: 
     assert resources(*((8, count) for count in gpus)).ranks("ppo", AUTO, [24], together=4) == taken
 
 
+def test_what_auto_deals_out_is_shared_by_ranks_that_are_not_set_apart():
+    """Of five ranks with one apart four share eight rows; with two apart three cannot, and of four two can.
+
+    Where pairs keep weights a second time, of eight with one apart seven cannot train, and of seven six can.
+    """
+    least = AUTO.model_copy(update={"min": 3})
+    assert resources((8, 5)).ranks("ppo", least, [8], set_apart=1) == 5
+    assert resources((8, 5)).ranks("ppo", least, [8], set_apart=2) == 4
+    assert resources((8, 8)).ranks("ppo", least, [420], together=2, set_apart=1) == 7
+    with pytest.raises(PreflightError, match="may have 3 to 3 ranks, 1 of which do not train, and none of these"):
+        resources((8, 3)).ranks("ppo", least, [7], set_apart=1)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

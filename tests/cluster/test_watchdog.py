@@ -78,6 +78,19 @@ def test_the_rank_that_computes_is_named_and_not_those_that_wait_for_it(call: Ca
     assert error.where == "rank 1 on node (pid 41), last step 5; log: log-1.txt"
 
 
+def test_a_rank_that_waits_for_those_set_apart_is_not_named(call: Call, clock: Clock):
+    """It waits outside of torch.distributed's own code."""
+    watch = Watchdog(call, 2)
+    beats(
+        call,
+        0,
+        5,
+        '  File "/x/rlhf/zero/apart.py", line 60 in receive\n  File "/x/stages/ppo.py", line 80 in iterate\n',
+    )
+    beats(call, 1, 5, COMPUTES)
+    assert hang(call, clock, watch).what.startswith("rank 1 of total stood still")
+
+
 def test_a_process_that_could_not_even_tell_where_it_stands_is_stopped(call: Call, clock: Clock):
     """The interpreter writes the stacks by itself, unless the whole process does not run."""
     watch = Watchdog(call, 2)

@@ -38,6 +38,19 @@ def test_ranks_of_a_node_follow_each_other_by_their_gpus():
     assert {(one["MASTER_ADDR"], one["MASTER_PORT"]) for one in found} == {("address of b", str(1000 + ord("b")))}
 
 
+def test_ranks_that_are_set_apart_are_a_group_of_their_own():
+    """The last ones, which know where the others meet; GPUs are numbered on each node as ever."""
+    places = [place("a", "1"), place("b", "0"), place("a", "0"), place("b", "1")]
+    found = [environment for _, environment in environments(places, 1)]
+    assert [one["RANK"] for one in found] == ["0", "1", "2", "0"]
+    assert [one["WORLD_SIZE"] for one in found] == ["3", "3", "3", "1"]
+    assert [one["LOCAL_RANK"] for one in found] == ["0", "1", "0", "1"]
+    assert [one["LOCAL_WORLD_SIZE"] for one in found] == ["2", "2", "1", "1"]
+    assert {(one["TRAINERS_ADDR"], one["TRAINERS_PORT"]) for one in found} == {("address of a", str(1000 + ord("a")))}
+    assert [one["MASTER_ADDR"] for one in found] == ["address of a"] * 3 + ["address of b"]
+    assert all("TRAINERS_ADDR" not in one for _, one in environments(places))
+
+
 def test_what_ranks_without_gpus_see_is_left_as_it_is():
     """An empty variable would hide the GPUs from whoever asks what the machine has."""
     numbered = environments([place("a"), place("a")])

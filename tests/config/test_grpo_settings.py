@@ -16,6 +16,7 @@ from rlhf.config.grpo import GrpoSettings, RlooSettings
         ({"overlong_buffer": 64}, "overlong_buffer 64 is not less than max_new_tokens 64"),
         ({"policy_clip": None, "policy_clip_high": 0.3}, "policy_clip_high needs policy_clip"),
         ({"value_clip": 0.2}, "value_clip"),
+        ({"placement": "apart"}, "placement apart leaves no rank that trains"),
     ],
 )
 @pytest.mark.parametrize("kind", [GrpoSettings, RlooSettings])

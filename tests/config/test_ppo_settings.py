@@ -35,6 +35,33 @@ def ppo(*overrides: str) -> PpoSettings:
         ("ppo.kl={place: loss}", "its expected gradient is 0"),
         ("ppo.kl={coef: 0, target: 6}", "coef 0 stays 0"),
         ("ppo.minibatches=3", "rollouts 64 is not a multiple of minibatches 3"),
+        (
+            "ppo.placement=apart",
+            "workers.count is 1, and scorers 1; raise workers.count to 2 or more, or write placement",
+        ),
+        (
+            "ppo={placement: apart, scorers: 4, workers: {count: 3}}",
+            "raise workers.count to 5 or more, or lower scorers",
+        ),
+        ("ppo={placement: apart, workers: {count: auto}}", "workers.min is 1, and scorers 1; raise workers.min to 2"),
+        (
+            "ppo={placement: apart, workers: {count: 2}, share_base: true, tuning: {method: lora}}",
+            "they are adapters on its base; write placement: together, or share_base: false",
+        ),
+        ("ppo={placement: apart, workers: {count: 2}, parts: 65}", "parts 65 is more than rollouts 64"),
+        (
+            "ppo={placement: apart, workers: {count: 4}, rollout: {tensor_parallel: 2}}",
+            "rollout.tensor_parallel 2 does not divide the 3 rank(s) that train",
+        ),
+        (
+            "ppo={placement: apart, scorers: 2, workers: {count: 8}, zero: {secondary_partition: 4}}",
+            "secondary_partition 4 does not divide the 6 ranks that train; write secondary_partition: 3",
+        ),
+        (
+            "ppo={placement: apart, scorers: 3, workers: {count: auto, min: 4}, zero: {secondary_partition: 2}}",
+            "secondary_partition 2 does not divide the 3 ranks that are set apart; write secondary_partition: 1",
+        ),
+        ("ppo.scorers=0", "ppo.scorers is 0 and must be a whole number of at least 1"),
         ("ppo.value_warmup=12", "leaves none of 12 iterations"),
         ("ppo.average_decay=1", "must be a number above 0 and below 1"),
         ("ppo.algorithm=a2c", "algorithm a2c needs epochs 1, and it is 2"),

@@ -34,6 +34,7 @@ from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.rollout.sequences import Experience, minibatch_of
 from rlhf.training.loading import load_models
 from rlhf.training.policy import FrozenPolicy
+from rlhf.training.scoring import Together
 from rlhf.training.shared_base import VALUE, check_adapters
 from rlhf.zero.engine import ADAM_EPSILON, whole_weights
 from tests.models.tiny import NORMALISER, TEXTS, make_tiny_adapter
@@ -65,7 +66,9 @@ def settings_of(**more: Any) -> PpoSettings:
 
 
 def models_of(inputs: dict[str, Path], folder: Path, **more: Any) -> tuple[Any, Any, Any]:
-    return load_models(Context("ppo", "key", settings_of(**more), inputs, folder, folder, folder))
+    policy, value, scoring = load_models(Context("ppo", "key", settings_of(**more), inputs, folder, folder, folder))
+    assert isinstance(scoring, Together)
+    return policy, value, scoring.rewards
 
 
 def sampled(policy: Any) -> Rollout:

@@ -424,6 +424,22 @@ def test_an_average_and_a_frozen_reference_are_counted() -> None:
     )
 
 
+def test_models_that_are_apart_are_counted_where_they_are() -> None:
+    """Two ranks of which one scores: the other has what one rank has, less the frozen models; or the first has more."""
+    alone = predict(STAGES["ppo"], MODELS)
+    apart = changed(STAGES["ppo"], "workers.count=2", "placement=apart")
+    trains = predict(apart, MODELS)
+    assert trains.moment == alone.moment
+    assert "frozen models" not in trains.parts
+    assert trains.total == alone.total - alone.parts["frozen models"]
+    large = MODELS | {"reward": replace(BILLION, parameters=80 * BILLION.parameters)}
+    scores = predict(changed(apart, "value_init=policy"), large)
+    assert scores.moment == "while others score"
+    assert scores.parts["frozen models"] == 2 * (1 + 80) * BILLION.parameters
+    shared = predict(changed(apart, "workers.count=3", "scorers=2", "value_init=policy"), large)
+    assert shared.parts["frozen models"] == scores.parts["frozen models"] / 2
+
+
 def context_of(settings: Any, folder: Path, model: Path) -> Context[Any]:
     roles = ("policy", "reward") if isinstance(settings, PpoSettings) else ("base",)
     return Context("stage", "key", settings, dict.fromkeys(roles, model), folder, folder, folder)

@@ -1,14 +1,22 @@
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from rlhf.models.capacity import AT_ONCE
 from rlhf.models.micro_batches import MicroBatch
+from rlhf.models.text import load_tokenizer
+from rlhf.rollout.drawing import Responses
+from rlhf.rollout.prompts import PromptBatch
+from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.rollout.sequences import Experience, minibatches, whitened
+from tests.models.tiny import make_tiny_llama
 
 Lengths = list[tuple[int, int]]
 lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6)
@@ -123,3 +131,37 @@ def test_micro_batches_of_a_minibatch_hold_similar_lengths() -> None:
     experience = experience_of([(5, 5), (1, 1), (5, 5), (1, 1)])
     (minibatch,) = minibatches(experience, 1, MicroBatch(2), 0)
     assert [part.ids.shape[1] for part in minibatch.parts] == [10, 2]
+
+
+class Echo:
+    """Answers with a prompt's first token and the places of its random numbers; says what it was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        self.asked: list[tuple[int, bool]] = []
+
+    def sample(self, prompts: Sequence[list[int]], noise: Tensor, *, unchanged: bool = False) -> Responses:
+        self.asked.append((len(prompts), unchanged))
+        ids = 5 + (20 * noise).long()
+        ids[:, 0] = torch.tensor([prompt[0] for prompt in prompts])
+        return Responses(ids, noise.log())
+
+
+def test_a_rollout_in_parts_is_the_whole_one(tmp_path: Path) -> None:
+    """Whatever the number of parts; each is handed on in its turn, and weights are taken for the first alone."""
+    policy = Echo(make_tiny_llama(tmp_path / "tiny"))
+    batch = PromptBatch([*"abcde"], [[7], [8, 9, 10], [11], [12], [13, 14]], [*range(10, 15)])
+    whole, handed = roll_out(policy, batch, 3, 4), list[Rollout]()
+    for parts, sizes in ((2, [3, 2]), (3, [2, 2, 1]), (9, [1] * 5)):
+        policy.asked.clear()
+        handed.clear()
+        joined = roll_out(policy, batch, 3, 4, parts=parts, sampled=handed.append)
+        assert policy.asked == [(size, number > 0) for number, size in enumerate(sizes)]
+        assert [text for part in handed for text in part.texts] == joined.texts == whole.texts
+        assert joined.prompts == whole.prompts
+        for name in ("ids", "attention_mask", "mask"):
+            tensors = [getattr(part.sequences, name) for part in handed]
+            assert torch.equal(torch.cat(tensors), getattr(whole.sequences, name))
+            assert torch.equal(getattr(joined.sequences, name), getattr(whole.sequences, name))
+        assert torch.equal(joined.logprobs, whole.logprobs)
+        assert torch.equal(joined.ended, whole.ended)

@@ -252,7 +252,10 @@ def test_nothing_is_said_of_responses_that_are_whole_or_are_yet_to_be_written(ba
 
 def test_demonstrations_that_are_yet_to_be_written_are_not_looked_for(base: Path, tmp_path: Path) -> None:
     """As those that `select` picks for a second sft, or mixes into ppo."""
-    assert checks.sft(Context("sft", "key", SftSettings(max_length=32), {"base": base}, *[tmp_path] * 3)) == {}
+    assert (
+        checks.sft(Context("sft", "key", SftSettings(max_length=32), {"base": base}, tmp_path, tmp_path, tmp_path))
+        == {}
+    )
     whole = ppo(base, tmp_path, ptx={"coef": 0.5, "batch_size": 2, "max_length": 32})
     mixed = replace(whole, inputs={role: path for role, path in whole.inputs.items() if role != "demonstrations"})
     assert checks.ppo(mixed) == checks.ppo(whole)
@@ -355,6 +358,15 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_instal
         checks.ppo(ppo(base, tmp_path, rollout={"engine": "vllm"}))
     assert error.value.next_step == "pip install 'rlhf-pipeline[vllm]', or write rollout: {engine: native}"
     checks.ppo(ppo(base, tmp_path, rollout={"engine": "auto"}))
+
+
+def test_rollouts_are_shared_among_the_ranks_that_train(base: Path, tmp_path: Path) -> None:
+    """Of three ranks with one apart two; of four three, which cannot share minibatches of 64."""
+    apart: dict[str, Any] = {"placement": "apart", "rollouts": 64, "minibatches": 1}
+    checks.ppo(ppo(base, tmp_path, **apart, workers={"count": 3}))
+    with pytest.raises(PreflightError, match="rollouts cannot be shared among 3 ranks that train") as error:
+        checks.ppo(ppo(base, tmp_path, **apart, workers={"count": 4}))
+    assert error.value.next_step == "ppo.rollouts=66"
 
 
 def test_ppos_demonstrations_are_shared_among_ranks_and_cut_aloud(base: Path, tmp_path: Path) -> None:

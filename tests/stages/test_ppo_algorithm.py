@@ -24,6 +24,7 @@ from rlhf.rollout.sampling import Responses
 from rlhf.rollout.sequences import Experience, Minibatch, Sequences
 from rlhf.tracking import read_metrics
 from rlhf.training.loop import Journal
+from rlhf.training.scoring import Together
 from tests.models.tiny import make_tiny_llama
 
 pytestmark = [
@@ -239,7 +240,8 @@ def run(
         (tmp_path / role / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policy = MadeUpPolicy(text.load_tokenizer(folder), drift)
     value = MadeUpValue(policy)
-    monkeypatch.setattr(ppo, "load_models", lambda _: (policy, value, MadeUpReward(scale, growth)))
+    made_up: Any = policy, MadeUpReward(scale, growth)
+    monkeypatch.setattr(ppo, "load_models", lambda _: (policy, value, Together(*made_up)))
     values: dict[str, Any] = {
         "rewards": [{"function": "unused.py:reward"}],
         "value_init": "policy",

@@ -48,6 +48,7 @@ from rlhf.zero import group, shards
 from rlhf.zero.engine import STAGE_3, Engine, gathered, sharded_loading, whole_weights
 from rlhf.zero.group import computable
 from tests.pipeline.helpers import until
+from tests.zero import placement
 from tests.zero.groups import TIMEOUT_S
 from tests.zero.inputs import SIZES
 from tests.zero.memory import ON_NODES, counted_gathers, memory, on_nodes
@@ -66,6 +67,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
 LORA = LoraTuning(rank=4)
+CASES, apart = placement.CASES, placement.apart
 FORMS: dict[str, Tuning] = {"full": FULL, "lora": LORA}
 COUNTS = (1, 2, 3, 5, 8)
 BATCH, PROMPT, TIME = 4, 3, 5
@@ -499,6 +501,7 @@ def of_stages(folder: Path, world_size: int) -> dict[str, Callable[[], Any]]:
     checks: dict[str, Callable[[], Any]] = {
         "first_iterations": partial(first_iterations, folder.parent, folder / "first"),
         "memory": partial(memory, folder.parent, folder / "memory"),
+        "together": partial(placement.together, folder.parent, folder / "together"),
     }
     if world_size > 1:
         checks["forms"] = partial(forms, folder.parent, folder / "forms")

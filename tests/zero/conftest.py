@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from rlhf.config.tuning import LoraTuning
 from tests.models.tiny import SHAPE, make_tiny_adapter, make_tiny_llama
 from tests.zero.groups import ENVIRON, ROOT, TIMEOUT_S, run_groups
-from tests.zero.inputs import ANSWER_TOKENS, SIZES, write_inputs
+from tests.zero.inputs import ANSWER_TOKENS, CASES, SIZES, write_inputs
 
 Results = dict[int, list[dict[str, Any]]]
 Grid = dict[int, dict[tuple[str, str], dict[str, Any]]]
@@ -26,10 +26,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     write_inputs(folder)
     run_groups("tests.zero.checks", folder)
     # Written by our own processes a moment ago.
-    return {
+    found: Results = {
         size: [torch.load(folder / str(size) / f"result-{rank}.pt", weights_only=False) for rank in range(size)]
         for size in SIZES
     }
+    for case in CASES:
+        apart = torch.load(folder / case.name / "apart.pt", weights_only=False)
+        found[case.trainers][0]["apart"] = apart
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """A module's groups of ranks, side by side: ``python -m tests.zero.groups MODULE FOLDER``.
 
 The module has ``SIZES``, the groups' numbers of ranks, and ``main(rank, world_size, folder)``, the folder being
-``FOLDER/<world size>``. To import torch,
-transformers, TRL and DeepSpeed takes longer than most of what a rank then does, so one process imports them and forks
-the ranks, as the fork server does.
+``FOLDER/<world size>``. It may have ``CASES``, of groups whose last ranks are set apart, and ``apart(rank, case,
+folder)``, the folder being ``FOLDER/<name>``. To import torch, transformers, TRL and DeepSpeed takes longer than most
+of what a rank then does, so one process imports them and forks the ranks, as the fork server does.
 """
 
 import gc
@@ -11,6 +11,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +19,11 @@ from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from rlhf.cluster.session import ENVIRONMENT
+from rlhf.cluster.worker import Location
+from rlhf.cluster.worker_group import environments
 
 ROOT = Path(__file__).parents[2]
 # An idle machine takes a fifth of it.
@@ -54,19 +58,44 @@ def start(main: Callable[[int, int, Path], None], rank: int, world_size: int, fo
     main(rank, world_size, folder / str(world_size))
 
 
-def run(module: str, folder: Path) -> None:
+def start_apart(apart: Callable[[int, Any, Path], None], rank: int, names: dict[str, str], case: Any, folder: Path):
+    """Be a rank of a group of which some are set apart, with output as :func:`start`."""
+    with (folder / f"log-{case.name}-{rank}.txt").open("wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    os.environ |= names
+    apart(rank, case, folder / case.name)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run(name: str, folder: Path) -> None:
     """Run all ranks; end with the first that fails, since those of its group would wait for it."""
     gc.disable()
-    groups = importlib.import_module(module)
+    module = importlib.import_module(name)
     gc.freeze()  # a rank's first collection would otherwise copy all memory that it shares
     gc.enable()
     forking = multiprocessing.get_context("fork")
     ranks: dict[int, BaseProcess] = {}
-    for size in groups.SIZES:
+    for size in module.SIZES:
         (folder / str(size)).mkdir()
         for rank in range(size):
-            name = f"log-{size}-{rank}.txt"
-            process = forking.Process(target=start, args=(groups.main, rank, size, folder), name=name, daemon=True)
+            log = f"log-{size}-{rank}.txt"
+            process = forking.Process(target=start, args=(module.main, rank, size, folder), name=log, daemon=True)
+            process.start()
+            ranks[process.sentinel] = process
+    for case in getattr(module, "CASES", ()):
+        (folder / case.name / "output").mkdir(parents=True)
+        (folder / case.name / "attempt").mkdir()
+        places = [Location("here", "127.0.0.1", free_port(), ()) for _ in range(case.trainers + case.scorers)]
+        for rank, (_, names) in enumerate(environments(places, case.scorers)):
+            arguments = module.apart, rank, names, case, folder
+            log = f"log-{case.name}-{rank}.txt"
+            process = forking.Process(target=start_apart, args=arguments, name=log, daemon=True)
             process.start()
             ranks[process.sentinel] = process
     while ranks:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,27 @@ MICRO_BATCHES: dict[str, dict[str, Any]] = {
 }
 WITHOUT_COPIES: dict[str, Any] = {"of 1": 2, "of 4": "gathered"}
 """Of these, in the group of two: ``rollout.tensor_parallel``."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A number of ranks that train, of ranks that score, and what they do."""
+
+    trainers: int
+    scorers: int
+    stage: str
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.trainers}+{self.scorers}"
+
+
+CASES = (
+    Case(1, 1, "grpo", {"responses_per_prompt": 4, "tuning": {"method": "lora", "rank": 4, "init": "pissa"}}),
+    Case(2, 2, "ppo", {"value_init": "reward", "value_learning_rate": 1e-3, "rollout": {"tensor_parallel": 2}}),
+)
+"""One for each number of ranks that the groups with all models together have."""
 WORDS = ("a", "film", "of", "two", "halves", "joy", "dull", "the", "is", ",")
 REWARD = """
 def reward(prompts, responses):

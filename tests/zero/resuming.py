@@ -81,10 +81,10 @@ def _dpo(_: Path) -> DpoSettings:
     return DpoSettings.model_validate(values | {"beta": 0.5, "optimizer": {"learning_rate": 1e-3}})
 
 
-def _ppo(data: Path, **more: Any) -> PpoSettings:
-    values: dict[str, Any] = {
+def policy_values(data: Path) -> dict[str, Any]:
+    """Settings of a stage that updates a policy on its rewards."""
+    return {
         "rewards": [{"function": f"{data / 'reward.py'}:reward"}],
-        "value_init": "policy",
         "iterations": 5,
         "rollouts": 8,
         "minibatches": 2,
@@ -93,26 +93,32 @@ def _ppo(data: Path, **more: Any) -> PpoSettings:
         "kl": {"coef": 0.05, "target": 0.5, "horizon": 20},
         "ptx": {"coef": 0.5, "batch_size": 4, "max_length": 64},
         "average_decay": 0.8,
-        "value_warmup": 1,
         "warmup_fraction": 0.2,
         "policy_learning_rate": 1e-3,
-        "value_learning_rate": 1e-3,
         "max_prompt_length": 32,
         "micro_batch_size": 2,
         "checkpoint_every": 1,
     }
-    return PpoSettings.model_validate(values | more)
+
+
+def _ppo(data: Path, **more: Any) -> PpoSettings:
+    values = {"value_init": "policy", "value_warmup": 1, "value_learning_rate": 1e-3}
+    return PpoSettings.model_validate(policy_values(data) | values | more)
 
 
 def _grpo(data: Path) -> GrpoSettings:
-    of_ppo = _ppo(data, iterations=4, epochs=1)
-    shared = of_ppo.model_fields_set & GrpoSettings.model_fields.keys()
     # Groups are so small, and rewards so coarse, that some groups score the same.
-    own = {"responses_per_prompt": 2, "dynamic_sampling": 2, "rewards": [{"function": f"{data / 'reward.py'}:coarse"}]}
-    return GrpoSettings.model_validate({name: getattr(of_ppo, name) for name in shared} | own)
+    own = {
+        "responses_per_prompt": 2,
+        "dynamic_sampling": 2,
+        "rewards": [{"function": f"{data / 'reward.py'}:coarse"}],
+        "iterations": 4,
+        "epochs": 1,
+    }
+    return GrpoSettings.model_validate(policy_values(data) | own)
 
 
-_PPO_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
+POLICY_ROLES = {"policy": "tiny", "prompts": "prompts", "demonstrations": "demonstrations"}
 
 PROMPTS, RESPONSES = ["a film", "the"], ["a joy", "dull , dull"]
 METHODS: dict[str, Any] = {
@@ -135,12 +141,12 @@ STAGES = {
     # Inside the second epoch, where the weights are far from the reference's.
     "dpo": Stage(dpo.run, _dpo, {"policy": "tiny", "comparisons": "comparisons"}, (4,), None, None),
     # While the value model alone is trained; then with everything.
-    "ppo": Stage(ppo.run, _ppo, _PPO_ROLES, (), 4, 1),
+    "ppo": Stage(ppo.run, _ppo, POLICY_ROLES, (), 4, 1),
     # When both models have taken steps.
     "ppo with adapters": Stage(
         ppo.run,
         lambda data: _ppo(data, tuning={"method": "lora", "rank": 4}, iterations=4, epochs=1),
-        _PPO_ROLES,
+        POLICY_ROLES,
         (2,),
         None,
         None,
@@ -157,12 +163,12 @@ STAGES = {
             iterations=4,
             epochs=1,
         ),
-        _PPO_ROLES | {"policy": "policy", "reward": "reward"},
+        POLICY_ROLES | {"policy": "policy", "reward": "reward"},
         (2,),
         None,
         None,
     ),
-    "grpo": Stage(grpo.run, _grpo, _PPO_ROLES, (2,), None, None),
+    "grpo": Stage(grpo.run, _grpo, POLICY_ROLES, (2,), None, None),
 }
 assert tuple(STAGES) == STAGE_NAMES
 

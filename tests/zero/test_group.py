@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import re
@@ -179,6 +180,40 @@ def test_ppo_s_first_iteration_is_the_same_however_it_is_split(results: Results)
         assert one["samples"] == found[0]["samples"]
         assert_same_weights(found[0]["weights"], one["weights"], tolerance=1e-4)
         assert one["rows"][0]["policy/approxkl_first"] < 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_models_on_ranks_of_their_own_score_what_those_beside_the_policy_do(results: Results, size: int) -> None:
+    """In grpo with one rank that scores, and in ppo with two that shard the models while two hold a copy to sample from
+    together: the same samples, metrics, and updated weights.
+
+    Scores and the reference's log-probabilities are computed in other micro batches, so that they differ by rounding.
+    """
+    together, apart = (results[size][0][name] for name in ("together", "apart"))
+    assert_same_weights(together["weights"], apart["weights"], tolerance=1e-6)
+    assert apart["metrics"] == pytest.approx(together["metrics"], abs=1e-5)
+    assert len(apart["rows"]) == 2
+    for ours, other in zip(apart["rows"], together["rows"], strict=True):
+        assert ours == pytest.approx(other, abs=1e-5)
+    ours, others = ([json.loads(line) for line in found["samples"].splitlines()] for found in (apart, together))
+    assert len(ours) == 2 * 8 + 3 * 4  # of two iterations, and answers to the watched prompts in both and at the end
+    for sample, other in zip(ours, others, strict=True):
+        assert (sample["step"], sample["response"]) == (other["step"], other["response"])
+        assert sample["score"] == pytest.approx(other["score"], abs=1e-5)
+        for (token, *figures), (same, *known) in zip(sample["tokens"], other["tokens"], strict=True):
+            assert token == same
+            assert figures == pytest.approx(known, abs=2e-3)  # they are rounded
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_it_is_seen_how_long_ranks_waited_for_those_that_score(results: Results, size: int) -> None:
+    """The wait is a part of the time of scoring, so that the parts of an iteration still add up to it."""
+    for row in results[size][0]["apart"]["all"]:
+        assert 0 < row["perf/waiting_s"] <= row["time/score_s"]
+        assert row["perf/scorers_s"] > 0
+        whole = sum(value for name, value in row.items() if name.startswith("time/"))
+        tokens = row["perf/tokens_per_s"] * whole
+        assert tokens == pytest.approx(round(tokens))
 
 
 @pytest.mark.parametrize("size", [1, 2])
