@@ -30,7 +30,7 @@ def process_of(mark: str, name: str) -> int:
     return pid
 
 
-@pytest.mark.rounds(1, 20)
+@pytest.mark.rounds(0, 20)
 def test_a_run_whose_ray_died_says_so_and_goes_on_when_it_is_run_again(
     seed: int, session: Session, toy: Toy, site: Path, mark: str
 ):
