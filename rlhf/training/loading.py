@@ -297,8 +297,9 @@ def language_model(
 
     def load() -> Any:
         kernels.fuse(base)
-        options = folders.loading_options(settings.tuning, DTYPES[settings.precision])
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            base, **folders.loading_options(settings.tuning, DTYPES[settings.precision])
+        )
         return tuning.prepared(model, settings.tuning, given, scores=False, seed=settings.seed, fresh_head=fresh_head)
 
     return base, load_tokenizer(base), load
