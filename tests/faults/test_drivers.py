@@ -104,7 +104,7 @@ def test_an_interrupted_group_ends_with_a_line(seed: int, cluster: str, toy: Toy
     assert list((toy.folder / "store" / "leases").iterdir()) == []
 
 
-@pytest.mark.rounds(1, 2)
+@pytest.mark.rounds(0, 2)
 def test_a_dead_drivers_ranks_are_gone_in_ten_seconds(
     seed: int, session: Session, cluster: str, toy: Toy, site: Path, mark: str
 ):

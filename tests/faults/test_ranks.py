@@ -20,13 +20,14 @@ pytestmark = [
 TWO = "steps.workers.count=2"
 
 
-def test_a_rank_that_stands_still_is_named_and_its_group_starts_again(session: Session, toy: Toy):
+@pytest.mark.rounds(0, 2)
+def test_a_rank_that_stands_still_is_named_and_its_group_starts_again(session: Session, toy: Toy, seed: int):
     """One process of two is stopped and the other waits for it: after the deadline it goes on with two new ones."""
-    with signalled(toy, rank=1, number=signal.SIGSTOP) as hit:
+    with signalled(toy, rank=seed, number=signal.SIGSTOP) as hit:
         toy.run(session, TWO, "steps.workers.timeout_minutes=0.2", "steps.seconds=0.2")
     (line,) = [line for line in toy.output.getvalue().splitlines() if "starting again" in line]
-    assert line.startswith("steps: rank 1 of steps stood still for 0.2 minutes: its process is stopped")
-    assert f"rank 1 on {hit[0].host} (pid {hit[0].pid}), last step {hit[0].step}; log: " in line
+    assert line.startswith(f"steps: rank {seed} of steps stood still for 0.2 minutes: its process is stopped")
+    assert f"rank {seed} on {hit[0].host} (pid {hit[0].pid}), last step {hit[0].step}; log: " in line
     assert toy.total() == expected_total()
 
 

@@ -58,7 +58,7 @@ def test_a_run_whose_ray_died_says_so_and_goes_on_when_it_is_run_again(
     assert toy.total() == expected_total()
 
 
-@pytest.mark.rounds(1, 10)
+@pytest.mark.rounds(0, 10)
 def test_a_lost_node_costs_a_restart_on_what_is_left(
     seed: int, toy: Toy, site: Path, mark: str, monkeypatch: pytest.MonkeyPatch
 ):
