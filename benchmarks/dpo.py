@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import steps
 from benchmarks.limits import SHAPES
-from benchmarks.one_rank import parser, save_model
+from benchmarks.ranks import parser, save_model
 from benchmarks.rm import write_comparisons
 from rlhf.config.stages import DpoSettings
 from rlhf.config.tuning import FULL, LoraTuning

@@ -77,7 +77,7 @@ class Shape:
         return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.matrices)
 
     def config(self, context: int) -> LlamaConfig:
-        """Return transformers' configuration of it; EOS is the token 0, for :mod:`benchmarks.one_rank`."""
+        """Return transformers' configuration of it; EOS is the token 0, for :mod:`benchmarks.ranks`."""
         return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,

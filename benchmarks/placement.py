@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.limits import SHAPES, table
-from benchmarks.one_rank import (
+from benchmarks.ranks import (
     NORMALISER,
     context_of,
     fill_in,

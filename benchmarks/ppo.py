@@ -8,7 +8,7 @@ in :mod:`rlhf.training.limits`.
 
 8b is one base with LoRA adapters (``share_base``). Prompts all have ``--prompt`` tokens. Responses have the length
 ``--response``, or with ``--lengths spread`` lengths from 32 to twice that. Random weights would end them anywhere:
-the benchmark changes the random numbers that the policy samples with (``one_rank.with_lengths``), and nothing else.
+the benchmark changes the random numbers that the policy samples with (``ranks.with_lengths``), and nothing else.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.limits import SHAPES, row_of, rows_of, table
-from benchmarks.one_rank import (
+from benchmarks.ranks import (
     NORMALISER,
     add_engine,
     announced,

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import steps
 from benchmarks.limits import SHAPES
-from benchmarks.one_rank import parser, save_model, words
+from benchmarks.ranks import parser, save_model, words
 from rlhf.config.stages import RmSettings
 from rlhf.models import shared_beginnings
 from rlhf.stages import rm

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.limits import SHAPES, row_of, rows_of, table
-from benchmarks.one_rank import (
+from benchmarks.ranks import (
     add_engine,
     alone,
     announced,

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import steps
 from benchmarks.limits import SHAPES
-from benchmarks.one_rank import parser, save_model, words
+from benchmarks.ranks import parser, save_model, words
 from rlhf.config.stages import SftSettings
 from rlhf.config.tuning import FULL, LoraTuning
 from rlhf.stages import sft

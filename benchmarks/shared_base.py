@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import LlamaConfig
 
-from benchmarks.one_rank import alone, announced, context_of, free_memory, save_adapter, save_model, write_prompts
+from benchmarks.ranks import alone, announced, context_of, free_memory, save_adapter, save_model, write_prompts
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
 from rlhf.config.tuning import LoraTuning

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.limits import SHAPES
-from benchmarks.one_rank import (
+from benchmarks.ranks import (
     announced,
     context_of,
     fill_in,

@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any, Generic, TypeVar
 
 from benchmarks.limits import Shape, row_of, rows_of, table
-from benchmarks.one_rank import alone, announced, context_of, free_memory, in_words, largest, publish
+from benchmarks.ranks import alone, announced, context_of, free_memory, in_words, largest, publish
 from rlhf.attempt.context import Context
 from rlhf.config.stages import DpoSettings, RmSettings, SftSettings
 from rlhf.config.tuning import LoraTuning

@@ -18,7 +18,6 @@ from rlhf.rl.advantages import (
     equal_groups,
     group_advantages,
     kl_penalised_rewards,
-    shaped_scores,
     soft_overlong_penalty,
 )
 from rlhf.rl.kl import truncated_importance_weights
@@ -35,7 +34,7 @@ from rlhf.rl.metrics import (
 from rlhf.rollout.prompts import DemonstrationStream, PromptBatch, PromptStream
 from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.rollout.sequences import PolicyExperience, shuffled
-from rlhf.training.iterations import answer_watched_prompts, learning_rates, record, surrogate
+from rlhf.training.iterations import answer_watched_prompts, learning_rates, record, shaped, surrogate
 from rlhf.training.limits import IterationLimit
 from rlhf.training.loading import load_policy_and_scoring, load_scorers, with_micro_batch
 from rlhf.training.loop import Journal, resumable_steps
@@ -184,17 +183,11 @@ def replace_equal_groups(
 
 def penalised(settings: GrpoSettings, rollout: Rollout, scores: Tensor) -> Tensor:
     """Return the rewards ``[sample]`` but for the KL: scores that are clipped, less the penalties for their lengths."""
-    shaped = shaped_scores(
-        scores,
-        rollout.ended,
-        clip=settings.score_clip,
-        missing_eos_penalty=settings.missing_eos_penalty,
-        missing_eos_score=settings.missing_eos_score,
-    )
+    judged = shaped(settings, rollout, scores)
     if settings.overlong_buffer is None:
-        return shaped
+        return judged
     longest = settings.sampling.max_new_tokens
-    return shaped + soft_overlong_penalty(rollout.mask.sum(-1), longest, settings.overlong_buffer)
+    return judged + soft_overlong_penalty(rollout.mask.sum(-1), longest, settings.overlong_buffer)
 
 
 def update(

@@ -11,14 +11,14 @@ from functools import partial
 
 from rlhf.attempt.context import Context
 from rlhf.config.ppo import PpoSettings
-from rlhf.rl.advantages import generalised_advantages, kl_penalised_rewards, masked_moments, shaped_scores, whiten
+from rlhf.rl.advantages import generalised_advantages, kl_penalised_rewards, masked_moments, whiten
 from rlhf.rl.kl import truncated_importance_weights
 from rlhf.rl.losses import PolicySums, ValueSums, clipped_value_loss
 from rlhf.rl.metrics import check_finite, check_health, mismatch_metrics, rollout_metrics, update_metrics
 from rlhf.rollout.prompts import DemonstrationStream, PromptStream
 from rlhf.rollout.rollout import roll_out
 from rlhf.rollout.sequences import Experience, shuffled, whitened
-from rlhf.training.iterations import answer_watched_prompts, learning_rates, record, surrogate
+from rlhf.training.iterations import answer_watched_prompts, learning_rates, record, shaped, surrogate
 from rlhf.training.learner import TrainedValue
 from rlhf.training.limits import IterationLimit
 from rlhf.training.loading import load_models, load_scorers, with_micro_batch
@@ -86,14 +86,8 @@ def iterate(
     metrics |= scoring.out_of_range(scores)
     check_health(metrics, journal.first_row(metrics), settings.kl.limit)
 
-    shaped = shaped_scores(
-        scores,
-        rollout.ended,
-        clip=settings.score_clip,
-        missing_eos_penalty=settings.missing_eos_penalty,
-        missing_eos_score=settings.missing_eos_score,
-    )
-    rewards = kl_penalised_rewards(shaped, logprobs, reference_logprobs, mask, kl.in_reward, settings.kl.estimator)
+    judged = shaped(settings, rollout, scores)
+    rewards = kl_penalised_rewards(judged, logprobs, reference_logprobs, mask, kl.in_reward, settings.kl.estimator)
     if settings.whiten_rewards:
         rewards = whiten(rewards, mask, masked_moments(rewards, mask), shift_mean=False)
     advantages, returns = generalised_advantages(rewards, values, mask, settings.discount, settings.gae_lambda)

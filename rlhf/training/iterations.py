@@ -1,4 +1,4 @@
-"""What policy-gradient stages share of an iteration: the policy's loss and rate, and samples, warnings and the log."""
+"""What policy-gradient stages share of an iteration: shaped scores, loss, rate, samples, warnings and the log."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf.config.policy_gradient import PolicyGradientSettings
+from rlhf.rl.advantages import shaped_scores
 from rlhf.rl.losses import Penalties, clipped_policy_loss
 from rlhf.rl.metrics import Watched, alarm_metrics, alarms
 from rlhf.rollout.prompts import PromptStream
@@ -23,6 +24,17 @@ def learning_rates(settings: PolicyGradientSettings) -> Callable[[int], float]:
         total=settings.iterations * settings.updates,
         schedule=settings.schedule,
         warmup_fraction=settings.warmup_fraction,
+    )
+
+
+def shaped(settings: PolicyGradientSettings, rollout: Rollout, scores: Tensor) -> Tensor:
+    """Return scores ``[sample]`` that are clipped, and lower or replaced where a response did not end."""
+    return shaped_scores(
+        scores,
+        rollout.ended,
+        clip=settings.score_clip,
+        missing_eos_penalty=settings.missing_eos_penalty,
+        missing_eos_score=settings.missing_eos_score,
     )
 
 

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.limits import SHAPES, Shape
-from benchmarks.one_rank import drawn_lengths, with_lengths
+from benchmarks.ranks import drawn_lengths, with_lengths
 from rlhf.config.ppo import PpoSettings
 from rlhf.models.footprint import Architecture, learned
 from rlhf.rl.masks import response_mask

@@ -153,7 +153,7 @@ def test_packed_demonstrations_are_learned_text_by_text(
 ON_A_GPU = """
 import json, sys
 from pathlib import Path
-from benchmarks.one_rank import alone, context_of
+from benchmarks.ranks import alone, context_of
 from rlhf.config.stages import SftSettings
 from rlhf.models import varlen
 from rlhf.tracking import read_metrics
