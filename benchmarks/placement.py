@@ -39,8 +39,10 @@ from rlhf.rollout import rollout
 from rlhf.rollout.drawing import uniforms
 from rlhf.stages import ppo
 from rlhf.tracking import read_metrics
+from rlhf.training import scorers
 from rlhf.training.limits import ceilings
 from rlhf.zero import group
+from rlhf.zero.apart import is_set_apart
 
 
 def saved_inputs(given: argparse.Namespace, folder: Path) -> dict[str, Path]:
@@ -92,7 +94,7 @@ def be_rank(names: dict[str, str], settings: PpoSettings, inputs: dict[str, Path
     context = context_of("ppo", settings, inputs, folder)
     prepare_deepspeed(Call("", context, gpu=gpu))
     rollout.uniforms = of_full_length
-    ppo.run(group.computable(context))
+    (scorers if is_set_apart() else ppo).run(group.computable(context))
     group.barrier()
 
 

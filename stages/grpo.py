@@ -36,18 +36,14 @@ from rlhf.rollout.rollout import Rollout, roll_out
 from rlhf.rollout.sequences import PolicyExperience, shuffled
 from rlhf.training.iterations import answer_watched_prompts, learning_rates, record, shaped, surrogate
 from rlhf.training.limits import IterationLimit
-from rlhf.training.loading import load_policy_and_scoring, load_scorers, with_micro_batch
+from rlhf.training.loading import load_policy_and_scoring, with_micro_batch
 from rlhf.training.loop import Journal, resumable_steps
 from rlhf.training.policy import KlCoefficient, TrainedPolicy
-from rlhf.training.scoring import Scoring, score_for_trainers
-from rlhf.zero.apart import is_set_apart
+from rlhf.training.scoring import Scoring
 
 
 def run(context: Context[GrpoSettings]) -> dict[str, float]:
     """Tune the policy; final metrics: ``objective/scores_first``, ``objective/scores`` and ``objective/kl``."""
-    if is_set_apart():
-        score_for_trainers(*load_scorers(context))
-        return {}
     context = with_micro_batch(context)
     settings, limit = context.settings, IterationLimit.of(context)
     policy, scoring = load_policy_and_scoring(context)

@@ -46,7 +46,8 @@ class Call:
     imports: tuple[str, ...] = ()
     """Modules that are imported ahead of its ranks."""
     set_apart: int = 0
-    """How many of its ranks, the last ones, are a process group of their own."""
+    """How many of its ranks, the last ones, are a process group of their own, and run ``code_apart``."""
+    code_apart: str = ""
     working_folder: Path = field(default_factory=Path.cwd)
     """The driver's, where relative paths of the settings begin. Processes of a cluster were started in another."""
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -272,8 +273,10 @@ class WorkerGroup:
         if errors or self._stopping.is_set():
             return [(None, error) for _, error in errors]
         numbered = environments(locations, self._call.set_apart)
+        trainers, apart = len(numbered) - self._call.set_apart, replace(self._call, code=self._call.code_apart)
         calls = [
-            self._actors[index].run.remote(self._call, rank, names) for rank, (index, names) in enumerate(numbered)
+            self._actors[index].run.remote(self._call if rank < trainers else apart, rank, names)
+            for rank, (index, names) in enumerate(numbered)
         ]
         return self._wait(calls)[1]
 

@@ -212,7 +212,8 @@ class Production:
         context = with_ranks(context, needs)
         set_apart = getattr(context.settings, "set_apart", 0)
         minutes, imports = workers.timeout_minutes, planned.stage.imports
-        return Call(planned.stage.code, context, needs.gpu, minutes, imports, set_apart), needs
+        codes = planned.stage.code, planned.stage.code_apart
+        return Call(codes[0], context, needs.gpu, minutes, imports, set_apart, codes[1]), needs
 
     def _fits(self, context: Context[Any], needs: RankResources) -> bool:
         """Return whether a group that has not begun may wait for its places; without them fewer ranks could begin."""

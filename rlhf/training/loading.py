@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,9 +33,8 @@ from rlhf.rollout.vllm_sampling import Room, obstacle
 from rlhf.training import shared_base
 from rlhf.training.learner import Optimiser, TrainedValue
 from rlhf.training.policy import FrozenPolicy, TrainedPolicy
-from rlhf.training.scoring import SETTINGS, Apart, Scoring, Together
+from rlhf.training.scoring import Apart, Scoring, Together
 from rlhf.zero import group
-from rlhf.zero.apart import Messages
 from rlhf.zero.engine import DTYPES, STAGE_3
 
 
@@ -54,38 +52,11 @@ def load_policy_and_scoring(context: Context[PolicyGradientSettings]) -> tuple[T
     """Load and shard the models of a stage without a value model. A collective."""
     settings = context.settings
     if settings.placement == "apart":
-        _plain_policy(context)  # the others read it from now on
+        plain_policy(context)  # the others read it from now on
         scoring = Apart(settings)
         return load_policy(context, with_reference=False), scoring
     policy = load_policy(context)
     return policy, Together(policy, load_rewards(context, MicroBatch.of(settings), settings.zero))
-
-
-def load_scorers(context: Context[PolicyGradientSettings]) -> tuple[Messages, FrozenPolicy, Rewards]:
-    """Load and shard the models of ranks that are set apart: the policy that the others begin with, and the rewards.
-
-    A collective; it waits until the others have decided on settings that they leave open.
-    """
-    messages = Messages()
-    settings = context.settings.model_copy(update=messages.receive(SETTINGS))
-    context = replace(context, settings=settings)
-    reference = FrozenPolicy(
-        _plain_policy(context),
-        settings.precision,
-        settings.sampling.temperature,
-        MicroBatch.of(settings),
-        fp32_head=settings.sampling.fp32_head,
-        zero=settings.zero,
-        method=settings.tuning,
-        prepare=partial(
-            tuning.prepared,
-            tuning=settings.tuning,
-            source=context.inputs["policy"],
-            scores=False,
-            seed=settings.seed,
-        ),
-    )
-    return messages, reference, load_rewards(context, MicroBatch.of(settings), settings.zero)
 
 
 def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context[T]:
@@ -127,7 +98,7 @@ def with_micro_batch(context: Context[T], in_list: int | None = None) -> Context
 
 def load_policy(context: Context[PolicyGradientSettings], *, with_reference: bool = True) -> TrainedPolicy:
     """Load and shard the trained policy, by default with its reference. A collective."""
-    settings, folder = context.settings, _plain_policy(context)
+    settings, folder = context.settings, plain_policy(context)
     copies = together(context, folder)
     return TrainedPolicy.load_folder(
         folder,
@@ -231,7 +202,7 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
     Raises:
         PreflightError: the reward model would not understand the policy's tokens.
     """
-    settings, source, folder = context.settings, context.inputs["policy"], _plain_policy(context)
+    settings, source, folder = context.settings, context.inputs["policy"], plain_policy(context)
     if settings.value_init == "reward":
         source = context.inputs["reward"]
         check_same_tokens(source, folder, context.stage)
@@ -249,7 +220,8 @@ def load_value(context: Context[PpoSettings]) -> TrainedValue:
     )
 
 
-def _plain_policy(context: Context[PolicyGradientSettings]) -> Path:
+def plain_policy(context: Context[PolicyGradientSettings]) -> Path:
+    """Return the folder that the policy's training starts from, as :func:`plain_folder`."""
     return plain_folder(context.inputs["policy"], context.folder.policy, context.settings.precision, scores=False)
 
 

@@ -7,12 +7,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.attempt import liveness
 from rlhf.config.policy_gradient import PolicyGradientSettings
 from rlhf.rewards import Rewards, out_of_known_range
 from rlhf.rollout.rollout import Rollout
-from rlhf.rollout.sequences import Sequences
-from rlhf.training.policy import Policy, TrainedPolicy
+from rlhf.training.policy import TrainedPolicy
 from rlhf.zero import group
 from rlhf.zero.apart import Messages
 
@@ -83,7 +81,7 @@ class Together:
 
 
 class Apart:
-    """Scoring by ranks of their own (:func:`score_for_trainers`), while these ranks sample and compute.
+    """Scoring by ranks of their own (:mod:`rlhf.training.scorers`), while these ranks sample and compute.
 
     settings  as the ranks have decided on them
     """
@@ -110,7 +108,7 @@ class Apart:
 
     def _send(self, content: Any) -> None:
         if self._messages is not None:
-            self._messages.send(_work(self._sent), content)
+            self._messages.send(work_message(self._sent), content)
         self._sent += 1
 
     def finish(self) -> Scored:
@@ -131,9 +129,9 @@ class Apart:
         assert self._messages is not None
         answers: list[dict[str, Any]] = []
         for number in range(self._received, self._sent):
-            answers.append(self._messages.receive(_answer(number)))
-            self._messages.remove(_answer(number))
-            self._messages.remove(_work(number))  # all that score have read it: they computed it together
+            answers.append(self._messages.receive(answer_message(number)))
+            self._messages.remove(answer_message(number))
+            self._messages.remove(work_message(number))  # all that score have read it: they computed it together
         return answers
 
     def out_of_range(self, scores: Tensor) -> dict[str, float]:
@@ -146,34 +144,11 @@ class Apart:
         group.from_main(self._answers)
 
 
-def _work(number: int) -> str:
+def work_message(number: int) -> str:
+    """Name the message with a part's responses, or with None behind the last."""
     return f"work {number}"
 
 
-def _answer(number: int) -> str:
+def answer_message(number: int) -> str:
+    """Name the message with that part's scores."""
     return f"answer {number}"
-
-
-def score_for_trainers(messages: Messages, reference: Policy, rewards: Rewards) -> None:
-    """Score what the ranks that train send, until they say that there is no more. A collective.
-
-    Errors are those of :meth:`rlhf.rewards.Rewards.score`; the others wait meanwhile, and end with their group.
-    """
-    number = 0
-    # Each rank reads for itself: a broadcast would end with the time that collectives have.
-    while (given := messages.receive(_work(number))) is not None:
-        start = time.perf_counter()
-        sequences = Sequences(given["ids"], given["attention_mask"], given["mask"])
-        answer = {
-            "scores": rewards.score(given["prompts"], given["texts"]),
-            "logprobs": reference.logprobs(sequences),
-            "known_range": rewards.known_range,
-            "seconds": time.perf_counter() - start,
-        }
-        if group.is_main():
-            messages.send(_answer(number), answer)
-        number += 1
-        liveness.beat(number)
-    group.barrier()  # all have read it
-    if group.is_main():
-        messages.send(_answer(number), None)

@@ -13,6 +13,7 @@ from rlhf.config.ppo import PpoSettings
 from rlhf.models import heads
 from rlhf.stages import grpo, ppo
 from rlhf.tracking import read_metrics
+from rlhf.training import scorers
 from rlhf.zero import group
 from rlhf.zero.apart import is_set_apart
 from tests.zero.inputs import CASES, Case
@@ -53,7 +54,7 @@ def apart(number: int, case: Case, folder: Path) -> None:
     context = replace(context, output=folder / "output", attempt=folder / "attempt", attempts=(folder / "attempt",))
     if is_set_apart():
         assert number >= case.trainers
-        assert stage.run(context) == {}
+        assert scorers.run(context) == {}
         return
     found = outcome(stage, context)
     if group.is_main():
