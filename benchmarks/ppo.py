@@ -97,6 +97,7 @@ def settings_of(given: argparse.Namespace, response: int) -> PpoSettings | GrpoS
             "max_prompt_length": given.prompt,
             "activation_checkpointing": given.activation_checkpointing,
             "workers": {"count": given.ranks},
+            "zero": {"stage": given.zero_stage},
             # No watched prompts: their answers' lengths are not drawn.
             "samples_kept": 0,
             # Small, so that the weights stay as good as random.
@@ -160,6 +161,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--lengths", choices=("uniform", "spread"), default="uniform", help="of responses")
     made.add_argument("--method", choices=("full", "lora"), help="8b: lora, and nothing else; otherwise full")
     made.add_argument("--activation-checkpointing", action="store_true")
+    made.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3, help="what several ranks share out")
     made.add_argument("--padded", action="store_true", help="samples, where they would be packed")
     given = made.parse_args()
     given.method = given.method or ("lora" if given.shape == "8b" else "full")
@@ -198,8 +200,8 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     lines = [
         f"{sizes(given, context.settings.precision, lengths)}, {given.method}, {given.epochs} x {given.minibatches} "
         f"updates, micro_batch_size {context.settings.micro_batch}, "
-        f"{'packed' if context.settings.packing else 'padded'}, sampled by {given.engine}; ranks {given.ranks}; "
-        f"{len(rows)} iterations",
+        f"{'packed' if context.settings.packing else 'padded'}, sampled by {given.engine}; ranks {given.ranks}, "
+        f"ZeRO stage {given.zero_stage}; {len(rows)} iterations",
         table(times),
         f"response tokens/s: {rates['all']:.4g} over the iteration, {rates['rollout']:.4g} over the rollout"
         + in_words(memory),

@@ -34,7 +34,7 @@ from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.pipeline import load_pipeline
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import stages
-from rlhf.store import Store
+from rlhf.store import ActionRecord, Store
 from rlhf.tracking import read_metrics
 
 HERE = Path(__file__).parent
@@ -49,6 +49,8 @@ STRENGTHS: Mapping[str, tuple[str, Sequence[float]]] = {
     "dpo": ("beta", (0.02, 0.05, 0.2)),
 }
 """Coefficients of the pull to the SFT model, for ``reviews``."""
+COSTS = ("responses", "seconds", "seconds_before", "peak_gb")
+"""Responses sampled to learn from; the stage's own seconds, and of what it needs beyond sft; 10^9 bytes."""
 EQUAL_KL = 10.0
 """Nats a response, at which methods are compared."""
 
@@ -167,20 +169,47 @@ def _figures(file: Path, policies: Sequence[str], overrides: Sequence[str]) -> d
     known = stages()
     config = load_pipeline(file, list(overrides), {stage: one.settings for stage, one in known.items()})
     store = Store.open(config.store.uri)
-    planned = plan(config, known, store)
-    record = planned["evaluate"].record
-    assert record is not None
+    records = {stage: one.record for stage, one in plan(config, known, store).items() if one.record is not None}
+    shared = {records["sft"].key, *made_before(records["sft"], store)}
     costs: dict[str, dict[str, float]] = {}
     for policy in policies:
-        made = planned[policy].record
-        assert made is not None
+        made = records[policy]
         rows = read_metrics(AttemptFolder(store.root / "work" / made.key / made.attempt).metrics)
-        seconds = sum(value for row in rows for key, value in row.items() if key.startswith("time/"))
+        own = {key: one for key, one in made_before(made, store).items() if key not in shared}
+        sampled = [one.metrics["responses"] for one in own.values() if one.stage == "collect"]
         costs[policy] = {
-            "seconds": seconds,
+            "seconds": made.seconds,
+            "seconds_before": sum(one.seconds for one in own.values()),
+            "responses": rows[-1].get("episode", 0.0) or sum(sampled),
             "peak_gb": max((row["memory/peak_gb"] for row in rows if "memory/peak_gb" in row), default=0.0),
         }
-    return {"metrics": dict(record.metrics), "costs": costs}
+    answers = store.read_file(records["evaluate"].artifact, "samples.jsonl").splitlines()
+    metrics = dict(records["evaluate"].metrics) | distinct_answers([json.loads(line) for line in answers])
+    return {"metrics": metrics, "costs": costs}
+
+
+def made_before(record: ActionRecord, store: Store) -> dict[str, ActionRecord]:
+    """Return the records of all that a result was made from, by their keys."""
+    found: dict[str, ActionRecord] = {}
+    for key in {given["key"] for given in record.inputs.values()} - {None}:
+        if (one := store.action(str(key))) is not None:
+            found |= {one.key: one} | made_before(one, store)
+    return found
+
+
+def distinct_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return for each policy how many different responses a prompt has on average, as a share of its responses."""
+    given: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        given.setdefault(row["policy"], {}).setdefault(row["prompt"], []).append(row["after"])
+    given["before"] = {}
+    for row in rows:
+        if row["policy"] == rows[0]["policy"]:
+            given["before"].setdefault(row["prompt"], []).append(row["before"])
+    return {
+        f"distinct/{policy}": mean(len(set(texts)) / len(texts) for texts in of_prompts.values())
+        for policy, of_prompts in given.items()
+    }
 
 
 def interval(values: Sequence[float]) -> str:
@@ -213,14 +242,16 @@ def show(results: Mapping[str, Any]) -> None:
         names = [key.removeprefix("score/") for key in metrics[0] if key.startswith("score/")]
         names = [name for name in names if not name.endswith(("_low", "_high", "_delta"))]
         print(f"\n{task}, {len(seeds)} seeds\n")
-        print("| policy | " + " | ".join(figures) + " | KL, nats | distinct_2 | seconds | GB |")
-        print("| --- |" + " --- |" * (len(figures) + 4))
+        print(
+            "| policy | " + " | ".join(figures) + " | KL, nats | distinct answers | responses | seconds | before | GB |"
+        )
+        print("| --- |" + " --- |" * (len(figures) + 6))
         for name in names:
             values = [interval([one[f"{figure}/{name}"] for one in metrics]) for figure in figures]
             kl = interval([one[f"kl/{name}"] for one in metrics]) if f"kl/{name}" in metrics[0] else ""
-            distinct = f"{mean(one[f'distinct_2/{name}'] for one in metrics):.2f}"
+            distinct = f"{mean(one[f'distinct/{name}'] for one in metrics):.2f}"
             costs = [seed["costs"][name] for seed in seeds if name in seed["costs"]]
-            spent = [f"{mean(one[what] for one in costs):.0f}" if costs else "" for what in ("seconds", "peak_gb")]
+            spent = [f"{mean(one[what] for one in costs):.0f}" if costs else "" for what in COSTS]
             print(f"| {name} | " + " | ".join([*values, kl, distinct, *spent]) + " |")
         if task == "reviews":
             print(f"\nat KL {EQUAL_KL:g}\n")
