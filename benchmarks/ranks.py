@@ -73,7 +73,7 @@ def _joined(number: int, ranks: int, port: int, folder: Path) -> Generator[None]
     os.environ |= {name: str(value) for name, value in known.items()}
     if torch.cuda.is_available():
         torch.cuda.set_device(number)
-        # As a worker has, whose cores are its GPU's share of one: more threads would disturb the other ranks.
+        # A rank of a run has one core beside its GPU: more threads would take those of the other ranks.
         torch.set_num_threads(1)
     prepare_deepspeed(Call("", context_of("", Settings(), {}, folder), gpu=torch.cuda.is_available()))
     # As a worker: DeepSpeed collects garbage again and again.

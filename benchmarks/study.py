@@ -12,7 +12,9 @@ score of 1 is the best there is. A seed changes the last stages and what they sa
 """
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from matplotlib.figure import Figure
 from scipy.stats import t
@@ -32,6 +35,7 @@ from benchmarks.pipelines import write_rows
 from benchmarks.tiny_models import save_gpt2
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.pipeline import load_pipeline
+from rlhf.pipeline.documents import ancestry
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import ActionRecord, Store
@@ -50,7 +54,8 @@ STRENGTHS: Mapping[str, tuple[str, Sequence[float]]] = {
 }
 """Coefficients of the pull to the SFT model, for ``reviews``."""
 COSTS = ("responses", "seconds", "seconds_before", "peak_gb")
-"""Responses sampled to learn from; the stage's own seconds, and of what it needs beyond sft; 10^9 bytes."""
+"""What a policy took: responses that were sampled to learn from, seconds of its stage, seconds of the stages that it
+needs and sft does not, and the most memory, 10^9 bytes."""
 EQUAL_KL = 10.0
 """Nats a response, at which methods are compared."""
 
@@ -133,7 +138,7 @@ TASKS = {"reviews": reviews, "walks": walks_task, "sums": sums_task}
 
 
 def run(name: str, folder: Path, seeds: int, jobs: int, overrides: Sequence[str]) -> None:
-    """Run a task's methods with all seeds, ``jobs`` at a time, and add the figures to the results."""
+    """Run a task's methods with all seeds, ``jobs`` at a time, and write the figures of each seed that is done."""
     folder.mkdir(parents=True, exist_ok=True)
     task = TASKS[name](folder.absolute())
     files: list[Path] = []
@@ -147,17 +152,30 @@ def run(name: str, folder: Path, seeds: int, jobs: int, overrides: Sequence[str]
         files.append(folder / f"{name}-{seed}.yaml")
         files[-1].write_text(yaml.safe_dump(task.pipeline | settings, sort_keys=False))
     _rlhf(files[0], task.before, overrides)
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda one: _rlhf(one[0], [one[1]], overrides), [(f, p) for f in files for p in task.policies]))
-        list(pool.map(lambda file: _rlhf(file, ["evaluate"], overrides), files))
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[name] = [_figures(file, task.policies, overrides) for file in files]
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    results[name] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        gpus = itertools.count()
+        made = [
+            [pool.submit(_rlhf, file, [policy], overrides, next(gpus)) for policy in task.policies] for file in files
+        ]
+        for file, of_file in zip(files, made, strict=True):
+            for policy in of_file:
+                policy.result()
+            _rlhf(file, ["evaluate"], overrides)
+            results[name].append(_figures(file, task.policies, overrides))
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _rlhf(file: Path, names: Sequence[str], overrides: Sequence[str]) -> None:
+def _rlhf(file: Path, names: Sequence[str], overrides: Sequence[str], gpu: int = 0) -> None:
+    """Run stages on one of the machine's GPUs, where it has any."""
+    environment = dict(os.environ)
+    if torch.cuda.is_available():
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu % torch.cuda.device_count())
     command = [sys.executable, "-m", "rlhf", "run", *names, "--config", str(file), *overrides]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
     if done.returncode:
         print(done.stdout, flush=True)
         raise SystemExit(f"{' '.join(names)} of {file} failed")
@@ -170,16 +188,16 @@ def _figures(file: Path, policies: Sequence[str], overrides: Sequence[str]) -> d
     config = load_pipeline(file, list(overrides), {stage: one.settings for stage, one in known.items()})
     store = Store.open(config.store.uri)
     records = {stage: one.record for stage, one in plan(config, known, store).items() if one.record is not None}
-    shared = {records["sft"].key, *made_before(records["sft"], store)}
+    shared = ancestry(records["sft"], store)
     costs: dict[str, dict[str, float]] = {}
     for policy in policies:
         made = records[policy]
         rows = read_metrics(AttemptFolder(store.root / "work" / made.key / made.attempt).metrics)
-        own = {key: one for key, one in made_before(made, store).items() if key not in shared}
-        sampled = [one.metrics["responses"] for one in own.values() if one.stage == "collect"]
+        needed = [one for key, one in ancestry(made, store).items() if key not in shared and key != made.key]
+        sampled = [one.metrics["responses"] for one in needed if one.stage == "collect"]
         costs[policy] = {
-            "seconds": made.seconds,
-            "seconds_before": sum(one.seconds for one in own.values()),
+            "seconds": _seconds(made),
+            "seconds_before": sum(_seconds(one) for one in needed),
             "responses": rows[-1].get("episode", 0.0) or sum(sampled),
             "peak_gb": max((row["memory/peak_gb"] for row in rows if "memory/peak_gb" in row), default=0.0),
         }
@@ -188,13 +206,10 @@ def _figures(file: Path, policies: Sequence[str], overrides: Sequence[str]) -> d
     return {"metrics": metrics, "costs": costs}
 
 
-def made_before(record: ActionRecord, store: Store) -> dict[str, ActionRecord]:
-    """Return the records of all that a result was made from, by their keys."""
-    found: dict[str, ActionRecord] = {}
-    for key in {given["key"] for given in record.inputs.values()} - {None}:
-        if (one := store.action(str(key))) is not None:
-            found |= {one.key: one} | made_before(one, store)
-    return found
+def _seconds(record: ActionRecord) -> float:
+    """Return how long the attempts at a result took, those that were broken off too."""
+    earlier = record.provenance.get("earlier_attempts", [])
+    return record.seconds + sum(attempt["seconds"] for attempt in earlier)
 
 
 def distinct_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -289,7 +304,7 @@ def main() -> None:
     parser.add_argument("action", choices=("run", "show", "draw"))
     parser.add_argument("task", nargs="?", choices=sorted(TASKS))
     parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--jobs", type=int, default=1, help="stages that run at a time, on one GPU or on CPUs")
+    parser.add_argument("--jobs", type=int, default=1, help="stages that run at a time, on the GPUs in turn")
     parser.add_argument("--folder", type=Path, help="where inputs and store are (default: study-TASK)")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args()

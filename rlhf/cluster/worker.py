@@ -46,8 +46,9 @@ class Call:
     imports: tuple[str, ...] = ()
     """Modules that are imported ahead of its ranks."""
     set_apart: int = 0
-    """How many of its ranks, the last ones, are a process group of their own, and run ``code_apart``."""
+    """How many of its ranks, the last ones, are a process group of their own."""
     code_apart: str = ""
+    """What those run in the place of ``code``."""
     working_folder: Path = field(default_factory=Path.cwd)
     """The driver's, where relative paths of the settings begin. Processes of a cluster were started in another."""
 

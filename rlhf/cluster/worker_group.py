@@ -273,7 +273,8 @@ class WorkerGroup:
         if errors or self._stopping.is_set():
             return [(None, error) for _, error in errors]
         numbered = environments(locations, self._call.set_apart)
-        trainers, apart = len(numbered) - self._call.set_apart, replace(self._call, code=self._call.code_apart)
+        trainers = len(numbered) - self._call.set_apart
+        apart = replace(self._call, code=self._call.code_apart)
         calls = [
             self._actors[index].run.remote(self._call if rank < trainers else apart, rank, names)
             for rank, (index, names) in enumerate(numbered)

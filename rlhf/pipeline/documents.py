@@ -172,19 +172,24 @@ def lineage_document(record: ActionRecord, store: Store) -> Document:
             "seconds": record.seconds,
             "attempt": record.attempt,
             "read": {role: {"part": entry["part"], "digest": entry["digest"]} for role, entry in record.inputs.items()},
-            "total": _total(_ancestry(record, store)),
+            "total": _total(ancestry(record, store)),
         },
     }
 
 
-def _ancestry(record: ActionRecord, store: Store) -> dict[str, ActionRecord]:
-    """Return the record and the records of all that it was made from, by key, so that each counts once."""
-    records = {record.key: record}
-    for entry in record.inputs.values():
-        key = entry["key"]
-        if key and key not in records and (producer := store.action(key)) is not None:
-            records |= _ancestry(producer, store)
-    return records
+def ancestry(record: ActionRecord, store: Store) -> dict[str, ActionRecord]:
+    """Return a record and those of all that it was made from, by key, those that others were made from first."""
+    found: dict[str, ActionRecord] = {}
+
+    def walk(one: ActionRecord) -> None:
+        for entry in one.inputs.values():
+            key = entry["key"]
+            if key and key not in found and (producer := store.action(key)) is not None:
+                walk(producer)
+        found[one.key] = one
+
+    walk(record)
+    return found
 
 
 def _total(records: Mapping[str, ActionRecord]) -> Document:

@@ -25,6 +25,9 @@ from rlhf.pipeline.reporting import Reporter, Stop, Watch, outcome
 from rlhf.pipeline.uploads import clear_checkpoints, fetch_attempts, upload_failure, uploading
 from rlhf.store import SCRATCH, ActionRecord, Store, digest_of
 
+SCORERS = "rlhf.training.scorers:run"
+"""What ranks that are set apart run, whatever the stage."""
+
 
 def needs_of(planned: Planned, resources: Resources) -> RankResources:
     """Return the resources of a task or of a worker group's ranks; raise a PreflightError if there is no room."""
@@ -211,9 +214,8 @@ class Production:
         assert needs is not None
         context = with_ranks(context, needs)
         set_apart = getattr(context.settings, "set_apart", 0)
-        minutes, imports = workers.timeout_minutes, planned.stage.imports
-        codes = planned.stage.code, planned.stage.code_apart
-        return Call(codes[0], context, needs.gpu, minutes, imports, set_apart, codes[1]), needs
+        minutes, stage = workers.timeout_minutes, planned.stage
+        return Call(stage.code, context, needs.gpu, minutes, stage.imports, set_apart, SCORERS), needs
 
     def _fits(self, context: Context[Any], needs: RankResources) -> bool:
         """Return whether a group that has not begun may wait for its places; without them fewer ranks could begin."""

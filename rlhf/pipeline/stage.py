@@ -76,8 +76,6 @@ class Stage:
     """Maps the settings to {role: input}."""
     runs: Literal["task", "workers"] = "task"
     """One Ray task, or a worker group of ZeRO ranks (the settings then have ``workers``)."""
-    code_apart: str = ""
-    """What the ranks run that the settings set apart, in the place of ``code``; its result is not read."""
     continues: str | None = None
     """The role whose model the result is a trained version of."""
     preflight: str | None = None
@@ -232,7 +230,6 @@ OURS = (
         "rlhf.stages.ppo:run",
         "policy",
         inputs=_tuned_by_reward,
-        code_apart="rlhf.training.scorers:run",
         continues="policy",
         preflight="rlhf.stages.checks:ppo",
         disagrees=lambda settings, makers: without_adapter(settings, makers) or loses_virtual_tokens(settings, makers),
@@ -246,7 +243,6 @@ OURS = (
             "rlhf.stages.grpo:run",
             "policy",
             inputs=_tuned_by_reward,
-            code_apart="rlhf.training.scorers:run",
             continues="policy",
             preflight="rlhf.stages.checks:policy_gradient",
             disagrees=loses_virtual_tokens,

@@ -18,7 +18,7 @@ from jinja2 import Environment
 from rlhf.config.base import is_local
 from rlhf.history.reading import attempts_at, evaluated_samples, joined, prompt_text
 from rlhf.models.layout import ADAPTER_CONFIG, BASE, is_adapter, virtual_tokens_in
-from rlhf.pipeline.documents import lineage_document
+from rlhf.pipeline.documents import ancestry, lineage_document
 from rlhf.pipeline.plan import Planned, result_of
 from rlhf.pipeline.stage import stages
 from rlhf.report.page import shown_text
@@ -42,7 +42,7 @@ def model_card(planned: Planned, pipeline: str, store: Store, folder: Path) -> s
     pipeline  the name of the pipeline whose evaluations of the model are quoted
     """
     record = result_of(planned)
-    results = _ancestry(record, store)
+    results = list(ancestry(record, store).values())
     weights = _weights_chain(record, store)
     root: Mapping[str, Any] = weights[-1].provenance.get("origin", {}).get("model", {})
     evaluations = _evaluations(record, pipeline, store)
@@ -89,30 +89,12 @@ def model_card(planned: Planned, pipeline: str, store: Store, folder: Path) -> s
     return text.rstrip("\n") + "\n"
 
 
-def _parent(entry: Mapping[str, Any], store: Store) -> ActionRecord | None:
-    """Return the record of an input; None where it came from outside, or its record is gone."""
-    return store.action(entry["key"]) if entry["key"] else None
-
-
-def _ancestry(record: ActionRecord, store: Store) -> list[ActionRecord]:
-    """Return a record and those of all that it was made from, each once, those that others were made from first."""
-    found: dict[str, ActionRecord] = {}
-
-    def walk(one: ActionRecord) -> None:
-        for entry in one.inputs.values():
-            if (parent := _parent(entry, store)) is not None and parent.key not in found:
-                walk(parent)
-        found[one.key] = one
-
-    walk(record)
-    return list(found.values())
-
-
 def _weights_chain(record: ActionRecord, store: Store) -> list[ActionRecord]:
     """Return a record and those whose weights were trained further to make it, as far as they are known."""
     known, chain = stages(), [record]
     while (stage := known.get(chain[-1].stage)) and stage.continues in chain[-1].inputs:
-        if (parent := _parent(chain[-1].inputs[stage.continues], store)) is None:
+        key = chain[-1].inputs[stage.continues]["key"]
+        if (parent := store.action(key) if key else None) is None:
             break
         chain.append(parent)
     return chain
