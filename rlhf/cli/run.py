@@ -264,7 +264,9 @@ def print_places(request: Request, stages: dict[str, Planned]) -> None:
     try:
         lines.insert(0, f"report: {path_as_typed(reported(request, stages))}")
     except Exception as error:  # noqa: BLE001 - the run has succeeded, whatever a picture of it meets
-        lines.insert(0, printable_lines(f"no report: {error}"))
+        known = isinstance(error, RlhfError)
+        why = str(error) if known else f"{type(error).__name__}: {error}; {command_line(request, 'report')} says where"
+        lines.insert(0, printable_lines(f"no report: {why}"))
     for line in lines:
         request.out.print(line, soft_wrap=True, markup=False)
 

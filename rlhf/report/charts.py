@@ -80,10 +80,11 @@ def frontier(runs: Mapping[str, Sequence[Row]], unit: str = "mean score") -> Spe
 
 def bars(rows: Sequence[Row], x: str, y: str, x_title: str, y_title: str) -> Spec:
     """Return a bar for each row, with an interval where it has "low" and "high"."""
-    base = _base(rows).encode(alt.X(f"{x}:O", title=x_title, sort=None, axis=alt.Axis(labelAngle=0)))
-    parts: list[Any] = [base.mark_bar(opacity=0.7).encode(alt.Y(f"{y}:Q", title=y_title))]
-    if rows and rows[0].get("low") is not None:
-        parts.append(base.mark_rule(strokeWidth=2).encode(alt.Y("low:Q", title=y_title), alt.Y2("high:Q")))
+    across = alt.X(f"{x}:O", title=x_title, sort=None, axis=alt.Axis(labelAngle=0))
+    parts: list[Any] = [_base(rows).mark_bar(opacity=0.7).encode(across, alt.Y(f"{y}:Q", title=y_title))]
+    if known := [row for row in rows if row.get("low") is not None]:
+        rule = _base(known).mark_rule(strokeWidth=2)
+        parts.append(rule.encode(across, alt.Y("low:Q", title=y_title), alt.Y2("high:Q")))
     described = "; ".join(f"{row[x]}: {row[y]:.4g}" for row in rows)
     return {"panels": [_sized(alt.layer(*parts), 180, f"{y_title} by {x_title}: {described}")]}
 

@@ -79,6 +79,7 @@ def _rm(history: StageHistory, store: Store) -> list[Part]:
     gaps = [
         {"gap": f"{bin_['gap_from']:.2g} to {bin_['gap_to']:.2g}", **bin_}
         for bin_ in quality.get("accuracy_by_gap", [])
+        if bin_["pairs"]
     ]
     if gaps:
         spec = charts.bars(gaps, "gap", "share", "difference of strengths", "ordered as people did")
@@ -90,13 +91,16 @@ def _rm(history: StageHistory, store: Store) -> list[Part]:
 
 
 def _accuracies(quality: Mapping[str, Any]) -> Part:
-    """Return the table of held-out accuracies beside that of one person with the others."""
+    """Return the table of held-out accuracies beside that of one person with the others.
+
+    Without held-out pairs there is none, and of one draw no interval.
+    """
     kinds = {"all pairs": ("accuracy", "all"), "pairs within a set": ("accuracy_within", "within")}
     rows: list[list[str]] = []
     for kind, (own, people) in kinds.items():
-        if share := quality.get(own):
+        if (share := quality.get(own)) and share["pairs"]:
             beside = (quality.get("beside_people", {}).get(people) or {}).get("ties_half")
-            interval = f"{share['low']:.1%} to {share['high']:.1%}"
+            interval = f"{share['low']:.1%} to {share['high']:.1%}" if "low" in share else "unknown"
             rows.append([kind, f"{share['share']:.1%}", interval, f"{beside['human']:.1%}" if beside else ""])
     return _table("Accuracy beside people", ("held-out pairs", "reward model", "95 % interval", "a person"), rows)
 

@@ -4,6 +4,10 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from rlhf.ranking.quality import quality
+from rlhf.report import sections as report_sections
 from rlhf.report.sections import sections
 
 TWO = {"score/before": 0.0, "score/after": 1.0, "score/delta": 1.0, "score/delta_low": 0.5, "score/delta_high": 1.5}
@@ -45,3 +49,15 @@ def test_several_policies_stand_side_by_side_and_over_their_kl() -> None:
     assert "Frontier" not in two
     table = two["Before and after, with 95 % intervals"]
     assert ["score", "0.00", "1.00", "+1.00 (+0.50 to +1.50)"] in table["rows"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 12])
+def test_few_heldout_sets_have_sections_too(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """One set has no interval, and quarters of few pairs may be empty; no figure of theirs is missed."""
+    sets = [{"responses": ["a", "b", "c"], "strengths": [1.0, 0.0, -1.0], "pool": pool} for pool in range(number)]
+    measured = quality(sets, [2.0, 1.0, 0.5] * number, [3, 4, 5] * number, n_pairs=20, seed=0)
+    monkeypatch.setattr(report_sections, "result_file", lambda *_: measured)
+    stage = SimpleNamespace(stage=SimpleNamespace(name="rm"))
+    history: Any = SimpleNamespace(name="rm", planned=stage, record=None, metrics=[], attempts=[])
+    titles = [part["title"] for (section,) in [sections(history, store=None)] for part in section["parts"]]  # type: ignore[arg-type]
+    assert "Accuracy beside people" in titles
