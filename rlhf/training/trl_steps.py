@@ -262,8 +262,13 @@ class Ordered:
         """
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Read weights and optimiser from our shards, which any number of ranks may have written. A collective."""
+        """Read weights and optimiser from our shards, which any number of ranks may have written. A collective.
+
+        The only step of a run has its whole learning rate: a warm-up begins at 0, with which nothing would be learned.
+        """
         above: Any = super()
+        if max_steps == 1:
+            self.args.warmup_steps = 0
         prepared = above._prepare_for_training(max_steps, train_dataloader, None)
         self.before_first_step()
         if resume_from_checkpoint is not None:

@@ -91,6 +91,18 @@ def trained(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **settings: Any) -
     return [row["loss"] for row in read_metrics(context.folder.metrics) if "loss" in row], metrics
 
 
+def test_the_only_step_is_not_spent_on_the_warm_up(
+    monkeypatch: pytest.MonkeyPatch, policy: Path, comparisons: Path, tmp_path: Path
+) -> None:
+    """It would have a learning rate of 0, and the stage would end as if it had learned."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    optimizer = {"learning_rate": 3e-4, "warmup_fraction": 0.1}
+    context = context_of(policy, comparisons, tmp_path, epochs=1, batch_size=16, optimizer=optimizer)
+    dpo.run(context)
+    accelerator.forget()
+    assert [row["lr"] for row in read_metrics(context.folder.metrics) if "loss" in row] == [3e-4]
+
+
 @cache  # two cases have one script
 def of_plain_trl(
     policy: Path, comparisons: Path, folder: Path, *, swapped: tuple[int, int] = (1, 0), **more: Any
