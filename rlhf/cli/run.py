@@ -22,6 +22,7 @@ from rlhf.config.pipeline import (
     load_pipeline,
 )
 from rlhf.errors import InterruptedRunError, RequestError, RlhfError
+from rlhf.pipeline.documents import ancestry
 from rlhf.pipeline.plan import Planned, plan
 from rlhf.pipeline.reporting import Stop
 from rlhf.pipeline.stage import stages
@@ -229,12 +230,21 @@ def ended_by_signals(message: RlhfError, stopping: Stop) -> Generator[None]:
 
 
 def print_samples(request: Request, stages: dict[str, Planned]) -> None:
-    """Print samples and metrics of the reports."""
-    for planned in stages.values():
-        if planned.record is not None and planned.stage.kind == "report":
-            request.out.print()
-            request.out.print(samples_table(samples_of(planned.record, request.store())[:5]))
-            request.out.print(key_values(planned.record.metrics))
+    """Print samples and metrics of the reports, and which policies none of them compares."""
+    store = request.store()
+    made = [(planned, planned.record) for planned in stages.values() if planned.record is not None]
+    reports = [(planned.name, record) for planned, record in made if planned.stage.kind == "report"]
+    for _, record in reports:
+        request.out.print()
+        request.out.print(samples_table(samples_of(record, store)[:5]))
+        request.out.print(key_values(record.metrics))
+    compared = {key for _, record in reports for key in ancestry(record, store)}
+    left_out = [
+        planned.name for planned, record in made if planned.stage.kind == "policy" and record.key not in compared
+    ]
+    if reports and left_out:
+        setting = f"{reports[-1][0]}.policies=[{','.join(left_out)}]"
+        request.out.print(f"not evaluated: {', '.join(left_out)}; add {setting}", soft_wrap=True, markup=False)
 
 
 def samples_of(report: ActionRecord, store: Store) -> list[dict[str, Any]]:
