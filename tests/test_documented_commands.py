@@ -60,6 +60,7 @@ ELSEWHERE = {
 """What another test runs: how a command begins, and the test below ``tests/``."""
 
 NOT_HERE = {
+    "mkdir -p ~": "a folder in the reader's home",
     "(ssh|curl|export (PATH|AWS_)|hf upload) ?": "another machine or service, or the reader's own shell",
     "make setup|pip install 'rlhf-pipeline": "downloads gigabytes; CI begins with it",
     "make (check|test|chaos|matrix)": "these tests, or hours",
@@ -242,7 +243,7 @@ def place(pipeline: Pipeline, unbroken: dict[str, Planned], tmp_path_factory: py
 def filled(words: list[str]) -> list[str]:
     """Return the words of a command with the reader's own names in the place of those that stand for them."""
     model = f"my/{words[-1]}-model" if words[0] == "import" else "my/exported"
-    names = {"DIR": model, "FILE": "my/demonstrations.jsonl", "other/ppo": "tiny/ppo"}
+    names = {"DIR": model, "FILE": "my/demonstrations.jsonl", "other/ppo": "tiny/ppo", "KEY": "tiny/ppo"}
     return [names.get(word, word) for word in words]
 
 

@@ -14,16 +14,17 @@ from rlhf.pipeline.plan import result_of
 
 def data(request: Request) -> None:
     """Check records, or convert an export to records: rlhf data validate FILE, rlhf data convert FILE OUT.jsonl."""
-    from rlhf.data.validation import KINDS, validate_file
+    from rlhf.data.validation import KINDS, kinds_in, validate_file
 
     match request.names, request.arguments.kind:
         case ["validate", _], kind if kind is not None and kind not in KINDS:
             raise RequestError(f"there is no kind of record {kind!r}", "--kind", suggestion(kind, KINDS))
         case ["validate", source], kind:
-            checked = validate_file(source, kind)
-            print(f"{source}: {checked.rows} rows of {checked.kind}, all valid")
-            if checked.forms:
-                print(checked.forms)
+            for part, named in ({source: kind} if kind else kinds_in(source)).items():
+                checked = validate_file(part, named)
+                print(f"{part}: {checked.rows} rows of {checked.kind}, all valid")
+                if checked.forms:
+                    print(checked.forms)
         case ["convert", source, target], _:
             _convert(request, source, Path(target))
         case _:

@@ -120,7 +120,7 @@ def import_(request: Request) -> None:
     from rlhf.pipeline.transfer import import_folder
 
     instance = request.arguments.as_
-    stage = request.known[instance_of(request.config, instance).uses]
+    stage = request.known[instance_of(request.config, instance, request.known).uses]
     store = request.store(create=True)
     if request.arguments.forget:
         ref = store.refs(request.config.name).get(instance)

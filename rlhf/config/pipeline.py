@@ -4,7 +4,7 @@ Settings are stored and shown, so secrets among them are refused: values of a fo
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -170,6 +170,17 @@ def _secret(named: str, kind: str, place: str) -> Problem:
     return Problem(f"{named} holds what looks like {kind}, and settings are stored and shown", place, hint)
 
 
+def to_add(name: str, file: str | Path, stages: Container[str], known: Iterable[str]) -> str:
+    """Return what to do where a pipeline file has no section of a name.
+
+    stages  the names of all stages that are installed
+    known   what else may have been meant
+    """
+    if name in stages:
+        return f"add `{name}: {{}}` to {file}; `rlhf config --fields {name}` explains its settings"
+    return suggestion(name, known)
+
+
 _TOP_LEVEL = tuple(PipelineSettings.model_fields)
 _USES, _INPUTS = "uses", "inputs"
 
@@ -193,7 +204,8 @@ def load_pipeline(path: Path, overrides: Sequence[str], settings_types: Mapping[
         # A misspelt section must not become a stage instance of its own.
         if "=" in override and section not in known:
             what = f"{tree.file} has no section {section}"
-            tree.problems.append(Problem(what, f"override {override}", suggestion(section, known)))
+            next_step = to_add(section, tree.file, settings_types, known)
+            tree.problems.append(Problem(what, f"override {override}", next_step))
         else:
             tree.override(override)
     # Values cannot be judged before they can be read.

@@ -276,7 +276,8 @@ def _missing(file: Path) -> SettingsError:
     if close is None and (name := nearest(file.name, [Path(other).name for other in usual])):
         close = str(CONFIGS / name)
     others = beside or usual
-    next_step = f"no pipeline file lies in {file.parent} or {CONFIGS}; name one with --config"
+    folders = " or ".join(dict.fromkeys((str(file.parent), str(CONFIGS))))
+    next_step = f"no pipeline file lies in {folders}; name one with --config"
     if close:
         next_step = f"--config {close}" + (f" (beside it: {', '.join(others)})" if len(others) > 1 else "")
     elif others:

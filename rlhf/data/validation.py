@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, NamedTuple
 
+from rlhf.config.base import FILE_SUFFIXES, is_local
 from rlhf.data.convert import refuse_exports
 from rlhf.data.forms import FormReader, model_of
 from rlhf.data.readers import malformed, read_source
+from rlhf.data.record_files import record_files
 from rlhf.data.records import ComparisonSet, Demonstration, JudgeRating, Prompt, R, Reason
 from rlhf.errors import RecordError
 
@@ -72,6 +74,25 @@ class RecordReader(Generic[R]):
 
 KINDS = {"demonstrations": Demonstration, "comparisons": ComparisonSet, "prompts": Prompt, "judge": JudgeRating}
 """The kinds of rows, by the data stage's names for them."""
+
+_KIND_OF_NAME = {kind + suffix: kind for kind in KINDS for suffix in ("", *FILE_SUFFIXES)}
+
+
+def kinds_in(source: str) -> dict[str, str | None]:
+    """Return what to read as one kind of rows, and the kind where a name says it, else None.
+
+    That is the source itself; or all that a folder holds, each by itself, where a file or a folder in it has the name
+    of a kind, as those that `rlhf init` takes.
+
+    Raises:
+        SettingsError, RequestError: there is nothing to read, or something that is not read.
+    """
+    folder = Path(source).expanduser()
+    if not is_local(source) or (files := record_files(folder, mixes_splits=True)) == [folder]:
+        return {source: None}
+    names = dict.fromkeys(file.relative_to(folder).parts[0] for file in files)
+    kinds = {str(Path(source, name)): _KIND_OF_NAME.get(name.casefold()) for name in names}
+    return kinds if any(kinds.values()) else {source: None}
 
 
 class Checked(NamedTuple):

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from rlhf.config.base import semantic_values, suggestion
-from rlhf.config.pipeline import PipelineConfig, StageInstance
+from rlhf.config.pipeline import PipelineConfig, StageInstance, to_add
 from rlhf.errors import NextCommand, RequestError, SettingsError
 from rlhf.pipeline.differences import Recipe, differences, of_record
 from rlhf.pipeline.stage import Stage
@@ -137,7 +137,7 @@ def plan(
     order = [name for wave in waves for name in wave]
     targets = targets or config.targets
     for target in targets:
-        instance_of(config, target)
+        instance_of(config, target, known)
     read = {name for inputs in graph.values() for name in inputs}
     wanted = targets or [name for name in order if name not in read]
     shown, needed = _upstream(graph, wanted, stop=()), _upstream(graph, wanted, stop=imported)
@@ -187,10 +187,11 @@ def _check_agreement(config: PipelineConfig, instance: StageInstance, stage: Sta
         raise SettingsError(f"{instance.name}.{found[0]}", f"{config.path}, {instance.name}", found[1])
 
 
-def instance_of(config: PipelineConfig, name: str) -> StageInstance:
+def instance_of(config: PipelineConfig, name: str, known: Mapping[str, Stage]) -> StageInstance:
     """Return a stage of the pipeline by name; raise a RequestError when there is none."""
     if name not in config.instances:
-        raise RequestError(f"the pipeline has no stage {name!r}", "command line", suggestion(name, config.instances))
+        next_step = to_add(name, config.path, known, config.instances)
+        raise RequestError(f"the pipeline has no stage {name!r}", "command line", next_step)
     return config.instances[name]
 
 
@@ -231,10 +232,11 @@ def _wires(config: PipelineConfig, instance: StageInstance, known: Mapping[str, 
     wires = {role: Wire(name, part) for role, (name, _, part) in sources.items()}
     for role, wire in wires.items():
         if wire.instance not in config.instances:
+            add = to_add(wire.instance, config.path, known, config.instances)
             raise SettingsError(
                 f"{instance.name} needs {wire.instance!r} as its {role}, and the pipeline has no such stage",
                 f"{config.path}, {instance.name}",
-                f"add a section {wire.instance!r}, or name another with {instance.name}.inputs.{role}",
+                "; or ".join(filter(None, (add, f"name another with {instance.name}.inputs.{role}"))),
             )
         kind, kinds = known[config.instances[wire.instance].uses].kind, roles[role].kinds
         if kinds and (kind not in kinds or wire.part):

@@ -31,6 +31,27 @@ def test_a_good_file_is_counted_and_its_kind_told_by_its_fields(ask: Ask, tmp_pa
     assert set(GOOD) == set(KINDS)
 
 
+def test_in_a_folder_a_file_with_the_name_of_a_kind_is_read_as_that(ask: Ask, tmp_path: Path):
+    """As `rlhf init --data` takes them: prompts may have completions; another file is told by its fields."""
+    folder = tmp_path / "my"
+    (folder / "judge").mkdir(parents=True)
+    write(folder / "comparisons.jsonl", GOOD["comparisons"])
+    write(folder / "Prompts.jsonl", GOOD["demonstrations"])
+    write(folder / "judge" / "a.jsonl", GOOD["judge"])
+    write(folder / "more.jsonl", GOOD["demonstrations"], GOOD["demonstrations"])
+    answer = ask("data", "validate", str(folder))
+    assert (answer.status, answer.err) == (0, "")
+    assert answer.out.splitlines() == [
+        f"{folder}/Prompts.jsonl: 1 rows of prompts, all valid",
+        "1 rows read as prompts of rows that hold more; fields not read: completion",
+        f"{folder}/comparisons.jsonl: 1 rows of comparisons, all valid",
+        f"{folder}/judge: 1 rows of judge, all valid",
+        f"{folder}/more.jsonl: 2 rows of demonstrations, all valid",
+    ]
+    write(folder / "demonstrations.jsonl", GOOD["prompts"])
+    assert f"{folder}/demonstrations.jsonl:1: completion: is missing" in ask("data", "validate", str(folder)).err
+
+
 def test_rows_of_another_form_are_said_to_be_so_in_one_line(ask: Ask, tmp_path: Path):
     """After the count; what is not read is named there too."""
     turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It."}]

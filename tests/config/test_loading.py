@@ -313,7 +313,7 @@ OVERRIDE_REFUSALS = {
     ),
     "read.file=x": (
         "p.yaml has no section read\n  where: override read.file=x\n"
-        "  next:  known: cluster, pipeline, seed, store, targets, tracking, train"
+        "  next:  add `read: {}` to p.yaml; `rlhf config --fields read` explains its settings"
     ),
     "train.rollouts": (
         "'train.rollouts' is not an override\n  where: override train.rollouts\n  next:  write section.field=value"
@@ -373,6 +373,9 @@ def test_a_missing_file_names_the_pipelines_beside_it(tmp_path: Path, monkeypatc
     with pytest.raises(SettingsError) as caught:
         load_pipeline(tmp_path / "tinny.yaml", [], STAGES)
     assert caught.value.next_step == f"no pipeline file lies in {tmp_path} or configs; name one with --config"
+    with pytest.raises(SettingsError) as caught:
+        load_pipeline(Path("configs/tiny.yaml"), [], STAGES)
+    assert caught.value.next_step == "no pipeline file lies in configs; name one with --config"
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny.yaml").write_text("train: {}")
     for name, next_step in (

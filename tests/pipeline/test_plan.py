@@ -307,6 +307,14 @@ def test_an_unknown_target_is_answered_with_the_nearest(path: Path):
     assert "did you mean total?" in caught.value.next_step
 
 
+def test_a_stage_that_the_file_lacks_is_to_be_added(tmp_path: Path):
+    """It is known, so that nothing else was meant."""
+    path = write_pipeline(tmp_path, "words: {}\n")
+    with pytest.raises(RequestError, match="no stage 'count'") as caught:
+        planned(path, targets=["count"])
+    assert caught.value.next_step == f"add `count: {{}}` to {path}; `rlhf config --fields count` explains its settings"
+
+
 def test_wires_that_lead_nowhere_are_refused(tmp_path: Path):
     """An unknown role, an unknown instance and a producer that is not there are errors with a place and a way out."""
     path = write_pipeline(tmp_path, "words: {}\ncount: {inputs: {wrds: words}}\n")
@@ -323,6 +331,7 @@ def test_wires_that_lead_nowhere_are_refused(tmp_path: Path):
     path = write_pipeline(tmp_path, "count: {}\n")
     with pytest.raises(SettingsError, match="needs 'words' as its words") as caught:
         planned(path)
+    assert f"add `words: {{}}` to {path}; " in caught.value.next_step
     assert "count.inputs.words" in caught.value.next_step
 
 
