@@ -223,8 +223,9 @@ def export_artifact(
             if merge:
                 _fold(linked, folder, scores=planned.stage.kind == "reward-model")
             else:
-                # Copies, not links: a change to an exported file must not reach the store.
-                shutil.copytree(linked, folder)
+                # Copies, not links: a change to an exported file must not reach the store. Without the read-only mode of
+                # the store's files, since some are written again below.
+                shutil.copytree(linked, folder, copy_function=shutil.copyfile)
             _write_generation_settings(folder, record.settings)
             if converter:
                 _convert(converter, folder)

@@ -16,6 +16,7 @@ from rlhf.store import ActionRecord, Store
 from tests.models.tiny import make_tiny_llama
 from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline, write_weights
 from tests.pipeline.toys import KNOWN
+from tests.privileges import permissions_obeyed
 
 
 @pytest.fixture
@@ -209,7 +210,8 @@ def test_an_export_samples_as_its_stage_did(path: Path, tmp_path: Path):
     export_artifact(planned_total, tmp_path / "as-it-is", store, no_card)
     assert json.loads((tmp_path / "as-it-is" / "generation_config.json").read_text()) == base
     sampled = replace(record, settings={"sampling": {"temperature": 0.8, "max_new_tokens": 32, "fp32_head": True}})
-    export_artifact(replace(planned_total, record=sampled), tmp_path / "out", store, no_card)
+    with permissions_obeyed():  # the store's files are read-only, and this one is written again
+        export_artifact(replace(planned_total, record=sampled), tmp_path / "out", store, no_card)
     config = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (config.temperature, config.max_new_tokens, config.do_sample, config.eos_token_id) == (0.8, 32, True, [7, 2])
     assert (config.top_k, config.top_p, config.repetition_penalty) == (0, 1.0, None)
