@@ -200,6 +200,7 @@ def export_artifact(
     Raises:
         RequestError: the stage makes no model, or has no result yet; the folder is not empty or cannot be written; no
             adapter is there to fold, or one that no weights can hold; there is no converter, or it fails.
+        DamageError: a file of the store fails its digest.
         DiskFullError: there is no room.
     """
     if planned.stage.kind not in MODELS:
@@ -217,14 +218,14 @@ def export_artifact(
         # Beside the target and not in the store, which the user may have no right to write.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             linked, folder = Path(scratch) / "linked", Path(scratch) / "exported"
-            store.checkout(record.artifact, linked)
+            store.checkout(record.artifact, linked, anew=True)
             _check_form(planned, linked, target, merge=merge, gguf=gguf)
             _check_room(linked, target.parent, merge=merge, gguf=gguf)
             if merge:
                 _fold(linked, folder, scores=planned.stage.kind == "reward-model")
             else:
-                # Copies, not links: a change to an exported file must not reach the store. Without the read-only mode of
-                # the store's files, since some are written again below.
+                # Copies, not links: a change to an exported file must not reach the store. Without their mode, read-only,
+                # since some of them are written again below.
                 shutil.copytree(linked, folder, copy_function=shutil.copyfile)
             _write_generation_settings(folder, record.settings)
             if converter:

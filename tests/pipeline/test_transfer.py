@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rlhf.errors import DiskFullError, RequestError
+from rlhf.errors import DamageError, DiskFullError, RequestError
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.transfer import export_artifact, import_folder
 from rlhf.store import ActionRecord, Store
+from rlhf.store.blobs import blob_name
 from tests.models.tiny import make_tiny_llama
 from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline, write_weights
 from tests.pipeline.toys import KNOWN
 from tests.privileges import permissions_obeyed
+from tests.store.helpers import flip_bit
 
 
 @pytest.fixture
@@ -132,6 +135,21 @@ def test_an_export_is_a_copy_that_may_be_changed(path: Path, tmp_path: Path):
     assert list(target.parent.iterdir()) == [target]
     assert sorted((tmp_path / "store" / "work").rglob("*")) == work
     assert Store.open(tmp_path / "store").verify().damaged == []
+
+
+def test_an_export_reads_what_a_plan_trusts(path: Path, tmp_path: Path):
+    """A file of the store that lost a bit, size and times as they were, is not passed on."""
+    make(path)
+    store, found = Store.open(tmp_path / "store"), one(path, "total")
+    assert found.record is not None
+    (file,) = store.manifest(found.record.artifact).files
+    blob = tmp_path / "store" / blob_name(file.sha256)
+    times = (blob.stat().st_atime_ns, blob.stat().st_mtime_ns)
+    flip_bit(blob)
+    os.utime(blob, ns=times)
+    with pytest.raises(DamageError, match=r"config\.json has the digest"):
+        export_artifact(one(path, "total"), tmp_path / "out", store, no_card)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_never_mixes_with_what_is_there(path: Path, tmp_path: Path):
