@@ -157,6 +157,10 @@ def _sources(answer: str) -> dict[str, str] | None:
 def _source(folder: Path, kind: str) -> Path | None:
     names = {kind + suffix for suffix in ("", *FILE_SUFFIXES)}
     named = [path for path in sorted(folder.iterdir()) if path.name.casefold() in names]
+    for path in named:
+        if not path.is_file() and not path.is_dir():
+            what = f"{path.name} is neither a file nor a folder, nor a link to one"
+            raise RequestError(what, str(folder), "remove it, or name another folder")
     paths = [path for path in named if path.is_file() or any(path.iterdir())]
     if len(paths) > 1:
         listed = ", ".join(path.name for path in paths)

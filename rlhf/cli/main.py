@@ -321,6 +321,11 @@ def _of_the_environment(error: Exception) -> RlhfError | None:
             Path.cwd().stat()
         except FileNotFoundError:
             return RequestError("the working folder was deleted", "this process", "change to a folder that exists")
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        what = f"a file or folder cannot be used: {error.strerror}"
+        return RequestError(what, os.fsdecode(error.filename), "check the path and its permissions, or name another")
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # pathlib's, of a loop of links
+        return _of_the_environment(error.__context__)
     return None
 
 

@@ -224,8 +224,8 @@ def export_artifact(
             if merge:
                 _fold(linked, folder, scores=planned.stage.kind == "reward-model")
             else:
-                # Copies, not links: a change to an exported file must not reach the store. Without their mode, read-only,
-                # since some of them are written again below.
+                # Copies, not links: a change to an exported file must not reach the store. Without their mode, which is
+                # read-only, since some of them are written again below.
                 shutil.copytree(linked, folder, copy_function=shutil.copyfile)
             _write_generation_settings(folder, record.settings)
             if converter:

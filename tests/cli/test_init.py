@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,15 @@ def test_two_files_of_one_kind_are_not_chosen_from(data: Path, capsys: pytest.Ca
     (data / "comparisons.json").write_text("[]")
     assert init("--yes", "--data", data) == 2
     assert "comparisons more than once: comparisons, comparisons.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["dangling", "loop", "fifo"])
+def test_a_file_of_data_that_is_none_is_named(data: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """A link to nowhere, one to itself, and a pipe, which nobody may write to."""
+    (path := data / "demonstrations.jsonl").unlink()
+    os.mkfifo(path) if kind == "fifo" else path.symlink_to("nowhere" if kind == "dangling" else path)
+    assert init("--yes", "--data", data) == 2
+    assert "demonstrations.jsonl is neither a file nor a folder" in capsys.readouterr().err
 
 
 def test_without_a_terminal_it_asks_nothing(
