@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from rlhf.config.schema import json_schema
 from rlhf.config.stages import ModelSettings
 from rlhf.errors import RequestError, is_no_room
 from rlhf.pipeline.transfer import check_model
+from rlhf.store.backend import temporary_beside
 from rlhf.terminal import printable_lines
 
 SCHEMA = "rlhf.schema.json"
@@ -48,9 +48,16 @@ def init(request: Request) -> None:
         text = files("rlhf").joinpath("configs", f"{_READY[model.base]}.yaml").read_text(encoding="utf-8")
     else:
         text = _filled(name, data, model, machine)
-    schema = json.dumps(json_schema({name: stage.settings for name, stage in request.known.items()}))
+    schema = json_schema({name: stage.settings for name, stage in request.known.items()})
+    beside = path.with_name(SCHEMA)
+    if not request.arguments.force and not _is_ours(beside, schema["title"]):
+        raise RequestError(
+            f"{beside} is there already, and is no schema of pipeline files",
+            str(beside),
+            f"--force replaces it; or name a file in another folder, where {SCHEMA} can be written beside it",
+        )
     # The pipeline file last: where it is, all was written.
-    _write(path.with_name(SCHEMA), schema + "\n")
+    _write(beside, json.dumps(schema) + "\n")
     _write(path, f"# yaml-language-server: $schema={SCHEMA}\n{text}")
     request.arguments.config = path
     print(printable_lines(f"wrote {path}, and {SCHEMA} beside it for editors"))
@@ -61,7 +68,8 @@ def _target(request: Request) -> Path:
     """Return the file to write.
 
     Raises:
-        RequestError: several are named, settings are given, or the file is there and ``--force`` is not.
+        RequestError: several are named, settings are given, the file is there and ``--force`` is not, or its name is
+            that of the schema beside it.
     """
     config: Path = request.arguments.config
     named = [*map(Path, request.names), *([] if config == DEFAULT_CONFIG else [config])]
@@ -69,7 +77,10 @@ def _target(request: Request) -> Path:
         raise RequestError("init takes one file and no settings", "command line", "rlhf init FILE; settings go there")
     path = named[0].expanduser() if named else DEFAULT_CONFIG
     path = path / DEFAULT_CONFIG.name if path.is_dir() else path
-    if (path.exists() or path.is_symlink()) and not request.arguments.force:
+    if path.name == SCHEMA:
+        then = "name another: rlhf init FILE"
+        raise RequestError(f"{SCHEMA} is what editors read beside the pipeline file", str(path), then)
+    if os.path.lexists(path) and not request.arguments.force:
         then = "--force replaces it, or name another: rlhf init FILE"
         raise RequestError(f"{path} is there already", str(path), then)
     return path
@@ -189,19 +200,30 @@ def _filled(name: str, data: dict[str, str] | None, model: _Model, machine: str)
     )
 
 
+def _is_ours(path: Path, title: str) -> bool:
+    """Return whether there is no file at a path, or a schema of this title, which init wrote before."""
+    if not os.path.lexists(path):
+        return True
+    if not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("title") == title
+
+
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all.
 
     Raises:
         RequestError: the folder is not there or cannot be written.
     """
-    part = path.with_name(f"{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)  # noqa: PTH105 - Path.replace is the same
+        with temporary_beside(path) as part:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
     except OSError as error:
-        with suppress(OSError):  # where nothing can be written, nothing is left to remove
-            part.unlink(missing_ok=True)
         if is_no_room(error):
             raise
         then = "name a file in a folder that you can write: rlhf init PATH"

@@ -94,6 +94,25 @@ def test_nothing_is_replaced_unless_that_is_asked_for(here: Path, capsys: pytest
     assert init("--yes", "link.yaml") == 2
 
 
+def test_what_lies_beside_the_file_is_not_replaced_either(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A schema that init wrote may be; another file needs --force, and one of a temporary name stays in any case."""
+    assert init("--yes") == 0
+    (here / "other.yaml.part").write_text("mine")
+    assert init("--yes", "other.yaml") == 0
+    for text in ("mine", '{"title": "mine"}', "[]"):
+        (here / "rlhf.schema.json").write_text(text)
+        assert init("--yes", "third.yaml") == 2
+        assert "--force replaces it; or name a file in another folder" in capsys.readouterr().err
+        assert (here / "rlhf.schema.json").read_text() == text
+    assert not (here / "third.yaml").exists()
+    assert init("--yes", "--force", "third.yaml") == 0
+    assert "properties" in json.loads((schema := here / "rlhf.schema.json").read_text())
+    assert init("--yes", "--force", "rlhf.schema.json") == 2
+    assert "properties" in json.loads(schema.read_text())
+    names = ["other.yaml", "other.yaml.part", "rlhf.schema.json", "rlhf.yaml", "third.yaml"]
+    assert sorted(path.name for path in here.iterdir()) == names
+
+
 def test_a_pipeline_file_is_written_last(here: Path) -> None:
     """Where its schema cannot be written, the next try is not told that it is there already."""
     (here / "rlhf.schema.json").mkdir()

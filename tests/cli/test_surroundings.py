@@ -143,4 +143,4 @@ def test_a_link_that_leads_back_to_itself_is_named(ask: Ask, made: Path, monkeyp
     answer = ask("export", "total", "loop")
     assert answer.status == 2
     assert "Too many levels of symbolic links" in answer.err
-    assert f"where: {made.parent / 'loop'}" in answer.err or "where: loop" in answer.err
+    assert "loop\n" in answer.err
