@@ -16,6 +16,7 @@ from rlhf.config.base import FILE_SUFFIXES, KNOWN_WORDS, MOVIE_SNIPPETS, is_loca
 from rlhf.config.pipeline import NAME_PATTERN
 from rlhf.config.schema import json_schema
 from rlhf.config.stages import ModelSettings
+from rlhf.config.yaml_tree import scalar
 from rlhf.errors import RequestError, is_no_room
 from rlhf.pipeline.transfer import check_model
 from rlhf.store.backend import temporary_beside
@@ -86,7 +87,7 @@ def _target(request: Request) -> Path:
     return path
 
 
-def _answers(request: Request) -> tuple[dict[str, str] | None, _Model, str]:
+def _answers(request: Request) -> tuple[dict[str, str | None] | None, _Model, str]:
     """Return the sources of data (None for movie snippets), the model and the machine: as given, else as asked for."""
     checks: dict[str, Callable[[str], object]] = {"data": _sources, "model": _model, "for": _machine}
     given = {"data": request.arguments.data, "model": request.arguments.model, "for": request.arguments.for_}
@@ -132,6 +133,7 @@ def _model(answer: str) -> _Model:
     """Split ``NAME@COMMIT``; raise a RequestError for a model that ``rlhf plan`` or the stage model would refuse."""
     base, _, revision = answer.rpartition("@") if "@" in answer and not is_local(answer) else (answer, "", "")
     if base not in KNOWN_WORDS and is_local(base):
+        base = _plain(base)
         if not Path(base).expanduser().is_dir():
             raise RequestError(f"there is no folder {base}", "--model", "name a folder with a model, or NAME@COMMIT")
         check_model(Path(base).expanduser())
@@ -143,7 +145,13 @@ def _model(answer: str) -> _Model:
     return _Model(base, revision or None)
 
 
-def _sources(answer: str) -> dict[str, str] | None:
+def _plain(path: str) -> str:
+    """Return a path whose first name is no ~: pathlib drops ./ before it, and would take it for a home folder."""
+    hidden = not path.startswith("~") and str(Path(path)).startswith("~")
+    return str(Path.cwd() / path) if hidden else path
+
+
+def _sources(answer: str) -> dict[str, str | None] | None:
     """Return the files of each kind of records in a folder; None for movie snippets.
 
     Raises:
@@ -151,7 +159,7 @@ def _sources(answer: str) -> dict[str, str] | None:
     """
     if answer == MOVIE_SNIPPETS:
         return None
-    folder = Path(answer).expanduser()
+    folder = Path(_plain(answer)).expanduser()
     if not folder.is_dir():
         raise RequestError(f"there is no folder {answer}", "--data", f"name a folder with data, or {MOVIE_SNIPPETS}")
     found = {kind: _source(folder, kind) for kind in ("demonstrations", "comparisons", "prompts", "judge")}
@@ -162,7 +170,7 @@ def _sources(answer: str) -> dict[str, str] | None:
         raise RequestError(what, str(folder), then)
     # Demonstrations have prompts, which is what PPO needs where nobody brought others.
     found["prompts"] = found["prompts"] or found["demonstrations"]
-    return {kind: "null" if path is None else str(path) for kind, path in found.items()}
+    return {kind: None if path is None else str(path) for kind, path in found.items()}
 
 
 def _source(folder: Path, kind: str) -> Path | None:
@@ -179,14 +187,21 @@ def _source(folder: Path, kind: str) -> Path | None:
     return paths[0] if paths else None
 
 
-def _filled(name: str, data: dict[str, str] | None, model: _Model, machine: str) -> str:
+def _filled(name: str, data: dict[str, str | None] | None, model: _Model, machine: str) -> str:
     """Return the template filled in; on a cluster with whole paths, since other nodes have other working folders."""
     from jinja2 import Environment, StrictUndefined
 
-    def written(path: str) -> str:
-        local = path != "null" and path not in KNOWN_WORDS and Path(path).expanduser().exists()
+    def written(path: str | None) -> str:
+        if path is None:
+            return "null"
+        local = path not in KNOWN_WORDS and Path(path).expanduser().exists()
         path = str(Path(path).expanduser().absolute()) if local and machine == "cluster" else path
-        return path if re.fullmatch(r"[A-Za-z/.][\w./-]*", path, re.ASCII) else json.dumps(path)
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            what = "the path is not in UTF-8, and a pipeline file could not name it"
+            raise RequestError(what, path, "rename it, or name a link to it") from error
+        return scalar(path)
 
     template = files("rlhf").joinpath("cli", "init.yaml.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - writes YAML
