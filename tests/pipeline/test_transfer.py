@@ -153,7 +153,7 @@ def test_an_export_reads_what_a_plan_trusts(path: Path, tmp_path: Path):
 
 
 def test_an_export_never_mixes_with_what_is_there(path: Path, tmp_path: Path):
-    """A folder that holds something, and a file in the way, are refused; an empty folder is filled."""
+    """A folder that holds something, a file in the way, and the store's own folder are refused."""
     store = Store.open(tmp_path / "store")
     with pytest.raises(RequestError, match="no result yet"):
         export_artifact(one(path, "total"), tmp_path / "out", store, no_card)
@@ -167,9 +167,38 @@ def test_an_export_never_mixes_with_what_is_there(path: Path, tmp_path: Path):
         export_artifact(one(path, "total"), tmp_path / "out", store, no_card, merge=True)
     with pytest.raises(RequestError, match="cannot be written"):
         export_artifact(one(path, "total"), path / "below", store, no_card)
-    (tmp_path / "empty").mkdir()
-    export_artifact(one(path, "total"), tmp_path / "empty", store, no_card)
-    assert (tmp_path / "empty" / "config.json").read_text() == "2.0"
+    with pytest.raises(RequestError, match="inside the store"):
+        export_artifact(one(path, "total"), tmp_path / "store" / "out", store, no_card)
+
+
+def test_an_empty_folder_is_filled_where_it_is(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be a mount point, the working folder, a link to elsewhere, or in a folder that cannot be written."""
+    make(path)
+    store = Store.open(tmp_path / "store")
+    (empty := tmp_path / "parent" / "empty").mkdir(parents=True)
+    (link := tmp_path / "link").symlink_to(empty)
+    monkeypatch.chdir(empty)
+    inode = empty.stat().st_ino
+    empty.parent.chmod(0o555)
+
+    def interrupted(source: Path, target: Path) -> Path:
+        if target == empty / "README.md":
+            raise KeyboardInterrupt
+        return Path(os.rename(source, target) or target)  # noqa: PTH104 - Path.rename is replaced
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_artifact(one(path, "total"), link, store, no_card)
+    assert list(empty.iterdir()) == []
+    for target in (empty, Path(), link):
+        with permissions_obeyed():
+            export_artifact(one(path, "total"), target, store, no_card)
+        assert {file.name for file in empty.iterdir()} == {"config.json", "README.md"}
+        assert empty.stat().st_ino == inode
+        for file in empty.iterdir():
+            file.unlink()
+    empty.parent.chmod(0o755)
 
 
 def test_an_export_that_fails_leaves_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -185,8 +214,9 @@ def test_an_export_that_fails_leaves_nothing(path: Path, tmp_path: Path, monkeyp
     with pytest.raises(RequestError, match="words makes a data, which is no model"):
         export_artifact(one(path, "words"), target, store, no_card)
     monkeypatch.setattr("rlhf.pipeline.transfer.free_bytes_at", lambda _: 2)
-    with pytest.raises(DiskFullError, match="No room for a file: 3 bytes needed"):
+    with pytest.raises(DiskFullError, match="No room for a file: 3 bytes needed") as error:
         export_artifact(one(path, "total"), target, store, no_card)
+    assert "name another DIR" in error.value.next_step
     assert list(target.parent.iterdir()) == []
 
 
