@@ -25,6 +25,8 @@ def main() -> NoReturn:
 
     # Also if SIGINT was ignored, as in the background of a script: stopping is safe, since nothing is lost.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What a command has written under a temporary name is removed in either case.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = main()
     with suppress(OSError):  # the reader is gone, as that of a pipe to `head`
         sys.stdout.flush()

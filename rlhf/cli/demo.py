@@ -25,8 +25,9 @@ def demo(request: Request) -> None:
     folder = DEMO.parent
     if not DEMO.exists():
         write_demo(folder)
-    request.out.print(_introduction(folder))
+    # First, since it refuses records that are gone.
     cached = all(planned.record for planned in request.planned([]).values())
+    request.out.print(_introduction(folder))
     planned = bring_up_to_date(request, height=CURVE_LINES)
     _show(request, planned)
     print_places(request, planned)

@@ -3,6 +3,7 @@
 Imports neither torch nor Ray, so that ``--help`` and ``plan`` answer in well under a second.
 """
 
+import errno
 import io
 import json
 import os
@@ -321,6 +322,12 @@ def _of_the_environment(error: Exception) -> RlhfError | None:
             Path.cwd().stat()
         except FileNotFoundError:
             return RequestError("the working folder was deleted", "this process", "change to a folder that exists")
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        what = f"a file or folder cannot be used: {error.strerror}"
+        return RequestError(what, os.fsdecode(error.filename), "check the path and its permissions, or name another")
+    if isinstance(error, RuntimeError) and getattr(error.__context__, "errno", None) == errno.ELOOP:  # pathlib's
+        assert isinstance(error.__context__, OSError)
+        return _of_the_environment(error.__context__)
     return None
 
 

@@ -10,7 +10,7 @@ from rlhf.errors import RequestError, size
 from rlhf.narration import diff_view, explain_view, lineage_view
 from rlhf.pipeline import documents
 from rlhf.pipeline.plan import instance_of, result_of
-from rlhf.store import ActionRecord
+from rlhf.store import ActionRecord, Store
 from rlhf.terminal import gc_table, leaderboard_table, plan_table, printable
 
 
@@ -86,9 +86,17 @@ def leaderboard(request: Request) -> None:
         request.out.print(leaderboard_table(rows))
 
 
+def _existing_store(request: Request) -> Store:
+    """Return the pipeline's store; raise a RequestError where its folder is not there."""
+    store = request.store()
+    if store.bucket is None and not store.root.is_dir():
+        raise RequestError("there is no store here", str(store.root), "correct store.uri; rlhf run makes a store")
+    return store
+
+
 def verify(request: Request) -> int:
     """Check every file of the store against its digest."""
-    report = request.store().verify(repair=request.arguments.repair)
+    report = _existing_store(request).verify(repair=request.arguments.repair)
     damaged = [{"artifact": damage.artifact, "file": damage.file, "why": damage.why} for damage in report.damaged]
     status = 1 if damaged else 0
     if request.answer({"checked": report.checked, "damaged": damaged}):
@@ -109,7 +117,7 @@ def gc(request: Request) -> None:
         raise RequestError("gc takes no stage: it collects the whole store", "command line", "rlhf gc --dry-run")
     if not 0 <= hours < math.inf:
         raise RequestError(f"--grace is {hours}, and must be a number from 0 on", "command line", "--grace 24")
-    report = request.store().collect_garbage(hours * 3600, dry_run=request.arguments.dry_run)
+    report = _existing_store(request).collect_garbage(hours * 3600, dry_run=request.arguments.dry_run)
     document = documents.gc_document(report, hours, dry_run=request.arguments.dry_run)
     if not request.answer(document):
         request.out.print(gc_table(document))

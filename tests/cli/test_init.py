@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rlhf.config.pipeline import PipelineConfig, load_pipeline
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage import stages
 from rlhf.store import Store
+from tests.pipeline.helpers import write_model
 
 PINNED = "owner/name@" + "31b70e2e" * 5
 WANTED = [
@@ -47,10 +49,13 @@ def init(*words: object) -> int:
     return main(["init", *map(str, words)])
 
 
+def loaded(path: str = "rlhf.yaml") -> PipelineConfig:
+    return load_pipeline(Path(path), [], {name: stage.settings for name, stage in stages().items()})
+
+
 def planned(path: str = "rlhf.yaml") -> PipelineConfig:
-    known = stages()
-    config = load_pipeline(Path(path), [], {name: stage.settings for name, stage in known.items()})
-    assert plan(config, known, Store.open(config.store.uri, create=False), [])
+    config = loaded(path)
+    assert plan(config, stages(), Store.open(config.store.uri, create=False), [])
     return config
 
 
@@ -70,6 +75,30 @@ def test_what_it_writes_is_planned(data: Path, machine: str, model: str, own: bo
     assert workers == (8 if machine == "cluster" else 1)
     assert settings["ppo"]["rollouts"] // settings["ppo"]["minibatches"] % workers == 0
     assert Path(config.store.uri).is_absolute() is (machine == "cluster")
+
+
+@pytest.mark.parametrize("name", ["null", "true", "1e3", ".5", "~tt", "a: b", "x #y", "😀", "line\nbreak", "'\"\\"])
+@pytest.mark.parametrize("machine", ["cpu", "cluster"])
+def test_a_folder_may_have_any_name(here: Path, name: str, machine: str) -> None:
+    """What YAML, the program or pathlib takes for something else comes back as it was."""
+    write_model(here / name)
+    for kind in ("demonstrations", "comparisons"):
+        (here / name / f"{kind}.jsonl").write_text("")
+    assert init("--for", machine, "--model", f"./{name}", "--data", f"./{name}") == 0
+    settings = {stage: one.settings.model_dump() for stage, one in loaded().instances.items()}
+    assert Path(settings["model"]["base"]).expanduser().samefile(here / name)
+    assert Path(settings["data"]["comparisons"]).expanduser().samefile(here / name / "comparisons.jsonl")
+
+
+def test_a_name_that_yaml_cannot_hold_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be written, and never be found."""
+    folder = write_model(here / os.fsdecode(b"\xff"))
+    for kind in ("demonstrations", "comparisons"):
+        (folder / f"{kind}.jsonl").write_text("")
+    assert init("--yes", "--model", f"./{folder.name}") == 2
+    assert init("--yes", "--data", folder.name) == 2
+    assert "not in UTF-8" in capsys.readouterr().err
+    assert not (here / "rlhf.yaml").exists()
 
 
 def test_the_editor_s_schema_lies_where_the_file_says(here: Path) -> None:
@@ -93,6 +122,25 @@ def test_nothing_is_replaced_unless_that_is_asked_for(here: Path, capsys: pytest
     assert init("--yes", "link.yaml") == 2
 
 
+def test_what_lies_beside_the_file_is_not_replaced_either(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A schema that init wrote may be; another file needs --force, and one of a temporary name stays in any case."""
+    assert init("--yes") == 0
+    (here / "other.yaml.part").write_text("mine")
+    assert init("--yes", "other.yaml") == 0
+    for text in ("mine", '{"title": "mine"}', "[]"):
+        (here / "rlhf.schema.json").write_text(text)
+        assert init("--yes", "third.yaml") == 2
+        assert "--force replaces it; or name a file in another folder" in capsys.readouterr().err
+        assert (here / "rlhf.schema.json").read_text() == text
+    assert not (here / "third.yaml").exists()
+    assert init("--yes", "--force", "third.yaml") == 0
+    assert "properties" in json.loads((schema := here / "rlhf.schema.json").read_text())
+    assert init("--yes", "--force", "rlhf.schema.json") == 2
+    assert "properties" in json.loads(schema.read_text())
+    names = ["other.yaml", "other.yaml.part", "rlhf.schema.json", "rlhf.yaml", "third.yaml"]
+    assert sorted(path.name for path in here.iterdir()) == names
+
+
 def test_a_pipeline_file_is_written_last(here: Path) -> None:
     """Where its schema cannot be written, the next try is not told that it is there already."""
     (here / "rlhf.schema.json").mkdir()
@@ -108,6 +156,8 @@ def test_a_pipeline_file_is_written_last(here: Path) -> None:
         (["--data", "."], "no demonstrations and no comparisons"),
         (["--model", "."], "it has no config.json"),
         (["--model", "./nosuch"], "there is no folder ./nosuch"),
+        (["--model", ""], "should have at least 1 character"),
+        (["--model", "@"], "should have at least 1 character"),
         (["--model", "owner/name"], "needs revision"),
         (["--model", "scratch@" + "0" * 40], "revision is for hub models"),
         (["nosuch/rlhf.yaml"], "cannot be written: No such file"),
@@ -132,6 +182,15 @@ def test_two_files_of_one_kind_are_not_chosen_from(data: Path, capsys: pytest.Ca
     (data / "comparisons.json").write_text("[]")
     assert init("--yes", "--data", data) == 2
     assert "comparisons more than once: comparisons, comparisons.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["dangling", "loop", "fifo"])
+def test_a_file_of_data_that_is_none_is_named(data: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """A link to nowhere, one to itself, and a pipe, which nobody may write to."""
+    (path := data / "demonstrations.jsonl").unlink()
+    os.mkfifo(path) if kind == "fifo" else path.symlink_to("nowhere" if kind == "dangling" else path)
+    assert init("--yes", "--data", data) == 2
+    assert "demonstrations.jsonl is neither a file nor a folder" in capsys.readouterr().err
 
 
 def test_without_a_terminal_it_asks_nothing(

@@ -42,9 +42,10 @@ def test_of_exceptions_that_are_lost_all_but_an_interrupt_are_told(monkeypatch: 
 
 
 @pytest.mark.parametrize("at_start", [signal.SIG_IGN, signal.SIG_DFL])
-def test_sigint_is_an_interrupt_however_the_program_was_started(at_start: signal.Handlers):
+def test_sigint_and_sigterm_are_interrupts_however_the_program_was_started(at_start: signal.Handlers):
     """What a script puts into the background is started with it ignored."""
-    looks = "cli.main = lambda: int(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
+    handlers = "{signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)}"
+    looks = f"cli.main = lambda: int({handlers} != {{signal.default_int_handler}})"
     program = f"import signal; import rlhf.cli.main as cli; {looks}; from rlhf.__main__ import main; main()"
     before = signal.signal(signal.SIGINT, at_start)
     try:

@@ -384,3 +384,11 @@ def test_settings_under_a_former_name_are_noted_on_standard_error(
         "sft.lora is now called sft.tuning, and the next release refuses the old name; "
         "write tuning: {method: lora, rank: 4} (p.yaml:3)"
     ]
+
+
+@pytest.mark.parametrize("command", ["verify", "gc"])
+def test_a_store_that_is_not_there_is_not_called_sound(ask: Ask, tmp_path: Path, command: str):
+    """Its address is most likely mistyped, and nothing is made there."""
+    said = refused(ask, command, f"store.uri={tmp_path / 'typo'}", status=2)
+    assert "there is no store here" in said
+    assert not (tmp_path / "typo").exists()

@@ -12,6 +12,7 @@ import yaml
 from rlhf.cli.main import main
 from tests.cli.conftest import Ask
 from tests.pipeline.helpers import REPOSITORY, install_toys, make, planned, write_pipeline
+from tests.privileges import permissions_obeyed
 
 PRECIOUS = "α “quoted” words…"
 
@@ -114,3 +115,32 @@ def test_a_home_folder_that_is_none_is_named(ask: Ask):
     assert answer.status == 2
     assert "a path begins with ~, and there is no such home folder" in answer.err
     assert "HOME=" in answer.err
+
+
+@pytest.mark.parametrize(
+    "words", ["import {} --as total", "generate {}", "generate total --file {}", "export total {}", "data convert A {}"]
+)
+@pytest.mark.parametrize(("named", "said"), [("closed/x", "Permission denied"), ("n" * 256, "File name too long")])
+def test_a_path_that_the_system_refuses_is_named(
+    ask: Ask, made: Path, monkeypatch: pytest.MonkeyPatch, words: str, named: str, said: str
+):
+    """By whatever command, with what the system says."""
+    monkeypatch.chdir(made.parent)
+    Path("closed").mkdir(mode=0)
+    Path("A").write_text('{"prompt": "a", "completion": "b"}\n')
+    with permissions_obeyed():
+        answer = ask(*words.format(named).split())
+    assert answer.status == 2
+    assert said in answer.err
+    assert f"where: {named}" in answer.err
+    assert "rlhf itself" not in answer.err
+
+
+def test_a_link_that_leads_back_to_itself_is_named(ask: Ask, made: Path, monkeypatch: pytest.MonkeyPatch):
+    """Python says it with an error of its own."""
+    monkeypatch.chdir(made.parent)
+    Path("loop").symlink_to("loop")
+    answer = ask("export", "total", "loop")
+    assert answer.status == 2
+    assert "Too many levels of symbolic links" in answer.err
+    assert "loop\n" in answer.err

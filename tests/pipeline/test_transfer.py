@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rlhf.errors import DiskFullError, RequestError
+from rlhf.errors import DamageError, DiskFullError, RequestError
 from rlhf.pipeline.plan import Planned
 from rlhf.pipeline.transfer import export_artifact, import_folder
 from rlhf.store import ActionRecord, Store
+from rlhf.store.blobs import blob_name
 from tests.models.tiny import make_tiny_llama
 from tests.pipeline.helpers import load_toy, make, planned, states, write_pipeline, write_weights
 from tests.pipeline.toys import KNOWN
+from tests.privileges import permissions_obeyed
+from tests.store.helpers import flip_bit
 
 
 @pytest.fixture
@@ -133,8 +137,23 @@ def test_an_export_is_a_copy_that_may_be_changed(path: Path, tmp_path: Path):
     assert Store.open(tmp_path / "store").verify().damaged == []
 
 
+def test_an_export_reads_what_a_plan_trusts(path: Path, tmp_path: Path):
+    """A file of the store that lost a bit, size and times as they were, is not passed on."""
+    make(path)
+    store, found = Store.open(tmp_path / "store"), one(path, "total")
+    assert found.record is not None
+    (file,) = store.manifest(found.record.artifact).files
+    blob = tmp_path / "store" / blob_name(file.sha256)
+    times = (blob.stat().st_atime_ns, blob.stat().st_mtime_ns)
+    flip_bit(blob)
+    os.utime(blob, ns=times)
+    with pytest.raises(DamageError, match=r"config\.json has the digest"):
+        export_artifact(one(path, "total"), tmp_path / "out", store, no_card)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_never_mixes_with_what_is_there(path: Path, tmp_path: Path):
-    """A folder that holds something, and a file in the way, are refused; an empty folder is filled."""
+    """A folder that holds something, a file in the way, and the store's own folder are refused."""
     store = Store.open(tmp_path / "store")
     with pytest.raises(RequestError, match="no result yet"):
         export_artifact(one(path, "total"), tmp_path / "out", store, no_card)
@@ -148,9 +167,38 @@ def test_an_export_never_mixes_with_what_is_there(path: Path, tmp_path: Path):
         export_artifact(one(path, "total"), tmp_path / "out", store, no_card, merge=True)
     with pytest.raises(RequestError, match="cannot be written"):
         export_artifact(one(path, "total"), path / "below", store, no_card)
-    (tmp_path / "empty").mkdir()
-    export_artifact(one(path, "total"), tmp_path / "empty", store, no_card)
-    assert (tmp_path / "empty" / "config.json").read_text() == "2.0"
+    with pytest.raises(RequestError, match="inside the store"):
+        export_artifact(one(path, "total"), tmp_path / "store" / "out", store, no_card)
+
+
+def test_an_empty_folder_is_filled_where_it_is(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be a mount point, the working folder, a link to elsewhere, or in a folder that cannot be written."""
+    make(path)
+    store = Store.open(tmp_path / "store")
+    (empty := tmp_path / "parent" / "empty").mkdir(parents=True)
+    (link := tmp_path / "link").symlink_to(empty)
+    monkeypatch.chdir(empty)
+    inode = empty.stat().st_ino
+    empty.parent.chmod(0o555)
+
+    def interrupted(source: Path, target: Path) -> Path:
+        if target == empty / "README.md":
+            raise KeyboardInterrupt
+        return Path(os.rename(source, target) or target)  # noqa: PTH104 - Path.rename is replaced
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_artifact(one(path, "total"), link, store, no_card)
+    assert list(empty.iterdir()) == []
+    for target in (empty, Path(), link):
+        with permissions_obeyed():
+            export_artifact(one(path, "total"), target, store, no_card)
+        assert {file.name for file in empty.iterdir()} == {"config.json", "README.md"}
+        assert empty.stat().st_ino == inode
+        for file in empty.iterdir():
+            file.unlink()
+    empty.parent.chmod(0o755)
 
 
 def test_an_export_that_fails_leaves_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -166,8 +214,9 @@ def test_an_export_that_fails_leaves_nothing(path: Path, tmp_path: Path, monkeyp
     with pytest.raises(RequestError, match="words makes a data, which is no model"):
         export_artifact(one(path, "words"), target, store, no_card)
     monkeypatch.setattr("rlhf.pipeline.transfer.free_bytes_at", lambda _: 2)
-    with pytest.raises(DiskFullError, match="No room for a file: 3 bytes needed"):
+    with pytest.raises(DiskFullError, match="No room for a file: 3 bytes needed") as error:
         export_artifact(one(path, "total"), target, store, no_card)
+    assert "name another DIR" in error.value.next_step
     assert list(target.parent.iterdir()) == []
 
 
@@ -209,7 +258,8 @@ def test_an_export_samples_as_its_stage_did(path: Path, tmp_path: Path):
     export_artifact(planned_total, tmp_path / "as-it-is", store, no_card)
     assert json.loads((tmp_path / "as-it-is" / "generation_config.json").read_text()) == base
     sampled = replace(record, settings={"sampling": {"temperature": 0.8, "max_new_tokens": 32, "fp32_head": True}})
-    export_artifact(replace(planned_total, record=sampled), tmp_path / "out", store, no_card)
+    with permissions_obeyed():  # the store's files are read-only, and this one is written again
+        export_artifact(replace(planned_total, record=sampled), tmp_path / "out", store, no_card)
     config = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (config.temperature, config.max_new_tokens, config.do_sample, config.eos_token_id) == (0.8, 32, True, [7, 2])
     assert (config.top_k, config.top_p, config.repetition_penalty) == (0, 1.0, None)

@@ -121,17 +121,39 @@ def test_verify_names_the_damaged_file_and_moves_it_only_when_told_to(place: Pla
 
 
 def test_verify_reads_what_a_lookup_trusts(tmp_path: Path):
-    """A disk that loses a bit leaves size and times alone: a lookup here goes by them, verify does not."""
+    """A disk that loses a bit leaves size and times alone: a lookup goes by them, verify and a checkout anew do not."""
     store = Store.open(tmp_path)
-    commit(store)
+    record = commit(store)
     path = tmp_path / one_file(FolderPlace(tmp_path), "blobs")
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     flip_bit(path)
     os.utime(path, ns=times)
     assert store.lookup(KEY) is not None
     assert [item.file for item in store.verify().damaged] == [path.relative_to(tmp_path).as_posix()]
-    shutil.rmtree(tmp_path / "cache")
-    assert Store.open(tmp_path).lookup(KEY) is None
+    shutil.copytree(tmp_path, copy := tmp_path.with_name("copy"), ignore=shutil.ignore_patterns("cache"))
+    assert Store.open(copy).lookup(KEY) is None
+    store.checkout(record.artifact, tmp_path / "work" / "trusted")
+    with pytest.raises(DamageError, match="has the digest") as error:
+        store.checkout(record.artifact, tmp_path / "work" / "anew", anew=True)
+    assert error.value.next_step == "rlhf run, which makes it again"
+    assert not (tmp_path / "work" / "anew").exists()
+    assert store.lookup(KEY) is None
+
+
+@pytest.mark.parametrize("place", ["bucket"], indirect=True)
+def test_a_copy_of_a_bucket_s_file_that_lost_a_bit_is_told(place: Place, tmp_path: Path):
+    """Where all is read anew; what is in the bucket stays where it is."""
+    store = place.open()
+    record = commit(store)
+    store.checkout(record.artifact, tmp_path / "first")
+    for path in (path for path in (store.root / "cache" / "copies" / "blobs").rglob("*") if path.is_file()):
+        times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+        flip_bit(path)
+        os.utime(path, ns=times)
+    with pytest.raises(DamageError, match="This machine's copy of artifact") as error:
+        store.checkout(record.artifact, tmp_path / "anew", anew=True)
+    shutil.rmtree(error.value.where)
+    store.checkout(record.artifact, tmp_path / "anew", anew=True)
 
 
 def test_a_first_read_on_a_node_reads_every_blob(tmp_path: Path):
