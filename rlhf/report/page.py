@@ -46,17 +46,23 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 """Characters that no text shows; among them those that turn the direction of what follows."""
 
 
+MARK = b'<meta name="generator" content="rlhf report">'
+"""Stands in the page, by which a file is known as a report that may be replaced."""
+
+
 def write_report(config: PipelineConfig, stages: Mapping[str, Planned], store: Store, path: Path) -> None:
     """Write the report of the stages of a plan.
 
     Raises:
-        RequestError: no stage has a result or an attempt yet, or the file cannot be written.
+        RequestError: no stage has a result or an attempt yet, or the file cannot be written, or holds something else.
     """
     histories = pipeline_history(stages, store)
     if not any(history.record or history.attempts for history in histories.values()):
         raise RequestError("nothing has run yet", f"pipeline {config.name}, store {store.address}", NextCommand("run"))
     shown, reports = content(config, histories, store), folder_of(store)
     try:
+        if path.is_file() and path.parent.absolute() != reports.absolute() and MARK not in path.read_bytes()[:1024]:
+            raise RequestError(f"{path} is there already, and is no report", str(path), "name another file by --out")
         for folder in (path.parent, reports):
             folder.mkdir(parents=True, exist_ok=True)
         path.write_text(rendered(shown, vega(reports)), encoding="utf-8")

@@ -229,11 +229,14 @@ def test_a_pipeline_that_never_ran_has_no_report_and_half_of_one_has(tmp_path: P
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="cannot be written"):
         write_report(config, planned(path), store, tmp_path / "file" / "page.html")
+    with pytest.raises(RequestError, match="is no report"):
+        write_report(config, planned(path), store, path)
     attempt = store.new_attempt(str(planned(path)["count"].key))
     (attempt / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     (attempt / "samples.jsonl").write_text("")
     out = tmp_path / "reports" / "half.html"
-    write_report(config, planned(path), store, out)
+    for _ in range(2):  # a report may be replaced
+        write_report(config, planned(path), store, out)
     found = content(config, {}, store)
     assert found["graph"] == {"columns": [], "paths": []}
     text = out.read_text(encoding="utf-8")
